@@ -1,0 +1,26 @@
+"""The lm_head loss op and its passes: tensors in, tensors out.
+
+Knows no model, no dataset and no trainer. Letters used throughout:
+N label rows, D hidden size, V vocabulary, S sequences; ``z`` logits, ``ℓ`` log-probabilities of the targets.
+"""
+
+from efface_kernels.linear_loss import (
+    Head,
+    ReferenceRows,
+    SequenceLossOutput,
+    Sequences,
+    linear_logprob,
+    linear_sequence_loss,
+)
+from efface_kernels.row_pass import RowPassOutput, row_pass
+
+__all__ = [
+    "Head",
+    "ReferenceRows",
+    "RowPassOutput",
+    "SequenceLossOutput",
+    "Sequences",
+    "linear_logprob",
+    "linear_sequence_loss",
+    "row_pass",
+]

@@ -1,0 +1,72 @@
+"""Refusals of bad input, in one voice: the argument's name, what was expected, what came, what to do."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+BACKENDS = ("auto", "triton", "native", "torch")
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """Raise TypeError unless ``tensor`` has one of the ``allowed`` dtypes."""
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(dtype) for dtype in allowed)
+        raise TypeError(f"`{name}`: expected dtype {names}, got {tensor.dtype}; convert it first")
+
+
+def check_shape(name: str, tensor: Tensor, expected: Sequence[int | str], remedy: str = "") -> None:
+    """Raise ValueError unless ``tensor`` has the ``expected`` shape; a letter stands for any extent."""
+    shape = tuple(tensor.shape)
+    fits = len(shape) == len(expected) and all(
+        isinstance(want, str) or want == got for want, got in zip(expected, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(extent) for extent in expected)
+        raise ValueError(f"`{name}`: expected shape ({wanted}), got {shape}" + (f"; {remedy}" if remedy else ""))
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless all given tensors live on one device."""
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"`{name}` on {device}" for name, device in devices.items())
+        raise ValueError(f"expected all tensors on one device, got {listed}")
+
+
+def check_targets(targets: Tensor, rows: int, vocabulary: int) -> None:
+    """Raise unless ``targets`` is an int64 vector of ``rows`` entries, each in 0 .. vocabulary - 1.
+
+    The range is read only where that is free of a device synchronisation, that is on the CPU; elsewhere the
+    gather of the row pass traps on an index out of range.
+    """
+    check_dtype("targets", targets, (torch.int64,))
+    check_shape("targets", targets, (rows,), "one target for each row of `hidden`")
+    if targets.device.type == "cpu" and rows:
+        low, high = (int(bound) for bound in torch.aminmax(targets))
+        if low < 0 or high >= vocabulary:
+            wrong = low if low < 0 else high
+            raise ValueError(
+                f"`targets`: expected token ids in 0 .. {vocabulary - 1} (the rows of `weight`), got {wrong}; "
+                "drop ignored positions (-100) first, and check that tokenizer and head belong together"
+            )
+
+
+def check_softcap(softcap: float | None) -> None:
+    """Raise ValueError unless ``softcap`` is None or positive."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"`softcap`: expected a positive number or None, got {softcap}")
+
+
+def resolve_backend(backend: str) -> str:
+    """Return the implementation that ``backend`` names: today always ``"torch"``.
+
+    Raises:
+        ValueError: an unknown name, or a backend that this build does not have.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"`backend`: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend in ("triton", "native"):
+        raise ValueError(f"`backend`: {backend!r} is not part of this build; use 'auto' or 'torch'")
+    return "torch"

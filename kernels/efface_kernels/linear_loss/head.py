@@ -1,0 +1,69 @@
+"""The head: the linear layer from hidden states to logits, and the frozen one of a reference model."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from efface_kernels.checks import FLOATS, check_dtype, check_same_device, check_shape, check_softcap
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language-model head: logits = softcap(hidden @ weight.T + bias).
+
+    Attributes:
+        weight: (V, D).
+        bias: (V,) or None.
+        softcap: z ← softcap · tanh(z / softcap), or None. Applied by the row pass, not by ``logits``.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.weight.shape[0]
+
+    def check(self, hidden: Tensor, *, prefix: str = "") -> None:
+        """Raise TypeError or ValueError unless ``hidden`` (N, D) can go through this head."""
+        check_dtype(f"{prefix}hidden", hidden, FLOATS)
+        check_shape(f"{prefix}weight", self.weight, ("V", "D"))
+        check_shape(f"{prefix}hidden", hidden, ("N", self.weight.shape[1]), f"D is that of `{prefix}weight`")
+        check_dtype(f"{prefix}weight", self.weight, (hidden.dtype,))
+        if self.bias is not None:
+            check_shape(f"{prefix}bias", self.bias, (self.vocabulary,))
+            check_dtype(f"{prefix}bias", self.bias, (hidden.dtype,))
+        check_softcap(self.softcap)
+        check_same_device(**{f"{prefix}hidden": hidden, f"{prefix}weight": self.weight, f"{prefix}bias": self.bias})
+
+    def logits(self, hidden: Tensor, workspace: Tensor) -> Tensor:
+        """Write the uncapped logits of ``hidden`` (n, D) into the first n rows of ``workspace`` and return them."""
+        out = workspace[: hidden.shape[0]]  # (n, V)
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.t(), out=out)
+        return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+
+    def under_autocast(self, hidden: Tensor) -> tuple[Tensor, "Head"]:
+        """Cast as ``torch.nn.functional.linear`` would inside ``torch.autocast``; gradients keep their dtypes."""
+        device = hidden.device.type
+        if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+            return hidden, self
+        dtype = torch.get_autocast_dtype(device)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return hidden.to(dtype), Head(self.weight.to(dtype), bias, self.softcap)
+
+
+@dataclass(frozen=True)
+class ReferenceRows:
+    """Hidden states of a frozen reference model for the first M label rows, and its head. Gets no gradient.
+
+    Attributes:
+        hidden: (M, D'), the first M rows of the policy's N: whole sequences, those whose loss needs a reference.
+        head: the reference model's head; its D', vocabulary and dtype may differ from the policy's.
+    """
+
+    hidden: Tensor
+    head: Head

@@ -1,0 +1,204 @@
+"""The loop: logits of a chunk, row pass, coefficients, gradients; then the next chunk in the same memory.
+
+The derivation is in this folder's README. Nothing here knows a loss: a ``CoefficientRule`` turns the
+log-probabilities of whole sequences into c_i = ∂loss/∂ℓ_i.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from efface_kernels.linear_loss.chunks import Chunk
+from efface_kernels.linear_loss.head import Head, ReferenceRows
+from efface_kernels.row_pass import row_pass
+from efface_kernels.row_pass.reference import accumulation_dtype
+
+# (chunk, logprobs (n,), reference logprobs (m,) of the chunk's first m rows or None) -> c (n,)
+CoefficientRule = Callable[[Chunk, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients the caller wants."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+    @property
+    def any(self) -> bool:
+        """Whether any gradient is wanted."""
+        return self.hidden or self.weight or self.bias
+
+    @property
+    def head(self) -> bool:
+        """Whether the coefficients must be known while a chunk's logits are alive."""
+        return self.weight or self.bias
+
+
+@dataclass
+class Gradients:
+    """Sums over the chunks. The row factor −c is kept apart from P W: it is applied once, in the backward call.
+
+    With P = softmax − onehot = −∂ℓ/∂z:  dh = −c ⊙ (P W),  dW = Pᵀ (−c ⊙ h),  db = Pᵀ (−c).
+    """
+
+    wanted: Wanted
+    hidden: Tensor
+    head: Head
+    chunks: int
+    pw: Tensor | None = field(init=False, default=None)  # (N, D) P W
+    weight: Tensor | None = field(init=False, default=None)  # (V, D)
+    bias: Tensor | None = field(init=False, default=None)  # (V,)
+
+    def __post_init__(self) -> None:
+        if self.wanted.hidden:
+            self.pw = torch.empty_like(self.hidden, memory_format=torch.contiguous_format)
+
+    def add_hidden(self, rows: slice, p: Tensor) -> None:
+        """Keep P W of these rows."""
+        if self.pw is not None:
+            torch.mm(p, self.head.weight, out=self.pw[rows])
+
+    def add_head(self, rows: slice, p: Tensor, coefficients: Tensor) -> None:
+        """Add these rows to dW and db."""
+        # NPO's coefficients of a well forgotten sequence fall under the smallest fp16: scale each chunk by a power
+        # of two, exact, and take the scale back in the fp32 sum.
+        scale = _power_of_two(coefficients) if p.dtype == torch.float16 else None
+        factor = -(coefficients if scale is None else coefficients / scale)[:, None]  # (n, 1)
+        if self.wanted.weight:
+            self.weight = self._add(self.weight, p.t(), (self.hidden[rows] * factor).to(p.dtype), scale)
+        if self.wanted.bias:
+            ones = None if self.bias is None else self.bias[:, None]
+            self.bias = self._add(ones, p.t(), factor.to(p.dtype), scale)[:, 0]
+
+    def finish(self, coefficients: Tensor, upstream: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """Return (dh, dW, db) in the dtypes of their inputs, scaled by the upstream scalar, without a device sync."""
+        factor = -(coefficients if upstream is None else coefficients * upstream)[:, None]
+        dh = None if self.pw is None else (self.pw * factor).to(self.hidden.dtype)
+        return (
+            dh,
+            self._scaled(self.wanted.weight, self.weight, upstream, self.head.weight),
+            self._scaled(self.wanted.bias, self.bias, upstream, self.head.bias),
+        )
+
+    @staticmethod
+    def _scaled(wanted: bool, total: Tensor | None, upstream: Tensor | None, like: Tensor | None) -> Tensor | None:
+        if not wanted or like is None:
+            return None
+        if total is None:  # no rows at all
+            return torch.zeros_like(like)
+        return (total if upstream is None else total * upstream).to(like.dtype)
+
+    def _add(self, total: Tensor | None, left: Tensor, right: Tensor, scale: Tensor | None) -> Tensor:
+        """Return total + scale · left @ right; sums of several half-precision chunks run in fp32."""
+        half = left.dtype in (torch.float16, torch.bfloat16)
+        if not half:
+            return left @ right if total is None else total.addmm_(left, right)
+        product = left @ right
+        if scale is not None:
+            product = product.float() * scale
+        if total is None:
+            return product if self.chunks == 1 else product.float()
+        return total.add_(product)
+
+
+def _power_of_two(values: Tensor) -> Tensor:
+    """Return 2^k ≥ max|values|, 0-dim, on the device; 1 where all values are 0."""
+    peak = values.abs().amax()
+    return torch.where(peak > 0, torch.exp2(torch.ceil(torch.log2(peak))), 1.0)
+
+
+@dataclass(frozen=True)
+class LoopResult:
+    """Log-probabilities, coefficients and gradient sums of a run of the loop."""
+
+    logprobs: Tensor  # (N,)
+    reference_logprobs: Tensor | None  # (M,)
+    coefficients: Tensor  # (N,), zeros where no rule was given
+    gradients: Gradients
+
+
+@torch.no_grad()
+def run_loop(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    chunks: list[Chunk],
+    *,
+    wanted: Wanted,
+    rule: CoefficientRule | None = None,
+    reference: ReferenceRows | None = None,
+    backend: str = "torch",
+) -> LoopResult:
+    """Run the loop over ``chunks`` of ``hidden`` (N, D).
+
+    One look at the logits is enough where the chunk is one piece, or where only dh is wanted, because P W needs no
+    coefficient. A sequence of several pieces with a trainable head gets a second look once c is known.
+    """
+    n, device, dtype = hidden.shape[0], hidden.device, accumulation_dtype(hidden.dtype)
+    largest = max((stop - start for chunk in chunks for start, stop in chunk.pieces), default=0)
+    workspace = torch.empty(largest, head.vocabulary, dtype=hidden.dtype, device=device)
+    logprobs = torch.empty(n, dtype=dtype, device=device)
+    coefficients = torch.zeros(n, dtype=dtype, device=device)
+    gradients = Gradients(wanted, hidden, head, sum(len(chunk.pieces) for chunk in chunks))
+    reader = None if reference is None else _ReferenceReader(reference, largest, dtype)
+
+    for chunk in chunks:
+        one_look = len(chunk.pieces) == 1 or not wanted.head
+        p = workspace[:0]
+        for start, stop in chunk.pieces:
+            rows = slice(start, stop)
+            p = head.logits(hidden[rows], workspace)
+            reference_logits = None if reader is None else reader.logits(rows)
+            out = row_pass(
+                p,
+                targets[rows],
+                reference_logits=reference_logits,
+                softcap=head.softcap,
+                reference_softcap=None if reference is None else reference.head.softcap,
+                gradient=wanted.any and one_look,
+                backend=backend,
+            )
+            logprobs[rows] = out.logprobs
+            if reader is not None and out.reference_logprobs is not None:
+                reader.keep(rows, out.reference_logprobs)
+            if one_look:
+                gradients.add_hidden(rows, p)
+        if rule is None:
+            continue
+        reference_logprobs = None if reader is None else reader.logprobs[chunk.rows]
+        coefficients[chunk.rows] = rule(chunk, logprobs[chunk.rows], reference_logprobs)
+        if not wanted.head:
+            continue
+        if one_look:
+            gradients.add_head(chunk.rows, p, coefficients[chunk.rows])
+            continue
+        for start, stop in chunk.pieces:
+            rows = slice(start, stop)
+            p = head.logits(hidden[rows], workspace)
+            row_pass(p, targets[rows], softcap=head.softcap, gradient=True, backend=backend)
+            gradients.add_hidden(rows, p)
+            gradients.add_head(rows, p, coefficients[rows])
+
+    return LoopResult(logprobs, None if reader is None else reader.logprobs, coefficients, gradients)
+
+
+class _ReferenceReader:
+    """The reference model's logits, for those rows that have one, in a workspace of their own."""
+
+    def __init__(self, reference: ReferenceRows, largest: int, dtype: torch.dtype) -> None:
+        self._hidden = reference.hidden
+        self._head = reference.head
+        m = self._hidden.shape[0]
+        self._workspace = self._hidden.new_empty(min(largest, m), self._head.vocabulary)
+        self.logprobs = torch.empty(m, dtype=dtype, device=self._hidden.device)
+
+    def logits(self, rows: slice) -> Tensor | None:
+        hidden = self._hidden[rows]
+        return self._head.logits(hidden, self._workspace) if hidden.shape[0] else None
+
+    def keep(self, rows: slice, logprobs: Tensor) -> None:
+        self.logprobs[rows] = logprobs

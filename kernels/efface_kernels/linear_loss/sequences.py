@@ -1,0 +1,48 @@
+"""What an objective sees: the log-probabilities of some whole sequences."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
+    """Return the sums (s,) of ``values[offsets[i]:offsets[i + 1]]``, added in order; differentiable."""
+    # unsafe=True skips a check that reads the offsets on the host: it would synchronise the device.
+    return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences ``first`` .. ``first + s − 1`` of a batch, by the log-probabilities of their labels.
+
+    Attributes:
+        logprobs: (n,) ℓ_i of their label rows, in nats; require a gradient while coefficients are formed.
+        row_offsets: (s + 1,) int64, from 0 to n, on the device.
+        first: index of the first sequence within the batch.
+        reference_sums: (s,) L_ref, the reference model's sequence log-probabilities, or None. Sequences without
+            a reference hold 0.
+    """
+
+    logprobs: Tensor
+    row_offsets: Tensor
+    first: int = 0
+    reference_sums: Tensor | None = None
+
+    def __len__(self) -> int:
+        """s."""
+        return self.row_offsets.shape[0] - 1
+
+    @property
+    def sums(self) -> Tensor:
+        """(s,) L_s = Σ ℓ_i."""
+        return segment_sums(self.logprobs, self.row_offsets)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(s,) n_s, the number of label tokens, in the dtype of ``logprobs``."""
+        return self.row_offsets.diff().to(self.logprobs.dtype)
+
+    def own(self, values: Tensor) -> Tensor:
+        """Return the entries of a per-sequence vector of the batch, (S,), that belong to these sequences, (s,)."""
+        return values[self.first : self.first + len(self)]

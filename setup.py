@@ -1,0 +1,33 @@
+"""Build of the one extension module, ``efface_native``; everything else is in pyproject.toml."""
+
+import os
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+
+WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Werror"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
+
+# `make sanitize` builds the same sources under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize = SANITIZERS if os.environ.get("EFFACE_SANITIZE") == "1" else []
+# -Wconversion is for our sources; pybind11's headers are included as system headers.
+flags = [] if os.name == "nt" else [*WARNINGS, *(sanitize or ["-O3"])]
+
+extension = Pybind11Extension(
+    "efface_native",
+    sources=[*map(str, sorted(Path("csrc").glob("*.cpp"))), *map(str, sorted(Path("bindings").glob("*.cpp")))],
+    depends=[*map(str, sorted(Path("csrc").glob("*.hpp")))],
+    include_dirs=["csrc"],
+    cxx_std=20,
+    extra_compile_args=flags,
+    extra_link_args=sanitize,
+)
+# Moved from -I to -isystem, so that -Werror judges our code and not a library's.
+if os.name != "nt":
+    import pybind11
+
+    extension.include_dirs = [d for d in extension.include_dirs if d != pybind11.get_include()]
+    extension.extra_compile_args = ["-isystem", pybind11.get_include(), *extension.extra_compile_args]
+
+setup(ext_modules=[extension])
