@@ -1,0 +1,49 @@
+"""efface: fast, exact unlearning for Hugging Face causal language models.
+
+The loss backend is ``efface.functional``; the objectives are below; the run is ``efface.UnlearnTrainer``. Importing
+this package initialises no device and imports no trainer: those names are loaded when they are first used.
+"""
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from efface import functional
+from efface.objectives import GradAscent, GradDiff, NPO, Objective, SimNPO, get_objective, register_objective
+
+if TYPE_CHECKING:
+    from efface import evaluate
+    from efface.hf.arguments import UnlearnArguments
+    from efface.hf.trainer import FinetuneTrainer, UnlearnTrainer
+
+__version__ = version("efface")
+
+__all__ = [
+    "NPO",
+    "FinetuneTrainer",
+    "GradAscent",
+    "GradDiff",
+    "Objective",
+    "SimNPO",
+    "UnlearnArguments",
+    "UnlearnTrainer",
+    "__version__",
+    "evaluate",
+    "functional",
+    "get_objective",
+    "register_objective",
+]
+
+_LAZY = {
+    "UnlearnTrainer": "efface.hf.trainer",
+    "FinetuneTrainer": "efface.hf.trainer",
+    "UnlearnArguments": "efface.hf.arguments",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "evaluate":
+        return importlib.import_module("efface.evaluate")
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'efface' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""The Hugging Face engine: the fused head, packed attention, references, templates and trainers."""

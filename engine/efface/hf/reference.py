@@ -1,0 +1,60 @@
+"""The frozen model that NPO compares with: run live beside the policy, or remembered as one number a sequence."""
+
+import copy
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from efface.batching import PackedBatch, TokenStore
+from efface.hf.attention import NAME as PACKED_ATTENTION
+from efface.hf.head import head_of, reference_rows
+from efface.hf.score import store_logprobs
+from efface_kernels import ReferenceRows
+
+KINDS = ("cached", "live")
+
+
+class CachedReference:
+    """L_ref of every forget sequence, computed once; the reference model is not needed afterwards."""
+
+    def __init__(self, model: PreTrainedModel, forget: TokenStore) -> None:
+        self._sums = store_logprobs(model, forget)
+
+    def sums(self, batch: PackedBatch, forget_index: Tensor) -> Tensor:
+        """Return (S,) on the CPU: L_ref of the batch's forget sequences, 0 for the others."""
+        sums = self._sums.new_zeros(len(batch.lengths))
+        sums[: batch.forget_sequences] = self._sums[forget_index]
+        return sums
+
+
+class LiveReference:
+    """A second model, run on the forget sequences of every batch; its logits are read in the policy's own pass."""
+
+    def __init__(self, model: PreTrainedModel, *, copy_model: bool) -> None:
+        self.model = copy.deepcopy(model) if copy_model else model
+        self.model.requires_grad_(False)
+        self.model.eval()
+        self.model.set_attn_implementation(PACKED_ATTENTION)
+        head_of(self.model)  # refuses now what it could not serve at the first step
+
+    def rows(self, batch: PackedBatch, device: torch.device) -> ReferenceRows:
+        """Return the reference's hidden states for the batch's forget part, and its head."""
+        if self.model.device != device:
+            self.model.to(device)
+        return reference_rows(self.model, batch)
+
+
+def make_reference(
+    kind: str, policy: PreTrainedModel, reference_model: PreTrainedModel | None, forget: TokenStore
+) -> CachedReference | LiveReference:
+    """Return the reference of the given kind; without a ``reference_model`` it is the policy as it is now.
+
+    Raises:
+        ValueError: a kind that is not known.
+    """
+    if kind == "cached":
+        return CachedReference(reference_model or policy, forget)
+    if kind == "live":
+        return LiveReference(reference_model or policy, copy_model=reference_model is None)
+    raise ValueError(f"`reference`: expected one of {', '.join(map(repr, KINDS))}, got {kind!r}")

@@ -1,0 +1,70 @@
+"""Sequence log-probabilities of a whole token store, packed and without gradients."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from efface.batching import TokenStore, pack
+from efface.hf.attention import NAME as PACKED_ATTENTION
+from efface.hf.head import head_of, packed_hidden
+from efface_kernels import linear_logprob
+from efface_kernels.linear_loss.sequences import segment_sums
+
+
+def _budgeted(store: TokenStore, token_budget: int) -> Iterator[NDArray[np.int64]]:
+    """Yield runs of sequence indices whose tokens fit the budget; a longer sequence comes alone."""
+    run: list[int] = []
+    tokens = 0
+    for index, length in enumerate(store.lengths.tolist()):
+        if run and tokens + length > token_budget:
+            yield np.array(run)
+            run, tokens = [], 0
+        run.append(index)
+        tokens += length
+    if run:
+        yield np.array(run)
+
+
+@torch.no_grad()
+def store_logprobs(model: PreTrainedModel, store: TokenStore, *, token_budget: int = 8192) -> torch.Tensor:
+    """Return L_s of every sequence, (len(store),) on the CPU, in nats; float32 (float64 for float64 models).
+
+    Sequences are packed up to ``token_budget`` tokens; the budget does not change a result beyond rounding. The
+    model is put into evaluation mode and back.
+
+    Raises:
+        ValueError: a token id outside the model's vocabulary, or a sequence longer than the model's positions.
+    """
+    head = head_of(model)
+    store.check_vocabulary(model.get_input_embeddings().weight.shape[0], "store")
+    check_positions(model, store, "store")
+    training, attention = model.training, model.config._attn_implementation  # noqa: SLF001
+    model.eval()
+    model.set_attn_implementation(PACKED_ATTENTION)
+    try:
+        results = []
+        for index in _budgeted(store, token_budget):
+            batch = pack(TokenStore.empty(), store, [], index).to(model.device)
+            logprobs = linear_logprob(
+                packed_hidden(model, batch), head.weight, batch.targets, bias=head.bias, softcap=head.softcap
+            )
+            offsets = torch.tensor(batch.row_offsets, device=logprobs.device)
+            results.append(segment_sums(logprobs, offsets))
+        return torch.cat(results).cpu() if results else torch.empty(0)
+    finally:
+        model.train(training)
+        model.set_attn_implementation(attention)
+
+
+def check_positions(model: PreTrainedModel, store: TokenStore, name: str) -> None:
+    """Raise ValueError if a sequence is longer than the model has positions."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = int(store.lengths.max(initial=0))
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"`{name}`: expected sequences of at most {limit} tokens (the model's positions), got {longest}; "
+            "set --max_length to cut them on purpose"
+        )

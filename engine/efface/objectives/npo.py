@@ -1,0 +1,38 @@
+"""Negative preference optimization (Zhang et al. 2024, arXiv 2404.05868, equation 3)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from efface.objectives.base import Objective, check_positive
+from efface.objectives.registry import register_objective
+from efface_kernels import Sequences
+
+
+def npo_terms(sequences: Sequences, *, beta: float) -> Tensor:
+    """−(2/β) log σ(−β (L − L_ref)). With β → 0 it becomes gradient ascent; L falls only until L ≪ L_ref."""
+    if sequences.reference_sums is None:
+        raise ValueError(
+            "NPO needs the reference model's sequence log-probabilities, got none; give a live or cached reference"
+        )
+    return -2 / beta * logsigmoid(-beta * (sequences.sums - sequences.reference_sums))
+
+
+@register_objective
+@dataclass(frozen=True, kw_only=True)
+class NPO(Objective):
+    """gamma · mean over sequences of −(2/β) log σ(−β (L − L_ref)) + alpha · retain NLL."""
+
+    beta: float = 0.1
+
+    name: ClassVar[str] = "npo"
+    needs_reference: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_positive("beta", self.beta)
+
+    def forget_terms(self, sequences: Sequences) -> Tensor:
+        """See ``npo_terms``."""
+        return npo_terms(sequences, beta=self.beta)
