@@ -1,0 +1,1 @@
+"""The demo: its data, its story, its plots, its command."""

@@ -1,0 +1,54 @@
+"""``efface <command>``: picks the command and turns errors of use into messages and exit codes."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import efface
+
+# command -> module and what it does; the modules are imported only when their command is called
+COMMANDS = {
+    "demo": ("efface.cli.demo.command", "teach a small model, make it forget, and measure it"),
+    "unlearn": ("efface.cli.unlearn", "make a checkpoint forget a data set"),
+}
+
+EXIT_USAGE = 2
+EXIT_DIVERGED = 3
+EXIT_INTERRUPTED = 130
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
+    return (
+        "usage: efface [--version] <command> [options]\n\n"
+        "Fast, exact unlearning for Hugging Face causal language models.\n\n"
+        f"commands:\n{listed}\n\n"
+        "`efface <command> --help` lists the options of a command."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 2 wrong use or input, 3 diverged, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else EXIT_USAGE
+    if arguments[0] == "--version":
+        print(f"efface {efface.__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"efface: unknown command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        return int(importlib.import_module(COMMANDS[name][0]).run(rest))
+    except KeyboardInterrupt:
+        print(f"efface {name}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except FloatingPointError as error:
+        print(f"efface {name}: error: {error}", file=sys.stderr)
+        return EXIT_DIVERGED
+    except (ValueError, TypeError, OSError) as error:
+        print(f"efface {name}: error: {error}", file=sys.stderr)
+        return EXIT_USAGE

@@ -1,0 +1,42 @@
+"""Output folders: never mixed with what is there by accident, never left half written."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_output(folder: str | Path, *, overwrite: bool) -> Path:
+    """Return the folder as a path, if a run may write there.
+
+    Raises:
+        FileExistsError: a folder that is not empty, without ``overwrite``.
+        NotADirectoryError: a file of that name.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"output {str(path)!r} is a file; choose a folder")
+    if path.exists() and any(path.iterdir()) and not overwrite:
+        raise FileExistsError(f"output folder {str(path)!r} is not empty; choose another, or add --overwrite")
+    return path
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder; its contents move into ``folder`` when the block ends without an error.
+
+    Files of the same names are replaced. If the block fails, ``folder`` is as it was.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+    try:
+        yield partial
+        for item in sorted(partial.iterdir()):
+            target = folder / item.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(item, target)  # noqa: PTH105 - atomic within one file system
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

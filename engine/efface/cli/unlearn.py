@@ -1,0 +1,139 @@
+"""``efface unlearn``: make a checkpoint forget a data set."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PrinterCallback
+
+from efface.cli.output import check_output, written_whole
+from efface.cli.progress import ProgressBar
+from efface.hf.arguments import UnlearnArguments
+from efface.hf.trainer import UnlearnTrainer
+from efface.objectives import Objective, get_objective, known_objectives
+
+_EXAMPLES = """
+examples:
+  efface unlearn --model ./llama --forget forget10.json --retain retain90.json --objective npo --output_dir out
+  efface unlearn --config npo.yaml --learning_rate 2e-5
+
+Every flag of transformers.TrainingArguments works. --config reads a YAML file of flags; flags on the command line win.
+"""
+
+
+@dataclass
+class UnlearnCommand:
+    """What ``efface unlearn`` takes beside ``UnlearnArguments``."""
+
+    model: str = field(metadata={"help": "checkpoint folder or Hub name"})
+    forget: str = field(metadata={"help": "what to forget: a JSON, CSV or Parquet file, or a Hub data set (name:config)"})
+    retain: str | None = field(default=None, metadata={"help": "what to keep, likewise"})
+    objective: str = field(default="npo", metadata={"help": f"one of {', '.join(known_objectives())}"})
+    beta: float | None = field(default=None, metadata={"help": "inverse temperature of NPO and SimNPO"})
+    delta: float | None = field(default=None, metadata={"help": "reward margin of SimNPO"})
+    gamma: float | None = field(default=None, metadata={"help": "weight of the forget term"})
+    alpha: float | None = field(default=None, metadata={"help": "weight of the retain term"})
+    reference: str = field(default="cached", metadata={"help": "cached or live, for objectives with a reference"})
+    reference_model: str | None = field(default=None, metadata={"help": "default: --model as it is before training"})
+    revision: str = field(default="main", metadata={"help": "revision of the Hub checkpoint"})
+    dtype: str = field(default="auto", metadata={"help": "dtype to load the model in: auto, float32, bfloat16, float16"})
+    overwrite: bool = field(default=False, metadata={"help": "write into an output folder that is not empty"})
+
+    def make_objective(self) -> Objective:
+        """Return the objective with the parameters that were given."""
+        given = {name: getattr(self, name) for name in ("beta", "delta", "gamma", "alpha")}
+        return get_objective(self.objective, **{name: value for name, value in given.items() if value is not None})
+
+
+def _config_flags(path: str) -> list[str]:
+    """Read a YAML file of flags as command-line words."""
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"config file {path!r} does not exist; check the path")
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    if not isinstance(content, dict):
+        raise ValueError(f"config file {path!r}: expected `flag: value` lines, got a {type(content).__name__}")
+    words: list[str] = []
+    for name, value in content.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *map(str, values)]
+    return words
+
+
+def parse(argv: Sequence[str]) -> tuple[UnlearnCommand, UnlearnArguments]:
+    """Parse the command's flags, those of ``--config`` first.
+
+    Raises:
+        ValueError: a flag that is not known.
+    """
+    words = list(argv)
+    if "--config" in words:
+        at = words.index("--config")
+        if at + 1 == len(words):
+            raise ValueError("--config: expected the path of a YAML file, got nothing")
+        words = [*_config_flags(words[at + 1]), *words[:at], *words[at + 2 :]]
+    parser = HfArgumentParser(
+        [UnlearnCommand, UnlearnArguments],  # type: ignore[arg-type]
+        prog="efface unlearn",
+        description=__doc__,
+        epilog=_EXAMPLES,
+    )
+    command, args, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"unknown arguments {' '.join(unknown)}; see `efface unlearn --help`")
+    return command, args
+
+
+def _load_model(name: str, command: UnlearnCommand) -> Any:
+    """Load a checkpoint; a path that does not exist must not become a search on the Hub."""
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise FileNotFoundError(f"model folder {name!r} does not exist; check the path")
+    return AutoModelForCausalLM.from_pretrained(
+        Path(name).expanduser() if Path(name).expanduser().is_dir() else name,
+        revision=command.revision,
+        dtype=command.dtype,
+    )
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    command, args = parse(argv)
+    console = Console(stderr=True)
+    objective = command.make_objective()
+    out = Path(args.output_dir)
+    if args.resume_from_checkpoint is None:
+        check_output(out, overwrite=command.overwrite)
+
+    model = _load_model(command.model, command)
+    tokenizer = AutoTokenizer.from_pretrained(command.model, revision=command.revision)
+    reference_model = None if command.reference_model is None else _load_model(command.reference_model, command)
+    args.disable_tqdm = True
+    bar = ProgressBar(console, f"{objective.name} · {Path(command.model).name}")
+    trainer = UnlearnTrainer(
+        model,
+        args,
+        forget=command.forget,
+        retain=command.retain,
+        objective=objective,
+        reference=command.reference,
+        reference_model=reference_model,
+        processing_class=tokenizer,
+        callbacks=[bar],
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    finally:
+        bar.close()
+    with written_whole(out) as partial:
+        trainer.save_model(str(partial))
+    trainer.save_state()
+    console.print(f"wrote {out}")
+    return 0
+
+

@@ -1,0 +1,141 @@
+"""Evaluation logs: one form in memory for the original TOFU files and those of open-unlearning.
+
+R is the truth ratio of a row, P(perturbed) / P(paraphrased) with P = exp(−mean token NLL): 1 where a model cannot tell
+the true answer from false ones, near 0 where it knows. ``perturbed`` stands for the geometric mean over the row's false
+answers (the losses are averaged), as in open-unlearning and in TOFU's own aggregator.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+
+SPLITS = ("retain", "real_authors", "world_facts", "forget")
+
+_ORIGINAL_FILES = {
+    "retain": "eval_log.json",
+    "real_authors": "eval_real_author_wo_options.json",
+    "world_facts": "eval_real_world_wo_options.json",
+    "forget": "eval_log_forget.json",
+}
+_OPEN_UNLEARNING_PREFIXES = {"retain": "retain", "real_authors": "ra", "world_facts": "wf", "forget": "forget"}
+
+
+@dataclass(frozen=True)
+class SplitLog:
+    """Per-row results on one split; None where a log does not hold them.
+
+    Attributes:
+        probability: (rows,) exp(−mean token NLL) of the answer; for real authors and world facts the share
+            p(correct) / Σ p(choices).
+        truth_ratio: (rows,) R.
+        rouge: (rows,) ROUGE-L recall of the greedy generation.
+    """
+
+    probability: FloatArray | None = None
+    truth_ratio: FloatArray | None = None
+    rouge: FloatArray | None = None
+
+
+@dataclass(frozen=True)
+class EvalLog:
+    """Results by split: "retain", "real_authors", "world_facts" and "forget"; ``source`` names them in errors."""
+
+    splits: Mapping[str, SplitLog]
+    source: str = "log"
+
+    def rows(self, split: str, metric: str) -> FloatArray:
+        """Return the per-row values of a metric.
+
+        Raises:
+            ValueError: the log does not hold them, or holds none, or one of them is not finite.
+        """
+        values = getattr(self.splits.get(split, SplitLog()), metric)
+        if values is None:
+            raise ValueError(f"{self.source}: has no {metric} for the {split} split; evaluate it first")
+        if not len(values):
+            raise ValueError(f"{self.source}: {metric} of the {split} split has no rows")
+        bad = np.flatnonzero(~np.isfinite(values))
+        if bad.size:
+            raise ValueError(
+                f"{self.source}: {metric} of the {split} split is {values[bad[0]]} at row {bad[0]} "
+                f"({bad.size} of {len(values)} rows are not finite); the model's log-likelihoods overflowed"
+            )
+        return values  # type: ignore[no-any-return]
+
+
+def truth_ratios(paraphrased: FloatArray, perturbed: FloatArray) -> FloatArray:
+    """R (rows,) from mean token log-probabilities of the paraphrase (rows,) and the false answers (rows, answers)."""
+    with np.errstate(over="ignore"):  # an overflow is reported by EvalLog.rows, with its row
+        return np.exp(perturbed.mean(axis=1) - paraphrased)
+
+
+def read_log(path: str | Path) -> EvalLog:
+    """Read TOFU's ``eval_log_aggregated.json`` or open-unlearning's ``TOFU_EVAL.json``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is neither.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"evaluation log {str(path)!r} does not exist; check the path")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(path)!r}: expected a JSON file, got something else ({error})") from error
+    if isinstance(content, dict) and content.keys() & set(_ORIGINAL_FILES.values()):
+        splits = {
+            split: _original_split(content[file], split) for split, file in _ORIGINAL_FILES.items() if file in content
+        }
+    elif isinstance(content, dict) and any(_is_open_unlearning(name) for name in content):
+        splits = {
+            split: _open_unlearning_split(content, prefix) for split, prefix in _OPEN_UNLEARNING_PREFIXES.items()
+        }
+    else:
+        raise ValueError(
+            f"{str(path)!r}: expected the keys of TOFU's eval_log_aggregated.json ({_ORIGINAL_FILES['forget']}, …) or of "
+            f"open-unlearning's TOFU_EVAL.json (forget_truth_ratio, …), got {', '.join(map(str, list(content)[:4]))}"
+        )
+    return EvalLog(splits, source=str(path))
+
+
+def _column(metrics: Mapping[str, Any], name: str) -> FloatArray | None:
+    return np.array(list(metrics[name].values()), dtype=np.float64) if name in metrics else None
+
+
+def _original_split(metrics: Mapping[str, Any], split: str) -> SplitLog:
+    answer, perturbed = _column(metrics, "avg_gt_loss"), _column(metrics, "average_perturb_loss")
+    paraphrased = _column(metrics, "avg_paraphrased_loss")
+    probability = None if answer is None else np.exp(-answer)
+    if split in ("real_authors", "world_facts") and probability is not None and perturbed is not None:
+        probability = probability / (probability + np.exp(-perturbed).sum(axis=1))
+    ratios = None if perturbed is None or paraphrased is None else truth_ratios(-paraphrased, -perturbed)
+    return SplitLog(probability, ratios, _column(metrics, "rougeL_recall"))
+
+
+def _is_open_unlearning(name: str) -> bool:
+    return name.lower().endswith(("_truth_ratio", "_q_a_prob", "_q_a_rouge", "_q_a_prob_normalised"))
+
+
+def _open_unlearning_split(content: Mapping[str, Any], prefix: str) -> SplitLog:
+    # The key's case differs between versions: forget_truth_ratio, retain_Truth_Ratio.
+    metrics = {name.lower(): value for name, value in content.items() if isinstance(value, Mapping)}
+
+    def rows(name: str, field: str) -> FloatArray | None:
+        metric = metrics.get(f"{prefix}_{name}".lower())
+        if metric is None or "value_by_index" not in metric:
+            return None
+        # null rows are what open-unlearning writes for rows it could not score; its own means leave them out
+        values = [row[field] for row in metric["value_by_index"].values() if row is not None and row[field] is not None]
+        return np.array(values, dtype=np.float64)
+
+    normalised = rows("Q_A_Prob_normalised", "prob") if prefix in ("ra", "wf") else None
+    probability = rows("Q_A_Prob", "prob") if prefix in ("retain", "forget") else normalised
+    return SplitLog(probability, rows("Truth_Ratio", "score"), rows("Q_A_ROUGE", "rougeL_recall"))
