@@ -10,8 +10,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 class ProgressBar(TrainerCallback):
     """Shows the steps of a training run under a title that can be changed between runs."""
 
-    def __init__(self, console: Console, title: str) -> None:
+    def __init__(self, console: Console, title: str, *, log: bool = True) -> None:
         self._console = console
+        self._log = log
         self.title = title
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -48,6 +49,8 @@ class ProgressBar(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Print the figures of a log, one line."""
+        if not self._log:
+            return
         figures = "  ".join(f"{name} {_short(value)}" for name, value in (logs or {}).items() if name != "epoch")
         self._console.print(f"step {state.global_step}  {figures}", highlight=False, soft_wrap=True)
 
@@ -66,6 +69,7 @@ class ProgressBar(TrainerCallback):
 
 def _short(value: Any) -> str:
     try:
-        return f"{float(value):.4g}"
+        number = float(value)
     except (TypeError, ValueError):
         return str(value)
+    return f"{number:,.0f}" if abs(number) >= 10_000 else f"{number:.4g}"

@@ -21,18 +21,22 @@ def row_pass_reference(logits: Tensor, targets: Tensor, *, softcap: float | None
     block = max(1, _BLOCK_ELEMENTS // max(1, vocabulary))
     for start in range(0, n, block):
         rows = slice(start, start + block)
-        z = logits[rows].to(dtype)  # (b, V)
+        z = logits[rows].to(dtype, copy=True)  # (b, V)
         target = targets[rows, None]  # (b, 1)
         slope = None
         if softcap is not None:
             tanh = torch.tanh(z / softcap)
             z = softcap * tanh
             slope = 1 - tanh * tanh
-        lse = torch.logsumexp(z, dim=1, keepdim=True)
-        logprob = z.gather(1, target) - lse  # (b, 1)
+        # Relative to the maximum, never to the logsumexp itself: a memorised target is the maximum, and its ℓ ≈ 0 would
+        # drown in the rounding of z_y − lse.
+        z -= z.amax(dim=1, keepdim=True)
+        p = torch.exp(z)
+        total = p.sum(dim=1, keepdim=True)
+        logprob = z.gather(1, target) - torch.log(total)  # (b, 1)
         logprobs[rows] = logprob[:, 0]
         if gradient:
-            p = torch.exp(z - lse)
+            p /= total
             # p_y − 1 before any rounding to the dtype of the logits: memorised targets have p_y near 1, and at
             # p = 0.99 the difference taken in bf16 is 20 % wrong.
             p.scatter_(1, target, torch.expm1(logprob))

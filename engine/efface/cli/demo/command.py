@@ -61,7 +61,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 def results_table(results: Sequence[Measured], title: str) -> Table:
     """Return the table that the demo prints."""
-    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("model", no_wrap=True)
     for name in ("forget quality", "truth ratio", "P(forget)", "P(retain)", "seconds", "tokens/s"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -92,7 +92,7 @@ def _machine() -> dict[str, Any]:
 
 def tell(data: DemoData, settings: Settings, out: Path, console: Console) -> list[Measured]:
     """Run the story, write models, plots and figures into ``out``, and return the table's rows."""
-    bar = ProgressBar(console, "")
+    bar = ProgressBar(console, "", log=False)
     story = Story(data, settings, out, [bar])
     try:
         bar.title = f"teaching the retain model ({len(data.retain)} rows)"
@@ -146,6 +146,8 @@ def run(argv: Sequence[str]) -> int:
     datasets.disable_progress_bars()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=100)  # a pipe has no width; 80 columns would cut the table's heads
     with written_whole(out) as partial:
         results = tell(data, _settings(options), partial, console)
     console.print(results_table(results, data.name))

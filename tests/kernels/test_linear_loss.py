@@ -1,0 +1,426 @@
+"""The loss op against the fp64 oracle, in every dtype, with every subset of gradients."""
+
+import itertools
+from collections.abc import Callable
+
+import oracle
+import pytest
+import torch
+from oracle import CASES, Case, Problem
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from efface.objectives.base import nll_terms
+from efface.objectives.grad_ascent import grad_ascent_terms
+from efface.objectives.npo import npo_terms
+from efface.objectives.simnpo import simnpo_terms
+from efface_kernels import Head, ReferenceRows, Sequences, linear_logprob, linear_sequence_loss
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+BETA, DELTA = 0.3, 0.1
+OBJECTIVES = ("nll", "grad_ascent", "npo live", "npo cached", "simnpo", "graddiff")
+UPSTREAM = 0.7
+
+
+def reference_sums(problem: Problem, softcap: float | None) -> list[Tensor]:
+    """L_ref of every sequence, 0 for those without."""
+    m = problem.reference_hidden.shape[0]
+    values = oracle.logprobs(
+        problem.reference_hidden, problem.reference_weight, None, problem.targets[:m], softcap
+    )
+    padded = torch.cat([values, values.new_zeros(len(problem.targets) - m)])
+    return oracle.sums(padded, problem.offsets)
+
+
+def oracle_loss(objective: str, case: Case, problem: Problem) -> Tensor:
+    values = oracle.logprobs(problem.hidden, problem.weight, problem.bias, problem.targets, case.softcap)
+    sequence_sums = oracle.sums(values, problem.offsets)
+    n = len(problem.targets)
+    match objective:
+        case "nll":
+            return -values.sum() / n
+        case "grad_ascent":
+            return values.sum() / n
+        case "npo live" | "npo cached":
+            return oracle.npo(sequence_sums, reference_sums(problem, case.softcap), BETA)
+        case "simnpo":
+            return oracle.simnpo(sequence_sums, case.lengths, BETA, DELTA)
+        case "graddiff":  # even sequences are forgotten, odd ones kept, with weights of their own
+            signed = [value if i % 2 == 0 else -2 * value for i, value in enumerate(sequence_sums)]
+            return torch.stack(signed).sum() / n
+    raise AssertionError(objective)
+
+
+def term_function(objective: str, case: Case) -> Callable[[Sequences], Tensor]:
+    n, sequences = sum(case.lengths), len(case.lengths)
+    even = torch.arange(sequences) % 2 == 0
+    return {
+        "nll": lambda s: nll_terms(s) / n,
+        "grad_ascent": lambda s: grad_ascent_terms(s) / n,
+        "npo live": lambda s: npo_terms(s, beta=BETA) / sequences,
+        "npo cached": lambda s: npo_terms(s, beta=BETA) / sequences,
+        "simnpo": lambda s: simnpo_terms(s, beta=BETA, delta=DELTA) / sequences,
+        "graddiff": lambda s: torch.where(s.own(even), grad_ascent_terms(s), 2 * nll_terms(s)) / n,
+    }[objective]
+
+
+def our_loss(objective: str, case: Case, problem: Problem) -> Tensor:
+    reference, cached = None, None
+    if objective == "npo live":
+        reference = ReferenceRows(problem.reference_hidden, Head(problem.reference_weight, None, case.softcap))
+    if objective == "npo cached":
+        cached = torch.stack(reference_sums(problem, case.softcap))
+    return linear_sequence_loss(
+        problem.hidden,
+        problem.weight,
+        problem.targets,
+        problem.offsets,
+        term_function(objective, case),
+        bias=problem.bias,
+        softcap=case.softcap,
+        reference=reference,
+        reference_sums=cached,
+        chunk_rows=case.chunk_rows,
+    ).loss
+
+
+def gradients(loss: Tensor, problem: Problem) -> dict[str, Tensor]:
+    leaves = problem.leaves()
+    return dict(zip(leaves, torch.autograd.grad(UPSTREAM * loss, list(leaves.values())), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_loss_and_gradients_are_as_exact_as_eager(objective: str, case: Case, dtype: torch.dtype) -> None:
+    problem = oracle.make(case, dtype)
+    exact = oracle.make(case, dtype)  # the rounded inputs, computed with in fp64
+    for name, tensor in vars(exact).items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            setattr(exact, name, tensor.detach().double().requires_grad_(tensor.requires_grad))
+    gold = oracle_loss(objective, case, exact)
+    eager = oracle_loss(objective, case, problem)
+    ours = our_loss(objective, case, problem)
+    assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    # In half dtypes the logits are rounded, in eager as in ours, so the loss is known to eps of that dtype.
+    oracle.assert_as_exact("loss", ours.detach(), eager.detach(), gold.detach(), dtype)
+    gold_gradients, eager_gradients = gradients(gold, exact), gradients(eager, problem)
+    for name, gradient in gradients(ours, problem).items():
+        assert gradient.dtype == dtype
+        oracle.assert_as_exact(f"d{name}", gradient, eager_gradients[name], gold_gradients[name], dtype)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.vocabulary < 100], ids=str)
+def test_gradcheck(case: Case) -> None:
+    problem = oracle.make(case, torch.float64)
+    leaves = problem.leaves()
+
+    def loss(*tensors: Tensor) -> Tensor:
+        given = dict(zip(leaves, tensors, strict=True))
+        mixed = Problem(**{**vars(problem), **given})
+        return our_loss("npo live", case, mixed) + our_loss("simnpo", case, mixed)
+
+    assert torch.autograd.gradcheck(loss, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.vocabulary < 100], ids=str)
+def test_gradcheck_of_linear_logprob(case: Case) -> None:
+    problem = oracle.make(case, torch.float64)
+    leaves = problem.leaves()
+
+    def logprobs(*tensors: Tensor) -> Tensor:
+        given = dict(zip(leaves, tensors, strict=True))
+        return linear_logprob(
+            given["hidden"],
+            given["weight"],
+            problem.targets,
+            bias=given.get("bias"),
+            softcap=case.softcap,
+            chunk_rows=case.chunk_rows,
+        )
+
+    assert torch.autograd.gradcheck(logprobs, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_linear_logprob_with_random_upstream_gradients(case: Case, dtype: torch.dtype) -> None:
+    problem = oracle.make(case, dtype)
+    exact = {name: leaf.detach().double().requires_grad_() for name, leaf in problem.leaves().items()}
+    upstream = torch.randn(len(problem.targets), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def oracle_of(leaves: dict[str, Tensor]) -> Tensor:
+        return oracle.logprobs(leaves["hidden"], leaves["weight"], leaves.get("bias"), problem.targets, case.softcap)
+
+    gold, eager = oracle_of(exact), oracle_of(problem.leaves())
+    ours = linear_logprob(
+        problem.hidden,
+        problem.weight,
+        problem.targets,
+        bias=problem.bias,
+        softcap=case.softcap,
+        chunk_rows=case.chunk_rows,
+    )
+    oracle.assert_as_exact("logprobs", ours.detach(), eager.detach(), gold.detach(), ours.dtype)
+    results = [
+        torch.autograd.grad(value, list(leaves.values()), upstream.to(value.dtype))
+        for value, leaves in ((gold, exact), (eager, problem.leaves()), (ours, problem.leaves()))
+    ]
+    for name, gold_gradient, eager_gradient, gradient in zip(exact, *results, strict=True):
+        oracle.assert_as_exact(f"d{name}", gradient, eager_gradient, gold_gradient, dtype)
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=3)), ids=str)
+@pytest.mark.parametrize("chunk_rows", [None, 4])
+def test_every_subset_of_gradients_is_the_same_gradient(wanted: tuple[bool, ...], chunk_rows: int | None) -> None:
+    case = Case("subset", (2, 9, 3), bias=True, chunk_rows=chunk_rows)
+    problem = oracle.make(case, torch.float64)
+    everything = gradients(our_loss("npo live", case, problem), problem)
+    chosen = {}
+    for (name, leaf), want in zip(problem.leaves().items(), wanted, strict=True):
+        leaf.requires_grad_(want)
+        if want:
+            chosen[name] = leaf
+    loss = our_loss("npo live", case, problem)
+    assert loss.requires_grad == any(wanted)
+    if chosen:
+        for name, gradient in zip(chosen, torch.autograd.grad(UPSTREAM * loss, list(chosen.values())), strict=True):
+            torch.testing.assert_close(gradient, everything[name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 2, 3, 5, 8, 100])
+def test_the_chunk_size_changes_nothing_beyond_rounding(chunk_rows: int) -> None:
+    whole = Case("whole", (3, 6, 1, 4), bias=True, chunk_rows=None)
+    cut = Case("cut", whole.lengths, bias=True, chunk_rows=chunk_rows)
+    problem = oracle.make(whole, torch.float32)
+    expected, got = our_loss("npo live", whole, problem), our_loss("npo live", cut, problem)
+    torch.testing.assert_close(got, expected, rtol=2e-6, atol=0)
+    for name, gradient in gradients(got, problem).items():
+        torch.testing.assert_close(gradient, gradients(expected, problem)[name], rtol=2e-5, atol=1e-6)
+
+
+def test_the_packing_order_changes_nothing_beyond_rounding() -> None:
+    case = Case("order", (3, 6, 1, 4), chunk_rows=7)
+    problem = oracle.make(case, torch.float64)
+    order = [2, 0, 3, 1]
+    rows = torch.cat([torch.arange(problem.offsets[s], problem.offsets[s + 1]) for s in order])
+    shuffled_case = Case("shuffled", tuple(case.lengths[s] for s in order), chunk_rows=7)
+    shuffled = oracle.make(shuffled_case, torch.float64)
+    shuffled.weight = problem.weight
+    shuffled.hidden, shuffled.targets = problem.hidden.detach()[rows].requires_grad_(), problem.targets[rows]
+    shuffled.reference_hidden, shuffled.reference_weight = problem.reference_hidden[rows], problem.reference_weight
+    expected, got = our_loss("npo live", case, problem), our_loss("npo live", shuffled_case, shuffled)
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        gradients(got, shuffled)["hidden"], gradients(expected, problem)["hidden"][rows], rtol=1e-12, atol=1e-15
+    )
+
+
+def test_bitwise_repeatable() -> None:
+    case = Case("repeat", (30, 50, 10, 45), vocabulary=997, hidden_size=64, chunk_rows=60)
+    problem = oracle.make(case, torch.float32)
+    losses = [our_loss("npo live", case, problem) for _ in range(3)]
+    grads = [gradients(loss, problem) for loss in losses]
+    for loss, grad in zip(losses[1:], grads[1:], strict=True):
+        assert torch.equal(loss, losses[0])
+        assert all(torch.equal(grad[name], grads[0][name]) for name in grad)
+
+
+def test_coefficients_below_the_smallest_half_precision_number_survive() -> None:
+    """A well forgotten sequence has c ~ 1e-9; with the usual loss scale its gradient is representable in fp16."""
+    case = Case("forgotten", (4, 3), chunk_rows=4)
+    for dtype in (torch.float16, torch.float64):
+        problem = oracle.make(case, dtype)
+        loss = linear_sequence_loss(
+            problem.hidden, problem.weight, problem.targets, problem.offsets, lambda s: s.sums * 1e-9, chunk_rows=4
+        ).loss
+        grads = torch.autograd.grad(loss * 2.0**24, [problem.hidden, problem.weight])
+        if dtype == torch.float16:
+            half = grads
+        else:
+            for got, expected in zip(half, grads, strict=True):
+                torch.testing.assert_close(got.double(), expected, rtol=0.02, atol=2e-5)
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Notes the largest number of elements that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for item in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(item, Tensor):
+                self.largest = max(self.largest, item.numel())
+        return out
+
+
+@pytest.mark.parametrize("op", ["loss", "logprob"])
+def test_no_tensor_of_all_logits_is_ever_alive(op: str) -> None:
+    n, d, v, chunk_rows = 256, 4, 2000, 16
+    hidden = torch.randn(n, d, requires_grad=True)
+    weight = torch.randn(v, d, requires_grad=True)
+    targets = torch.randint(v, (n,))
+    offsets = list(range(0, n + 1, 8))
+    with _LargestTensor() as seen:
+        if op == "loss":
+            reference = ReferenceRows(hidden.detach(), Head(weight.detach()))
+            loss = linear_sequence_loss(
+                hidden,
+                weight,
+                targets,
+                offsets,
+                lambda s: npo_terms(s, beta=0.1),
+                reference=reference,
+                chunk_rows=chunk_rows,
+            ).loss
+        else:
+            loss = linear_logprob(hidden, weight, targets, chunk_rows=chunk_rows).sum()
+        loss.backward()
+    assert seen.largest <= chunk_rows * v
+    assert weight.grad is not None
+
+
+def test_backward_twice_and_a_stride_zero_upstream() -> None:
+    case = Case("twice", (2, 3))
+    problem = oracle.make(case, torch.float64)
+    logprobs = linear_logprob(problem.hidden, problem.weight, problem.targets)
+    first = torch.autograd.grad(logprobs.sum(), problem.weight, retain_graph=True)[0]
+    second = torch.autograd.grad(logprobs, problem.weight, torch.ones(()).double().expand(5))[0]
+    torch.testing.assert_close(first, second)
+    loss = our_loss("simnpo", case, problem)
+    first = torch.autograd.grad(loss, problem.weight, retain_graph=True)[0]
+    second = torch.autograd.grad(3 * loss, problem.weight)[0]
+    torch.testing.assert_close(3 * first, second)
+
+
+def test_strided_inputs() -> None:
+    case = Case("strided", (2, 3))
+    problem = oracle.make(case, torch.float64)
+    expected = gradients(our_loss("simnpo", case, problem), problem)
+    wide = torch.zeros(5, 24, dtype=torch.float64)
+    wide[:, ::2] = problem.hidden.detach()
+    problem.hidden = wide[:, ::2].requires_grad_()
+    problem.weight = problem.weight.detach().T.contiguous().T.requires_grad_()
+    for name, gradient in gradients(our_loss("simnpo", case, problem), problem).items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+def test_empty_batch_is_a_zero_loss_with_zero_gradients() -> None:
+    hidden, weight = torch.randn(0, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    targets = torch.zeros(0, dtype=torch.int64)
+    out = linear_sequence_loss(hidden, weight, targets, [0], lambda s: s.sums)
+    assert out.loss == 0
+    assert out.terms.shape == (0,)
+    logprobs = linear_logprob(hidden, weight, targets)
+    (out.loss + logprobs.sum()).backward()
+    assert hidden.grad is not None
+    assert hidden.grad.shape == (0, 4)
+    assert torch.equal(weight.grad, torch.zeros(7, 4))
+
+
+def test_closed_forms() -> None:
+    """Equal logits give −log V; adding a constant to all logits changes nothing."""
+    v = 11
+    flat = linear_logprob(torch.zeros(3, 4), torch.randn(v, 4), torch.tensor([0, 5, v - 1]))
+    torch.testing.assert_close(flat, torch.full((3,), -torch.log(torch.tensor(float(v)))))
+    hidden, weight, targets = torch.randn(3, 4).double(), torch.randn(v, 4).double(), torch.tensor([0, 5, v - 1])
+    shifted = linear_logprob(hidden, weight, targets, bias=torch.full((v,), 300.0).double())
+    torch.testing.assert_close(shifted, linear_logprob(hidden, weight, targets))
+
+
+def test_the_output_says_what_the_loss_was_made_of() -> None:
+    case = Case("parts", (2, 3, 1), chunk_rows=3)
+    problem = oracle.make(case, torch.float64)
+    out = linear_sequence_loss(
+        problem.hidden,
+        problem.weight,
+        problem.targets,
+        torch.tensor(problem.offsets),
+        lambda s: npo_terms(s, beta=BETA),
+        reference=ReferenceRows(problem.reference_hidden, Head(problem.reference_weight)),
+        chunk_rows=3,
+    )
+    values = oracle.logprobs(problem.hidden, problem.weight, None, problem.targets, None).detach()
+    torch.testing.assert_close(out.logprobs, values)
+    torch.testing.assert_close(out.sequence_logprobs, torch.stack(oracle.sums(values, problem.offsets)))
+    torch.testing.assert_close(out.reference_sums, torch.stack(reference_sums(problem, None)))
+    torch.testing.assert_close(out.terms.sum(), out.loss.detach())
+    assert not out.terms.requires_grad
+
+
+def test_a_loss_that_ignores_the_logprobs_has_no_gradient() -> None:
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    out = linear_sequence_loss(hidden, weight, torch.zeros(3, dtype=torch.int64), [0, 3], lambda s: s.lengths * 0 + 2)
+    out.loss.backward()
+    assert torch.equal(weight.grad, torch.zeros(7, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_casts_as_linear_does(dtype: torch.dtype) -> None:
+    hidden, weight = torch.randn(6, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(50, (6,))
+    with torch.autocast("cpu", dtype):
+        ours = linear_sequence_loss(hidden, weight, targets, [0, 6], lambda s: -s.sums).loss
+        logits = torch.nn.functional.linear(hidden, weight)
+        assert logits.dtype == dtype
+        eager = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+    ours_gradients = torch.autograd.grad(ours, [hidden, weight])
+    for got, expected in zip(ours_gradients, torch.autograd.grad(eager, [hidden, weight]), strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
+
+
+def _arguments() -> dict[str, object]:
+    return {
+        "hidden": torch.randn(3, 4),
+        "weight": torch.randn(7, 4),
+        "targets": torch.tensor([0, 1, 6]),
+        "row_offsets": [0, 3],
+        "terms": lambda s: s.sums,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden": torch.randn(3, 5)}, ValueError, r"`hidden`: expected shape \(N, 4\), got \(3, 5\)"),
+        ({"hidden": torch.randn(1, 3, 4)}, ValueError, "`hidden`: expected shape"),
+        ({"hidden": torch.ones(3, 4, dtype=torch.int64)}, TypeError, "`hidden`: expected dtype"),
+        ({"weight": torch.randn(7, 4).bfloat16()}, TypeError, "`weight`: expected dtype torch.float32, got torch.bf"),
+        ({"bias": torch.randn(6)}, ValueError, r"`bias`: expected shape \(7\)"),
+        ({"targets": torch.tensor([0, 1, 6], dtype=torch.int32)}, TypeError, "`targets`: expected dtype torch.int64"),
+        ({"targets": torch.tensor([0, 1])}, ValueError, r"`targets`: expected shape \(3\)"),
+        ({"targets": torch.tensor([0, 1, 7])}, ValueError, r"token ids in 0 .. 6 .* got 7"),
+        ({"targets": torch.tensor([0, -100, 6])}, ValueError, r"token ids in 0 .. 6 .* got -100"),
+        ({"row_offsets": [0, 2]}, ValueError, "`row_offsets`: expected to run from 0 to 3"),
+        ({"row_offsets": []}, ValueError, "got no entries"),
+        ({"row_offsets": [0, 1, 1, 3]}, ValueError, "sequence 1; drop sequences without a label"),
+        ({"terms": lambda s: s.logprobs}, ValueError, "one loss term for each of 1 sequences"),
+        ({"reference_sums": torch.zeros(2)}, ValueError, "`reference_sums`: expected shape"),
+        ({"reference": ReferenceRows(torch.randn(2, 4), Head(torch.randn(7, 4)))}, ValueError, "whole, got 2 rows"),
+        (
+            {
+                "reference": ReferenceRows(torch.randn(3, 4), Head(torch.randn(7, 4))),
+                "reference_sums": torch.zeros(1),
+            },
+            ValueError,
+            "got both",
+        ),
+        (
+            {"reference": ReferenceRows(torch.randn(3, 4), Head(torch.randn(5, 4)))},
+            ValueError,
+            r"token ids in 0 .. 4",
+        ),
+        ({"softcap": 0.0}, ValueError, "`softcap`: expected a positive number"),
+        ({"chunk_rows": 0}, ValueError, "`chunk_rows`: expected at least 1"),
+        ({"backend": "cuda"}, ValueError, "`backend`: expected one of 'auto'"),
+        ({"backend": "triton"}, ValueError, "not part of this build"),
+    ],
+)
+def test_bad_input_is_refused(change: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        linear_sequence_loss(**{**_arguments(), **change})  # type: ignore[arg-type]
