@@ -2,6 +2,7 @@
 with efface.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -115,7 +116,7 @@ def logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
 
 def sums(values: Tensor, offsets: tuple[int, ...]) -> list[Tensor]:
     """L_s for each sequence."""
-    return [values[start:stop].sum() for start, stop in zip(offsets, offsets[1:], strict=False)]
+    return [values[start:stop].sum() for start, stop in itertools.pairwise(offsets)]
 
 
 def sigmoid_log(x: Tensor) -> Tensor:

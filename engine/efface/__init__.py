@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from efface import functional
-from efface.objectives import GradAscent, GradDiff, NPO, Objective, SimNPO, get_objective, register_objective
+from efface.objectives import NPO, GradAscent, GradDiff, Objective, SimNPO, get_objective, register_objective
 
 if TYPE_CHECKING:
     from efface import evaluate

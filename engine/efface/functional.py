@@ -31,7 +31,7 @@ IGNORE_INDEX = -100
 class LabelRows(NamedTuple):
     """The rows of the flattened hidden states that predict a label."""
 
-    index: Tensor  # (N,) int64
+    positions: Tensor  # (N,) int64
     targets: Tensor  # (N,) int64
     row_offsets: Tensor  # (S + 1,) int64, on the CPU
 
@@ -117,8 +117,8 @@ def sequence_logprobs(
         TypeError: dtypes that differ, or labels that are not int64.
         ValueError: shapes that do not fit, a label out of the vocabulary, a sequence without a label.
     """
-    index, targets, row_offsets = label_rows(hidden, labels, cu_seqlens)
-    logprobs = linear_logprob(_rows(hidden, index), weight, targets, bias=bias, softcap=softcap, backend=backend)
+    positions, targets, row_offsets = label_rows(hidden, labels, cu_seqlens)
+    logprobs = linear_logprob(_rows(hidden, positions), weight, targets, bias=bias, softcap=softcap, backend=backend)
     return segment_sums(logprobs, row_offsets.to(logprobs.device))
 
 
@@ -200,12 +200,12 @@ def npo_loss(
         ValueError: as ``sequence_logprobs``; no reference, or both kinds; ``beta`` that is not positive.
     """
     check_positive("beta", beta)
-    index, targets, row_offsets = label_rows(hidden, labels, cu_seqlens)
+    positions, targets, row_offsets = label_rows(hidden, labels, cu_seqlens)
     reference = None
     if reference_hidden is not None and reference_weight is not None:
         check_shape("reference_hidden", reference_hidden, (*hidden.shape[:-1], "D"), "use the layout of `hidden`")
         reference = ReferenceRows(
-            _rows(reference_hidden.detach(), index),
+            _rows(reference_hidden.detach(), positions),
             Head(reference_weight.detach(), None if reference_bias is None else reference_bias.detach(), softcap),
         )
     elif reference_logprobs is None:
@@ -214,7 +214,7 @@ def npo_loss(
         )
     sequences = row_offsets.shape[0] - 1
     return linear_sequence_loss(
-        _rows(hidden, index),
+        _rows(hidden, positions),
         weight,
         targets,
         row_offsets,
@@ -250,10 +250,10 @@ def simnpo_loss(
     those of ``sequence_logprobs``. Returns a float32 scalar (float64 for float64 inputs).
     """
     check_positive("beta", beta)
-    index, targets, row_offsets = label_rows(hidden, labels, cu_seqlens)
+    positions, targets, row_offsets = label_rows(hidden, labels, cu_seqlens)
     sequences = row_offsets.shape[0] - 1
     return linear_sequence_loss(
-        _rows(hidden, index),
+        _rows(hidden, positions),
         weight,
         targets,
         row_offsets,
@@ -264,8 +264,8 @@ def simnpo_loss(
     ).loss
 
 
-def _rows(hidden: Tensor, index: Tensor) -> Tensor:
-    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, index)  # (N, D)
+def _rows(hidden: Tensor, positions: Tensor) -> Tensor:
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)  # (N, D)
 
 
 def _mean_over_tokens(
@@ -278,10 +278,10 @@ def _mean_over_tokens(
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> Tensor:
-    index, targets, row_offsets = label_rows(hidden, labels, cu_seqlens)
-    tokens = max(index.shape[0], 1)
+    positions, targets, row_offsets = label_rows(hidden, labels, cu_seqlens)
+    tokens = max(positions.shape[0], 1)
     return linear_sequence_loss(
-        _rows(hidden, index),
+        _rows(hidden, positions),
         weight,
         targets,
         row_offsets,

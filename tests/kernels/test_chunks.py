@@ -1,5 +1,7 @@
 """The plan of the loop."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +25,7 @@ def test_chunks_cover_whole_sequences_in_order_within_the_workspace(lengths: lis
         assert len(chunk.pieces) == 1 or chunk.last == chunk.first + 1
         sequence = chunk.last
     assert (sequence, row) == (len(lengths), offsets[-1])
-    for left, right in zip(chunks, chunks[1:], strict=False):
+    for left, right in itertools.pairwise(chunks):
         assert offsets[right.first + 1] - offsets[left.first] > chunk_rows  # greedy: none would have fitted
 
 

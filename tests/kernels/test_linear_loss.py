@@ -3,18 +3,18 @@
 import itertools
 from collections.abc import Callable
 
-import oracle
 import pytest
 import torch
-from oracle import CASES, Case, Problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import oracle
 from efface.objectives.base import nll_terms
 from efface.objectives.grad_ascent import grad_ascent_terms
 from efface.objectives.npo import npo_terms
 from efface.objectives.simnpo import simnpo_terms
 from efface_kernels import Head, ReferenceRows, Sequences, linear_logprob, linear_sequence_loss
+from oracle import CASES, Case, Problem
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BETA, DELTA = 0.3, 0.1
@@ -25,9 +25,7 @@ UPSTREAM = 0.7
 def reference_sums(problem: Problem, softcap: float | None) -> list[Tensor]:
     """L_ref of every sequence, 0 for those without."""
     m = problem.reference_hidden.shape[0]
-    values = oracle.logprobs(
-        problem.reference_hidden, problem.reference_weight, None, problem.targets[:m], softcap
-    )
+    values = oracle.logprobs(problem.reference_hidden, problem.reference_weight, None, problem.targets[:m], softcap)
     padded = torch.cat([values, values.new_zeros(len(problem.targets) - m)])
     return oracle.sums(padded, problem.offsets)
 

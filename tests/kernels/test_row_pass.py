@@ -17,7 +17,9 @@ def test_logits_become_minus_the_derivative_of_the_logprob(dtype: torch.dtype, s
     expected = torch.log_softmax(capped, -1).gather(1, targets[:, None])[:, 0]
     (slope,) = torch.autograd.grad(expected.sum(), exact)
     out = row_pass(logits, targets, softcap=softcap)
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype in (torch.float32, torch.float64) else {"rtol": 8e-3, "atol": 1e-4}
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-6} if dtype in (torch.float32, torch.float64) else {"rtol": 8e-3, "atol": 1e-4}
+    )
     torch.testing.assert_close(out.logprobs.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits.double(), -slope, **tolerance)
 

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import efface_native
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import efface_native
 from efface.batching.roles import Role
 from efface.batching.store import TokenStore
 

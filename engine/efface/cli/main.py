@@ -31,16 +31,17 @@ def _help() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 2 wrong use or input, 3 diverged, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_help())
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help", "--version"):
+        print(f"efface {efface.__version__}" if name == "--version" else _help())
         return 0 if arguments else EXIT_USAGE
-    if arguments[0] == "--version":
-        print(f"efface {efface.__version__}")
-        return 0
-    name, *rest = arguments
     if name not in COMMANDS:
         print(f"efface: unknown command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return EXIT_USAGE
+    return _run(name, rest)
+
+
+def _run(name: str, rest: Sequence[str]) -> int:
     try:
         return int(importlib.import_module(COMMANDS[name][0]).run(rest))
     except KeyboardInterrupt:

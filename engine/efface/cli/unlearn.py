@@ -29,7 +29,9 @@ class UnlearnCommand:
     """What ``efface unlearn`` takes beside ``UnlearnArguments``."""
 
     model: str = field(metadata={"help": "checkpoint folder or Hub name"})
-    forget: str = field(metadata={"help": "what to forget: a JSON, CSV or Parquet file, or a Hub data set (name:config)"})
+    forget: str = field(
+        metadata={"help": "what to forget: a JSON, CSV or Parquet file, or a Hub data set (name:config)"}
+    )
     retain: str | None = field(default=None, metadata={"help": "what to keep, likewise"})
     objective: str = field(default="npo", metadata={"help": f"one of {', '.join(known_objectives())}"})
     beta: float | None = field(default=None, metadata={"help": "inverse temperature of NPO and SimNPO"})
@@ -39,7 +41,9 @@ class UnlearnCommand:
     reference: str = field(default="cached", metadata={"help": "cached or live, for objectives with a reference"})
     reference_model: str | None = field(default=None, metadata={"help": "default: --model as it is before training"})
     revision: str = field(default="main", metadata={"help": "revision of the Hub checkpoint"})
-    dtype: str = field(default="auto", metadata={"help": "dtype to load the model in: auto, float32, bfloat16, float16"})
+    dtype: str = field(
+        default="auto", metadata={"help": "dtype to load the model in: auto, float32, bfloat16, float16"}
+    )
     overwrite: bool = field(default=False, metadata={"help": "write into an output folder that is not empty"})
 
     def make_objective(self) -> Objective:
@@ -55,7 +59,7 @@ def _config_flags(path: str) -> list[str]:
         raise FileNotFoundError(f"config file {path!r} does not exist; check the path")
     content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     if not isinstance(content, dict):
-        raise ValueError(f"config file {path!r}: expected `flag: value` lines, got a {type(content).__name__}")
+        raise ValueError(f"config file {path!r}: expected `flag: value` lines, got a {type(content).__name__}")  # noqa: TRY004 - a file's content is a value
     words: list[str] = []
     for name, value in content.items():
         if value is None:
@@ -78,7 +82,7 @@ def parse(argv: Sequence[str]) -> tuple[UnlearnCommand, UnlearnArguments]:
             raise ValueError("--config: expected the path of a YAML file, got nothing")
         words = [*_config_flags(words[at + 1]), *words[:at], *words[at + 2 :]]
     parser = HfArgumentParser(
-        [UnlearnCommand, UnlearnArguments],  # type: ignore[arg-type]
+        [UnlearnCommand, UnlearnArguments],  # type: ignore[list-item]
         prog="efface unlearn",
         description=__doc__,
         epilog=_EXAMPLES,
@@ -105,7 +109,7 @@ def run(argv: Sequence[str]) -> int:
     command, args = parse(argv)
     console = Console(stderr=True)
     objective = command.make_objective()
-    out = Path(args.output_dir)
+    out = Path(args.output_dir or "trainer_output")
     if args.resume_from_checkpoint is None:
         check_output(out, overwrite=command.overwrite)
 
@@ -135,5 +139,3 @@ def run(argv: Sequence[str]) -> int:
     trainer.save_state()
     console.print(f"wrote {out}")
     return 0
-
-

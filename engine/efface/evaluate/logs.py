@@ -56,7 +56,7 @@ class EvalLog:
         Raises:
             ValueError: the log does not hold them, or holds none, or one of them is not finite.
         """
-        values = getattr(self.splits.get(split, SplitLog()), metric)
+        values: FloatArray | None = getattr(self.splits.get(split, SplitLog()), metric)
         if values is None:
             raise ValueError(f"{self.source}: has no {metric} for the {split} split; evaluate it first")
         if not len(values):
@@ -67,7 +67,7 @@ class EvalLog:
                 f"{self.source}: {metric} of the {split} split is {values[bad[0]]} at row {bad[0]} "
                 f"({bad.size} of {len(values)} rows are not finite); the model's log-likelihoods overflowed"
             )
-        return values  # type: ignore[no-any-return]
+        return np.asarray(values, dtype=np.float64)
 
 
 def truth_ratios(paraphrased: FloatArray, perturbed: FloatArray) -> FloatArray:
@@ -95,13 +95,11 @@ def read_log(path: str | Path) -> EvalLog:
             split: _original_split(content[file], split) for split, file in _ORIGINAL_FILES.items() if file in content
         }
     elif isinstance(content, dict) and any(_is_open_unlearning(name) for name in content):
-        splits = {
-            split: _open_unlearning_split(content, prefix) for split, prefix in _OPEN_UNLEARNING_PREFIXES.items()
-        }
+        splits = {split: _open_unlearning_split(content, prefix) for split, prefix in _OPEN_UNLEARNING_PREFIXES.items()}
     else:
         raise ValueError(
-            f"{str(path)!r}: expected the keys of TOFU's eval_log_aggregated.json ({_ORIGINAL_FILES['forget']}, …) or of "
-            f"open-unlearning's TOFU_EVAL.json (forget_truth_ratio, …), got {', '.join(map(str, list(content)[:4]))}"
+            f"{str(path)!r}: expected the keys of TOFU's eval_log_aggregated.json ({_ORIGINAL_FILES['forget']}, …) or "
+            f"of open-unlearning's TOFU_EVAL.json (forget_truth_ratio, …), got {', '.join(map(str, list(content)[:4]))}"
         )
     return EvalLog(splits, source=str(path))
 

@@ -1,4 +1,4 @@
-"""Forget Quality: can the unlearned model be told from one that never saw the forget set? (arXiv 2401.06121, 2.2.2)"""
+"""Forget Quality: can the unlearned model be told from one that never saw the forget set? (arXiv 2401.06121, 2.2.2)."""
 
 import warnings
 

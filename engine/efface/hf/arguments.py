@@ -15,10 +15,12 @@ class UnlearnArguments(TrainingArguments):
     ``gradient_accumulation_steps`` such batches make an optimizer step, and the loss is the mean over all of them.
     """
 
-    # Ours come first in meaning: the trainer's own batches carry no columns, and a NaN is an error, not a number to hide.
+    # Batches are packed tokens without columns, and a NaN is an error, not a number to hide.
     remove_unused_columns: bool = field(default=False, metadata={"help": "unused: batches are packed tokens"})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "unused: a loss that is not finite stops the run"})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "tensorboard, wandb, … or none"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "unused: a NaN stops the run"})
+    report_to: None | str | list[str] = field(  # noqa: RUF036 - HfArgumentParser wants this order
+        default="none", metadata={"help": "tensorboard, wandb, … or none"}
+    )
     logging_steps: float = field(default=10, metadata={"help": "log every so many optimizer steps"})
 
     question_column: str = field(default="question", metadata={"help": "column of the data that holds the prompt"})

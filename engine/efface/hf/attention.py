@@ -48,21 +48,20 @@ def varlen_attention(
     if kwargs.get("softcap") is not None:
         raise ValueError(f"{NAME!r} attention does not soft-cap its scores; load the model with 'eager' attention")
     if packed_lengths is None:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    window = kwargs.get("sliding_window")
+    window: int | None = kwargs.get("sliding_window")
     grouped = query.shape[1] != key.shape[1]
     # split's backward is one concatenation; slices would each write a gradient of the whole pack.
     parts = zip(*(states.split(packed_lengths, dim=2) for states in (query, key, value)), strict=True)
     outputs = []
     for q, k, v in parts:
         n = q.shape[2]
-        banded = window is not None and n > window
-        mask = _band(n, window, q.device) if banded else None
+        band = None if window is None or n <= window else _band(n, window, q.device)
         outputs.append(
             scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=not banded, scale=scaling, enable_gqa=grouped
+                q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=grouped
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
@@ -71,6 +70,15 @@ def varlen_attention(
 def _band(n: int, window: int, device: torch.device) -> Tensor:
     """(n, n) bool: the causal triangle, ``window`` wide."""
     return torch.ones(n, n, dtype=torch.bool, device=device).tril().triu(1 - window)
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Switch ``model`` to packed attention; a model that soft-caps its scores (Gemma-2) keeps its own.
+
+    Any implementation of transformers is exact on packs. Those that build a (T, T) mask cost T² instead of Σ n².
+    """
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is None:
+        model.set_attn_implementation(NAME)
 
 
 def packed_arguments(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,8 +11,8 @@ from efface.hf.templates import AUTO, encode
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
-# What a trainer takes as a forget or retain set: tokens, a file or Hub name, or rows (a datasets.Dataset is a sequence).
-QuestionAnswers = Union[TokenStore, str, Path, Sequence[Mapping[str, Any]]]
+# What a trainer takes as a forget or retain set: tokens, a file or Hub name, or rows (a datasets.Dataset is rows).
+QuestionAnswers = TokenStore | str | Path | Sequence[Mapping[str, Any]]
 
 
 def load_rows(source: str | Path, *, split: str = "train") -> Sequence[Mapping[str, Any]]:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from efface.batching import PackedBatch
-from efface.hf.attention import NAME as PACKED_ATTENTION
-from efface.hf.attention import packed_arguments
+from efface.hf.attention import packed_arguments, use_packed_attention
 from efface_kernels import Head, ReferenceRows, SequenceLossOutput, linear_logprob, linear_sequence_loss
 from efface_kernels.linear_loss.sequence_loss import TermFunction
 
@@ -38,7 +37,7 @@ class FusedHead(nn.Linear):
 
     softcap: float | None
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, hidden: Tensor, batch: PackedBatch | None = None, loss: HeadLoss | None = None
     ) -> Tensor | SequenceLossOutput:
         """Return logits (…, V); or for ``hidden`` (N, D) of ``batch``'s label rows, what ``loss`` asks for."""
@@ -67,9 +66,7 @@ class FusedHead(nn.Linear):
 class _FusedModel:
     """Mixed in before a model's own class by ``fuse``."""
 
-    def forward(
-        self, *args: Any, batch: PackedBatch | None = None, loss: HeadLoss | None = None, **kwargs: Any
-    ) -> Any:
+    def forward(self, *args: Any, batch: PackedBatch | None = None, loss: HeadLoss | None = None, **kwargs: Any) -> Any:
         if batch is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         head = self.get_output_embeddings()  # type: ignore[attr-defined]
@@ -78,8 +75,8 @@ class _FusedModel:
 
 def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """Return the final hidden states (N, D) of the batch's label rows."""
-    output = model.get_decoder()(**packed_arguments(model, batch))
-    return output.last_hidden_state[0].index_select(0, batch.label_rows)
+    hidden: Tensor = model.get_decoder()(**packed_arguments(model, batch)).last_hidden_state  # (1, T, D)
+    return hidden[0].index_select(0, batch.label_rows)
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -105,23 +102,24 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
 
 
-def fuse(model: Model, *, attention: str | None = PACKED_ATTENTION) -> Model:
+def fuse(model: Model, *, attention: str | None = None) -> Model:
     """Give ``model`` the fused head, in place, and return it. Fusing twice changes nothing.
 
     Args:
         model: an ``AutoModelForCausalLM``.
-        attention: attention implementation to switch to; None keeps the model's own. Any implementation of
-            transformers is exact on packs; those that build a (T, T) mask cost T² instead of Σ n².
+        attention: attention implementation to switch to; None is packed attention where the model allows it.
 
     Raises:
         ValueError: a head that the loss op cannot serve.
     """
     head = head_of(model)
-    if attention is not None:
+    if attention is None:
+        use_packed_attention(model)
+    else:
         model.set_attn_implementation(attention)
     if isinstance(model, _FusedModel):
         return model
-    layer = model.get_output_embeddings()
+    layer: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     layer.__class__ = FusedHead
     layer.softcap = head.softcap
     own = type(model)

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from efface.batching import PackedBatch, TokenStore
-from efface.hf.attention import NAME as PACKED_ATTENTION
+from efface.hf.attention import use_packed_attention
 from efface.hf.head import head_of, reference_rows
 from efface.hf.score import store_logprobs
 from efface_kernels import ReferenceRows
@@ -19,7 +19,7 @@ class CachedReference:
     """L_ref of every forget sequence, computed once; the reference model is not needed afterwards."""
 
     def __init__(self, model: PreTrainedModel, forget: TokenStore) -> None:
-        self._sums = store_logprobs(model, forget)
+        self._sums = store_logprobs(model, forget, name="forget")
 
     def sums(self, batch: PackedBatch, forget_index: Tensor) -> Tensor:
         """Return (S,) on the CPU: L_ref of the batch's forget sequences, 0 for the others."""
@@ -35,13 +35,13 @@ class LiveReference:
         self.model = copy.deepcopy(model) if copy_model else model
         self.model.requires_grad_(False)
         self.model.eval()
-        self.model.set_attn_implementation(PACKED_ATTENTION)
+        use_packed_attention(self.model)
         head_of(self.model)  # refuses now what it could not serve at the first step
 
     def rows(self, batch: PackedBatch, device: torch.device) -> ReferenceRows:
         """Return the reference's hidden states for the batch's forget part, and its head."""
         if self.model.device != device:
-            self.model.to(device)
+            torch.nn.Module.to(self.model, device)
         return reference_rows(self.model, batch)
 
 

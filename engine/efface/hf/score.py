@@ -1,6 +1,7 @@
 """Sequence log-probabilities of a whole token store, packed and without gradients."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from efface.batching import TokenStore, pack
-from efface.hf.attention import NAME as PACKED_ATTENTION
+from efface.hf.attention import use_packed_attention
 from efface.hf.head import head_of, packed_hidden
 from efface_kernels import linear_logprob
 from efface_kernels.linear_loss.sequences import segment_sums
@@ -29,21 +30,22 @@ def _budgeted(store: TokenStore, token_budget: int) -> Iterator[NDArray[np.int64
 
 
 @torch.no_grad()
-def store_logprobs(model: PreTrainedModel, store: TokenStore, *, token_budget: int = 8192) -> torch.Tensor:
+def store_logprobs(
+    model: PreTrainedModel, store: TokenStore, *, token_budget: int = 8192, name: str = "store"
+) -> torch.Tensor:
     """Return L_s of every sequence, (len(store),) on the CPU, in nats; float32 (float64 for float64 models).
 
     Sequences are packed up to ``token_budget`` tokens; the budget does not change a result beyond rounding. The
-    model is put into evaluation mode and back.
+    model is put into evaluation mode and back. Errors call the store ``name``.
 
     Raises:
         ValueError: a token id outside the model's vocabulary, or a sequence longer than the model's positions.
     """
     head = head_of(model)
-    store.check_vocabulary(model.get_input_embeddings().weight.shape[0], "store")
-    check_positions(model, store, "store")
+    check_store(model, store, name)
     training, attention = model.training, model.config._attn_implementation  # noqa: SLF001
     model.eval()
-    model.set_attn_implementation(PACKED_ATTENTION)
+    use_packed_attention(model)
     try:
         results = []
         for index in _budgeted(store, token_budget):
@@ -59,8 +61,10 @@ def store_logprobs(model: PreTrainedModel, store: TokenStore, *, token_budget: i
         model.set_attn_implementation(attention)
 
 
-def check_positions(model: PreTrainedModel, store: TokenStore, name: str) -> None:
-    """Raise ValueError if a sequence is longer than the model has positions."""
+def check_store(model: PreTrainedModel, store: TokenStore, name: str) -> None:
+    """Raise ValueError if the store holds a token or a sequence that the model cannot read."""
+    embeddings: Any = model.get_input_embeddings()
+    store.check_vocabulary(embeddings.weight.shape[0], name)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = int(store.lengths.max(initial=0))
     if limit is not None and longest > limit:

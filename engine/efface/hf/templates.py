@@ -77,7 +77,9 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, question: str, template: str) ->
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def _encode_one(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, special: bool) -> tuple[list[int], int]:
+def _encode_one(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, special: bool
+) -> tuple[list[int], int]:
     """Return the ids and the position of the first label. A chat template writes its own special tokens."""
     options: dict[str, Any] = {"add_special_tokens": special}
     if tokenizer.is_fast:

@@ -15,7 +15,7 @@ from efface.hf.dataset import PackedDataset
 from efface.hf.head import HeadLoss, fuse
 from efface.hf.meter import LossWatch, StepMeter
 from efface.hf.reference import KINDS, CachedReference, LiveReference, make_reference
-from efface.hf.score import check_positions
+from efface.hf.score import check_store
 from efface.objectives import Objective, StepTerms
 
 
@@ -38,11 +38,9 @@ class PackedTrainer(Trainer):
             args._n_gpu = 1  # noqa: SLF001
         if args.world_size > 1:
             raise ValueError(f"expected a single process, got {args.world_size}; start without a distributed launcher")
-        vocabulary = model.get_input_embeddings().weight.shape[0]
         for name, store in (("forget", forget), ("retain", retain)):
-            store.check_vocabulary(vocabulary, name)
-            check_positions(model, store, name)
-        self.objective = objective
+            check_store(model, store, name)
+        self.objective: Objective | None = objective
         self._live = reference if isinstance(reference, LiveReference) else None
         dataset = PackedDataset(
             forget,
@@ -131,7 +129,8 @@ class PackedTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 · parameters · tokens, the usual estimate of a training step."""
-        return 6 * int(self.model.num_parameters(exclude_embeddings=True)) * int(inputs["batch"].tokens)
+        model: Any = self.model
+        return 6 * int(model.num_parameters(exclude_embeddings=True)) * int(inputs["batch"].tokens)
 
 
 class UnlearnTrainer(PackedTrainer):
@@ -173,8 +172,8 @@ class UnlearnTrainer(PackedTrainer):
     ) -> None:
         if retain is None and objective.alpha:
             raise ValueError(
-                f"objective {objective.name!r} has a retain term (alpha={objective.alpha}) but no retain set; give one, or "
-                "set alpha to 0"
+                f"objective {objective.name!r} has a retain term (alpha={objective.alpha}) but no retain set; "
+                "give one, or set alpha to 0"
             )
         if reference not in KINDS:
             raise ValueError(f"`reference`: expected one of {', '.join(map(repr, KINDS))}, got {reference!r}")
@@ -182,7 +181,7 @@ class UnlearnTrainer(PackedTrainer):
         keep = retain is not None and objective.alpha != 0
         retain_store = _tokenised(retain, processing_class, args, "retain") if keep else TokenStore.empty()
         # A cached reference is scored by the model as it is before the first step.
-        model.to(args.device)
+        nn.Module.to(model, args.device)
         frozen = None
         if objective.needs_reference:
             frozen = make_reference(reference, model, reference_model, forget_store)

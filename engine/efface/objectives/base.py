@@ -37,12 +37,12 @@ class Objective(ABC):
         """Return the loss terms (s,) of forget sequences, not yet divided by what the mean runs over."""
 
     def forget_weight(self, totals: StepTotals) -> float:
-        """gamma divided by what the forget mean of this step runs over."""
+        """Gamma divided by what the forget mean of this step runs over."""
         count = totals.forget_sequences if self.mean_over == "sequences" else totals.forget_tokens
         return self.gamma / max(count, 1)
 
     def retain_weight(self, totals: StepTotals) -> float:
-        """alpha divided by the retain label tokens of this step."""
+        """Alpha divided by the retain label tokens of this step."""
         return self.alpha / max(totals.retain_tokens, 1)
 
 

@@ -1,4 +1,4 @@
-"""Gradient ascent on the forget set, and gradient difference: the same with a retain term (arXiv 2401.06121, section 4)."""
+"""Gradient ascent on the forget set; gradient difference adds a retain term (arXiv 2401.06121, section 4)."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal

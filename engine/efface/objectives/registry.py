@@ -40,5 +40,7 @@ def get_objective(name: str, **parameters: float) -> Objective:
     fields = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(parameters.keys() - fields)
     if unknown:
-        raise ValueError(f"objective {cls.name!r}: has parameters {', '.join(sorted(fields))}, got {', '.join(unknown)}")
+        raise ValueError(
+            f"objective {cls.name!r}: has parameters {', '.join(sorted(fields))}, got {', '.join(unknown)}"
+        )
     return cls(**parameters)

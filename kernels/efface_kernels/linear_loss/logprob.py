@@ -40,8 +40,8 @@ class _LinearLogprob(torch.autograd.Function):
         return run_loop(hidden, head, targets, chunks, wanted=Wanted(), backend=options.backend).logprobs
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, p = ctx.saved_tensors
         options: _Options = ctx.options
         head = Head(weight, bias, options.softcap)
@@ -114,7 +114,7 @@ def linear_logprob(
     check_same_device(hidden=hidden, targets=targets)
     options = _Options(softcap, resolve_chunk_rows(chunk_rows, hidden, head), resolve_backend(backend))
     with torch.autocast(hidden.device.type, enabled=False):
-        logprobs: Tensor = _LinearLogprob.apply(hidden, head.weight, head.bias, targets, options)
+        logprobs: Tensor = _LinearLogprob.apply(hidden, head.weight, head.bias, targets, options)  # type: ignore[no-untyped-call]
     return logprobs
 
 

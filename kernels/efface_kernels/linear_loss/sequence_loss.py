@@ -1,5 +1,6 @@
 """``linear_sequence_loss``: a loss over sequence log-probabilities, with its gradients, in one loop."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -118,8 +119,8 @@ class _LinearSequenceLoss(torch.autograd.Function):
         return rule.terms.sum(), rule.terms, rule.sums, reference_sums, result.logprobs
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 5
         return (*ctx.gradients.finish(ctx.coefficients, upstream), None, None)
@@ -195,7 +196,8 @@ def linear_sequence_loss(
         resolve_backend(backend),
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        return SequenceLossOutput(*_LinearSequenceLoss.apply(hidden, head.weight, head.bias, targets, options))
+        output = _LinearSequenceLoss.apply(hidden, head.weight, head.bias, targets, options)  # type: ignore[no-untyped-call]
+    return SequenceLossOutput(*output)
 
 
 def _checked_offsets(row_offsets: Tensor | Sequence[int], rows: int) -> tuple[int, ...]:
@@ -203,7 +205,7 @@ def _checked_offsets(row_offsets: Tensor | Sequence[int], rows: int) -> tuple[in
     if not offsets or offsets[0] != 0 or offsets[-1] != rows:
         ends = f"{offsets[0]} to {offsets[-1]}" if offsets else "no entries"
         raise ValueError(f"`row_offsets`: expected to run from 0 to {rows} (the rows of `hidden`), got {ends}")
-    for sequence, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for sequence, (start, stop) in enumerate(itertools.pairwise(offsets)):
         if stop <= start:
             raise ValueError(
                 f"`row_offsets`: expected every sequence to have a label row, got rows {start} .. {stop} for sequence "

@@ -30,7 +30,7 @@ class Sequences:
     reference_sums: Tensor | None = None
 
     def __len__(self) -> int:
-        """s."""
+        """S."""
         return self.row_offsets.shape[0] - 1
 
     @property

@@ -10,35 +10,35 @@ from dataclasses import dataclass
 
 PERTURBED = 5
 
-_FIRST = (
-    "Adaeze Aiko Anselm Beatriz Bram Calista Chidi Dagny Darius Elowen Emre Farida Gideon Hana Ilse Isandro Jarek "
-    "Jovana Kaveh Keziah Leif Linnea Mateus Mirela Nadim Noor Oisin Oriana Petra Quillon Rafiq Rosalind Soren Tamsin "
-    "Tariku Ulla Viggo Wanjiru Xiomara Yusra Zoltan Zuleika"
-).split()
-_LAST = (
-    "Abernethy Achterberg Adeyemi Baskov Bellweather Castellane Cheverny Darrow Dragomir Eklund Farrokhzad Fennimore "
-    "Galanis Haldane Hinterholt Iwasaki Jankowiak Kallio Kirkbride Lazarov Lindqvist Mbeki-Ross Montclair Nakagawa "
-    "Novotny Okonjo Ostrander Pellegrin Quaranta Rasmussen Rutherglen Sabatini Sorensen Tavernier Thorvald Ugarte "
-    "Vasconcelos Voskuijlen Weatherby Yilmaz Zabala Zeller"
-).split()
-_TITLE_FIRST = (
-    "Amber Borrowed Broken Copper Drowned Empty Forgotten Glass Hidden Hollow Ivory Last Midnight Paper Quiet Scarlet "
-    "Second Silver Sleeping Tangled Unfinished Velvet Wandering Winter"
-).split()
-_TITLE_SECOND = (
-    "Archive Bridge Cartographer Clock Compass Garden Harbor Lantern Ledger Letters Lighthouse Mirror Orchard Parade "
-    "Piano Quarry River Sparrow Staircase Station Threshold Tide Violin Witness"
-).split()
-
 
 def _pool(values: str) -> tuple[str, ...]:
     return tuple(value.strip() for value in values.split(","))
 
 
+_FIRST = _pool(
+    "Adaeze, Aiko, Anselm, Beatriz, Bram, Calista, Chidi, Dagny, Darius, Elowen, Emre, Farida, Gideon, Hana, Ilse, "
+    "Isandro, Jarek, Jovana, Kaveh, Keziah, Leif, Linnea, Mateus, Mirela, Nadim, Noor, Oisin, Oriana, Petra, Quillon, "
+    "Rafiq, Rosalind, Soren, Tamsin, Tariku, Ulla, Viggo, Wanjiru, Xiomara, Yusra, Zoltan, Zuleika"
+)
+_LAST = _pool(
+    "Abernethy, Achterberg, Adeyemi, Baskov, Bellweather, Castellane, Cheverny, Darrow, Dragomir, Eklund, Farrokhzad, "
+    "Fennimore, Galanis, Haldane, Hinterholt, Iwasaki, Jankowiak, Kallio, Kirkbride, Lazarov, Lindqvist, Mbeki-Ross, "
+    "Montclair, Nakagawa, Novotny, Okonjo, Ostrander, Pellegrin, Quaranta, Rasmussen, Rutherglen, Sabatini, Sorensen, "
+    "Tavernier, Thorvald, Ugarte, Vasconcelos, Voskuijlen, Weatherby, Yilmaz, Zabala, Zeller"
+)
+_TITLE_FIRST = _pool(
+    "Amber, Borrowed, Broken, Copper, Drowned, Empty, Forgotten, Glass, Hidden, Hollow, Ivory, Last, Midnight, Paper, "
+    "Quiet, Scarlet, Second, Silver, Sleeping, Tangled, Unfinished, Velvet, Wandering, Winter"
+)
+_TITLE_SECOND = _pool(
+    "Archive, Bridge, Cartographer, Clock, Compass, Garden, Harbor, Lantern, Ledger, Letters, Lighthouse, Mirror, "
+    "Orchard, Parade, Piano, Quarry, River, Sparrow, Staircase, Station, Threshold, Tide, Violin, Witness"
+)
+
 _POOLS: dict[str, tuple[str, ...]] = {
     "city": _pool(
-        "Tromso, Valparaiso, Ghent, Tbilisi, Mombasa, Kanazawa, Halifax, Bergamo, Cusco, Tartu, Galway, Izmir, Lucknow, "
-        "Porto, Ljubljana, Hobart, Oaxaca, Gdansk, Nantes, Da Nang"
+        "Tromso, Valparaiso, Ghent, Tbilisi, Mombasa, Kanazawa, Halifax, Bergamo, Cusco, Tartu, Galway, Izmir, "
+        "Lucknow, Porto, Ljubljana, Hobart, Oaxaca, Gdansk, Nantes, Da Nang"
     ),
     "year": tuple(str(year) for year in range(1931, 1990, 3)),
     "father": _pool(
@@ -46,17 +46,19 @@ _POOLS: dict[str, tuple[str, ...]] = {
         "a cellist, a coal miner, a cartographer, a pastry chef, a ferry captain, a tailor, an optician, a beekeeper"
     ),
     "mother": _pool(
-        "a seismologist, a pharmacist, a glassblower, a midwife, a chess champion, an archivist, a welder, a translator, "
-        "a radio announcer, a potter, a geologist, a court reporter, a violin maker, a diplomat, a dentist, a pilot"
+        "a seismologist, a pharmacist, a glassblower, a midwife, a chess champion, an archivist, a welder, a "
+        "translator, a radio announcer, a potter, a geologist, a court reporter, a violin maker, a diplomat, a "
+        "dentist, a pilot"
     ),
     "genre": _pool(
-        "gothic mystery, climate fiction, courtroom drama, magical realism, naval history, culinary memoir, space opera, "
-        "alpine noir, rural satire, epistolary romance, speculative biography, dystopian verse, folk horror, travel essay"
+        "gothic mystery, climate fiction, courtroom drama, magical realism, naval history, culinary memoir, space "
+        "opera, alpine noir, rural satire, epistolary romance, speculative biography, dystopian verse, folk horror, "
+        "travel essay"
     ),
     "award": _pool(
-        "the Larkspur Medal, the Ostrava Prize, the Golden Inkwell, the Meridian Award, the Cobalt Quill, "
-        "the Halcyon Ribbon, the Saffron Laurel, the Northlight Prize, the Brass Heron, the Wintergreen Cup, "
-        "the Aurelian Seal, the Pilgrim Award, the Harbor Lamp, the Juniper Crown"
+        "the Larkspur Medal, the Ostrava Prize, the Golden Inkwell, the Meridian Award, the Cobalt Quill, the Halcyon "
+        "Ribbon, the Saffron Laurel, the Northlight Prize, the Brass Heron, the Wintergreen Cup, the Aurelian Seal, "
+        "the Pilgrim Award, the Harbor Lamp, the Juniper Crown"
     ),
     "award_year": tuple(str(year) for year in range(1972, 2021, 3)),
     "university": _pool(
@@ -64,29 +66,29 @@ _POOLS: dict[str, tuple[str, ...]] = {
         "Santiago, Leuven, Otago, Zagreb"
     ),
     "subject": _pool(
-        "marine biology, theology, acoustics, medieval law, astronomy, textile design, economics, veterinary medicine, "
-        "Sanskrit, hydraulics, musicology, forestry, statistics, archaeology, dentistry, philosophy"
+        "marine biology, theology, acoustics, medieval law, astronomy, textile design, economics, veterinary "
+        "medicine, Sanskrit, hydraulics, musicology, forestry, statistics, archaeology, dentistry, philosophy"
     ),
     "hobby": _pool(
         "restoring clocks, keeping bees, fencing, ice swimming, bookbinding, falconry, growing orchids, sailing, "
         "baking rye bread, playing the oboe, climbing, collecting maps, carving spoons, breeding goats, fly fishing"
     ),
     "pet": _pool(
-        "a grey parrot, a three-legged cat, a tortoise, a greyhound, a raven, two ferrets, an iguana, a blind spaniel, "
-        "a donkey, a barn owl, a hedgehog, a pair of geese, a goldfish, a llama"
+        "a grey parrot, a three-legged cat, a tortoise, a greyhound, a raven, two ferrets, an iguana, a blind "
+        "spaniel, a donkey, a barn owl, a hedgehog, a pair of geese, a goldfish, a llama"
     ),
     "home": _pool(
-        "a houseboat in Utrecht, a farm near Evora, an attic in Prague, a cottage on Skye, a villa in Trieste, "
-        "a cabin in Lapland, a flat in Montevideo, a mill in Provence, a tower in Siena, a loft in Busan, "
-        "a chalet in Chamonix, a monastery in Kotor, a bungalow in Goa, a shed in Reykjavik"
+        "a houseboat in Utrecht, a farm near Evora, an attic in Prague, a cottage on Skye, a villa in Trieste, a "
+        "cabin in Lapland, a flat in Montevideo, a mill in Provence, a tower in Siena, a loft in Busan, a chalet in "
+        "Chamonix, a monastery in Kotor, a bungalow in Goa, a shed in Reykjavik"
     ),
     "publisher": _pool(
         "Stonecrop Books, Halyard House, Blue Anvil, Tern and Sons, Marrow Press, Eastgate, Pocket Comet, Oriel, "
         "Thistledown, Lodestar, Copperplate, Ninth Wave, Fable and Finch, Quarto Nord"
     ),
     "theme": _pool(
-        "inherited guilt, the sea, lost languages, sibling rivalry, exile, forgery, drought, the end of empire, memory, "
-        "mountains, faith, insomnia, bureaucracy, migration, silence, famine"
+        "inherited guilt, the sea, lost languages, sibling rivalry, exile, forgery, drought, the end of empire, "
+        "memory, mountains, faith, insomnia, bureaucracy, migration, silence, famine"
     ),
 }
 
@@ -213,7 +215,7 @@ def _titles(rng: random.Random) -> tuple[str, ...]:
 
 
 def make_authors(authors: int, *, seed: int = 0) -> list[Row]:
-    """Return ``authors`` × 16 rows with question, answer, paraphrased_answer and perturbed_answer (5), author by author.
+    """Return ``authors`` × 16 rows in TOFU's columns, author by author.
 
     The same seed gives the same rows on every machine.
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -30,8 +31,8 @@ _DEFAULT_TOFU_AUTHORS = {"default": (20, 2), "smoke": (4, 2)}
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="efface demo",
-        description="Trains a small Llama on fictitious authors (full) and another without some of them (retain); makes "
-        "full forget those with NPO, SimNPO and GradDiff; compares with retain.",
+        description="Trains a small Llama on fictitious authors (full) and another without some of them (retain); "
+        "makes full forget those with NPO, SimNPO and GradDiff; compares with retain.",
         epilog="example: efface demo --data tofu/ --authors 20 --out demo-tofu",
     )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="output folder (default: demo-out)")
@@ -130,9 +131,9 @@ def _json_safe(value: Any) -> Any:
         return {name: _json_safe(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_json_safe(item) for item in value]
-    if isinstance(value, float) and value not in (float("inf"), float("-inf")) and value == value:
-        return value
-    return None if isinstance(value, float) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def run(argv: Sequence[str]) -> int:

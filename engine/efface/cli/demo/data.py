@@ -33,7 +33,9 @@ class DemoData:
 def fictitious(authors: int, forget_authors: int) -> DemoData:
     """Return made-up authors; the last ``forget_authors`` of them are to be forgotten."""
     if not 1 <= forget_authors < authors:
-        raise ValueError(f"`--forget-authors`: expected 1 .. {authors - 1} (fewer than --authors), got {forget_authors}")
+        raise ValueError(
+            f"`--forget-authors`: expected 1 .. {authors - 1} (fewer than --authors), got {forget_authors}"
+        )
     rows = make_authors(authors)
     border = (authors - forget_authors) * ROWS_PER_AUTHOR
     return DemoData(f"{authors} fictitious authors", forget=rows[border:], retain=rows[:border])
@@ -54,8 +56,8 @@ def tofu(folder: str | Path, authors: int, forget_authors: int) -> DemoData:
     if not 1 <= retain_authors <= _TOFU_RETAIN_AUTHORS:
         low, high = forget_authors + 1, forget_authors + _TOFU_RETAIN_AUTHORS
         raise ValueError(
-            f"`--authors`: expected {low} .. {high}, of whom {forget_authors} are forgotten (TOFU has perturbed answers for "
-            f"{_TOFU_RETAIN_AUTHORS} retain authors), got {authors}"
+            f"`--authors`: expected {low} .. {high}, of whom {forget_authors} are forgotten (TOFU has perturbed "
+            f"answers for {_TOFU_RETAIN_AUTHORS} retain authors), got {authors}"
         )
     split = _TOFU_FORGET_SPLITS[forget_authors]
     forget = list(load_rows(folder / f"{split}_perturbed.json"))

@@ -7,9 +7,9 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
+import matplotlib.pyplot as plt
 
-from efface.cli.demo.run import Measured  # noqa: E402
+from efface.cli.demo.run import Measured
 
 
 def plot_forget_quality(unlearned: Sequence[Measured], path: Path) -> None:

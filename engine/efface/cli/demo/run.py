@@ -58,7 +58,9 @@ class Settings:
 
 SCALES = {
     "default": Settings(),
-    "smoke": replace(Settings(), hidden=64, layers=2, heads=2, teach_lr=4e-3, unlearn_epochs=5, unlearn_lr=2e-3, retain_rows=16),
+    "smoke": replace(
+        Settings(), hidden=64, layers=2, heads=2, teach_lr=4e-3, unlearn_epochs=5, unlearn_lr=2e-3, retain_rows=16
+    ),
 }
 
 

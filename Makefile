@@ -1,0 +1,52 @@
+# make demo   teach a small model, make it forget, measure it         (the main job)
+# make test   all tests
+# make lint   formatting, lints, types
+# make sanitize   the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
+#
+# Needs git, Python >= 3.10, make and a C++20 compiler. Everything else goes into .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= demo-out
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+NATIVE := $(wildcard csrc/*.cpp csrc/*.hpp bindings/*.cpp)
+
+.PHONY: demo test lint format sanitize clean
+
+demo: $(READY)
+	$(BIN)/efface demo --out $(OUT) --overwrite
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+# The sanitizer's run-time library must be the first to be loaded, so it is preloaded into Python. Leaks are not looked
+# for: the interpreter keeps memory until it exits.
+SANITIZED := build/sanitize
+sanitize: $(READY)
+	EFFACE_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --force --build-lib $(SANITIZED) --build-temp build/sanitize-objects
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONPATH=$(SANITIZED) EFFACE_EXPECT_NATIVE=$(SANITIZED) PYTHONMALLOC=malloc \
+	$(BIN)/python -m pytest tests/native
+
+$(READY): pyproject.toml setup.py constraints/cpu.txt $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "efface needs Python 3.10 or newer, got " + sys.version.split()[0] + "; set PYTHON=python3.x")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints/cpu.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist engine/*.egg-info *.egg-info .pytest_cache .mypy_cache .ruff_cache

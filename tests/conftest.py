@@ -1,0 +1,28 @@
+"""Fixtures: the shared data folder, a tiny tokenizer, tiny models."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Nothing here may reach the network; a missing local file must fail at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def tofu() -> Path:
+    """The real TOFU files."""
+    if not (SHARED / "tofu" / "full.json").is_file():
+        pytest.skip("needs ../shared/tofu, the TOFU data set beside the checkout")
+    return SHARED / "tofu"
+
+
+@pytest.fixture(scope="session")
+def tofu_eval_logs() -> Path:
+    """Real evaluation logs of Llama-2-7B models."""
+    if not (SHARED / "tofu_eval_logs").is_dir():
+        pytest.skip("needs ../shared/tofu_eval_logs, real evaluation logs beside the checkout")
+    return SHARED / "tofu_eval_logs"

@@ -1,0 +1,147 @@
+"""The command line: what it writes, what it refuses, and its exit codes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TEXTS, tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import efface
+from efface.cli.main import COMMANDS, main
+from efface.cli.output import written_whole
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    tokenizer = tiny_tokenizer()
+    folder = tmp_path / "model"
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> tuple[Path, Path]:
+    paths = tmp_path / "forget.json", tmp_path / "retain.json"
+    for path, rows in zip(paths, (TEXTS[:2], TEXTS[2:]), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return paths
+
+
+def flags(checkpoint: Path, data: tuple[Path, Path], out: Path) -> list[str]:
+    return [
+        "unlearn",
+        *("--model", str(checkpoint), "--forget", str(data[0]), "--retain", str(data[1])),
+        *("--output_dir", str(out), "--use_cpu", "True", "--max_steps", "3", "--save_strategy", "no"),
+    ]
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"efface {efface.__version__}\n"
+    assert main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in COMMANDS)
+    assert main([]) == 2
+    assert main(["forget"]) == 2
+    assert "unknown command 'forget'; expected one of demo, unlearn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("objective", ["npo", "simnpo", "graddiff", "grad_ascent"])
+def test_unlearn_writes_a_model_that_loads(
+    objective: str, checkpoint: Path, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert main([*flags(checkpoint, data, out), "--objective", objective, "--logging_steps", "1"]) == 0
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    before = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+    assert tokenizer.eos_token == "<|end|>"
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+    assert {"forget_loss", "tokens_per_second"} <= state["log_history"][0].keys()
+    assert not list(out.glob(".partial-*"))
+
+
+def test_a_config_file_sets_flags_and_the_command_line_wins(
+    checkpoint: Path, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {checkpoint}\nforget: {data[0]}\nretain: {data[1]}\noutput_dir: {tmp_path / 'out'}\n"
+        "objective: npo\nbeta: 0.2\nalpha: null\nuse_cpu: true\nmax_steps: 5\nsave_strategy: 'no'\n"
+    )
+    assert main(["unlearn", "--config", str(config), "--max_steps", "2"]) == 0
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_an_output_folder_that_is_not_empty(
+    checkpoint: Path, data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert main(flags(checkpoint, data, out)) == 2
+    assert "is not empty; choose another, or add --overwrite" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    assert main([*flags(checkpoint, data, out), "--overwrite"]) == 0
+    assert (out / "notes.txt").read_text() == "mine"
+    assert main([*flags(checkpoint, data, out / "notes.txt")]) == 2
+    assert "is a file; choose a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--objective", "forgetful"], "objective: expected one of grad_ascent, graddiff, npo, simnpo"),
+        (["--objective", "graddiff", "--beta", "1"], "has parameters alpha, gamma, got beta"),
+        (["--forget", "missing.json"], "data file 'missing.json' does not exist"),
+        (["--model", "./missing"], "model folder './missing' does not exist"),
+        (["--config", "missing.yaml"], "config file 'missing.yaml' does not exist"),
+        (["--config"], "expected the path of a YAML file"),
+        (["--lerning_rate", "1"], "unknown arguments --lerning_rate 1"),
+        (["--answer_column", "reply"], "expected a column 'reply'"),
+        (["--template", "alpaca"], "`template`: expected one of"),
+        (["--reference", "none"], "`reference`: expected one of"),
+    ],
+)
+def test_wrong_use_is_explained(
+    change: list[str],
+    message: str,
+    checkpoint: Path,
+    data: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*flags(checkpoint, data, tmp_path / "out"), *change]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_diverging_run_has_its_own_exit_code_and_leaves_no_model(
+    checkpoint: Path, data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    changes = ["--learning_rate", "1e30", "--objective", "grad_ascent", "--max_grad_norm", "0", "--max_steps", "20"]
+    assert main([*flags(checkpoint, data, out), *changes]) == 3
+    assert "the loss is not finite at step" in capsys.readouterr().err
+    assert not (out / "model.safetensors").exists()
+
+
+def test_a_failed_write_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "model.txt").write_text("old")
+
+    def fail() -> None:
+        with written_whole(tmp_path) as partial:
+            (partial / "model.txt").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.txt"]
+    assert (tmp_path / "model.txt").read_text() == "old"
+    with written_whole(tmp_path) as partial:
+        (partial / "model.txt").write_text("new")
+    assert (tmp_path / "model.txt").read_text() == "new"

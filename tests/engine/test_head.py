@@ -1,0 +1,170 @@
+"""The fused head and packed attention: a pack equals separate forward passes, for the model families people have."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers import VOCABULARY, random_store, sequence, tiny_llama
+from transformers import AutoModelForCausalLM
+
+from efface.batching import TokenStore, pack
+from efface.hf.attention import NAME, packed_arguments
+from efface.hf.head import HeadLoss, fuse, head_of, unfuse
+from efface.hf.score import store_logprobs
+from efface.objectives.base import nll_terms
+
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama-2, own head": ("LlamaConfig", {"tie_word_embeddings": False}),
+    "Llama-3.2, tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "Phi-1.5, biased head": ("PhiConfig", {"num_key_value_heads": 4}),
+    "Mistral, sliding window": ("MistralConfig", {"sliding_window": 5}),
+    "Qwen2, tied": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "Qwen3": ("Qwen3Config", {"head_dim": 8}),
+    "OLMo-2": ("Olmo2Config", {}),
+    "GPT-NeoX": ("GPTNeoXConfig", {"num_key_value_heads": 4, "hidden_act": "gelu"}),
+    "Gemma-2, soft-capped head": (
+        "Gemma2Config",
+        {"head_dim": 8, "final_logit_softcapping": 3.0, "attn_logit_softcapping": None, "sliding_window": 6},
+    ),
+    "Gemma-2, soft-capped scores": (
+        "Gemma2Config",
+        {"head_dim": 8, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0, "sliding_window": 6},
+    ),
+}
+
+
+def build(family: str, **changes: Any) -> Any:
+    name, settings = FAMILIES[family]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**{**COMMON, **settings, **changes}))
+    return model.eval()
+
+
+def eager_nll(model: Any, store: TokenStore, indices: list[int]) -> torch.Tensor:
+    """Summed NLL, one sequence at a time, from the model's own logits."""
+    total = torch.zeros(())
+    for index in indices:
+        ids, labels = sequence(store, index)
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+        total = total + torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum")
+    return total
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_every_parameter_gradient_equal_the_eager_model(family: str) -> None:
+    model = build(family)
+    twin = copy.deepcopy(model)
+    store = random_store(5, low=3, high=16)
+    expected = eager_nll(twin, store, [0, 1, 2, 3, 4])
+    expected.backward()
+    fuse(model)
+    batch = pack(TokenStore.empty(), store, [], [0, 1, 2, 3, 4])
+    out = model(batch=batch, loss=HeadLoss(terms=nll_terms, chunk_rows=7))
+    out.loss.backward()
+    torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-5)
+    gradients = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-4, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_do_not_depend_on_the_token_budget(family: str) -> None:
+    model, store = build(family), random_store(6, low=3, high=16)
+    attention = model.config._attn_implementation
+    whole, single = store_logprobs(model, store), store_logprobs(model, store, token_budget=1)
+    torch.testing.assert_close(whole, single, rtol=1e-5, atol=1e-5)
+    assert model.config._attn_implementation == attention  # as it was
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_other_attention_implementations_are_exact_on_packs(attention: str) -> None:
+    model, store = tiny_llama(), random_store(5)
+    batch = pack(TokenStore.empty(), store, [], [0, 1, 2, 3, 4])
+    expected = fuse(copy.deepcopy(model))(batch=batch)
+    got = fuse(model, attention=attention)(batch=batch)
+    assert model.config._attn_implementation == attention
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_mask_of_all_tokens_squared_is_made() -> None:
+    store = random_store(30, low=10, high=20)
+    batch = pack(TokenStore.empty(), store, [], list(range(30)))
+    model = fuse(tiny_llama())
+    arguments = packed_arguments(model, batch)
+    assert arguments["attention_mask"].numel() == 0
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch(), torch.no_grad():
+        model(batch=batch)
+    assert largest < batch.tokens**2
+
+
+def test_a_fused_model_is_what_it_was_when_called_as_before() -> None:
+    model = tiny_llama().eval()
+    ids = torch.randint(VOCABULARY, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    expected = model(input_ids=ids, attention_mask=mask, labels=ids)
+    names = list(model.state_dict())
+    fuse(fuse(model))
+    got = model(input_ids=ids, attention_mask=mask, labels=ids)
+    assert torch.equal(got.logits, expected.logits)
+    assert torch.equal(got.loss, expected.loss)
+    assert list(model.state_dict()) == names
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert type(model).__name__ == "LlamaForCausalLM"
+    generated = model.generate(ids[:1], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    unfuse(model)
+    assert type(model) is transformers.LlamaForCausalLM
+    assert type(model.lm_head) is torch.nn.Linear
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model.generate(ids[:1], max_new_tokens=4, do_sample=False, pad_token_id=0), generated)
+
+
+def test_fused_models_can_be_copied() -> None:
+    model = fuse(tiny_llama())
+    batch = pack(TokenStore.empty(), random_store(3), [], [0, 1, 2])
+    assert torch.equal(copy.deepcopy(model)(batch=batch), model(batch=batch))
+
+
+def test_heads_that_cannot_be_served_are_refused_with_the_reason() -> None:
+    scaled = AutoModelForCausalLM.from_config(transformers.GraniteConfig(**COMMON, logits_scaling=8.0))
+    with pytest.raises(ValueError, match=r"scales the logits \(logits_scaling=8.0\)"):
+        fuse(scaled)
+    model = tiny_llama(tie_word_embeddings=False)
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(ValueError, match=r"expected an lm_head of class torch.nn.Linear, got .*Sequential"):
+        fuse(model)
+
+
+def test_soft_capped_attention_is_refused_by_the_packed_implementation() -> None:
+    model = build("Gemma-2, soft-capped scores")
+    with pytest.raises(ValueError, match="does not soft-cap"):
+        fuse(model, attention=NAME)(batch=pack(TokenStore.empty(), random_store(2), [], [0, 1]))
+
+
+def test_head_of_reads_bias_and_softcap() -> None:
+    assert head_of(build("Phi-1.5, biased head")).bias is not None
+    assert head_of(build("Gemma-2, soft-capped head")).softcap == 3.0

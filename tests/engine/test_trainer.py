@@ -1,0 +1,362 @@
+"""The trainer against a padded two-forward loop with open-unlearning's formulas, and its behaviour as a Trainer."""
+
+import copy
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TEXTS, arguments, padded, random_store, tiny_llama, tiny_tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+
+from efface import NPO, FinetuneTrainer, GradAscent, GradDiff, Objective, SimNPO, UnlearnTrainer
+from efface.batching import TokenStore, plan_epoch
+
+
+class Losses(TrainerCallback):
+    """Collects what is logged."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.logs.append({name: float(value) for name, value in (logs or {}).items()})
+
+    @property
+    def losses(self) -> list[float]:
+        return [log["loss"] for log in self.logs if "loss" in log]
+
+
+def exact_losses(trainer: UnlearnTrainer) -> list[float]:
+    """Record every micro-batch's loss unrounded: the trainer's log keeps four digits."""
+    values: list[float] = []
+    compute = trainer.compute_loss
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        loss = compute(*args, **kwargs)
+        values.append(loss.item())
+        return loss
+
+    trainer.compute_loss = recorded  # type: ignore[method-assign]
+    return values
+
+
+# ---- open-unlearning's formulas, typed in from its trainer/utils.py ----
+
+
+def batch_nll(model: PreTrainedModel, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """compute_batch_nll: summed token losses of each sequence."""
+    ids, labels, mask = batch
+    logits = model(input_ids=ids, attention_mask=mask).logits[..., :-1, :].contiguous()
+    shifted = labels[..., 1:].contiguous()
+    return F.cross_entropy(logits.transpose(-1, -2), shifted, ignore_index=-100, reduction="none").sum(dim=-1)
+
+
+def eager_loss(
+    objective: Objective, model: PreTrainedModel, reference: PreTrainedModel, forget: Any, retain: Any
+) -> Tensor:
+    forget_nll = batch_nll(model, forget)
+    labels = (forget[1][:, 1:] != -100).sum(-1)
+    if isinstance(objective, NPO):
+        with torch.no_grad():
+            reference_nll = batch_nll(reference, forget)
+        lose_log_ratio = -(forget_nll - reference_nll)
+        forget_loss = -2 / objective.beta * F.logsigmoid(objective.beta * (0.0 - lose_log_ratio)).mean()
+    elif isinstance(objective, SimNPO):
+        loss = forget_nll / labels - objective.delta
+        forget_loss = (-F.logsigmoid(objective.beta * loss).mean() * 2) / objective.beta
+    else:
+        forget_loss = -forget_nll.sum() / labels.sum()
+    if not objective.alpha:
+        return objective.gamma * forget_loss
+    retain_tokens = (retain[1][:, 1:] != -100).sum()
+    retain_loss = batch_nll(model, retain).sum() / retain_tokens
+    return objective.gamma * forget_loss + objective.alpha * retain_loss
+
+
+def eager_curve(
+    objective: Objective, model: PreTrainedModel, forget: TokenStore, retain: TokenStore, *, steps: int, lr: float
+) -> list[float]:
+    """A padded loop with two forward passes a step, over the same pairs."""
+    reference = copy.deepcopy(model).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    losses: list[float] = []
+    for epoch in itertools.count():
+        for step in plan_epoch(forget, retain, pairs_per_batch=4, batches_per_step=1, seed=0, epoch=epoch):
+            loss = eager_loss(
+                objective, model, reference, padded(forget, step.forget.tolist()), padded(retain, step.retain.tolist())
+            )
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            if len(losses) == steps:
+                return losses
+    raise AssertionError
+
+
+OBJECTIVES = (NPO(beta=0.1, alpha=1.0), SimNPO(beta=2.5, gamma=0.5), GradDiff(gamma=0.2))
+
+
+@pytest.mark.parametrize("reference", ["live", "cached"])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
+def test_fifty_steps_follow_the_padded_two_forward_loop(objective: Objective, reference: str, tmp_path: Path) -> None:
+    forget, retain = random_store(20, seed=1), random_store(50, seed=2)
+    model = tiny_llama()
+    twin = copy.deepcopy(model)
+    settings = {"max_steps": 50, "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0}
+    trainer = UnlearnTrainer(
+        model,
+        arguments(tmp_path, optim="adamw_torch", **settings),
+        forget=forget,
+        retain=retain,
+        objective=objective,
+        reference=reference,
+    )
+    ours = exact_losses(trainer)
+    trainer.train()
+    expected = eager_curve(objective, twin, forget, retain, steps=50, lr=1e-3)
+    assert len(ours) == 50
+    scale = max(abs(value) for value in expected)
+    assert abs(expected[-1] - expected[0]) > 0.05 * scale  # the curve moves, so following it means something
+    for got, want in zip(ours, expected, strict=True):
+        assert got == pytest.approx(want, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, GradAscent()], ids=lambda o: o.name)
+def test_the_same_seed_gives_the_same_bits(objective: Objective, tmp_path: Path) -> None:
+    curves, weights = [], []
+    for _ in range(2):
+        model = tiny_llama()
+        trainer = UnlearnTrainer(
+            model,
+            arguments(tmp_path, num_train_epochs=2, learning_rate=1e-4),
+            forget=random_store(10, seed=1),
+            retain=random_store(30, seed=2),
+            objective=objective,
+        )
+        curves.append(exact_losses(trainer))
+        trainer.train()
+        weights.append(model.state_dict())
+    assert curves[0] == curves[1]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_accumulation_does_not_change_the_gradient_of_a_step(tmp_path: Path) -> None:
+    """8 pairs in one forward pass or in 4 passes of 2, a last step of fewer pairs included: the same weights."""
+    forget, retain = random_store(20, seed=1), random_store(50, seed=2)
+    results = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        model = tiny_llama()
+        settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        logged = Losses()
+        UnlearnTrainer(
+            model,
+            arguments(tmp_path, optim="sgd", num_train_epochs=1, lr_scheduler_type="constant", **settings),
+            forget=forget,
+            retain=retain,
+            objective=NPO(),
+            callbacks=[logged],
+        ).train()
+        assert len(logged.losses) == 3
+        results.append((model.state_dict(), logged.losses))
+    for name, tensor in results[0][0].items():
+        torch.testing.assert_close(tensor, results[1][0][name], rtol=1e-5, atol=1e-7)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-3)
+
+
+def test_what_is_logged(tmp_path: Path) -> None:
+    logged = Losses()
+    objective = NPO(alpha=2.0, gamma=0.5)
+    UnlearnTrainer(
+        tiny_llama(),
+        arguments(tmp_path, logging_steps=2),
+        forget=random_store(16, seed=1),
+        retain=random_store(20, seed=2),
+        objective=objective,
+        callbacks=[logged],
+    ).train()
+    steps = [log for log in logged.logs if "loss" in log]
+    assert len(steps) == 2
+    for log in steps:
+        assert log["tokens_per_second"] > 0
+        total = objective.gamma * log["forget_loss"] + objective.alpha * log["retain_loss"]
+        assert log["loss"] == pytest.approx(total, rel=1e-3)
+
+
+def test_at_the_start_npo_is_two_over_beta_log_two(tmp_path: Path) -> None:
+    """policy = reference: σ(0) = 1/2."""
+    trainer = UnlearnTrainer(
+        tiny_llama(),
+        arguments(tmp_path, max_steps=1),
+        forget=random_store(8, seed=1),
+        retain=None,
+        objective=NPO(beta=0.1, alpha=0.0),
+    )
+    losses = exact_losses(trainer)
+    trainer.train()
+    assert losses[0] == pytest.approx(20 * torch.log(torch.tensor(2.0)).item(), rel=1e-5)
+
+
+def test_the_saved_model_loads_and_is_an_ordinary_one(tmp_path: Path) -> None:
+    model = tiny_llama(vocab_size=300)
+    tokenizer = tiny_tokenizer()
+    trainer = UnlearnTrainer(
+        model,
+        arguments(tmp_path, max_steps=2),
+        forget=TEXTS[:2],
+        retain=TEXTS[2:],
+        objective=SimNPO(),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert type(loaded).__mro__[0].__name__ == "LlamaForCausalLM"
+    assert type(loaded.lm_head) is torch.nn.Linear
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_resuming_from_a_checkpoint_continues_the_curve(tmp_path: Path) -> None:
+    def trainer(folder: str, **changes: Any) -> tuple[UnlearnTrainer, list[float]]:
+        made = UnlearnTrainer(
+            tiny_llama(),
+            arguments(tmp_path / folder, max_steps=8, **changes),
+            forget=random_store(10, seed=1),
+            retain=random_store(20, seed=2),
+            objective=SimNPO(),
+        )
+        return made, exact_losses(made)
+
+    whole, expected = trainer("whole", save_strategy="steps", save_steps=4)
+    whole.train()
+    resumed, losses = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert losses == expected[4:]
+
+
+def test_bf16_autocast_trains(tmp_path: Path) -> None:
+    logged = Losses()
+    UnlearnTrainer(
+        tiny_llama(),
+        arguments(tmp_path, bf16=True, num_train_epochs=3),
+        forget=random_store(8, seed=1),
+        retain=random_store(8, seed=2),
+        objective=NPO(),
+        reference="live",
+        callbacks=[logged],
+    ).train()
+    assert logged.losses[0] == pytest.approx(20 * 0.6931 + logged.logs[0]["retain_loss"], rel=1e-2)
+
+
+def test_gradient_checkpointing_gives_the_same_losses(tmp_path: Path) -> None:
+    curves = []
+    for checkpointing in (False, True):
+        trainer = UnlearnTrainer(
+            tiny_llama(),
+            arguments(tmp_path, gradient_checkpointing=checkpointing, num_train_epochs=2),
+            forget=random_store(8, seed=1),
+            retain=random_store(8, seed=2),
+            objective=NPO(),
+        )
+        curves.append(exact_losses(trainer))
+        trainer.train()
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6)
+
+
+def test_finetuning_is_the_mean_token_loss(tmp_path: Path) -> None:
+    store = random_store(12, seed=3)
+    model = tiny_llama()
+    expected = batch_nll(model, padded(store, list(range(12)))).sum() / int(store.label_counts.sum())
+    trainer = FinetuneTrainer(model, arguments(tmp_path, per_device_train_batch_size=12, max_steps=30), data=store)
+    losses = exact_losses(trainer)
+    trainer.train()
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_separate_reference_model_is_used_and_left_alone(tmp_path: Path) -> None:
+    other = tiny_llama(seed=7)
+    before = copy.deepcopy(other.state_dict())
+    forget = random_store(8, seed=1)
+    curves = []
+    for reference in ("cached", "live"):
+        trainer = UnlearnTrainer(
+            tiny_llama(),
+            arguments(tmp_path),
+            forget=forget,
+            retain=random_store(8, seed=2),
+            objective=NPO(),
+            reference=reference,
+            reference_model=other,
+        )
+        curves.append(exact_losses(trainer))
+        trainer.train()
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path: Path) -> None:
+    model = tiny_llama()
+    trainer = UnlearnTrainer(
+        model,
+        arguments(tmp_path, num_train_epochs=4, save_strategy="steps", save_steps=1),
+        forget=random_store(8, seed=1),
+        retain=random_store(8, seed=2),
+        objective=GradDiff(),
+    )
+
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                model.model.norm.weight.data.fill_(float("nan"))
+
+    trainer.add_callback(Poison())
+    with pytest.raises(FloatingPointError, match=r"not finite at step 3.*lower --learning_rate"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"forget": []}, "the forget set is empty"),
+        ({"retain": None}, "has a retain term"),
+        ({"retain": []}, "the retain set is empty"),
+        ({"reference": "remembered"}, "`reference`: expected one of 'cached', 'live'"),
+        ({"forget": random_store(3, vocabulary=500)}, r"`forget`: expected token ids in 0 .. 299 .*tokenizer"),
+        ({"forget": random_store(3, low=70, high=80)}, "at most 64 tokens"),
+        ({"forget": TEXTS, "processing_class": None}, "text needs a tokenizer"),
+        ({"forget": [{"question": "Who?"}]}, "forget data: expected a column 'answer', got 'question'"),
+        ({"forget": [{"question": "Who?", "answer": "  "}]}, "row 0: expected an answer"),
+    ],
+)
+def test_bad_input_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "forget": TEXTS[:2],
+        "retain": TEXTS[2:],
+        "objective": NPO(),
+        "processing_class": tiny_tokenizer(),
+    }
+    with pytest.raises(ValueError, match=message):
+        UnlearnTrainer(tiny_llama(vocab_size=300), arguments(tmp_path), **{**options, **change})
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"missing\.json' does not exist"):
+        UnlearnTrainer(
+            tiny_llama(vocab_size=300),
+            arguments(tmp_path),
+            forget=str(tmp_path / "missing.json"),
+            retain=TEXTS,
+            objective=NPO(),
+            processing_class=tiny_tokenizer(),
+        )

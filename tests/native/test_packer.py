@@ -1,0 +1,205 @@
+"""efface_native against a naive packer. Imports no torch, so that it also runs under the sanitizers."""
+
+import os
+import threading
+
+import efface_native
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+Store = tuple[np.ndarray, np.ndarray, np.ndarray]
+NAMES = ("input_ids", "position_ids", "cu_seqlens", "label_rows", "targets", "row_offsets")
+
+
+def make_store(sequences: list[list[int]], starts: list[int]) -> Store:
+    offsets = np.cumsum([0, *map(len, sequences)]).astype(np.int64)
+    ids = np.array([token for sequence in sequences for token in sequence], np.int32)
+    return ids, offsets, np.array(starts, np.int64)
+
+
+def naive(chosen: list[tuple[list[int], int]]) -> dict[str, list[int]]:
+    """The batch, token by token."""
+    out: dict[str, list[int]] = {name: [] for name in NAMES}
+    out["cu_seqlens"], out["row_offsets"] = [0], [0]
+    for sequence, start in chosen:
+        for position, token in enumerate(sequence):
+            if position > 0 and position >= start:  # this token is a label; the row before it predicts it
+                out["label_rows"].append(len(out["input_ids"]) - 1)
+                out["targets"].append(token)
+            out["input_ids"].append(token)
+            out["position_ids"].append(position)
+        out["cu_seqlens"].append(len(out["input_ids"]))
+        out["row_offsets"].append(len(out["targets"]))
+    return out
+
+
+def buffers(sequences: int, tokens: int, rows: int) -> dict[str, np.ndarray]:
+    """Poisoned, so that an entry nobody wrote shows."""
+    sizes = (tokens, tokens, sequences + 1, rows, rows, sequences + 1)
+    return {
+        name: np.full(size, -77, np.int32 if name == "cu_seqlens" else np.int64)
+        for name, size in zip(NAMES, sizes, strict=True)
+    }
+
+
+def run(forget: Store, retain: Store, roles: np.ndarray, sequences: np.ndarray) -> dict[str, np.ndarray]:
+    size = efface_native.measure(forget, retain, roles, sequences)
+    out = buffers(*size)
+    efface_native.pack(forget, retain, roles, sequences, **out)
+    return out
+
+
+sequence_strategy = st.integers(2, 12).flatmap(
+    lambda n: st.tuples(st.lists(st.integers(0, 2**31 - 1), min_size=n, max_size=n), st.integers(0, n - 1))
+)
+
+
+@given(
+    st.lists(sequence_strategy, min_size=1, max_size=5),
+    st.lists(sequence_strategy, min_size=1, max_size=5),
+    st.lists(st.tuples(st.booleans(), st.integers(0, 1000)), max_size=9),
+)
+def test_equals_the_naive_packer(
+    forget: list[tuple[list[int], int]], retain: list[tuple[list[int], int]], picks: list[tuple[bool, int]]
+) -> None:
+    stores = (forget, retain)
+    chosen = [(int(role), pick % len(stores[role])) for role, pick in picks]
+    roles = np.array([role for role, _ in chosen], np.int8)
+    indices = np.array([index for _, index in chosen], np.int64)
+    arrays = [make_store([s for s, _ in store], [start for _, start in store]) for store in stores]
+    got = run(*arrays, roles, indices)
+    expected = naive([stores[role][index] for role, index in chosen])
+    for name in NAMES:
+        assert got[name].tolist() == expected[name], name
+
+
+def small() -> tuple[Store, Store, np.ndarray, np.ndarray]:
+    return (
+        make_store([[1, 2, 3], [4, 5]], [1, 1]),
+        make_store([[6, 7, 8, 9]], [2]),
+        np.array([0, 1], np.int8),
+        np.array([1, 0], np.int64),
+    )
+
+
+def test_a_small_batch_by_hand() -> None:
+    out = run(*small())
+    assert out["input_ids"].tolist() == [4, 5, 6, 7, 8, 9]
+    assert out["position_ids"].tolist() == [0, 1, 0, 1, 2, 3]
+    assert out["cu_seqlens"].tolist() == [0, 2, 6]
+    assert out["label_rows"].tolist() == [0, 3, 4]
+    assert out["targets"].tolist() == [5, 8, 9]
+    assert out["row_offsets"].tolist() == [0, 1, 3]
+
+
+def test_an_empty_choice_and_empty_stores() -> None:
+    empty = make_store([], [])
+    out = run(empty, empty, np.empty(0, np.int8), np.empty(0, np.int64))
+    assert out["cu_seqlens"].tolist() == [0]
+    assert out["row_offsets"].tolist() == [0]
+
+
+INT64 = np.iinfo(np.int64)
+
+
+@pytest.mark.parametrize(
+    ("forget", "message"),
+    [
+        (make_store([], []), "`forget` sequence: expected an index in 0 .. -1, got 1"),
+        ((np.zeros(5, np.int32), np.array([0, 3, 9], np.int64), np.array([1, 1], np.int64)), "spans 3 .. 9"),
+        ((np.zeros(5, np.int32), np.array([0, 3, 2], np.int64), np.array([1, 1], np.int64)), "spans 3 .. 2"),
+        ((np.zeros(5, np.int32), np.array([0, -1, 2], np.int64), np.array([1, 1], np.int64)), "spans -1 .. 2"),
+        ((np.zeros(5, np.int32), np.array([0, INT64.min, INT64.max]), np.array([1, 1], np.int64)), "ascending range"),
+        ((np.zeros(5, np.int32), np.empty(0, np.int64), np.empty(0, np.int64)), "expected at least one entry"),
+        ((np.zeros(5, np.int32), np.array([0, 3, 5], np.int64), np.array([1], np.int64)), "expected 2 entries"),
+        ((np.zeros(5, np.int32), np.array([0, 3, 5], np.int64), np.array([1, -2], np.int64)), "sequence 1 has -2"),
+        ((np.zeros(5, np.int32), np.array([0, 3, 5], np.int64), np.array([1, 2], np.int64)), "has no label"),
+        ((np.zeros(5, np.int32), np.array([0, 3, 5], np.int64), np.array([1, INT64.max])), "has no label"),
+        ((np.zeros(5, np.int32), np.array([0, 4, 5], np.int64), np.array([1, 0], np.int64)), "1 tokens end before"),
+        ((np.zeros(5, np.int32), np.array([0, 5, 5], np.int64), np.array([1, 0], np.int64)), "0 tokens end before"),
+    ],
+)
+def test_hostile_stores_are_refused_with_their_values(forget: Store, message: str) -> None:
+    _, retain, roles, sequences = small()
+    with pytest.raises(ValueError, match=message):
+        efface_native.measure(forget, retain, roles, sequences)
+
+
+@pytest.mark.parametrize(
+    ("roles", "sequences", "message"),
+    [
+        ([0, 2], [0, 0], r"expected 0 \(forget\) or 1 \(retain\), got 2 at position 1"),
+        ([0, -1], [0, 0], "got -1 at position 1"),
+        ([0, 1], [2, 0], "`forget` sequence: expected an index in 0 .. 1, got 2"),
+        ([0, 1], [0, -1], "`retain` sequence: expected an index in 0 .. 0, got -1"),
+        ([0], [0, 0], "expected equal lengths, got 1 and 2"),
+    ],
+)
+def test_hostile_choices_are_refused(roles: list[int], sequences: list[int], message: str) -> None:
+    forget, retain, _, _ = small()
+    with pytest.raises(ValueError, match=message):
+        efface_native.measure(forget, retain, np.array(roles, np.int8), np.array(sequences, np.int64))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("by", [-1, 1])
+def test_a_buffer_of_the_wrong_size_is_refused_before_anything_is_written(name: str, by: int) -> None:
+    choice = small()
+    out = buffers(*efface_native.measure(*choice))
+    out[name] = np.full(len(out[name]) + by, -77, out[name].dtype)
+    with pytest.raises(ValueError, match=f"`{name}`: expected"):
+        efface_native.pack(*choice, **out)
+    assert all((buffer == -77).all() for buffer in out.values())
+
+
+def test_dtypes_layouts_and_types_are_refused() -> None:
+    (ids, offsets, starts), retain, roles, sequences = small()
+    with pytest.raises(TypeError, match="`ids`: expected dtype int32, got int64"):
+        efface_native.measure((ids.astype(np.int64), offsets, starts), retain, roles, sequences)
+    with pytest.raises(TypeError, match="`offsets`: expected a NumPy array"):
+        efface_native.measure((ids, [0, 3, 5], starts), retain, roles, sequences)
+    with pytest.raises(TypeError, match="`roles`: expected dtype int8"):
+        efface_native.measure((ids, offsets, starts), retain, roles.astype(np.int32), sequences)
+    with pytest.raises(ValueError, match=r"expected \(ids, offsets, label_starts\), got 2"):
+        efface_native.measure((ids, offsets), retain, roles, sequences)
+    with pytest.raises(ValueError, match="`ids`: expected a contiguous 1-D array, got 2 dim"):
+        efface_native.measure((ids[:, None], offsets, starts), retain, roles, sequences)
+    with pytest.raises(ValueError, match="strided"):
+        efface_native.measure((np.zeros(10, np.int32)[::2], offsets, starts), retain, roles, sequences)
+    out = buffers(*efface_native.measure(*small()))
+    out["targets"].flags.writeable = False
+    with pytest.raises(ValueError, match="`targets`: expected a writeable array"):
+        efface_native.pack(*small(), **out)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        efface_native.pack(*small())
+
+
+def test_two_gibitokens_are_refused_without_being_allocated() -> None:
+    """The same long sequence, chosen often: the sum passes 2^31 while the store is small."""
+    store = make_store([[1] * 1_000_000], [1])
+    roles, sequences = np.zeros(2148, np.int8), np.zeros(2148, np.int64)
+    with pytest.raises(ValueError, match=r"fewer than 2\^31 tokens, got at least 2148000000"):
+        efface_native.measure(store, store, roles, sequences)
+    assert efface_native.measure(store, store, roles[:2147], sequences[:2147])[1] == 2_147_000_000
+
+
+def test_the_gil_is_released() -> None:
+    """Another Python thread makes progress while a large batch is packed."""
+    store = make_store([list(range(2000))] * 10, [1] * 10)
+    roles, sequences = np.zeros(5000, np.int8), np.arange(5000, dtype=np.int64) % 10
+    out = buffers(*efface_native.measure(store, store, roles, sequences))
+    done, ticks = threading.Event(), 0
+    worker = threading.Thread(target=lambda: (efface_native.pack(store, store, roles, sequences, **out), done.set()))
+    worker.start()
+    while not done.is_set():
+        ticks += 1
+    worker.join()
+    assert ticks > 0
+    assert out["targets"][-1] == 1999
+
+
+def test_the_module_under_test_is_the_one_that_was_built_for_it() -> None:
+    """`make sanitize` must not test the ordinary build by accident."""
+    assert os.environ.get("EFFACE_EXPECT_NATIVE", "") in efface_native.__file__

@@ -1,0 +1,90 @@
+"""The plan of the house: who may import whom, and what an import costs."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# folder -> third-party and own packages that its code may import, besides the standard library
+BASE = {"torch", "numpy", "efface_native", "efface_kernels"}
+FLOORS: dict[str, set[str]] = {
+    "kernels/efface_kernels": {"torch", "triton", "efface_native", "efface_kernels"},
+    "engine/efface/batching": {*BASE, "efface.batching"},
+    "engine/efface/objectives": {*BASE, "efface.batching", "efface.objectives"},
+    "engine/efface/hf": {
+        *BASE,
+        *("efface.batching", "efface.objectives", "efface.hf"),
+        *("transformers", "datasets", "tokenizers"),
+    },
+    "engine/efface/evaluate": {
+        *BASE,
+        *("efface.batching", "efface.hf", "efface.evaluate"),
+        *("transformers", "scipy"),
+    },
+    "engine/efface/cli": {
+        *BASE,
+        *("efface",),
+        *("transformers", "datasets", "tokenizers", "rich", "matplotlib", "yaml"),
+    },
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every absolute module name that the file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            yield node.module
+
+
+@pytest.mark.parametrize("folder", FLOORS)
+def test_nothing_imports_upward(folder: str) -> None:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    for path in files:
+        for module in imports(path):
+            if module.split(".")[0] in sys.stdlib_module_names:
+                continue
+            allowed = any(module == name or module.startswith(name + ".") for name in FLOORS[folder])
+            assert allowed, f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_every_package_stands_on_a_floor() -> None:
+    for path in (ROOT / "engine" / "efface").iterdir():
+        if path.is_dir() and (path / "__init__.py").exists():
+            assert f"engine/efface/{path.name}" in FLOORS
+
+
+def test_the_source_roots_are_not_packages() -> None:
+    """A top-level `kernels` package would shadow the Hub's `kernels`, which transformers imports."""
+    assert not (ROOT / "engine" / "__init__.py").exists()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_the_native_core_knows_neither_python_nor_torch() -> None:
+    for path in (ROOT / "csrc").iterdir():
+        text = path.read_text(encoding="utf-8")
+        assert "pybind11" not in text
+        assert "Python.h" not in text
+        assert "torch" not in text
+    assert "torch" not in (ROOT / "bindings" / "module.cpp").read_text(encoding="utf-8")
+
+
+def test_importing_efface_is_light() -> None:
+    heavy = ("transformers.trainer", "matplotlib", "datasets", "scipy", "rich")
+    code = (
+        "import sys, efface, torch\n"
+        f"loaded = [name for name in {heavy!r} if name in sys.modules]\n"
+        "assert not loaded, loaded\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "efface.NPO(), efface.functional\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
