@@ -35,12 +35,13 @@ format: $(READY)
 # The sanitizer's run-time library must be the first to be loaded, so it is preloaded into Python. Leaks are not looked
 # for: the interpreter keeps memory until it exits.
 SANITIZED := build/sanitize
+# pytest is called by its script: `python -m` would find the ordinary build in the current folder first.
 sanitize: $(READY)
 	EFFACE_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --force --build-lib $(SANITIZED) --build-temp build/sanitize-objects
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONPATH=$(SANITIZED) EFFACE_EXPECT_NATIVE=$(SANITIZED) PYTHONMALLOC=malloc \
-	$(BIN)/python -m pytest tests/native
+	$(BIN)/pytest tests/native
 
 $(READY): pyproject.toml setup.py constraints/cpu.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "efface needs Python 3.10 or newer, got " + sys.version.split()[0] + "; set PYTHON=python3.x")'

@@ -12,6 +12,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+@pytest.fixture(autouse=True)
+def _no_leaked_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 4 leaves the mixed precision of one run in the environment of the next."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 @pytest.fixture(scope="session")
 def tofu() -> Path:
     """The real TOFU files."""

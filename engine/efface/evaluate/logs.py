@@ -73,7 +73,8 @@ class EvalLog:
 def truth_ratios(paraphrased: FloatArray, perturbed: FloatArray) -> FloatArray:
     """R (rows,) from mean token log-probabilities of the paraphrase (rows,) and the false answers (rows, answers)."""
     with np.errstate(over="ignore"):  # an overflow is reported by EvalLog.rows, with its row
-        return np.exp(perturbed.mean(axis=1) - paraphrased)
+        ratios: FloatArray = np.exp(perturbed.mean(axis=1) - paraphrased)
+    return ratios
 
 
 def read_log(path: str | Path) -> EvalLog:

@@ -20,11 +20,10 @@ class PackedDataset(Dataset[dict[str, Any]]):
         pairs_per_batch: int,
         batches_per_step: int,
         seed: int,
-        reference: CachedReference | None = None,
     ) -> None:
         self._forget, self._retain = forget, retain
         self._settings = {"pairs_per_batch": pairs_per_batch, "batches_per_step": batches_per_step, "seed": seed}
-        self._reference = reference
+        self.reference: CachedReference | None = None  # set once the model can score
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -40,6 +39,6 @@ class PackedDataset(Dataset[dict[str, Any]]):
         planned = self._plan[index]
         batch = pack(self._forget, self._retain, planned.forget, planned.retain)
         item: dict[str, Any] = {"batch": batch, "totals": planned.totals}
-        if self._reference is not None:
-            item["reference_sums"] = self._reference.sums(batch, torch.from_numpy(planned.forget))
+        if self.reference is not None:
+            item["reference_sums"] = self.reference.sums(batch, torch.from_numpy(planned.forget))
         return item

@@ -75,7 +75,10 @@ class _FusedModel:
 
 def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """Return the final hidden states (N, D) of the batch's label rows."""
-    hidden: Tensor = model.get_decoder()(**packed_arguments(model, batch)).last_hidden_state  # (1, T, D)
+    decoder = model.get_decoder()
+    if decoder is model:  # what transformers 4 answers for models (GPT-NeoX) that do not name theirs
+        decoder = model.base_model
+    hidden: Tensor = decoder(**packed_arguments(model, batch)).last_hidden_state  # (1, T, D)
     return hidden[0].index_select(0, batch.label_rows)
 
 

@@ -14,7 +14,7 @@ from efface.hf.data import QuestionAnswers, token_store
 from efface.hf.dataset import PackedDataset
 from efface.hf.head import HeadLoss, fuse
 from efface.hf.meter import LossWatch, StepMeter
-from efface.hf.reference import KINDS, CachedReference, LiveReference, make_reference
+from efface.hf.reference import KINDS, LiveReference, make_reference
 from efface.hf.score import check_store
 from efface.objectives import Objective, StepTerms
 
@@ -30,7 +30,6 @@ class PackedTrainer(Trainer):
         forget: TokenStore,
         retain: TokenStore,
         objective: Objective | None,
-        reference: CachedReference | LiveReference | None = None,
         **trainer_options: Any,
     ) -> None:
         if args.n_gpu > 1:
@@ -41,16 +40,15 @@ class PackedTrainer(Trainer):
         for name, store in (("forget", forget), ("retain", retain)):
             check_store(model, store, name)
         self.objective: Objective | None = objective
-        self._live = reference if isinstance(reference, LiveReference) else None
-        dataset = PackedDataset(
+        self._live: LiveReference | None = None
+        self._dataset = PackedDataset(
             forget,
             retain,
             pairs_per_batch=args.per_device_train_batch_size,
             batches_per_step=args.gradient_accumulation_steps,
             seed=args.seed if args.data_seed is None else args.data_seed,
-            reference=reference if isinstance(reference, CachedReference) else None,
         )
-        super().__init__(model=fuse(model), args=args, train_dataset=dataset, **trainer_options)
+        super().__init__(model=fuse(model), args=args, train_dataset=self._dataset, **trainer_options)
         self.meter = StepMeter()
         self._watch = LossWatch()
         self.add_callback(self.meter)
@@ -59,11 +57,10 @@ class PackedTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return a loader whose batches are single items: they are packed batches."""
-        dataset: Any = self.train_dataset
         loader = DataLoader(
-            dataset,
+            self._dataset,
             batch_size=1,
-            sampler=SequentialSampler(dataset),
+            sampler=SequentialSampler(self._dataset),
             collate_fn=_only_item,
             num_workers=self.args.dataloader_num_workers,
         )
@@ -180,21 +177,23 @@ class UnlearnTrainer(PackedTrainer):
         forget_store = _tokenised(forget, processing_class, args, "forget")
         keep = retain is not None and objective.alpha != 0
         retain_store = _tokenised(retain, processing_class, args, "retain") if keep else TokenStore.empty()
-        # A cached reference is scored by the model as it is before the first step.
-        nn.Module.to(model, args.device)
-        frozen = None
-        if objective.needs_reference:
-            frozen = make_reference(reference, model, reference_model, forget_store)
         super().__init__(
             model,
             args,
             forget=forget_store,
             retain=retain_store,
             objective=objective,
-            reference=frozen,
             processing_class=processing_class,
             **trainer_options,
         )
+        if objective.needs_reference:
+            # The policy as it is now, in the precision in which it will train: L − L_ref starts at 0.
+            with self.accelerator.autocast():
+                frozen = make_reference(reference, model, reference_model, forget_store)
+            if isinstance(frozen, LiveReference):
+                self._live = frozen
+            else:
+                self._dataset.reference = frozen
 
 
 class FinetuneTrainer(PackedTrainer):

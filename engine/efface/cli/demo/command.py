@@ -152,5 +152,8 @@ def run(argv: Sequence[str]) -> int:
     with written_whole(out) as partial:
         results = tell(data, _settings(options), partial, console)
     console.print(results_table(results, data.name))
+    for row in results:
+        if row.note:
+            console.print(f"{row.name}: {row.note}")
     console.print(f"models, plots and figures: {out}")
     return 0

@@ -46,11 +46,11 @@ class Settings:
     teach_lr: float = 2e-3
     unlearn_epochs: int = 10
     unlearn_batch: int = 8
-    unlearn_lr: float = 5e-4
+    unlearn_lr: float = 4e-4
     retain_rows: int = 64  # scored after every epoch
     seed: int = 0
     objectives: tuple[Objective, ...] = (
-        NPO(beta=0.1, alpha=1.0),
+        NPO(beta=0.1, alpha=2.0),
         SimNPO(beta=1.5, gamma=1.0),
         GradDiff(),
     )
@@ -75,6 +75,7 @@ class Measured:
     probability_retain: float
     seconds: float = 0.0  # in optimizer steps
     tokens_per_second: float = 0.0
+    note: str = ""  # why its training ended early
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -221,8 +222,13 @@ class Story:
             callbacks=[*self._callbacks, curve],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        note = ""
+        try:
+            trainer.train()
+        except FloatingPointError as error:  # the run stopped before the step that would have spread the NaN
+            note = str(error).partition(";")[0]
         measured = timed(self._examiner.measure(model, objective.name), trainer)
+        measured.note = note
         measured.curve = [{"step": 0, **_figures(before)}, *curve.points]
         return model, measured
 
