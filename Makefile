@@ -11,7 +11,7 @@ OUT ?= demo-out
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-NATIVE := $(wildcard csrc/*.cpp csrc/*.hpp bindings/*.cpp)
+NATIVE := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inl bindings/*.cpp)
 
 .PHONY: demo test lint format sanitize clean
 

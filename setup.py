@@ -1,6 +1,7 @@
 """Build of the one extension module, ``efface_native``; everything else is in pyproject.toml."""
 
 import os
+import sys
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -17,11 +18,11 @@ flags = [] if os.name == "nt" else [*WARNINGS, *(sanitize or ["-O3"])]
 extension = Pybind11Extension(
     "efface_native",
     sources=[*map(str, sorted(Path("csrc").glob("*.cpp"))), *map(str, sorted(Path("bindings").glob("*.cpp")))],
-    depends=[*map(str, sorted(Path("csrc").glob("*.hpp")))],
+    depends=[*map(str, sorted(Path("csrc").glob("*.hpp"))), *map(str, sorted(Path("csrc").glob("*.inl")))],
     include_dirs=["csrc"],
     cxx_std=20,
     extra_compile_args=flags,
-    extra_link_args=sanitize,
+    extra_link_args=[*sanitize, *(["-ldl"] if sys.platform == "linux" else [])],
 )
 # Moved from -I to -isystem, so that -Werror judges our code and not a library's.
 if os.name != "nt":

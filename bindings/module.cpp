@@ -8,6 +8,7 @@
 #include <string>
 
 #include "packer.hpp"
+#include "row_pass.hpp"
 
 namespace py = pybind11;
 
@@ -88,11 +89,107 @@ void pack(const py::tuple& forget, const py::tuple& retain, const py::array& rol
     efface::pack(f, r, choice, buffers);
 }
 
+efface::Element element_of(const std::string& dtype) {
+    if (dtype == "bfloat16") {
+        return efface::Element::bf16;
+    }
+    if (dtype == "float16") {
+        return efface::Element::fp16;
+    }
+    if (dtype == "float32") {
+        return efface::Element::fp32;
+    }
+    if (dtype == "float64") {
+        return efface::Element::fp64;
+    }
+    throw py::value_error("`dtype`: expected bfloat16, float16, float32 or float64, got " + dtype);
+}
+
+efface::Backend backend_of(const std::string& name) {
+    if (name == "best") {
+        return efface::Backend::best;
+    }
+    if (name == "portable") {
+        return efface::Backend::portable;
+    }
+    if (name == "avx2") {
+        return efface::Backend::avx2;
+    }
+    if (name == "avx512") {
+        return efface::Backend::avx512;
+    }
+    if (name == "neon") {
+        return efface::Backend::neon;
+    }
+    throw py::value_error("`backend`: expected best, portable, avx2, avx512 or neon, got " + name);
+}
+
+// (address, dtype, rows, vocabulary, stride in elements, softcap or 0), or None for no rows.
+efface::Logits logits_of(const py::object& description, const char* name) {
+    if (description.is_none()) {
+        return {};
+    }
+    const auto fields = description.cast<py::tuple>();
+    if (fields.size() != 6) {
+        throw py::value_error("`" + std::string(name) +
+                              "`: expected (address, dtype, rows, vocabulary, stride, softcap), got " +
+                              std::to_string(fields.size()) + " entries");
+    }
+    return {.data = reinterpret_cast<void*>(fields[0].cast<std::uintptr_t>()),  // NOLINT: the caller's tensor
+            .element = element_of(fields[1].cast<std::string>()),
+            .rows = fields[2].cast<std::int64_t>(),
+            .vocabulary = fields[3].cast<std::int64_t>(),
+            .stride = fields[4].cast<std::int64_t>(),
+            .softcap = fields[5].cast<double>()};
+}
+
+// The pass's output vectors: of `rows` entries, float64 beside fp64 logits and float32 beside all others.
+void* output(py::array& array, const efface::Logits& logits, const char* name) {
+    const bool wide = logits.element == efface::Element::fp64;
+    void* data = wide ? static_cast<void*>(buffer<double>(array, name).data())
+                      : static_cast<void*>(buffer<float>(array, name).data());
+    if (array.size() != logits.rows) {
+        throw py::value_error("`" + std::string(name) + "`: expected " + std::to_string(logits.rows) +
+                              " entries, got " + std::to_string(array.size()));
+    }
+    return data;
+}
+
+void row_pass(const py::tuple& logits, const py::array& targets, bool gradient, py::array logprobs,
+              const py::object& reference, const py::object& reference_logprobs, int threads,
+              const std::string& backend) {
+    const auto policy = logits_of(logits, "logits");
+    const auto frozen = logits_of(reference, "reference_logits");
+    const auto labels = view<std::int64_t>(targets, "targets");
+    void* out = output(logprobs, policy, "logprobs");
+    void* reference_out = nullptr;
+    if (!reference.is_none()) {
+        auto array = reference_logprobs.cast<py::array>();
+        reference_out = output(array, frozen, "reference_logprobs");
+    }
+    const efface::Execution execution{.threads = threads, .backend = backend_of(backend)};
+    py::gil_scoped_release release;
+    efface::row_pass(policy, labels, gradient, out, frozen, reference_out, execution);
+}
+
+void distribution_pass(const py::tuple& logits, const py::tuple& reference, const py::array& targets, double shift,
+                       bool gradient, py::array divergence, py::array entropy, int threads,
+                       const std::string& backend) {
+    const auto policy = logits_of(logits, "logits");
+    const auto frozen = logits_of(reference, "reference_logits");
+    const auto labels = view<std::int64_t>(targets, "targets");
+    void* divergence_out = output(divergence, policy, "divergence");
+    void* entropy_out = output(entropy, policy, "entropy");
+    const efface::Execution execution{.threads = threads, .backend = backend_of(backend)};
+    py::gil_scoped_release release;
+    efface::distribution_pass(policy, frozen, labels, shift, gradient, divergence_out, entropy_out, execution);
+}
+
 }  // namespace
 
 // std::invalid_argument becomes ValueError by pybind11's own translation.
 PYBIND11_MODULE(efface_native, m) {
-    m.doc() = "efface's C++ core: packed batches.";
+    m.doc() = "efface's C++ core: packed batches, and the row passes of the loss on CPUs.";
     m.def("measure", &measure, py::arg("forget"), py::arg("retain"), py::arg("roles"), py::arg("sequences"),
           R"(Return (sequences, tokens, label rows) of the packed batch of the chosen sequences.
 
@@ -107,4 +204,46 @@ without labels, or 2^31 tokens and more; TypeError for another dtype.)");
 
 input_ids, position_ids: int64 (T). cu_seqlens: int32 (S + 1). label_rows, targets: int64 (N).
 row_offsets: int64 (S + 1). The extents are those that `measure` returns. Raises as `measure` does.)");
+    m.def("row_pass", &row_pass, py::arg("logits"), py::arg("targets"), py::kw_only(), py::arg("gradient"),
+          py::arg("logprobs"), py::arg("reference_logits") = py::none(), py::arg("reference_logprobs") = py::none(),
+          py::arg("threads") = 1, py::arg("backend") = "best",
+          R"(Write the targets' log-probabilities; with `gradient`, logits become softmax - onehot in place.
+
+logits, reference_logits: (address, dtype, rows, vocabulary, stride, softcap), the memory of a tensor that the caller
+keeps alive; dtype one of bfloat16, float16, float32, float64; stride in elements; softcap 0 for none. The reference may
+have fewer rows, another dtype and another vocabulary; it is only read.
+targets: int64 (rows). logprobs: float32 (rows), float64 for float64 logits; reference_logprobs likewise.
+threads: upper bound; the result does not depend on it. backend: best, portable, avx2, avx512 or neon.
+Raises ValueError for shapes that do not fit, a target out of the vocabulary, a backend that this machine lacks.)");
+    m.def("distribution_pass", &distribution_pass, py::arg("logits"), py::arg("reference_logits"), py::arg("targets"),
+          py::kw_only(), py::arg("shift"), py::arg("gradient"), py::arg("divergence"), py::arg("entropy"),
+          py::arg("threads") = 1, py::arg("backend") = "best",
+          R"(Write KL(q || p) and the entropy of q; with `gradient`, logits become p - q in place.
+
+p is the softmax of `logits`, q that of `reference_logits` with the target's logit lowered by `shift`. Arguments are
+those of `row_pass`; both logits have the same rows and vocabulary.)");
+    m.def(
+        "backends",
+        [] {
+            py::list names;
+            for (const auto* name : {"portable", "avx2", "avx512", "neon"}) {
+                if (efface::supported(backend_of(name))) {
+                    names.append(name);
+                }
+            }
+            return names;
+        },
+        "Return the vector backends that this machine runs; `best` is the last of them.");
+    m.def(
+        "exp_in_place",
+        [](py::array values, const std::string& backend) {
+            efface::exp_in_place(buffer<float>(values, "values"), backend_of(backend));
+        },
+        py::arg("values"), py::arg("backend") = "best", "Replace float32 values by exp, as the passes compute it.");
+    m.def(
+        "tanh_in_place",
+        [](py::array values, const std::string& backend) {
+            efface::tanh_in_place(buffer<float>(values, "values"), backend_of(backend));
+        },
+        py::arg("values"), py::arg("backend") = "best", "Replace float32 values by tanh, as the passes compute it.");
 }

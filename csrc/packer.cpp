@@ -12,7 +12,7 @@ namespace {
 
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
-std::string quoted(std::string_view name) { return "`" + std::string(name) + "`"; }
+std::string quoted(std::string_view name) { return std::string("`").append(name).append("`"); }
 
 // One sequence, checked: begin and length in the store's ids, and the first label that a hidden state predicts.
 struct Sequence {

@@ -4,6 +4,7 @@ Knows no model, no dataset and no trainer. Letters used throughout:
 N label rows, D hidden size, V vocabulary, S sequences; ``z`` logits, ``ℓ`` log-probabilities of the targets.
 """
 
+from efface_kernels.distribution_pass import DistributionPassOutput, distribution_pass
 from efface_kernels.linear_loss import (
     Head,
     ReferenceRows,
@@ -12,15 +13,19 @@ from efface_kernels.linear_loss import (
     linear_logprob,
     linear_sequence_loss,
 )
+from efface_kernels.memory import release_workspaces
 from efface_kernels.row_pass import RowPassOutput, row_pass
 
 __all__ = [
+    "DistributionPassOutput",
     "Head",
     "ReferenceRows",
     "RowPassOutput",
     "SequenceLossOutput",
     "Sequences",
+    "distribution_pass",
     "linear_logprob",
     "linear_sequence_loss",
+    "release_workspaces",
     "row_pass",
 ]

@@ -1,9 +1,13 @@
 """Refusals of bad input, in one voice: the argument's name, what was expected, what came, what to do."""
 
+import functools
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from efface_kernels import native
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "triton", "native", "torch")
@@ -59,14 +63,37 @@ def check_softcap(softcap: float | None) -> None:
         raise ValueError(f"`softcap`: expected a positive number or None, got {softcap}")
 
 
-def resolve_backend(backend: str) -> str:
-    """Return the implementation that ``backend`` names: today always ``"torch"``.
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """Return the implementation, ``"native"`` or ``"torch"``, that ``backend`` names for tensors on ``device``.
+
+    "auto" is native on the CPU and torch elsewhere. Where the extension is missing it is torch, with one warning.
 
     Raises:
-        ValueError: an unknown name, or a backend that this build does not have.
+        ValueError: an unknown name, or a backend that this build or device does not have.
     """
     if backend not in BACKENDS:
         raise ValueError(f"`backend`: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    if backend in ("triton", "native"):
-        raise ValueError(f"`backend`: {backend!r} is not part of this build; use 'auto' or 'torch'")
+    if backend == "triton":
+        raise ValueError("`backend`: 'triton' is not part of this build; use 'auto', 'native' or 'torch'")
+    if backend == "torch" or (backend == "auto" and device.type != "cpu"):
+        return "torch"
+    if device.type != "cpu":
+        raise ValueError(f"`backend`: 'native' runs on the CPU, got tensors on {device}; use 'auto' or 'torch'")
+    if native.IMPORT_ERROR is None:
+        return "native"
+    if backend == "native":
+        raise ValueError(
+            f"`backend`: the extension efface_native cannot be imported ({native.IMPORT_ERROR}); reinstall efface "
+            "with a C++20 compiler at hand, or use 'torch'"
+        )
+    _warn_missing_extension()
     return "torch"
+
+
+@functools.cache
+def _warn_missing_extension() -> None:
+    warnings.warn(
+        f"the extension efface_native cannot be imported ({native.IMPORT_ERROR}); the loss runs on plain torch, "
+        "more slowly. Reinstall efface with a C++20 compiler at hand.",
+        stacklevel=5,
+    )

@@ -36,8 +36,8 @@ def test_rows_are_cut_anywhere_without_a_weight_gradient() -> None:
 
 
 def test_default_chunk_rows() -> None:
-    assert default_chunk_rows("cpu", 128256, 2) == 261
-    assert default_chunk_rows("cpu", 128256, 4) == 256
-    assert default_chunk_rows("cpu", 32000, 2) == 1048
+    assert default_chunk_rows("cpu", 128256, 2) == 523
+    assert default_chunk_rows("cpu", 128256, 4) == 261
+    assert default_chunk_rows("cpu", 32000, 2) == 2097
     assert default_chunk_rows("cuda", 128256, 2) == 2092
     assert default_chunk_rows("cuda", 128256, 4) == 2048

@@ -65,7 +65,7 @@ class _LinearLogprob(torch.autograd.Function):
                     rule=lambda chunk, _logprobs, _reference: upstream[chunk.rows],
                     backend=options.backend,
                 ).gradients
-            return (*gradients.finish(upstream), None, None)
+            return (*gradients.finish(upstream, keep=False), None, None)
 
 
 def linear_logprob(
@@ -98,7 +98,7 @@ def linear_logprob(
         bias: (V,), same dtype, or None.
         softcap: Gemma-2's cap on the logits, or None.
         chunk_rows: rows of logits alive at a time; None chooses from the device, V and the dtype.
-        backend: "auto" or "torch".
+        backend: "auto", "native" (C++, CPU tensors) or "torch".
 
     Returns:
         (N,), in nats, float32 (float64 for float64 inputs). Gradients have the dtypes of their inputs; those of
@@ -112,7 +112,7 @@ def linear_logprob(
     head.check(hidden)
     check_targets(targets, hidden.shape[0], head.vocabulary)
     check_same_device(hidden=hidden, targets=targets)
-    options = _Options(softcap, resolve_chunk_rows(chunk_rows, hidden, head), resolve_backend(backend))
+    options = _Options(softcap, resolve_chunk_rows(chunk_rows, hidden, head), resolve_backend(backend, hidden.device))
     with torch.autocast(hidden.device.type, enabled=False):
         logprobs: Tensor = _LinearLogprob.apply(hidden, head.weight, head.bias, targets, options)  # type: ignore[no-untyped-call]
     return logprobs

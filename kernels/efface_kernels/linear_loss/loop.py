@@ -12,8 +12,9 @@ from torch import Tensor
 
 from efface_kernels.linear_loss.chunks import Chunk
 from efface_kernels.linear_loss.head import Head, ReferenceRows
+from efface_kernels.logits import accumulation_dtype
+from efface_kernels.memory import Loan, add_product
 from efface_kernels.row_pass import row_pass
-from efface_kernels.row_pass.reference import accumulation_dtype
 
 # (chunk, logprobs (n,), reference logprobs (m,) of the chunk's first m rows or None) -> c (n,)
 CoefficientRule = Callable[[Chunk, Tensor, Tensor | None], Tensor]
@@ -49,9 +50,12 @@ class Gradients:
     hidden: Tensor
     head: Head
     chunks: int
+    spent: bool = field(init=False, default=False)  # handed over
     pw: Tensor | None = field(init=False, default=None)  # (N, D) P W
     weight: Tensor | None = field(init=False, default=None)  # (V, D)
     bias: Tensor | None = field(init=False, default=None)  # (V,)
+
+    _product: Tensor | None = field(init=False, default=None)  # one chunk's share, where it is summed in another dtype
 
     def __post_init__(self) -> None:
         if self.wanted.hidden:
@@ -69,40 +73,78 @@ class Gradients:
         scale = _power_of_two(coefficients) if p.dtype == torch.float16 else None
         factor = -(coefficients if scale is None else coefficients / scale)[:, None]  # (n, 1)
         if self.wanted.weight:
-            self.weight = self._add(self.weight, p.t(), (self.hidden[rows] * factor).to(p.dtype), scale)
+            right = (self.hidden[rows] * factor).to(p.dtype)
+            self.weight, self._product = self._add(self.weight, p.t(), right, scale, self._product)
         if self.wanted.bias:
-            ones = None if self.bias is None else self.bias[:, None]
-            self.bias = self._add(ones, p.t(), factor.to(p.dtype), scale)[:, 0]
+            total = None if self.bias is None else self.bias[:, None]
+            self.bias = self._add(total, p.t(), factor.to(p.dtype), scale, None)[0][:, 0]
 
-    def finish(self, coefficients: Tensor, upstream: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """Return (dh, dW, db) in the dtypes of their inputs, scaled by the upstream scalar, without a device sync."""
+    def _add(
+        self, total: Tensor | None, left: Tensor, right: Tensor, scale: Tensor | None, product: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return total + scale · left @ right, and the buffer in which products of half-precision chunks are made."""
+        half = left.dtype in (torch.float16, torch.bfloat16)
+        if not half or (self.chunks == 1 and scale is None):
+            if total is not None:
+                return total.addmm_(left, right), None
+            return torch.mm(left, right), None
+        # Sums over several half-precision chunks run in fp32.
+        if product is None:
+            product = left.new_empty(left.shape[0], right.shape[1])
+        torch.mm(left, right, out=product)
+        first = total is None
+        if total is None:
+            total = torch.empty_like(product, dtype=torch.float32)
+        add_product(total, product, scale, first=first)
+        return total, product
+
+    def finish(
+        self, coefficients: Tensor, upstream: Tensor | None = None, *, keep: bool = True
+    ) -> tuple[Tensor | None, ...]:
+        """Return (dh, dW, db) in the dtypes of their inputs, scaled by the upstream scalar, without a device sync.
+
+        Unless they are to be kept for another backward call, dW and db are scaled in place and handed over.
+        """
+        if self.spent:
+            raise RuntimeError(
+                "trying to run backward through this loss a second time: its gradients were handed over by the first; "
+                "give retain_graph=True to the first call"
+            )
         factor = -(coefficients if upstream is None else coefficients * upstream)[:, None]
-        dh = None if self.pw is None else (self.pw * factor).to(self.hidden.dtype)
-        return (
-            dh,
-            self._scaled(self.wanted.weight, self.weight, upstream, self.head.weight),
-            self._scaled(self.wanted.bias, self.bias, upstream, self.head.bias),
+        gradients = (
+            None if self.pw is None else (self.pw * factor).to(self.hidden.dtype),
+            self._scaled(self.wanted.weight, self.weight, upstream, self.head.weight, keep=keep),
+            self._scaled(self.wanted.bias, self.bias, upstream, self.head.bias, keep=keep),
         )
+        if not keep:
+            self.spent = True
+            self.pw = self.weight = self.bias = self._product = None
+        return gradients
 
     @staticmethod
-    def _scaled(wanted: bool, total: Tensor | None, upstream: Tensor | None, like: Tensor | None) -> Tensor | None:
+    def _scaled(
+        wanted: bool, total: Tensor | None, upstream: Tensor | None, like: Tensor | None, *, keep: bool
+    ) -> Tensor | None:
         if not wanted or like is None:
             return None
         if total is None:  # no rows at all
             return torch.zeros_like(like)
-        return (total if upstream is None else total * upstream).to(like.dtype)
+        # On the CPU reading a scalar is free; elsewhere it would wait for the device.
+        plain = upstream is None or (upstream.device.type == "cpu" and upstream.item() == 1)
+        if not plain and upstream is not None:
+            total = total * upstream if keep else total.mul_(upstream)
+        if total.dtype != like.dtype:
+            return total.to(like.dtype)
+        return total.clone() if keep and plain else total
 
-    def _add(self, total: Tensor | None, left: Tensor, right: Tensor, scale: Tensor | None) -> Tensor:
-        """Return total + scale · left @ right; sums of several half-precision chunks run in fp32."""
-        half = left.dtype in (torch.float16, torch.bfloat16)
-        if not half:
-            return left @ right if total is None else total.addmm_(left, right)
-        product = left @ right
-        if scale is not None:
-            product = product.float() * scale
-        if total is None:
-            return product if self.chunks == 1 else product.float()
-        return total.add_(product)
+
+def graph_is_kept() -> bool:
+    """Return whether the backward call that is running keeps its graph for another one (``retain_graph=True``).
+
+    torch's own compiler asks the same; where it does not answer, the graph is taken to be kept.
+    """
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # noqa: SLF001
+    return True if ask is None else bool(ask())
 
 
 def _power_of_two(values: Tensor) -> Tensor:
@@ -131,7 +173,7 @@ def run_loop(
     wanted: Wanted,
     rule: CoefficientRule | None = None,
     reference: ReferenceRows | None = None,
-    backend: str = "torch",
+    backend: str = "auto",
 ) -> LoopResult:
     """Run the loop over ``chunks`` of ``hidden`` (N, D).
 
@@ -140,11 +182,12 @@ def run_loop(
     """
     n, device, dtype = hidden.shape[0], hidden.device, accumulation_dtype(hidden.dtype)
     largest = max((stop - start for chunk in chunks for start, stop in chunk.pieces), default=0)
-    workspace = torch.empty(largest, head.vocabulary, dtype=hidden.dtype, device=device)
+    loan = Loan()
+    workspace = loan.matrix(largest, head.vocabulary, hidden.dtype, device)
     logprobs = torch.empty(n, dtype=dtype, device=device)
     coefficients = torch.zeros(n, dtype=dtype, device=device)
     gradients = Gradients(wanted, hidden, head, sum(len(chunk.pieces) for chunk in chunks))
-    reader = None if reference is None else _ReferenceReader(reference, largest, dtype)
+    reader = None if reference is None else _ReferenceReader(reference, loan, largest, dtype)
 
     for chunk in chunks:
         one_look = len(chunk.pieces) == 1 or not wanted.head
@@ -183,17 +226,18 @@ def run_loop(
             gradients.add_hidden(rows, p)
             gradients.add_head(rows, p, coefficients[rows])
 
+    loan.give_back()
     return LoopResult(logprobs, None if reader is None else reader.logprobs, coefficients, gradients)
 
 
 class _ReferenceReader:
     """The reference model's logits, for those rows that have one, in a workspace of their own."""
 
-    def __init__(self, reference: ReferenceRows, largest: int, dtype: torch.dtype) -> None:
+    def __init__(self, reference: ReferenceRows, loan: Loan, largest: int, dtype: torch.dtype) -> None:
         self._hidden = reference.hidden
         self._head = reference.head
         m = self._hidden.shape[0]
-        self._workspace = self._hidden.new_empty(min(largest, m), self._head.vocabulary)
+        self._workspace = loan.matrix(min(largest, m), self._head.vocabulary, self._hidden.dtype, self._hidden.device)
         self.logprobs = torch.empty(m, dtype=dtype, device=self._hidden.device)
 
     def logits(self, rows: slice) -> Tensor | None:

@@ -13,7 +13,7 @@ from efface_kernels.checks import check_dtype, check_same_device, check_shape, c
 from efface_kernels.linear_loss.chunks import Chunk, plan_rows, plan_sequences
 from efface_kernels.linear_loss.head import Head, ReferenceRows
 from efface_kernels.linear_loss.logprob import resolve_chunk_rows
-from efface_kernels.linear_loss.loop import Wanted, run_loop
+from efface_kernels.linear_loss.loop import Wanted, graph_is_kept, run_loop
 from efface_kernels.linear_loss.sequences import Sequences, segment_sums
 
 # Sequences (s of them) -> their loss terms (s,); the loss is the sum of all terms.
@@ -123,7 +123,7 @@ class _LinearSequenceLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 5
-        return (*ctx.gradients.finish(ctx.coefficients, upstream), None, None)
+        return (*ctx.gradients.finish(ctx.coefficients, upstream, keep=graph_is_kept()), None, None)
 
 
 def linear_sequence_loss(
@@ -163,7 +163,7 @@ def linear_sequence_loss(
         reference_sums: (S,) known L_ref instead, from a cache. Not both.
         chunk_rows: rows of logits alive at a time; None chooses from the device, V and the dtype. A sequence that is
             longer is looked at twice.
-        backend: "auto" or "torch".
+        backend: "auto", "native" (C++, CPU tensors) or "torch".
 
     Returns:
         SequenceLossOutput; ``loss`` may be scaled and added to other losses before ``backward``. float32 (float64
@@ -193,7 +193,7 @@ def linear_sequence_loss(
         reference,
         reference_sums,
         resolve_chunk_rows(chunk_rows, hidden, head),
-        resolve_backend(backend),
+        resolve_backend(backend, hidden.device),
     )
     with torch.autocast(hidden.device.type, enabled=False):
         output = _LinearSequenceLoss.apply(hidden, head.weight, head.bias, targets, options)  # type: ignore[no-untyped-call]

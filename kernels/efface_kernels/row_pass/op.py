@@ -13,7 +13,9 @@ from efface_kernels.checks import (
     check_targets,
     resolve_backend,
 )
-from efface_kernels.row_pass.reference import row_pass_reference
+from efface_kernels.logits import Logits
+from efface_kernels.native import row_pass_native
+from efface_kernels.row_pass.reference import row_pass_torch
 
 
 class RowPassOutput(NamedTuple):
@@ -53,7 +55,7 @@ def row_pass(
         softcap: cap of Gemma-2's z ← cap · tanh(z / cap), applied here; its derivative is part of the result.
         reference_softcap: the same for ``reference_logits``.
         gradient: False leaves ``logits`` as they are.
-        backend: "auto" or "torch".
+        backend: "auto", "native" (C++, CPU tensors) or "torch".
 
     Returns:
         ``logprobs`` (n,) and ``reference_logprobs`` (m,), in nats, float32 (float64 for float64 logits).
@@ -68,17 +70,17 @@ def row_pass(
     check_softcap(softcap)
     check_softcap(reference_softcap)
     check_same_device(logits=logits, targets=targets, reference_logits=reference_logits)
-    resolve_backend(backend)
-    if reference_logits is None:
-        return RowPassOutput(row_pass_reference(logits, targets, softcap=softcap, gradient=gradient), None)
-
-    check_dtype("reference_logits", reference_logits, FLOATS)
-    check_shape("reference_logits", reference_logits, ("m", "V"))
-    m = reference_logits.shape[0]
-    if m > logits.shape[0]:
-        raise ValueError(f"`reference_logits`: expected at most {logits.shape[0]} rows (those of `logits`), got {m}")
-    check_targets(targets[:m], *reference_logits.shape)
-    return RowPassOutput(
-        row_pass_reference(logits, targets, softcap=softcap, gradient=gradient),
-        row_pass_reference(reference_logits, targets[:m], softcap=reference_softcap, gradient=False),
-    )
+    reference = None
+    if reference_logits is not None:
+        check_dtype("reference_logits", reference_logits, FLOATS)
+        check_shape("reference_logits", reference_logits, ("m", "V"))
+        m = reference_logits.shape[0]
+        if m > logits.shape[0]:
+            raise ValueError(
+                f"`reference_logits`: expected at most {logits.shape[0]} rows (those of `logits`), got {m}"
+            )
+        check_targets(targets[:m], *reference_logits.shape)
+        reference = Logits(reference_logits, reference_softcap)
+    run = {"torch": row_pass_torch, "native": row_pass_native}[resolve_backend(backend, logits.device)]
+    logprobs, *others = run(Logits(logits, softcap), targets, reference, gradient)
+    return RowPassOutput(logprobs, others[0] if others else None)

@@ -3,34 +3,27 @@
 import torch
 from torch import Tensor
 
-# Elements of a block of rows in the accumulation dtype. The pass reads the chunk block by block, so that its
-# temporaries stay in the cache and no second chunk is ever alive: 2^19 fp32 values are 2 MiB.
-_BLOCK_ELEMENTS = 1 << 19
+from efface_kernels.logits import Logits, accumulation_dtype, row_blocks
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def row_pass_torch(logits: Logits, targets: Tensor, reference: Logits | None, gradient: bool) -> tuple[Tensor, ...]:
+    """Return ℓ (n,), and ℓ_ref (m,) with a reference; ``gradient`` overwrites the logits by softmax − onehot."""
+    logprobs = _one_model(logits, targets, gradient)
+    if reference is None:
+        return (logprobs,)
+    return logprobs, _one_model(reference, targets[: reference.values.shape[0]], gradient=False)
 
 
-def row_pass_reference(logits: Tensor, targets: Tensor, *, softcap: float | None, gradient: bool) -> Tensor:
-    """Return ℓ (n,), and with ``gradient`` overwrite ``logits`` (n, V) by −∂ℓ/∂logits, that is softmax − onehot."""
-    n, vocabulary = logits.shape
-    dtype = accumulation_dtype(logits.dtype)
-    logprobs = torch.empty(n, dtype=dtype, device=logits.device)
-    block = max(1, _BLOCK_ELEMENTS // max(1, vocabulary))
-    for start in range(0, n, block):
-        rows = slice(start, start + block)
-        z = logits[rows].to(dtype, copy=True)  # (b, V)
+def _one_model(logits: Logits, targets: Tensor, gradient: bool) -> Tensor:
+    values = logits.values
+    dtype = accumulation_dtype(values.dtype)
+    logprobs = torch.empty(values.shape[0], dtype=dtype, device=values.device)
+    for rows in row_blocks(values):
+        z, slope = logits.capped(rows)  # (b, V)
         target = targets[rows, None]  # (b, 1)
-        slope = None
-        if softcap is not None:
-            tanh = torch.tanh(z / softcap)
-            z = softcap * tanh
-            slope = 1 - tanh * tanh
         # Relative to the maximum, never to the logsumexp itself: a memorised target is the maximum, and its ℓ ≈ 0 would
         # drown in the rounding of z_y − lse.
-        z -= z.amax(dim=1, keepdim=True)
+        z = z - z.amax(dim=1, keepdim=True)
         p = torch.exp(z)
         total = p.sum(dim=1, keepdim=True)
         logprob = z.gather(1, target) - torch.log(total)  # (b, 1)
@@ -40,5 +33,5 @@ def row_pass_reference(logits: Tensor, targets: Tensor, *, softcap: float | None
             # p_y − 1 before any rounding to the dtype of the logits: memorised targets have p_y near 1, and at
             # p = 0.99 the difference taken in bf16 is 20 % wrong.
             p.scatter_(1, target, torch.expm1(logprob))
-            logits[rows] = p if slope is None else p * slope
+            values[rows] = p if slope is None else p * slope
     return logprobs

@@ -1,0 +1,82 @@
+// The row passes for AVX-512 (F, BW, DQ, VL). Nothing of the standard library may be used below the pragma.
+#include "half.hpp"
+#include "row_kernels.hpp"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+// GCC 12's header starts some intrinsics from a value that it leaves undefined on purpose, and warns about it.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+
+#include "half.inl"
+
+namespace {
+
+struct V {
+    __m512 v;
+    static constexpr int width = 16;
+
+    static V set(float x) { return {_mm512_set1_ps(x)}; }
+    static V load(const float* from) { return {_mm512_loadu_ps(from)}; }
+    static V load(const Bf16* from) {
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+    }
+    static V load(const Fp16* from) {
+        return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
+    }
+    void store(float* to) const { _mm512_storeu_ps(to, v); }
+    void store(Bf16* to) const {
+        // Round to nearest, ties to even, in integers; avx512_bf16's own instruction flushes subnormal numbers.
+        const __m512i bits = _mm512_castps_si512(v);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+        rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+        const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+    }
+    void store(Fp16* to) const {
+        const __m256i half = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+    }
+};
+
+struct Mask {
+    __mmask16 m;
+    Mask operator!() const { return {static_cast<__mmask16>(~m)}; }
+};
+
+inline V operator+(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline V operator-(V a, V b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline V operator*(V a, V b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline V operator/(V a, V b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Mask operator<(V a, V b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+inline V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline V max(V a, V b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline V abs(V a) { return {_mm512_abs_ps(a.v)}; }
+inline V select(Mask mask, V a, V b) { return {_mm512_mask_blend_ps(mask.m, b.v, a.v)}; }
+inline V round(V a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline V times_power_of_two(V a, V n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+inline float sum(V a) { return _mm512_reduce_add_ps(a.v); }
+inline float largest(V a) { return _mm512_reduce_max_ps(a.v); }
+
+}  // namespace
+
+#include "row_kernels.inl"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+const efface::kernels::Table* const efface::kernels::avx512_table = &table;
+#else
+const efface::kernels::Table* const efface::kernels::avx512_table = nullptr;
+#endif

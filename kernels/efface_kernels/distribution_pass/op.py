@@ -1,0 +1,80 @@
+"""The distribution pass: KL divergence to a frozen model's distribution and, in place, its derivative."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from efface_kernels.checks import (
+    FLOATS,
+    check_dtype,
+    check_same_device,
+    check_shape,
+    check_softcap,
+    check_targets,
+    resolve_backend,
+)
+from efface_kernels.distribution_pass.reference import distribution_pass_torch
+from efface_kernels.logits import Logits
+from efface_kernels.native import distribution_pass_native
+
+
+class DistributionPassOutput(NamedTuple):
+    """KL(q‖p) and the entropy of q; the cross entropy −Σ q log p is their sum."""
+
+    divergence: Tensor  # (n,)
+    entropy: Tensor  # (n,)
+
+
+def distribution_pass(
+    logits: Tensor,
+    reference_logits: Tensor,
+    targets: Tensor,
+    *,
+    shift: float = 0.0,
+    softcap: float | None = None,
+    reference_softcap: float | None = None,
+    gradient: bool = True,
+    backend: str = "auto",
+) -> DistributionPassOutput:
+    """KL(q‖p) of each row, with p = softmax(logits), q = softmax(reference_logits − shift · onehot(targets)).
+
+    Equal to::
+
+        q = torch.softmax(reference_logits.float() - shift * one_hot(targets, V), -1)
+        log_p = torch.log_softmax(logits.float(), -1)
+        divergence, entropy = (q * (q.log() - log_p)).sum(-1), -(q * q.log()).sum(-1)
+        logits.copy_(log_p.exp() - q)  # the derivative of the divergence with respect to logits
+
+    Shift 0 is the KL retain term; UNDIAL's cross entropy (arXiv 2402.10052) is divergence + entropy with shift = β.
+    At the start of a run p = q and p − q is nothing but rounding: give float32 logits, not bfloat16.
+
+    Args:
+        logits: (n, V), float16, bfloat16, float32 or float64; overwritten if ``gradient``.
+        reference_logits: (n, V); only read. Its dtype may differ, but float64 needs float64 ``logits``.
+        targets: (n,) int64, in 0 .. V − 1; where the shift applies.
+        shift: what the target's reference logit is lowered by, after the cap.
+        softcap: z ← cap · tanh(z / cap) of ``logits``, or None; its derivative is part of the result.
+        reference_softcap: the same for ``reference_logits``.
+        gradient: False leaves ``logits`` as they are.
+        backend: "auto", "native" (C++, CPU tensors) or "torch".
+
+    Returns:
+        ``divergence`` and ``entropy``, (n,), in nats, float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError: a dtype other than those above.
+        ValueError: shapes that differ, a target out of the vocabulary, tensors on different devices.
+    """
+    check_dtype("logits", logits, FLOATS)
+    check_shape("logits", logits, ("n", "V"))
+    check_dtype("reference_logits", reference_logits, FLOATS if logits.dtype == FLOATS[-1] else FLOATS[:-1])
+    check_shape("reference_logits", reference_logits, logits.shape, "both models need the same rows and vocabulary")
+    check_targets(targets, *logits.shape)
+    check_softcap(softcap)
+    check_softcap(reference_softcap)
+    check_same_device(logits=logits, reference_logits=reference_logits, targets=targets)
+    run = {"torch": distribution_pass_torch, "native": distribution_pass_native}[
+        resolve_backend(backend, logits.device)
+    ]
+    pair = Logits(logits, softcap), Logits(reference_logits, reference_softcap)
+    return DistributionPassOutput(*run(*pair, targets, shift, gradient))

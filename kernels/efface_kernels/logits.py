@@ -1,0 +1,39 @@
+"""Logits as the passes take them: a matrix and the cap that it has yet to go through."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Elements of a block of rows in the accumulation dtype. The torch passes read a chunk block by block, so that their
+# temporaries stay in the cache and no second chunk is ever alive: 2^19 fp32 values are 2 MiB.
+_BLOCK_ELEMENTS = 1 << 19
+
+
+@dataclass(frozen=True)
+class Logits:
+    """(n, V) logits as the head's GEMM made them, and the soft-cap z ← cap · tanh(z / cap), or None."""
+
+    values: Tensor
+    softcap: float | None = None
+
+    def capped(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Return these rows after the cap, in the accumulation dtype, and the cap's derivative (None without one)."""
+        z = self.values[rows].to(accumulation_dtype(self.values.dtype))
+        if self.softcap is None:
+            return z, None
+        tanh = torch.tanh(z / self.softcap)
+        return self.softcap * tanh, 1 - tanh * tanh
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_blocks(values: Tensor) -> Iterator[slice]:
+    """Yield slices of rows small enough for the torch passes' temporaries."""
+    block = max(1, _BLOCK_ELEMENTS // max(1, values.shape[1]))
+    for start in range(0, values.shape[0], block):
+        yield slice(start, start + block)

@@ -1,0 +1,94 @@
+"""The distribution pass against torch's own softmax in fp64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from efface_kernels import distribution_pass
+
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["torch", "native"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def gold(logits: Tensor, reference: Tensor, targets: Tensor, shift: float, cap: float | None) -> tuple[Tensor, ...]:
+    """(KL, entropy, derivative) from materialised fp64 distributions and autograd."""
+    z = logits.double().clone().requires_grad_()
+    capped = z if cap is None else cap * torch.tanh(z / cap)
+    frozen = reference.double() if cap is None else cap * torch.tanh(reference.double() / cap)
+    frozen = frozen - shift * torch.nn.functional.one_hot(targets, logits.shape[1])
+    q = torch.softmax(frozen, -1)
+    kl = torch.nn.functional.kl_div(torch.log_softmax(capped, -1), q, reduction="none").sum(-1)
+    entropy = torch.special.entr(q).sum(-1)
+    return kl.detach(), entropy, torch.autograd.grad(kl.sum(), z)[0]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("cap", [None, 4.0])
+@pytest.mark.parametrize("shift", [0.0, 10.0])
+@pytest.mark.parametrize("vocabulary", [1, 7, 1031])
+def test_equals_fp64(backend: str, vocabulary: int, shift: float, cap: float | None, dtype: torch.dtype) -> None:
+    logits, reference = ((torch.randn(6, vocabulary) * 3).to(dtype) for _ in range(2))
+    targets = torch.randint(vocabulary, (6,))
+    kl, entropy, derivative = gold(logits, reference, targets, shift, cap)
+    before = reference.clone()
+    out = distribution_pass(
+        logits, reference, targets, shift=shift, softcap=cap, reference_softcap=cap, backend=backend
+    )
+    torch.testing.assert_close(out.divergence.double(), kl, rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(out.entropy.double(), entropy, rtol=2e-5, atol=2e-6)
+    tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype in FLOATS[:2] else {"rtol": 8e-3, "atol": 1e-6}
+    torch.testing.assert_close(logits.double(), derivative, **tolerance)
+    assert torch.equal(reference, before)
+
+
+def test_equal_distributions_have_no_divergence(backend: str) -> None:
+    logits = torch.randn(4, 999)
+    out = distribution_pass(logits.clone(), logits, torch.zeros(4, dtype=torch.int64), backend=backend)
+    assert out.divergence.abs().max() < 1e-6
+    exact = distribution_pass(
+        logits.double(), logits.double(), torch.zeros(4, dtype=torch.int64), gradient=False, backend=backend
+    )
+    torch.testing.assert_close(out.entropy.double(), exact.entropy, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@pytest.mark.parametrize("other", FLOATS[1:], ids=str)
+def test_dtypes_may_differ(backend: str, dtype: torch.dtype, other: torch.dtype) -> None:
+    logits, reference = torch.randn(3, 20).to(dtype), torch.randn(3, 20).to(other)
+    targets = torch.randint(20, (3,))
+    kl, _, _ = gold(logits, reference, targets, 0.0, None)
+    out = distribution_pass(logits, reference, targets, gradient=False, backend=backend)
+    torch.testing.assert_close(out.divergence.double(), kl, rtol=1e-5, atol=1e-6)
+
+
+def test_a_class_that_the_reference_excludes_adds_nothing(backend: str) -> None:
+    logits, reference = torch.randn(1, 5), torch.randn(1, 5)
+    reference[0, 2] = float("-inf")
+    kept = [0, 1, 3, 4]
+    out = distribution_pass(logits.clone(), reference, torch.tensor([0]), backend=backend)
+    q = torch.softmax(reference[0, kept].double(), -1)
+    log_p = torch.log_softmax(logits[0].double(), -1)[kept]
+    torch.testing.assert_close(out.divergence[0].double(), (q * (q.log() - log_p)).sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_nan_comes_out_and_stays_in_its_row(backend: str) -> None:
+    logits, reference = torch.randn(3, 40), torch.randn(3, 40)
+    reference[1, 7] = float("nan")
+    out = distribution_pass(logits, reference, torch.zeros(3, dtype=torch.int64), backend=backend)
+    assert out.divergence.isnan().tolist() == [False, True, False]
+    assert logits[1].isnan().all()
+    assert logits[[0, 2]].isfinite().all()
+
+
+def test_bad_input_is_refused() -> None:
+    logits, targets = torch.randn(2, 5), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="same rows and vocabulary"):
+        distribution_pass(logits, torch.randn(2, 6), targets)
+    with pytest.raises(TypeError, match="`reference_logits`: expected dtype"):
+        distribution_pass(logits, torch.randn(2, 5).double(), targets)
+    with pytest.raises(ValueError, match="got 5"):
+        distribution_pass(logits, logits, torch.tensor([0, 5]))

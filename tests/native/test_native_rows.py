@@ -1,0 +1,137 @@
+"""The C++ row passes through their bindings: accuracy, every vector backend, hostile input. No torch."""
+
+import efface_native
+import numpy as np
+import pytest
+
+BACKENDS = efface_native.backends()
+Description = tuple[int, str, int, int, int, float]
+
+
+def describe(array: np.ndarray, dtype: str | None = None, softcap: float = 0.0) -> Description:
+    rows, vocabulary = array.shape
+    return array.ctypes.data, dtype or str(array.dtype), rows, vocabulary, array.strides[0] // array.itemsize, softcap
+
+
+def bf16(values: np.ndarray) -> np.ndarray:
+    """Round to nearest, ties to even, as bits."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def widened(array: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "bfloat16":
+        return (array.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return array.astype(np.float64)
+
+
+def naive(z: np.ndarray, target: int) -> tuple[float, np.ndarray]:
+    shifted = z - z.max()
+    p = np.exp(shifted) / np.exp(shifted).sum()
+    p[target] -= 1
+    return shifted[target] - np.log(np.exp(shifted).sum()), p
+
+
+def test_the_portable_backend_is_always_there_and_best_is_one_of_them() -> None:
+    assert BACKENDS[0] == "portable"
+    with pytest.raises(ValueError, match="expected best, portable, avx2"):
+        efface_native.exp_in_place(np.zeros(1, np.float32), "sse")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exp_is_within_two_ulp_on_every_float_of_the_used_range(backend: str) -> None:
+    """The passes use exp on (−104, 0]: all float32 bit patterns from −2⁻¹² to −104, every 16th; and denser samples."""
+    bits = np.arange(np.float32(2**-12).view(np.uint32), np.float32(104).view(np.uint32), 16, dtype=np.uint32)
+    near = -np.logspace(-30, -3, 200_000).astype(np.float32)
+    x = np.concatenate([-bits.view(np.float32), near, np.linspace(0, 88, 200_001, dtype=np.float32)])
+    gold = np.exp(x.astype(np.float64))
+    got = x.copy()
+    efface_native.exp_in_place(got, backend)
+    ulp = np.spacing(np.maximum(gold, 1e-44).astype(np.float32)).astype(np.float64)
+    assert (np.abs(got - gold) / ulp).max() <= 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tanh_is_within_two_ulp(backend: str) -> None:
+    x = np.concatenate([np.linspace(-12, 12, 1_000_001), np.logspace(-30, 1, 200_000)]).astype(np.float32)
+    gold = np.tanh(x.astype(np.float64))
+    got = x.copy()
+    efface_native.tanh_in_place(got, backend)
+    ulp = np.spacing(np.abs(gold).astype(np.float32) + np.float32(1e-44)).astype(np.float64)
+    assert (np.abs(got - gold) / ulp).max() <= 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_special_values(backend: str) -> None:
+    x = np.array([np.nan, np.inf, -np.inf, 0, -0.0, 89, -105, 3.4e38, -3.4e38], np.float32)
+    efface_native.exp_in_place(x, backend)
+    np.testing.assert_array_equal(x, np.array([np.nan, np.inf, 0, 1, 1, np.inf, 0, np.inf, 0], np.float32))
+    t = np.array([np.nan, np.inf, -np.inf, 0, 100, -100], np.float32)
+    efface_native.tanh_in_place(t, backend)
+    np.testing.assert_array_equal(t, np.array([np.nan, 1, -1, 0, 1, -1], np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("vocabulary", [1, 3, 15, 16, 17, 1024, 1025, 4099])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_equals_the_naive_pass(backend: str, vocabulary: int, dtype: str) -> None:
+    rng = np.random.default_rng(vocabulary)
+    values = rng.normal(size=(4, vocabulary)) * 4
+    logits = bf16(values) if dtype == "bfloat16" else values.astype(dtype)
+    exact = widened(logits, dtype)
+    targets = rng.integers(0, vocabulary, 4)
+    logprobs = np.full(4, np.nan, np.float64 if dtype == "float64" else np.float32)
+    efface_native.row_pass(describe(logits, dtype), targets, gradient=True, logprobs=logprobs, backend=backend)
+    after = widened(logits, dtype)
+    eps = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2e-6, "float64": 1e-13}[dtype]
+    for row in range(4):
+        expected, p = naive(exact[row], targets[row])
+        assert logprobs[row] == pytest.approx(expected, rel=2e-6, abs=2e-6)
+        np.testing.assert_allclose(after[row], p, rtol=1.01 * eps, atol=6e-8 if dtype == "float16" else 1e-30)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_is_rounded_to_nearest_even(backend: str) -> None:
+    """With equal logits and V a power of two, p is exact; with V = 3 it is 1/3 rounded."""
+    for dtype, expected in (("bfloat16", 0x3EAB), ("float16", 0x3555)):
+        logits = np.zeros((1, 3), np.uint16 if dtype == "bfloat16" else np.float16)
+        efface_native.row_pass(
+            describe(logits, dtype), np.array([0]), gradient=True, logprobs=np.zeros(1, np.float32), backend=backend
+        )
+        assert logits.view(np.uint16)[0, 1] == expected
+
+
+def small() -> dict[str, object]:
+    return {
+        "logits": describe(np.zeros((2, 5), np.float32)),
+        "targets": np.array([0, 4]),
+        "gradient": False,
+        "logprobs": np.zeros(2, np.float32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"targets": np.array([0, 5])}, ValueError, r"token ids in 0 .. 4 .* got 5 in row 1"),
+        ({"targets": np.array([-1, 0])}, ValueError, "got -1 in row 0"),
+        ({"targets": np.array([0])}, ValueError, "expected 2 entries"),
+        ({"targets": np.array([0, 1, 2])}, ValueError, "expected 2 entries, got 3"),
+        ({"targets": np.array([0, 1], np.int32)}, TypeError, "`targets`: expected dtype int64"),
+        ({"logprobs": np.zeros(3, np.float32)}, ValueError, "`logprobs`: expected 2 entries, got 3"),
+        ({"logprobs": np.zeros(2)}, TypeError, "`logprobs`: expected dtype float32, got float64"),
+        ({"logits": (0, "float32", 2, 5, 5, 0.0)}, ValueError, "expected an address, got null"),
+        ({"logits": (8, "float32", -1, 5, 5, 0.0)}, ValueError, "`logprobs`: expected -1 entries"),
+        ({"logits": (8, "float32", 2, 0, 5, 0.0)}, ValueError, "vocabulary >= 1"),
+        ({"logits": (8, "float32", 2, 5, -5, 0.0)}, ValueError, "stride >= 0"),
+        ({"logits": (8, "int8", 2, 5, 5, 0.0)}, ValueError, "`dtype`: expected bfloat16"),
+        ({"logits": (8, "float32", 2, 5)}, ValueError, r"expected \(address, dtype, rows"),
+        ({"logits": (8, "float32", 2, 5, 5, -1.0)}, ValueError, "softcap: expected 0"),
+        ({"logits": (8, "float32", 2, 5, 5, float("nan"))}, ValueError, "softcap: expected 0"),
+    ],
+)
+def test_bad_input_is_refused(change: dict[str, object], error: type[Exception], message: str) -> None:
+    keep = small()
+    arguments = {**keep, **change}
+    with pytest.raises(error, match=message):
+        efface_native.row_pass(arguments.pop("logits"), arguments.pop("targets"), **arguments)
