@@ -1,7 +1,7 @@
 # make demo   teach a small model, make it forget, measure it         (the main job)
 # make test   all tests
 # make lint   formatting, lints, types
-# make sanitize   the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make sanitize   the native tests under AddressSanitizer and UndefinedBehaviorSanitizer, and `make fuzz`
 #
 # Needs git, Python >= 3.10, make and a C++20 compiler. Everything else goes into .venv.
 
@@ -11,9 +11,9 @@ OUT ?= demo-out
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-NATIVE := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inl bindings/*.cpp)
+NATIVE := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inl bindings/*.cpp csrc/fuzz/*.cpp)
 
-.PHONY: demo test lint format sanitize clean
+.PHONY: demo test lint format sanitize fuzz clean
 
 demo: $(READY)
 	$(BIN)/efface demo --out $(OUT) --overwrite
@@ -42,6 +42,18 @@ sanitize: $(READY)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONPATH=$(SANITIZED) EFFACE_EXPECT_NATIVE=$(SANITIZED) PYTHONMALLOC=malloc \
 	$(BIN)/pytest tests/native
+	$(MAKE) fuzz
+
+# Differential fuzzing of the row passes by their replay program: under the address and undefined-behaviour sanitizers, and
+# under the thread sanitizer. FUZZ_SECONDS each.
+FUZZ_SECONDS ?= 10
+FUZZ := -std=c++20 -O1 -g -Wall -Wextra -Wconversion -Werror -DEFFACE_REPLAY -Icsrc csrc/fuzz/row_pass_fuzz.cpp $(wildcard csrc/*.cpp) -pthread -ldl
+fuzz:
+	mkdir -p build
+	$${CXX:-c++} -fsanitize=address,undefined -fno-sanitize-recover=undefined $(FUZZ) -o build/fuzz-address
+	$${CXX:-c++} -fsanitize=thread $(FUZZ) -o build/fuzz-thread
+	build/fuzz-address $(FUZZ_SECONDS)
+	build/fuzz-thread $(FUZZ_SECONDS)
 
 $(READY): pyproject.toml setup.py constraints/cpu.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "efface needs Python 3.10 or newer, got " + sys.version.split()[0] + "; set PYTHON=python3.x")'

@@ -66,15 +66,21 @@ def main() -> int:
             times = [f"{value:.1f}" for value in (row.median_ms, row.low_ms, row.high_ms)]
             table.add_row(row.provider, str(row.gemms), *times, f"{row.against_floor:.3f}", *errors)
         console.print(table)
+        record["loss"] = as_json(rows)
+        _write(record, options.json)  # after every shape: a run that is stopped keeps what it measured
     alone = row_pass_alone(options.rounds)
     for name, value in alone.items():
         console.print(f"{name}, (1024, 32000) bf16: {value:.2f} ms")
     for note in sorted(notes):
         console.print(f"not measured: {note}")
-    record["loss"], record["row_pass_ms"] = as_json(rows), alone
-    if options.json is not None:
-        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    record["row_pass_ms"] = alone
+    _write(record, options.json)
     return 0
+
+
+def _write(record: dict[str, object], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

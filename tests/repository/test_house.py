@@ -70,7 +70,7 @@ def test_the_source_roots_are_not_packages() -> None:
 
 
 def test_the_native_core_knows_neither_python_nor_torch() -> None:
-    for path in (ROOT / "csrc").iterdir():
+    for path in (ROOT / "csrc").rglob("*.?pp"):
         text = path.read_text(encoding="utf-8")
         assert "pybind11" not in text
         assert "Python.h" not in text
