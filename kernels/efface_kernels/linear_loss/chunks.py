@@ -4,9 +4,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Chunks of few rows pay on CPUs in the sum of dW: each makes a (V, D) product and adds it in fp32. NPO with a live reference
-# in bf16, N = 1024, D = 1024, V = 32000, against the bare GEMMs (2 cores of an EPYC 9004, torch 2.13, 2026-11-21): 1.05 in
-# one chunk, 1.16 in two, 1.22 in four.
+# Chunks of few rows pay on CPUs in the sum of dW: each makes a (V, D) product and adds it in fp32. NPO with a live
+# reference in bf16, N = 1024, D = 1024, V = 32000, against the bare GEMMs (2 cores of an EPYC 9004, torch 2.13,
+# 2026-11-21): 1.05 in one chunk, 1.16 in two, 1.22 in four.
 _CPU_BYTES, _CPU_ROWS = 128 << 20, (256, 4096)
 # On GPUs the accumulation of dW is bound by memory below about 725 rows, and the launch cost by small chunks.
 _GPU_BYTES, _GPU_ROWS = 512 << 20, (2048, 16384)
