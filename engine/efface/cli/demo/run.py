@@ -45,7 +45,7 @@ class Settings:
     teach_batch: int = 16
     teach_lr: float = 2e-3
     unlearn_epochs: int = 10
-    unlearn_batch: int = 8
+    unlearn_batch: int = 4
     unlearn_lr: float = 4e-4
     retain_rows: int = 64  # scored after every epoch
     seed: int = 0
