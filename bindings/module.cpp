@@ -2,13 +2,19 @@
 // NumPy buffers as spans, releases the GIL; no logic of its own.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <memory>
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "packer.hpp"
+#include "planner.hpp"
 #include "row_pass.hpp"
+#include "token_store.hpp"
 
 namespace py = pybind11;
 
@@ -41,8 +47,7 @@ std::span<T> buffer(py::array& array, const char* name) {
     return {static_cast<T*>(array.mutable_data()), static_cast<std::size_t>(array.size())};
 }
 
-// The tuple keeps its arrays alive. Anything but an array is refused: a conversion would make a temporary, and a
-// span of it would outlive it.
+// Anything but an array is refused: a conversion would make a temporary, and a span of it would outlive it.
 template <typename T>
 std::span<const T> entry(const py::tuple& arrays, std::size_t i, const char* name) {
     const py::object item = arrays[i];
@@ -53,40 +58,114 @@ std::span<const T> entry(const py::tuple& arrays, std::size_t i, const char* nam
     return view<T>(py::reinterpret_borrow<py::array>(item), name);
 }
 
-efface::TokenStore token_store(const py::tuple& arrays, const char* name) {
-    if (arrays.size() != 3) {
-        throw py::value_error("`" + std::string(name) + "`: expected (ids, offsets, label_starts), got " +
-                              std::to_string(arrays.size()) + " entries");
+// A token store, and the arrays that its spans look at.
+struct LentStore {
+    LentStore(std::string name, const py::iterable& chunks) : store(std::move(name), spans(chunks)) {}
+
+    std::vector<py::tuple> arrays;  // before `store`, which is made from them
+    efface::TokenStore store;
+
+  private:
+    std::vector<efface::TokenChunk> spans(const py::iterable& chunks) {
+        std::vector<efface::TokenChunk> out;
+        for (const py::handle chunk : chunks) {
+            if (!py::isinstance<py::tuple>(chunk) || py::len(chunk) != 3) {
+                throw py::type_error("`chunks`: expected tuples (ids, offsets, label_starts), got " +
+                                     std::string(py::str(py::type::of(chunk))));
+            }
+            const auto& kept = arrays.emplace_back(py::reinterpret_borrow<py::tuple>(chunk));
+            out.push_back({entry<std::int32_t>(kept, 0, "ids"), entry<std::int64_t>(kept, 1, "offsets"),
+                           entry<std::int64_t>(kept, 2, "label_starts")});
+        }
+        return out;
     }
-    return {entry<std::int32_t>(arrays, 0, "ids"), entry<std::int64_t>(arrays, 1, "offsets"),
-            entry<std::int64_t>(arrays, 2, "label_starts")};
+};
+
+std::vector<const efface::TokenStore*> stores_of(const std::vector<const LentStore*>& lent) {
+    std::vector<const efface::TokenStore*> stores;
+    for (const LentStore* one : lent) {
+        if (one == nullptr) {
+            throw py::type_error("`stores`: expected TokenStore, got None");
+        }
+        stores.push_back(&one->store);
+    }
+    return stores;
 }
 
-py::tuple measure(const py::tuple& forget, const py::tuple& retain, const py::array& roles,
-                  const py::array& sequences) {
-    const auto f = token_store(forget, "forget");
-    const auto r = token_store(retain, "retain");
+py::tuple measure(const std::vector<const LentStore*>& lent, const py::array& roles, const py::array& sequences) {
+    const auto stores = stores_of(lent);
     const efface::Choice choice{view<std::int8_t>(roles, "roles"), view<std::int64_t>(sequences, "sequences")};
     efface::PackSize size{};
     {
         py::gil_scoped_release release;
-        size = efface::measure(f, r, choice);
+        size = efface::measure(stores, choice);
     }
     return py::make_tuple(size.sequences, size.tokens, size.rows);
 }
 
-void pack(const py::tuple& forget, const py::tuple& retain, const py::array& roles, const py::array& sequences,
+void pack(const std::vector<const LentStore*>& lent, const py::array& roles, const py::array& sequences,
           py::array input_ids, py::array position_ids, py::array cu_seqlens, py::array label_rows, py::array targets,
           py::array row_offsets) {
-    const auto f = token_store(forget, "forget");
-    const auto r = token_store(retain, "retain");
+    const auto stores = stores_of(lent);
     const efface::Choice choice{view<std::int8_t>(roles, "roles"), view<std::int64_t>(sequences, "sequences")};
     const efface::PackBuffers buffers{
         buffer<std::int64_t>(input_ids, "input_ids"),   buffer<std::int64_t>(position_ids, "position_ids"),
         buffer<std::int32_t>(cu_seqlens, "cu_seqlens"), buffer<std::int64_t>(label_rows, "label_rows"),
         buffer<std::int64_t>(targets, "targets"),       buffer<std::int64_t>(row_offsets, "row_offsets")};
     py::gil_scoped_release release;
-    efface::pack(f, r, choice, buffers);
+    efface::pack(stores, choice, buffers);
+}
+
+efface::RetainSampling sampling_of(const std::string& name) {
+    if (name == "random") {
+        return efface::RetainSampling::random;
+    }
+    if (name == "cycle") {
+        return efface::RetainSampling::cycle;
+    }
+    if (name == "paired") {
+        return efface::RetainSampling::paired;
+    }
+    throw py::value_error("`retain_sampling`: expected 'random', 'cycle' or 'paired', got '" + name + "'");
+}
+
+// Hands a vector's memory to NumPy without a copy; it is freed with the array.
+template <typename T>
+py::array given_away(std::vector<T>&& values) {
+    auto owned = std::make_unique<std::vector<T>>(std::move(values));
+    const std::vector<T>& kept = *owned;
+    const py::capsule free(owned.release(), [](void* p) { delete static_cast<std::vector<T>*>(p); });
+    return py::array_t<T>(static_cast<py::ssize_t>(kept.size()), kept.data(), free);
+}
+
+py::dict plan_epoch(const py::array& forget_lengths, const py::array& retain_lengths, const py::array& alternates,
+                    std::int64_t pairs_per_step, std::int64_t token_budget, std::int64_t world_size, std::uint64_t seed,
+                    std::uint64_t epoch, const std::string& retain_sampling, bool drop_last) {
+    const auto forget = view<std::int64_t>(forget_lengths, "forget_lengths");
+    const auto retain = view<std::int64_t>(retain_lengths, "retain_lengths");
+    const auto alternate = view<std::int64_t>(alternates, "alternates");
+    const efface::EpochSettings settings{.pairs_per_step = pairs_per_step,
+                                         .token_budget = token_budget,
+                                         .world_size = world_size,
+                                         .seed = seed,
+                                         .epoch = epoch,
+                                         .retain_sampling = sampling_of(retain_sampling),
+                                         .drop_last = drop_last};
+    efface::EpochPlan plan;
+    {
+        py::gil_scoped_release release;
+        plan = efface::plan_epoch(forget, retain, alternate, settings);
+    }
+    py::dict out;
+    out["forget"] = given_away(std::move(plan.forget));
+    out["retain"] = given_away(std::move(plan.retain));
+    out["roles"] = given_away(std::move(plan.roles));
+    out["sequences"] = given_away(std::move(plan.sequences));
+    out["batch_offsets"] = given_away(std::move(plan.batch_offsets));
+    out["batch_tokens"] = given_away(std::move(plan.batch_tokens));
+    out["step_offsets"] = given_away(std::move(plan.step_offsets));
+    out["over_budget"] = plan.over_budget;
+    return out;
 }
 
 efface::Element element_of(const std::string& dtype) {
@@ -189,21 +268,38 @@ void distribution_pass(const py::tuple& logits, const py::tuple& reference, cons
 
 // std::invalid_argument becomes ValueError by pybind11's own translation.
 PYBIND11_MODULE(efface_native, m) {
-    m.doc() = "efface's C++ core: packed batches, and the row passes of the loss on CPUs.";
-    m.def("measure", &measure, py::arg("forget"), py::arg("retain"), py::arg("roles"), py::arg("sequences"),
+    m.doc() = "efface's C++ core: the plan of an epoch, packed batches, and the row passes of the loss on CPUs.";
+    py::class_<LentStore>(m, "TokenStore",
+                          R"(Token sequences in chunks of NumPy arrays, which it keeps alive and never copies.
+
+name: for error messages. chunks: tuples (ids int32, offsets int64, label_starts int64); sequence i of a chunk is
+ids[offsets[i]:offsets[i + 1]], its tokens from label_starts[i] on are labels. Raises TypeError for another dtype or
+layout, ValueError for arrays that do not fit one another.)")
+        .def(py::init<std::string, const py::iterable&>(), py::arg("name"), py::arg("chunks"))
+        .def("__len__", [](const LentStore& lent) { return lent.store.size(); });
+    m.def("measure", &measure, py::arg("stores"), py::arg("roles"), py::arg("sequences"),
           R"(Return (sequences, tokens, label rows) of the packed batch of the chosen sequences.
 
-forget, retain: token stores (ids int32, offsets int64, label_starts int64).
-roles: int8 (S), 0 forget, 1 retain. sequences: int64 (S), indices into the store of the role.
-Raises ValueError for an inconsistent store, an unknown role, an index out of range, a sequence
+stores: TokenStores in the order of the roles: forget, retain and, where there are any, alternates.
+roles: int8 (S), 0 forget, 1 retain, 2 alternate. sequences: int64 (S), indices into the store of the role.
+Raises ValueError for an inconsistent store, a role without a store, an index out of range, a sequence
 without labels, or 2^31 tokens and more; TypeError for another dtype.)");
-    m.def("pack", &pack, py::arg("forget"), py::arg("retain"), py::arg("roles"), py::arg("sequences"), py::kw_only(),
-          py::arg("input_ids"), py::arg("position_ids"), py::arg("cu_seqlens"), py::arg("label_rows"),
-          py::arg("targets"), py::arg("row_offsets"),
+    m.def("pack", &pack, py::arg("stores"), py::arg("roles"), py::arg("sequences"), py::kw_only(), py::arg("input_ids"),
+          py::arg("position_ids"), py::arg("cu_seqlens"), py::arg("label_rows"), py::arg("targets"),
+          py::arg("row_offsets"),
           R"(Fill the caller's buffers with the packed batch. Nothing is written if anything is refused.
 
 input_ids, position_ids: int64 (T). cu_seqlens: int32 (S + 1). label_rows, targets: int64 (N).
 row_offsets: int64 (S + 1). The extents are those that `measure` returns. Raises as `measure` does.)");
+    m.def("plan_epoch", &plan_epoch, py::arg("forget_lengths"), py::arg("retain_lengths"), py::arg("alternates"),
+          py::kw_only(), py::arg("pairs_per_step"), py::arg("token_budget"), py::arg("world_size"), py::arg("seed"),
+          py::arg("epoch"), py::arg("retain_sampling"), py::arg("drop_last"),
+          R"(Return the plan of an epoch as a dict of int64 arrays (roles: int8) and the count `over_budget`.
+
+forget, retain: the pairs, in order. Micro-batch b owns roles and sequences batch_offsets[b]:batch_offsets[b + 1] and has
+batch_tokens[b] tokens; step k owns the micro-batches step_offsets[k]:step_offsets[k + 1], rank r every world_size-th
+from r on. Arguments are those of efface.batching.plan_epoch; all lengths int64, `alternates` empty for none.
+Raises ValueError for lengths, counts or sets that make no plan.)");
     m.def("row_pass", &row_pass, py::arg("logits"), py::arg("targets"), py::kw_only(), py::arg("gradient"),
           py::arg("logprobs"), py::arg("reference_logits") = py::none(), py::arg("reference_logprobs") = py::none(),
           py::arg("threads") = 1, py::arg("backend") = "best",

@@ -6,24 +6,17 @@
 // models is done here and nowhere else for packed batches.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <span>
 
+#include "token_store.hpp"
+
 namespace efface {
 
-// Token sequences laid end to end. Sequence i is ids[offsets[i] .. offsets[i + 1]]; its tokens from
-// label_starts[i] on (counted within the sequence) are labels, those before are prompt.
-struct TokenStore {
-    std::span<const std::int32_t> ids;
-    std::span<const std::int64_t> offsets;
-    std::span<const std::int64_t> label_starts;
-};
+// What a sequence of a batch is there for, and which of the stores it comes from.
+enum class Role : std::int8_t { forget = 0, retain = 1, alternate = 2 };
 
-enum class Role : std::int8_t { forget = 0, retain = 1 };
-
-// The sequences of a batch, in the order in which they are packed: sequences[s] is an index into
-// the store that roles[s] names.
+// The sequences of a batch, in the order in which they are packed: sequences[s] is an index into the store roles[s].
 struct Choice {
     std::span<const std::int8_t> roles;
     std::span<const std::int64_t> sequences;
@@ -45,12 +38,15 @@ struct PackBuffers {
     std::span<std::int64_t> row_offsets;   // (S + 1) the label rows of each sequence
 };
 
+// The stores of a run, in the order of the roles; a run without alternates has two.
+using Stores = std::span<const TokenStore* const>;
+
 // Checks the choice against the stores and returns the extents of the packed batch.
-// Throws std::invalid_argument, with the offending values, for an inconsistent store, an unknown
-// role, a sequence index out of range, a sequence without labels, or a batch of 2^31 tokens or more.
-PackSize measure(const TokenStore& forget, const TokenStore& retain, const Choice& choice);
+// Throws std::invalid_argument, with the offending values, for an unknown role, a batch of 2^31 tokens or more, and
+// whatever TokenStore::find refuses.
+PackSize measure(Stores stores, const Choice& choice);
 
 // Fills the buffers. Checks all that measure() checks, and every buffer's extent, before the first write.
-void pack(const TokenStore& forget, const TokenStore& retain, const Choice& choice, const PackBuffers& buffers);
+void pack(Stores stores, const Choice& choice, const PackBuffers& buffers);
 
 }  // namespace efface

@@ -42,7 +42,7 @@ def random_store(
 
 def sequence(store: TokenStore, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(input_ids, labels) of a sequence, unshifted, -100 on the prompt."""
-    ids = torch.from_numpy(store.ids[store.offsets[index] : store.offsets[index + 1]].astype(np.int64))
+    ids = torch.from_numpy(store[index].astype(np.int64))
     labels = ids.clone()
     labels[: store.label_starts[index]] = -100
     return ids, labels

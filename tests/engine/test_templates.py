@@ -11,8 +11,7 @@ from efface.hf.templates import encode
 
 
 def labels(tokenizer, store, row: int) -> str:  # type: ignore[no-untyped-def]
-    ids = store.ids[store.offsets[row] : store.offsets[row + 1]]
-    return tokenizer.decode(ids[store.label_starts[row] :].tolist())
+    return tokenizer.decode(store[row][store.label_starts[row] :].tolist())
 
 
 @pytest.mark.parametrize("template", ["auto", "question-answer", "llama-2"])
@@ -20,7 +19,7 @@ def test_exactly_the_answer_and_the_end_are_labels(template: str) -> None:
     tokenizer = tiny_tokenizer()
     store = encode(tokenizer, [TEXTS[0]["question"]], [TEXTS[0]["answer"]], template=template)
     assert labels(tokenizer, store, 0).strip() == TEXTS[0]["answer"] + "<|end|>"
-    assert store.ids[-1] == tokenizer.eos_token_id
+    assert store[0][-1] == tokenizer.eos_token_id
 
 
 def test_a_chat_template() -> None:
@@ -29,7 +28,7 @@ def test_a_chat_template() -> None:
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
     )
     store = encode(tokenizer, ["Who?"], ["Aiko."])
-    text = tokenizer.decode(store.ids.tolist())
+    text = tokenizer.decode(store[0].tolist())
     assert text == "<user>Who?<bot>Aiko.<|end|>"
     assert labels(tokenizer, store, 0) == "Aiko.<|end|>"
 
@@ -39,7 +38,7 @@ def test_a_token_that_straddles_the_border_is_a_label() -> None:
     tokenizer = tiny_tokenizer()
     store = encode(tokenizer, ["x"], ["ko"], template="llama-2")
     start = int(store.label_starts[0])
-    prompt = tokenizer.decode(store.ids[:start].tolist())
+    prompt = tokenizer.decode(store[0][:start].tolist())
     assert "[INST] x [/INST]".startswith(prompt)
 
 
@@ -47,8 +46,8 @@ def test_max_length_cuts_on_purpose_only() -> None:
     tokenizer = tiny_tokenizer()
     question, answer = TEXTS[0]["question"], TEXTS[0]["answer"]
     whole = encode(tokenizer, [question], [answer])
-    cut = encode(tokenizer, [question], [answer], max_length=len(whole.ids) - 2)
-    assert cut.ids.tolist() == whole.ids[:-2].tolist()
+    cut = encode(tokenizer, [question], [answer], max_length=len(whole[0]) - 2)
+    assert cut[0].tolist() == whole[0][:-2].tolist()
     with pytest.raises(ValueError, match="row 0 has no label left.*raise `max_length`"):
         encode(tokenizer, [question], [answer], max_length=int(whole.label_starts[0]))
 

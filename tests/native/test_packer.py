@@ -13,6 +13,10 @@ Store = tuple[np.ndarray, np.ndarray, np.ndarray]
 NAMES = ("input_ids", "position_ids", "cu_seqlens", "label_rows", "targets", "row_offsets")
 
 
+def native(forget: Store, retain: Store) -> list[efface_native.TokenStore]:
+    return [efface_native.TokenStore("forget", [forget]), efface_native.TokenStore("retain", [retain])]
+
+
 def make_store(sequences: list[list[int]], starts: list[int]) -> Store:
     offsets = np.cumsum([0, *map(len, sequences)]).astype(np.int64)
     ids = np.array([token for sequence in sequences for token in sequence], np.int32)
@@ -45,9 +49,9 @@ def buffers(sequences: int, tokens: int, rows: int) -> dict[str, np.ndarray]:
 
 
 def run(forget: Store, retain: Store, roles: np.ndarray, sequences: np.ndarray) -> dict[str, np.ndarray]:
-    size = efface_native.measure(forget, retain, roles, sequences)
-    out = buffers(*size)
-    efface_native.pack(forget, retain, roles, sequences, **out)
+    stores = native(forget, retain)
+    out = buffers(*efface_native.measure(stores, roles, sequences))
+    efface_native.pack(stores, roles, sequences, **out)
     return out
 
 
@@ -82,6 +86,11 @@ def small() -> tuple[Store, Store, np.ndarray, np.ndarray]:
         np.array([0, 1], np.int8),
         np.array([1, 0], np.int64),
     )
+
+
+def small_choice() -> tuple[list[efface_native.TokenStore], np.ndarray, np.ndarray]:
+    forget, retain, roles, sequences = small()
+    return native(forget, retain), roles, sequences
 
 
 def test_a_small_batch_by_hand() -> None:
@@ -124,13 +133,13 @@ INT64 = np.iinfo(np.int64)
 def test_hostile_stores_are_refused_with_their_values(forget: Store, message: str) -> None:
     _, retain, roles, sequences = small()
     with pytest.raises(ValueError, match=message):
-        efface_native.measure(forget, retain, roles, sequences)
+        efface_native.measure(native(forget, retain), roles, sequences)
 
 
 @pytest.mark.parametrize(
     ("roles", "sequences", "message"),
     [
-        ([0, 2], [0, 0], r"expected 0 \(forget\) or 1 \(retain\), got 2 at position 1"),
+        ([0, 2], [0, 0], r"expected a store in 0 .. 1 \(0 forget, 1 retain, 2 alternate\), got 2 at position 1"),
         ([0, -1], [0, 0], "got -1 at position 1"),
         ([0, 1], [2, 0], "`forget` sequence: expected an index in 0 .. 1, got 2"),
         ([0, 1], [0, -1], "`retain` sequence: expected an index in 0 .. 0, got -1"),
@@ -140,13 +149,13 @@ def test_hostile_stores_are_refused_with_their_values(forget: Store, message: st
 def test_hostile_choices_are_refused(roles: list[int], sequences: list[int], message: str) -> None:
     forget, retain, _, _ = small()
     with pytest.raises(ValueError, match=message):
-        efface_native.measure(forget, retain, np.array(roles, np.int8), np.array(sequences, np.int64))
+        efface_native.measure(native(forget, retain), np.array(roles, np.int8), np.array(sequences, np.int64))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("by", [-1, 1])
 def test_a_buffer_of_the_wrong_size_is_refused_before_anything_is_written(name: str, by: int) -> None:
-    choice = small()
+    choice = small_choice()
     out = buffers(*efface_native.measure(*choice))
     out[name] = np.full(len(out[name]) + by, -77, out[name].dtype)
     with pytest.raises(ValueError, match=f"`{name}`: expected"):
@@ -155,43 +164,88 @@ def test_a_buffer_of_the_wrong_size_is_refused_before_anything_is_written(name: 
 
 
 def test_dtypes_layouts_and_types_are_refused() -> None:
-    (ids, offsets, starts), retain, roles, sequences = small()
+    (ids, offsets, starts), _, roles, sequences = small()
+
+    def store(*chunk: object) -> efface_native.TokenStore:
+        return efface_native.TokenStore("forget", [chunk])
+
     with pytest.raises(TypeError, match="`ids`: expected dtype int32, got int64"):
-        efface_native.measure((ids.astype(np.int64), offsets, starts), retain, roles, sequences)
+        store(ids.astype(np.int64), offsets, starts)
     with pytest.raises(TypeError, match="`offsets`: expected a NumPy array"):
-        efface_native.measure((ids, [0, 3, 5], starts), retain, roles, sequences)
-    with pytest.raises(TypeError, match="`roles`: expected dtype int8"):
-        efface_native.measure((ids, offsets, starts), retain, roles.astype(np.int32), sequences)
-    with pytest.raises(ValueError, match=r"expected \(ids, offsets, label_starts\), got 2"):
-        efface_native.measure((ids, offsets), retain, roles, sequences)
+        store(ids, [0, 3, 5], starts)
+    with pytest.raises(TypeError, match=r"expected tuples \(ids, offsets, label_starts\), got"):
+        store(ids, offsets)
+    with pytest.raises(TypeError, match=r"expected tuples \(ids, offsets, label_starts\), got"):
+        efface_native.TokenStore("forget", [ids])
     with pytest.raises(ValueError, match="`ids`: expected a contiguous 1-D array, got 2 dim"):
-        efface_native.measure((ids[:, None], offsets, starts), retain, roles, sequences)
+        store(ids[:, None], offsets, starts)
     with pytest.raises(ValueError, match="strided"):
-        efface_native.measure((np.zeros(10, np.int32)[::2], offsets, starts), retain, roles, sequences)
-    out = buffers(*efface_native.measure(*small()))
+        store(np.zeros(10, np.int32)[::2], offsets, starts)
+    stores, _, _ = small_choice()
+    with pytest.raises(TypeError, match="`roles`: expected dtype int8"):
+        efface_native.measure(stores, roles.astype(np.int32), sequences)
+    with pytest.raises(TypeError, match="`stores`: expected TokenStore, got None"):
+        efface_native.measure([None, *stores], roles, sequences)
+    out = buffers(*efface_native.measure(stores, roles, sequences))
     out["targets"].flags.writeable = False
     with pytest.raises(ValueError, match="`targets`: expected a writeable array"):
-        efface_native.pack(*small(), **out)
+        efface_native.pack(stores, roles, sequences, **out)
     with pytest.raises(TypeError, match="incompatible function arguments"):
-        efface_native.pack(*small())
+        efface_native.pack(stores, roles, sequences)
+
+
+@given(st.lists(st.lists(sequence_strategy, max_size=4), max_size=4), st.data())
+def test_chunks_are_one_store(chunks: list[list[tuple[list[int], int]]], data: st.DataObject) -> None:
+    """Empty chunks, and chunks that begin in the middle of their arrays, as a sliced Arrow array does."""
+    flat = [item for chunk in chunks for item in chunk]
+    arrays = []
+    for chunk in chunks:
+        ids, offsets, starts = make_store([s for s, _ in chunk], [start for _, start in chunk])
+        arrays.append((np.concatenate([np.full(3, -5, np.int32), ids]), offsets + 3, starts))
+    store = efface_native.TokenStore("retain", arrays)
+    assert len(store) == len(flat)
+    picks = data.draw(st.lists(st.integers(0, len(flat) - 1), max_size=9)) if flat else []
+    choice = ([store], np.zeros(len(picks), np.int8), np.array(picks, np.int64))
+    out = buffers(*efface_native.measure(*choice))
+    efface_native.pack(*choice, **out)
+    expected = naive([flat[pick] for pick in picks])
+    for name in NAMES:
+        assert out[name].tolist() == expected[name], name
+
+
+def test_a_store_keeps_its_arrays_alive() -> None:
+    store = efface_native.TokenStore("forget", iter([make_store([[1, 2, 3]] * 1000, [1] * 1000)]))
+    np.full(3000, 7, np.int32)  # likely to land where the arrays would have been freed
+    choice = ([store], np.zeros(1, np.int8), np.array([999]))
+    out = buffers(*efface_native.measure(*choice))
+    efface_native.pack(*choice, **out)
+    assert out["input_ids"].tolist() == [1, 2, 3]
+
+
+def test_alternates_are_the_third_store() -> None:
+    stores = [efface_native.TokenStore(name, [make_store([[i, i + 1]], [1])]) for i, name in enumerate("far")]
+    choice = (stores, np.array([0, 2, 1], np.int8), np.zeros(3, np.int64))
+    out = buffers(*efface_native.measure(*choice))
+    efface_native.pack(*choice, **out)
+    assert out["input_ids"].tolist() == [0, 1, 2, 3, 1, 2]
 
 
 def test_two_gibitokens_are_refused_without_being_allocated() -> None:
     """The same long sequence, chosen often: the sum passes 2^31 while the store is small."""
-    store = make_store([[1] * 1_000_000], [1])
+    stores = [efface_native.TokenStore("forget", [make_store([[1] * 1_000_000], [1])])]
     roles, sequences = np.zeros(2148, np.int8), np.zeros(2148, np.int64)
     with pytest.raises(ValueError, match=r"fewer than 2\^31 tokens, got at least 2148000000"):
-        efface_native.measure(store, store, roles, sequences)
-    assert efface_native.measure(store, store, roles[:2147], sequences[:2147])[1] == 2_147_000_000
+        efface_native.measure(stores, roles, sequences)
+    assert efface_native.measure(stores, roles[:2147], sequences[:2147])[1] == 2_147_000_000
 
 
 def test_the_gil_is_released() -> None:
     """Another Python thread makes progress while a large batch is packed."""
-    store = make_store([list(range(2000))] * 10, [1] * 10)
+    stores = [efface_native.TokenStore("forget", [make_store([list(range(2000))] * 10, [1] * 10)])]
     roles, sequences = np.zeros(5000, np.int8), np.arange(5000, dtype=np.int64) % 10
-    out = buffers(*efface_native.measure(store, store, roles, sequences))
+    out = buffers(*efface_native.measure(stores, roles, sequences))
     done, ticks = threading.Event(), 0
-    worker = threading.Thread(target=lambda: (efface_native.pack(store, store, roles, sequences, **out), done.set()))
+    worker = threading.Thread(target=lambda: (efface_native.pack(stores, roles, sequences, **out), done.set()))
     worker.start()
     while not done.is_set():
         ticks += 1

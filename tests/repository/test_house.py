@@ -19,7 +19,7 @@ FLOORS: dict[str, set[str]] = {
     "engine/efface/hf": {
         *BASE,
         *("efface.batching", "efface.objectives", "efface.hf"),
-        *("transformers", "datasets", "tokenizers"),
+        *("accelerate", "transformers", "datasets", "tokenizers"),
     },
     "engine/efface/evaluate": {
         *BASE,

@@ -1,8 +1,22 @@
 """Packed batches: token stores, the plan of an epoch, and the batches assembled from both."""
 
-from efface.batching.pack import PackedBatch, pack
-from efface.batching.plan import MicroBatch, plan_epoch
+from efface.batching.assemble import Assembler, Step
+from efface.batching.pack import PackedBatch, pack, pack_items
+from efface.batching.plan import EpochPlan, MicroBatch, RetainSampling, plan_epoch
 from efface.batching.roles import Role, StepTotals
 from efface.batching.store import TokenStore
 
-__all__ = ["MicroBatch", "PackedBatch", "Role", "StepTotals", "TokenStore", "pack", "plan_epoch"]
+__all__ = [
+    "Assembler",
+    "EpochPlan",
+    "MicroBatch",
+    "PackedBatch",
+    "RetainSampling",
+    "Role",
+    "Step",
+    "StepTotals",
+    "TokenStore",
+    "pack",
+    "pack_items",
+    "plan_epoch",
+]

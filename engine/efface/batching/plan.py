@@ -1,72 +1,153 @@
-"""The plan of an epoch: which sequences share a micro-batch, as a pure function of seed and epoch."""
+"""The plan of an epoch: which pairs share an optimizer step, and which rank and micro-batch each sequence goes to."""
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import efface_native
 import numpy as np
 from numpy.typing import NDArray
 
-from efface.batching.roles import StepTotals
-from efface.batching.store import TokenStore
+RetainSampling = Literal["random", "cycle", "paired"]
+Lengths = Sequence[int] | NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """The sequences of one forward pass, and the totals of the optimizer step that it belongs to."""
+    """The sequences of one forward pass, in packed order; none for a rank that has no share of the step.
+
+    Attributes:
+        roles: (S,) int8, a ``Role`` each.
+        sequences: (S,) int64, indices into the store of the role.
+    """
+
+    roles: NDArray[np.int8]
+    sequences: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class EpochPlan:
+    """The optimizer steps of an epoch; made by ``plan_epoch``.
+
+    Attributes:
+        forget: (P,) int64, the forget sequence of each pair; empty where the forget set is.
+        retain: (P,) int64, the retain sequence of each pair; empty where the retain set is.
+        pairs_per_step: pairs of a step, on all ranks together; the last step may hold fewer.
+        token_budget: most tokens of a micro-batch, unless a single sequence has more.
+        world_size: ranks that the steps are split over.
+        roles: (items,) int8, the sequences of all micro-batches one behind another.
+        sequences: (items,) int64.
+        batch_offsets: (micro-batches + 1,) int64 into ``roles`` and ``sequences``.
+        batch_tokens: (micro-batches,) int64.
+        step_offsets: (steps + 1,) int64 into the micro-batches; rank r's are every ``world_size``-th from r on.
+    """
 
     forget: NDArray[np.int64]
     retain: NDArray[np.int64]
-    totals: StepTotals
+    pairs_per_step: int
+    token_budget: int
+    world_size: int
+    roles: NDArray[np.int8]
+    sequences: NDArray[np.int64]
+    batch_offsets: NDArray[np.int64]
+    batch_tokens: NDArray[np.int64]
+    step_offsets: NDArray[np.int64]
 
+    def __len__(self) -> int:
+        """Return the number of optimizer steps."""
+        return len(self.step_offsets) - 1
 
-def _cycled(count: int, sequences: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Draw ``count`` indices: as many shuffled rounds over 0 .. sequences − 1 as it takes."""
-    if not count:
-        return np.empty(0, np.int64)
-    rounds = -(-count // sequences)
-    return np.concatenate([rng.permutation(sequences) for _ in range(rounds)])[:count].astype(np.int64)
+    def pairs(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the forget and the retain sequences of a step, on all ranks together."""
+        own = slice(step * self.pairs_per_step, (step + 1) * self.pairs_per_step)
+        return self.forget[own], self.retain[own]
+
+    def micro_batches(self, step: int, rank: int = 0) -> list[MicroBatch]:
+        """Return a rank's micro-batches of a step; every rank has equally many."""
+        if not 0 <= step < len(self):
+            raise IndexError(f"`step`: expected 0 .. {len(self) - 1}, got {step}")
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"`rank`: expected 0 .. {self.world_size - 1}, got {rank}")
+        batches = range(int(self.step_offsets[step]) + rank, int(self.step_offsets[step + 1]), self.world_size)
+        owned = [slice(self.batch_offsets[b], self.batch_offsets[b + 1]) for b in batches]
+        return [MicroBatch(self.roles[items], self.sequences[items]) for items in owned]
+
+    def efficiency(self, *, last: bool = False) -> float:
+        """Return the share of the token budget that micro-batches fill, 0 .. 1; NaN if there are none.
+
+        Without ``last``, each rank's last micro-batch of each step is left out: it holds what is left over.
+        """
+        counted = np.ones(len(self.batch_tokens), dtype=bool)
+        if not last:
+            for rank in range(self.world_size):
+                counted[self.step_offsets[1:] - 1 - rank] = False
+        filled = np.minimum(self.batch_tokens[counted], self.token_budget)
+        return float(filled.mean() / self.token_budget) if filled.size else float("nan")
 
 
 def plan_epoch(
-    forget: TokenStore,
-    retain: TokenStore,
+    forget_lengths: Lengths,
+    retain_lengths: Lengths,
     *,
-    pairs_per_batch: int,
-    batches_per_step: int,
+    pairs_per_step: int,
+    token_budget: int,
+    world_size: int = 1,
     seed: int,
     epoch: int,
-) -> list[MicroBatch]:
-    """Return the micro-batches of an epoch, in order.
+    retain_sampling: RetainSampling = "random",
+    alternates: Lengths | None = None,
+    drop_last: bool = False,
+) -> EpochPlan:
+    """Plan an epoch: a pure function of its arguments, the same on every platform.
 
-    Every forget sequence comes exactly once, each with one retain sequence drawn without repetition until all have
-    been drawn. Where one store is empty the epoch runs over the other alone. A step is ``batches_per_step``
-    micro-batches; the last step of an epoch may be smaller.
+    Every forget sequence comes exactly once (but for a dropped last step), paired with a retain sequence. A step's
+    pairs depend on neither ``world_size`` nor ``token_budget``; those decide how its sequences are arranged: ranks'
+    tokens differ by at most the longest sequence, micro-batches are filled best-fit decreasing. Draws are Philox4x64-10
+    with the seed as key and epoch and position as counter, so any step can be planned without those before it.
+    Where one of the sets is empty, the epoch runs over the other alone.
+
+    Args:
+        forget_lengths: (F,) tokens of each forget sequence.
+        retain_lengths: (R,) tokens of each retain sequence.
+        pairs_per_step: pairs of an optimizer step, on all ranks together.
+        token_budget: most tokens of a micro-batch. A longer sequence is never cut: it has a micro-batch of its own,
+            with a warning.
+        world_size: ranks to split each step over.
+        seed: 0 .. 2^64 − 1.
+        epoch: from 0.
+        retain_sampling: "random": each pair draws from the whole retain set; "cycle": shuffled rounds over the retain
+            set, going on from epoch to epoch; "paired": retain sequence i goes with forget sequence i.
+        alternates: (F,) tokens of the alternate answer of each forget sequence, which shares its micro-batch.
+        drop_last: leave out a last step of fewer pairs.
 
     Raises:
-        ValueError: both stores empty, or a count below 1.
+        ValueError: both sets empty, lengths or counts below 1, alternates or paired retain sequences that do not fit
+            the forget set, a ``drop_last`` that leaves nothing.
     """
-    if pairs_per_batch < 1 or batches_per_step < 1:
-        raise ValueError(
-            f"`pairs_per_batch` and `batches_per_step`: expected at least 1, got {pairs_per_batch}, {batches_per_step}"
+    for name, value in (("seed", seed), ("epoch", epoch)):
+        if not 0 <= value < 2**64:
+            raise ValueError(f"`{name}`: expected 0 .. 2^64 - 1, got {value}")
+    planned = efface_native.plan_epoch(
+        _int64(forget_lengths),
+        _int64(retain_lengths),
+        _int64(() if alternates is None else alternates),
+        pairs_per_step=pairs_per_step,
+        token_budget=token_budget,
+        world_size=world_size,
+        seed=seed,
+        epoch=epoch,
+        retain_sampling=retain_sampling,
+        drop_last=drop_last,
+    )
+    if over := planned.pop("over_budget"):
+        warnings.warn(
+            f"{over} sequences are longer than the token budget of {token_budget}; each has a micro-batch of its own. "
+            "Raise the token budget, or cut sequences on purpose with a maximum length",
+            stacklevel=2,
         )
-    pairs = len(forget) or len(retain)
-    if not pairs:
-        raise ValueError("the forget and the retain set are empty; nothing to plan")
-    # Philox is counter-based: an epoch's draws depend on (seed, epoch) and on nothing that ran before.
-    rng = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
-    forget_order = _cycled(pairs if len(forget) else 0, len(forget), rng)
-    retain_order = _cycled(pairs if len(retain) else 0, len(retain), rng)
+    return EpochPlan(**planned, pairs_per_step=pairs_per_step, token_budget=token_budget, world_size=world_size)
 
-    batches = []
-    pairs_per_step = pairs_per_batch * batches_per_step
-    for step in range(0, pairs, pairs_per_step):
-        stop = min(step + pairs_per_step, pairs)
-        totals = StepTotals(
-            forget_sequences=len(forget_order[step:stop]),
-            forget_tokens=int(forget.label_counts[forget_order[step:stop]].sum()),
-            retain_sequences=len(retain_order[step:stop]),
-            retain_tokens=int(retain.label_counts[retain_order[step:stop]].sum()),
-        )
-        for start in range(step, stop, pairs_per_batch):
-            batch = slice(start, min(start + pairs_per_batch, stop))
-            batches.append(MicroBatch(forget_order[batch], retain_order[batch], totals))
-    return batches
+
+def _int64(lengths: Lengths) -> NDArray[np.int64]:
+    return np.ascontiguousarray(lengths, dtype=np.int64)

@@ -5,15 +5,17 @@ from enum import IntEnum
 
 
 class Role(IntEnum):
-    """What a sequence of a batch is there for; the numbers are those of the C++ packer."""
+    """What a sequence of a batch is there for; the first three numbers are those of the C++ core."""
 
     FORGET = 0
     RETAIN = 1
+    ALTERNATE = 2  # the answer that a forget sequence should have had (DPO); shares its micro-batch
+    IDLE = 3  # weighs nothing; keeps a rank busy that has no share of a step
 
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What the means of one optimizer step run over: all of its micro-batches."""
+    """What the means of one optimizer step run over: all of its micro-batches, on all ranks."""
 
     forget_sequences: int = 0
     forget_tokens: int = 0  # label tokens

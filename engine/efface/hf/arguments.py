@@ -11,8 +11,8 @@ from efface.hf.templates import AUTO
 class UnlearnArguments(TrainingArguments):
     """``TrainingArguments`` plus what efface needs to know.
 
-    ``per_device_train_batch_size`` counts forget/retain *pairs* in a forward pass;
-    ``gradient_accumulation_steps`` such batches make an optimizer step, and the loss is the mean over all of them.
+    An optimizer step holds ``pairs_per_step`` forget/retain pairs, whatever the number of processes; they share it in
+    micro-batches of up to ``token_budget`` tokens, and the loss is the mean over all of it.
     """
 
     # Batches are packed tokens without columns, and a NaN is an error, not a number to hide.
@@ -22,6 +22,22 @@ class UnlearnArguments(TrainingArguments):
         default="none", metadata={"help": "tensorboard, wandb, … or none"}
     )
     logging_steps: float = field(default=10, metadata={"help": "log every so many optimizer steps"})
+
+    pairs_per_step: int | None = field(
+        default=None,
+        metadata={
+            "help": "forget/retain pairs of an optimizer step, on all processes together; default: "
+            "per_device_train_batch_size x gradient_accumulation_steps x processes"
+        },
+    )
+    token_budget: int = field(
+        default=4096, metadata={"help": "most tokens of a forward pass; a step with more of them takes several"}
+    )
+    retain_sampling: str = field(
+        default="random",
+        metadata={"help": "how pairs draw retain rows: random, cycle (none again before all came), paired (row i)"},
+    )
+    dataloader_num_workers: int = field(default=0, metadata={"help": "threads that assemble batches; 0 is one"})
 
     question_column: str = field(default="question", metadata={"help": "column of the data that holds the prompt"})
     answer_column: str = field(default="answer", metadata={"help": "column of the data that holds the answer"})

@@ -1,44 +1,84 @@
-"""The micro-batches of a run as a map-style data set, so that any data loader and sampler of torch can carry it."""
+"""The optimizer steps of a run as a map-style data set, so that the trainer's own loop and its resuming carry it."""
 
-from typing import Any
-
-import torch
 from torch.utils.data import Dataset
 
-from efface.batching import TokenStore, pack, plan_epoch
-from efface.hf.reference import CachedReference
+from efface.batching import Assembler, RetainSampling, Step, TokenStore, plan_epoch
 
 
-class PackedDataset(Dataset[dict[str, Any]]):
-    """Item i is the i-th micro-batch of the current epoch: ``batch``, ``totals``, and ``reference_sums`` if cached."""
+class PackedSteps(Dataset[Step]):
+    """Item k is this rank's part of optimizer step k of the current epoch.
+
+    Args:
+        forget: may be empty.
+        retain: may be empty.
+        pairs_per_step: forget/retain pairs of a step, on all ranks together.
+        token_budget: most tokens of a micro-batch.
+        seed: of the plan.
+        rank: this process.
+        world_size: of how many.
+        retain_sampling: see ``efface.batching.plan_epoch``.
+        drop_last: leave out a last step of fewer pairs.
+        workers: threads that assemble ahead.
+        pin_memory: assemble into pinned memory.
+    """
 
     def __init__(
         self,
         forget: TokenStore,
         retain: TokenStore,
         *,
-        pairs_per_batch: int,
-        batches_per_step: int,
+        pairs_per_step: int,
+        token_budget: int,
         seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        retain_sampling: RetainSampling = "random",
+        drop_last: bool = False,
+        workers: int = 1,
+        pin_memory: bool = False,
     ) -> None:
-        self._forget, self._retain = forget, retain
-        self._settings = {"pairs_per_batch": pairs_per_batch, "batches_per_step": batches_per_step, "seed": seed}
-        self.reference: CachedReference | None = None  # set once the model can score
+        self._stores = (forget, retain)
+        self._plan_options = {
+            "pairs_per_step": pairs_per_step,
+            "token_budget": token_budget,
+            "seed": seed,
+            "world_size": world_size,
+            "retain_sampling": retain_sampling,
+            "drop_last": drop_last,
+        }
+        self._assembler_options = {"rank": rank, "workers": workers, "pin_memory": pin_memory}
+        self._epoch = -1
+        self._assembler: Assembler | None = None
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Plan ``epoch``; every epoch has the same number of micro-batches."""
-        self._plan = plan_epoch(self._forget, self._retain, epoch=epoch, **self._settings)
+        """Plan ``epoch``; every epoch has the same number of steps."""
+        if epoch == self._epoch:
+            return
+        if self._assembler is not None:
+            self._assembler.close()
+        forget, retain = self._stores
+        plan = plan_epoch(forget.lengths, retain.lengths, epoch=epoch, **self._plan_options)  # type: ignore[arg-type]
+        self._assembler = Assembler(plan, self._stores, **self._assembler_options)  # type: ignore[arg-type]
+        self._epoch = epoch
+
+    @property
+    def assembler(self) -> Assembler:
+        """The steps of the current epoch."""
+        if self._assembler is None:
+            raise RuntimeError("no epoch was planned")
+        return self._assembler
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of an epoch."""
+        plan = self.assembler.plan
+        return max(len(plan.forget), len(plan.retain))
 
     def __len__(self) -> int:
-        """Return the micro-batches of an epoch."""
-        return len(self._plan)
+        """Return the optimizer steps of an epoch."""
+        return len(self.assembler)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Assemble a micro-batch."""
-        planned = self._plan[index]
-        batch = pack(self._forget, self._retain, planned.forget, planned.retain)
-        item: dict[str, Any] = {"batch": batch, "totals": planned.totals}
-        if self.reference is not None:
-            item["reference_sums"] = self.reference.sums(batch, torch.from_numpy(planned.forget))
-        return item
+    def __getitem__(self, step: int) -> Step:
+        """Return this rank's part of a step."""
+        return self.assembler[step]

@@ -1,6 +1,7 @@
 """What a run measures about itself, summed on the device and read only when it is logged."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,20 +44,25 @@ class StepMeter(TrainerCallback):
         """Add a micro-batch: its weighted terms (S,), and the weights that forget and retain losses enter with."""
         self._tokens += batch.tokens
         self.tokens += batch.tokens
-        is_forget = batch.roles == Role.FORGET
-        for name, chosen in (("forget", is_forget), ("retain", ~is_forget)):
+        for name, role in (("forget", Role.FORGET), ("retain", Role.RETAIN)):
             if weights.get(name):
-                value = torch.where(chosen, terms, 0).sum() / weights[name]
+                value = torch.where(batch.roles == role, terms, 0).sum() / weights[name]
                 key = f"{name}_loss"
                 self._sums[key] = self._sums[key] + value if key in self._sums else value
 
-    def read(self) -> dict[str, float]:
-        """Return the means over the steps since the last call, and start anew. Reads the device."""
+    def read(self, over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
+        """Return the means over the steps since the last call, and start anew. Reads the device.
+
+        ``over_ranks`` adds a vector over all ranks, each of which has to call this.
+        """
         if not self._steps:
             return {}
-        means = {name: value.item() / self._steps for name, value in self._sums.items()}
+        names = sorted(self._sums)
+        tokens = torch.tensor(float(self._tokens), device=self._sums[names[0]].device if names else None)
+        sums = over_ranks(torch.stack([tokens, *(self._sums[name].float() for name in names)])).tolist()
+        means = {name: value / self._steps for name, value in zip(names, sums[1:], strict=True)}
         if self._seconds > 0:
-            means["tokens_per_second"] = round(self._tokens / self._seconds, 1)
+            means["tokens_per_second"] = round(sums[0] / self._seconds, 1)
         self._reset()
         return means
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from efface.batching import PackedBatch, TokenStore
+from efface.batching import PackedBatch, Role, TokenStore
 from efface.hf.attention import use_packed_attention
 from efface.hf.head import head_of, reference_rows
 from efface.hf.score import store_logprobs
@@ -16,16 +16,23 @@ KINDS = ("cached", "live")
 
 
 class CachedReference:
-    """L_ref of every forget sequence, computed once; the reference model is not needed afterwards."""
+    """L_ref of every forget sequence, computed once; the reference model is not needed afterwards.
 
-    def __init__(self, model: PreTrainedModel, forget: TokenStore) -> None:
-        self._sums = store_logprobs(model, forget, name="forget")
+    The ranks of a distributed run share the work, and all know all sums.
+    """
 
-    def sums(self, batch: PackedBatch, forget_index: Tensor) -> Tensor:
-        """Return (S,) on the CPU: L_ref of the batch's forget sequences, 0 for the others."""
-        sums = self._sums.new_zeros(len(batch.lengths))
-        sums[: batch.forget_sequences] = self._sums[forget_index]
-        return sums
+    def __init__(self, model: PreTrainedModel, forget: TokenStore, *, rank: int = 0, world_size: int = 1) -> None:
+        sums = store_logprobs(model, forget, name="forget", rank=rank, world_size=world_size).to(model.device)
+        if world_size > 1:
+            torch.distributed.all_reduce(sums)
+        self._sums = sums
+
+    def sums(self, batch: PackedBatch) -> Tensor:
+        """Return (S,) on the batch's device: L_ref of its forget sequences, 0 for the others."""
+        self._sums = self._sums.to(batch.sequences.device)
+        forget = batch.roles == Role.FORGET
+        # The index of another store's sequence is no index here.
+        return torch.where(forget, self._sums[torch.where(forget, batch.sequences, 0)], 0)
 
 
 class LiveReference:
@@ -46,7 +53,13 @@ class LiveReference:
 
 
 def make_reference(
-    kind: str, policy: PreTrainedModel, reference_model: PreTrainedModel | None, forget: TokenStore
+    kind: str,
+    policy: PreTrainedModel,
+    reference_model: PreTrainedModel | None,
+    forget: TokenStore,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> CachedReference | LiveReference:
     """Return the reference of the given kind; without a ``reference_model`` it is the policy as it is now.
 
@@ -54,7 +67,7 @@ def make_reference(
         ValueError: a kind that is not known.
     """
     if kind == "cached":
-        return CachedReference(reference_model or policy, forget)
+        return CachedReference(reference_model or policy, forget, rank=rank, world_size=world_size)
     if kind == "live":
         return LiveReference(reference_model or policy, copy_model=reference_model is None)
     raise ValueError(f"`reference`: expected one of {', '.join(map(repr, KINDS))}, got {kind!r}")

@@ -1,5 +1,6 @@
 """Sequence log-probabilities of a whole token store, packed and without gradients."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,11 +9,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from efface.batching import TokenStore, pack
+from efface.batching import Role, TokenStore, pack_items
 from efface.hf.attention import use_packed_attention
 from efface.hf.head import head_of, packed_hidden
 from efface_kernels import linear_logprob
 from efface_kernels.linear_loss.sequences import segment_sums
+from efface_kernels.logits import accumulation_dtype
 
 
 def _budgeted(store: TokenStore, token_budget: int) -> Iterator[NDArray[np.int64]]:
@@ -31,12 +33,19 @@ def _budgeted(store: TokenStore, token_budget: int) -> Iterator[NDArray[np.int64
 
 @torch.no_grad()
 def store_logprobs(
-    model: PreTrainedModel, store: TokenStore, *, token_budget: int = 8192, name: str = "store"
+    model: PreTrainedModel,
+    store: TokenStore,
+    *,
+    token_budget: int = 8192,
+    name: str = "store",
+    rank: int = 0,
+    world_size: int = 1,
 ) -> torch.Tensor:
     """Return L_s of every sequence, (len(store),) on the CPU, in nats; float32 (float64 for float64 models).
 
     Sequences are packed up to ``token_budget`` tokens; the budget does not change a result beyond rounding. The
-    model is put into evaluation mode and back. Errors call the store ``name``.
+    model is put into evaluation mode and back. Errors call the store ``name``. Of ``world_size`` ranks each scores
+    every ``world_size``-th pack and leaves 0 for the others': the sum over the ranks is what one alone would return.
 
     Raises:
         ValueError: a token id outside the model's vocabulary, or a sequence longer than the model's positions.
@@ -47,15 +56,16 @@ def store_logprobs(
     model.eval()
     use_packed_attention(model)
     try:
-        results = []
-        for index in _budgeted(store, token_budget):
-            batch = pack(TokenStore.empty(), store, [], index).to(model.device)
+        sums = torch.zeros(len(store), dtype=accumulation_dtype(head.weight.dtype))
+        for index in itertools.islice(_budgeted(store, token_budget), rank, None, world_size):
+            roles = np.full(len(index), Role.RETAIN, np.int8)
+            batch = pack_items((TokenStore.empty(), store), roles, index).to(model.device)
             logprobs = linear_logprob(
                 packed_hidden(model, batch), head.weight, batch.targets, bias=head.bias, softcap=head.softcap
             )
             offsets = torch.tensor(batch.row_offsets, device=logprobs.device)
-            results.append(segment_sums(logprobs, offsets))
-        return torch.cat(results).cpu() if results else torch.empty(0)
+            sums[torch.from_numpy(index)] = segment_sums(logprobs, offsets).cpu()
+        return sums
     finally:
         model.train(training)
         model.set_attn_implementation(attention)

@@ -1,20 +1,24 @@
 """The trainers: ``transformers.Trainer`` over packed batches, with the loss inside the model's head."""
 
+import contextlib
+import copy
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderShard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from efface.batching import TokenStore
+from efface.batching import Step, TokenStore
 from efface.hf.arguments import UnlearnArguments
 from efface.hf.data import QuestionAnswers, token_store
-from efface.hf.dataset import PackedDataset
+from efface.hf.dataset import PackedSteps
 from efface.hf.head import HeadLoss, fuse
 from efface.hf.meter import LossWatch, StepMeter
-from efface.hf.reference import KINDS, LiveReference, make_reference
+from efface.hf.reference import KINDS, CachedReference, LiveReference, make_reference
 from efface.hf.score import check_store
 from efface.objectives import Objective, StepTerms
 
@@ -35,19 +39,26 @@ class PackedTrainer(Trainer):
         if args.n_gpu > 1:
             # transformers would wrap the model in DataParallel, which splits tensors along a batch axis we do not have
             args._n_gpu = 1  # noqa: SLF001
-        if args.world_size > 1:
-            raise ValueError(f"expected a single process, got {args.world_size}; start without a distributed launcher")
         for name, store in (("forget", forget), ("retain", retain)):
             check_store(model, store, name)
         self.objective: Objective | None = objective
-        self._live: LiveReference | None = None
-        self._dataset = PackedDataset(
+        self._reference: CachedReference | LiveReference | None = None
+        self._dataset = PackedSteps(
             forget,
             retain,
-            pairs_per_batch=args.per_device_train_batch_size,
-            batches_per_step=args.gradient_accumulation_steps,
+            pairs_per_step=pairs_per_step(args),
+            token_budget=args.token_budget,
             seed=args.seed if args.data_seed is None else args.data_seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+            retain_sampling=args.retain_sampling,  # type: ignore[arg-type]
+            drop_last=args.dataloader_drop_last,
+            workers=max(1, args.dataloader_num_workers),
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         )
+        # A step arrives whole, so to the trainer's loop there is nothing to accumulate.
+        args = copy.copy(args)
+        args.gradient_accumulation_steps = 1
         super().__init__(model=fuse(model), args=args, train_dataset=self._dataset, **trainer_options)
         self.meter = StepMeter()
         self._watch = LossWatch()
@@ -55,24 +66,35 @@ class PackedTrainer(Trainer):
         # The loss is the mean over the whole step already; the trainer must not divide it by the micro-batches.
         self.model_accepts_loss_kwargs = True
 
-    def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Return a loader whose batches are single items: they are packed batches."""
-        loader = DataLoader(
-            self._dataset,
-            batch_size=1,
-            sampler=SequentialSampler(self._dataset),
-            collate_fn=_only_item,
-            num_workers=self.args.dataloader_num_workers,
+    def get_train_dataloader(self) -> DataLoader[Step]:
+        """Return a loader whose items are this rank's optimizer steps; the plan has shared them out already."""
+        loader: DataLoader[Step] = DataLoaderShard(
+            self._dataset, batch_size=1, sampler=SequentialSampler(self._dataset), collate_fn=_only_item
         )
-        prepared: DataLoader[dict[str, Any]] = self.accelerator.prepare(loader)
-        return prepared
+        return loader
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], Any]:
-        """Return the micro-batches of a step; their totals stand for transformers' ``num_items_in_batch``."""
-        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return samples, samples[0]["totals"] if samples else None
+        self, epoch_iterator: Iterator[Step], num_batches: int, device: torch.device
+    ) -> tuple[list[Step], None]:
+        """Return the next step. What transformers counts here, its means' denominators, a step carries along."""
+        return list(itertools.islice(epoch_iterator, num_batches)), None
+
+    def num_examples(self, dataloader: DataLoader[Step]) -> int:
+        """Pairs of an epoch."""
+        return self._dataset.pairs
+
+    def training_step(self, model: nn.Module, inputs: Step, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+        """Run the micro-batches of an optimizer step forward and backward; return this rank's share of the loss."""
+        step = inputs.to(self.args.device, non_blocking=True)
+        losses = []
+        for i, batch in enumerate(step.batches):
+            # Gradients are exchanged once a step, with the last micro-batch.
+            waiting = i + 1 < len(step.batches)
+            with self.accelerator.no_sync(model) if waiting else contextlib.nullcontext():
+                losses.append(super().training_step(model, {"batch": batch, "totals": step.totals}))
+        total = torch.stack(losses).sum()
+        self._watch.see(total, self.state.global_step + 1)
+        return total
 
     def compute_loss(
         self,
@@ -83,20 +105,26 @@ class PackedTrainer(Trainer):
     ) -> Any:
         """Run one micro-batch: forget and retain in one forward pass, its share of the step's loss out."""
         batch, totals = inputs["batch"], inputs["totals"]
-        reference = None
-        if self._live is not None:
+        rows = sums = None
+        if isinstance(self._reference, LiveReference) and batch.forget_sequences:
             with self.accelerator.autocast():
-                reference = self._live.rows(batch, batch.input_ids.device)
+                rows = self._reference.rows(batch, batch.input_ids.device)
+        elif isinstance(self._reference, CachedReference):
+            sums = self._reference.sums(batch)
+        elif self._reference is not None:  # live, and nothing in this micro-batch to compare
+            sums = torch.zeros(len(batch.lengths), device=batch.input_ids.device)
         loss = HeadLoss(
             terms=StepTerms(self.objective, batch.roles, totals),
-            reference=reference,
-            reference_sums=inputs.get("reference_sums"),
+            reference=rows,
+            reference_sums=sums,
             chunk_rows=self._options.chunk_rows,
             backend=self._options.loss_backend,
         )
         output = model(batch=batch, loss=loss)
         self.meter.add(batch, output.terms, self._term_weights())
-        return (output.loss, output) if return_outputs else output.loss
+        # The step's loss is the sum of the ranks' shares, and what exchanges gradients takes their mean.
+        share = output.loss * self.args.world_size
+        return (share, output) if return_outputs else share
 
     @property
     def _options(self) -> UnlearnArguments:
@@ -107,27 +135,21 @@ class PackedTrainer(Trainer):
             return {"retain": 1.0}
         return {"forget": self.objective.gamma, "retain": self.objective.alpha}
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Do one forward and backward pass, and remember a loss that is not finite."""
-        loss = super().training_step(*args, **kwargs)
-        self._watch.see(loss, self.state.global_step + 1)
-        return loss
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with forget loss, retain loss and tokens per second beside the trainer's own figures."""
         self._watch.check()
         if "loss" in logs:
-            logs = {**logs, **self.meter.read()}
+            logs = {**logs, **self.meter.read(self.accelerator.reduce)}
         super().log(logs, start_time)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._watch.check()
         super()._save_checkpoint(*args, **kwargs)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+    def floating_point_ops(self, inputs: Step) -> int:  # type: ignore[override]
         """6 · parameters · tokens, the usual estimate of a training step."""
         model: Any = self.model
-        return 6 * int(model.num_parameters(exclude_embeddings=True)) * int(inputs["batch"].tokens)
+        return 6 * int(model.num_parameters(exclude_embeddings=True)) * inputs.tokens
 
 
 class UnlearnTrainer(PackedTrainer):
@@ -189,11 +211,14 @@ class UnlearnTrainer(PackedTrainer):
         if objective.needs_reference:
             # The policy as it is now, in the precision in which it will train: L − L_ref starts at 0.
             with self.accelerator.autocast():
-                frozen = make_reference(reference, model, reference_model, forget_store)
-            if isinstance(frozen, LiveReference):
-                self._live = frozen
-            else:
-                self._dataset.reference = frozen
+                self._reference = make_reference(
+                    reference,
+                    model,
+                    reference_model,
+                    forget_store,
+                    rank=args.process_index,
+                    world_size=args.world_size,
+                )
 
 
 class FinetuneTrainer(PackedTrainer):
@@ -237,7 +262,14 @@ def _tokenised(
     )
 
 
-def _only_item(items: list[dict[str, Any]]) -> dict[str, Any]:
+def pairs_per_step(args: UnlearnArguments) -> int:
+    """Return the pairs of an optimizer step, on all processes together."""
+    if args.pairs_per_step is not None:
+        return args.pairs_per_step
+    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+
+def _only_item(items: list[Step]) -> Step:
     (item,) = items
     return item
 

@@ -72,9 +72,13 @@ class StepTerms:
     totals: StepTotals
 
     def __call__(self, sequences: Sequences) -> Tensor:
-        """Weighted terms (s,); their sum over the micro-batches of a step is the step's loss."""
-        if self.objective is None:
-            return nll_terms(sequences) / max(self.totals.retain_tokens, 1)
-        forget = self.objective.forget_terms(sequences) * self.objective.forget_weight(self.totals)
-        retain = nll_terms(sequences) * self.objective.retain_weight(self.totals)
-        return torch.where(sequences.own(self.roles) == Role.FORGET, forget, retain)
+        """Weighted terms (s,); their sum over the micro-batches of a step, on all ranks, is the step's loss."""
+        roles = sequences.own(self.roles)
+        retain_weight = 1 / max(self.totals.retain_tokens, 1)
+        if self.objective is not None:
+            retain_weight = self.objective.retain_weight(self.totals)
+        terms = torch.where(roles == Role.RETAIN, nll_terms(sequences) * retain_weight, 0)
+        if self.objective is not None:
+            forget = self.objective.forget_terms(sequences) * self.objective.forget_weight(self.totals)
+            terms = torch.where(roles == Role.FORGET, forget, terms)
+        return terms

@@ -241,7 +241,7 @@ class Story:
         return UnlearnArguments(
             output_dir=str(self._out),
             num_train_epochs=epochs,
-            per_device_train_batch_size=batch,
+            pairs_per_step=batch,
             learning_rate=lr,
             lr_scheduler_type=schedule,
             warmup_steps=10,

@@ -1,0 +1,58 @@
+"""Runs on several processes (gloo, CPU) against the run on one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def run(out: Path, *, processes: int, reference: str, token_budget: int, retain_rows: int = 50) -> list[dict[str, Any]]:
+    out.mkdir()
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *launcher, str(HERE / "distributed_run.py"), str(out), reference, str(token_budget)]
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("engine", "kernels", "tests/engine"))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(retain_rows)], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("reference", "token_budget"), [("cached", 4096), ("live", 40)])
+def test_two_processes_follow_the_run_on_one(reference: str, token_budget: int, tmp_path: Path) -> None:
+    """The same losses and weights. A small budget makes several micro-batches, whose gradients are exchanged once."""
+    settings: dict[str, Any] = {"reference": reference, "token_budget": token_budget}
+    (alone,) = run(tmp_path / "one", processes=1, **settings)
+    ranks = run(tmp_path / "two", processes=2, **settings)
+    assert len(alone["losses"]) == 24
+    assert abs(alone["losses"][-1] - alone["losses"][0]) > 0.05 * alone["losses"][0]
+    for rank in ranks:
+        assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        for name, weight in alone["weights"].items():
+            assert flat(rank["weights"][name]) == pytest.approx(flat(weight), rel=1e-4, abs=1e-5), name
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    for mine, theirs in zip(alone["logs"], ranks[0]["logs"], strict=True):
+        for name in ("loss", "forget_loss", "retain_loss", "grad_norm"):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_a_process_without_a_share_of_the_last_step_keeps_up(tmp_path: Path) -> None:
+    """20 rows in steps of 6 leave 2 pairs, 4 sequences, for 5 processes."""
+    settings: dict[str, Any] = {"reference": "cached", "token_budget": 4096, "retain_rows": 9}
+    (alone,) = run(tmp_path / "one", processes=1, **settings)
+    ranks = run(tmp_path / "five", processes=5, **settings)
+    assert ranks[4]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+
+
+def flat(values: Any) -> list[float]:
+    return [x for value in values for x in flat(value)] if isinstance(values, list) else [values]
