@@ -11,7 +11,7 @@ OUT ?= demo-out
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-NATIVE := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inl bindings/*.cpp csrc/fuzz/*.cpp)
+NATIVE := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inl bindings/*.cpp csrc/fuzz/*.cpp csrc/fuzz/*.hpp)
 
 .PHONY: demo test lint format sanitize fuzz clean
 
@@ -44,16 +44,19 @@ sanitize: $(READY)
 	$(BIN)/pytest tests/native
 	$(MAKE) fuzz
 
-# Differential fuzzing of the row passes by their replay program: under the address and undefined-behaviour sanitizers, and
-# under the thread sanitizer. FUZZ_SECONDS each.
+# Differential fuzzing by the programs of csrc/fuzz: under the address and undefined-behaviour sanitizers, and what has
+# threads of its own under the thread sanitizer too.
 FUZZ_SECONDS ?= 10
-FUZZ := -std=c++20 -O1 -g -Wall -Wextra -Wconversion -Werror -DEFFACE_REPLAY -Icsrc csrc/fuzz/row_pass_fuzz.cpp $(wildcard csrc/*.cpp) -pthread -ldl
+PACKING_FUZZ_SECONDS ?= 60
+FUZZ := -std=c++20 -O1 -g -Wall -Wextra -Wconversion -Werror -DEFFACE_REPLAY -Icsrc $(wildcard csrc/*.cpp) -pthread -ldl
 fuzz:
 	mkdir -p build
-	$${CXX:-c++} -fsanitize=address,undefined -fno-sanitize-recover=undefined $(FUZZ) -o build/fuzz-address
-	$${CXX:-c++} -fsanitize=thread $(FUZZ) -o build/fuzz-thread
-	build/fuzz-address $(FUZZ_SECONDS)
-	build/fuzz-thread $(FUZZ_SECONDS)
+	$${CXX:-c++} -fsanitize=address,undefined -fno-sanitize-recover=undefined csrc/fuzz/packing_fuzz.cpp $(FUZZ) -o build/fuzz-packing
+	$${CXX:-c++} -fsanitize=address,undefined -fno-sanitize-recover=undefined csrc/fuzz/row_pass_fuzz.cpp $(FUZZ) -o build/fuzz-rows
+	$${CXX:-c++} -fsanitize=thread csrc/fuzz/row_pass_fuzz.cpp $(FUZZ) -o build/fuzz-threads
+	build/fuzz-packing $(PACKING_FUZZ_SECONDS)
+	build/fuzz-rows $(FUZZ_SECONDS)
+	build/fuzz-threads $(FUZZ_SECONDS)
 
 $(READY): pyproject.toml setup.py constraints/cpu.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "efface needs Python 3.10 or newer, got " + sys.version.split()[0] + "; set PYTHON=python3.x")'
