@@ -47,7 +47,10 @@ Chunk chunk_of(Bytes& bytes) {
     if (bytes.below(4) == 0) {
         auto& victim = bytes.below(2) == 0 ? chunk.offsets : chunk.label_starts;
         if (!victim.empty()) {
-            victim[static_cast<std::size_t>(bytes.below(static_cast<std::int64_t>(victim.size())))] = hostile(bytes);
+            std::int64_t& entry =
+                victim[static_cast<std::size_t>(bytes.below(static_cast<std::int64_t>(victim.size())))];
+            // far off, or just so much that it leaves the arrays
+            entry = bytes.below(2) == 0 ? hostile(bytes) : entry + bytes.below(20) - 10;
         }
     }
     return chunk;
