@@ -100,20 +100,28 @@ py::tuple measure(const std::vector<const LentStore*>& lent, const py::array& ro
         py::gil_scoped_release release;
         size = efface::measure(stores, choice);
     }
-    return py::make_tuple(size.sequences, size.tokens, size.rows);
+    return py::make_tuple(size.sequences, size.tokens, size.rows, efface::storage_words(size));
 }
 
-void pack(const std::vector<const LentStore*>& lent, const py::array& roles, const py::array& sequences,
-          py::array input_ids, py::array position_ids, py::array cu_seqlens, py::array label_rows, py::array targets,
-          py::array row_offsets) {
+py::tuple tuple_of(const std::vector<std::int64_t>& values) {
+    py::tuple out(values.size());
+    for (std::size_t i = 0; i < values.size(); ++i) {
+        out[i] = values[i];
+    }
+    return out;
+}
+
+py::tuple pack(const std::vector<const LentStore*>& lent, const py::array& roles, const py::array& sequences,
+               py::array storage) {
     const auto stores = stores_of(lent);
     const efface::Choice choice{view<std::int8_t>(roles, "roles"), view<std::int64_t>(sequences, "sequences")};
-    const efface::PackBuffers buffers{
-        buffer<std::int64_t>(input_ids, "input_ids"),   buffer<std::int64_t>(position_ids, "position_ids"),
-        buffer<std::int32_t>(cu_seqlens, "cu_seqlens"), buffer<std::int64_t>(label_rows, "label_rows"),
-        buffer<std::int64_t>(targets, "targets"),       buffer<std::int64_t>(row_offsets, "row_offsets")};
-    py::gil_scoped_release release;
-    efface::pack(stores, choice, buffers);
+    const auto words = buffer<std::int64_t>(storage, "storage");
+    efface::PackedLengths packed;
+    {
+        py::gil_scoped_release release;
+        packed = efface::pack(stores, choice, words);
+    }
+    return py::make_tuple(tuple_of(packed.lengths), tuple_of(packed.row_offsets));
 }
 
 efface::RetainSampling sampling_of(const std::string& name) {
@@ -278,19 +286,18 @@ layout, ValueError for arrays that do not fit one another.)")
         .def(py::init<std::string, const py::iterable&>(), py::arg("name"), py::arg("chunks"))
         .def("__len__", [](const LentStore& lent) { return lent.store.size(); });
     m.def("measure", &measure, py::arg("stores"), py::arg("roles"), py::arg("sequences"),
-          R"(Return (sequences, tokens, label rows) of the packed batch of the chosen sequences.
+          R"(Return (sequences, tokens, label rows, words of storage) of the packed batch of the chosen sequences.
 
 stores: TokenStores in the order of the roles: forget, retain and, where there are any, alternates.
 roles: int8 (S), 0 forget, 1 retain, 2 alternate. sequences: int64 (S), indices into the store of the role.
 Raises ValueError for an inconsistent store, a role without a store, an index out of range, a sequence
 without labels, or 2^31 tokens and more; TypeError for another dtype.)");
-    m.def("pack", &pack, py::arg("stores"), py::arg("roles"), py::arg("sequences"), py::kw_only(), py::arg("input_ids"),
-          py::arg("position_ids"), py::arg("cu_seqlens"), py::arg("label_rows"), py::arg("targets"),
-          py::arg("row_offsets"),
-          R"(Fill the caller's buffers with the packed batch. Nothing is written if anything is refused.
+    m.def("pack", &pack, py::arg("stores"), py::arg("roles"), py::arg("sequences"), py::arg("storage"),
+          R"(Fill the caller's storage with the packed batch, and return (lengths (S), row offsets (S + 1)) as tuples.
 
-input_ids, position_ids: int64 (T). cu_seqlens: int32 (S + 1). label_rows, targets: int64 (N).
-row_offsets: int64 (S + 1). The extents are those that `measure` returns. Raises as `measure` does.)");
+storage: int64, as many words as `measure` says. It holds, each from a new word on: input_ids, position_ids int64 (T),
+label_rows, targets int64 (N), sequences int64 (S), cu_seqlens int32 (S + 1), roles int8 (S).
+Nothing is written if anything is refused. Raises as `measure` does.)");
     m.def("plan_epoch", &plan_epoch, py::arg("forget_lengths"), py::arg("retain_lengths"), py::arg("alternates"),
           py::kw_only(), py::arg("pairs_per_step"), py::arg("token_budget"), py::arg("world_size"), py::arg("seed"),
           py::arg("epoch"), py::arg("retain_sampling"), py::arg("drop_last"),

@@ -4,7 +4,6 @@
 #include <limits>
 #include <numeric>
 #include <string>
-#include <string_view>
 
 #include "refuse.hpp"
 
@@ -29,12 +28,18 @@ void for_each_chosen(Stores stores, const Choice& choice, Visit visit) {
     }
 }
 
+// The 64-bit words that `count` entries of T fill.
 template <typename T>
-void check_extent(std::span<T> buffer, std::string_view name, std::int64_t expected) {
-    if (static_cast<std::int64_t>(buffer.size()) != expected) {
-        refuse(quoted(name) + ": expected " + std::to_string(expected) + " entries, got " +
-               std::to_string(buffer.size()));
-    }
+std::size_t words(std::size_t count) {
+    return (count * sizeof(T) + 7) / 8;
+}
+
+// Takes `count` entries of T from the front of `rest`.
+template <typename T>
+std::span<T> take(std::span<std::int64_t>& rest, std::size_t count) {
+    const std::span<T> part(reinterpret_cast<T*>(rest.data()), count);  // NOLINT: raw memory, divided up
+    rest = rest.subspan(words<T>(count));
+    return part;
 }
 
 }  // namespace
@@ -54,34 +59,55 @@ PackSize measure(Stores stores, const Choice& choice) {
             static_cast<std::int64_t>(rows)};
 }
 
-void pack(Stores stores, const Choice& choice, const PackBuffers& buffers) {
+std::int64_t storage_words(const PackSize& size) {
+    const auto s = static_cast<std::size_t>(size.sequences);
+    return 2 * size.tokens + 2 * size.rows + size.sequences +
+           static_cast<std::int64_t>(words<std::int32_t>(s + 1) + words<std::int8_t>(s));
+}
+
+PackedParts parts_of(std::span<std::int64_t> storage, const PackSize& size) {
+    if (static_cast<std::int64_t>(storage.size()) != storage_words(size)) {
+        refuse("`storage`: expected " + std::to_string(storage_words(size)) + " words, got " +
+               std::to_string(storage.size()));
+    }
+    const auto t = static_cast<std::size_t>(size.tokens);
+    const auto n = static_cast<std::size_t>(size.rows);
+    const auto s = static_cast<std::size_t>(size.sequences);
+    // braces: from left to right
+    return {take<std::int64_t>(storage, t), take<std::int64_t>(storage, t), take<std::int64_t>(storage, n),
+            take<std::int64_t>(storage, n), take<std::int64_t>(storage, s), take<std::int32_t>(storage, s + 1),
+            take<std::int8_t>(storage, s)};
+}
+
+PackedLengths pack(Stores stores, const Choice& choice, std::span<std::int64_t> storage) {
     const PackSize size = measure(stores, choice);
-    check_extent(buffers.input_ids, "input_ids", size.tokens);
-    check_extent(buffers.position_ids, "position_ids", size.tokens);
-    check_extent(buffers.cu_seqlens, "cu_seqlens", size.sequences + 1);
-    check_extent(buffers.label_rows, "label_rows", size.rows);
-    check_extent(buffers.targets, "targets", size.rows);
-    check_extent(buffers.row_offsets, "row_offsets", size.sequences + 1);
+    const PackedParts parts = parts_of(storage, size);
+    PackedLengths packed;
+    packed.lengths.resize(choice.sequences.size());
+    packed.row_offsets.resize(choice.sequences.size() + 1);
 
     std::size_t token = 0;
     std::size_t row = 0;
     std::size_t s = 0;
-    buffers.cu_seqlens[0] = 0;
-    buffers.row_offsets[0] = 0;
+    std::ranges::copy(choice.sequences, parts.sequences.begin());
+    std::ranges::copy(choice.roles, parts.roles.begin());
+    parts.cu_seqlens[0] = 0;
     for_each_chosen(stores, choice, [&](const Sequence& sequence) {
         const auto labels = sequence.ids.subspan(sequence.first_label);
-        std::ranges::copy(sequence.ids, buffers.input_ids.begin() + static_cast<std::ptrdiff_t>(token));
-        const auto positions = buffers.position_ids.subspan(token, sequence.ids.size());
+        std::ranges::copy(sequence.ids, parts.input_ids.begin() + static_cast<std::ptrdiff_t>(token));
+        const auto positions = parts.position_ids.subspan(token, sequence.ids.size());
         std::iota(positions.begin(), positions.end(), std::int64_t{0});
-        std::ranges::copy(labels, buffers.targets.begin() + static_cast<std::ptrdiff_t>(row));
-        const auto label_rows = buffers.label_rows.subspan(row, labels.size());
+        std::ranges::copy(labels, parts.targets.begin() + static_cast<std::ptrdiff_t>(row));
+        const auto label_rows = parts.label_rows.subspan(row, labels.size());
         std::iota(label_rows.begin(), label_rows.end(), static_cast<std::int64_t>(token + sequence.first_label - 1));
         token += sequence.ids.size();
         row += labels.size();
+        packed.lengths[s] = static_cast<std::int64_t>(sequence.ids.size());
         ++s;
-        buffers.cu_seqlens[s] = static_cast<std::int32_t>(token);
-        buffers.row_offsets[s] = static_cast<std::int64_t>(row);
+        parts.cu_seqlens[s] = static_cast<std::int32_t>(token);
+        packed.row_offsets[s] = static_cast<std::int64_t>(row);
     });
+    return packed;
 }
 
 }  // namespace efface

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "token_store.hpp"
 
@@ -28,15 +29,23 @@ struct PackSize {
     std::int64_t rows;       // N, label rows
 };
 
-// Buffers owned by the caller; every extent must equal the one that measure() returns.
-struct PackBuffers {
+// The parts of a packed batch, in the order in which they lie in its storage: one piece of memory, so that one copy
+// brings a batch to a device. Each part begins at a multiple of eight bytes.
+struct PackedParts {
     std::span<std::int64_t> input_ids;     // (T)
     std::span<std::int64_t> position_ids;  // (T) from 0 in each sequence
-    std::span<std::int32_t> cu_seqlens;    // (S + 1)
     std::span<std::int64_t> label_rows;    // (N) positions in 0 .. T - 1
     std::span<std::int64_t> targets;       // (N)
-    std::span<std::int64_t> row_offsets;   // (S + 1) the label rows of each sequence
+    std::span<std::int64_t> sequences;     // (S) as chosen
+    std::span<std::int32_t> cu_seqlens;    // (S + 1)
+    std::span<std::int8_t> roles;          // (S) as chosen
 };
+
+// Words of eight bytes that a batch's storage has.
+std::int64_t storage_words(const PackSize& size);
+
+// Throws std::invalid_argument if `storage` has not exactly storage_words(size) words.
+PackedParts parts_of(std::span<std::int64_t> storage, const PackSize& size);
 
 // The stores of a run, in the order of the roles; a run without alternates has two.
 using Stores = std::span<const TokenStore* const>;
@@ -46,7 +55,13 @@ using Stores = std::span<const TokenStore* const>;
 // whatever TokenStore::find refuses.
 PackSize measure(Stores stores, const Choice& choice);
 
-// Fills the buffers. Checks all that measure() checks, and every buffer's extent, before the first write.
-void pack(Stores stores, const Choice& choice, const PackBuffers& buffers);
+// What the host plans with.
+struct PackedLengths {
+    std::vector<std::int64_t> lengths;      // (S) tokens of each sequence
+    std::vector<std::int64_t> row_offsets;  // (S + 1) label rows of each sequence
+};
+
+// Fills the storage. Checks all that measure() checks, and the storage's extent, before the first write.
+PackedLengths pack(Stores stores, const Choice& choice, std::span<std::int64_t> storage);
 
 }  // namespace efface

@@ -1,11 +1,12 @@
 #include "planner.hpp"
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <functional>
 #include <limits>
 #include <numeric>
 #include <queue>
-#include <set>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -19,13 +20,18 @@ namespace {
 using Lengths = std::span<const std::int64_t>;
 using Indices = std::vector<std::int64_t>;
 
-constexpr std::int64_t longest = std::numeric_limits<std::int32_t>::max();
+constexpr std::int64_t longest = std::numeric_limits<std::int32_t>::max();  // tokens of a sequence
 
 enum Stream : std::uint64_t { epoch_order = 1, random_retain = 2, retain_round = 3 };
 
 void check_lengths(Lengths lengths, std::string_view name) {
-    const auto bad = std::ranges::find_if(lengths, [](std::int64_t n) { return n < 1 || n > longest; });
-    if (bad != lengths.end()) {
+    const auto wrong = [](std::int64_t n) { return static_cast<std::uint64_t>(n) - 1 >= std::uint64_t{longest}; };
+    bool any = false;
+    for (const std::int64_t n : lengths) {  // without a branch, so that compilers vectorise it
+        any |= wrong(n);
+    }
+    if (any) {
+        const auto bad = std::ranges::find_if(lengths, wrong);
         refuse(quoted(name) + ": expected lengths in 1 .. 2^31 - 1, got " + std::to_string(*bad) + " at position " +
                std::to_string(bad - lengths.begin()));
     }
@@ -111,148 +117,316 @@ struct Unit {
     std::int64_t tokens;
 };
 
+using UnitIndex = std::uint32_t;
+using BinIndex = std::uint32_t;
+
+// Sorts indices by descending tokens, ties in their order: a radix sort, because comparing mispredicts half its
+// branches.
+class LongestFirst {
+  public:
+    void operator()(std::vector<UnitIndex>& order, const std::vector<Unit>& units) {
+        std::int64_t top = 0;
+        std::int64_t bottom = std::numeric_limits<std::int64_t>::max();
+        for (const UnitIndex unit : order) {
+            top = std::max(top, units[unit].tokens);
+            bottom = std::min(bottom, units[unit].tokens);
+        }
+        other_.resize(order.size());
+        for (int shift = 0; shift < 64 && ((top - bottom) >> shift) > 0; shift += 8) {
+            std::array<UnitIndex, 257> starts{};
+            const auto digit = [&](UnitIndex unit) {
+                return static_cast<std::size_t>((top - units[unit].tokens) >> shift) & 255U;
+            };
+            for (const UnitIndex unit : order) {
+                ++starts[digit(unit) + 1];
+            }
+            std::partial_sum(starts.begin(), starts.end(), starts.begin());
+            for (const UnitIndex unit : order) {
+                other_[starts[digit(unit)]++] = unit;
+            }
+            std::swap(order, other_);
+        }
+    }
+
+  private:
+    std::vector<UnitIndex> other_;
+};
+
+// The micro-batches that still have room, for best-fit: put and take cost a few instructions, however many there are.
+//
+// Rooms fall into at most 2^16 classes, each a stack, and a bit set says which are not empty. A class is one room where
+// no sequence has more than 2^16 tokens; for longer ones it is a range of rooms, and best-fit is best to within that
+// range.
+class OpenBins {
+  public:
+    OpenBins() : heads_(classes, nobody), words_(classes / 64), summary_(classes / 4096) {}
+
+    // For sequences of up to `longest_unit` tokens. A bin with more room than that is kept apart: there is one at most,
+    // the newest, because a new one is opened only where no other has room.
+    void reset(std::int64_t longest_unit) {
+        shift_ = std::max(0, static_cast<int>(std::bit_width(static_cast<std::uint64_t>(longest_unit))) - 16);
+        limit_ = longest_unit;
+        fresh_ = nobody;
+    }
+
+    void put(BinIndex bin, std::int64_t room) {
+        if (room > limit_) {
+            fresh_ = bin;
+            fresh_room_ = room;
+            return;
+        }
+        const auto c = static_cast<std::size_t>(room >> shift_);
+        if (rooms_.size() <= bin) {
+            rooms_.resize(bin + 1);
+            below_.resize(bin + 1);
+        }
+        rooms_[bin] = room;
+        below_[bin] = std::exchange(heads_[c], bin);
+        words_[c / 64] |= bit(c);
+        summary_[c / 4096] |= bit(c / 64);
+    }
+
+    // Takes out the fullest bin with room for `tokens` (and says how much room it has), or nobody.
+    BinIndex take(std::int64_t tokens, std::int64_t& room) {
+        auto c = static_cast<std::size_t>(tokens >> shift_);
+        // Where a class is a range, its first bin may have too little room; in all later classes every bin fits.
+        if (shift_ > 0 && heads_[c] != nobody && rooms_[heads_[c]] < tokens) {
+            ++c;
+        }
+        c = next(c);
+        if (c == classes) {
+            room = fresh_room_;
+            return fresh_ != nobody && fresh_room_ >= tokens ? std::exchange(fresh_, nobody) : nobody;
+        }
+        const BinIndex bin = heads_[c];
+        room = rooms_[bin];
+        pop(c);
+        return bin;
+    }
+
+    // Empties the classes again; costs what is in them.
+    void clear() {
+        for (std::size_t c = next(0); c != classes; c = next(c)) {
+            heads_[c] = nobody;
+            forget(c);
+        }
+    }
+
+    static constexpr BinIndex nobody = std::numeric_limits<BinIndex>::max();
+
+  private:
+    static constexpr std::size_t classes = 1 << 16;
+
+    static std::uint64_t bit(std::size_t i) { return std::uint64_t{1} << (i % 64); }
+
+    void pop(std::size_t c) {
+        heads_[c] = below_[heads_[c]];
+        if (heads_[c] == nobody) {
+            forget(c);
+        }
+    }
+
+    void forget(std::size_t c) {
+        words_[c / 64] &= ~bit(c);
+        if (words_[c / 64] == 0) {
+            summary_[c / 4096] &= ~bit(c / 64);
+        }
+    }
+
+    // The first class from c on that is not empty, or `classes`.
+    [[nodiscard]] std::size_t next(std::size_t c) const {
+        if (c >= classes) {
+            return classes;
+        }
+        if (const std::uint64_t rest = words_[c / 64] >> (c % 64); rest != 0) {
+            return c + static_cast<std::size_t>(std::countr_zero(rest));
+        }
+        const std::size_t word = c / 64 + 1;
+        for (std::size_t s = word / 64; s < summary_.size(); ++s) {
+            const std::uint64_t set = s == word / 64 ? summary_[s] & (~std::uint64_t{0} << (word % 64)) : summary_[s];
+            if (set != 0) {
+                const std::size_t found = s * 64 + static_cast<std::size_t>(std::countr_zero(set));
+                return found * 64 + static_cast<std::size_t>(std::countr_zero(words_[found]));
+            }
+        }
+        return classes;
+    }
+
+    int shift_ = 0;
+    std::int64_t limit_ = 0;
+    BinIndex fresh_ = nobody;
+    std::int64_t fresh_room_ = 0;
+    std::vector<BinIndex> heads_;  // of each class
+    std::vector<BinIndex> below_;  // of each bin, in its class
+    std::vector<std::int64_t> rooms_;
+    std::vector<std::uint64_t> words_;    // a bit for each class
+    std::vector<std::uint64_t> summary_;  // a bit for each word
+};
+
 struct Bin {
     std::int64_t tokens = 0;
-    std::vector<std::uint32_t> units;
-
-    void add(std::uint32_t unit, std::int64_t length) {
-        units.push_back(unit);
-        tokens += length;
-    }
+    std::uint32_t forget = 0;  // units of each kind
+    std::uint32_t retain = 0;
 };
 
 // Arranges the units of one step. Kept from step to step, so that its buffers are.
 class StepPacker {
   public:
-    StepPacker(std::int64_t token_budget, std::int64_t world_size)
-        : budget_(token_budget), ranks_(static_cast<std::size_t>(world_size)) {}
+    StepPacker(std::int64_t token_budget, std::int64_t world_size, bool alternates)
+        : budget_(token_budget), alternates_(alternates), ranks_(static_cast<std::size_t>(world_size)) {}
 
-    std::vector<Unit> units;  // of the step, in order: the caller fills it
+    std::vector<Unit> units;  // of the step, forget before retain: the caller fills it
 
     // Appends the step's micro-batches to the plan: the k-th of every rank, for each k.
-    void emit(EpochPlan& plan, bool alternates) {
-        split();
+    void emit(EpochPlan& plan) {
+        order_.resize(units.size());
+        std::iota(order_.begin(), order_.end(), UnitIndex{0});
+        longest_first_(order_, units);
+        share();
+        bin_of_.resize(units.size());
+        bins_.clear();
         std::size_t most = 0;
-        for (std::size_t rank = 0; rank < ranks_.size(); ++rank) {
+        for (Rank& rank : ranks_) {
+            rank.bins.clear();
             pack(rank);
-            most = std::max(most, bins_[rank].size());
+            most = std::max(most, rank.bins.size());
         }
-        for (auto& bins : bins_) {
-            level(bins, most);
+        for (Rank& rank : ranks_) {
+            level(rank, most);
         }
-        for (std::size_t k = 0; k < most; ++k) {
-            for (auto& bins : bins_) {
-                write(bins[k], plan, alternates);
-            }
-        }
-        plan.step_offsets.push_back(static_cast<std::int64_t>(plan.batch_tokens.size()));
+        write(plan, most);
     }
 
   private:
-    // Longest first, each to the rank with the fewest tokens: the ranks' sums differ by at most the longest unit.
-    void split() {
-        order_.clear();
-        for (std::uint32_t i = 0; i < units.size(); ++i) {
-            // One key: descending length, then position. A unit has at most two sequences, so 33 bits are enough.
-            order_.push_back({(std::int64_t{1} << 33) - units[i].tokens, i});
-        }
-        std::ranges::sort(order_);
-        for (auto& rank : ranks_) {
-            rank.clear();
-        }
+    struct Rank {
+        std::vector<UnitIndex> units;  // longest first
+        std::vector<BinIndex> bins;    // its micro-batches
+    };
+
+    // The longest first, each to the rank with the fewest tokens: the ranks' sums differ by at most the longest unit.
+    void share() {
         if (ranks_.size() == 1) {
-            for (const auto& [_, unit] : order_) {
-                ranks_[0].push_back(unit);
-            }
+            std::swap(ranks_[0].units, order_);
             return;
         }
         using Load = std::pair<std::int64_t, std::size_t>;  // tokens, rank
         std::priority_queue<Load, std::vector<Load>, std::greater<>> loads;
         for (std::size_t rank = 0; rank < ranks_.size(); ++rank) {
+            ranks_[rank].units.clear();
             loads.emplace(0, rank);
         }
-        for (const auto& [_, unit] : order_) {
+        for (const UnitIndex unit : order_) {
             const auto [tokens, rank] = loads.top();
             loads.pop();
-            ranks_[rank].push_back(unit);
+            ranks_[rank].units.push_back(unit);
             loads.emplace(tokens + units[unit].tokens, rank);
         }
     }
 
+    void add(UnitIndex unit, BinIndex bin) {
+        bin_of_[unit] = bin;
+        bins_[bin].tokens += units[unit].tokens;
+        ++(units[unit].role == Role::forget ? bins_[bin].forget : bins_[bin].retain);
+    }
+
+    BinIndex new_bin(Rank& rank) {
+        bins_.emplace_back();
+        rank.bins.push_back(static_cast<BinIndex>(bins_.size() - 1));
+        return rank.bins.back();
+    }
+
     // Best-fit decreasing: each unit into the fullest micro-batch that still has room. What fits nowhere opens a new
     // one, so a unit longer than the budget is alone.
-    void pack(std::size_t rank) {
-        bins_.resize(ranks_.size());
-        auto& bins = bins_[rank];
-        bins.clear();
-        open_.clear();
-        for (const std::uint32_t unit : ranks_[rank]) {
+    void pack(Rank& rank) {
+        open_.reset(rank.units.empty() ? 1 : units[rank.units.front()].tokens);
+        for (const UnitIndex unit : rank.units) {
             const std::int64_t tokens = units[unit].tokens;
-            const auto fit = open_.lower_bound({tokens, 0});
-            if (fit == open_.end()) {
-                bins.emplace_back().add(unit, tokens);
-                if (budget_ > tokens) {
-                    open_.emplace(budget_ - tokens, bins.size() - 1);
-                }
-                continue;
+            std::int64_t room = budget_;
+            BinIndex bin = open_.take(tokens, room);
+            if (bin == OpenBins::nobody) {
+                bin = new_bin(rank);
+                room = budget_;
             }
-            bins[fit->second].add(unit, tokens);
-            auto node = open_.extract(fit);
-            node.value().first -= tokens;
-            if (node.value().first > 0) {
-                open_.insert(std::move(node));
+            add(unit, bin);
+            if (room > tokens) {
+                open_.put(bin, room - tokens);
             }
         }
+        open_.clear();
     }
 
     // Brings a rank to `count` micro-batches: halves its largest one that can be halved, else adds an empty one.
-    void level(std::vector<Bin>& bins, std::size_t count) {
-        while (bins.size() < count) {
-            Bin* largest = nullptr;
-            for (Bin& bin : bins) {
-                if (bin.units.size() > 1 && (largest == nullptr || bin.tokens > largest->tokens)) {
-                    largest = &bin;
+    void level(Rank& rank, std::size_t count) {
+        while (rank.bins.size() < count) {
+            const auto divisible = [&](BinIndex bin) {
+                return bins_[bin].forget + bins_[bin].retain > 1 ? bins_[bin].tokens : -1;
+            };
+            const auto largest = std::ranges::max_element(rank.bins, {}, divisible);
+            const bool halve = largest != rank.bins.end() && divisible(*largest) > 0;
+            const BinIndex whole = halve ? *largest : 0;
+            const BinIndex half = new_bin(rank);
+            if (!halve) {
+                continue;
+            }
+            bins_[whole] = {};
+            for (const UnitIndex unit : rank.units) {
+                if (bin_of_[unit] == whole) {
+                    add(unit, bins_[half].tokens < bins_[whole].tokens ? half : whole);
                 }
             }
-            Bin whole;
-            Bin half;
-            if (largest != nullptr) {
-                std::swap(whole, *largest);
-                for (const std::uint32_t unit : whole.units) {
-                    (half.tokens < largest->tokens ? half : *largest).add(unit, units[unit].tokens);
-                }
-            }
-            bins.push_back(std::move(half));
         }
         // The fullest first, so that what is left over stands at the end.
-        std::ranges::stable_sort(bins, std::greater<>{}, &Bin::tokens);
+        std::ranges::stable_sort(rank.bins, std::greater<>{}, [&](BinIndex bin) { return bins_[bin].tokens; });
     }
 
-    void write(Bin& bin, EpochPlan& plan, bool alternates) {
-        std::ranges::sort(bin.units);  // units stand in order: forget before retain
-        const auto put = [&](Role role, std::int64_t sequence) {
-            plan.roles.push_back(static_cast<std::int8_t>(role));
-            plan.sequences.push_back(sequence);
+    void write(EpochPlan& plan, std::size_t count) {
+        cursors_.resize(bins_.size());
+        const std::size_t copies = alternates_ ? 2 : 1;  // a forget unit is one sequence or two
+        auto at = static_cast<std::size_t>(plan.batch_offsets.back());
+        for (std::size_t k = 0; k < count; ++k) {
+            for (const Rank& rank : ranks_) {
+                const Bin& bin = bins_[rank.bins[k]];
+                cursors_[rank.bins[k]] = {at, at + bin.forget * copies};
+                at += bin.forget * copies + bin.retain;
+                plan.batch_offsets.push_back(static_cast<std::int64_t>(at));
+                plan.batch_tokens.push_back(bin.tokens);
+            }
+        }
+        plan.step_offsets.push_back(static_cast<std::int64_t>(plan.batch_tokens.size()));
+        plan.roles.resize(at);
+        plan.sequences.resize(at);
+        const auto put = [&](std::size_t position, Role role, std::int64_t sequence) {
+            plan.roles[position] = static_cast<std::int8_t>(role);
+            plan.sequences[position] = sequence;
         };
-        const auto retain = std::ranges::find(bin.units, Role::retain, [&](auto unit) { return units[unit].role; });
-        for (auto unit = bin.units.begin(); unit != retain; ++unit) {
-            put(Role::forget, units[*unit].sequence);
+        for (UnitIndex i = 0; i < units.size(); ++i) {
+            const Unit& unit = units[i];
+            auto& [forget, retain] = cursors_[bin_of_[i]];
+            if (unit.role == Role::retain) {
+                put(retain++, Role::retain, unit.sequence);
+                continue;
+            }
+            if (alternates_) {
+                put(forget + bins_[bin_of_[i]].forget, Role::alternate, unit.sequence);
+            }
+            put(forget++, Role::forget, unit.sequence);
         }
-        for (auto unit = bin.units.begin(); alternates && unit != retain; ++unit) {
-            put(Role::alternate, units[*unit].sequence);
-        }
-        for (auto unit = retain; unit != bin.units.end(); ++unit) {
-            put(Role::retain, units[*unit].sequence);
-        }
-        plan.batch_offsets.push_back(static_cast<std::int64_t>(plan.roles.size()));
-        plan.batch_tokens.push_back(bin.tokens);
     }
+
+    struct Cursors {
+        std::size_t forget;
+        std::size_t retain;
+    };
 
     std::int64_t budget_;
-    std::vector<std::pair<std::int64_t, std::uint32_t>> order_;
-    std::vector<std::vector<std::uint32_t>> ranks_;        // the units of each rank, longest first
-    std::vector<std::vector<Bin>> bins_;                   // the micro-batches of each rank
-    std::set<std::pair<std::int64_t, std::size_t>> open_;  // (room left, micro-batch)
+    bool alternates_;
+    std::vector<UnitIndex> order_;
+    std::vector<Rank> ranks_;
+    std::vector<BinIndex> bin_of_;  // of each unit
+    std::vector<Bin> bins_;         // of all ranks
+    std::vector<Cursors> cursors_;  // of each bin: where its next sequences go
+    LongestFirst longest_first_;
+    OpenBins open_;
 };
 
 }  // namespace
@@ -282,7 +456,7 @@ EpochPlan plan_epoch(Lengths forget_lengths, Lengths retain_lengths, Lengths alt
     plan.sequences.reserve(items);
     plan.batch_offsets.push_back(0);
     plan.step_offsets.push_back(0);
-    StepPacker packer(settings.token_budget, settings.world_size);
+    StepPacker packer(settings.token_budget, settings.world_size, alternates);
     for (std::size_t first = 0; first < pairs; first += per_step) {
         const auto add = [&](Role role, const Indices& indices, const auto& tokens_of) {
             for (std::size_t i = first; i < std::min(first + per_step, indices.size()); ++i) {
@@ -295,7 +469,7 @@ EpochPlan plan_epoch(Lengths forget_lengths, Lengths retain_lengths, Lengths alt
         add(Role::forget, plan.forget,
             [&](std::size_t i) { return forget_lengths[i] + (alternates ? alternate_lengths[i] : 0); });
         add(Role::retain, plan.retain, [&](std::size_t i) { return retain_lengths[i]; });
-        packer.emit(plan, alternates);
+        packer.emit(plan);
     }
     return plan;
 }

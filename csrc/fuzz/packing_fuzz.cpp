@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <limits>
 #include <map>
+#include <numeric>
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -145,21 +147,20 @@ void compare_packers(Bytes& bytes) {
     if (!size) {
         return;
     }
-    Batch got;
-    got.input_ids.resize(static_cast<std::size_t>(size->tokens));
-    got.position_ids.resize(static_cast<std::size_t>(size->tokens));
-    got.cu_seqlens.resize(static_cast<std::size_t>(size->sequences + 1));
-    got.label_rows.resize(static_cast<std::size_t>(size->rows));
-    got.targets.resize(static_cast<std::size_t>(size->rows));
-    got.row_offsets.resize(static_cast<std::size_t>(size->sequences + 1));
-    efface::pack(lent, choice,
-                 {got.input_ids, got.position_ids, got.cu_seqlens, got.label_rows, got.targets, got.row_offsets});
-    expect(got.input_ids == expected->input_ids, "input_ids");
-    expect(got.position_ids == expected->position_ids, "position_ids");
-    expect(got.cu_seqlens == expected->cu_seqlens, "cu_seqlens");
-    expect(got.label_rows == expected->label_rows, "label_rows");
-    expect(got.targets == expected->targets, "targets");
-    expect(got.row_offsets == expected->row_offsets, "row_offsets");
+    std::vector<std::int64_t> storage(static_cast<std::size_t>(efface::storage_words(*size)), -77);
+    const efface::PackedLengths packed = efface::pack(lent, choice, storage);
+    const efface::PackedParts got = efface::parts_of(storage, *size);
+    expect(std::ranges::equal(got.input_ids, expected->input_ids), "input_ids");
+    expect(std::ranges::equal(got.position_ids, expected->position_ids), "position_ids");
+    expect(std::ranges::equal(got.cu_seqlens, expected->cu_seqlens), "cu_seqlens");
+    expect(std::ranges::equal(got.label_rows, expected->label_rows), "label_rows");
+    expect(std::ranges::equal(got.targets, expected->targets), "targets");
+    expect(std::ranges::equal(got.roles, roles), "roles");
+    expect(std::ranges::equal(got.sequences, sequences), "sequences");
+    expect(packed.row_offsets == expected->row_offsets, "row_offsets");
+    std::vector<std::int64_t> ends(packed.lengths.size());
+    std::partial_sum(packed.lengths.begin(), packed.lengths.end(), ends.begin());
+    expect(std::ranges::equal(ends, std::span(expected->cu_seqlens).subspan(1)), "lengths");
 }
 
 using Items = std::map<std::pair<int, std::int64_t>, int>;  // (role, sequence) -> how often

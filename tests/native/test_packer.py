@@ -39,20 +39,41 @@ def naive(chosen: list[tuple[list[int], int]]) -> dict[str, list[int]]:
     return out
 
 
-def buffers(sequences: int, tokens: int, rows: int) -> dict[str, np.ndarray]:
+Choice = tuple[list[efface_native.TokenStore], np.ndarray, np.ndarray]
+
+
+def storage_of(words: int) -> np.ndarray:
     """Poisoned, so that an entry nobody wrote shows."""
-    sizes = (tokens, tokens, sequences + 1, rows, rows, sequences + 1)
-    return {
-        name: np.full(size, -77, np.int32 if name == "cu_seqlens" else np.int64)
-        for name, size in zip(NAMES, sizes, strict=True)
-    }
+    return np.full(words, -77)
+
+
+def parts(storage: np.ndarray, sequences: int, tokens: int, rows: int) -> dict[str, np.ndarray]:
+    """Divide the storage up, as documented."""
+    sizes = {"input_ids": tokens, "position_ids": tokens, "label_rows": rows, "targets": rows, "sequences": sequences}
+    out, at = {}, 0
+    for name, size in sizes.items():
+        out[name] = storage[at : at + size]
+        at += size
+    words = (sequences + 2) // 2
+    out["cu_seqlens"] = storage[at : at + words].view(np.int32)[: sequences + 1]
+    out["roles"] = storage[at + words :].view(np.int8)[:sequences]
+    assert len(storage) == at + words + (sequences + 7) // 8
+    return out
+
+
+def run_choice(choice: Choice) -> dict[str, np.ndarray]:
+    *size, words = efface_native.measure(*choice)
+    storage = storage_of(words)
+    lengths, row_offsets = efface_native.pack(*choice, storage)
+    got = parts(storage, *size)
+    assert got.pop("roles").tolist() == choice[1].tolist()
+    assert got.pop("sequences").tolist() == choice[2].tolist()
+    assert np.diff(got["cu_seqlens"]).tolist() == list(lengths)
+    return {**got, "row_offsets": np.array(row_offsets)}
 
 
 def run(forget: Store, retain: Store, roles: np.ndarray, sequences: np.ndarray) -> dict[str, np.ndarray]:
-    stores = native(forget, retain)
-    out = buffers(*efface_native.measure(stores, roles, sequences))
-    efface_native.pack(stores, roles, sequences, **out)
-    return out
+    return run_choice((native(forget, retain), roles, sequences))
 
 
 sequence_strategy = st.integers(2, 12).flatmap(
@@ -152,15 +173,14 @@ def test_hostile_choices_are_refused(roles: list[int], sequences: list[int], mes
         efface_native.measure(native(forget, retain), np.array(roles, np.int8), np.array(sequences, np.int64))
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("by", [-1, 1])
-def test_a_buffer_of_the_wrong_size_is_refused_before_anything_is_written(name: str, by: int) -> None:
+def test_storage_of_the_wrong_size_is_refused_before_anything_is_written(by: int) -> None:
     choice = small_choice()
-    out = buffers(*efface_native.measure(*choice))
-    out[name] = np.full(len(out[name]) + by, -77, out[name].dtype)
-    with pytest.raises(ValueError, match=f"`{name}`: expected"):
-        efface_native.pack(*choice, **out)
-    assert all((buffer == -77).all() for buffer in out.values())
+    words = efface_native.measure(*choice)[-1]
+    storage = storage_of(words + by)
+    with pytest.raises(ValueError, match=f"`storage`: expected {words} words, got {words + by}"):
+        efface_native.pack(*choice, storage)
+    assert (storage == -77).all()
 
 
 def test_dtypes_layouts_and_types_are_refused() -> None:
@@ -186,10 +206,10 @@ def test_dtypes_layouts_and_types_are_refused() -> None:
         efface_native.measure(stores, roles.astype(np.int32), sequences)
     with pytest.raises(TypeError, match="`stores`: expected TokenStore, got None"):
         efface_native.measure([None, *stores], roles, sequences)
-    out = buffers(*efface_native.measure(stores, roles, sequences))
-    out["targets"].flags.writeable = False
-    with pytest.raises(ValueError, match="`targets`: expected a writeable array"):
-        efface_native.pack(stores, roles, sequences, **out)
+    storage = storage_of(efface_native.measure(stores, roles, sequences)[-1])
+    storage.flags.writeable = False
+    with pytest.raises(ValueError, match="`storage`: expected a writeable array"):
+        efface_native.pack(stores, roles, sequences, storage)
     with pytest.raises(TypeError, match="incompatible function arguments"):
         efface_native.pack(stores, roles, sequences)
 
@@ -205,9 +225,7 @@ def test_chunks_are_one_store(chunks: list[list[tuple[list[int], int]]], data: s
     store = efface_native.TokenStore("retain", arrays)
     assert len(store) == len(flat)
     picks = data.draw(st.lists(st.integers(0, len(flat) - 1), max_size=9)) if flat else []
-    choice = ([store], np.zeros(len(picks), np.int8), np.array(picks, np.int64))
-    out = buffers(*efface_native.measure(*choice))
-    efface_native.pack(*choice, **out)
+    out = run_choice(([store], np.zeros(len(picks), np.int8), np.array(picks, np.int64)))
     expected = naive([flat[pick] for pick in picks])
     for name in NAMES:
         assert out[name].tolist() == expected[name], name
@@ -216,17 +234,13 @@ def test_chunks_are_one_store(chunks: list[list[tuple[list[int], int]]], data: s
 def test_a_store_keeps_its_arrays_alive() -> None:
     store = efface_native.TokenStore("forget", iter([make_store([[1, 2, 3]] * 1000, [1] * 1000)]))
     np.full(3000, 7, np.int32)  # likely to land where the arrays would have been freed
-    choice = ([store], np.zeros(1, np.int8), np.array([999]))
-    out = buffers(*efface_native.measure(*choice))
-    efface_native.pack(*choice, **out)
+    out = run_choice(([store], np.zeros(1, np.int8), np.array([999])))
     assert out["input_ids"].tolist() == [1, 2, 3]
 
 
 def test_alternates_are_the_third_store() -> None:
     stores = [efface_native.TokenStore(name, [make_store([[i, i + 1]], [1])]) for i, name in enumerate("far")]
-    choice = (stores, np.array([0, 2, 1], np.int8), np.zeros(3, np.int64))
-    out = buffers(*efface_native.measure(*choice))
-    efface_native.pack(*choice, **out)
+    out = run_choice((stores, np.array([0, 2, 1], np.int8), np.zeros(3, np.int64)))
     assert out["input_ids"].tolist() == [0, 1, 2, 3, 1, 2]
 
 
@@ -243,15 +257,16 @@ def test_the_gil_is_released() -> None:
     """Another Python thread makes progress while a large batch is packed."""
     stores = [efface_native.TokenStore("forget", [make_store([list(range(2000))] * 10, [1] * 10)])]
     roles, sequences = np.zeros(5000, np.int8), np.arange(5000, dtype=np.int64) % 10
-    out = buffers(*efface_native.measure(stores, roles, sequences))
+    storage = storage_of(efface_native.measure(stores, roles, sequences)[-1])
     done, ticks = threading.Event(), 0
-    worker = threading.Thread(target=lambda: (efface_native.pack(stores, roles, sequences, **out), done.set()))
+    worker = threading.Thread(target=lambda: (efface_native.pack(stores, roles, sequences, storage), done.set()))
     worker.start()
     while not done.is_set():
         ticks += 1
     worker.join()
     assert ticks > 0
-    assert out["targets"][-1] == 1999
+    assert storage[0] == 0
+    assert storage[1999] == 1999
 
 
 def test_the_module_under_test_is_the_one_that_was_built_for_it() -> None:

@@ -121,4 +121,5 @@ class Assembler:
         role = min((Role.FORGET, Role.RETAIN), key=lambda role: self._stores[role].lengths.min(initial=2**62))
         shortest = np.array([self._stores[role].lengths.argmin()], np.int64)
         batch = pack_items(self._stores, np.array([role], np.int8), shortest, pin_memory=self._pin_memory)
-        return replace(batch, roles=torch.full_like(batch.roles, Role.IDLE), forget_sequences=0)
+        batch.roles.fill_(Role.IDLE)
+        return replace(batch, forget_sequences=0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import efface_native
 import numpy as np
@@ -17,60 +18,82 @@ Indices = Sequence[int] | NDArray[np.int64]
 _STORES = ("forget", "retain", "alternate")  # in the order of Role
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedBatch:
     """S sequences of T tokens in all, N label rows; what an objective compares stands before what is retained.
 
+    All tensors are views of one piece of memory, so that one copy brings a batch to a device.
+
     Attributes:
-        input_ids: (T,) int64.
-        position_ids: (T,) int64, from 0 in each sequence.
-        cu_seqlens: (S + 1,) int32; sequence s owns tokens ``cu_seqlens[s]`` .. ``cu_seqlens[s + 1] − 1``.
-        label_rows: (N,) int64, the positions whose hidden state predicts a label.
-        targets: (N,) int64, those labels.
-        roles: (S,) int8, a ``Role`` each.
-        sequences: (S,) int64, the index of each sequence in its role's store.
-        row_offsets: S + 1 integers on the host: the label rows of each sequence.
+        storage: int64 words, divided up as the C++ packer does (csrc/packer.hpp, ``PackedParts``).
+        layout: (S, T, N) of the storage.
         lengths: S integers on the host: the tokens of each sequence.
+        row_offsets: S + 1 integers on the host: the label rows of each sequence.
         forget_sequences: how many of the first sequences are forget or alternate ones.
     """
 
-    input_ids: Tensor
-    position_ids: Tensor
-    cu_seqlens: Tensor
-    label_rows: Tensor
-    targets: Tensor
-    roles: Tensor
-    sequences: Tensor
-    row_offsets: tuple[int, ...]
+    storage: Tensor
+    layout: tuple[int, int, int]
     lengths: tuple[int, ...]
+    row_offsets: tuple[int, ...]
     forget_sequences: int
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """T."""
-        return self.input_ids.shape[0]
+        return sum(self.lengths)
+
+    @cached_property
+    def input_ids(self) -> Tensor:
+        """(T,) int64."""
+        return self.storage[: self.tokens]
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """(T,) int64, from 0 in each sequence."""
+        _, t, _ = self.layout
+        return self.storage[t : t + self.tokens]
+
+    @cached_property
+    def label_rows(self) -> Tensor:
+        """(N,) int64, the positions whose hidden state predicts a label."""
+        _, t, _ = self.layout
+        return self.storage[2 * t : 2 * t + self.row_offsets[-1]]
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """(N,) int64, those labels."""
+        _, t, n = self.layout
+        return self.storage[2 * t + n : 2 * t + n + self.row_offsets[-1]]
+
+    @cached_property
+    def sequences(self) -> Tensor:
+        """(S,) int64, the index of each sequence in its role's store."""
+        _, t, n = self.layout
+        return self.storage[2 * (t + n) : 2 * (t + n) + len(self.lengths)]
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """(S + 1,) int32; sequence s owns tokens ``cu_seqlens[s]`` .. ``cu_seqlens[s + 1] − 1``."""
+        s, t, n = self.layout
+        words = self.storage[2 * (t + n) + s : 2 * (t + n) + s + (s + 2) // 2]
+        return words.view(torch.int32)[: len(self.lengths) + 1]
+
+    @cached_property
+    def roles(self) -> Tensor:
+        """(S,) int8, a ``Role`` each."""
+        s, _, _ = self.layout
+        return self.storage[-((s + 7) // 8) or len(self.storage) :].view(torch.int8)[: len(self.lengths)]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedBatch":
         """Return the batch with its tensors on ``device``; what the host plans with stays on the host."""
-        names = ("input_ids", "position_ids", "cu_seqlens", "label_rows", "targets", "roles", "sequences")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names})
+        storage = self.storage.to(device, non_blocking=non_blocking)
+        return self if storage is self.storage else replace(self, storage=storage)
 
     def forget_part(self) -> "PackedBatch":
-        """Return the forget (and alternate) sequences alone, as views: what a live reference model has to read."""
+        """Return the forget (and alternate) sequences alone: what a live reference model has to read."""
         count = self.forget_sequences
-        tokens, rows = sum(self.lengths[:count]), self.row_offsets[count]
-        return PackedBatch(
-            input_ids=self.input_ids[:tokens],
-            position_ids=self.position_ids[:tokens],
-            cu_seqlens=self.cu_seqlens[: count + 1],
-            label_rows=self.label_rows[:rows],
-            targets=self.targets[:rows],
-            roles=self.roles[:count],
-            sequences=self.sequences[:count],
-            row_offsets=self.row_offsets[: count + 1],
-            lengths=self.lengths[:count],
-            forget_sequences=count,
-        )
+        return replace(self, lengths=self.lengths[:count], row_offsets=self.row_offsets[: count + 1])
 
 
 def pack_items(
@@ -88,30 +111,11 @@ def pack_items(
         ValueError: an index out of range, a role without a store, a sequence without a label.
     """
     native = [store.native(name) for store, name in zip(stores, _STORES, strict=False)]
-    count, tokens, rows = efface_native.measure(native, roles, sequences)
-
-    def empty(size: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.empty(size, dtype=dtype, pin_memory=pin_memory)
-
-    tensors = {
-        "input_ids": empty(tokens),
-        "position_ids": empty(tokens),
-        "cu_seqlens": empty(count + 1, torch.int32),
-        "label_rows": empty(rows),
-        "targets": empty(rows),
-    }
-    buffers = {name: tensor.numpy() for name, tensor in tensors.items()}
-    row_offsets = np.empty(count + 1, np.int64)
-    efface_native.pack(native, roles, sequences, **buffers, row_offsets=row_offsets)
-    tensors["roles"], tensors["sequences"] = empty(count, torch.int8), empty(count)
-    tensors["roles"].numpy()[:] = roles
-    tensors["sequences"].numpy()[:] = sequences
-    return PackedBatch(
-        **tensors,
-        row_offsets=tuple(row_offsets.tolist()),
-        lengths=tuple(np.diff(buffers["cu_seqlens"]).tolist()),
-        forget_sequences=int(np.count_nonzero(roles != Role.RETAIN)),
-    )
+    *layout, words = efface_native.measure(native, roles, sequences)
+    storage = torch.empty(words, dtype=torch.int64, pin_memory=pin_memory)
+    lengths, row_offsets = efface_native.pack(native, roles, sequences, storage.numpy())
+    forget_sequences = int(np.count_nonzero(roles != Role.RETAIN))
+    return PackedBatch(storage, tuple(layout), lengths, row_offsets, forget_sequences)
 
 
 def pack(forget: TokenStore, retain: TokenStore, forget_index: Indices, retain_index: Indices) -> PackedBatch:
