@@ -1,0 +1,9 @@
+"""Attention over packed batches: each sequence attends to itself alone, so the cost is Σ n² and never T².
+
+``interface.py`` registers it with transformers as ``efface_varlen``; ``choice.py`` picks one of three kernels for a
+call: flash-attn (``flash_attn.py``), torch's own (``torch_varlen.py``), or SDPA by segment (``segments.py``).
+"""
+
+from efface.hf.attention.interface import NAME, packed_arguments, use_packed_attention, varlen_attention
+
+__all__ = ["NAME", "packed_arguments", "use_packed_attention", "varlen_attention"]

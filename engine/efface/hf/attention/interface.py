@@ -1,0 +1,191 @@
+"""The attention implementation ``efface_varlen`` of transformers, and how a model is given packed batches.
+
+Without packed keyword arguments (generation, padded batches) it is transformers' own SDPA attention; soft-capped
+scores, which that has not, are computed here.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from efface.batching import PackedBatch
+from efface.hf.attention import flash_attn, torch_varlen
+from efface.hf.attention.choice import AttentionCall, Installed, choose_kernel
+from efface.hf.attention.segments import segment_attention, soft_capped_attention
+
+NAME = "efface_varlen"
+
+UNKNOWN_TERMS = ("s_aux", "position_bias")
+"""What other models add to their scores: sinks (GPT-OSS), learned distances (T5)."""
+
+LAYER_KINDS = {"full_attention", "sliding_attention"}
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packed_lengths: tuple[int, ...] | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each packed sequence; the signature is that of ``transformers.AttentionInterface``.
+
+    Args:
+        module: the attention layer.
+        query: (1, H, T, d).
+        key: (1, H_kv, T, d); H a multiple of H_kv.
+        value: (1, H_kv, T, d).
+        attention_mask: ignored for packed batches, whose borders say everything.
+        dropout: probability, during training.
+        scaling: factor of the scores; None is 1/√d.
+        sliding_window: tokens that a token sees, itself among them; None is all before it.
+        softcap: c in c · tanh(score / c); None is no bound.
+        packed_lengths: the tokens of each sequence, on the host; None is an ordinary batch.
+        cu_seq_lens_q: (S + 1,) int32, those lengths summed up, on the device.
+        **kwargs: transformers' own.
+
+    Returns:
+        (1, T, H, d), and None for the weights.
+
+    Raises:
+        ValueError: a term of the scores that no kernel here has; lengths that are not those of the pack.
+    """
+    for name in UNKNOWN_TERMS:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{NAME!r} attention: expected no {name}, got one from {type(module).__name__}; load the model with "
+                "attn_implementation='eager'"
+            )
+    if packed_lengths is None:
+        if softcap is not None:
+            return _soft_capped_batch(module, query, key, value, attention_mask, dropout, scaling, softcap), None
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if cu_seq_lens_q is None or query.shape[0] != 1 or sum(packed_lengths) != query.shape[2]:
+        raise ValueError(
+            f"{NAME!r} attention: expected one row of {sum(packed_lengths)} tokens and cu_seq_lens_q, as "
+            f"packed_lengths says, got query of shape {tuple(query.shape)} and cu_seq_lens_q "
+            f"{None if cu_seq_lens_q is None else tuple(cu_seq_lens_q.shape)}; call with packed_arguments(model, batch)"
+        )
+    query, key, value = _autocast(query, key, value)
+    longest = max(packed_lengths)
+    window = None if sliding_window is None or sliding_window >= longest else sliding_window
+    call = AttentionCall(
+        device=query.device.type,
+        capability=torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0),
+        dtype=query.dtype,
+        head_dim=query.shape[3],
+        value_dim=value.shape[3],
+        scale=scaling,
+        window=window,
+        softcap=softcap,
+        dropout=dropout,
+    )
+    kernel = choose_kernel(call, _installed(query.device))
+    if kernel == "segments":
+        return segment_attention(
+            query, key, value, packed_lengths, scale=scaling, window=window, softcap=softcap, dropout=dropout
+        ), None
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, H, d)
+    if kernel == "flash_attn":
+        out = flash_attn.flash_attention(
+            query,
+            key,
+            value,
+            cu_seq_lens_q,
+            longest,
+            scale=scaling,
+            window=window,
+            softcap=softcap,
+            dropout=dropout,
+        )
+    else:
+        out = torch_varlen.torch_varlen_attention(
+            query, key, value, cu_seq_lens_q, longest, scale=scaling, window=window
+        )
+    return out[None], None
+
+
+def _autocast(*states: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast casts for SDPA; it does not know the other kernels."""
+    kind = states[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return states
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in states)
+
+
+def _installed(device: torch.device) -> Installed:
+    if device.type != "cuda":
+        return Installed()
+    varlen = torch_varlen.load()
+    return Installed(
+        flash_attn=flash_attn.load() is not None,
+        torch_varlen=frozenset() if varlen is None else varlen.parameters,
+    )
+
+
+def _soft_capped_batch(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    """Soft-capped attention (B, n, H, d) of an ordinary batch; no mask is what it is for SDPA."""
+    n, m = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        mask = torch.ones(n, m, dtype=torch.bool, device=query.device)
+        if n > 1 and getattr(module, "is_causal", True):
+            mask = mask.tril()
+    else:
+        mask = attention_mask[..., :m]
+    out = soft_capped_attention(query, key, value, mask, softcap, scale=scaling, dropout=dropout)
+    return out.transpose(1, 2).contiguous()
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Switch ``model`` to packed attention; one with other layers than full and sliding attention keeps its own.
+
+    Any implementation of transformers is exact on packs. Those that build a (T, T) mask cost T² instead of Σ n².
+    """
+    if LAYER_KINDS.issuperset(getattr(model.config.get_text_config(), "layer_types", None) or ()):
+        model.set_attn_implementation(NAME)
+
+
+def packed_arguments(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
+    """Return the keyword arguments with which ``model``'s decoder reads a packed batch."""
+    longest = max(batch.lengths)
+    arguments: dict[str, Any] = {
+        "input_ids": batch.input_ids[None],
+        "position_ids": batch.position_ids[None],
+        "use_cache": False,
+        # FlashAttention's names; other implementations see the packing in position_ids.
+        "cu_seq_lens_q": batch.cu_seqlens,
+        "cu_seq_lens_k": batch.cu_seqlens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+    if model.config._attn_implementation == NAME:  # noqa: SLF001 - the only place that knows the choice
+        # A 4-D mask is handed through as it is: with an empty one, transformers does not build its own (T, T).
+        arguments["attention_mask"] = batch.input_ids.new_empty(1, 1, 0, 0)
+        arguments["packed_lengths"] = batch.lengths
+    return arguments
+
+
+AttentionInterface.register(NAME, varlen_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,154 @@
+"""Packed attention through torch's own FlashAttention-2 kernel, ``torch.nn.attention.varlen`` (torch ≥ 2.10)."""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class Varlen:
+    """What torch has: ``varlen_attn``, the names of its parameters, which grew with torch, and how lse is asked for."""
+
+    kernel: Callable[..., tuple[Tensor, Tensor]]
+    parameters: frozenset[str]
+    with_logsumexp: Any
+
+
+@functools.cache
+def load() -> Varlen | None:
+    """Return torch's packed attention; None where torch has none."""
+    try:
+        module = importlib.import_module("torch.nn.attention.varlen")
+    except ModuleNotFoundError:
+        return None
+    parameters = frozenset(inspect.signature(module.varlen_attn).parameters)
+    return Varlen(module.varlen_attn, parameters, module.AuxRequest(lse=True))
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Within, torch's kernels add in a fixed order; the switch is the process's, so it is put back."""
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+class _Varlen(torch.autograd.Function):
+    """``varlen_attn`` with a backward pass that repeats bit for bit.
+
+    torch sums the query gradient by atomics unless told otherwise while the backward kernel is launched, and there
+    is no argument for it; so the backward is launched here.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seqlens: Tensor,
+        longest: int,
+        scale: float | None,
+        window_size: tuple[int, int],
+    ) -> Tensor:
+        varlen = _loaded()
+        options: dict[str, Any] = {"is_causal": True}  # torch 2.10, which has no other options
+        if "window_size" in varlen.parameters:
+            options = {"window_size": window_size, "scale": scale}
+        if "enable_gqa" in varlen.parameters:
+            options["enable_gqa"] = query.shape[1] != key.shape[1]
+        out, logsumexp = varlen.kernel(
+            query,
+            key,
+            value,
+            cu_seqlens,
+            cu_seqlens,
+            longest,
+            longest,
+            return_aux=varlen.with_logsumexp,
+            **options,
+        )
+        ctx.save_for_backward(query, key, value, out, logsumexp, cu_seqlens)
+        ctx.longest, ctx.scale, ctx.window_size = longest, scale, window_size
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, logsumexp, cu_seqlens = ctx.saved_tensors
+        no_dropout_state = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        left, right = ctx.window_size
+        with _deterministic():
+            dq, dk, dv = torch.ops.aten._flash_attention_backward(  # noqa: SLF001 - what varlen_attn itself calls
+                grad_out,
+                query,
+                key,
+                value,
+                out,
+                logsumexp,
+                cu_seqlens,
+                cu_seqlens,
+                ctx.longest,
+                ctx.longest,
+                0.0,
+                ctx.window_size == (-1, 0),
+                no_dropout_state,
+                query.new_empty(0),
+                scale=ctx.scale,
+                window_size_left=left,
+                window_size_right=right,
+            )
+        return dq, dk, dv, None, None, None, None
+
+
+def torch_varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention (T, H, d) within each sequence of query (T, H, d), key and value (T, H_kv, d).
+
+    Args:
+        query: fp16 or bf16, on a GPU; d a multiple of 8.
+        key: as query.
+        value: as query.
+        cu_seqlens: (S + 1,) int32.
+        longest: tokens of the longest sequence.
+        scale: factor of the scores; None is 1/√d. torch 2.10 takes None alone.
+        window: tokens that a token sees, itself among them; torch 2.10 takes None alone.
+    """
+    group = query.shape[1] // key.shape[1]
+    if group > 1 and "enable_gqa" not in _loaded().parameters:
+        key, value = (states.repeat_interleave(group, dim=1) for states in (key, value))  # (T, H, d)
+    # Counted in tokens to the left, without the token itself; -1 is all of them.
+    window_size = (-1 if window is None else window - 1, 0)
+    out: Tensor = _Varlen.apply(query, key, value, cu_seqlens, longest, scale, window_size)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _loaded() -> Varlen:
+    varlen = load()
+    if varlen is None:
+        raise RuntimeError(
+            f"torch_varlen_attention: expected torch 2.10 or later, got {torch.__version__}; upgrade torch"
+        )
+    return varlen
