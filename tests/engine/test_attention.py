@@ -69,19 +69,14 @@ def build(family: str, **changes: Any) -> Any:
 def packed(lengths: list[int]) -> PackedBatch:
     """A batch without labels: attention has no use for them, and a one-token sequence can have none."""
     generator = torch.Generator().manual_seed(len(lengths))
-    cu_seqlens = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
-    nothing = torch.empty(0, dtype=torch.int64)
-    return PackedBatch(
-        input_ids=torch.randint(3, VOCABULARY, (sum(lengths),), generator=generator),
-        position_ids=torch.cat([torch.arange(n) for n in lengths]),
-        cu_seqlens=cu_seqlens,
-        label_rows=nothing,
-        targets=nothing,
-        roles=torch.zeros(len(lengths), dtype=torch.int8),
-        row_offsets=(0,) * (len(lengths) + 1),
-        lengths=tuple(lengths),
-        forget_sequences=0,
-    )
+    count, tokens = len(lengths), sum(lengths)
+    cu_seqlens = np.zeros((count + 2) // 2 * 2, np.int32)
+    cu_seqlens[1 : count + 1] = np.cumsum(lengths)
+    ids = torch.randint(3, VOCABULARY, (tokens,), generator=generator)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    sequences, roles = torch.arange(count), torch.zeros((count + 7) // 8, dtype=torch.int64)
+    storage = torch.cat([ids, positions, sequences, torch.from_numpy(cu_seqlens.view(np.int64)), roles])
+    return PackedBatch(storage, (count, tokens, 0), tuple(lengths), (0,) * (count + 1), 0)
 
 
 def results(model: Any, direction: Tensor, forward: Callable[[], Tensor]) -> dict[str, Tensor]:

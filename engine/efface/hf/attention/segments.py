@@ -51,8 +51,8 @@ def _by_segment(
     softcap: float | None,
     dropout: float,
 ) -> Tensor:
-    # enable_gqa, because repeating keys and values took 1.03 to 1.41 times as long in the same run. Batching sequences
-    # of like length, padded to 16 tokens, took 0.92 to 1.33: the time is in the kernel, not in the calls.
+    # enable_gqa, because repeating keys and values took 1.03 to 1.41 times as long. One sequence at a time, because
+    # batching those of like length, padded to 16 tokens, took 0.92 to 1.33: the time is in the kernel, not in calls.
     grouped = query.shape[1] != key.shape[1]
     # split's backward is one concatenation; slices would each write a gradient of the whole pack.
     parts = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
