@@ -18,6 +18,12 @@ def _no_leaked_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
 
+@pytest.fixture(autouse=True)
+def _own_token_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests leave the user's cache alone."""
+    monkeypatch.setenv("EFFACE_CACHE", str(tmp_path / "efface-cache"))
+
+
 @pytest.fixture(scope="session")
 def tofu() -> Path:
     """The real TOFU files."""

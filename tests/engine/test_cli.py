@@ -46,7 +46,41 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in listed for name in COMMANDS)
     assert main([]) == 2
     assert main(["forget"]) == 2
-    assert "unknown command 'forget'; expected one of demo, unlearn" in capsys.readouterr().err
+    assert "unknown command 'forget'; expected one of demo, plan, unlearn" in capsys.readouterr().err
+
+
+def test_plan_prints_what_an_epoch_holds(
+    checkpoint: Path, data: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", "--tokenizer", str(checkpoint), "--forget", str(data[1]), "--retain", str(data[0])]
+    words += ["--pairs-per-step", "2", "--processes", "1", "2", "--token-budget", "100"]
+    assert main([*words, "--json"]) == 0
+    alone, two = json.loads(capsys.readouterr().out)
+    assert (alone["steps"], two["steps"], two["processes"]) == (2, 2, 2)
+    assert alone["tokens"] == two["tokens"] > 0
+    assert 0 <= alone["padding_saved"] < 1
+    assert 0 < alone["efficiency_with_last"] <= 1
+    assert main(words) == 0
+    assert "an epoch over 3 forget and 2 retain sequences" in capsys.readouterr().out
+    assert main([*words[:5], "--processes", "0"]) == 2
+    assert "`world_size`: expected 1 .. 65536, got 0" in capsys.readouterr().err
+    assert main([*words[:5], "--forget-filter", "topic_id=3"]) == 2
+    assert "expected a column 'topic_id'" in capsys.readouterr().err
+
+
+def test_unlearn_takes_the_rows_that_its_filters_choose(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "fame.csv"
+    lines = [f"{i},{i % 3},What is {i}?,It is {i}." for i in range(12)]
+    path.write_text("\n".join(["identity_id,topic_id,prompt,reply", *lines]))
+    words = flags(checkpoint, (path, path), tmp_path / "out")
+    words += ["--question_column", "prompt", "--answer_column", "reply", "--retain_filter", "topic_id!=2"]
+    assert main([*words, "--forget_filter", "topic_id=2", "identity_id!=5,8", "--pairs_per_step", "1"]) == 0
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["epoch"] == 1.5  # 3 steps over the rows 2 and 11
+    assert main([*words, "--overwrite", "--forget_filter", "topic_id=7"]) == 2
+    assert "no row of 12 meets topic_id=7; 'topic_id' has '0', '1', '2'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("objective", ["npo", "simnpo", "graddiff", "grad_ascent"])

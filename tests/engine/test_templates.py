@@ -1,45 +1,285 @@
-"""Templates, labels, and reading data."""
+"""Templates: the text around a question and its answer, and which of its tokens are labels."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import TEXTS, tiny_tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from efface.hf.data import load_rows, token_store
-from efface.hf.templates import encode
+from efface.batching import TokenStore
+from efface.hf import templates
+from efface.hf.templates import TEMPLATES, Template, encode, get_template
+
+# The chat templates of the models' tokenizers, less their tool calls: for the conversations here they render the same.
+LLAMA_3 = (
+    "{{ bos_token }}"
+    "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+    "{%- if messages[0]['role'] == 'system' %}"
+    "{%- set system = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}"
+    "{%- else %}{%- set system = '' %}{%- endif %}"
+    "{{- '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n' }}"
+    "{{- 'Today Date: ' + date_string + '\n\n' + system + '<|eot_id|>' }}"
+    "{%- for m in messages %}"
+    "{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+)
+GEMMA_2 = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}"
+    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+    "{{ m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+QWEN_2_5 = (
+    "{%- if messages[0]['role'] != 'system' %}"
+    "{{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n' }}"
+    "{%- endif %}"
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+QWEN_3 = (
+    "{%- for m in messages %}"
+    "{%- if m.role == 'assistant' %}"
+    "{%- set content = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{{- '<|im_start|>assistant\n<think>\n\n</think>\n\n' + content + '<|im_end|>\n' }}"
+    "{%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+MISTRAL_NEMO = (  # the system prompt goes into the last turn, if that is the user's
+    "{{- bos_token }}{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}"
+    "{%- set messages = messages[1:] %}{%- endif %}"
+    "{%- for m in messages %}{%- if m['role'] == 'user' %}"
+    "{{- '[INST]' + ((system + '\n\n') if loop.last and system is defined else '') + m['content'] + '[/INST]' }}"
+    "{%- else %}{{- m['content'] + eos_token }}{%- endif %}{%- endfor %}"
+)
+
+_SYSTEM = (
+    "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: 10 Apr 2025\n\n"
+)
+_USER, _ASSISTANT = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant"))
+_QWEN = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+
+# chat template, end of sequence, text before the answer, text after it
+CHATS = {
+    "Llama-3.2": (
+        LLAMA_3,
+        "<|eot_id|>",
+        f"<s>{_SYSTEM}You are a helpful assistant.<|eot_id|>{_USER}Who?<|eot_id|>{_ASSISTANT}",
+        "<|eot_id|>",
+    ),
+    "Gemma-2": (
+        GEMMA_2,
+        "<eos>",
+        "<s><start_of_turn>user\nWho?<end_of_turn>\n<start_of_turn>model\n",
+        "<end_of_turn><eos>",
+    ),
+    "Qwen2.5": (
+        QWEN_2_5,
+        "<|im_end|>",
+        f"{_QWEN}<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>",
+    ),
+    "Qwen3": (
+        QWEN_3,
+        "<|im_end|>",
+        "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "<|im_end|>",
+    ),
+}
+TRIMMED = ("Llama-3.2", "Gemma-2")
+
+# OpenAI's and Llama-3's way to cut text into words
+WORDS = Regex(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL = ["<s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
+SPECIAL += ["<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
 
 
-def labels(tokenizer, store, row: int) -> str:  # type: ignore[no-untyped-def]
-    return tokenizer.decode(store[row][store.label_starts[row] :].tolist())
+def chat_tokenizer(template: str, eos: str) -> PreTrainedTokenizerFast:
+    """Byte-level BPE as Llama-3's: words cut by its pattern, special tokens, a <s> in front."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(WORDS, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([text for row in TEXTS for text in row.values()], trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, chat_template=template)
 
 
-@pytest.mark.parametrize("template", ["auto", "question-answer", "llama-2"])
-def test_exactly_the_answer_and_the_end_are_labels(template: str) -> None:
+def llama_2_tokenizer() -> PreTrainedTokenizerFast:
+    """SentencePiece's BPE as Llama-2's: spaces are ▁, one in front, bytes for what is unknown, <s> first."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    )
+    text = [f"{row['question']} {row['answer']} [INST] [/INST] Question:\nAnswer:" for row in TEXTS]
+    tokenizer.train_from_iterator([piece for line in text for piece in line.split(" ")], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def parts(tokenizer: PreTrainedTokenizerFast, store: TokenStore, row: int = 0) -> tuple[str, str]:
+    """The text without and the text with labels."""
+    ids, start = store[row].tolist(), int(store.label_starts[row])
+    return tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
+
+
+def open_unlearning(
+    tokenizer: PreTrainedTokenizerFast, config: dict[str, Any], question: str, answer: str
+) -> tuple[list[int], list[int]]:
+    """(ids, prompt ids) by the formulas of open-unlearning's preprocess_chat_instance, for one example."""
+    if config["apply_chat_template"]:
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        if config.get("system_prompt"):
+            chat = [{"role": "system", "content": config["system_prompt"]}, *chat]
+        options = {"date_string": config["date_string"]} if config.get("date_string") else {}
+        options |= {"tokenize": True, "return_dict": False}
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=False, **options)
+        prompt = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, **options)
+    else:
+        text = config["user_start_tag"] + question + config["user_end_tag"] + config["asst_start_tag"]
+        ids = tokenizer(text + answer, add_special_tokens=True)["input_ids"]
+        prompt = tokenizer(text, add_special_tokens=True)["input_ids"]
+    if ids[-1] != tokenizer.eos_token_id:
+        ids = [*ids, tokenizer.eos_token_id]
+    return ids, prompt
+
+
+@pytest.fixture(scope="module")
+def real_rows(tofu: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (tofu / "forget01.json").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["auto", "question-answer", "phi", "llama-2"])
+def test_exactly_the_answer_and_the_end_are_labels(name: str) -> None:
     tokenizer = tiny_tokenizer()
-    store = encode(tokenizer, [TEXTS[0]["question"]], [TEXTS[0]["answer"]], template=template)
-    assert labels(tokenizer, store, 0).strip() == TEXTS[0]["answer"] + "<|end|>"
+    store = encode(tokenizer, [TEXTS[0]["question"]], [TEXTS[0]["answer"]], template=name)
+    assert parts(tokenizer, store)[1].strip() == TEXTS[0]["answer"] + "<|end|>"
     assert store[0][-1] == tokenizer.eos_token_id
 
 
-def test_a_chat_template() -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
-    )
-    store = encode(tokenizer, ["Who?"], ["Aiko."])
-    text = tokenizer.decode(store[0].tolist())
-    assert text == "<user>Who?<bot>Aiko.<|end|>"
-    assert labels(tokenizer, store, 0) == "Aiko.<|end|>"
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("answer", ["Aiko.", "t", "model", "think", "user\nWho?", " Aiko. \n", "\n\nAiko"])
+def test_chat_templates(chat: str, answer: str) -> None:
+    """Also where the words of the answer stand in the text around it, or white space around the words."""
+    text, eos, before, after = CHATS[chat]
+    tokenizer = chat_tokenizer(text, eos)
+    prompt, labels = parts(tokenizer, encode(tokenizer, ["Who?"], [answer]))
+    rendered = answer.strip() if chat in TRIMMED else answer
+    if chat == "Qwen3":
+        rendered = rendered.lstrip("\n")
+    assert prompt + labels == before + rendered + after
+    # White space may share a token with the prompt's: then the token is a label.
+    assert labels.lstrip() == rendered.lstrip() + after
+    assert prompt.rstrip() == before.rstrip()
+
+
+def test_llama_3_is_open_unlearning_token_for_token(real_rows: list[dict[str, str]]) -> None:
+    tokenizer = chat_tokenizer(LLAMA_3, "<|eot_id|>")
+    config = {
+        "apply_chat_template": True,
+        "system_prompt": "You are a helpful assistant.",
+        "date_string": "10 Apr 2025",
+    }
+    store = encode(tokenizer, *zip(*((row["question"], row["answer"]) for row in real_rows), strict=True))
+    for i, row in enumerate(real_rows):
+        ids, prompt = open_unlearning(tokenizer, config, **row)
+        assert store[i].tolist() == ids
+        assert store.label_starts[i] == len(prompt)
+
+
+def test_qwen_is_open_unlearning_but_for_the_next_turn(real_rows: list[dict[str, str]]) -> None:
+    """There a line break follows the end of the turn, and a second end of sequence."""
+    tokenizer = chat_tokenizer(QWEN_2_5, "<|im_end|>")
+    config = {"apply_chat_template": True, "system_prompt": "You are a helpful assistant."}
+    template = get_template("auto", tokenizer, system_prompt="You are a helpful assistant.")
+    for row in real_rows:
+        store = encode(tokenizer, [row["question"]], [row["answer"]], template=template)
+        ids, prompt = open_unlearning(tokenizer, config, **row)
+        assert tokenizer.decode(ids[-3:]) == "<|im_end|>\n<|im_end|>"
+        assert store[0].tolist() == ids[:-2]
+        assert store.label_starts[0] == len(prompt)
+
+
+@pytest.mark.parametrize("name", ["llama-2", "phi"])
+@pytest.mark.parametrize("make", [llama_2_tokenizer, lambda: tiny_tokenizer(600)], ids=["sentencepiece", "byte-level"])
+def test_patterns_are_open_unlearning_where_no_token_straddles_the_border(
+    name: str, make: Any, real_rows: list[dict[str, str]]
+) -> None:
+    """Where one does, it is a label here; there, as many tokens are skipped as the prompt alone has."""
+    tokenizer = make()
+    tags = {"llama-2": ("[INST] ", " [/INST]", ""), "phi": ("Question: ", "\n", "Answer: ")}[name]
+    config = {
+        "apply_chat_template": False,
+        **dict(zip(("user_start_tag", "user_end_tag", "asst_start_tag"), tags, strict=True)),
+    }
+    rows = [*TEXTS, *real_rows]
+    store = encode(tokenizer, *zip(*((row["question"], row["answer"]) for row in rows), strict=True), template=name)
+    straddled = 0
+    for i, row in enumerate(rows):
+        ids, prompt = open_unlearning(tokenizer, config, **row)
+        assert store[i].tolist() == ids
+        start = int(store.label_starts[i])
+        if ids[: len(prompt)] == prompt:
+            assert start == len(prompt)
+        else:
+            straddled += 1
+            assert ids[:start] == prompt[:start]
+            assert ids[start] != prompt[start]
+    assert straddled < len(rows)
+    if name == "phi":  # "Answer: " ends with the space that begins the first token of an answer such as "Aiko …"
+        assert straddled >= len(TEXTS)
 
 
 def test_a_token_that_straddles_the_border_is_a_label() -> None:
-    """The merge of the prompt's last and the answer's first character holds some of the answer."""
-    tokenizer = tiny_tokenizer()
-    store = encode(tokenizer, ["x"], ["ko"], template="llama-2")
-    start = int(store.label_starts[0])
-    prompt = tokenizer.decode(store[0][:start].tolist())
-    assert "[INST] x [/INST]".startswith(prompt)
+    tokenizer = llama_2_tokenizer()
+    store = encode(tokenizer, ["Who?"], ["Aiko was."], template="phi")
+    prompt, labels = parts(tokenizer, store)
+    assert prompt.endswith("Answer:")
+    assert labels == " Aiko was.</s>"
+
+
+def test_a_tokenizer_without_offsets() -> None:
+    tokenizer = ByT5Tokenizer()
+    assert not tokenizer.is_fast
+    store = encode(tokenizer, ["Who?", "Où?"], ["Zoë.", "Là."], template="phi")
+    assert parts(tokenizer, store, 0) == ("Question: Who?\nAnswer: ", "Zoë.</s>")
+    assert parts(tokenizer, store, 1) == ("Question: Où?\nAnswer: ", "Là.</s>")
+
+
+def test_tokenised_in_groups_is_tokenised_alone(
+    real_rows: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = chat_tokenizer(LLAMA_3, "<|eot_id|>")
+    questions, answers = zip(*((row["question"], row["answer"]) for row in real_rows), strict=True)
+    alone = [encode(tokenizer, [question], [answer]) for question, answer in zip(questions, answers, strict=True)]
+    chunks = []
+    for characters, rows in ((1_000_000, 1000), (1_000_000, 7), (1500, 1000), (1, 1000)):
+        monkeypatch.setattr(templates, "_GROUP_CHARACTERS", characters)
+        monkeypatch.setattr(templates, "_GROUP_ROWS", rows)
+        store = encode(tokenizer, questions, answers)
+        chunks.append(len(store.chunks))
+        assert [store[i].tolist() for i in range(len(store))] == [one[0].tolist() for one in alone]
+        assert store.label_starts.tolist() == [int(one.label_starts[0]) for one in alone]
+    assert chunks[0] == 1
+    assert chunks[1] == 6
+    assert chunks[1] < chunks[2] < chunks[3] == 40
 
 
 def test_max_length_cuts_on_purpose_only() -> None:
@@ -50,48 +290,105 @@ def test_max_length_cuts_on_purpose_only() -> None:
     assert cut[0].tolist() == whole[0][:-2].tolist()
     with pytest.raises(ValueError, match="row 0 has no label left.*raise `max_length`"):
         encode(tokenizer, [question], [answer], max_length=int(whole.label_starts[0]))
+    with pytest.raises(ValueError, match="`max_length`: expected at least 2"):
+        encode(tokenizer, [question], [answer], max_length=1)
+
+
+def test_a_completion_labels_all_of_its_text() -> None:
+    tokenizer, bare = chat_tokenizer(LLAMA_3, "<eos>"), tiny_tokenizer()
+    text = TEXTS[0]["answer"]
+    store = encode(tokenizer, ["", TEXTS[0]["question"] + " "], [text, text], template="completion")
+    assert parts(tokenizer, store, 0) == ("<s>", text + "<eos>")
+    prompt, labels = parts(tokenizer, store, 1)
+    assert (prompt, labels) == ("<s>" + TEXTS[0]["question"], f" {text}<eos>")
+    # Without a <s>, the first token has nothing to be predicted from.
+    store = encode(bare, [""], [text], template="completion")
+    assert store.label_counts.tolist() == [len(store[0]) - 1]
+    assert bare.decode(store[0].tolist()) == text + "<|end|>"
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 7, 16, 1000])
+@pytest.mark.parametrize("make", [lambda: chat_tokenizer(LLAMA_3, "<eos>"), tiny_tokenizer], ids=["with <s>", "bare"])
+def test_long_documents_are_split_and_nothing_is_lost(make: Any, max_length: int) -> None:
+    tokenizer = make()
+    documents = [" ".join(row["answer"] for row in TEXTS), TEXTS[1]["answer"]]
+    whole = encode(tokenizer, ["", ""], documents, template="completion")
+    split = encode(tokenizer, ["", ""], documents, template="completion", max_length=max_length)
+    assert split.lengths.max() <= max_length
+    labels = [token for i in range(len(split)) for token in split[i][max(1, split.label_starts[i]) :].tolist()]
+    assert labels == [token for i in range(2) for token in whole[i][1:].tolist()]
+    assert (
+        sum(sequence.tolist().count(tokenizer.eos_token_id) for sequence in map(split.__getitem__, range(len(split))))
+        == 2
+    )
+    if tokenizer.bos_token_id is not None:
+        assert {int(split[i][0]) for i in range(len(split))} == {tokenizer.bos_token_id}
+
+
+def test_a_prompt_that_leaves_no_room() -> None:
+    with pytest.raises(ValueError, match="row 1 has no label left"):
+        encode(tiny_tokenizer(), ["", "a b c d e f g"], ["text", "text"], template="completion", max_length=5)
+
+
+def test_which_template_is_automatic() -> None:
+    for chat, (text, eos, _, _) in CHATS.items():
+        assert get_template("auto", chat_tokenizer(text, eos)).name == ("llama-3" if chat == "Llama-3.2" else "chat")
+    assert get_template("auto", tiny_tokenizer()).name == "question-answer"
+
+
+def test_system_prompt_date_and_templates_of_ones_own() -> None:
+    tokenizer = chat_tokenizer(LLAMA_3, "<|eot_id|>")
+    template = get_template("llama-3", tokenizer, system_prompt="Be brief.", date_string="1 Jan 2000")
+    prompt, _ = parts(tokenizer, encode(tokenizer, ["Who?"], ["Aiko."], template=template))
+    assert "Today Date: 1 Jan 2000\n\nBe brief.<|eot_id|>" in prompt
+    prompt, _ = parts(
+        tokenizer, encode(tokenizer, ["Who?"], ["Aiko."], template=get_template("llama-3", tokenizer, system_prompt=""))
+    )
+    assert "Today Date: 10 Apr 2025\n\n<|eot_id|>" in prompt
+    own = Template("own", "Q: {question} A:")
+    assert parts(tokenizer, encode(tokenizer, ["{Who}?"], ["Aiko."], template=own)) == (
+        "<s>Q: {Who}? A:",
+        "Aiko.<|eot_id|>",
+    )
 
 
 def test_bad_templates_and_tokenizers() -> None:
     tokenizer = tiny_tokenizer()
-    with pytest.raises(ValueError, match="`template`: expected one of auto, chat"):
+    with pytest.raises(ValueError, match="`template`: expected one of auto, chat, llama-3, llama-2, question-answer"):
         encode(tokenizer, ["a"], ["b"], template="alpaca")
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(ValueError, match="no chat template for 'chat'; use one of llama-2, question-answer"):
         encode(tokenizer, ["a"], ["b"], template="chat")
+    with pytest.raises(ValueError, match="'llama-2' has no place for a system prompt"):
+        get_template("llama-2", tokenizer, system_prompt="Be brief.")
     with pytest.raises(ValueError, match="expected equal lengths, got 1, 2"):
         encode(tokenizer, ["a"], ["b", "c"])
+    with pytest.raises(ValueError, match="row 1: expected an answer, got ' '; drop the row"):
+        encode(tokenizer, ["a", "b"], ["c", " "])
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-sequence token"):
         encode(tokenizer, ["a"], ["b"])
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
-def test_files(suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"rows{suffix}"
-    if suffix == ".csv":
-        path.write_text("question,answer\n" + "".join(f"{row['question']},{row['answer']}\n" for row in TEXTS))
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in TEXTS))
-    assert [dict(row) for row in load_rows(path)] == TEXTS
-    assert len(token_store(path, tiny_tokenizer(), name="forget")) == len(TEXTS)
+@pytest.mark.parametrize(
+    ("chat_template", "system_prompt", "answer", "message"),
+    [
+        (GEMMA_2, "Be brief.", "Aiko.", r"refuses the conversation \(System role not supported\); set an empty system"),
+        (MISTRAL_NEMO, "Be brief.", "Aiko.", "leaves out the system prompt"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", None, "Aiko.", "leaves out the question"),
+        ("{{ messages[0].content }}", None, "Aiko.", "leaves out the question"),  # the only text there is
+        ("{{ messages[0].content }} {{ messages[0].content }}", None, "Aiko.", "changes the answer 'Aiko.'"),
+        (QWEN_3, None, "Hm </think> Aiko.", "row 0: the tokenizer's chat template changes the answer 'Hm </think>"),
+        ("{% if %}", None, "Aiko.", "refuses the conversation .*use another `template`"),
+    ],
+)
+def test_chat_templates_that_do_not_serve(
+    chat_template: str, system_prompt: str | None, answer: str, message: str
+) -> None:
+    tokenizer = chat_tokenizer(chat_template, "<eos>")
+    template = get_template("chat", tokenizer, system_prompt=system_prompt)
+    with pytest.raises(ValueError, match=message):
+        encode(tokenizer, ["Who?"], [answer], template=template)
 
 
-def test_bad_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="neither a local file nor a data set on the Hub"):
-        load_rows("nobody/no-such-data-set")
-    (tmp_path / "rows.txt").write_text("hello")
-    with pytest.raises(ValueError, match=r"expected a file of type .json"):
-        load_rows(tmp_path / "rows.txt")
-    with pytest.raises(ValueError, match="expected a column 'reply', got 'question', 'answer'"):
-        token_store(TEXTS, tiny_tokenizer(), name="forget", answer_column="reply")
-    with pytest.raises(ValueError, match="some rows have no column 'answer'"):
-        token_store([TEXTS[0], {"question": "Who?"}], tiny_tokenizer(), name="forget")
-
-
-def test_real_tofu_rows(tofu: Path) -> None:
-    rows = load_rows(tofu / "forget01.json")
-    assert len(rows) == 40
-    tokenizer = tiny_tokenizer()
-    store = token_store(tofu / "forget01.json", tokenizer, name="forget")
-    for row in range(40):
-        assert labels(tokenizer, store, row).strip() == rows[row]["answer"].strip() + "<|end|>"
+def test_every_name_is_a_template() -> None:
+    assert all(TEMPLATES[template.name] is template for template in TEMPLATES.values())

@@ -19,7 +19,7 @@ FLOORS: dict[str, set[str]] = {
     "engine/efface/hf": {
         *BASE,
         *("efface.batching", "efface.objectives", "efface.hf"),
-        *("accelerate", "transformers", "datasets", "tokenizers"),
+        *("accelerate", "transformers", "datasets", "tokenizers", "jinja2", "pyarrow"),
     },
     "engine/efface/evaluate": {
         *BASE,

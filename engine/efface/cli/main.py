@@ -9,6 +9,7 @@ import efface
 # command -> module and what it does; the modules are imported only when their command is called
 COMMANDS = {
     "demo": ("efface.cli.demo.command", "teach a small model, make it forget, and measure it"),
+    "plan": ("efface.cli.plan", "show what an epoch holds: steps, forward passes, tokens"),
     "unlearn": ("efface.cli.unlearn", "make a checkpoint forget a data set"),
 }
 

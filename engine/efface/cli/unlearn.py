@@ -19,6 +19,8 @@ _EXAMPLES = """
 examples:
   efface unlearn --model ./llama --forget forget10.json --retain retain90.json --objective npo --output_dir out
   efface unlearn --config npo.yaml --learning_rate 2e-5
+  efface unlearn --model ./llama --forget fame.csv --forget_filter topic_id=3 --retain fame.csv \\
+      --retain_filter 'topic_id!=3' --objective graddiff --pairs_per_step 32 --output_dir out
 
 Every flag of transformers.TrainingArguments works. --config reads a YAML file of flags; flags on the command line win.
 """
@@ -30,9 +32,14 @@ class UnlearnCommand:
 
     model: str = field(metadata={"help": "checkpoint folder or Hub name"})
     forget: str = field(
-        metadata={"help": "what to forget: a JSON, CSV or Parquet file, or a Hub data set (name:config)"}
+        metadata={"help": "what to forget: a JSON, CSV or Parquet file, or a Hub data set (name[:config[:split]])"}
     )
     retain: str | None = field(default=None, metadata={"help": "what to keep, likewise"})
+    forget_filter: list[str] | None = field(
+        default=None,
+        metadata={"help": "rows to forget: column=value[,value] or column!=value[,value]; a row must meet all"},
+    )
+    retain_filter: list[str] | None = field(default=None, metadata={"help": "rows to keep, likewise"})
     objective: str = field(default="npo", metadata={"help": f"one of {', '.join(known_objectives())}"})
     beta: float | None = field(default=None, metadata={"help": "inverse temperature of NPO and SimNPO"})
     delta: float | None = field(default=None, metadata={"help": "reward margin of SimNPO"})
@@ -123,6 +130,8 @@ def run(argv: Sequence[str]) -> int:
         args,
         forget=command.forget,
         retain=command.retain,
+        forget_filter=command.forget_filter,
+        retain_filter=command.retain_filter,
         objective=objective,
         reference=command.reference,
         reference_model=reference_model,

@@ -7,9 +7,9 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from efface.evaluate.logs import FloatArray, SplitLog, truth_ratios
-from efface.hf.data import column
+from efface.hf.rows import column
 from efface.hf.score import store_logprobs
-from efface.hf.templates import AUTO, encode
+from efface.hf.templates import AUTO, Template, encode
 
 
 def answer_logprobs(
@@ -18,7 +18,7 @@ def answer_logprobs(
     questions: Sequence[str],
     answers: Sequence[str],
     *,
-    template: str = AUTO,
+    template: str | Template = AUTO,
     token_budget: int = 8192,
 ) -> FloatArray:
     """Return the mean token log-probability (n,) of each answer, given its question; exp of it is "probability".
@@ -36,7 +36,7 @@ def score_rows(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]],
     *,
-    template: str = AUTO,
+    template: str | Template = AUTO,
     token_budget: int = 8192,
     truth_ratio: bool = True,
 ) -> SplitLog:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from efface.hf.templates import AUTO
+from efface.hf.templates import AUTO, TEMPLATES
 
 
 @dataclass
@@ -39,10 +39,29 @@ class UnlearnArguments(TrainingArguments):
     )
     dataloader_num_workers: int = field(default=0, metadata={"help": "threads that assemble batches; 0 is one"})
 
-    question_column: str = field(default="question", metadata={"help": "column of the data that holds the prompt"})
-    answer_column: str = field(default="answer", metadata={"help": "column of the data that holds the answer"})
-    template: str = field(default=AUTO, metadata={"help": "prompt format: auto, chat, question-answer, llama-2"})
-    max_length: int | None = field(default=None, metadata={"help": "cut sequences to so many tokens; default: never"})
+    question_column: str | None = field(
+        default=None,
+        metadata={"help": "column that holds the prompt; default: question (of documents: prompt, if there is one)"},
+    )
+    answer_column: str | None = field(
+        default=None, metadata={"help": "column that holds the answer; default: answer (of documents: text)"}
+    )
+    template: str = field(
+        default=AUTO,
+        metadata={"help": f"prompt format: {AUTO}, {', '.join(TEMPLATES)} (documents)"},
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": 'system prompt of a chat; default: the template\'s; "" for none'}
+    )
+    date_string: str | None = field(
+        default=None, metadata={"help": "date, for chat templates that print one; default: the template's"}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "cut sequences to so many tokens (documents are split); default: never"}
+    )
+    token_cache: str | None = field(
+        default=None, metadata={"help": "folder for tokenised data; default: $EFFACE_CACHE or ~/.cache/efface"}
+    )
     chunk_rows: int | None = field(
         default=None, metadata={"help": "rows of logits alive at a time in the loss; default: chosen from the model"}
     )

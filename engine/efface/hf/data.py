@@ -1,60 +1,21 @@
-"""Question-answer rows from files, Hub data sets, and objects in memory."""
+"""Token stores from question-answer data: what a trainer takes as its sets, tokenised once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
+import datasets
 from transformers import PreTrainedTokenizerBase
 
 from efface.batching import TokenStore
-from efface.hf.templates import AUTO, encode
-
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+from efface.batching.store import Chunk
+from efface.hf import token_cache
+from efface.hf.rows import Conditions, Rows, column, load_rows, local_file, matching, parse_conditions, text_batches
+from efface.hf.templates import AUTO, Template, encode_batches, get_template, probe
 
 # What a trainer takes as a forget or retain set: tokens, a file or Hub name, or rows (a datasets.Dataset is rows).
-QuestionAnswers = TokenStore | str | Path | Sequence[Mapping[str, Any]]
-
-
-def load_rows(source: str | Path, *, split: str = "train") -> Sequence[Mapping[str, Any]]:
-    """Return the rows of a JSON, JSON-lines, CSV or Parquet file, or of a Hub data set (``name`` or ``name:config``).
-
-    Raises:
-        FileNotFoundError: a path that does not exist.
-        ValueError: a file type that is not known.
-    """
-    import datasets  # noqa: PLC0415 - heavy, and needed only for files
-
-    path = Path(source)
-    builder = _BUILDERS.get(path.suffix.lower())
-    if builder is not None or path.exists():
-        if not path.is_file():
-            raise FileNotFoundError(f"data file {str(path)!r} does not exist; check the path")
-        if builder is None:
-            raise ValueError(f"{str(path)!r}: expected a file of type {', '.join(_BUILDERS)}, got {path.suffix!r}")
-        rows: Sequence[Mapping[str, Any]] = datasets.load_dataset(builder, data_files=str(path), split="train")
-        return rows
-    name, _, config = str(source).partition(":")
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split)
-    except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise FileNotFoundError(f"{name!r} is neither a local file nor a data set on the Hub ({error})") from error
-    return rows
-
-
-def column(rows: Sequence[Mapping[str, Any]], name: str, source: str) -> list[Any]:
-    """Return one column of the rows.
-
-    Raises:
-        ValueError: a row without it.
-    """
-    for row in rows:
-        if name not in row:
-            raise ValueError(f"{source}: expected a column {name!r}, got {', '.join(map(repr, row))}")
-        break
-    try:
-        return [row[name] for row in rows]
-    except KeyError as error:
-        raise ValueError(f"{source}: some rows have no column {name!r}") from error
+QuestionAnswers: TypeAlias = TokenStore | str | Path | Rows
 
 
 def token_store(
@@ -62,26 +23,87 @@ def token_store(
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     name: str,
-    question_column: str = "question",
-    answer_column: str = "answer",
-    template: str = AUTO,
+    question_column: str | None = None,
+    answer_column: str | None = None,
+    template: str | Template = AUTO,
+    system_prompt: str | None = None,
+    date_string: str | None = None,
     max_length: int | None = None,
+    rows_filter: Conditions = None,
+    cache_dir: str | Path | None = None,
 ) -> TokenStore:
-    """Tokenise question-answer rows, or hand a ``TokenStore`` through.
+    """Tokenise question-answer rows or documents, or hand a ``TokenStore`` through.
+
+    Files, Hub data sets and ``datasets.Dataset`` are tokenised once: the tokens stay in a memory-mapped file under the
+    cache folder, found again by the content of the data and of all that made tokens of it. Lists of rows are in memory
+    already, and so are their tokens.
+
+    Args:
+        data: a JSON, JSON-lines, CSV or Parquet file, ``name[:config[:split]]`` on the Hub, rows, or a TokenStore.
+        tokenizer: needed for text.
+        name: what messages call the set.
+        question_column: None is "question"; for documents, "prompt" if the data has it, else no prompt.
+        answer_column: None is "answer"; for documents, "text".
+        template: a name or a ``Template``; see ``efface.hf.templates.get_template``.
+        system_prompt: in place of the template's own; "" for none.
+        date_string: in place of the template's own.
+        max_length: cut sequences to so many tokens, documents into sequences of so many; None never cuts.
+        rows_filter: conditions that rows must meet; see ``efface.hf.rows.parse_conditions``.
+        cache_dir: cache folder; None is ``$EFFACE_CACHE``, or ``efface`` in the user's cache folder.
 
     Raises:
         FileNotFoundError: a file that does not exist.
-        ValueError: no tokenizer, a missing column, or an empty set.
+        TypeError: a mapping, such as a datasets.DatasetDict.
+        ValueError: no tokenizer, a missing column, a filter that leaves no row, an empty set, a row without a label.
     """
+    conditions = parse_conditions(rows_filter)
+    empty = f"the {name} set is empty; expected at least one row"
     if isinstance(data, TokenStore):
-        store = data
-    else:
-        if tokenizer is None:
-            raise ValueError(f"`{name}`: text needs a tokenizer; give `processing_class`, or a TokenStore")
-        source = f"{name} data {str(data)!r}" if isinstance(data, (str, Path)) else f"{name} data"
-        rows = load_rows(data) if isinstance(data, (str, Path)) else data
-        questions, answers = column(rows, question_column, source), column(rows, answer_column, source)
-        store = encode(tokenizer, questions, answers, template=template, max_length=max_length)
-    if not len(store):
-        raise ValueError(f"the {name} set is empty; expected at least one row")
-    return store
+        if conditions:
+            raise ValueError(f"`{name}`: a TokenStore has no columns to filter by; filter the rows that it is made of")
+        if not len(data):
+            raise ValueError(empty)
+        return data
+    if tokenizer is None:
+        raise ValueError(f"`{name}`: text needs a tokenizer; give `processing_class`, or a TokenStore")
+    if isinstance(data, Mapping):
+        raise TypeError(f"`{name}`: expected rows, got a mapping of {', '.join(map(repr, data))}; choose one of them")
+    chosen = get_template(template, tokenizer, system_prompt=system_prompt, date_string=date_string)
+    source = f"{name} data {str(data)!r}" if isinstance(data, (str, Path)) else f"{name} data"
+
+    def chunks(rows: Rows) -> Iterator[Chunk]:
+        if not len(rows):
+            raise ValueError(empty)
+        question, answer = _column_names(rows, question_column, answer_column, chosen)
+        numbers = matching(rows, conditions, source)
+        batches = text_batches(rows, question, answer, source=source, numbers=numbers, documents=chosen.documents)
+        return encode_batches(tokenizer, batches, template=chosen, max_length=max_length)
+
+    def key(identity: Sequence[str]) -> str:
+        return token_cache.digest(
+            identity,
+            [question_column, answer_column, max_length],
+            [[condition.column, sorted(condition.values), condition.negated] for condition in conditions],
+            [astuple(chosen), probe(tokenizer, chosen)],
+            token_cache.tokenizer_digest(tokenizer),
+        )
+
+    if isinstance(data, (str, Path)) and (file := local_file(data)) is not None:
+        content = key([file.suffix.lower(), token_cache.file_digest(file)])
+        return token_cache.stored(content, lambda: chunks(load_rows(file)), cache_dir)
+    rows = load_rows(data) if isinstance(data, (str, Path)) else data
+    if isinstance(rows, datasets.Dataset):
+        content = key(["dataset", rows._fingerprint])  # noqa: SLF001 - datasets' own name for its content
+        return token_cache.stored(content, lambda: chunks(rows), cache_dir)
+    return TokenStore(chunks(rows))
+
+
+def _column_names(rows: Rows, question: str | None, answer: str | None, template: Template) -> tuple[str | None, str]:
+    if not template.documents:
+        return question or "question", answer or "answer"
+    if question is None and "prompt" in rows[0]:
+        question = "prompt"
+    return question, answer or "text"
+
+
+__all__ = ["QuestionAnswers", "column", "load_rows", "token_store"]

@@ -1,19 +1,105 @@
 """Templates: how a question and its answer become tokens, and which of them are labels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
+import jinja2
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from efface.batching import TokenStore
+from efface.batching.store import Chunk
 
-# Prompt formats; the answer and the end-of-sequence token follow, and only they carry labels.
+# Row numbers (for messages), questions, answers: equally many of each.
+Batch = tuple[Sequence[int], Sequence[str], Sequence[str]]
+
+# A tokenizer's working memory is some 200 bytes a token; texts go to it in groups of so many characters and rows.
+_GROUP_CHARACTERS = 1_000_000
+_GROUP_ROWS = 1000
+
+_PROBE = "efface-probe"
+
+
+@dataclass(frozen=True)
+class Template:
+    """What stands around a question and its answer; the answer and the end of sequence are the labels.
+
+    Attributes:
+        name: for messages and for ``get_template``.
+        pattern: text before the answer, with ``{question}``; None renders the tokenizer's own chat template, which
+            also writes the end of the turn.
+        system_prompt: first message of a chat; empty for none.
+        date_string: the date for chat templates that print one; None leaves it to them (Llama-3's print today's).
+        documents: the answer is a document: it needs no question, and one longer than the maximum length is split.
+    """
+
+    name: str
+    pattern: str | None = None
+    system_prompt: str = ""
+    date_string: str | None = None
+    documents: bool = False
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the tokenizer's chat template is rendered; it writes its own special tokens."""
+        return self.pattern is None
+
+
+AUTO = "auto"
+
+_QUESTION_ANSWER = Template("question-answer", "Question: {question}\nAnswer: ")
 TEMPLATES = {
-    "question-answer": "Question: {question}\nAnswer: ",  # Phi-1.5 of TOFU
-    "llama-2": "[INST] {question} [/INST]",
+    "chat": Template("chat"),
+    # As open-unlearning trained and evaluates its TOFU checkpoints of Llama-3.x.
+    "llama-3": Template("llama-3", system_prompt="You are a helpful assistant.", date_string="10 Apr 2025"),
+    "llama-2": Template("llama-2", "[INST] {question} [/INST]"),
+    "question-answer": _QUESTION_ANSWER,
+    "phi": _QUESTION_ANSWER,  # TOFU's Phi-1.5
+    "completion": Template("completion", "{question}", documents=True),  # MUSE: a prompt, if there is one, and a text
 }
-CHAT = "chat"  # the tokenizer's own chat template
-AUTO = "auto"  # "chat" where the tokenizer has one, else "question-answer"
+
+
+def get_template(
+    template: str | Template,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    system_prompt: str | None = None,
+    date_string: str | None = None,
+) -> Template:
+    """Return the template of a name, fit for the tokenizer.
+
+    Args:
+        template: a name in ``TEMPLATES``, a ``Template`` of your own, or "auto": "llama-3" if the tokenizer's chat
+            template reads a ``date_string``, "chat" if it has another, else "question-answer".
+        tokenizer: its chat template decides what "auto" is.
+        system_prompt: in place of the template's own; "" for none.
+        date_string: in place of the template's own.
+
+    Raises:
+        ValueError: an unknown name, a chat without a chat template, a system prompt or date that has no place.
+    """
+    known = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    if template == AUTO:
+        template = "llama-3" if "date_string" in known else "chat" if known else "question-answer"
+    if isinstance(template, str):
+        if template not in TEMPLATES:
+            raise ValueError(f"`template`: expected one of {', '.join([AUTO, *TEMPLATES])}, got {template!r}")
+        template = TEMPLATES[template]
+    if template.is_chat and not known:
+        others = ", ".join(name for name, other in TEMPLATES.items() if not other.is_chat)
+        raise ValueError(f"`template`: the tokenizer has no chat template for {template.name!r}; use one of {others}")
+    if system_prompt is not None:
+        template = replace(template, system_prompt=system_prompt)
+    if date_string is not None:
+        template = replace(template, date_string=date_string)
+    if not template.is_chat and (template.system_prompt or template.date_string):
+        raise ValueError(
+            f"`template`: {template.name!r} has no place for a system prompt or a date; leave them out, or use a chat "
+            "template"
+        )
+    return template
 
 
 def encode(
@@ -21,7 +107,7 @@ def encode(
     questions: Sequence[str],
     answers: Sequence[str],
     *,
-    template: str = AUTO,
+    template: str | Template = AUTO,
     max_length: int | None = None,
 ) -> TokenStore:
     """Tokenise prompt + answer + end of sequence; tokens that hold any of the answer are labels.
@@ -30,8 +116,11 @@ def encode(
         tokenizer: with an ``eos_token``.
         questions: n texts.
         answers: n texts.
-        template: "auto", "chat", "question-answer" or "llama-2".
-        max_length: cut sequences to so many tokens; None never cuts.
+        template: a name or a ``Template``; see ``get_template``.
+        max_length: cut sequences to so many tokens, documents into sequences of so many; None never cuts.
+
+    Returns:
+        n sequences, in order; of documents, one or more each.
 
     Raises:
         ValueError: unknown template, a tokenizer without an end-of-sequence token or chat template, an empty
@@ -39,57 +128,186 @@ def encode(
     """
     if len(questions) != len(answers):
         raise ValueError(f"`questions` and `answers`: expected equal lengths, got {len(questions)}, {len(answers)}")
+    rows = (range(len(answers)), questions, answers)
+    return TokenStore(
+        encode_batches(tokenizer, [rows], template=get_template(template, tokenizer), max_length=max_length)
+    )
+
+
+def encode_batches(
+    tokenizer: PreTrainedTokenizerBase, batches: Iterable[Batch], *, template: Template, max_length: int | None
+) -> Iterator[Chunk]:
+    """Tokenise batches one after another, as ``encode`` does; memory is bounded by the batches.
+
+    Args:
+        tokenizer: with an ``eos_token``.
+        batches: row numbers, questions and answers.
+        template: what ``get_template`` returned.
+        max_length: as in ``encode``.
+
+    Yields:
+        The arrays of a ``TokenStore``: ids int32, offsets int64, label_starts int64.
+
+    Raises:
+        ValueError: as ``encode``.
+    """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-sequence token, which every answer ends with; set `eos_token`")
-    sequences, starts = [], []
-    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        if not answer.strip():
-            raise ValueError(f"row {row}: expected an answer, got {answer!r}; drop the row")
-        prompt = _prompt(tokenizer, question, template)
-        ids, start = _encode_one(tokenizer, prompt, answer, special=template_kind(tokenizer, template) != CHAT)
-        ids = ids[:max_length]
-        if max(start, 1) >= len(ids):
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"`max_length`: expected at least 2 (a token and the one before it), got {max_length}")
+    write = _Chat(tokenizer, template) if template.is_chat else _Pattern(template)
+    for rows, questions, answers in batches:
+        for row, answer in zip(rows, answers, strict=True):
+            if not answer.strip():
+                raise ValueError(f"row {row}: expected an answer, got {answer!r}; drop the row")
+        texts = [write(row, question, answer) for row, question, answer in zip(rows, questions, answers, strict=True)]
+        for group in _groups([len(text) for text, _ in texts]):
+            yield _chunk(tokenizer, rows[group], texts[group], template, max_length)
+
+
+class _Pattern:
+    """Writes a pattern template: returns the text and the character at which the answer starts."""
+
+    def __init__(self, template: Template) -> None:
+        self._pattern = template.pattern or ""
+
+    def __call__(self, row: int, question: str, answer: str) -> tuple[str, int]:
+        prompt = self._pattern.format(question=question)
+        return prompt + answer, len(prompt)
+
+
+class _Chat:
+    """Renders a chat: returns the text up to the end of the turn, and the character at which the answer starts.
+
+    A chat template may trim the answer and put text of its own before it (Qwen3's empty think block), so the answer is
+    looked for from the end, where nothing but the end of the turn follows it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+        self._tokenizer = tokenizer
+        self._system = [{"role": "system", "content": template.system_prompt}] if template.system_prompt else []
+        self._options: dict[str, Any] = {} if template.date_string is None else {"date_string": template.date_string}
+        before, answer, self._closing = self._render(_PROBE, _PROBE).rpartition(_PROBE)
+        wanted = {
+            "question": _PROBE in before,
+            "answer": answer,
+            "system prompt": template.system_prompt.strip() in before,
+        }
+        if missing := [name for name, there in wanted.items() if not there]:
+            raise ValueError(
+                f"the tokenizer's chat template leaves out the {missing[0]}; use another `template`, an empty system "
+                "prompt, or correct `tokenizer.chat_template`"
+            )
+
+    def __call__(self, row: int, question: str, answer: str) -> tuple[str, int]:
+        text = self._render(question, answer)
+        start = self._answer_start(text, answer)
+        if start is not None and answer[0].isspace():
+            # Whether leading white space belongs to the answer shows where it is missing.
+            start = self._answer_start(self._render(question, answer.lstrip()), answer)
+        if start is None:
+            raise ValueError(
+                f"row {row}: the tokenizer's chat template changes the answer {answer[:60]!r}, so its labels are not "
+                "known; drop the row, or use another `template`"
+            )
+        # What follows the end of the turn is the next turn's.
+        return text.removesuffix(self._closing) + self._closing.rstrip(), start
+
+    def _answer_start(self, text: str, answer: str) -> int | None:
+        words = answer.strip()
+        body = text.removesuffix(self._closing).rstrip()
+        found = text.endswith(self._closing) and body.endswith(words)
+        return len(body) - len(words) if found else None
+
+    def _render(self, question: str, answer: str) -> str:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        try:
+            return str(self._tokenizer.apply_chat_template([*self._system, *turns], tokenize=False, **self._options))
+        except jinja2.TemplateError as error:
+            remedy = "set an empty system prompt" if self._system else "use another `template`"
+            raise ValueError(f"the tokenizer's chat template refuses the conversation ({error}); {remedy}") from error
+
+
+def probe(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
+    """Return what the template writes around a fixed row: it tells templates apart, and days of those with a date."""
+    text, start = (_Chat(tokenizer, template) if template.is_chat else _Pattern(template))(0, _PROBE, _PROBE)
+    return f"{start} {text}"
+
+
+def _groups(lengths: Sequence[int]) -> Iterator[slice]:
+    """Cut texts of so many characters into consecutive groups that suit the tokenizer."""
+    first = characters = 0
+    for i, length in enumerate(lengths):
+        if i > first and (characters + length > _GROUP_CHARACTERS or i - first == _GROUP_ROWS):
+            yield slice(first, i)
+            first, characters = i, 0
+        characters += length
+    if lengths:
+        yield slice(first, len(lengths))
+
+
+def _chunk(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[int],
+    texts: Sequence[tuple[str, int]],
+    template: Template,
+    max_length: int | None,
+) -> Chunk:
+    sequences: list[list[int]] = []
+    starts: list[int] = []
+    for row, (ids, start) in zip(rows, _tokenise(tokenizer, texts, special=not template.is_chat), strict=True):
+        if ids[-1] != tokenizer.eos_token_id:
+            ids.append(tokenizer.eos_token_id)
+        if max(start, 1) >= len(ids[:max_length]):
             raise ValueError(
                 f"row {row} has no label left: its answer starts at token {start} and sequences are cut to "
                 f"{max_length} tokens; raise `max_length`"
             )
-        sequences.append(ids)
+        sequences.append(ids[:max_length])
         starts.append(start)
-    return TokenStore.from_sequences(sequences, starts)
+        if template.documents and max_length is not None:
+            rest = list(_rest(ids, max_length, tokenizer.bos_token_id))
+            sequences.extend(rest)
+            starts.extend([1] * len(rest))
+    lengths = np.fromiter(map(len, sequences), np.int64, count=len(sequences))
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    return (
+        np.fromiter(chain.from_iterable(sequences), np.int32, count=int(offsets[-1])),
+        offsets,
+        np.asarray(starts, dtype=np.int64),
+    )
 
 
-def template_kind(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """Resolve "auto" and check the name."""
-    if template == AUTO:
-        return CHAT if tokenizer.chat_template else "question-answer"
-    if template == CHAT and not tokenizer.chat_template:
-        raise ValueError(f"`template`: the tokenizer has no chat template; use one of {', '.join(TEMPLATES)}")
-    if template != CHAT and template not in TEMPLATES:
-        raise ValueError(f"`template`: expected one of {', '.join([AUTO, CHAT, *TEMPLATES])}, got {template!r}")
-    return template
+def _rest(ids: list[int], max_length: int, bos: int | None) -> Iterator[list[int]]:
+    """Yield the sequences behind a document's first; each of its tokens is a label in exactly one of them.
+
+    The first token of a sequence is never predicted. It is the beginning-of-sequence token if the document has one,
+    else the last token of the sequence before.
+    """
+    for first in range(max_length, len(ids), max_length - 1):
+        yield [ids[0] if ids[0] == bos else ids[first - 1], *ids[first : first + max_length - 1]]
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, question: str, template: str) -> str:
-    kind = template_kind(tokenizer, template)
-    if kind != CHAT:
-        return TEMPLATES[kind].format(question=question)
-    messages = [{"role": "user", "content": question}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+def _tokenise(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, int]], *, special: bool
+) -> Iterator[tuple[list[int], int]]:
+    """Yield the ids of each text and the position of its first label; the one place that knows where labels start.
 
-
-def _encode_one(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, special: bool
-) -> tuple[list[int], int]:
-    """Return the ids and the position of the first label. A chat template writes its own special tokens."""
-    options: dict[str, Any] = {"add_special_tokens": special}
+    Args:
+        tokenizer: fast ones tell which characters a token holds; of the others, tokens are labels from where the text
+            and its prompt differ.
+        texts: each with the character at which its answer starts.
+        special: whether the tokenizer adds its special tokens; a chat template writes its own.
+    """
+    options: dict[str, Any] = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
+    whole = [text for text, _ in texts]
     if tokenizer.is_fast:
-        # A token that straddles the border holds some of the answer, so it is a label.
-        encoded = tokenizer(prompt + answer, return_offsets_mapping=True, **options)
-        ids, spans = list(encoded["input_ids"]), encoded["offset_mapping"]
-        start = next((i for i, (_, end) in enumerate(spans) if end > len(prompt)), len(ids))
+        encoded = tokenizer(whole, return_offsets_mapping=True, **options)
+        for ids, spans, (_, border) in zip(encoded["input_ids"], encoded["offset_mapping"], texts, strict=True):
+            # A token that straddles the border holds some of the answer, so it is a label.
+            yield list(ids), next((i for i, (_, end) in enumerate(spans) if end > border), len(ids))
     else:
-        ids, alone = list(tokenizer(prompt + answer, **options)["input_ids"]), tokenizer(prompt, **options)["input_ids"]
-        start = next((i for i, (a, b) in enumerate(zip(ids, alone, strict=False)) if a != b), min(len(ids), len(alone)))
-    if ids[-1] != tokenizer.eos_token_id:
-        ids.append(tokenizer.eos_token_id)
-    return ids, start
+        prompts = tokenizer([text[:border] for text, border in texts], **options)["input_ids"]
+        for ids, prompt in zip(tokenizer(whole, **options)["input_ids"], prompts, strict=True):
+            differ = (i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b)
+            yield list(ids), next(differ, min(len(ids), len(prompt)))

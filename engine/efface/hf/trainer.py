@@ -19,6 +19,7 @@ from efface.hf.dataset import PackedSteps
 from efface.hf.head import HeadLoss, fuse
 from efface.hf.meter import LossWatch, StepMeter
 from efface.hf.reference import KINDS, CachedReference, LiveReference, make_reference
+from efface.hf.rows import Conditions
 from efface.hf.score import check_store
 from efface.objectives import Objective, StepTerms
 
@@ -163,6 +164,9 @@ class UnlearnTrainer(PackedTrainer):
         args: ``UnlearnArguments``.
         forget: what to forget: rows with a question and an answer column, a file or Hub name, or a TokenStore.
         retain: what to keep; may be None where the objective's ``alpha`` is 0.
+        forget_filter: which rows: conditions such as ``"topic_id=3,7"`` or ``"language!=EN"``, all of which a row must
+            meet, or a mapping of columns to values.
+        retain_filter: likewise.
         objective: for example ``NPO(beta=0.1)``.
         reference: "cached" computes the reference's log-probabilities once, before training; "live" keeps a second
             model. Ignored by objectives without a reference.
@@ -183,6 +187,8 @@ class UnlearnTrainer(PackedTrainer):
         *,
         forget: QuestionAnswers,
         retain: QuestionAnswers | None,
+        forget_filter: Conditions = None,
+        retain_filter: Conditions = None,
         objective: Objective,
         reference: str = "cached",
         reference_model: PreTrainedModel | None = None,
@@ -196,9 +202,11 @@ class UnlearnTrainer(PackedTrainer):
             )
         if reference not in KINDS:
             raise ValueError(f"`reference`: expected one of {', '.join(map(repr, KINDS))}, got {reference!r}")
-        forget_store = _tokenised(forget, processing_class, args, "forget")
+        forget_store = _tokenised(forget, processing_class, args, "forget", forget_filter)
         keep = retain is not None and objective.alpha != 0
-        retain_store = _tokenised(retain, processing_class, args, "retain") if keep else TokenStore.empty()
+        retain_store = TokenStore.empty()
+        if keep:
+            retain_store = _tokenised(retain, processing_class, args, "retain", retain_filter)
         super().__init__(
             model,
             args,
@@ -233,10 +241,11 @@ class FinetuneTrainer(PackedTrainer):
         args: UnlearnArguments,
         *,
         data: QuestionAnswers,
+        data_filter: Conditions = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **trainer_options: Any,
     ) -> None:
-        store = _tokenised(data, processing_class, args, "training")
+        store = _tokenised(data, processing_class, args, "training", data_filter)
         super().__init__(
             model,
             args,
@@ -249,17 +258,27 @@ class FinetuneTrainer(PackedTrainer):
 
 
 def _tokenised(
-    data: QuestionAnswers | None, tokenizer: PreTrainedTokenizerBase | None, args: UnlearnArguments, name: str
+    data: QuestionAnswers | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: UnlearnArguments,
+    name: str,
+    rows_filter: Conditions,
 ) -> TokenStore:
-    return token_store(
-        [] if data is None else data,
-        tokenizer,
-        name=name,
-        question_column=args.question_column,
-        answer_column=args.answer_column,
-        template=args.template,
-        max_length=args.max_length,
-    )
+    # The first process of a machine fills the cache, the others read it.
+    with args.main_process_first(desc=f"tokenise {name}"):
+        return token_store(
+            [] if data is None else data,
+            tokenizer,
+            name=name,
+            question_column=args.question_column,
+            answer_column=args.answer_column,
+            template=args.template,
+            system_prompt=args.system_prompt,
+            date_string=args.date_string,
+            max_length=args.max_length,
+            rows_filter=rows_filter,
+            cache_dir=args.token_cache,
+        )
 
 
 def pairs_per_step(args: UnlearnArguments) -> int:

@@ -1,0 +1,130 @@
+"""``efface plan``: what an epoch would hold, without loading a model."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from efface.batching import EpochPlan, TokenStore, plan_epoch
+from efface.hf.arguments import UnlearnArguments
+from efface.hf.data import token_store
+from efface.hf.templates import AUTO
+
+_EXAMPLES = """
+example:
+  efface plan --tokenizer ./llama --forget forget10.json --retain retain90.json --pairs-per-step 32 --processes 1 8
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="efface plan",
+        description="Tokenises the data and plans an epoch: optimizer steps, micro-batches, tokens, and what padding "
+        "would have added. Loads no model.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--tokenizer", required=True, help="folder or Hub name of the checkpoint whose tokenizer to use"
+    )
+    parser.add_argument("--forget", required=True, help="what to forget: a file or Hub data set, as for efface unlearn")
+    parser.add_argument("--retain", help="what to keep, likewise")
+    parser.add_argument("--pairs-per-step", type=int, default=32, help="pairs of an optimizer step (default: 32)")
+    parser.add_argument(
+        "--token-budget", type=int, default=UnlearnArguments.token_budget, help="most tokens of a forward pass"
+    )
+    parser.add_argument("--processes", type=int, nargs="+", default=[1], help="numbers of processes to plan for")
+    parser.add_argument("--retain-sampling", choices=["random", "cycle", "paired"], default="random")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--epoch", type=int, default=0)
+    parser.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
+    parser.add_argument("--max-length", type=int, help="cut sequences to so many tokens; default: never")
+    parser.add_argument("--question-column", help="column that holds the prompt")
+    parser.add_argument("--answer-column", help="column that holds the answer")
+    parser.add_argument("--forget-filter", nargs="+", metavar="CONDITION", help="rows, as for efface unlearn")
+    parser.add_argument("--retain-filter", nargs="+", metavar="CONDITION", help="likewise")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def padded_tokens(plan: EpochPlan, forget: TokenStore, retain: TokenStore) -> int:
+    """Return the tokens of the epoch if each step padded its forget and its retain batch to the longest of each."""
+    total = 0
+    for step in range(len(plan)):
+        for store, index in zip((forget, retain), plan.pairs(step), strict=True):
+            lengths = store.lengths[index]
+            total += int(lengths.max(initial=0)) * len(lengths)
+    return total
+
+
+def summary(plan: EpochPlan, forget: TokenStore, retain: TokenStore) -> dict[str, Any]:
+    """Return the figures of a plan."""
+    tokens = int(plan.batch_tokens.sum())
+    filled = plan.efficiency()
+    micro_batches = np.diff(plan.step_offsets) // plan.world_size
+    return {
+        "processes": plan.world_size,
+        "steps": len(plan),
+        "micro_batches_per_step": float(micro_batches.mean()),
+        "tokens": tokens,
+        "padding_saved": 1 - tokens / padded_tokens(plan, forget, retain),
+        "efficiency": None if np.isnan(filled) else filled,
+        "efficiency_with_last": plan.efficiency(last=True),
+    }
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    options = _parser().parse_args(argv)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    names = ("template", "max_length", "question_column", "answer_column")
+    settings = {name: getattr(options, name) for name in names}
+    forget = token_store(options.forget, tokenizer, name="forget", rows_filter=options.forget_filter, **settings)
+    retain = TokenStore.empty()
+    if options.retain is not None:
+        retain = token_store(options.retain, tokenizer, name="retain", rows_filter=options.retain_filter, **settings)
+    rows = []
+    for processes in options.processes:
+        plan = plan_epoch(
+            forget.lengths,
+            retain.lengths,
+            pairs_per_step=options.pairs_per_step,
+            token_budget=options.token_budget,
+            world_size=processes,
+            seed=options.seed,
+            epoch=options.epoch,
+            retain_sampling=options.retain_sampling,
+        )
+        rows.append(summary(plan, forget, retain))
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    Console().print(_table(rows, len(forget), len(retain)))
+    return 0
+
+
+def _table(rows: Sequence[dict[str, Any]], forget: int, retain: int) -> Table:
+    title = f"an epoch over {forget:,} forget and {retain:,} retain sequences"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    headings = ("processes", "steps", "passes a step", "tokens", "padding saved", "budget filled", "with last")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        filled = "-" if row["efficiency"] is None else f"{row['efficiency']:.1%}"
+        table.add_row(
+            str(row["processes"]),
+            f"{row['steps']:,}",
+            f"{row['micro_batches_per_step']:.2f}",
+            f"{row['tokens']:,}",
+            f"{row['padding_saved']:.1%}",
+            filled,
+            f"{row['efficiency_with_last']:.1%}",
+        )
+    table.caption = "budget filled: without each process's last forward pass of a step, which holds what is left over"
+    return table

@@ -1,0 +1,245 @@
+"""Rows of text: read from files, the Hub and objects in memory, and filtered by their columns."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+
+from efface.hf.templates import Batch
+
+Rows: TypeAlias = Sequence[Mapping[str, Any]]  # a datasets.Dataset is rows, too
+Conditions: TypeAlias = str | Sequence[str] | Mapping[str, Any] | None
+
+_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_ROWS_AT_A_TIME = 1000
+_DOCUMENTS_AT_A_TIME = 16  # books of some 1 MB each
+_SHOWN_VALUES = 10
+
+
+def local_file(source: str | Path) -> Path | None:
+    """Return the path if ``source`` is a file of rows, None if it can only be a name on the Hub.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: a folder, or a file type that is not known.
+    """
+    path = Path(source).expanduser()
+    known = path.suffix.lower() in _BUILDERS
+    if not known and not path.exists():
+        return None
+    if not path.exists():
+        raise FileNotFoundError(f"data file {str(path)!r} does not exist; check the path")
+    if not known or not path.is_file():
+        got = "a folder" if path.is_dir() else repr(path.suffix)
+        raise ValueError(f"{str(path)!r}: expected a file of type {', '.join(_BUILDERS)}, got {got}")
+    return path
+
+
+def load_rows(source: str | Path) -> Rows:
+    """Return the rows of a JSON, JSON-lines, CSV or Parquet file, or of a Hub data set ``name[:config[:split]]``.
+
+    The split is "train" unless named. Rows are memory-mapped: they may exceed RAM.
+
+    Raises:
+        FileNotFoundError: a path that does not exist, a name that the Hub does not know.
+        ValueError: a file type that is not known; a Hub data set without the configuration or the split.
+    """
+    path = local_file(source)
+    if path is not None:
+        builder = _BUILDERS[path.suffix.lower()]
+        rows: Rows = datasets.load_dataset(builder, data_files=str(path), split="train")
+        return rows
+    name, config, split, *more = [*str(source).split(":"), "", ""]
+    if any(more):
+        raise ValueError(f"{str(source)!r}: expected a file, or name:config:split of a Hub data set")
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train")
+    except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise FileNotFoundError(f"{name!r} is neither a local file nor a data set on the Hub ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{str(source)!r}: {error}; name it as {name}:config:split") from error
+    return rows
+
+
+def check_columns(rows: Rows, names: Sequence[str], source: str) -> None:
+    """Raise ValueError if the first row lacks a column."""
+    for row in islice(rows, 1):
+        for name in names:
+            if name not in row:
+                raise ValueError(f"{source}: expected a column {name!r}, got {', '.join(map(repr, row))}")
+
+
+def column(rows: Rows, name: str, source: str) -> list[Any]:
+    """Return one column of the rows.
+
+    Raises:
+        ValueError: a row without it.
+    """
+    return [value for _, (values,) in _columns(rows, [name], source) for value in values]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a row must meet: its value is one of ``values``, or none of them. Values are compared as text."""
+
+    column: str
+    values: frozenset[str]
+    negated: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.column}{'!=' if self.negated else '='}{','.join(sorted(self.values))}"
+
+    def met(self, value: Any) -> bool:
+        """Whether a row with this value meets the condition."""
+        return self.values.isdisjoint(_spellings(value)) == self.negated
+
+
+def parse_conditions(conditions: Conditions) -> tuple[Condition, ...]:
+    """Read the conditions of a row filter, all of which a row must meet.
+
+    Args:
+        conditions: ``column=value[,value…]`` or ``column!=value[,value…]``, one or several; or a mapping of columns
+            to a value or a list of values, which may hold commas; None for none.
+
+    Raises:
+        ValueError: a condition that cannot be read.
+    """
+    if conditions is None:
+        return ()
+    if isinstance(conditions, Mapping):
+        return tuple(_wanted(name, value) for name, value in conditions.items())
+    return tuple(map(_parse, [conditions] if isinstance(conditions, str) else conditions))
+
+
+def _parse(text: str) -> Condition:
+    left, equals, right = text.partition("=")
+    negated = left.endswith("!")
+    name, values = left.removesuffix("!").strip(), [value.strip() for value in right.split(",")]
+    if not equals or not name:
+        raise ValueError(f"row filter: expected column=value[,value] or column!=value[,value], got {text!r}")
+    return Condition(name, frozenset(values), negated)
+
+
+def _wanted(name: str, value: Any) -> Condition:
+    values = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
+    return Condition(name, frozenset(spelling for one in values for spelling in _spellings(one)))
+
+
+def _spellings(value: Any) -> set[str]:
+    """How a value may be written: 3.0 (an integer column with gaps, to CSV readers) is also 3, True also true."""
+    if value is None:
+        return {""}
+    text = str(value)
+    if isinstance(value, bool):
+        return {text, text.lower()}
+    if isinstance(value, float) and value.is_integer():
+        return {text, str(int(value))}
+    return {text}
+
+
+def matching(rows: Rows, conditions: Sequence[Condition], source: str) -> NDArray[np.int64] | None:
+    """Return the numbers of the rows that meet all conditions, in order; None if there are no conditions.
+
+    Raises:
+        ValueError: an unknown column; no row that meets them.
+    """
+    if not conditions:
+        return None
+    names = list(dict.fromkeys(condition.column for condition in conditions))
+    present: dict[str, dict[str, None]] = {name: {} for name in names}  # in order of appearance
+    found: list[NDArray[np.int64]] = []
+    for first, columns in _columns(rows, names, source):
+        by_name = dict(zip(names, columns, strict=True))
+        met = [[condition.met(value) for value in by_name[condition.column]] for condition in conditions]
+        found.append(first + np.flatnonzero(np.logical_and.reduce(met)))
+        for name, values in by_name.items():
+            if len(present[name]) <= _SHOWN_VALUES:
+                present[name].update(dict.fromkeys(map(str, values)))
+    numbers = np.concatenate([np.empty(0, np.int64), *found])
+    if len(rows) and not len(numbers):
+        shown = "; ".join(
+            f"{name!r} has {', '.join(map(repr, islice(values, _SHOWN_VALUES)))}"
+            f"{' and others' if len(values) > _SHOWN_VALUES else ''}"
+            for name, values in present.items()
+        )
+        raise ValueError(f"{source}: no row of {len(rows)} meets {' and '.join(map(str, conditions))}; {shown}")
+    return numbers
+
+
+def text_batches(
+    rows: Rows,
+    question_column: str | None,
+    answer_column: str,
+    *,
+    source: str,
+    numbers: NDArray[np.int64] | None = None,
+    documents: bool = False,
+) -> Iterator[Batch]:
+    """Read questions and answers batch by batch, as ``encode_batches`` takes them.
+
+    Args:
+        rows: what ``load_rows`` returned, or a list of mappings.
+        question_column: None reads empty questions.
+        answer_column: the answers, or the documents.
+        source: what messages call the data.
+        numbers: of the rows to read; None reads all.
+        documents: texts are long, read few at a time.
+
+    Yields:
+        Row numbers, questions, answers.
+
+    Raises:
+        ValueError: a missing column, a value that is not text.
+    """
+    names = [answer_column] if question_column is None else [answer_column, question_column]
+    size = _DOCUMENTS_AT_A_TIME if documents else _ROWS_AT_A_TIME
+    for first, columns in _columns(rows, names, source, numbers, size):
+        count = len(columns[0])
+        where = range(first, first + count) if numbers is None else numbers[first : first + count].tolist()
+        texts = [
+            [_text(value, row, name, source) for row, value in zip(where, values, strict=True)]
+            for name, values in zip(names, columns, strict=True)
+        ]
+        yield where, texts[1] if len(names) == 2 else [""] * count, texts[0]
+
+
+def _text(value: Any, row: int, name: str, source: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)):  # a CSV column of years is read as numbers
+        return str(value)
+    raise ValueError(
+        f"{source}, row {row}: expected text in column {name!r}, got {type(value).__name__}; drop the row, or name "
+        "another column"
+    )
+
+
+def _columns(
+    rows: Rows,
+    names: Sequence[str],
+    source: str,
+    numbers: NDArray[np.int64] | None = None,
+    size: int = _ROWS_AT_A_TIME,
+) -> Iterator[tuple[int, list[list[Any]]]]:
+    """Yield columns of the numbered rows, ``size`` rows at a time, with the place of the first."""
+    check_columns(rows, names, source)
+    if isinstance(rows, datasets.Dataset):
+        if not len(rows):
+            return
+        chosen = rows.with_format(None).select_columns(list(names))
+        chosen = chosen if numbers is None else chosen.select(numbers)
+        for k, batch in enumerate(chosen.iter(size)):
+            yield k * size, [batch[name] for name in names]
+        return
+    where: Sequence[int] = range(len(rows)) if numbers is None else numbers.tolist()
+    for first in range(0, len(where), size):
+        some = [rows[i] for i in where[first : first + size]]
+        for name in names:
+            if not all(name in row for row in some):
+                raise ValueError(f"{source}: some rows have no column {name!r}")
+        yield first, [[row[name] for row in some] for name in names]
