@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m benchmarks``."""
+"""Benchmarks: ``python -m benchmarks SUITE``. A suite is a package with a ``suite`` module; see ``__main__``."""

@@ -1,15 +1,17 @@
 """The loss suite: NPO at the head, forward and backward, every provider in turn within one run."""
 
+import argparse
 import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks.inputs import LossInputs, memorised
-from benchmarks.providers import BETA, Provider, floors, ours, rivals
+from benchmarks.loss.inputs import LossInputs, memorised
+from benchmarks.loss.providers import BETA, Provider, floors, ours, rivals
+from benchmarks.report import Report
+from benchmarks.timing import interleaved, median_ratio
 from efface_kernels import row_pass
 
 SHAPES = {
@@ -19,6 +21,7 @@ SHAPES = {
     "Llama-3.2-1B head, bf16": (512, 2048, 128256, torch.bfloat16),
     "Llama-2 head, D 1024, fp32": (1024, 1024, 32000, torch.float32),
 }
+ROUNDS = 7
 
 
 @dataclass
@@ -64,15 +67,8 @@ def measure(name: str, rounds: int, *, errors: bool) -> tuple[list[Row], list[st
     inputs = memorised(n, d, v, dtype)
     others, missing = rivals()
     providers: Sequence[Provider] = [*floors(), *ours(), *others]
-    for provider in providers:  # warm-up, compilation
-        provider.run(inputs)
-        provider.run(inputs)
-    times: dict[str, list[float]] = {provider.name: [] for provider in providers}
-    for _ in range(rounds):
-        for provider in providers:
-            begin = time.perf_counter()
-            provider.run(inputs)
-            times[provider.name].append((time.perf_counter() - begin) * 1e3)
+    calls = {provider.name: (lambda _, run=provider.run: run(inputs)) for provider in providers}
+    times = interleaved(calls, rounds, warm_up=2)  # compilation is in the first
     exact = gold(inputs) if errors else None
     rows = []
     for provider in providers:
@@ -85,7 +81,7 @@ def measure(name: str, rounds: int, *, errors: bool) -> tuple[list[Row], list[st
             statistics.median(mine),
             min(mine),
             max(mine),
-            statistics.median(a / b for a, b in zip(mine, floor, strict=True)),
+            median_ratio(mine, floor),
         )
         # the cached sums are another loss, the bare GEMMs none
         if exact is not None and "cached" not in provider.name and "GEMM" not in provider.name:
@@ -101,21 +97,46 @@ def row_pass_alone(rounds: int) -> dict[str, float]:
     targets = torch.zeros(1024, dtype=torch.int64)
     # The pass overwrites its logits. Run again on what it left it does the same work: no time depends on the values.
     work = logits.clone()
-    calls = {
-        "native row pass, gradient in place": lambda: row_pass(work, targets, backend="native"),
-        "native row pass, log-probabilities only": lambda: row_pass(logits, targets, gradient=False, backend="native"),
-        "torch log_softmax(float) + gather": lambda: torch.log_softmax(logits.float(), -1).gather(1, targets[:, None]),
+    calls: dict[str, Callable[[int], object]] = {
+        "native row pass, gradient in place": lambda _: row_pass(work, targets, backend="native"),
+        "native row pass, log-probabilities only": lambda _: row_pass(
+            logits, targets, gradient=False, backend="native"
+        ),
+        "torch log_softmax(float) + gather": lambda _: torch.log_softmax(logits.float(), -1).gather(
+            1, targets[:, None]
+        ),
     }
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 1):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            if round_:
-                times[name].append((time.perf_counter() - begin) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: statistics.median(times) for name, times in interleaved(calls, rounds, warm_up=1).items()}
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:
-    """Return the rows as JSON takes them."""
-    return [asdict(row) for row in rows]
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what only this suite can be asked."""
+    parser.add_argument("--errors", action="store_true", help="also compare every gradient with fp64 (slow)")
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    """Measure the chosen shapes, then the row pass alone."""
+    rows, notes = [], set()
+    for shape in options.shape:
+        n, d, v, dtype = SHAPES[shape]
+        measured, missing = measure(shape, options.rounds, errors=options.errors)
+        rows += measured
+        notes.update(missing)
+        report.table(
+            f"{shape}: NPO forward + backward, N {n}, D {d}, V {v}, {dtype}, {options.rounds} rounds",
+            ("provider", "GEMMs", "median ms", "low", "high", "x floor", "error dh", "error dW"),
+            [_cells(row) for row in measured],
+        )
+        report.save(loss=[asdict(row) for row in rows])
+    alone = row_pass_alone(options.rounds)
+    for name, value in alone.items():
+        report.note(f"{name}, (1024, 32000) bf16: {value:.2f} ms")
+    for note in sorted(notes):
+        report.note(f"not measured: {note}")
+    report.save(row_pass_ms=alone)
+
+
+def _cells(row: Row) -> list[str]:
+    times = [f"{value:.1f}" for value in (row.median_ms, row.low_ms, row.high_ms)]
+    errors = ["" if e is None else f"{e:.1e}" for e in (row.error_dh, row.error_dw)]
+    return [row.provider, str(row.gemms), *times, f"{row.against_floor:.3f}", *errors]

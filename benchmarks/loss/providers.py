@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from benchmarks.inputs import LossInputs
+from benchmarks.loss.inputs import LossInputs
 from efface.objectives.npo import npo_terms
 from efface_kernels import Head, ReferenceRows, linear_sequence_loss
 from efface_kernels.linear_loss.sequences import segment_sums

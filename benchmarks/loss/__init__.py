@@ -1,0 +1,1 @@
+"""The loss suite: NPO at the head alone."""

@@ -1,0 +1,67 @@
+"""What a run of a suite leaves behind: tables on the screen, and a JSON file with the machine beside the figures."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+class Report:
+    """Prints, and writes the JSON file anew at every ``save``: a run that is stopped keeps what it measured."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._console = Console(width=120)
+        self._record: dict[str, object] = {"machine": machine()}
+
+    def table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table; its first column holds names, the others figures."""
+        table = Table(title=title)
+        for column, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if column else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        self._console.print(table)
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(text)
+
+    def save(self, **figures: object) -> None:
+        """Add entries to the record and write it."""
+        self._record.update(figures)
+        if self._path is not None:
+            self._path.write_text(json.dumps(self._record, indent=2) + "\n", encoding="utf-8")
+
+
+def machine() -> dict[str, object]:
+    """Return what the figures depend on besides the code, and the code's commit."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit,
+        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    wanted = ("model name", "cpu family", "model")
+    found = {key.strip(): value.strip() for key, value in fields.items()}
+    return ", ".join(f"{key} {found[key]}" for key in wanted if key in found)

@@ -1,0 +1,1 @@
+"""The step suite: a whole training step of a model."""

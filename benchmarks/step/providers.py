@@ -1,0 +1,135 @@
+"""A training step by everybody who is timed: each has a policy of its own, with the same weights at the start."""
+
+import copy
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.step.data import Padded, Step
+from efface import NPO
+from efface.hf.head import HeadLoss, fuse
+from efface.hf.reference import LiveReference
+from efface.objectives import StepTerms
+
+OBJECTIVE = NPO(beta=0.1, alpha=1.0)
+
+
+class Provider(ABC):
+    """Computes NPO's loss for the pairs of a step. Gradients come from ``backward``, as in any training loop."""
+
+    name: ClassVar[str]
+
+    def __init__(self, policy: PreTrainedModel, reference: PreTrainedModel) -> None:
+        self.policy = copy.deepcopy(policy).train()
+        self._frozen = copy.deepcopy(reference).eval().requires_grad_(False)
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    @abstractmethod
+    def loss(self, step: Step) -> Tensor:
+        """Run the forward passes."""
+
+    def gradients(self, step: Step) -> Tensor:
+        """Run forward and backward; return the loss. The gradients lie in the policy's parameters."""
+        self.policy.zero_grad(set_to_none=True)
+        loss = self.loss(step)
+        loss.backward()
+        return loss.detach()
+
+    def update(self) -> None:
+        """Clip the gradients and take an AdamW step, both as ``transformers.Trainer`` does by default."""
+        if self._optimizer is None:
+            self._optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
+        self._optimizer.step()
+
+
+class Eager(Provider):
+    """open-unlearning's NPO: the forget batch and the retain batch padded, a forward pass each, SDPA attention.
+
+    Logits of every position; the forget loss from cross_entropy without reduction, the retain loss from ``labels=``.
+    Two favours: the logits of all other positions are not asked for the ``labels=`` loss of the forget batch, which
+    open-unlearning computes and drops; and no key-value cache is filled.
+    """
+
+    name = "padded, two forwards, live"
+
+    def loss(self, step: Step) -> Tensor:
+        """compute_dpo_loss with losing inputs alone, and compute_retain_loss."""
+        nll = _batch_nll(self.policy, step.forget)
+        log_ratio = -(nll - self._reference_nll(step))
+        forget_loss = -2 / OBJECTIVE.beta * F.logsigmoid(OBJECTIVE.beta * (0.0 - log_ratio)).mean()
+        retain = step.retain
+        retain_loss = self.policy(
+            input_ids=retain.input_ids, attention_mask=retain.attention_mask, labels=retain.labels
+        ).loss
+        total: Tensor = OBJECTIVE.gamma * forget_loss + OBJECTIVE.alpha * retain_loss
+        return total
+
+    def _reference_nll(self, step: Step) -> Tensor:
+        with torch.no_grad():
+            return _batch_nll(self._frozen, step.forget)
+
+
+class EagerCached(Eager):
+    """The same, with the reference's sums given: what a cache alone would do for the eager step."""
+
+    name = "padded, two forwards, cached"
+
+    def _reference_nll(self, step: Step) -> Tensor:
+        return -step.reference_sums[: step.batch.forget_sequences]
+
+
+class EffaceLive(Provider):
+    """efface: one packed forward pass, the loss in the head, a second model beside it; as ``PackedTrainer`` does."""
+
+    name = "efface, live"
+
+    def __init__(self, policy: PreTrainedModel, reference: PreTrainedModel) -> None:
+        super().__init__(policy, reference)
+        fuse(self.policy)
+        self._live = LiveReference(self._frozen, copy_model=False)
+
+    def loss(self, step: Step) -> Tensor:
+        """See ``PackedTrainer.compute_loss``."""
+        rows = self._live.rows(step.batch, step.batch.input_ids.device)
+        terms = StepTerms(OBJECTIVE, step.batch.roles, step.totals)
+        total: Tensor = self.policy(batch=step.batch, loss=HeadLoss(terms=terms, reference=rows)).loss
+        return total
+
+
+class EffaceCached(Provider):
+    """efface with the reference's sums given, its default."""
+
+    name = "efface, cached"
+
+    def __init__(self, policy: PreTrainedModel, reference: PreTrainedModel) -> None:
+        super().__init__(policy, reference)
+        fuse(self.policy)
+
+    def loss(self, step: Step) -> Tensor:
+        """See ``PackedTrainer.compute_loss``."""
+        terms = StepTerms(OBJECTIVE, step.batch.roles, step.totals)
+        loss = HeadLoss(terms=terms, reference_sums=step.reference_sums)
+        total: Tensor = self.policy(batch=step.batch, loss=loss).loss
+        return total
+
+
+PROVIDERS: tuple[type[Provider], ...] = (Eager, EagerCached, EffaceLive, EffaceCached)
+
+
+def _batch_nll(model: PreTrainedModel, batch: Padded) -> Tensor:
+    """compute_batch_nll: summed token losses of each sequence.
+
+    ``float()``: under its bf16 mixed precision, accelerate returns the logits in fp32. Summed in bf16, a sequence's
+    loss of a few hundred nats would be rounded to a multiple of 2.
+    """
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
+    shifted_logits = logits[..., :-1, :].contiguous()
+    shifted_labels = batch.labels[..., 1:].contiguous()
+    loss_function = torch.nn.CrossEntropyLoss(ignore_index=-100, reduction="none")
+    token_losses: Tensor = loss_function(shifted_logits.transpose(-1, -2), shifted_labels)
+    return token_losses.sum(dim=-1)

@@ -1,0 +1,32 @@
+"""Interleaved timing: every call once a round, so that a slow moment of the machine slows all of them."""
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def interleaved(
+    calls: Mapping[Key, Callable[[int], object]], rounds: int, *, warm_up: int = 0
+) -> dict[Key, list[float]]:
+    """Return the milliseconds of every call in every round, in the order of ``calls`` within a round.
+
+    A call is given the number of its round. Warm-up rounds come first, are not timed, and have the same numbers.
+    """
+    for round_ in range(warm_up):
+        for call in calls.values():
+            call(round_)
+    times: dict[Key, list[float]] = {key: [] for key in calls}
+    for round_ in range(rounds):
+        for key, call in calls.items():
+            begin = time.perf_counter()
+            call(round_)
+            times[key].append((time.perf_counter() - begin) * 1e3)
+    return times
+
+
+def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """Return the median over rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))

@@ -1,0 +1,62 @@
+"""The step suite runs, refuses to time what differs, and its synthetic pairs have TOFU's lengths."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Importable, and without TOFU: the same tokens on every machine, and no tokenizer to train."""
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.step import data
+
+    monkeypatch.setattr(data, "TOFU", tmp_path / "absent")
+
+
+def test_the_smoke_shape_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.step.providers import PROVIDERS
+
+    path, threads = tmp_path / "step.json", torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "step", "--shape", "smoke", "--rounds", "2", "--json", str(path)])
+    try:
+        with pytest.raises(SystemExit, match="0"):
+            runpy.run_module("benchmarks", run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    record = json.loads(path.read_text())
+    assert record["machine"]["command"].startswith("python -m benchmarks step")
+    assert [row["provider"] for row in record["step"]] == [provider.name for provider in PROVIDERS]
+    for row in record["step"]:
+        assert row["error_loss"] <= 1e-5
+        assert row["error_gradient"] <= 1e-4
+        assert len(row["rounds_ms"]) == 2
+        assert 0 < row["median_ms"] < row["whole_median_ms"]
+        assert row["real_tokens"] < row["padded_tokens"]
+
+
+def test_a_provider_with_another_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.step.providers import EffaceCached
+    from benchmarks.step.suite import measure
+
+    loss = EffaceCached.loss
+    monkeypatch.setattr(EffaceCached, "loss", lambda self, step: 1.001 * loss(self, step))
+    with pytest.raises(ArithmeticError, match="'efface, cached' is not timed"):
+        measure("smoke", 1)
+
+
+def test_the_synthetic_lengths_are_those_of_tofu() -> None:
+    from benchmarks.step.data import synthetic
+
+    store = synthetic(4000, 100, seed=0)
+    assert store.lengths.mean() == pytest.approx(57, abs=1)
+    assert np.percentile(store.lengths, 95) == pytest.approx(82, abs=1)
+    assert store.lengths.max() <= 139
+    assert store.label_counts.sum() / store.lengths.sum() == pytest.approx(0.58, abs=0.01)
