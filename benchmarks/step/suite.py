@@ -66,7 +66,7 @@ class Tolerance:
 
 TOLERANCES = {
     torch.float32: Tolerance(torch.float64, 1e-5, 1e-4),
-    torch.bfloat16: Tolerance(torch.float32, torch.finfo(torch.bfloat16).eps, 16 * torch.finfo(torch.bfloat16).eps),
+    torch.bfloat16: Tolerance(torch.float32, torch.finfo(torch.bfloat16).eps, 4 * torch.finfo(torch.bfloat16).eps),
 }
 
 
