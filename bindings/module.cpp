@@ -106,7 +106,8 @@ py::tuple measure(const std::vector<const LentStore*>& lent, const py::array& ro
 py::tuple tuple_of(const std::vector<std::int64_t>& values) {
     py::tuple out(values.size());
     for (std::size_t i = 0; i < values.size(); ++i) {
-        out[i] = values[i];
+        // without py::tuple's accessor, which is slow where a batch has hundreds of sequences; takes the reference
+        PyTuple_SET_ITEM(out.ptr(), static_cast<py::ssize_t>(i), PyLong_FromLongLong(values[i]));
     }
     return out;
 }
@@ -121,7 +122,7 @@ py::tuple pack(const std::vector<const LentStore*>& lent, const py::array& roles
         py::gil_scoped_release release;
         packed = efface::pack(stores, choice, words);
     }
-    return py::make_tuple(tuple_of(packed.lengths), tuple_of(packed.row_offsets));
+    return py::make_tuple(tuple_of(packed.lengths), tuple_of(packed.row_offsets), packed.forget_sequences);
 }
 
 efface::RetainSampling sampling_of(const std::string& name) {
@@ -293,7 +294,9 @@ roles: int8 (S), 0 forget, 1 retain, 2 alternate. sequences: int64 (S), indices 
 Raises ValueError for an inconsistent store, a role without a store, an index out of range, a sequence
 without labels, or 2^31 tokens and more; TypeError for another dtype.)");
     m.def("pack", &pack, py::arg("stores"), py::arg("roles"), py::arg("sequences"), py::arg("storage"),
-          R"(Fill the caller's storage with the packed batch, and return (lengths (S), row offsets (S + 1)) as tuples.
+          R"(Fill the caller's storage with the packed batch, and return (lengths, row_offsets, forget_sequences).
+
+lengths (S) and row_offsets (S + 1) are tuples; forget_sequences counts the sequences that are not retain ones.
 
 storage: int64, as many words as `measure` says. It holds, each from a new word on: input_ids, position_ids int64 (T),
 label_rows, targets int64 (N), sequences int64 (S), cu_seqlens int32 (S + 1), roles int8 (S).

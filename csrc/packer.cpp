@@ -10,13 +10,21 @@
 namespace efface {
 namespace {
 
-// Calls visit(sequence) for each chosen sequence, in order, checking each.
-template <typename Visit>
-void for_each_chosen(Stores stores, const Choice& choice, Visit visit) {
+struct Chosen {
+    std::vector<Sequence> sequences;
+    PackSize size;
+};
+
+// Finds and checks the chosen sequences, in order.
+Chosen find(Stores stores, const Choice& choice) {
     if (choice.roles.size() != choice.sequences.size()) {
         refuse("`roles` and `sequences`: expected equal lengths, got " + std::to_string(choice.roles.size()) + " and " +
                std::to_string(choice.sequences.size()));
     }
+    Chosen chosen;
+    chosen.sequences.reserve(choice.roles.size());
+    std::size_t tokens = 0;
+    std::size_t rows = 0;
     for (std::size_t s = 0; s < choice.roles.size(); ++s) {
         const std::int8_t role = choice.roles[s];
         if (role < 0 || static_cast<std::size_t>(role) >= stores.size()) {
@@ -24,8 +32,18 @@ void for_each_chosen(Stores stores, const Choice& choice, Visit visit) {
                    " (0 forget, 1 retain, 2 alternate), got " + std::to_string(role) + " at position " +
                    std::to_string(s));
         }
-        visit(stores[static_cast<std::size_t>(role)]->find(choice.sequences[s]));
+        const Sequence sequence = stores[static_cast<std::size_t>(role)]->find(choice.sequences[s]);
+        chosen.sequences.push_back(sequence);
+        tokens += sequence.ids.size();
+        rows += sequence.ids.size() - sequence.first_label;
+        // cu_seqlens is int32, as attention kernels want it. Checked at each step, so the sum cannot wrap either.
+        if (tokens > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max())) {
+            refuse("batch: expected fewer than 2^31 tokens, got at least " + std::to_string(tokens));
+        }
     }
+    chosen.size = {static_cast<std::int64_t>(choice.roles.size()), static_cast<std::int64_t>(tokens),
+                   static_cast<std::int64_t>(rows)};
+    return chosen;
 }
 
 // The 64-bit words that `count` entries of T fill.
@@ -44,20 +62,7 @@ std::span<T> take(std::span<std::int64_t>& rest, std::size_t count) {
 
 }  // namespace
 
-PackSize measure(Stores stores, const Choice& choice) {
-    std::size_t tokens = 0;
-    std::size_t rows = 0;
-    for_each_chosen(stores, choice, [&](const Sequence& sequence) {
-        tokens += sequence.ids.size();
-        rows += sequence.ids.size() - sequence.first_label;
-        // cu_seqlens is int32, as attention kernels want it. Checked at each step, so the sum cannot wrap either.
-        if (tokens > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max())) {
-            refuse("batch: expected fewer than 2^31 tokens, got at least " + std::to_string(tokens));
-        }
-    });
-    return {static_cast<std::int64_t>(choice.roles.size()), static_cast<std::int64_t>(tokens),
-            static_cast<std::int64_t>(rows)};
-}
+PackSize measure(Stores stores, const Choice& choice) { return find(stores, choice).size; }
 
 std::int64_t storage_words(const PackSize& size) {
     const auto s = static_cast<std::size_t>(size.sequences);
@@ -80,11 +85,13 @@ PackedParts parts_of(std::span<std::int64_t> storage, const PackSize& size) {
 }
 
 PackedLengths pack(Stores stores, const Choice& choice, std::span<std::int64_t> storage) {
-    const PackSize size = measure(stores, choice);
-    const PackedParts parts = parts_of(storage, size);
+    const Chosen chosen = find(stores, choice);
+    const PackedParts parts = parts_of(storage, chosen.size);
     PackedLengths packed;
     packed.lengths.resize(choice.sequences.size());
     packed.row_offsets.resize(choice.sequences.size() + 1);
+    packed.forget_sequences = std::ranges::count_if(
+        choice.roles, [](std::int8_t role) { return role != static_cast<std::int8_t>(Role::retain); });
 
     std::size_t token = 0;
     std::size_t row = 0;
@@ -92,7 +99,7 @@ PackedLengths pack(Stores stores, const Choice& choice, std::span<std::int64_t> 
     std::ranges::copy(choice.sequences, parts.sequences.begin());
     std::ranges::copy(choice.roles, parts.roles.begin());
     parts.cu_seqlens[0] = 0;
-    for_each_chosen(stores, choice, [&](const Sequence& sequence) {
+    for (const Sequence& sequence : chosen.sequences) {
         const auto labels = sequence.ids.subspan(sequence.first_label);
         std::ranges::copy(sequence.ids, parts.input_ids.begin() + static_cast<std::ptrdiff_t>(token));
         const auto positions = parts.position_ids.subspan(token, sequence.ids.size());
@@ -106,7 +113,7 @@ PackedLengths pack(Stores stores, const Choice& choice, std::span<std::int64_t> 
         ++s;
         parts.cu_seqlens[s] = static_cast<std::int32_t>(token);
         packed.row_offsets[s] = static_cast<std::int64_t>(row);
-    });
+    }
     return packed;
 }
 

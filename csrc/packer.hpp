@@ -59,6 +59,7 @@ PackSize measure(Stores stores, const Choice& choice);
 struct PackedLengths {
     std::vector<std::int64_t> lengths;      // (S) tokens of each sequence
     std::vector<std::int64_t> row_offsets;  // (S + 1) label rows of each sequence
+    std::int64_t forget_sequences = 0;      // forget and alternate ones
 };
 
 // Fills the storage. Checks all that measure() checks, and the storage's extent, before the first write.

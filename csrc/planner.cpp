@@ -70,6 +70,12 @@ void check(Lengths forget, Lengths retain, Lengths alternates, const EpochSettin
     }
 }
 
+void prefetch([[maybe_unused]] const void* address) {
+#if defined(__GNUC__)
+    __builtin_prefetch(address);
+#endif
+}
+
 // A shuffled 0 .. count - 1 (Fisher and Yates), each draw a function of its position.
 Indices shuffled(std::size_t count, CounterRandom random) {
     Indices order(count);
@@ -184,6 +190,7 @@ class OpenBins {
         below_[bin] = std::exchange(heads_[c], bin);
         words_[c / 64] |= bit(c);
         summary_[c / 4096] |= bit(c / 64);
+        ++held_;
     }
 
     // Takes out the fullest bin with room for `tokens` (and says how much room it has), or nobody.
@@ -193,7 +200,7 @@ class OpenBins {
         if (shift_ > 0 && heads_[c] != nobody && rooms_[heads_[c]] < tokens) {
             ++c;
         }
-        c = next(c);
+        c = held_ == 0 ? classes : next(c);  // most steps need few micro-batches, and hold none in the classes
         if (c == classes) {
             room = fresh_room_;
             return fresh_ != nobody && fresh_room_ >= tokens ? std::exchange(fresh_, nobody) : nobody;
@@ -206,10 +213,11 @@ class OpenBins {
 
     // Empties the classes again; costs what is in them.
     void clear() {
-        for (std::size_t c = next(0); c != classes; c = next(c)) {
+        for (std::size_t c = held_ == 0 ? classes : next(0); c != classes; c = next(c)) {
             heads_[c] = nobody;
             forget(c);
         }
+        held_ = 0;
     }
 
     static constexpr BinIndex nobody = std::numeric_limits<BinIndex>::max();
@@ -221,6 +229,7 @@ class OpenBins {
 
     void pop(std::size_t c) {
         heads_[c] = below_[heads_[c]];
+        --held_;
         if (heads_[c] == nobody) {
             forget(c);
         }
@@ -256,6 +265,7 @@ class OpenBins {
     std::int64_t limit_ = 0;
     BinIndex fresh_ = nobody;
     std::int64_t fresh_room_ = 0;
+    std::size_t held_ = 0;         // bins in the classes
     std::vector<BinIndex> heads_;  // of each class
     std::vector<BinIndex> below_;  // of each bin, in its class
     std::vector<std::int64_t> rooms_;
@@ -281,7 +291,9 @@ class StepPacker {
     void emit(EpochPlan& plan) {
         order_.resize(units.size());
         std::iota(order_.begin(), order_.end(), UnitIndex{0});
-        longest_first_(order_, units);
+        if (ranks_.size() > 1 || tokens_of(order_) > budget_) {  // else one micro-batch takes all, in any order
+            longest_first_(order_, units);
+        }
         share();
         bin_of_.resize(units.size());
         bins_.clear();
@@ -323,6 +335,14 @@ class StepPacker {
         }
     }
 
+    [[nodiscard]] std::int64_t tokens_of(const std::vector<UnitIndex>& some) const {
+        std::int64_t total = 0;
+        for (const UnitIndex unit : some) {
+            total += units[unit].tokens;
+        }
+        return total;
+    }
+
     void add(UnitIndex unit, BinIndex bin) {
         bin_of_[unit] = bin;
         bins_[bin].tokens += units[unit].tokens;
@@ -338,7 +358,14 @@ class StepPacker {
     // Best-fit decreasing: each unit into the fullest micro-batch that still has room. What fits nowhere opens a new
     // one, so a unit longer than the budget is alone.
     void pack(Rank& rank) {
-        open_.reset(rank.units.empty() ? 1 : units[rank.units.front()].tokens);
+        if (tokens_of(rank.units) <= budget_) {
+            const BinIndex all = rank.units.empty() ? 0 : new_bin(rank);
+            for (const UnitIndex unit : rank.units) {
+                add(unit, all);
+            }
+            return;
+        }
+        open_.reset(units[rank.units.front()].tokens);
         for (const UnitIndex unit : rank.units) {
             const std::int64_t tokens = units[unit].tokens;
             std::int64_t room = budget_;
@@ -458,17 +485,22 @@ EpochPlan plan_epoch(Lengths forget_lengths, Lengths retain_lengths, Lengths alt
     plan.step_offsets.push_back(0);
     StepPacker packer(settings.token_budget, settings.world_size, alternates);
     for (std::size_t first = 0; first < pairs; first += per_step) {
-        const auto add = [&](Role role, const Indices& indices, const auto& tokens_of) {
-            for (std::size_t i = first; i < std::min(first + per_step, indices.size()); ++i) {
-                const std::int64_t tokens = tokens_of(static_cast<std::size_t>(indices[i]));
+        packer.units.clear();
+        const auto add = [&](Role role, const Indices& indices, Lengths lengths, Lengths more) {
+            const std::size_t last = std::min(first + per_step, indices.size());
+            for (std::size_t i = first; i < last; ++i) {
+                const auto index = static_cast<std::size_t>(indices[i]);
+                const std::int64_t tokens = lengths[index] + (more.empty() ? 0 : more[index]);
                 plan.over_budget += tokens > settings.token_budget ? 1 : 0;
                 packer.units.push_back({role, indices[i], tokens});
             }
+            // The next step's lengths lie all over memory: they arrive while this step is packed.
+            for (std::size_t i = last; i < std::min(last + per_step, indices.size()); ++i) {
+                prefetch(&lengths[static_cast<std::size_t>(indices[i])]);
+            }
         };
-        packer.units.clear();
-        add(Role::forget, plan.forget,
-            [&](std::size_t i) { return forget_lengths[i] + (alternates ? alternate_lengths[i] : 0); });
-        add(Role::retain, plan.retain, [&](std::size_t i) { return retain_lengths[i]; });
+        add(Role::forget, plan.forget, forget_lengths, alternate_lengths);
+        add(Role::retain, plan.retain, retain_lengths, {});
         packer.emit(plan);
     }
     return plan;

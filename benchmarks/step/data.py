@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from efface.batching import PackedBatch, StepTotals, TokenStore, plan_epoch
+from efface.batching import Assembler, PackedBatch, StepTotals, TokenStore, plan_epoch
 from efface.hf.data import token_store
-from efface.hf.dataset import PackedDataset
 from efface.hf.reference import CachedReference
 
 TOFU = Path(__file__).resolve().parents[3] / "shared" / "tofu"
@@ -84,7 +83,7 @@ def synthetic(sequences: int, vocabulary: int, *, seed: int) -> TokenStore:
 
 def padded(store: TokenStore, index: list[int]) -> Padded:
     """Collate as open-unlearning does."""
-    ids = [torch.from_numpy(store.ids[store.offsets[i] : store.offsets[i + 1]].astype(np.int64)) for i in index]
+    ids = [torch.from_numpy(store[i].astype(np.int64)) for i in index]
     labels = [row.clone() for row in ids]
     for row, start in zip(labels, store.label_starts[index].tolist(), strict=True):
         row[:start] = -100
@@ -99,20 +98,12 @@ def make_steps(
     forget: TokenStore, retain: TokenStore, reference: PreTrainedModel, *, pairs: int, count: int
 ) -> list[Step]:
     """Return the first ``count`` steps that the trainer would take with seed 0."""
-    settings = {"pairs_per_batch": pairs, "batches_per_step": 1, "seed": 0}
-    dataset = PackedDataset(forget, retain, **settings)
-    dataset.reference = CachedReference(reference, forget)
-    plan = plan_epoch(forget, retain, epoch=0, **settings)
+    plan = plan_epoch(forget.lengths, retain.lengths, pairs_per_step=pairs, token_budget=8192, seed=0, epoch=0)
+    assembler, cached = Assembler(plan, (forget, retain)), CachedReference(reference, forget)
     steps = []
     for number in range(count):
-        item, planned = dataset[number], plan[number]
-        steps.append(
-            Step(
-                item["batch"],
-                item["totals"],
-                item["reference_sums"],
-                padded(forget, planned.forget.tolist()),
-                padded(retain, planned.retain.tolist()),
-            )
-        )
+        (batch,), totals = assembler[number].batches, assembler.totals(number)
+        pairs_of_step = [index.tolist() for index in plan.pairs(number)]
+        padded_pairs = [padded(store, index) for store, index in zip((forget, retain), pairs_of_step, strict=True)]
+        steps.append(Step(batch, totals, cached.sums(batch), *padded_pairs))
     return steps

@@ -64,7 +64,8 @@ def parts(storage: np.ndarray, sequences: int, tokens: int, rows: int) -> dict[s
 def run_choice(choice: Choice) -> dict[str, np.ndarray]:
     *size, words = efface_native.measure(*choice)
     storage = storage_of(words)
-    lengths, row_offsets = efface_native.pack(*choice, storage)
+    lengths, row_offsets, forget_sequences = efface_native.pack(*choice, storage)
+    assert forget_sequences == sum(role != 1 for role in choice[1])
     got = parts(storage, *size)
     assert got.pop("roles").tolist() == choice[1].tolist()
     assert got.pop("sequences").tolist() == choice[2].tolist()

@@ -1,9 +1,10 @@
-"""The step suite runs, refuses to time what differs, and its synthetic pairs have TOFU's lengths."""
+"""The suites run and refuse to time what differs; synthetic data has TOFU's lengths."""
 
 import json
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,18 +22,42 @@ def _benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(data, "TOFU", tmp_path / "absent")
 
 
-def test_the_smoke_shape_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.step.providers import PROVIDERS
-
-    path, threads = tmp_path / "step.json", torch.get_num_threads()
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "step", "--shape", "smoke", "--rounds", "2", "--json", str(path)])
+def smoke(suite: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    path, threads = folder / "figures.json", torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["benchmarks", suite, "--shape", "smoke", "--rounds", "2", "--json", str(path)])
     try:
         with pytest.raises(SystemExit, match="0"):
             runpy.run_module("benchmarks", run_name="__main__")
     finally:
         torch.set_num_threads(threads)
-    record = json.loads(path.read_text())
-    assert record["machine"]["command"].startswith("python -m benchmarks step")
+    record: dict[str, Any] = json.loads(path.read_text())
+    assert record["machine"]["command"].startswith(f"python -m benchmarks {suite}")
+    return record
+
+
+def test_the_pack_suite_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = smoke("pack", tmp_path, monkeypatch)["packing"]
+    assert {row["task"].split()[0] for row in rows} == {"plan", "assemble"}
+    assert all(row["median_ms"] > 0 for row in rows)
+
+
+def test_numpy_fills_as_few_micro_batches_as_the_planner() -> None:
+    from benchmarks.packing.rivals import numpy_plan
+    from benchmarks.packing.suite import lengths
+
+    from efface.batching import plan_epoch
+
+    forget, retain = lengths(500, 1), lengths(2000, 2)
+    ours = plan_epoch(forget, retain, pairs_per_step=100, token_budget=1024, seed=0, epoch=0)
+    theirs = numpy_plan(forget, retain, 100, 1024)
+    assert abs(len(theirs) - len(ours.batch_tokens)) <= 2  # they draw other pairs
+    assert sum(len(roles) for roles, _ in theirs) == len(ours.roles)
+
+
+def test_the_smoke_shape_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.step.providers import PROVIDERS
+
+    record = smoke("step", tmp_path, monkeypatch)
     assert [row["provider"] for row in record["step"]] == [provider.name for provider in PROVIDERS]
     for row in record["step"]:
         assert row["error_loss"] <= 1e-5

@@ -113,9 +113,8 @@ def pack_items(
     native = [store.native(name) for store, name in zip(stores, _STORES, strict=False)]
     *layout, words = efface_native.measure(native, roles, sequences)
     storage = torch.empty(words, dtype=torch.int64, pin_memory=pin_memory)
-    lengths, row_offsets = efface_native.pack(native, roles, sequences, storage.numpy())
-    forget_sequences = int(np.count_nonzero(roles != Role.RETAIN))
-    return PackedBatch(storage, tuple(layout), lengths, row_offsets, forget_sequences)
+    packed = efface_native.pack(native, roles, sequences, storage.numpy())
+    return PackedBatch(storage, tuple(layout), *packed)
 
 
 def pack(forget: TokenStore, retain: TokenStore, forget_index: Indices, retain_index: Indices) -> PackedBatch:

@@ -1,0 +1,1 @@
+"""The pack suite: planning an epoch, and assembling its batches."""
