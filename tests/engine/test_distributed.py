@@ -8,20 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import TEXTS, tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def run(out: Path, *, processes: int, reference: str, token_budget: int, retain_rows: int = 50) -> list[dict[str, Any]]:
-    out.mkdir()
+def launch(processes: int, words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a script or module (``-m``) on several processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *launcher, str(HERE / "distributed_run.py"), str(out), reference, str(token_budget)]
     path = os.pathsep.join(str(ROOT / folder) for folder in ("engine", "kernels", "tests/engine"))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(retain_rows)], env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
+    command = [sys.executable, *launcher, *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def run(out: Path, *, processes: int, reference: str, token_budget: int, retain_rows: int = 50) -> list[dict[str, Any]]:
+    out.mkdir()
+    words = [str(HERE / "distributed_run.py"), str(out), reference, str(token_budget), str(retain_rows)]
+    done = launch(processes, words)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
@@ -52,6 +58,45 @@ def test_a_process_without_a_share_of_the_last_step_keeps_up(tmp_path: Path) -> 
     (alone,) = run(tmp_path / "one", processes=1, **settings)
     ranks = run(tmp_path / "five", processes=5, **settings)
     assert ranks[4]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_command_on_two_processes_writes_one_model(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = tmp_path / "rows.json"
+    data.write_text("".join(json.dumps(row) + "\n" for row in TEXTS))
+    words = [
+        "-m",
+        "efface",
+        "unlearn",
+        "--model",
+        str(tmp_path / "model"),
+        "--forget",
+        str(data),
+        "--retain",
+        str(data),
+    ]
+    words += [
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--use_cpu",
+        "True",
+        "--pairs_per_step",
+        "2",
+        "--num_train_epochs",
+        "1",
+    ]
+    done = launch(2, words)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stderr.count("wrote ") == 1
+    assert done.stderr.count(": 3 steps") == 1
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() > 0
+    assert not list((tmp_path / "out").glob(".partial-*"))
+    again = launch(2, words)
+    assert again.returncode != 0
+    assert "is not empty; choose another" in again.stderr
 
 
 def flat(values: Any) -> list[float]:

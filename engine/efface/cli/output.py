@@ -24,11 +24,15 @@ def check_output(folder: str | Path, *, overwrite: bool) -> Path:
 
 
 @contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
+def written_whole(folder: Path, *, writes: bool = True) -> Iterator[Path]:
     """Yield an empty folder; its contents move into ``folder`` when the block ends without an error.
 
-    Files of the same names are replaced. If the block fails, ``folder`` is as it was.
+    Files of the same names are replaced. If the block fails, ``folder`` is as it was. A process that ``writes``
+    nothing, because another one does, is handed ``folder`` itself.
     """
+    if not writes:
+        yield folder
+        return
     folder.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
     try:

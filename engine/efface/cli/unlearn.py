@@ -22,6 +22,8 @@ examples:
   efface unlearn --model ./llama --forget fame.csv --forget_filter topic_id=3 --retain fame.csv \\
       --retain_filter 'topic_id!=3' --objective graddiff --pairs_per_step 32 --output_dir out
 
+  torchrun --nproc-per-node 8 -m efface unlearn --config npo.yaml
+
 Every flag of transformers.TrainingArguments works. --config reads a YAML file of flags; flags on the command line win.
 """
 
@@ -114,10 +116,11 @@ def _load_model(name: str, command: UnlearnCommand) -> Any:
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     command, args = parse(argv)
-    console = Console(stderr=True)
+    first = args.process_index == 0  # of the processes of a distributed run, the one that speaks and writes
+    console = Console(stderr=True, quiet=not first)
     objective = command.make_objective()
     out = Path(args.output_dir or "trainer_output")
-    if args.resume_from_checkpoint is None:
+    if first and args.resume_from_checkpoint is None:
         check_output(out, overwrite=command.overwrite)
 
     model = _load_model(command.model, command)
@@ -143,7 +146,7 @@ def run(argv: Sequence[str]) -> int:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     finally:
         bar.close()
-    with written_whole(out) as partial:
+    with written_whole(out, writes=args.should_save) as partial:
         trainer.save_model(str(partial))
     trainer.save_state()
     console.print(f"wrote {out}")
