@@ -46,12 +46,12 @@ class Settings:
     teach_lr: float = 2e-3
     unlearn_epochs: int = 10
     unlearn_batch: int = 4
-    unlearn_lr: float = 4e-4
+    unlearn_lr: float = 6e-4
     retain_rows: int = 64  # scored after every epoch
     seed: int = 0
     objectives: tuple[Objective, ...] = (
         NPO(beta=0.1, alpha=2.0),
-        SimNPO(beta=1.5, gamma=1.0),
+        SimNPO(beta=1.0, gamma=2.0),
         GradDiff(),
     )
 
