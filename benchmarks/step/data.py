@@ -6,18 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from efface.batching import Assembler, PackedBatch, StepTotals, TokenStore, plan_epoch
+from efface.cli.demo.tokenizer import train_tokenizer
 from efface.hf.data import token_store
 from efface.hf.reference import CachedReference
 
 TOFU = Path(__file__).resolve().parents[3] / "shared" / "tofu"
 FORGET, RETAIN = "forget10", "retain90"
-END = "<|end|>"
 
 
 @dataclass(frozen=True)
@@ -51,23 +50,9 @@ def stores(vocabulary: int) -> tuple[TokenStore, TokenStore, str]:
     if not (forget.is_file() and retain.is_file()):
         return synthetic(400, vocabulary, seed=0), synthetic(3600, vocabulary, seed=1), "synthetic, TOFU's lengths"
     rows = [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in (forget, retain)]
-    tokenizer = _byte_pairs([text for part in rows for row in part for text in row.values()], min(vocabulary, 8192))
+    tokenizer = train_tokenizer([text for part in rows for row in part for text in row.values()], min(vocabulary, 8192))
     made = [token_store(part, tokenizer, name=name) for part, name in zip(rows, (FORGET, RETAIN), strict=True)]
     return made[0], made[1], f"TOFU {FORGET} / {RETAIN}"
-
-
-def _byte_pairs(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
 
 
 def synthetic(sequences: int, vocabulary: int, *, seed: int) -> TokenStore:

@@ -4,30 +4,50 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from efface.batching import TokenStore
+from efface.cli.demo.tokenizer import train_tokenizer
 from efface.hf.arguments import UnlearnArguments
 
 VOCABULARY = 96
 
 
+# Two layers, grouped-query attention: what every family's configuration understands.
+TINY: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
 def tiny_llama(*, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """Two layers, grouped-query attention, tied head."""
+    """A tiny Llama with a tied head."""
     torch.manual_seed(seed)
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": True,
-        **changes,
-    }
-    return LlamaForCausalLM(LlamaConfig(**settings))
+    return LlamaForCausalLM(LlamaConfig(**{**TINY, "tie_word_embeddings": True, **changes}))
+
+
+def tiny_model(config: str, **settings: Any) -> PreTrainedModel:
+    """A tiny model of the family that the configuration class names, with its eager attention.
+
+    Eager attention is the independent truth; it is the only one that soft-caps in every version of transformers.
+    """
+    torch.manual_seed(0)
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    made = getattr(transformers, config)(**{**TINY, **tokens, **settings})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(made, attn_implementation="eager")
+    return model.eval()
 
 
 def random_store(
@@ -82,14 +102,4 @@ TEXTS = [
 
 def tiny_tokenizer(vocabulary: int = 300) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on TEXTS."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=["<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([text for row in TEXTS for text in row.values()], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    return train_tokenizer([text for row in TEXTS for text in row.values()], vocabulary, end="<|end|>")

@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
-from helpers import VOCABULARY, tiny_llama
+from helpers import VOCABULARY, tiny_llama, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
 
 from efface.batching import PackedBatch
 from efface.hf.attention import NAME, flash_attn, interface, packed_arguments, torch_varlen, use_packed_attention
@@ -22,20 +20,8 @@ from efface.hf.attention.choice import AttentionCall, Installed, choose_kernel
 from efface.hf.attention.segments import segment_attention
 from efface.hf.head import fuse
 
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    # Large weights: with the default of 0.02 attention is all but uniform, and a wrong mask goes unseen.
-    "initializer_range": 0.3,
-}
+# Large weights: with the default of 0.02 attention is all but uniform, and a wrong mask goes unseen.
+WEIGHTS = 0.3
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("LlamaConfig", {}),
     "Phi, partial rotary": ("PhiConfig", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5}),
@@ -60,10 +46,7 @@ PACKS: dict[str, list[int]] = {
 
 def build(family: str, **changes: Any) -> Any:
     name, settings = FAMILIES[family]
-    torch.manual_seed(0)
-    config = getattr(transformers, name)(**{**COMMON, **settings, **changes})
-    # Eager attention is the independent truth; it is the only one that soft-caps in every version of transformers.
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    return tiny_model(name, **{"initializer_range": WEIGHTS, **settings, **changes})
 
 
 def packed(lengths: list[int]) -> PackedBatch:

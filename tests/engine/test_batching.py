@@ -219,3 +219,21 @@ def test_tofu_lengths_fill_their_micro_batches(tofu: Path) -> None:
 def test_packing_by_items_is_packing() -> None:
     roles = np.array([Role.FORGET, Role.RETAIN, Role.RETAIN], np.int8)
     same(pack_items(STORES, roles, np.array([4, 3, 1])), pack(*STORES, [4], [3, 1]))
+
+
+def test_alternates_stand_between_forget_and_retain_beside_their_own_forget_sequence() -> None:
+    stores = (*STORES, random_store(23, seed=3))
+    lengths = [store.lengths for store in stores]
+    settings = {"pairs_per_step": 8, "token_budget": 80, "world_size": 2, "seed": 0, "epoch": 0}
+    plan = plan_epoch(*lengths[:2], alternates=lengths[2], **settings)
+    alone = plan_epoch(*lengths[:2], **settings)
+    assert np.array_equal(plan.forget, alone.forget)  # alternates do not change the pairs
+    for rank in range(2):
+        for batch in Assembler(plan, stores, rank=rank)[0].batches:
+            roles, sequences = batch.roles.tolist(), batch.sequences.tolist()
+            count = roles.count(Role.FORGET)
+            assert roles == [Role.FORGET] * count + [Role.ALTERNATE] * count + [Role.RETAIN] * (len(roles) - 2 * count)
+            assert sequences[:count] == sequences[count : 2 * count]
+            part = batch.forget_part()
+            assert part.roles.tolist() == roles[: 2 * count]
+            same(part, pack_items(stores, part.roles.numpy(), part.sequences.numpy()))

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers import VOCABULARY, random_store, sequence, tiny_llama
-from transformers import AutoModelForCausalLM
+from helpers import VOCABULARY, random_store, sequence, tiny_llama, tiny_model
 
 from efface.batching import TokenStore, pack
 from efface.hf.attention import packed_arguments
@@ -15,18 +14,6 @@ from efface.hf.head import HeadLoss, fuse, head_of, unfuse
 from efface.hf.score import store_logprobs
 from efface.objectives.base import nll_terms
 
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama-2, own head": ("LlamaConfig", {"tie_word_embeddings": False}),
     "Llama-3.2, tied": ("LlamaConfig", {"tie_word_embeddings": True}),
@@ -49,10 +36,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def build(family: str, **changes: Any) -> Any:
     name, settings = FAMILIES[family]
-    torch.manual_seed(0)
-    config = getattr(transformers, name)(**{**COMMON, **settings, **changes})
-    # Eager attention is the independent truth; it is the only one that soft-caps in every version of transformers.
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    return tiny_model(name, **{**settings, **changes})
 
 
 def eager_nll(model: Any, store: TokenStore, indices: list[int]) -> torch.Tensor:
@@ -151,7 +135,7 @@ def test_fused_models_can_be_copied() -> None:
 
 
 def test_heads_that_cannot_be_served_are_refused_with_the_reason() -> None:
-    scaled = AutoModelForCausalLM.from_config(transformers.GraniteConfig(**COMMON, logits_scaling=8.0))
+    scaled = tiny_model("GraniteConfig", logits_scaling=8.0)
     with pytest.raises(ValueError, match=r"scales the logits \(logits_scaling=8.0\)"):
         fuse(scaled)
     model = tiny_llama(tie_word_embeddings=False)

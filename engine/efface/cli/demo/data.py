@@ -1,6 +1,6 @@
 """The demo's three sets: what the full model learns, what it shall forget, what it shall keep."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,11 @@ class DemoData:
     def full(self) -> Rows:
         """Everything."""
         return [*self.retain, *self.forget]
+
+    def texts(self) -> Iterator[str]:
+        """Yield every text, for a tokenizer."""
+        for row in self.full:
+            yield from (row["question"], row["answer"], row["paraphrased_answer"], *row["perturbed_answer"])
 
 
 def fictitious(authors: int, forget_authors: int) -> DemoData:

@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     PrinterCallback,
     TrainerCallback,
     TrainerControl,
@@ -24,13 +22,13 @@ from transformers import (
 )
 
 from efface.cli.demo.data import DemoData, Rows
+from efface.cli.demo.tokenizer import train_tokenizer
 from efface.evaluate import EvalLog, SplitLog, forget_quality, score_rows
 from efface.hf.arguments import UnlearnArguments
 from efface.hf.trainer import FinetuneTrainer, PackedTrainer, UnlearnTrainer
 from efface.objectives import NPO, GradDiff, Objective, SimNPO
 
 TEMPLATE = "question-answer"
-_END = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -139,33 +137,13 @@ def _figures(measured: Measured) -> dict[str, float]:
     return {name: value for name, value in asdict(measured).items() if name in keep}
 
 
-def train_tokenizer(data: DemoData, vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on every text of the data."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    texts = [
-        text
-        for row in data.full
-        for text in (row["question"], row["answer"], row["paraphrased_answer"], *row["perturbed_answer"])
-    ]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[_END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)
-
-
 class Story:
     """The steps of the demo, each a method, in the order in which ``efface demo`` calls them."""
 
     def __init__(self, data: DemoData, settings: Settings, out: Path, callbacks: list[TrainerCallback]) -> None:
         self._data, self._settings, self._out = data, settings, out
         self._callbacks = callbacks
-        self.tokenizer = train_tokenizer(data, settings.vocabulary)
+        self.tokenizer = train_tokenizer(data.texts(), settings.vocabulary)
         self._examiner = Examiner(self.tokenizer, data, settings.retain_rows)
 
     def teach(self, rows: Rows) -> tuple[PreTrainedModel, PackedTrainer]:

@@ -1,0 +1,203 @@
+// The step packer: shares the sequences of an optimizer step out to ranks and micro-batches.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <numeric>
+#include <queue>
+#include <utility>
+#include <vector>
+
+#include "longest_first.hpp"
+#include "open_bins.hpp"
+#include "packer.hpp"
+#include "planner.hpp"
+
+namespace efface {
+
+struct Bin {
+    std::int64_t tokens = 0;
+    std::uint32_t forget = 0;  // units of each kind
+    std::uint32_t retain = 0;
+};
+
+// Arranges the units of one step. Kept from step to step, so that its buffers are.
+class StepPacker {
+  public:
+    StepPacker(std::int64_t token_budget, std::int64_t world_size, bool alternates)
+        : budget_(token_budget), alternates_(alternates), ranks_(static_cast<std::size_t>(world_size)) {}
+
+    std::vector<Unit> units;  // of the step, forget before retain: the caller fills it
+
+    // Appends the step's micro-batches to the plan: the k-th of every rank, for each k.
+    void emit(EpochPlan& plan) {
+        order_.resize(units.size());
+        std::iota(order_.begin(), order_.end(), UnitIndex{0});
+        if (ranks_.size() > 1 || tokens_of(order_) > budget_) {  // else one micro-batch takes all, in any order
+            longest_first_(order_, units);
+        }
+        share();
+        bin_of_.resize(units.size());
+        bins_.clear();
+        std::size_t most = 0;
+        for (Rank& rank : ranks_) {
+            rank.bins.clear();
+            pack(rank);
+            most = std::max(most, rank.bins.size());
+        }
+        for (Rank& rank : ranks_) {
+            level(rank, most);
+        }
+        write(plan, most);
+    }
+
+  private:
+    struct Rank {
+        std::vector<UnitIndex> units;  // longest first
+        std::vector<BinIndex> bins;    // its micro-batches
+    };
+
+    // The longest first, each to the rank with the fewest tokens: the ranks' sums differ by at most the longest unit.
+    void share() {
+        if (ranks_.size() == 1) {
+            std::swap(ranks_[0].units, order_);
+            return;
+        }
+        using Load = std::pair<std::int64_t, std::size_t>;  // tokens, rank
+        std::priority_queue<Load, std::vector<Load>, std::greater<>> loads;
+        for (std::size_t rank = 0; rank < ranks_.size(); ++rank) {
+            ranks_[rank].units.clear();
+            loads.emplace(0, rank);
+        }
+        for (const UnitIndex unit : order_) {
+            const auto [tokens, rank] = loads.top();
+            loads.pop();
+            ranks_[rank].units.push_back(unit);
+            loads.emplace(tokens + units[unit].tokens, rank);
+        }
+    }
+
+    [[nodiscard]] std::int64_t tokens_of(const std::vector<UnitIndex>& some) const {
+        std::int64_t total = 0;
+        for (const UnitIndex unit : some) {
+            total += units[unit].tokens;
+        }
+        return total;
+    }
+
+    void add(UnitIndex unit, BinIndex bin) {
+        bin_of_[unit] = bin;
+        bins_[bin].tokens += units[unit].tokens;
+        ++(units[unit].role == Role::forget ? bins_[bin].forget : bins_[bin].retain);
+    }
+
+    BinIndex new_bin(Rank& rank) {
+        bins_.emplace_back();
+        rank.bins.push_back(static_cast<BinIndex>(bins_.size() - 1));
+        return rank.bins.back();
+    }
+
+    // Best-fit decreasing: each unit into the fullest micro-batch that still has room. What fits nowhere opens a new
+    // one, so a unit longer than the budget is alone.
+    void pack(Rank& rank) {
+        if (tokens_of(rank.units) <= budget_) {
+            const BinIndex all = rank.units.empty() ? 0 : new_bin(rank);
+            for (const UnitIndex unit : rank.units) {
+                add(unit, all);
+            }
+            return;
+        }
+        open_.reset(units[rank.units.front()].tokens);
+        for (const UnitIndex unit : rank.units) {
+            const std::int64_t tokens = units[unit].tokens;
+            std::int64_t room = budget_;
+            BinIndex bin = open_.take(tokens, room);
+            if (bin == OpenBins::nobody) {
+                bin = new_bin(rank);
+                room = budget_;
+            }
+            add(unit, bin);
+            if (room > tokens) {
+                open_.put(bin, room - tokens);
+            }
+        }
+        open_.clear();
+    }
+
+    // Brings a rank to `count` micro-batches: halves its largest one that can be halved, else adds an empty one.
+    void level(Rank& rank, std::size_t count) {
+        while (rank.bins.size() < count) {
+            const auto divisible = [&](BinIndex bin) {
+                return bins_[bin].forget + bins_[bin].retain > 1 ? bins_[bin].tokens : -1;
+            };
+            const auto largest = std::ranges::max_element(rank.bins, {}, divisible);
+            const bool halve = largest != rank.bins.end() && divisible(*largest) > 0;
+            const BinIndex whole = halve ? *largest : 0;
+            const BinIndex half = new_bin(rank);
+            if (!halve) {
+                continue;
+            }
+            bins_[whole] = {};
+            for (const UnitIndex unit : rank.units) {
+                if (bin_of_[unit] == whole) {
+                    add(unit, bins_[half].tokens < bins_[whole].tokens ? half : whole);
+                }
+            }
+        }
+        // The fullest first, so that what is left over stands at the end.
+        std::ranges::stable_sort(rank.bins, std::greater<>{}, [&](BinIndex bin) { return bins_[bin].tokens; });
+    }
+
+    void write(EpochPlan& plan, std::size_t count) {
+        cursors_.resize(bins_.size());
+        const std::size_t copies = alternates_ ? 2 : 1;  // a forget unit is one sequence or two
+        auto at = static_cast<std::size_t>(plan.batch_offsets.back());
+        for (std::size_t k = 0; k < count; ++k) {
+            for (const Rank& rank : ranks_) {
+                const Bin& bin = bins_[rank.bins[k]];
+                cursors_[rank.bins[k]] = {at, at + bin.forget * copies};
+                at += bin.forget * copies + bin.retain;
+                plan.batch_offsets.push_back(static_cast<std::int64_t>(at));
+                plan.batch_tokens.push_back(bin.tokens);
+            }
+        }
+        plan.step_offsets.push_back(static_cast<std::int64_t>(plan.batch_tokens.size()));
+        plan.roles.resize(at);
+        plan.sequences.resize(at);
+        const auto put = [&](std::size_t position, Role role, std::int64_t sequence) {
+            plan.roles[position] = static_cast<std::int8_t>(role);
+            plan.sequences[position] = sequence;
+        };
+        for (UnitIndex i = 0; i < units.size(); ++i) {
+            const Unit& unit = units[i];
+            auto& [forget, retain] = cursors_[bin_of_[i]];
+            if (unit.role == Role::retain) {
+                put(retain++, Role::retain, unit.sequence);
+                continue;
+            }
+            if (alternates_) {
+                put(forget + bins_[bin_of_[i]].forget, Role::alternate, unit.sequence);
+            }
+            put(forget++, Role::forget, unit.sequence);
+        }
+    }
+
+    struct Cursors {
+        std::size_t forget;
+        std::size_t retain;
+    };
+
+    std::int64_t budget_;
+    bool alternates_;
+    std::vector<UnitIndex> order_;
+    std::vector<Rank> ranks_;
+    std::vector<BinIndex> bin_of_;  // of each unit
+    std::vector<Bin> bins_;         // of all ranks
+    std::vector<Cursors> cursors_;  // of each bin: where its next sequences go
+    LongestFirst longest_first_;
+    OpenBins open_;
+};
+
+}  // namespace efface
