@@ -11,7 +11,7 @@ from torch import nn
 from efface import NPO, UnlearnTrainer
 
 
-def main(out: Path, reference: str, token_budget: int, retain_rows: int) -> None:
+def main(out: Path, reference: str, token_budget: int) -> None:
     model = tiny_llama()
     trainer = UnlearnTrainer(
         model,
@@ -25,7 +25,7 @@ def main(out: Path, reference: str, token_budget: int, retain_rows: int) -> None
             max_grad_norm=1.0,
         ),
         forget=random_store(20, seed=1),
-        retain=random_store(retain_rows, seed=2),
+        retain=random_store(50, seed=2),
         objective=NPO(alpha=1.0),
         reference=reference,
     )
@@ -48,7 +48,9 @@ def main(out: Path, reference: str, token_budget: int, retain_rows: int) -> None
         "weights": {name: tensor.tolist() for name, tensor in model.state_dict().items()},
     }
     (out / f"rank{trainer.args.process_index}.json").write_text(json.dumps(record))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

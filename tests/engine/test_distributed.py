@@ -24,23 +24,30 @@ def launch(processes: int, words: list[str]) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
-def run(out: Path, *, processes: int, reference: str, token_budget: int, retain_rows: int = 50) -> list[dict[str, Any]]:
+def run(out: Path, *, processes: int, reference: str, token_budget: int) -> list[dict[str, Any]]:
     out.mkdir()
-    words = [str(HERE / "distributed_run.py"), str(out), reference, str(token_budget), str(retain_rows)]
+    words = [str(HERE / "distributed_run.py"), str(out), reference, str(token_budget)]
     done = launch(processes, words)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The run on one process, in one forward pass a step; all others have to follow it."""
+    (record,) = run(tmp_path_factory.mktemp("alone") / "out", processes=1, reference="cached", token_budget=4096)
+    assert len(record["losses"]) == 24
+    assert abs(record["losses"][-1] - record["losses"][0]) > 0.05 * record["losses"][0]
+    return record
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("reference", "token_budget"), [("cached", 4096), ("live", 40)])
-def test_two_processes_follow_the_run_on_one(reference: str, token_budget: int, tmp_path: Path) -> None:
+def test_two_processes_follow_the_run_on_one(
+    reference: str, token_budget: int, alone: dict[str, Any], tmp_path: Path
+) -> None:
     """The same losses and weights. A small budget makes several micro-batches, whose gradients are exchanged once."""
-    settings: dict[str, Any] = {"reference": reference, "token_budget": token_budget}
-    (alone,) = run(tmp_path / "one", processes=1, **settings)
-    ranks = run(tmp_path / "two", processes=2, **settings)
-    assert len(alone["losses"]) == 24
-    assert abs(alone["losses"][-1] - alone["losses"][0]) > 0.05 * alone["losses"][0]
+    ranks = run(tmp_path / "two", processes=2, reference=reference, token_budget=token_budget)
     for rank in ranks:
         assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-5)
         for name, weight in alone["weights"].items():
@@ -52,11 +59,9 @@ def test_two_processes_follow_the_run_on_one(reference: str, token_budget: int, 
 
 
 @pytest.mark.slow
-def test_a_process_without_a_share_of_the_last_step_keeps_up(tmp_path: Path) -> None:
+def test_a_process_without_a_share_of_the_last_step_keeps_up(alone: dict[str, Any], tmp_path: Path) -> None:
     """20 rows in steps of 6 leave 2 pairs, 4 sequences, for 5 processes."""
-    settings: dict[str, Any] = {"reference": "cached", "token_budget": 4096, "retain_rows": 9}
-    (alone,) = run(tmp_path / "one", processes=1, **settings)
-    ranks = run(tmp_path / "five", processes=5, **settings)
+    ranks = run(tmp_path / "five", processes=5, reference="cached", token_budget=4096)
     assert ranks[4]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
 
 

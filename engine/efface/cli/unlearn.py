@@ -150,4 +150,8 @@ def run(argv: Sequence[str]) -> int:
         trainer.save_model(str(partial))
     trainer.save_state()
     console.print(f"wrote {out}")
+    if args.world_size > 1:
+        # A process that leaves without a word may tear connections that others still read from.
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
     return 0
