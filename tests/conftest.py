@@ -4,6 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Triton reads this when it is imported: without a GPU its kernels run in the interpreter. bf16 is wrong there.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Nothing here may reach the network; a missing local file must fail at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from efface_kernels import native
+from efface_kernels import native, triton_launch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "triton", "native", "torch")
@@ -43,7 +43,7 @@ def check_targets(targets: Tensor, rows: int, vocabulary: int) -> None:
     """Raise unless ``targets`` is an int64 vector of ``rows`` entries, each in 0 .. vocabulary - 1.
 
     The range is read only where that is free of a device synchronisation, that is on the CPU; elsewhere the
-    gather of the row pass traps on an index out of range.
+    gather of the torch passes traps on an index out of range, and the Triton kernels make the row NaN.
     """
     check_dtype("targets", targets, (torch.int64,))
     check_shape("targets", targets, (rows,), "one target for each row of `hidden`")
@@ -64,9 +64,10 @@ def check_softcap(softcap: float | None) -> None:
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """Return the implementation, ``"native"`` or ``"torch"``, that ``backend`` names for tensors on ``device``.
+    """Return the implementation, ``"triton"``, ``"native"`` or ``"torch"``, that ``backend`` names on ``device``.
 
-    "auto" is native on the CPU and torch elsewhere. Where the extension is missing it is torch, with one warning.
+    "auto" is Triton on CUDA, ROCm and XPU devices where it can be imported, native on the CPU, and torch elsewhere.
+    Where the extension is missing the CPU gets torch, with one warning.
 
     Raises:
         ValueError: an unknown name, or a backend that this build or device does not have.
@@ -74,7 +75,10 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"`backend`: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "triton":
-        raise ValueError("`backend`: 'triton' is not part of this build; use 'auto', 'native' or 'torch'")
+        _check_triton(device)
+        return "triton"
+    if backend == "auto" and device.type in triton_launch.DEVICES and triton_launch.IMPORTABLE:
+        return "triton"
     if backend == "torch" or (backend == "auto" and device.type != "cpu"):
         return "torch"
     if device.type != "cpu":
@@ -88,6 +92,17 @@ def resolve_backend(backend: str, device: torch.device) -> str:
         )
     _warn_missing_extension()
     return "torch"
+
+
+def _check_triton(device: torch.device) -> None:
+    if not triton_launch.IMPORTABLE:
+        raise ValueError("`backend`: 'triton' is not installed; install triton, or use 'auto', 'native' or 'torch'")
+    runs = device.type in triton_launch.DEVICES or (device.type == "cpu" and triton_launch.INTERPRETED)
+    if not runs:
+        raise ValueError(
+            f"`backend`: 'triton' runs on CUDA, ROCm and XPU devices, got tensors on {device}; use 'auto', 'native' or "
+            "'torch' (or set TRITON_INTERPRET=1 before Python starts, to debug a kernel on the CPU)"
+        )
 
 
 @functools.cache

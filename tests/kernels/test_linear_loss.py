@@ -462,7 +462,6 @@ def _arguments() -> dict[str, object]:
         ({"softcap": 0.0}, ValueError, "`softcap`: expected a positive number"),
         ({"chunk_rows": 0}, ValueError, "`chunk_rows`: expected at least 1"),
         ({"backend": "cuda"}, ValueError, "`backend`: expected one of 'auto'"),
-        ({"backend": "triton"}, ValueError, "not part of this build"),
     ],
 )
 def test_bad_input_is_refused(change: dict[str, object], error: type[Exception], message: str) -> None:

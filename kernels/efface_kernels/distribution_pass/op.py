@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from efface_kernels.checks import (
@@ -13,9 +14,11 @@ from efface_kernels.checks import (
     check_targets,
     resolve_backend,
 )
+from efface_kernels.distribution_pass.config import launch_config
 from efface_kernels.distribution_pass.reference import distribution_pass_torch
-from efface_kernels.logits import Logits
-from efface_kernels.native import distribution_pass_native
+from efface_kernels.logits import Logits, accumulation_dtype
+from efface_kernels.native import distribution_pass_native, in_place, unit_stride
+from efface_kernels.triton_launch import on_device, warp_size
 
 
 class DistributionPassOutput(NamedTuple):
@@ -23,6 +26,50 @@ class DistributionPassOutput(NamedTuple):
 
     divergence: Tensor  # (n,)
     entropy: Tensor  # (n,)
+
+
+def distribution_pass_triton(
+    logits: Logits, reference: Logits, targets: Tensor, shift: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """``distribution_pass_torch`` in Triton."""
+    from efface_kernels.distribution_pass.kernel import (  # Triton is imported when a kernel first runs
+        distribution_pass_kernel,
+    )
+
+    values = logits.values
+    rows, vocabulary = values.shape
+    divergence, entropy = (
+        torch.empty(rows, dtype=accumulation_dtype(values.dtype), device=values.device) for _ in range(2)
+    )
+    frozen = unit_stride(reference)
+
+    def run(dense: Logits) -> None:
+        if rows == 0:  # an empty grid is a launch error
+            return
+        config = launch_config(vocabulary, values.dtype, warp_size(values.device))
+        with on_device(values):
+            distribution_pass_kernel[(rows,)](
+                dense.values,
+                frozen.values,
+                targets.contiguous(),
+                divergence,
+                entropy,
+                dense.values.stride(0),
+                frozen.values.stride(0),
+                vocabulary,
+                SHIFT=float(shift),
+                SOFTCAP=dense.softcap or 0.0,
+                REFERENCE_SOFTCAP=frozen.softcap or 0.0,
+                GRADIENT=gradient,
+                BLOCK=config.block,
+                num_warps=config.num_warps,
+            )
+
+    if gradient:
+        in_place(logits, run)
+    else:
+        run(unit_stride(logits))
+    return divergence, entropy
 
 
 def distribution_pass(
@@ -56,14 +103,15 @@ def distribution_pass(
         softcap: z ← cap · tanh(z / cap) of ``logits``, or None; its derivative is part of the result.
         reference_softcap: the same for ``reference_logits``.
         gradient: False leaves ``logits`` as they are.
-        backend: "auto", "native" (C++, CPU tensors) or "torch".
+        backend: "auto", "triton" (GPU tensors), "native" (C++, CPU tensors) or "torch".
 
     Returns:
         ``divergence`` and ``entropy``, (n,), in nats, float32 (float64 for float64 logits).
 
     Raises:
         TypeError: a dtype other than those above.
-        ValueError: shapes that differ, a target out of the vocabulary, tensors on different devices.
+        ValueError: shapes that differ, a target out of the vocabulary, tensors on different devices. On a GPU
+            the targets are not looked at beforehand: one out of the vocabulary makes its row's results NaN.
     """
     check_dtype("logits", logits, FLOATS)
     check_shape("logits", logits, ("n", "V"))
@@ -73,8 +121,11 @@ def distribution_pass(
     check_softcap(softcap)
     check_softcap(reference_softcap)
     check_same_device(logits=logits, reference_logits=reference_logits, targets=targets)
-    run = {"torch": distribution_pass_torch, "native": distribution_pass_native}[
-        resolve_backend(backend, logits.device)
-    ]
+    passes = {
+        "torch": distribution_pass_torch,
+        "native": distribution_pass_native,
+        "triton": distribution_pass_triton,
+    }
+    run = passes[resolve_backend(backend, logits.device)]
     pair = Logits(logits, softcap), Logits(reference_logits, reference_softcap)
     return DistributionPassOutput(*run(*pair, targets, shift, gradient))

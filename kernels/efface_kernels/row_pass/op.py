@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from efface_kernels.checks import (
@@ -13,9 +14,11 @@ from efface_kernels.checks import (
     check_targets,
     resolve_backend,
 )
-from efface_kernels.logits import Logits
-from efface_kernels.native import row_pass_native
+from efface_kernels.logits import Logits, accumulation_dtype
+from efface_kernels.native import in_place, row_pass_native, unit_stride
+from efface_kernels.row_pass.config import launch_config
 from efface_kernels.row_pass.reference import row_pass_torch
+from efface_kernels.triton_launch import on_device, warp_size
 
 
 class RowPassOutput(NamedTuple):
@@ -23,6 +26,50 @@ class RowPassOutput(NamedTuple):
 
     logprobs: Tensor  # (n,)
     reference_logprobs: Tensor | None  # (m,)
+
+
+def row_pass_triton(logits: Logits, targets: Tensor, reference: Logits | None, gradient: bool) -> tuple[Tensor, ...]:
+    """``row_pass_torch`` in Triton."""
+    from efface_kernels.row_pass.kernel import row_pass_kernel  # Triton is imported when a kernel first runs
+
+    frozen = None if reference is None else unit_stride(reference)
+    outputs = [_vector(logits)] if frozen is None else [_vector(logits), _vector(frozen)]
+
+    def run(dense: Logits) -> None:
+        rows, vocabulary = dense.values.shape
+        if rows == 0:  # an empty grid is a launch error
+            return
+        other = None if frozen is None else frozen.values.dtype
+        config = launch_config(vocabulary, dense.values.dtype, other, warp_size(dense.values.device))
+        with on_device(dense.values):
+            row_pass_kernel[(rows,)](
+                dense.values,
+                targets.contiguous(),
+                outputs[0],
+                None if frozen is None else frozen.values,
+                None if frozen is None else outputs[1],
+                dense.values.stride(0),
+                vocabulary,
+                0 if frozen is None else frozen.values.shape[0],
+                0 if frozen is None else frozen.values.stride(0),
+                0 if frozen is None else frozen.values.shape[1],
+                SOFTCAP=dense.softcap or 0.0,
+                REFERENCE_SOFTCAP=0.0 if frozen is None else frozen.softcap or 0.0,
+                GRADIENT=gradient,
+                BLOCK=config.block,
+                num_warps=config.num_warps,
+            )
+
+    if gradient:
+        in_place(logits, run)
+    else:
+        run(unit_stride(logits))
+    return tuple(outputs)
+
+
+def _vector(logits: Logits) -> Tensor:
+    values = logits.values
+    return torch.empty(values.shape[0], dtype=accumulation_dtype(values.dtype), device=values.device)
 
 
 def row_pass(
@@ -55,14 +102,15 @@ def row_pass(
         softcap: cap of Gemma-2's z ← cap · tanh(z / cap), applied here; its derivative is part of the result.
         reference_softcap: the same for ``reference_logits``.
         gradient: False leaves ``logits`` as they are.
-        backend: "auto", "native" (C++, CPU tensors) or "torch".
+        backend: "auto", "triton" (GPU tensors), "native" (C++, CPU tensors) or "torch".
 
     Returns:
         ``logprobs`` (n,) and ``reference_logprobs`` (m,), in nats, float32 (float64 for float64 logits).
 
     Raises:
         TypeError: a dtype other than those above.
-        ValueError: shapes that do not fit, a target out of the vocabulary, tensors on different devices.
+        ValueError: shapes that do not fit, a target out of the vocabulary, tensors on different devices. On a
+            GPU the targets are not looked at beforehand: one out of the vocabulary makes its row's results NaN.
     """
     check_dtype("logits", logits, FLOATS)
     check_shape("logits", logits, ("n", "V"))
@@ -81,6 +129,7 @@ def row_pass(
             )
         check_targets(targets[:m], *reference_logits.shape)
         reference = Logits(reference_logits, reference_softcap)
-    run = {"torch": row_pass_torch, "native": row_pass_native}[resolve_backend(backend, logits.device)]
+    passes = {"torch": row_pass_torch, "native": row_pass_native, "triton": row_pass_triton}
+    run = passes[resolve_backend(backend, logits.device)]
     logprobs, *others = run(Logits(logits, softcap), targets, reference, gradient)
     return RowPassOutput(logprobs, others[0] if others else None)

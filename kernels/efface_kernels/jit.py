@@ -1,0 +1,69 @@
+"""What the Triton kernels share. Imports Triton and nothing else.
+
+Capital: pointers. Lower case: values. UPPER: compile-time. ``offs_v``, ``mask_v``: positions of a row, those inside it.
+"""
+
+import triton
+import triton.language as tl
+
+# Where a running maximum starts: finite, so that a lane that saw only −inf (padded vocabularies) never takes inf − inf.
+LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def tanh(x):
+    """Cephes' tanh, for fp32 and fp64: no form through exp alone keeps the digits near 0."""
+    size = tl.abs(x)
+    e = tl.exp(-2.0 * size)
+    far = (1.0 - e) / (1.0 + e)
+    s = tl.minimum(x * x, 1.0)
+    p = (-9.64399179425052238628e-1 * s - 9.92877231001918586564e1) * s - 1.61468768441708447952e3
+    q = ((s + 1.12811678491632931402e2) * s + 2.23548839060100448583e3) * s + 4.84406305325125486048e3
+    return tl.where(size < 0.625, x + x * s * (p / q), tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def expm1(x):
+    """e^x − 1 for x ≤ 0: 2t / (1 − t) with t = tanh(x / 2), which cancels nothing there."""
+    t = tanh(0.5 * x)
+    return 2.0 * t / (1.0 - t)
+
+
+@triton.jit
+def cap(z, SOFTCAP: tl.constexpr):
+    """Return z ← cap · tanh(z / cap) and the cap's derivative; SOFTCAP 0 is none."""
+    slope = 1.0
+    if SOFTCAP > 0:
+        t = tanh(z / SOFTCAP)
+        z = SOFTCAP * t
+        slope = (1.0 - t) * (1.0 + t)
+    return z, slope
+
+
+@triton.jit
+def load(Row, offs_v, mask_v, SOFTCAP: tl.constexpr, ACC: tl.constexpr):
+    """Return capped logits, −inf outside ``mask_v`` (None: all inside), and the cap's derivative."""
+    if mask_v is None:
+        z, slope = cap(tl.load(Row + offs_v).to(ACC), SOFTCAP)
+    else:
+        z, slope = cap(tl.load(Row + offs_v, mask=mask_v, other=0.0).to(ACC), SOFTCAP)
+        z = tl.where(mask_v, z, float("-inf"))
+    return z, slope
+
+
+@triton.jit
+def accumulate(z, top, total):
+    """Add e^(z − top) to every lane's total, where top follows the maximum: one exp an element.
+
+    A maximum may drop a NaN, the total never does.
+    """
+    d = z - top
+    e = tl.exp(-tl.abs(d))
+    return tl.maximum(top, z), tl.where(d > 0, total * e + 1.0, total + e)
+
+
+@triton.jit
+def combine(top, total):
+    """Reduce the lanes, once a row: its maximum and Σ e^(z − maximum)."""
+    row_top = tl.max(top, 0)
+    return row_top, tl.sum(total * tl.exp(top - row_top), 0)

@@ -1,0 +1,173 @@
+"""The Triton passes in the interpreter, on what the shared pass tests leave out. fp32, fp16, fp64: bf16 needs a GPU."""
+
+import mmap
+
+import pytest
+import torch
+from torch import Tensor
+
+from efface_kernels import distribution_pass, row_pass, triton_launch
+from efface_kernels.row_pass.config import launch_config
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.skipif(not triton_launch.INTERPRETED, reason="needs TRITON_INTERPRET=1"),
+    # NumPy warns of the −inf − −inf of lanes that the interpreted kernels then leave out
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+]
+
+DTYPES = [torch.float64, torch.float32, torch.float16]
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def gold(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """ℓ and softmax − onehot of fp64 rows, written down once more."""
+    z = logits.double() - logits.double().amax(1, keepdim=True)
+    total = z.exp().sum(1, keepdim=True)
+    rows = torch.arange(len(targets))
+    logprobs = z[rows, targets] - total[:, 0].log()
+    p = z.exp() / total
+    p[rows, targets] = torch.expm1(logprobs)
+    return logprobs, p
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "vocabulary"), [(0, 9), (1, 1), (3, 7), (2, 4096), (2, 4097), (2, 50257), (2, 51200), (2, 128256)]
+)
+def test_no_further_from_fp64_than_torch(rows: int, vocabulary: int, dtype: torch.dtype) -> None:
+    logits = (torch.randn(rows, vocabulary) * 3).to(dtype)
+    targets = torch.randint(vocabulary, (rows,))
+    targets[-1:] = vocabulary - 1
+    logprobs, gradient = gold(logits, targets)
+    eager, torch_gradient = logits.clone(), logits.clone()
+    eager_logprobs = row_pass(torch_gradient, targets, backend="torch").logprobs
+    reference = eager[: max(0, rows - 1)]
+    out = row_pass(logits, targets, reference_logits=reference, backend="triton")
+    assert out.reference_logprobs is not None
+    if not rows:
+        assert out.logprobs.shape == out.reference_logprobs.shape == (0,)
+        return
+    assert torch.equal(out.reference_logprobs, out.logprobs[:-1])
+    eps = torch.finfo(out.logprobs.dtype).eps
+    assert rms(out.logprobs - logprobs) <= 2 * rms(eager_logprobs - logprobs) + 2 * eps * rms(logprobs)
+    eps = torch.finfo(dtype).eps
+    assert rms(logits - gradient) <= 2 * rms(torch_gradient - gradient) + 2 * eps * rms(gradient)
+
+
+def test_derivative_equals_finite_differences() -> None:
+    z, targets, step = torch.randn(2, 5, dtype=torch.float64), torch.tensor([4, 0]), 1e-6
+    derivative = z.clone()
+    row_pass(derivative, targets, softcap=3.0, backend="triton")
+    for i in range(5):
+        up, down = z.clone(), z.clone()
+        up[:, i] += step
+        down[:, i] -= step
+        difference = [row_pass(x, targets, softcap=3.0, gradient=False, backend="triton").logprobs for x in (up, down)]
+        torch.testing.assert_close(-(difference[0] - difference[1]) / (2 * step), derivative[:, i], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_offsets_beyond_int32(rows: int) -> None:
+    """Rows 2^31 entries apart in a mapping whose untouched pages take no memory."""
+    stride, vocabulary = 2**31 - 16, 40
+    size = ((rows - 1) * stride + vocabulary) * 4
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    with mmap.mmap(-1, size, flags=flags) as memory:
+        flat = torch.frombuffer(memory, dtype=torch.float32)
+        far = flat.as_strided((rows, vocabulary), (stride, 1))
+        near = torch.randn(rows, vocabulary)
+        far.copy_(near)
+        targets = torch.randint(vocabulary, (rows,))
+        expected = row_pass(near, targets, backend="triton").logprobs
+        assert torch.equal(row_pass(far, targets, backend="triton").logprobs, expected)
+        assert torch.equal(far, near)
+        far.copy_(torch.randn(rows, vocabulary))
+        near = far.clone()
+        expected = distribution_pass(near, near.clone(), targets, shift=2.0, backend="triton").divergence
+        assert torch.equal(
+            distribution_pass(far, far.clone(), targets, shift=2.0, backend="triton").divergence, expected
+        )
+        assert torch.equal(far, near)
+        del flat, far
+
+
+@pytest.mark.parametrize("backend", ["row", "distribution"])
+def test_rows_repeat_bit_for_bit_whatever_their_neighbours(backend: str) -> None:
+    logits, other, targets = torch.randn(5, 5003), torch.randn(5, 5003), torch.randint(5003, (5,))
+
+    def run(rows: slice) -> tuple[Tensor, Tensor]:
+        z = logits[rows].clone()
+        if backend == "row":
+            return z, row_pass(z, targets[rows], backend="triton").logprobs
+        return z, distribution_pass(z, other[rows], targets[rows], backend="triton").divergence
+
+    whole, again, part = run(slice(0, 5)), run(slice(0, 5)), run(slice(3, 4))
+    for first, second, third in zip(whole, again, part, strict=True):
+        assert torch.equal(first, second)
+        assert torch.equal(first[3:4], third)
+
+
+def test_huge_padded_and_memorised_rows() -> None:
+    """Logits of 1e4 overflow e^z; padding is −inf for whole blocks; ℓ ≈ −1e-4 drowns in z_y − logsumexp."""
+    logits = torch.full((2, 9000), float("-inf"))
+    logits[:, :50] = torch.randn(2, 50) + 1e4
+    logits[1, 3] = 1e4 + 14
+    targets = torch.tensor([7, 3])
+    logprobs, gradient = gold(logits, targets)
+    out = row_pass(logits, targets, backend="triton")
+    torch.testing.assert_close(out.logprobs.double(), logprobs, rtol=2e-3, atol=0)
+    torch.testing.assert_close(logits.double(), gradient, rtol=2e-3, atol=1e-12)
+
+
+def test_fp16_target_entry_is_formed_before_rounding() -> None:
+    logits = torch.zeros(1, 4).half()
+    logits[0, 1] = 12.0  # p_y − 1 = −1.8e-5; the next fp16 below 1 is 1 − 4.9e-4
+    _, gradient = gold(logits, torch.tensor([1]))
+    row_pass(logits, torch.tensor([1]), backend="triton")
+    torch.testing.assert_close(logits[0, 1].double(), gradient[0, 1], rtol=4e-3, atol=0)
+
+
+def test_targets_out_of_range_make_their_row_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does, where the targets are not read before the launch."""
+    from efface_kernels.distribution_pass import op as distribution_op
+    from efface_kernels.row_pass import op
+
+    monkeypatch.setattr(op, "check_targets", lambda *_: None)
+    monkeypatch.setattr(distribution_op, "check_targets", lambda *_: None)
+    targets = torch.tensor([0, -100, 5, 4])
+    logits = torch.randn(4, 5)
+    out = row_pass(logits, targets, reference_logits=torch.randn(4, 6), backend="triton")
+    assert out.reference_logprobs is not None
+    assert out.logprobs.isnan().tolist() == [False, True, True, False]
+    assert out.reference_logprobs.isnan().tolist() == [False, True, False, False]
+    assert logits.isnan().all(1).tolist() == [False, True, True, False]
+    assert logits[[0, 3]].isfinite().all()
+    logits = torch.randn(4, 5)
+    pair = distribution_pass(logits, torch.randn(4, 5), targets, shift=1.0, backend="triton")
+    assert pair.divergence.isnan().tolist() == [False, True, True, False]
+    assert logits.isnan().all(1).tolist() == [False, True, True, False]
+
+
+def test_backend_is_refused_on_the_cpu_outside_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, targets = torch.randn(1, 2), torch.zeros(1, dtype=torch.int64)
+    monkeypatch.setattr(triton_launch, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="got tensors on cpu"):
+        row_pass(logits, targets, backend="triton")
+    monkeypatch.setattr(triton_launch, "IMPORTABLE", False)
+    with pytest.raises(ValueError, match="install triton"):
+        row_pass(logits, targets, backend="triton")
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 50257, 128256])
+def test_launch_configuration(vocabulary: int) -> None:
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        config = launch_config(vocabulary, dtype)
+        assert config.block & (config.block - 1) == 0
+        assert config.num_warps in (1, 2, 4, 8)
+    assert launch_config(128256, torch.bfloat16).block == 4096
+    assert launch_config(128256, torch.bfloat16, torch.float32).block == 2048
+    assert launch_config(128256, torch.bfloat16, warp_size=64).num_warps == 4
