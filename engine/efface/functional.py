@@ -108,7 +108,7 @@ def sequence_logprobs(
         bias: (V,) or None.
         softcap: Gemma-2's cap on the logits, or None.
         cu_seqlens: (S + 1), packed layout only.
-        backend: "auto", "native" (C++, CPU tensors) or "torch".
+        backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
 
     Returns:
         (B,) or (S,), in nats, float32 (float64 for float64 inputs).
@@ -190,7 +190,7 @@ def npo_loss(
         bias: see ``hidden``.
         softcap: see ``hidden``; it applies to both heads.
         cu_seqlens: see ``hidden``.
-        backend: "auto", "native" (C++, CPU tensors) or "torch".
+        backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
 
     Returns:
         A float32 scalar (float64 for float64 inputs).

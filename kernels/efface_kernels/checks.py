@@ -66,8 +66,8 @@ def check_softcap(softcap: float | None) -> None:
 def resolve_backend(backend: str, device: torch.device) -> str:
     """Return the implementation, ``"triton"``, ``"native"`` or ``"torch"``, that ``backend`` names on ``device``.
 
-    "auto" is Triton on CUDA, ROCm and XPU devices where it can be imported, native on the CPU, and torch elsewhere.
-    Where the extension is missing the CPU gets torch, with one warning.
+    "auto" is native on the CPU and torch elsewhere: the Triton passes have run in its interpreter only, and no device
+    gets them unasked before a GPU has tested them. Where the extension is missing the CPU gets torch, with one warning.
 
     Raises:
         ValueError: an unknown name, or a backend that this build or device does not have.
@@ -76,8 +76,6 @@ def resolve_backend(backend: str, device: torch.device) -> str:
         raise ValueError(f"`backend`: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "triton":
         _check_triton(device)
-        return "triton"
-    if backend == "auto" and device.type in triton_launch.DEVICES and triton_launch.IMPORTABLE:
         return "triton"
     if backend == "torch" or (backend == "auto" and device.type != "cpu"):
         return "torch"

@@ -98,7 +98,7 @@ def linear_logprob(
         bias: (V,), same dtype, or None.
         softcap: Gemma-2's cap on the logits, or None.
         chunk_rows: rows of logits alive at a time; None chooses from the device, V and the dtype.
-        backend: "auto", "native" (C++, CPU tensors) or "torch".
+        backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
 
     Returns:
         (N,), in nats, float32 (float64 for float64 inputs). Gradients have the dtypes of their inputs; those of

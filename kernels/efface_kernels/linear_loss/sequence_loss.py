@@ -163,7 +163,7 @@ def linear_sequence_loss(
         reference_sums: (S,) known L_ref instead, from a cache. Not both.
         chunk_rows: rows of logits alive at a time; None chooses from the device, V and the dtype. A sequence that is
             longer is looked at twice.
-        backend: "auto", "native" (C++, CPU tensors) or "torch".
+        backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
 
     Returns:
         SequenceLossOutput; ``loss`` may be scaled and added to other losses before ``backward``. float32 (float64

@@ -5,8 +5,8 @@ import torch
 from efface_kernels.triton_launch import LaunchConfig
 
 # Two 16-byte loads a thread and step in the widest dtype, eight warps of 32: blocks of 4096 entries in 2-byte dtypes,
-# 2048 in fp32. Compile-only (triton 3.7.1, 2026-11-21): 39 to 80 registers and no spills on sm_80, sm_90 and sm_100;
-# a bf16 row with an fp32 reference uses 16 bytes of stack on sm_80 at 4096.
+# 2048 in fp32. Compile-only (`python -m benchmarks.compile_only`, triton 3.7.1, 2026-11-21): 20 to 99 registers and no
+# spills on sm_80, sm_90 and sm_100; a bf16 row with an fp32 reference uses 16 bytes of stack on sm_80 at 4096.
 _BYTES_PER_THREAD = 32
 _THREADS = 256
 
