@@ -148,31 +148,23 @@ void row_pass(const Logits& logits, std::span<const std::int64_t> targets, bool 
     // fp64 rows keep nothing in scratch
     const std::int64_t widest = std::max(logits.vocabulary, reference.rows > 0 ? reference.vocabulary : 0);
     for_each_row(logits.rows, execution.threads, static_cast<std::size_t>(widest), [&](std::int64_t i, float* scratch) {
-        const std::int64_t target = targets[static_cast<std::size_t>(i)];
-        if (i < reference.rows) {
-            const Row row{.logits = row_of(reference, i),
+        const auto run = [&](const Logits& model, bool overwrite, void* out) {
+            const Row row{.logits = row_of(model, i),
                           .reference = nullptr,
-                          .vocabulary = reference.vocabulary,
-                          .target = target,
-                          .softcap = reference.softcap,
+                          .vocabulary = model.vocabulary,
+                          .target = targets[static_cast<std::size_t>(i)],
+                          .softcap = model.softcap,
                           .reference_softcap = 0,
                           .shift = 0,
-                          .gradient = false,
+                          .gradient = overwrite,
                           .scratch = scratch,
                           .reference_scratch = nullptr};
-            write(reference_logprobs, reference.element, i, table.logprob[index(reference.element)](row));
+            write(out, model.element, i, table.logprob[index(model.element)](row));
+        };
+        if (i < reference.rows) {
+            run(reference, false, reference_logprobs);
         }
-        const Row row{.logits = row_of(logits, i),
-                      .reference = nullptr,
-                      .vocabulary = logits.vocabulary,
-                      .target = target,
-                      .softcap = logits.softcap,
-                      .reference_softcap = 0,
-                      .shift = 0,
-                      .gradient = gradient,
-                      .scratch = scratch,
-                      .reference_scratch = nullptr};
-        write(logprobs, logits.element, i, table.logprob[index(logits.element)](row));
+        run(logits, gradient, logprobs);
     });
 }
 

@@ -1,6 +1,6 @@
 """Logits as the passes take them: a matrix and the cap that it has yet to go through."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,25 @@ class Logits:
             return z, None
         tanh = torch.tanh(z / self.softcap)
         return self.softcap * tanh, 1 - tanh * tanh
+
+    def row_vector(self) -> Tensor:
+        """Return an uninitialised (n,) vector of the accumulation dtype, for one result a row."""
+        values = self.values
+        return torch.empty(values.shape[0], dtype=accumulation_dtype(values.dtype), device=values.device)
+
+    def unit_stride(self) -> "Logits":
+        """Return the logits with their columns side by side in memory, as a copy where they are not."""
+        if self.values.stride(1) == 1:
+            return self
+        return Logits(self.values.contiguous(), self.softcap)
+
+
+def run_dense(logits: Logits, run: Callable[[Logits], None], *, writes: bool) -> None:
+    """Run a pass that wants unit stride, and that overwrites the logits if it ``writes``, on logits of any strides."""
+    dense = logits.unit_stride()
+    run(dense)
+    if writes and dense is not logits:
+        logits.values.copy_(dense.values)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

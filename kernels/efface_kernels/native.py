@@ -1,11 +1,9 @@
 """The border to the C++ passes: tensors become addresses. CPU tensors only; the callers checked everything else."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from efface_kernels.logits import Logits, accumulation_dtype
+from efface_kernels.logits import Logits, run_dense
 
 try:
     import efface_native
@@ -25,25 +23,10 @@ def describe(logits: Logits) -> Description:
     return values.data_ptr(), dtype, rows, vocabulary, values.stride(0), logits.softcap or 0.0
 
 
-def unit_stride(logits: Logits) -> Logits:
-    """Return the logits with their columns side by side in memory, as a copy where they are not."""
-    if logits.values.stride(1) == 1:
-        return logits
-    return Logits(logits.values.contiguous(), logits.softcap)
-
-
-def in_place(logits: Logits, run: Callable[[Logits], None]) -> None:
-    """Run a pass that overwrites logits, whatever their strides."""
-    dense = unit_stride(logits)
-    run(dense)
-    if dense is not logits:
-        logits.values.copy_(dense.values)
-
-
 def row_pass_native(logits: Logits, targets: Tensor, reference: Logits | None, gradient: bool) -> tuple[Tensor, ...]:
     """``row_pass_torch`` in C++."""
-    outputs = [_vector(logits)] if reference is None else [_vector(logits), _vector(reference)]
-    frozen = None if reference is None else unit_stride(reference)
+    outputs = [each.row_vector() for each in (logits, reference) if each is not None]
+    frozen = None if reference is None else reference.unit_stride()
 
     def run(dense: Logits) -> None:
         efface_native.row_pass(
@@ -56,7 +39,7 @@ def row_pass_native(logits: Logits, targets: Tensor, reference: Logits | None, g
             threads=torch.get_num_threads(),
         )
 
-    in_place(logits, run)
+    run_dense(logits, run, writes=gradient)
     return tuple(outputs)
 
 
@@ -64,8 +47,8 @@ def distribution_pass_native(
     logits: Logits, reference: Logits, targets: Tensor, shift: float, gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """``distribution_pass_torch`` in C++."""
-    divergence, entropy = _vector(logits), _vector(logits)
-    frozen = unit_stride(reference)
+    divergence, entropy = logits.row_vector(), logits.row_vector()
+    frozen = reference.unit_stride()
 
     def run(dense: Logits) -> None:
         efface_native.distribution_pass(
@@ -79,9 +62,5 @@ def distribution_pass_native(
             threads=torch.get_num_threads(),
         )
 
-    in_place(logits, run)
+    run_dense(logits, run, writes=gradient)
     return divergence, entropy
-
-
-def _vector(logits: Logits) -> Tensor:
-    return torch.empty(logits.values.shape[0], dtype=accumulation_dtype(logits.values.dtype))

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from efface.batching import TokenStore
+from efface.batching import PackedBatch, TokenStore
 from efface.cli.demo.tokenizer import train_tokenizer
 from efface.hf.arguments import UnlearnArguments
 
@@ -66,6 +66,24 @@ def sequence(store: TokenStore, index: int) -> tuple[torch.Tensor, torch.Tensor]
     labels = ids.clone()
     labels[: store.label_starts[index]] = -100
     return ids, labels
+
+
+def unlabelled(lengths: list[int]) -> PackedBatch:
+    """A batch without labels: attention has no use for them, and a one-token sequence can have none."""
+    generator = torch.Generator().manual_seed(len(lengths))
+    count, tokens = len(lengths), sum(lengths)
+    cu_seqlens = np.zeros((count + 2) // 2 * 2, np.int32)
+    cu_seqlens[1 : count + 1] = np.cumsum(lengths)
+    ids = torch.randint(3, VOCABULARY, (tokens,), generator=generator)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    sequences, roles = torch.arange(count), torch.zeros((count + 7) // 8, dtype=torch.int64)
+    storage = torch.cat([ids, positions, sequences, torch.from_numpy(cu_seqlens.view(np.int64)), roles])
+    return PackedBatch(storage, (count, tokens, 0), tuple(lengths), (0,) * (count + 1), 0)
+
+
+def separate(model: Any, batch: PackedBatch) -> torch.Tensor:
+    parts = batch.input_ids.split(batch.lengths)
+    return torch.cat([model(input_ids=ids[None], use_cache=False).logits[0] for ids in parts])
 
 
 def padded(store: TokenStore, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -4,24 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from efface_kernels import distribution_pass, triton_launch
+from efface_kernels import distribution_pass
 
 # NumPy warns of the −inf − −inf of lanes that the interpreted kernel then leaves out
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=["torch", "native", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        if not triton_launch.INTERPRETED:
-            pytest.skip("a GPU is here: Triton runs in tests/kernels/test_triton_*.py on its tensors")
-        values = getattr(request.node, "callspec", None)
-        if values and torch.bfloat16 in values.params.values():
-            pytest.skip("bf16 is for a GPU: Triton's interpreter rounds it wrongly")
-    return request.param
 
 
 def gold(logits: Tensor, reference: Tensor, targets: Tensor, shift: float, cap: float | None) -> tuple[Tensor, ...]:

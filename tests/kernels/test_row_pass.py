@@ -5,21 +5,8 @@ import os
 import pytest
 import torch
 
-from efface_kernels import checks, native, row_pass, triton_launch
+from efface_kernels import checks, native, row_pass
 from efface_kernels import logits as logits_module
-
-
-@pytest.fixture(params=["torch", "native", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        if not triton_launch.INTERPRETED:
-            pytest.skip("a GPU is here: Triton runs in tests/kernels/test_triton_*.py on its tensors")
-        # the interpreter rounds bf16 wrongly
-        values = getattr(request.node, "callspec", None)
-        if "bf16" in request.node.name or (values and torch.bfloat16 in values.params.values()):
-            pytest.skip("bf16 is for a GPU: Triton's interpreter rounds it wrongly")
-    return request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

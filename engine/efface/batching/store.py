@@ -81,7 +81,7 @@ class TokenStore:
         """(sequences,) position of the first label of each sequence."""
         return _joined(starts for _, _, starts in self.chunks)
 
-    @property
+    @cached_property
     def label_counts(self) -> NDArray[np.int64]:
         """(sequences,) label tokens of each sequence; the first token is never predicted."""
         return self.lengths - np.maximum(self.label_starts, 1)

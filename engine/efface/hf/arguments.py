@@ -65,4 +65,6 @@ class UnlearnArguments(TrainingArguments):
     chunk_rows: int | None = field(
         default=None, metadata={"help": "rows of logits alive at a time in the loss; default: chosen from the model"}
     )
-    loss_backend: str = field(default="auto", metadata={"help": "implementation of the loss: auto, native or torch"})
+    loss_backend: str = field(
+        default="auto", metadata={"help": "implementation of the loss: auto, native, triton or torch"}
+    )

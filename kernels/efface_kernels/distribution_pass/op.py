@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from efface_kernels.checks import (
@@ -16,8 +15,8 @@ from efface_kernels.checks import (
 )
 from efface_kernels.distribution_pass.config import launch_config
 from efface_kernels.distribution_pass.reference import distribution_pass_torch
-from efface_kernels.logits import Logits, accumulation_dtype
-from efface_kernels.native import distribution_pass_native, in_place, unit_stride
+from efface_kernels.logits import Logits, run_dense
+from efface_kernels.native import distribution_pass_native
 from efface_kernels.triton_launch import on_device, warp_size
 
 
@@ -38,10 +37,8 @@ def distribution_pass_triton(
 
     values = logits.values
     rows, vocabulary = values.shape
-    divergence, entropy = (
-        torch.empty(rows, dtype=accumulation_dtype(values.dtype), device=values.device) for _ in range(2)
-    )
-    frozen = unit_stride(reference)
+    divergence, entropy = logits.row_vector(), logits.row_vector()
+    frozen = reference.unit_stride()
 
     def run(dense: Logits) -> None:
         if rows == 0:  # an empty grid is a launch error
@@ -65,10 +62,7 @@ def distribution_pass_triton(
                 num_warps=config.num_warps,
             )
 
-    if gradient:
-        in_place(logits, run)
-    else:
-        run(unit_stride(logits))
+    run_dense(logits, run, writes=gradient)
     return divergence, entropy
 
 

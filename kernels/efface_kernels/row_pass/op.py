@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from efface_kernels.checks import (
@@ -14,8 +13,8 @@ from efface_kernels.checks import (
     check_targets,
     resolve_backend,
 )
-from efface_kernels.logits import Logits, accumulation_dtype
-from efface_kernels.native import in_place, row_pass_native, unit_stride
+from efface_kernels.logits import Logits, run_dense
+from efface_kernels.native import row_pass_native
 from efface_kernels.row_pass.config import launch_config
 from efface_kernels.row_pass.reference import row_pass_torch
 from efface_kernels.triton_launch import on_device, warp_size
@@ -32,8 +31,8 @@ def row_pass_triton(logits: Logits, targets: Tensor, reference: Logits | None, g
     """``row_pass_torch`` in Triton."""
     from efface_kernels.row_pass.kernel import row_pass_kernel  # Triton is imported when a kernel first runs
 
-    frozen = None if reference is None else unit_stride(reference)
-    outputs = [_vector(logits)] if frozen is None else [_vector(logits), _vector(frozen)]
+    frozen = None if reference is None else reference.unit_stride()
+    outputs = [each.row_vector() for each in (logits, frozen) if each is not None]
 
     def run(dense: Logits) -> None:
         rows, vocabulary = dense.values.shape
@@ -60,16 +59,8 @@ def row_pass_triton(logits: Logits, targets: Tensor, reference: Logits | None, g
                 num_warps=config.num_warps,
             )
 
-    if gradient:
-        in_place(logits, run)
-    else:
-        run(unit_stride(logits))
+    run_dense(logits, run, writes=gradient)
     return tuple(outputs)
-
-
-def _vector(logits: Logits) -> Tensor:
-    values = logits.values
-    return torch.empty(values.shape[0], dtype=accumulation_dtype(values.dtype), device=values.device)
 
 
 def row_pass(

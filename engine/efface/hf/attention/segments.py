@@ -34,7 +34,8 @@ def segment_attention(
     """
     if query.device.type == "cpu" and query.dtype in {torch.float16, torch.bfloat16}:
         # SDPA's backward is slow in bf16 on CPUs: in fp32, casts included, forward and backward together took 0.48 to
-        # 0.78 of the time (16 to 150 sequences of 20 to 140 tokens, one core with AVX512-BF16), and round less.
+        # 0.78 of the time (16 to 150 sequences of 20 to 140 tokens, a core of an EPYC 9004, 2026-11-21). It also
+        # rounds less.
         with torch.autocast("cpu", enabled=False):
             out = _by_segment(query.float(), key.float(), value.float(), lengths, scale, window, softcap, dropout)
         return out.to(query.dtype)
