@@ -61,7 +61,10 @@ def test_plan_prints_what_an_epoch_holds(
     assert 0 <= alone["padding_saved"] < 1
     assert 0 < alone["efficiency_with_last"] <= 1
     assert main(words) == 0
-    assert "an epoch over 3 forget and 2 retain sequences" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "an epoch over 3 forget and 2 retain sequences" in shown
+    assert f"{alone['tokens']:,}" in shown
+    assert "…" not in shown  # nothing is cut off where no terminal says how wide it is
     assert main([*words[:5], "--processes", "0"]) == 2
     assert "`world_size`: expected 1 .. 65536, got 0" in capsys.readouterr().err
     assert main([*words[:5], "--forget-filter", "topic_id=3"]) == 2

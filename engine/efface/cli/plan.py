@@ -112,7 +112,15 @@ def run(argv: Sequence[str]) -> int:
 def _table(rows: Sequence[dict[str, Any]], forget: int, retain: int) -> Table:
     title = f"an epoch over {forget:,} forget and {retain:,} retain sequences"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
-    headings = ("processes", "steps", "passes a step", "tokens", "padding saved", "budget filled", "with last")
+    headings = (
+        "processes",
+        "steps",
+        "passes",
+        "tokens",
+        "no padding",
+        "filled",
+        "with last",
+    )  # 80 columns, as in a pipe
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
@@ -126,5 +134,8 @@ def _table(rows: Sequence[dict[str, Any]], forget: int, retain: int) -> Table:
             filled,
             f"{row['efficiency_with_last']:.1%}",
         )
-    table.caption = "budget filled: without each process's last forward pass of a step, which holds what is left over"
+    table.caption = (
+        "passes: forward passes of a process in a step. no padding: tokens saved against padded steps. filled: of the "
+        "token budget, without each process's last pass of a step, which holds what is left over"
+    )
     return table
