@@ -30,7 +30,8 @@ struct EpochSettings {
 
 // P pairs in order; step k owns the pairs k * pairs_per_step and on. Micro-batch b owns the items
 // batch_offsets[b] .. batch_offsets[b + 1]; step k the micro-batches step_offsets[k] .. step_offsets[k + 1], of which
-// those of rank r are every world_size-th from r on. Within a micro-batch: forget, alternate, retain, each in order.
+// those of rank r are every world_size-th from r on. Within a micro-batch: forget, each followed by its alternate if
+// there are any; then retain.
 struct EpochPlan {
     std::vector<std::int64_t> forget;  // (P), empty where the forget set is
     std::vector<std::int64_t> retain;  // (P), empty where the retain set is

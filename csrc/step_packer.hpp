@@ -177,15 +177,15 @@ class StepPacker {
                 put(retain++, Role::retain, unit.sequence);
                 continue;
             }
-            if (alternates_) {
-                put(forget + bins_[bin_of_[i]].forget, Role::alternate, unit.sequence);
-            }
             put(forget++, Role::forget, unit.sequence);
+            if (alternates_) {
+                put(forget++, Role::alternate, unit.sequence);
+            }
         }
     }
 
     struct Cursors {
-        std::size_t forget;
+        std::size_t forget;  // and alternate
         std::size_t retain;
     };
 

@@ -132,6 +132,16 @@ def npo(sequence_sums: list[Tensor], reference_sums: list[Tensor], beta: float) 
     return total / len(sequence_sums)
 
 
+def dpo(sequence_sums: list[Tensor], reference_sums: list[Tensor], pairs: int, beta: float) -> Tensor:
+    """Rafailov et al. 2023, equation 7, times 2/β: sequence 2i loses against 2i + 1. Summed over the pairs."""
+    total = torch.zeros((), dtype=sequence_sums[0].dtype)
+    for loser in range(0, 2 * pairs, 2):
+        lost = sequence_sums[loser] - reference_sums[loser]
+        won = sequence_sums[loser + 1] - reference_sums[loser + 1]
+        total = total - 2 / beta * sigmoid_log(beta * (won - lost))
+    return total
+
+
 def simnpo(sequence_sums: list[Tensor], lengths: tuple[int, ...], beta: float, delta: float) -> Tensor:
     """Fan et al. 2024, equation 4."""
     total = torch.zeros((), dtype=sequence_sums[0].dtype)

@@ -207,7 +207,15 @@ void check_plan(const efface::EpochPlan& plan, const std::array<std::vector<std:
                 if (plan.roles[i] != 2) {
                     units.push_back(plan.sequences[i]);
                 }
+                const int before = i == static_cast<std::size_t>(plan.batch_offsets[b]) ? -1 : plan.roles[i - 1];
+                const bool alternate = alternates && before == 0;
+                expect(alternate == (plan.roles[i] == 2), "an alternate is not behind a forget sequence");
+                expect(!alternate || plan.sequences[i - 1] == plan.sequences[i], "an alternate of another sequence");
+                expect(before != 1 || plan.roles[i] == 1, "a retain sequence before a forget sequence");
             }
+            expect(!alternates || plan.batch_offsets[b] == plan.batch_offsets[b + 1] ||
+                       plan.roles[static_cast<std::size_t>(plan.batch_offsets[b + 1]) - 1] != 0,
+                   "a forget sequence without its alternate");
             expect(tokens == plan.batch_tokens[b], "batch_tokens");
             expect(tokens <= settings.token_budget || units.size() == 1, "a micro-batch exceeds the budget");
             ranks[(b - first) % ranks.size()] += tokens;

@@ -221,7 +221,7 @@ def test_packing_by_items_is_packing() -> None:
     same(pack_items(STORES, roles, np.array([4, 3, 1])), pack(*STORES, [4], [3, 1]))
 
 
-def test_alternates_stand_between_forget_and_retain_beside_their_own_forget_sequence() -> None:
+def test_an_alternate_follows_its_own_forget_sequence_and_retain_comes_last() -> None:
     stores = (*STORES, random_store(23, seed=3))
     lengths = [store.lengths for store in stores]
     settings = {"pairs_per_step": 8, "token_budget": 80, "world_size": 2, "seed": 0, "epoch": 0}
@@ -232,8 +232,8 @@ def test_alternates_stand_between_forget_and_retain_beside_their_own_forget_sequ
         for batch in Assembler(plan, stores, rank=rank)[0].batches:
             roles, sequences = batch.roles.tolist(), batch.sequences.tolist()
             count = roles.count(Role.FORGET)
-            assert roles == [Role.FORGET] * count + [Role.ALTERNATE] * count + [Role.RETAIN] * (len(roles) - 2 * count)
-            assert sequences[:count] == sequences[count : 2 * count]
+            assert roles == [Role.FORGET, Role.ALTERNATE] * count + [Role.RETAIN] * (len(roles) - 2 * count)
+            assert sequences[: 2 * count : 2] == sequences[1 : 2 * count : 2]
             part = batch.forget_part()
             assert part.roles.tolist() == roles[: 2 * count]
             same(part, pack_items(stores, part.roles.numpy(), part.sequences.numpy()))

@@ -8,25 +8,34 @@ from hypothesis import strategies as st
 from efface_kernels.linear_loss.chunks import default_chunk_rows, plan_rows, plan_sequences
 
 
-@given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 50))
-def test_chunks_cover_whole_sequences_in_order_within_the_workspace(lengths: list[int], chunk_rows: int) -> None:
+@given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 50), st.integers(0, 15))
+def test_chunks_cover_whole_sequences_in_order_within_the_workspace(
+    lengths: list[int], chunk_rows: int, pairs: int
+) -> None:
+    pairs = min(pairs, len(lengths) // 2)
     offsets = [0]
     for length in lengths:
         offsets.append(offsets[-1] + length)
-    chunks = plan_sequences(offsets, chunk_rows)
+    chunks = plan_sequences(offsets, chunk_rows, pairs)
+
+    def behind(sequence: int) -> int:
+        """What cannot be separated from a sequence that begins a chunk ends here."""
+        return sequence + (2 if sequence < 2 * pairs else 1)
+
     sequence, row = 0, 0
     for chunk in chunks:
         assert chunk.first == sequence < chunk.last
+        assert sequence >= 2 * pairs or sequence % 2 == 0
         assert chunk.rows == slice(offsets[chunk.first], offsets[chunk.last])
         for start, stop in chunk.pieces:
             assert start == row < stop <= start + chunk_rows
             row = stop
-        # several pieces only where one sequence does not fit
-        assert len(chunk.pieces) == 1 or chunk.last == chunk.first + 1
+        # several pieces only where one sequence or pair does not fit
+        assert len(chunk.pieces) == 1 or chunk.last == behind(chunk.first)
         sequence = chunk.last
     assert (sequence, row) == (len(lengths), offsets[-1])
     for left, right in itertools.pairwise(chunks):
-        assert offsets[right.first + 1] - offsets[left.first] > chunk_rows  # greedy: none would have fitted
+        assert offsets[behind(right.first)] - offsets[left.first] > chunk_rows  # greedy: none would have fitted
 
 
 def test_rows_are_cut_anywhere_without_a_weight_gradient() -> None:

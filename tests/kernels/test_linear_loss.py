@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 from efface.objectives.base import nll_terms
+from efface.objectives.dpo import dpo_terms
 from efface.objectives.grad_ascent import grad_ascent_terms
 from efface.objectives.npo import npo_terms
 from efface.objectives.simnpo import simnpo_terms
@@ -27,7 +28,9 @@ from oracle import CASES, Case, Problem
 BACKENDS = ("torch", "native")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BETA, DELTA = 0.3, 0.1
-OBJECTIVES = ("nll", "grad_ascent", "npo live", "npo cached", "simnpo", "graddiff")
+# Four sums cancel in DPO's margin: with its usual β the loss is large beside their rounding, as in a run.
+DPO_BETA = 0.1
+OBJECTIVES = ("nll", "grad_ascent", "npo live", "npo cached", "dpo live", "dpo cached", "simnpo", "graddiff")
 UPSTREAM = 0.7
 
 
@@ -50,6 +53,10 @@ def oracle_loss(objective: str, case: Case, problem: Problem) -> Tensor:
             return values.sum() / n
         case "npo live" | "npo cached":
             return oracle.npo(sequence_sums, reference_sums(problem, case.softcap), BETA)
+        case "dpo live" | "dpo cached":
+            pairs = len(sequence_sums) // 2  # an odd sequence at the end is kept
+            alone = sequence_sums[2 * pairs :]
+            return oracle.dpo(sequence_sums, reference_sums(problem, case.softcap), pairs, DPO_BETA) - sum(alone) / n
         case "simnpo":
             return oracle.simnpo(sequence_sums, case.lengths, BETA, DELTA)
         case "graddiff":  # even sequences are forgotten, odd ones kept, with weights of their own
@@ -61,11 +68,20 @@ def oracle_loss(objective: str, case: Case, problem: Problem) -> Tensor:
 def term_function(objective: str, case: Case) -> Callable[[Sequences], Tensor]:
     n, sequences = sum(case.lengths), len(case.lengths)
     even = torch.arange(sequences) % 2 == 0
+    alternate = ~even
+    alone = torch.arange(sequences) >= sequences // 2 * 2
+
+    def dpo(s: Sequences) -> Tensor:
+        terms = dpo_terms(s, beta=DPO_BETA).masked_fill(s.own(alternate), 0)
+        return torch.where(s.own(alone), nll_terms(s) / n, terms)
+
     return {
         "nll": lambda s: nll_terms(s) / n,
         "grad_ascent": lambda s: grad_ascent_terms(s) / n,
         "npo live": lambda s: npo_terms(s, beta=BETA) / sequences,
         "npo cached": lambda s: npo_terms(s, beta=BETA) / sequences,
+        "dpo live": dpo,
+        "dpo cached": dpo,
         "simnpo": lambda s: simnpo_terms(s, beta=BETA, delta=DELTA) / sequences,
         "graddiff": lambda s: torch.where(s.own(even), grad_ascent_terms(s), 2 * nll_terms(s)) / n,
     }[objective]
@@ -73,9 +89,9 @@ def term_function(objective: str, case: Case) -> Callable[[Sequences], Tensor]:
 
 def our_loss(objective: str, case: Case, problem: Problem, backend: str = "auto") -> Tensor:
     reference, cached = None, None
-    if objective == "npo live":
+    if objective in ("npo live", "dpo live"):
         reference = ReferenceRows(problem.reference_hidden, Head(problem.reference_weight, None, case.softcap))
-    if objective == "npo cached":
+    if objective in ("npo cached", "dpo cached"):
         cached = torch.stack(reference_sums(problem, case.softcap))
     return linear_sequence_loss(
         problem.hidden,
@@ -83,6 +99,7 @@ def our_loss(objective: str, case: Case, problem: Problem, backend: str = "auto"
         problem.targets,
         problem.offsets,
         term_function(objective, case),
+        pairs=len(case.lengths) // 2 if objective.startswith("dpo") else 0,
         bias=problem.bias,
         softcap=case.softcap,
         reference=reference,
@@ -128,7 +145,7 @@ def test_gradcheck(backend: str, case: Case) -> None:
     def loss(*tensors: Tensor) -> Tensor:
         given = dict(zip(leaves, tensors, strict=True))
         mixed = Problem(**{**vars(problem), **given})
-        return our_loss("npo live", case, mixed, backend) + our_loss("simnpo", case, mixed, backend)
+        return sum(our_loss(name, case, mixed, backend) for name in ("npo live", "dpo live", "simnpo"))
 
     assert torch.autograd.gradcheck(loss, tuple(leaves.values()), fast_mode=backend == "native")
 
@@ -210,6 +227,34 @@ def test_the_chunk_size_changes_nothing_beyond_rounding(chunk_rows: int) -> None
     wanted = gradients(expected, problem)
     for name, gradient in gradients(got, problem).items():
         torch.testing.assert_close(gradient, wanted[name], rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize("chunk_rows", [1, 2, 3, 5, 8, 100])
+def test_a_pair_is_never_separated(chunk_rows: int, frozen_head: bool) -> None:
+    whole = Case("whole", (3, 6, 1, 4, 2), bias=True)
+    cut = Case("cut", whole.lengths, bias=True, chunk_rows=chunk_rows)
+    problem = oracle.make(whole, torch.float64)
+    expected = our_loss("dpo live", whole, problem)
+    expected_gradients = gradients(expected, problem)
+    for leaf in (problem.weight, problem.bias) if frozen_head else ():
+        leaf.requires_grad_(False)
+    got = our_loss("dpo live", cut, problem)
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=0)
+    leaves = {name: leaf for name, leaf in problem.leaves().items() if leaf.requires_grad}
+    for name, gradient in zip(leaves, torch.autograd.grad(UPSTREAM * got, list(leaves.values())), strict=True):
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-11, atol=1e-13)
+
+
+def test_a_term_sees_the_sequence_behind_its_own() -> None:
+    offsets = torch.tensor([0, 2, 3, 6])
+    logprobs = torch.arange(6.0).requires_grad_()
+    sequences = Sequences(logprobs, offsets)
+    assert sequences.following(sequences.sums).tolist() == [2, 12, 1]
+    sequences.following(sequences.sums)[0].backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == [0, 0, 1, 0, 0, 0]
+    assert len(sequences.following(torch.ones(0))) == 0
 
 
 def test_the_packing_order_changes_nothing_beyond_rounding() -> None:
@@ -460,6 +505,8 @@ def _arguments() -> dict[str, object]:
             r"token ids in 0 .. 4",
         ),
         ({"softcap": 0.0}, ValueError, "`softcap`: expected a positive number"),
+        ({"pairs": 1}, ValueError, "`pairs`: expected at most half of the 1 sequences, got 1"),
+        ({"pairs": -1}, ValueError, "`pairs`: .* got -1"),
         ({"chunk_rows": 0}, ValueError, "`chunk_rows`: expected at least 1"),
         ({"backend": "cuda"}, ValueError, "`backend`: expected one of 'auto'"),
     ],

@@ -118,7 +118,7 @@ def plan_epoch(
         epoch: from 0.
         retain_sampling: "random": each pair draws from the whole retain set; "cycle": shuffled rounds over the retain
             set, going on from epoch to epoch; "paired": retain sequence i goes with forget sequence i.
-        alternates: (F,) tokens of the alternate answer of each forget sequence, which shares its micro-batch.
+        alternates: (F,) tokens of the alternate answer of each forget sequence, which it follows in the micro-batch.
         drop_last: leave out a last step of fewer pairs.
 
     Raises:

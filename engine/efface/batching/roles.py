@@ -9,7 +9,7 @@ class Role(IntEnum):
 
     FORGET = 0
     RETAIN = 1
-    ALTERNATE = 2  # the answer that a forget sequence should have had (DPO); shares its micro-batch
+    ALTERNATE = 2  # the answer that a forget sequence should have had (DPO); stands right behind it
     IDLE = 3  # weighs nothing; keeps a rank busy that has no share of a step
 
 

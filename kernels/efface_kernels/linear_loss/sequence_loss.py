@@ -34,6 +34,7 @@ class SequenceLossOutput(NamedTuple):
 class _Options:
     terms: TermFunction
     row_offsets: tuple[int, ...]
+    pairs: int
     softcap: float | None
     reference: ReferenceRows | None
     reference_sums: Tensor | None
@@ -96,7 +97,7 @@ class _LinearSequenceLoss(torch.autograd.Function):
         wanted = Wanted(*ctx.needs_input_grad[:3])
         n, sequences = hidden.shape[0], len(options.row_offsets) - 1
         if wanted.head:
-            chunks = plan_sequences(options.row_offsets, options.chunk_rows)
+            chunks = plan_sequences(options.row_offsets, options.chunk_rows, options.pairs)
         else:
             chunks = plan_rows(sequences, n, options.chunk_rows)
         rule = _Rule(options, hidden.device, torch.float64 if hidden.dtype == torch.float64 else torch.float32)
@@ -133,6 +134,7 @@ def linear_sequence_loss(
     row_offsets: Tensor | Sequence[int],
     terms: TermFunction,
     *,
+    pairs: int = 0,
     bias: Tensor | None = None,
     softcap: float | None = None,
     reference: ReferenceRows | None = None,
@@ -148,7 +150,7 @@ def linear_sequence_loss(
         loss = terms(Sequences(logprobs, row_offsets, 0, reference_sums)).sum()
 
     but the logits of a chunk are made once, and only one chunk of them is ever alive. ``terms`` is called once a
-    chunk with whole sequences; a term may depend on its own sequence only.
+    chunk with whole sequences; a term may depend on its own sequence only, or on its pair.
 
     Args:
         hidden: (N, D) hidden states of the label rows, float16, bfloat16, float32 or float64.
@@ -157,12 +159,14 @@ def linear_sequence_loss(
         row_offsets: (S + 1) int64, ascending from 0 to N, each sequence with at least one row. Give it on the CPU
             (or as a list): a device tensor is read back once, which synchronises.
         terms: maps ``Sequences`` of s sequences to their s loss terms; plain torch, differentiated by autograd.
+        pairs: the first 2 · ``pairs`` sequences come in pairs, (2i, 2i + 1), that share a chunk
+            (``Sequences.following``).
         bias: (V,), same dtype, or None.
         softcap: Gemma-2's cap on the logits, or None.
         reference: a live reference for the first M rows; its logits are read in the same pass.
         reference_sums: (S,) known L_ref instead, from a cache. Not both.
-        chunk_rows: rows of logits alive at a time; None chooses from the device, V and the dtype. A sequence that is
-            longer is looked at twice.
+        chunk_rows: rows of logits alive at a time; None chooses from the device, V and the dtype. A sequence or pair
+            that is longer is looked at twice.
         backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
 
     Returns:
@@ -171,14 +175,19 @@ def linear_sequence_loss(
 
     Raises:
         TypeError: dtypes that differ, or targets that are not int64.
-        ValueError: shapes that do not fit, offsets that do not ascend, a sequence without rows, a target out of the
-            vocabulary, tensors on different devices.
+        ValueError: shapes that do not fit, offsets that do not ascend, a sequence without rows, more pairs than
+            sequences, a target out of the vocabulary, tensors on different devices.
     """
     hidden, head = Head(weight, bias, softcap).under_autocast(hidden)
     head.check(hidden)
     check_targets(targets, hidden.shape[0], head.vocabulary)
     check_same_device(hidden=hidden, targets=targets, reference_sums=reference_sums)
     offsets = _checked_offsets(row_offsets, hidden.shape[0])
+    if not 0 <= 2 * pairs <= len(offsets) - 1:
+        raise ValueError(
+            f"`pairs`: expected at most half of the {len(offsets) - 1} sequences, got {pairs}; pairs are the sequences "
+            "(0, 1), (2, 3), …, before all others"
+        )
     if reference is not None:
         reference = _checked_reference(reference, targets, offsets)
         if reference_sums is not None:
@@ -189,6 +198,7 @@ def linear_sequence_loss(
     options = _Options(
         terms,
         offsets,
+        pairs,
         softcap,
         reference,
         reference_sums,
