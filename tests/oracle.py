@@ -98,15 +98,34 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
     )
 
 
-def logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None) -> Tensor:
-    """ℓ (N,), row by row from materialised logits."""
+def capped_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    """Materialised logits (N, V), after the cap."""
     logits = hidden @ weight.T
     if bias is not None:
         logits = logits + bias
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()  # what eager training does
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def divergences(logits: Tensor, frozen: Tensor, targets: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+    """KL(q‖p) and the entropy of q, row by row; the target's frozen logit is lowered by ``shift``."""
+    kl, entropy = [], []
+    for i in range(len(targets)):
+        z, zr = logits[i], frozen[i].clone()
+        zr[targets[i]] -= shift
+        log_p = z - z.max().detach() - torch.log(torch.exp(z - z.max().detach()).sum())
+        log_q = zr - zr.max() - torch.log(torch.exp(zr - zr.max()).sum())
+        kl.append((torch.exp(log_q) * (log_q - log_p)).sum())
+        entropy.append(-(torch.exp(log_q) * log_q).sum())
+    if not kl:
+        return logits.sum(1), logits.sum(1)
+    return torch.stack(kl), torch.stack(entropy)
+
+
+def logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None) -> Tensor:
+    """ℓ (N,), row by row from materialised logits."""
+    logits = capped_logits(hidden, weight, bias, softcap)
     rows = []
     for i in range(len(targets)):
         shifted = logits[i] - logits[i].max().detach()
@@ -148,6 +167,15 @@ def simnpo(sequence_sums: list[Tensor], lengths: tuple[int, ...], beta: float, d
     for policy, length in zip(sequence_sums, lengths, strict=True):
         total = total - 2 / beta * sigmoid_log(-beta / length * policy - beta * delta)
     return total / len(sequence_sums)
+
+
+def exact(problem: Problem) -> Problem:
+    """The same, already rounded, numbers in fp64."""
+    doubled = Problem(**vars(problem))
+    for name, tensor in vars(problem).items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            setattr(doubled, name, tensor.detach().double().requires_grad_(tensor.requires_grad))
+    return doubled
 
 
 def rms(tensor: Tensor) -> float:

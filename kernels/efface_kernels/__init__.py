@@ -6,10 +6,12 @@ N label rows, D hidden size, V vocabulary, S sequences; ``z`` logits, ``ℓ`` lo
 
 from efface_kernels.distribution_pass import DistributionPassOutput, distribution_pass
 from efface_kernels.linear_loss import (
+    DistributionLossOutput,
     Head,
     ReferenceRows,
     SequenceLossOutput,
     Sequences,
+    linear_distribution_loss,
     linear_logprob,
     linear_sequence_loss,
 )
@@ -17,6 +19,7 @@ from efface_kernels.memory import release_workspaces
 from efface_kernels.row_pass import RowPassOutput, row_pass
 
 __all__ = [
+    "DistributionLossOutput",
     "DistributionPassOutput",
     "Head",
     "ReferenceRows",
@@ -24,6 +27,7 @@ __all__ = [
     "SequenceLossOutput",
     "Sequences",
     "distribution_pass",
+    "linear_distribution_loss",
     "linear_logprob",
     "linear_sequence_loss",
     "release_workspaces",

@@ -51,6 +51,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def power_of_two(values: Tensor, dim: int | tuple[int, ...] = ()) -> Tensor:
+    """Return 2^k ≥ max|values| over ``dim`` (all of them by default), on the device; 1 where all values are 0."""
+    peak = values.abs().amax(dim)
+    return torch.where(peak > 0, torch.exp2(torch.ceil(torch.log2(peak))), 1.0)
+
+
 def row_blocks(values: Tensor) -> Iterator[slice]:
     """Yield slices of rows small enough for the torch passes' temporaries."""
     block = max(1, _BLOCK_ELEMENTS // max(1, values.shape[1]))

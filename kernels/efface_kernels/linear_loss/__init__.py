@@ -1,8 +1,18 @@
 """The lm_head and its loss as one operation, chunk by chunk."""
 
+from efface_kernels.linear_loss.distribution_loss import DistributionLossOutput, linear_distribution_loss
 from efface_kernels.linear_loss.head import Head, ReferenceRows
 from efface_kernels.linear_loss.logprob import linear_logprob
 from efface_kernels.linear_loss.sequence_loss import SequenceLossOutput, linear_sequence_loss
 from efface_kernels.linear_loss.sequences import Sequences
 
-__all__ = ["Head", "ReferenceRows", "SequenceLossOutput", "Sequences", "linear_logprob", "linear_sequence_loss"]
+__all__ = [
+    "DistributionLossOutput",
+    "Head",
+    "ReferenceRows",
+    "SequenceLossOutput",
+    "Sequences",
+    "linear_distribution_loss",
+    "linear_logprob",
+    "linear_sequence_loss",
+]

@@ -35,6 +35,11 @@ def default_chunk_rows(device: str, vocabulary: int, itemsize: int) -> int:
     return min(max(budget // (vocabulary * itemsize), low), high)
 
 
+def largest_piece(chunks: Sequence[Chunk]) -> int:
+    """Return the rows of logits that are alive at a time."""
+    return max((stop - start for chunk in chunks for start, stop in chunk.pieces), default=0)
+
+
 def _pieces(start: int, stop: int, chunk_rows: int) -> tuple[tuple[int, int], ...]:
     return tuple((row, min(row + chunk_rows, stop)) for row in range(start, stop, chunk_rows))
 
@@ -64,3 +69,8 @@ def plan_sequences(row_offsets: Sequence[int], chunk_rows: int, pairs: int = 0) 
 def plan_rows(sequences: int, rows: int, chunk_rows: int) -> list[Chunk]:
     """Return one chunk of all sequences in pieces that ignore their borders: exact wherever no dW is wanted."""
     return [Chunk(0, sequences, _pieces(0, rows, chunk_rows))] if rows else []
+
+
+def plan_pieces(rows: int, chunk_rows: int) -> list[Chunk]:
+    """Return chunks of one piece each, for coefficients that are known beforehand: one look is always enough."""
+    return [Chunk(0, 1, (piece,)) for piece in _pieces(0, rows, chunk_rows)]

@@ -42,9 +42,23 @@ class Head:
     def logits(self, hidden: Tensor, workspace: Tensor) -> Tensor:
         """Write the uncapped logits of ``hidden`` (n, D) into the first n rows of ``workspace`` and return them."""
         out = workspace[: hidden.shape[0]]  # (n, V)
+        if out.dtype != hidden.dtype:  # only where ``writing`` said so
+            torch.mm(hidden, self.weight.t(), out_dtype=out.dtype, out=out)
+            return out if self.bias is None else out.add_(self.bias)
         if self.bias is None:
             return torch.mm(hidden, self.weight.t(), out=out)
         return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+
+    def writing(self, dtype: torch.dtype) -> "Head":
+        """Return the head that writes logits of ``dtype``: this one, or a copy with its parameters in ``dtype``.
+
+        CUDA has a GEMM that reads half precision and writes float32 (ROCm's is refused by torch 2.8). Elsewhere hidden
+        states must be cast as well.
+        """
+        device = self.weight.device.type
+        if self.weight.dtype == dtype or (device == "cuda" and torch.version.hip is None and dtype == torch.float32):
+            return self
+        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.softcap)
 
     def under_autocast(self, hidden: Tensor) -> tuple[Tensor, "Head"]:
         """Cast as ``torch.nn.functional.linear`` would inside ``torch.autocast``; gradients keep their dtypes."""
@@ -67,3 +81,8 @@ class ReferenceRows:
 
     hidden: Tensor
     head: Head
+
+    @torch.no_grad()
+    def under_autocast(self) -> "ReferenceRows":
+        """Cast as ``Head.under_autocast`` does."""
+        return ReferenceRows(*self.head.under_autocast(self.hidden.detach()))

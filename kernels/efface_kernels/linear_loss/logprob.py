@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from efface_kernels.checks import check_same_device, check_targets, resolve_backend
-from efface_kernels.linear_loss.chunks import Chunk, default_chunk_rows, plan_rows
+from efface_kernels.linear_loss.chunks import default_chunk_rows, plan_pieces
 from efface_kernels.linear_loss.head import Head
+from efface_kernels.linear_loss.look import RowLook
 from efface_kernels.linear_loss.loop import Gradients, Wanted, run_loop
 from efface_kernels.row_pass import row_pass
 
@@ -36,8 +37,10 @@ class _LinearLogprob(torch.autograd.Function):
             ctx.save_for_backward(hidden, weight, bias, targets, p)
             return out.logprobs
         ctx.save_for_backward(hidden, weight, bias, targets, None)
-        chunks = plan_rows(1, hidden.shape[0], options.chunk_rows)
-        return run_loop(hidden, head, targets, chunks, wanted=Wanted(), backend=options.backend).logprobs
+        chunks = plan_pieces(hidden.shape[0], options.chunk_rows)
+        look = RowLook(hidden, head, targets, chunks, backend=options.backend)
+        run_loop(hidden, head, look, chunks, wanted=Wanted())
+        return look.logprobs
 
     @staticmethod
     @once_differentiable
@@ -53,18 +56,11 @@ class _LinearLogprob(torch.autograd.Function):
                 if wanted.head:
                     gradients.add_head(slice(None), p, upstream)
             else:
-                # The coefficients are known: every piece is a chunk of its own, one look each.
-                pieces = plan_rows(1, hidden.shape[0], options.chunk_rows)
-                chunks = [Chunk(0, 1, (piece,)) for chunk in pieces for piece in chunk.pieces]
-                gradients = run_loop(
-                    hidden,
-                    head,
-                    targets,
-                    chunks,
-                    wanted=wanted,
-                    rule=lambda chunk, _logprobs, _reference: upstream[chunk.rows],
-                    backend=options.backend,
-                ).gradients
+                chunks = plan_pieces(hidden.shape[0], options.chunk_rows)
+                look = RowLook(hidden, head, targets, chunks, backend=options.backend)
+                _, gradients = run_loop(
+                    hidden, head, look, chunks, wanted=wanted, rule=lambda chunk: upstream[chunk.rows]
+                )
             return (*gradients.finish(upstream, keep=False), None, None)
 
 
@@ -112,16 +108,18 @@ def linear_logprob(
     head.check(hidden)
     check_targets(targets, hidden.shape[0], head.vocabulary)
     check_same_device(hidden=hidden, targets=targets)
-    options = _Options(softcap, resolve_chunk_rows(chunk_rows, hidden, head), resolve_backend(backend, hidden.device))
+    options = _Options(
+        softcap, resolve_chunk_rows(chunk_rows, head, hidden.dtype), resolve_backend(backend, hidden.device)
+    )
     with torch.autocast(hidden.device.type, enabled=False):
         logprobs: Tensor = _LinearLogprob.apply(hidden, head.weight, head.bias, targets, options)  # type: ignore[no-untyped-call]
     return logprobs
 
 
-def resolve_chunk_rows(chunk_rows: int | None, hidden: Tensor, head: Head) -> int:
-    """Return ``chunk_rows``, or the default for this device, vocabulary and dtype."""
+def resolve_chunk_rows(chunk_rows: int | None, head: Head, logits: torch.dtype) -> int:
+    """Return ``chunk_rows``, or the default for this device and vocabulary, and the dtype of the logits."""
     if chunk_rows is None:
-        return default_chunk_rows(hidden.device.type, head.vocabulary, hidden.element_size())
+        return default_chunk_rows(head.weight.device.type, head.vocabulary, logits.itemsize)
     if chunk_rows < 1:
         raise ValueError(f"`chunk_rows`: expected at least 1, got {chunk_rows}")
     return chunk_rows

@@ -1,23 +1,36 @@
-"""The loop: logits of a chunk, row pass, coefficients, gradients; then the next chunk in the same memory.
+"""The loop: a look at a chunk's logits, coefficients, gradients; then the next chunk in the same memory.
 
-The derivation is in this folder's README. Nothing here knows a loss: a ``CoefficientRule`` turns the
-log-probabilities of whole sequences into c_i = ∂loss/∂ℓ_i.
+The derivation is in this folder's README. Nothing here knows a loss: a ``Look`` makes P of some rows and keeps what it
+read on the way, and a ``CoefficientRule`` turns what was read of whole sequences into the row factors c.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from efface_kernels.linear_loss.chunks import Chunk
-from efface_kernels.linear_loss.head import Head, ReferenceRows
-from efface_kernels.logits import accumulation_dtype
-from efface_kernels.memory import Loan, add_product
-from efface_kernels.row_pass import row_pass
+from efface_kernels.linear_loss.head import Head
+from efface_kernels.logits import accumulation_dtype, power_of_two
+from efface_kernels.memory import add_product
 
-# (chunk, logprobs (n,), reference logprobs (m,) of the chunk's first m rows or None) -> c (n,)
-CoefficientRule = Callable[[Chunk, Tensor, Tensor | None], Tensor]
+# chunk, all of whose rows the look has seen -> c (n,), with ∂loss/∂z = −c ⊙ P
+CoefficientRule = Callable[[Chunk], Tensor]
+
+
+class Look(Protocol):
+    """What a chunk's logits are read for."""
+
+    def __call__(self, rows: slice, *, gradient: bool, again: bool = False) -> Tensor:
+        """Return P (n, V) of these rows, valid until the next call; without ``gradient`` anything.
+
+        ``again``: the rows were seen before, and P is all that is wanted of them.
+        """
+
+    def close(self) -> None:
+        """Give the workspaces back."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Wanted:
 class Gradients:
     """Sums over the chunks. The row factor −c is kept apart from P W: it is applied once, in the backward call.
 
-    With P = softmax − onehot = −∂ℓ/∂z:  dh = −c ⊙ (P W),  dW = Pᵀ (−c ⊙ h),  db = Pᵀ (−c).
+    With ∂loss/∂z = −c ⊙ P:  dh = −c ⊙ (P W),  dW = Pᵀ (−c ⊙ h),  db = Pᵀ (−c).
     """
 
     wanted: Wanted
@@ -70,7 +83,7 @@ class Gradients:
         """Add these rows to dW and db."""
         # NPO's coefficients of a well forgotten sequence fall under the smallest fp16: scale each chunk by a power
         # of two, exact, and take the scale back in the fp32 sum.
-        scale = _power_of_two(coefficients) if p.dtype == torch.float16 else None
+        scale = power_of_two(coefficients) if p.dtype == torch.float16 else None
         factor = -(coefficients if scale is None else coefficients / scale)[:, None]  # (n, 1)
         if self.wanted.weight:
             right = (self.hidden[rows] * factor).to(p.dtype)
@@ -147,73 +160,28 @@ def graph_is_kept() -> bool:
     return True if ask is None else bool(ask())
 
 
-def _power_of_two(values: Tensor) -> Tensor:
-    """Return 2^k ≥ max|values|, 0-dim, on the device; 1 where all values are 0."""
-    peak = values.abs().amax()
-    return torch.where(peak > 0, torch.exp2(torch.ceil(torch.log2(peak))), 1.0)
-
-
-@dataclass(frozen=True)
-class LoopResult:
-    """Log-probabilities, coefficients and gradient sums of a run of the loop."""
-
-    logprobs: Tensor  # (N,)
-    reference_logprobs: Tensor | None  # (M,)
-    coefficients: Tensor  # (N,), zeros where no rule was given
-    gradients: Gradients
-
-
 @torch.no_grad()
 def run_loop(
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    chunks: list[Chunk],
-    *,
-    wanted: Wanted,
-    rule: CoefficientRule | None = None,
-    reference: ReferenceRows | None = None,
-    backend: str = "auto",
-) -> LoopResult:
-    """Run the loop over ``chunks`` of ``hidden`` (N, D).
+    hidden: Tensor, head: Head, look: Look, chunks: list[Chunk], *, wanted: Wanted, rule: CoefficientRule | None = None
+) -> tuple[Tensor, Gradients]:
+    """Run the loop over ``chunks`` of ``hidden`` (N, D); return c (N,), zeros without a rule, and the gradient sums.
 
     One look at the logits is enough where the chunk is one piece, or where only dh is wanted, because P W needs no
     coefficient. A sequence of several pieces with a trainable head gets a second look once c is known.
     """
-    n, device, dtype = hidden.shape[0], hidden.device, accumulation_dtype(hidden.dtype)
-    largest = max((stop - start for chunk in chunks for start, stop in chunk.pieces), default=0)
-    loan = Loan()
-    workspace = loan.matrix(largest, head.vocabulary, hidden.dtype, device)
-    logprobs = torch.empty(n, dtype=dtype, device=device)
-    coefficients = torch.zeros(n, dtype=dtype, device=device)
+    coefficients = torch.zeros(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
     gradients = Gradients(wanted, hidden, head, sum(len(chunk.pieces) for chunk in chunks))
-    reader = None if reference is None else _ReferenceReader(reference, loan, largest, dtype)
-
     for chunk in chunks:
         one_look = len(chunk.pieces) == 1 or not wanted.head
-        p = workspace[:0]
+        p = hidden[:0]
         for start, stop in chunk.pieces:
             rows = slice(start, stop)
-            p = head.logits(hidden[rows], workspace)
-            reference_logits = None if reader is None else reader.logits(rows)
-            out = row_pass(
-                p,
-                targets[rows],
-                reference_logits=reference_logits,
-                softcap=head.softcap,
-                reference_softcap=None if reference is None else reference.head.softcap,
-                gradient=wanted.any and one_look,
-                backend=backend,
-            )
-            logprobs[rows] = out.logprobs
-            if reader is not None and out.reference_logprobs is not None:
-                reader.keep(rows, out.reference_logprobs)
+            p = look(rows, gradient=wanted.any and one_look)
             if one_look:
                 gradients.add_hidden(rows, p)
         if rule is None:
             continue
-        reference_logprobs = None if reader is None else reader.logprobs[chunk.rows]
-        coefficients[chunk.rows] = rule(chunk, logprobs[chunk.rows], reference_logprobs)
+        coefficients[chunk.rows] = rule(chunk)
         if not wanted.head:
             continue
         if one_look:
@@ -221,28 +189,8 @@ def run_loop(
             continue
         for start, stop in chunk.pieces:
             rows = slice(start, stop)
-            p = head.logits(hidden[rows], workspace)
-            row_pass(p, targets[rows], softcap=head.softcap, gradient=True, backend=backend)
+            p = look(rows, gradient=True, again=True)
             gradients.add_hidden(rows, p)
             gradients.add_head(rows, p, coefficients[rows])
-
-    loan.give_back()
-    return LoopResult(logprobs, None if reader is None else reader.logprobs, coefficients, gradients)
-
-
-class _ReferenceReader:
-    """The reference model's logits, for those rows that have one, in a workspace of their own."""
-
-    def __init__(self, reference: ReferenceRows, loan: Loan, largest: int, dtype: torch.dtype) -> None:
-        self._hidden = reference.hidden
-        self._head = reference.head
-        m = self._hidden.shape[0]
-        self._workspace = loan.matrix(min(largest, m), self._head.vocabulary, self._hidden.dtype, self._hidden.device)
-        self.logprobs = torch.empty(m, dtype=dtype, device=self._hidden.device)
-
-    def logits(self, rows: slice) -> Tensor | None:
-        hidden = self._hidden[rows]
-        return self._head.logits(hidden, self._workspace) if hidden.shape[0] else None
-
-    def keep(self, rows: slice, logprobs: Tensor) -> None:
-        self.logprobs[rows] = logprobs
+    look.close()
+    return coefficients, gradients

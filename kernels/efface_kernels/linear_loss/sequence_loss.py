@@ -13,6 +13,7 @@ from efface_kernels.checks import check_dtype, check_same_device, check_shape, c
 from efface_kernels.linear_loss.chunks import Chunk, plan_rows, plan_sequences
 from efface_kernels.linear_loss.head import Head, ReferenceRows
 from efface_kernels.linear_loss.logprob import resolve_chunk_rows
+from efface_kernels.linear_loss.look import RowLook
 from efface_kernels.linear_loss.loop import Wanted, graph_is_kept, run_loop
 from efface_kernels.linear_loss.sequences import Sequences, segment_sums
 
@@ -45,24 +46,27 @@ class _Options:
 class _Rule:
     """Turns a chunk's log-probabilities into coefficients by autograd on the term function; keeps what it saw."""
 
-    def __init__(self, options: _Options, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, options: _Options, look: RowLook) -> None:
+        self._look = look
         self._terms_of = options.terms
+        device, dtype = look.logprobs.device, look.logprobs.dtype
         self._offsets = torch.tensor(options.row_offsets, dtype=torch.int64).to(device, non_blocking=True)
-        self._live = options.reference is not None
         sequences = len(options.row_offsets) - 1
         self.terms = torch.zeros(sequences, dtype=dtype, device=device)
         self.sums = torch.zeros(sequences, dtype=dtype, device=device)
         self.reference_sums = options.reference_sums
-        if self._live:
+        if look.reference_logprobs is not None:
             self.reference_sums = torch.zeros(sequences, dtype=dtype, device=device)
 
-    def __call__(self, chunk: Chunk, logprobs: Tensor, reference_logprobs: Tensor | None) -> Tensor:
+    def __call__(self, chunk: Chunk) -> Tensor:
+        logprobs = self._look.logprobs[chunk.rows]
         span = slice(chunk.first, chunk.last)
         offsets = self._offsets[chunk.first : chunk.last + 1] - self._offsets[chunk.first]
-        if self._live and self.reference_sums is not None and reference_logprobs is not None:
+        if self._look.reference_logprobs is not None and self.reference_sums is not None:
             # Rows beyond the reference's M belong to sequences without one: they add nothing.
+            known = self._look.reference_logprobs[chunk.rows]
             padded = torch.zeros_like(logprobs)
-            padded[: reference_logprobs.shape[0]] = reference_logprobs
+            padded[: known.shape[0]] = known
             self.reference_sums[span] = segment_sums(padded, offsets)
         reference_sums = None if self.reference_sums is None else self.reference_sums[span]
         with torch.enable_grad():
@@ -100,24 +104,14 @@ class _LinearSequenceLoss(torch.autograd.Function):
             chunks = plan_sequences(options.row_offsets, options.chunk_rows, options.pairs)
         else:
             chunks = plan_rows(sequences, n, options.chunk_rows)
-        rule = _Rule(options, hidden.device, torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-        result = run_loop(
-            hidden,
-            head,
-            targets,
-            chunks,
-            wanted=wanted,
-            rule=rule,
-            reference=options.reference,
-            backend=options.backend,
-        )
-        ctx.gradients = result.gradients
-        ctx.coefficients = result.coefficients
+        look = RowLook(hidden, head, targets, chunks, reference=options.reference, backend=options.backend)
+        rule = _Rule(options, look)
+        ctx.coefficients, ctx.gradients = run_loop(hidden, head, look, chunks, wanted=wanted, rule=rule)
         reference_sums = rule.reference_sums
-        kept = [rule.terms, rule.sums, result.logprobs, *([] if reference_sums is None else [reference_sums])]
+        kept = [rule.terms, rule.sums, look.logprobs, *([] if reference_sums is None else [reference_sums])]
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        return rule.terms.sum(), rule.terms, rule.sums, reference_sums, result.logprobs
+        return rule.terms.sum(), rule.terms, rule.sums, reference_sums, look.logprobs
 
     @staticmethod
     @once_differentiable
@@ -202,7 +196,7 @@ def linear_sequence_loss(
         softcap,
         reference,
         reference_sums,
-        resolve_chunk_rows(chunk_rows, hidden, head),
+        resolve_chunk_rows(chunk_rows, head, hidden.dtype),
         resolve_backend(backend, hidden.device),
     )
     with torch.autocast(hidden.device.type, enabled=False):
@@ -225,8 +219,8 @@ def _checked_offsets(row_offsets: Tensor | Sequence[int], rows: int) -> tuple[in
 
 
 def _checked_reference(reference: ReferenceRows, targets: Tensor, offsets: tuple[int, ...]) -> ReferenceRows:
-    with torch.no_grad():
-        hidden, head = reference.head.under_autocast(reference.hidden.detach())
+    reference = reference.under_autocast()
+    hidden, head = reference.hidden, reference.head
     head.check(hidden, prefix="reference_")
     m = hidden.shape[0]
     if m not in offsets:
@@ -236,4 +230,4 @@ def _checked_reference(reference: ReferenceRows, targets: Tensor, offsets: tuple
         )
     check_targets(targets[:m], m, head.vocabulary)
     check_same_device(hidden=targets, reference_hidden=hidden)
-    return ReferenceRows(hidden, head)
+    return reference

@@ -1,0 +1,175 @@
+"""``linear_distribution_loss``: the distance of two models' distributions, with its gradients, in one loop."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from efface_kernels.checks import (
+    FLOATS,
+    check_dtype,
+    check_same_device,
+    check_shape,
+    check_targets,
+    resolve_backend,
+)
+from efface_kernels.linear_loss.chunks import plan_pieces
+from efface_kernels.linear_loss.head import Head, ReferenceRows
+from efface_kernels.linear_loss.logprob import resolve_chunk_rows
+from efface_kernels.linear_loss.look import DistributionLook
+from efface_kernels.linear_loss.loop import Wanted, graph_is_kept, run_loop
+from efface_kernels.logits import accumulation_dtype
+
+
+class DistributionLossOutput(NamedTuple):
+    """The loss, which carries the gradient, and what it was made of, which does not."""
+
+    loss: Tensor  # ()
+    divergence: Tensor  # (N,) KL(q‖p)
+    entropy: Tensor  # (N,) of q
+
+
+@dataclass(frozen=True)
+class _Options:
+    row_weights: Tensor
+    reference: ReferenceRows
+    shift: float
+    cross_entropy: bool
+    softcap: float | None
+    chunk_rows: int
+    backend: str
+
+
+class _LinearDistributionLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        head = Head(weight, bias, options.softcap)
+        chunks = plan_pieces(hidden.shape[0], options.chunk_rows)
+        look = DistributionLook(
+            hidden,
+            head,
+            targets,
+            chunks,
+            reference=options.reference,
+            shift=options.shift,
+            backend=options.backend,
+        )
+        weights = options.row_weights
+        ctx.coefficients, ctx.gradients = run_loop(
+            hidden,
+            head,
+            look,
+            chunks,
+            wanted=Wanted(*ctx.needs_input_grad[:3]),
+            rule=lambda chunk: -weights[chunk.rows] * look.peaks[chunk.rows],
+        )
+        ctx.mark_non_differentiable(look.divergence, look.entropy)
+        ctx.set_materialize_grads(False)
+        values = look.divergence + look.entropy if options.cross_entropy else look.divergence
+        return (weights * values).sum(), look.divergence, look.entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 5
+        return (*ctx.gradients.finish(ctx.coefficients, upstream, keep=graph_is_kept()), None, None)
+
+
+def linear_distribution_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    row_weights: Tensor | float,
+    reference: ReferenceRows,
+    *,
+    shift: float = 0.0,
+    cross_entropy: bool = False,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+) -> DistributionLossOutput:
+    """A weighted sum over rows of KL(q‖p), or of the cross entropy to q, with its gradients formed in the forward call.
+
+    Equal to::
+
+        logits = torch.nn.functional.linear(hidden.float(), weight.float(), bias.float())
+        frozen = torch.nn.functional.linear(reference.hidden.float(), reference.head.weight.float(), …)
+        log_p = torch.log_softmax(logits, -1)
+        q = torch.softmax(frozen - shift * one_hot(targets, V), -1)
+        divergence, entropy = (q * (q.log() - log_p)).sum(-1), -(q * q.log()).sum(-1)
+        loss = (row_weights * (divergence + entropy if cross_entropy else divergence)).sum()
+
+    but only one chunk of either model's logits is ever alive. Soft-caps apply before the shift. Shift 0 is the KL
+    retain term; shift β with the cross entropy is UNDIAL (arXiv 2402.10052).
+
+    Args:
+        hidden: (N, D) hidden states of the label rows, float16, bfloat16, float32 or float64.
+        weight: (V, D), same dtype.
+        targets: (N,) int64, in 0 .. V − 1; where the shift applies.
+        row_weights: (N,) float32 or float64, or one number for all rows. Get no gradient.
+        reference: the frozen model's hidden states of all N rows and its head. Its D' and dtype may differ (float64
+            only beside float64), its vocabulary may not.
+        shift: what the target's reference logit is lowered by.
+        cross_entropy: add the entropy of q, a constant, to each row's divergence.
+        bias: (V,), same dtype, or None.
+        softcap: Gemma-2's cap on the logits, or None; the reference's is that of its head.
+        chunk_rows: rows of logits alive at a time; None chooses from the device and V.
+        backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
+
+    Returns:
+        DistributionLossOutput, in nats, float32 (float64 for float64 inputs), as are the logits: bfloat16 ones would
+        make the gradient rounding noise where p is close to q. On devices whose GEMM cannot write them from
+        half-precision operands, the two heads are copied to float32 for the call. Gradients have the dtypes of their
+        inputs; sums over chunks run in float32.
+
+    Raises:
+        TypeError: dtypes that differ, or targets that are not int64.
+        ValueError: shapes or vocabularies that do not fit, a target out of the vocabulary, tensors on different
+            devices.
+    """
+    hidden, head = Head(weight, bias, softcap).under_autocast(hidden)
+    head.check(hidden)
+    check_targets(targets, hidden.shape[0], head.vocabulary)
+    reference = _checked_reference(reference, hidden, head)
+    dtype = accumulation_dtype(hidden.dtype)
+    if isinstance(row_weights, Tensor):
+        check_shape("row_weights", row_weights, hidden.shape[:1], "one weight for each row of `hidden`")
+        check_dtype("row_weights", row_weights, (torch.float32, torch.float64))
+        check_same_device(hidden=hidden, row_weights=row_weights)
+        weights = row_weights.detach().to(dtype)
+    else:
+        weights = torch.full(hidden.shape[:1], row_weights, dtype=dtype, device=hidden.device)
+    check_same_device(hidden=hidden, targets=targets)
+    options = _Options(
+        weights,
+        reference,
+        shift,
+        cross_entropy,
+        softcap,
+        resolve_chunk_rows(chunk_rows, head, dtype),
+        resolve_backend(backend, hidden.device),
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        output = _LinearDistributionLoss.apply(hidden, head.weight, head.bias, targets, options)  # type: ignore[no-untyped-call]
+    return DistributionLossOutput(*output)
+
+
+def _checked_reference(reference: ReferenceRows, hidden: Tensor, head: Head) -> ReferenceRows:
+    reference = reference.under_autocast()
+    frozen, frozen_head = reference.hidden, reference.head
+    frozen_head.check(frozen, prefix="reference_")
+    check_shape("reference_hidden", frozen, (hidden.shape[0], "D"), "one row for each row of `hidden`")
+    check_dtype("reference_hidden", frozen, FLOATS if hidden.dtype == torch.float64 else FLOATS[:-1])
+    if frozen_head.vocabulary != head.vocabulary:
+        raise ValueError(
+            f"`reference_weight`: expected {head.vocabulary} rows, the vocabulary of `weight`, got "
+            f"{frozen_head.vocabulary}; only distributions over one vocabulary compare (cut off rows that pad a head)"
+        )
+    check_same_device(hidden=hidden, reference_hidden=frozen)
+    return reference
