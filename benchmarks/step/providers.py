@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from benchmarks.step.data import Padded, Step
 from efface import NPO
-from efface.hf.head import HeadLoss, fuse
+from efface.hf.head import fuse
+from efface.hf.head_loss import HeadLoss
 from efface.hf.reference import LiveReference
-from efface.objectives import StepTerms
 
 OBJECTIVE = NPO(beta=0.1, alpha=1.0)
 
@@ -115,13 +115,12 @@ class EffaceLive(Provider):
     def __init__(self, policy: PreTrainedModel, reference: PreTrainedModel) -> None:
         super().__init__(policy, reference)
         fuse(self.policy)
-        self._live = LiveReference(self._frozen, copy_model=False)
+        self._live = LiveReference(self._frozen, policy.device)
 
     def loss(self, step: Step) -> Tensor:
         """See ``PackedTrainer.compute_loss``."""
-        rows = self._live.rows(step.batch, step.batch.input_ids.device)
-        terms = StepTerms(OBJECTIVE, step.batch.roles, step.totals)
-        total: Tensor = self.policy(batch=step.batch, loss=HeadLoss(terms=terms, reference=rows)).loss
+        loss = HeadLoss(OBJECTIVE, step.totals, forget_reference=self._live.rows(step.batch.forget_part()))
+        total: Tensor = self.policy(batch=step.batch, loss=loss).loss
         return total
 
 
@@ -136,8 +135,7 @@ class EffaceCached(Provider):
 
     def loss(self, step: Step) -> Tensor:
         """See ``PackedTrainer.compute_loss``."""
-        terms = StepTerms(OBJECTIVE, step.batch.roles, step.totals)
-        loss = HeadLoss(terms=terms, reference_sums=step.reference_sums)
+        loss = HeadLoss(OBJECTIVE, step.totals, reference_sums=step.reference_sums)
         total: Tensor = self.policy(batch=step.batch, loss=loss).loss
         return total
 

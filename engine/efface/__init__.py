@@ -9,7 +9,24 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from efface import functional
-from efface.objectives import NPO, GradAscent, GradDiff, Objective, SimNPO, get_objective, register_objective
+from efface.objectives import (
+    CEU,
+    DPO,
+    NPO,
+    PDU,
+    RMU,
+    UNDIAL,
+    WGA,
+    FunctionObjective,
+    GradAscent,
+    GradDiff,
+    IdkNLL,
+    Objective,
+    SatImp,
+    SimNPO,
+    get_objective,
+    register_objective,
+)
 
 if TYPE_CHECKING:
     from efface import evaluate
@@ -19,11 +36,20 @@ if TYPE_CHECKING:
 __version__ = version("efface")
 
 __all__ = [
+    "CEU",
+    "DPO",
     "NPO",
+    "PDU",
+    "RMU",
+    "UNDIAL",
+    "WGA",
     "FinetuneTrainer",
+    "FunctionObjective",
     "GradAscent",
     "GradDiff",
+    "IdkNLL",
     "Objective",
+    "SatImp",
     "SimNPO",
     "UnlearnArguments",
     "UnlearnTrainer",

@@ -1,5 +1,6 @@
 """Tiny models, tokenizers and data for the engine's tests."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -71,14 +72,18 @@ def sequence(store: TokenStore, index: int) -> tuple[torch.Tensor, torch.Tensor]
 def unlabelled(lengths: list[int]) -> PackedBatch:
     """A batch without labels: attention has no use for them, and a one-token sequence can have none."""
     generator = torch.Generator().manual_seed(len(lengths))
-    count, tokens = len(lengths), sum(lengths)
-    cu_seqlens = np.zeros((count + 2) // 2 * 2, np.int32)
-    cu_seqlens[1 : count + 1] = np.cumsum(lengths)
-    ids = torch.randint(3, VOCABULARY, (tokens,), generator=generator)
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    sequences, roles = torch.arange(count), torch.zeros((count + 7) // 8, dtype=torch.int64)
-    storage = torch.cat([ids, positions, sequences, torch.from_numpy(cu_seqlens.view(np.int64)), roles])
-    return PackedBatch(storage, (count, tokens, 0), tuple(lengths), (0,) * (count + 1), 0)
+    count = len(lengths)
+    return PackedBatch.of(
+        input_ids=torch.randint(3, VOCABULARY, (sum(lengths),), generator=generator),
+        position_ids=torch.cat([torch.arange(n) for n in lengths]),
+        label_rows=torch.empty(0, dtype=torch.int64),
+        targets=torch.empty(0, dtype=torch.int64),
+        sequences=torch.arange(count),
+        cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+        roles=torch.zeros(count, dtype=torch.int8),
+        lengths=tuple(lengths),
+        row_offsets=(0,) * (count + 1),
+    )
 
 
 def separate(model: Any, batch: PackedBatch) -> torch.Tensor:

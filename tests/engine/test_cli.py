@@ -132,8 +132,8 @@ def test_an_output_folder_that_is_not_empty(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--objective", "forgetful"], "objective: expected one of grad_ascent, graddiff, npo, simnpo"),
-        (["--objective", "graddiff", "--beta", "1"], "has parameters alpha, gamma, got beta"),
+        (["--objective", "forgetful"], "objective: expected one of ceu, dpo, grad_ascent"),
+        (["--objective", "graddiff", "--beta", "1"], "has parameters alpha, gamma, retain_loss_type, got beta"),
         (["--forget", "missing.json"], "data file 'missing.json' does not exist"),
         (["--model", "./missing"], "model folder './missing' does not exist"),
         (["--config", "missing.yaml"], "config file 'missing.yaml' does not exist"),

@@ -8,11 +8,11 @@ import torch
 import transformers
 from helpers import VOCABULARY, random_store, sequence, tiny_llama, tiny_model
 
-from efface.batching import TokenStore, pack
+from efface.batching import StepTotals, TokenStore, pack
 from efface.hf.attention import packed_arguments
-from efface.hf.head import HeadLoss, fuse, head_of, unfuse
+from efface.hf.head import fuse, head_of, unfuse
+from efface.hf.head_loss import HeadLoss
 from efface.hf.score import store_logprobs
-from efface.objectives.base import nll_terms
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama-2, own head": ("LlamaConfig", {"tie_word_embeddings": False}),
@@ -23,6 +23,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3": ("Qwen3Config", {"head_dim": 8}),
     "OLMo-2": ("Olmo2Config", {}),
     "GPT-NeoX": ("GPTNeoXConfig", {"num_key_value_heads": 4, "hidden_act": "gelu"}),
+    "Granite, scaled logits": ("GraniteConfig", {"logits_scaling": 8.0, "embedding_multiplier": 3.0}),
+    "Cohere, scaled logits": ("CohereConfig", {"logit_scale": 0.25}),
     "Gemma-2, soft-capped head": (
         "Gemma2Config",
         {"head_dim": 8, "final_logit_softcapping": 3.0, "attn_logit_softcapping": None, "sliding_window": 6},
@@ -58,7 +60,8 @@ def test_loss_and_every_parameter_gradient_equal_the_eager_model(family: str) ->
     expected.backward()
     fuse(model)
     batch = pack(TokenStore.empty(), store, [], [0, 1, 2, 3, 4])
-    out = model(batch=batch, loss=HeadLoss(terms=nll_terms, chunk_rows=7))
+    # one label token for the mean to run over: the sum
+    out = model(batch=batch, loss=HeadLoss(None, StepTotals(retain_tokens=1), chunk_rows=7))
     out.loss.backward()
     torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-5)
     gradients = dict(twin.named_parameters())
@@ -135,13 +138,25 @@ def test_fused_models_can_be_copied() -> None:
 
 
 def test_heads_that_cannot_be_served_are_refused_with_the_reason() -> None:
-    scaled = tiny_model("GraniteConfig", logits_scaling=8.0)
-    with pytest.raises(ValueError, match=r"scales the logits \(logits_scaling=8.0\)"):
-        fuse(scaled)
     model = tiny_llama(tie_word_embeddings=False)
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(ValueError, match=r"expected an lm_head of class torch.nn.Linear, got .*Sequential"):
         fuse(model)
+
+
+def test_a_head_that_is_not_the_whole_story_is_refused() -> None:
+    """A family that shifts its logits in a way that nobody told efface of."""
+
+    class Shifted(transformers.LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * 1.5
+            return out
+
+    model = Shifted(tiny_llama().config).train()
+    with pytest.raises(ValueError, match=r"its logits are not those of its head .* would train another model"):
+        fuse(model)
+    assert model.training
 
 
 def test_head_of_reads_bias_and_softcap() -> None:

@@ -353,7 +353,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path: Path) -
         ({"forget": []}, "the forget set is empty"),
         ({"retain": None}, "has a retain term"),
         ({"retain": []}, "the retain set is empty"),
-        ({"reference": "remembered"}, "`reference`: expected one of 'cached', 'live'"),
+        ({"reference": "remembered"}, "`reference`: expected one of 'auto', 'cached', 'live'"),
         ({"forget": random_store(3, vocabulary=500)}, r"`forget`: expected token ids in 0 .. 299 .*tokenizer"),
         ({"forget": random_store(3, low=70, high=80)}, "at most 64 tokens"),
         ({"forget": TEXTS, "processing_class": None}, "text needs a tokenizer"),

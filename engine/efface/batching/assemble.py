@@ -106,11 +106,13 @@ class Assembler:
     def totals(self, step: int) -> StepTotals:
         """Return what the means of a step run over."""
         (forget, retain), (forget_counts, retain_counts) = self.plan.pairs(step), self._label_counts
+        counts = forget_counts[forget]
         return StepTotals(
             forget_sequences=len(forget),
-            forget_tokens=int(forget_counts[forget].sum()),
+            forget_tokens=int(counts.sum()),
             retain_sequences=len(retain),
             retain_tokens=int(retain_counts[retain].sum()),
+            forget_label_counts=tuple(counts.tolist()),
         )
 
     def _pack(self, planned: MicroBatch) -> PackedBatch:

@@ -90,10 +90,57 @@ class PackedBatch:
         storage = self.storage.to(device, non_blocking=non_blocking)
         return self if storage is self.storage else replace(self, storage=storage)
 
+    @property
+    def forget_rows(self) -> int:
+        """Label rows of the forget (and alternate) sequences, the first of all."""
+        return self.row_offsets[self.forget_sequences]
+
     def forget_part(self) -> "PackedBatch":
-        """Return the forget (and alternate) sequences alone: what a live reference model has to read."""
+        """Return the forget (and alternate) sequences alone, as views."""
         count = self.forget_sequences
         return replace(self, lengths=self.lengths[:count], row_offsets=self.row_offsets[: count + 1])
+
+    def retain_part(self) -> "PackedBatch":
+        """Return the sequences after the forget ones alone, as a copy."""
+        first, rows = self.forget_sequences, self.forget_rows
+        tokens = sum(self.lengths[:first])
+        return PackedBatch.of(
+            input_ids=self.input_ids[tokens:],
+            position_ids=self.position_ids[tokens:],
+            label_rows=self.label_rows[rows:] - tokens,
+            targets=self.targets[rows:],
+            sequences=self.sequences[first:],
+            cu_seqlens=self.cu_seqlens[first:] - tokens,
+            roles=self.roles[first:],
+            lengths=self.lengths[first:],
+            row_offsets=tuple(offset - rows for offset in self.row_offsets[first:]),
+        )
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        label_rows: Tensor,
+        targets: Tensor,
+        sequences: Tensor,
+        cu_seqlens: Tensor,
+        roles: Tensor,
+        lengths: tuple[int, ...],
+        row_offsets: tuple[int, ...],
+        forget_sequences: int = 0,
+    ) -> "PackedBatch":
+        """Lay tensors out as the C++ packer does; what they are is described above."""
+        words = [_words(part) for part in (cu_seqlens, roles)]
+        storage = torch.cat([input_ids, position_ids, label_rows, targets, sequences, *words])
+        return cls(storage, (len(lengths), len(input_ids), len(targets)), lengths, row_offsets, forget_sequences)
+
+
+def _words(part: Tensor) -> Tensor:
+    """Return a vector of a smaller type as the int64 words that hold it."""
+    per_word = 8 // part.element_size()
+    return torch.nn.functional.pad(part, (0, -len(part) % per_word)).view(torch.int64)
 
 
 def pack_items(

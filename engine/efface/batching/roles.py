@@ -21,3 +21,8 @@ class StepTotals:
     forget_tokens: int = 0  # label tokens
     retain_sequences: int = 0
     retain_tokens: int = 0  # label tokens
+    forget_label_counts: tuple[int, ...] = ()  # of each forget sequence
+
+    def forget_tokens_after(self, first: int) -> int:
+        """Return the label tokens of forget sequences without the ``first`` ones of each."""
+        return sum(max(count - first, 0) for count in self.forget_label_counts)

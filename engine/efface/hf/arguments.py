@@ -39,12 +39,25 @@ class UnlearnArguments(TrainingArguments):
     )
     dataloader_num_workers: int = field(default=0, metadata={"help": "threads that assemble batches; 0 is one"})
 
+    compat: str | None = field(
+        default=None,
+        metadata={"help": "open-unlearning: its padded step with all its quirks, to match old runs; slow"},
+    )
+
     question_column: str | None = field(
         default=None,
         metadata={"help": "column that holds the prompt; default: question (of documents: prompt, if there is one)"},
     )
     answer_column: str | None = field(
         default=None, metadata={"help": "column that holds the answer; default: answer (of documents: text)"}
+    )
+    alternate_column: str | None = field(
+        default=None,
+        metadata={"help": "column of the forget set that holds another answer, for dpo (AltPO) and idk_nll"},
+    )
+    refusal_file: str | None = field(
+        default=None,
+        metadata={"help": "text file with a refusal a line, the other answers instead, for dpo (IdkDPO) and idk_nll"},
     )
     template: str = field(
         default=AUTO,

@@ -1,11 +1,12 @@
 """Token stores from question-answer data: what a trainer takes as its sets, tokenised once."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 import datasets
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from efface.batching import TokenStore
@@ -16,6 +17,36 @@ from efface.hf.templates import AUTO, Template, encode_batches, get_template, pr
 
 # What a trainer takes as a forget or retain set: tokens, a file or Hub name, or rows (a datasets.Dataset is rows).
 QuestionAnswers: TypeAlias = TokenStore | str | Path | Rows
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """Answers such as "I don't know.", of which every row gets one, drawn by the seed and the row's number."""
+
+    lines: tuple[str, ...]
+    seed: int = 0
+
+    @classmethod
+    def read(cls, path: str | Path, seed: int = 0) -> "Refusals":
+        """Read a text file with an answer a line, as open-unlearning's idk files are.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file without a line of text.
+        """
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise FileNotFoundError(f"refusal file {str(path)!r} does not exist; check the path")
+        lines = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+        if not lines:
+            raise ValueError(f"refusal file {str(path)!r}: expected an answer a line, got no text")
+        return cls(lines, seed)
+
+    def answers(self, rows: Sequence[int]) -> list[str]:
+        """Return the answers of the rows of these numbers, from 0."""
+        # A draw of its own for every row: the same one whatever other rows there are.
+        draws = (np.random.Generator(np.random.Philox(key=self.seed, counter=row)) for row in rows)
+        return [self.lines[draw.integers(len(self.lines))] for draw in draws]
 
 
 def token_store(
@@ -30,6 +61,7 @@ def token_store(
     date_string: str | None = None,
     max_length: int | None = None,
     rows_filter: Conditions = None,
+    refusals: Refusals | None = None,
     cache_dir: str | Path | None = None,
 ) -> TokenStore:
     """Tokenise question-answer rows or documents, or hand a ``TokenStore`` through.
@@ -49,6 +81,7 @@ def token_store(
         date_string: in place of the template's own.
         max_length: cut sequences to so many tokens, documents into sequences of so many; None never cuts.
         rows_filter: conditions that rows must meet; see ``efface.hf.rows.parse_conditions``.
+        refusals: answers that take the place of the rows' own.
         cache_dir: cache folder; None is ``$EFFACE_CACHE``, or ``efface`` in the user's cache folder.
 
     Raises:
@@ -77,6 +110,8 @@ def token_store(
         question, answer = _column_names(rows, question_column, answer_column, chosen)
         numbers = matching(rows, conditions, source)
         batches = text_batches(rows, question, answer, source=source, numbers=numbers, documents=chosen.documents)
+        if refusals is not None:
+            batches = ((where, questions, refusals.answers(where)) for where, questions, _ in batches)
         return encode_batches(tokenizer, batches, template=chosen, max_length=max_length)
 
     def key(identity: Sequence[str]) -> str:
@@ -84,6 +119,7 @@ def token_store(
             identity,
             [question_column, answer_column, max_length],
             [[condition.column, sorted(condition.values), condition.negated] for condition in conditions],
+            [] if refusals is None else astuple(refusals),
             [astuple(chosen), probe(tokenizer, chosen)],
             token_cache.tokenizer_digest(tokenizer),
         )
@@ -106,4 +142,4 @@ def _column_names(rows: Rows, question: str | None, answer: str | None, template
     return question, answer or "text"
 
 
-__all__ = ["QuestionAnswers", "column", "load_rows", "token_store"]
+__all__ = ["QuestionAnswers", "Refusals", "column", "load_rows", "token_store"]

@@ -11,6 +11,7 @@ class PackedSteps(Dataset[Step]):
     Args:
         forget: may be empty.
         retain: may be empty.
+        alternate: the alternate answer of every forget sequence, or None.
         pairs_per_step: forget/retain pairs of a step, on all ranks together.
         token_budget: most tokens of a micro-batch.
         seed: of the plan.
@@ -26,6 +27,7 @@ class PackedSteps(Dataset[Step]):
         self,
         forget: TokenStore,
         retain: TokenStore,
+        alternate: TokenStore | None = None,
         *,
         pairs_per_step: int,
         token_budget: int,
@@ -37,7 +39,7 @@ class PackedSteps(Dataset[Step]):
         workers: int = 1,
         pin_memory: bool = False,
     ) -> None:
-        self._stores = (forget, retain)
+        self.stores = (forget, retain) if alternate is None else (forget, retain, alternate)
         self._plan_options = {
             "pairs_per_step": pairs_per_step,
             "token_budget": token_budget,
@@ -57,9 +59,15 @@ class PackedSteps(Dataset[Step]):
             return
         if self._assembler is not None:
             self._assembler.close()
-        forget, retain = self._stores
-        plan = plan_epoch(forget.lengths, retain.lengths, epoch=epoch, **self._plan_options)  # type: ignore[arg-type]
-        self._assembler = Assembler(plan, self._stores, **self._assembler_options)  # type: ignore[arg-type]
+        forget, retain, *alternates = (store.lengths for store in self.stores)
+        plan = plan_epoch(
+            forget,
+            retain,
+            alternates=alternates[0] if alternates else None,
+            epoch=epoch,
+            **self._plan_options,  # type: ignore[arg-type]
+        )
+        self._assembler = Assembler(plan, self.stores, **self._assembler_options)  # type: ignore[arg-type]
         self._epoch = epoch
 
     @property

@@ -6,7 +6,6 @@ pack and then the head on the label rows alone. All of it happens inside the mod
 wraps the model (DDP, FSDP, autocast) sees it as any other forward.
 """
 
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -14,72 +13,71 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from efface.batching import PackedBatch
+from efface.hf.activations import ActivationLoss, watched
 from efface.hf.attention import packed_arguments, use_packed_attention
-from efface_kernels import Head, ReferenceRows, SequenceLossOutput, linear_logprob, linear_sequence_loss
-from efface_kernels.linear_loss.sequence_loss import TermFunction
+from efface.hf.head_loss import HeadLoss, StepOutput, joined
+from efface_kernels import Head, linear_logprob
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-@dataclass(frozen=True)
-class HeadLoss:
-    """What the head computes on the label rows of a packed batch; without ``terms``, their log-probabilities."""
-
-    terms: TermFunction | None = None
-    reference: ReferenceRows | None = None
-    reference_sums: Tensor | None = None
-    chunk_rows: int | None = None
-    backend: str = "auto"
-
-
 class FusedHead(nn.Linear):
-    """An ``lm_head`` that is the linear layer it was, and with ``batch`` and ``loss`` the loss op."""
+    """An ``lm_head`` that is the linear layer it was, and with ``batch`` the loss op."""
 
     softcap: float | None
 
     def forward(  # type: ignore[override]
         self, hidden: Tensor, batch: PackedBatch | None = None, loss: HeadLoss | None = None
-    ) -> Tensor | SequenceLossOutput:
-        """Return logits (…, V); or for ``hidden`` (N, D) of ``batch``'s label rows, what ``loss`` asks for."""
-        if batch is None or loss is None:
+    ) -> Tensor | StepOutput:
+        """Return logits (…, V); or for ``hidden`` (N, D) of a batch's label rows their log-probabilities, or a loss."""
+        if batch is None:
             return super().forward(hidden)
-        shared: dict[str, Any] = {
-            "bias": self.bias,
-            "softcap": self.softcap,
-            "chunk_rows": loss.chunk_rows,
-            "backend": loss.backend,
-        }
-        if loss.terms is None:
-            return linear_logprob(hidden, self.weight, batch.targets, **shared)
-        return linear_sequence_loss(
-            hidden,
-            self.weight,
-            batch.targets,
-            batch.row_offsets,
-            loss.terms,
-            reference=loss.reference,
-            reference_sums=loss.reference_sums,
-            **shared,
-        )
+        head = Head(self.weight, self.bias, self.softcap)
+        if loss is None:
+            return linear_logprob(hidden, head.weight, batch.targets, bias=head.bias, softcap=head.softcap)
+        return loss(hidden, head, batch)
 
 
 class _FusedModel:
     """Mixed in before a model's own class by ``fuse``."""
 
-    def forward(self, *args: Any, batch: PackedBatch | None = None, loss: HeadLoss | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, batch: PackedBatch | None = None, loss: HeadLoss | ActivationLoss | None = None, **kwargs: Any
+    ) -> Any:
         if batch is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        head = self.get_output_embeddings()  # type: ignore[attr-defined]
-        return head(packed_hidden(self, batch), batch, loss or HeadLoss())  # type: ignore[arg-type]
+        model: Any = self
+        head = model.get_output_embeddings()
+        if not isinstance(loss, ActivationLoss):
+            return head(packed_hidden(model, batch), batch, loss)
+        with watched(model, loss.objective.module_regex) as watch:
+            hidden = packed_hidden(model, batch)
+        outputs = loss(watch.output()[0], batch)
+        if loss.retain is not None and (retain := batch.retain_part()).lengths:
+            outputs.append(head(hidden[batch.forget_rows :], retain, loss.retain))
+        return joined(outputs)
+
+
+def decoder_of(model: PreTrainedModel) -> Any:
+    """Return the part of the model that ends in the final hidden states."""
+    decoder = model.get_decoder()
+    if decoder is model:  # what transformers 4 answers for models (GPT-NeoX) that do not name theirs
+        return model.base_model
+    return decoder
 
 
 def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Return the final hidden states (N, D) of the batch's label rows."""
-    decoder = model.get_decoder()
-    if decoder is model:  # what transformers 4 answers for models (GPT-NeoX) that do not name theirs
-        decoder = model.base_model
-    hidden: Tensor = decoder(**packed_arguments(model, batch)).last_hidden_state  # (1, T, D)
-    return hidden[0].index_select(0, batch.label_rows)
+    """Return the final hidden states (N, D) of the batch's label rows, scaled as the model scales its logits."""
+    hidden: Tensor = decoder_of(model)(**packed_arguments(model, batch)).last_hidden_state  # (1, T, D)
+    rows = hidden[0].index_select(0, batch.label_rows)
+    scale = logit_scale(model)
+    return rows if scale == 1 else rows * scale  # (s h) Wᵀ = s (h Wᵀ): the head itself need not know
+
+
+def logit_scale(model: PreTrainedModel) -> float:
+    """Return what the model multiplies its logits by: Granite and Cohere do."""
+    config = model.config.get_text_config()
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -95,13 +93,8 @@ def head_of(model: PreTrainedModel) -> Head:
             f"{type(model).__name__}: expected an lm_head of class torch.nn.Linear, got {kind}; merge or remove "
             "adapters and quantisation on the head"
         )
-    for attribute in ("logits_scaling", "logit_scale", "output_multiplier_scale"):
-        scale = getattr(config, attribute, None)
-        if scale not in (None, 1, 1.0):
-            raise ValueError(
-                f"{type(model).__name__}: its config scales the logits ({attribute}={scale}), which the loss op does "
-                "not do; use a model without that setting"
-            )
+    if layer.bias is not None and logit_scale(model) != 1:
+        raise ValueError(f"{type(model).__name__}: a head with a bias whose logits are scaled is not served")
     return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
 
 
@@ -116,6 +109,8 @@ def fuse(model: Model, *, attention: str | None = None) -> Model:
         ValueError: a head that the loss op cannot serve.
     """
     head = head_of(model)
+    if not isinstance(model, _FusedModel):
+        _check_logits(model, head)
     if attention is None:
         use_packed_attention(model)
     else:
@@ -132,6 +127,33 @@ def fuse(model: Model, *, attention: str | None = None) -> Model:
     return model
 
 
+@torch.no_grad()
+def _check_logits(model: PreTrainedModel, head: Head) -> None:
+    """Raise ValueError if the model makes its logits in a way that the head knows nothing of."""
+    if any(parameter.numel() == 0 or parameter.is_meta for parameter in model.parameters()):
+        return  # sharded or not yet loaded
+    training = model.training
+    model.eval()
+    try:
+        ids = torch.arange(2, device=model.device)[None]
+        decoder = decoder_of(model)
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0] * logit_scale(model)
+        expected = model(input_ids=ids, use_cache=False).logits[0].float()
+    finally:
+        model.train(training)
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float()
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    # Loose enough for the rounding of half precision, tight enough to see a scale, a cap or a shift.
+    worst, size = (logits - expected).abs().max().item(), expected.abs().max().item()
+    if worst > 0.05 * size + 1e-6:
+        raise ValueError(
+            f"{type(model).__name__}: its logits are not those of its head on its last hidden states (they differ by "
+            f"{worst:.3g}, the largest is {size:.3g}), so the loss op would train another model; its config may scale "
+            "or shift logits in a way that efface does not know"
+        )
+
+
 def unfuse(model: Model, *, attention: str | None = "sdpa") -> Model:
     """Undo ``fuse``, in place: the model's own classes, and the given attention implementation."""
     if isinstance(model, _FusedModel):
@@ -142,9 +164,3 @@ def unfuse(model: Model, *, attention: str | None = "sdpa") -> Model:
     if attention is not None:
         model.set_attn_implementation(attention)
     return model
-
-
-@torch.no_grad()
-def reference_rows(model: PreTrainedModel, batch: PackedBatch) -> ReferenceRows:
-    """Run a frozen reference model over the forget part of ``batch``: what NPO's live reference reads."""
-    return ReferenceRows(packed_hidden(model, batch.forget_part()), head_of(model))

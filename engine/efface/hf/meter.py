@@ -50,6 +50,14 @@ class StepMeter(TrainerCallback):
                 key = f"{name}_loss"
                 self._sums[key] = self._sums[key] + value if key in self._sums else value
 
+    def add_losses(self, tokens: int, **losses: Tensor) -> None:
+        """Add a padded micro-batch's share of the means of the step."""
+        self._tokens += tokens
+        self.tokens += tokens
+        for name, loss in losses.items():
+            key = f"{name}_loss"
+            self._sums[key] = self._sums[key] + loss if key in self._sums else loss
+
     def read(self, over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
         """Return the means over the steps since the last call, and start anew. Reads the device.
 

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,16 +12,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from efface.batching import Step, TokenStore
+from efface.batching import Role, Step, TokenStore
+from efface.hf.activations import find_module, train_only
 from efface.hf.arguments import UnlearnArguments
-from efface.hf.data import QuestionAnswers, token_store
+from efface.hf.data import QuestionAnswers, Refusals, token_store
 from efface.hf.dataset import PackedSteps
-from efface.hf.head import HeadLoss, fuse
+from efface.hf.dual import DualVariable
+from efface.hf.head import fuse
 from efface.hf.meter import LossWatch, StepMeter
-from efface.hf.reference import KINDS, CachedReference, LiveReference, make_reference
+from efface.hf.open_unlearning import PaddedPairs, PaddedSteps, padded_loss
+from efface.hf.reference import CachedReference, ModelReference, make_reference, reference_kind
 from efface.hf.rows import Conditions
 from efface.hf.score import check_store
-from efface.objectives import Objective, StepTerms
+from efface.hf.step_loss import step_loss
+from efface.objectives import PDU, RMU, FunctionObjective, Objective
+from efface_kernels import Sequences
 
 
 class PackedTrainer(Trainer):
@@ -35,18 +40,21 @@ class PackedTrainer(Trainer):
         forget: TokenStore,
         retain: TokenStore,
         objective: Objective | None,
+        alternate: TokenStore | None = None,
         **trainer_options: Any,
     ) -> None:
         if args.n_gpu > 1:
             # transformers would wrap the model in DataParallel, which splits tensors along a batch axis we do not have
             args._n_gpu = 1  # noqa: SLF001
-        for name, store in (("forget", forget), ("retain", retain)):
-            check_store(model, store, name)
+        for name, store in (("forget", forget), ("retain", retain), ("alternate", alternate)):
+            if store is not None:
+                check_store(model, store, name)
         self.objective: Objective | None = objective
-        self._reference: CachedReference | LiveReference | None = None
+        self._reference: CachedReference | ModelReference | None = None
         self._dataset = PackedSteps(
             forget,
             retain,
+            alternate,
             pairs_per_step=pairs_per_step(args),
             token_budget=args.token_budget,
             seed=args.seed if args.data_seed is None else args.data_seed,
@@ -57,12 +65,14 @@ class PackedTrainer(Trainer):
             workers=max(1, args.dataloader_num_workers),
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         )
+        self._steps = _steps(self._dataset, args, trainer_options.get("processing_class"))
         # A step arrives whole, so to the trainer's loop there is nothing to accumulate.
         args = copy.copy(args)
         args.gradient_accumulation_steps = 1
-        super().__init__(model=fuse(model), args=args, train_dataset=self._dataset, **trainer_options)
+        super().__init__(model=fuse(model), args=args, train_dataset=self._steps, **trainer_options)
         self.meter = StepMeter()
         self._watch = LossWatch()
+        self._dual: DualVariable | None = None
         self.add_callback(self.meter)
         # The loss is the mean over the whole step already; the trainer must not divide it by the micro-batches.
         self.model_accepts_loss_kwargs = True
@@ -70,7 +80,7 @@ class PackedTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Step]:
         """Return a loader whose items are this rank's optimizer steps; the plan has shared them out already."""
         loader: DataLoader[Step] = DataLoaderShard(
-            self._dataset, batch_size=1, sampler=SequentialSampler(self._dataset), collate_fn=_only_item
+            self._steps, batch_size=1, sampler=SequentialSampler(self._steps), collate_fn=_only_item
         )
         return loader
 
@@ -79,6 +89,11 @@ class PackedTrainer(Trainer):
     ) -> tuple[list[Step], None]:
         """Return the next step. What transformers counts here, its means' denominators, a step carries along."""
         return list(itertools.islice(epoch_iterator, num_batches)), None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return len(self._dataset)
 
     def num_examples(self, dataloader: DataLoader[Step]) -> int:
         """Pairs of an epoch."""
@@ -92,7 +107,8 @@ class PackedTrainer(Trainer):
             # Gradients are exchanged once a step, with the last micro-batch.
             waiting = i + 1 < len(step.batches)
             with self.accelerator.no_sync(model) if waiting else contextlib.nullcontext():
-                losses.append(super().training_step(model, {"batch": batch, "totals": step.totals}))
+                inputs_of_one = {"batch": batch, "totals": step.totals, "batches": len(step.batches)}
+                losses.append(super().training_step(model, inputs_of_one))
         total = torch.stack(losses).sum()
         self._watch.see(total, self.state.global_step + 1)
         return total
@@ -105,27 +121,36 @@ class PackedTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Run one micro-batch: forget and retain in one forward pass, its share of the step's loss out."""
-        batch, totals = inputs["batch"], inputs["totals"]
-        rows = sums = None
-        if isinstance(self._reference, LiveReference) and batch.forget_sequences:
-            with self.accelerator.autocast():
-                rows = self._reference.rows(batch, batch.input_ids.device)
-        elif isinstance(self._reference, CachedReference):
-            sums = self._reference.sums(batch)
-        elif self._reference is not None:  # live, and nothing in this micro-batch to compare
-            sums = torch.zeros(len(batch.lengths), device=batch.input_ids.device)
-        loss = HeadLoss(
-            terms=StepTerms(self.objective, batch.roles, totals),
-            reference=rows,
-            reference_sums=sums,
+        batch = inputs["batch"]
+        if isinstance(batch, PaddedPairs):
+            return self._padded_loss(model, batch, inputs["batches"])
+        loss = step_loss(
+            self.objective,
+            self._reference,
+            batch,
+            inputs["totals"],
+            autocast=self.accelerator.autocast,
             chunk_rows=self._options.chunk_rows,
             backend=self._options.loss_backend,
         )
         output = model(batch=batch, loss=loss)
         self.meter.add(batch, output.terms, self._term_weights())
+        if self._dual is not None:
+            self._dual.see(batch, output, inputs["totals"])
         # The step's loss is the sum of the ranks' shares, and what exchanges gradients takes their mean.
         share = output.loss * self.args.world_size
         return (share, output) if return_outputs else share
+
+    def _padded_loss(self, model: nn.Module, batch: PaddedPairs, batches: int) -> Tensor:
+        """open-unlearning's loss of one of the step's micro-batches."""
+        if self.objective is None:
+            raise ValueError("`compat`: is about unlearning; drop it for fine-tuning")
+        frozen = self._reference if isinstance(self._reference, ModelReference) else None
+        output = padded_loss(self.objective, model, frozen, batch)
+        if self._dual is not None:
+            self._dual.see_padded(output.retain)
+        self.meter.add_losses(batch.tokens, forget=output.forget / batches, retain=output.retain / batches)
+        return output.loss / batches
 
     @property
     def _options(self) -> UnlearnArguments:
@@ -167,16 +192,22 @@ class UnlearnTrainer(PackedTrainer):
         forget_filter: which rows: conditions such as ``"topic_id=3,7"`` or ``"language!=EN"``, all of which a row must
             meet, or a mapping of columns to values.
         retain_filter: likewise.
-        objective: for example ``NPO(beta=0.1)``.
-        reference: "cached" computes the reference's log-probabilities once, before training; "live" keeps a second
-            model. Ignored by objectives without a reference.
-        reference_model: the frozen model; None is ``model`` as it is now.
+        objective: for example ``NPO(beta=0.1)``; or a function that maps ``efface_kernels.Sequences`` to their forget
+            terms (see ``efface.FunctionObjective``).
+        alternate: other answers to the forget questions, one for each, for objectives that train them; default: made by
+            ``args.refusal_file`` or ``args.alternate_column``.
+        reference: the frozen model. "cached" computes its log-probabilities once, before training; "live" keeps a
+            second model; "auto" is "cached" where the objective reads nothing but log-probabilities, else "live".
+            Ignored by objectives without a reference.
+        reference_model: None is ``model`` as it is now.
+        reference_device: where a live reference runs; None is where the policy does.
         processing_class: the tokenizer; needed for text.
         **trainer_options: callbacks, optimizers and the like, as of ``transformers.Trainer``.
 
     Raises:
         FileNotFoundError: a data file that does not exist.
-        ValueError: an empty forget set, a missing column, a row without a label, a token outside the vocabulary.
+        ValueError: an empty forget set, a missing column, a row without a label, a token outside the vocabulary, a
+            reference that the objective cannot do with.
         FloatingPointError: from ``train()``, a loss that is not finite, with the step.
     """
 
@@ -189,41 +220,57 @@ class UnlearnTrainer(PackedTrainer):
         retain: QuestionAnswers | None,
         forget_filter: Conditions = None,
         retain_filter: Conditions = None,
-        objective: Objective,
-        reference: str = "cached",
+        objective: Objective | Callable[[Sequences], Tensor],
+        alternate: QuestionAnswers | None = None,
+        reference: str = "auto",
         reference_model: PreTrainedModel | None = None,
+        reference_device: torch.device | str | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **trainer_options: Any,
     ) -> None:
+        if not isinstance(objective, Objective):
+            objective = FunctionObjective(function=objective)
         if retain is None and objective.alpha:
             raise ValueError(
                 f"objective {objective.name!r} has a retain term (alpha={objective.alpha}) but no retain set; "
                 "give one, or set alpha to 0"
             )
-        if reference not in KINDS:
-            raise ValueError(f"`reference`: expected one of {', '.join(map(repr, KINDS))}, got {reference!r}")
-        forget_store = _tokenised(forget, processing_class, args, "forget", forget_filter)
+        kind = reference_kind(reference, objective, padded=args.compat is not None)
+        forget_store, alternate_store = _forget_stores(
+            objective, forget, alternate, processing_class, args, forget_filter
+        )
         keep = retain is not None and objective.alpha != 0
         retain_store = TokenStore.empty()
         if keep:
             retain_store = _tokenised(retain, processing_class, args, "retain", retain_filter)
+        if isinstance(objective, RMU):
+            find_module(model, objective.module_regex)
+            train_only(model, objective.trainable_params_regex)
         super().__init__(
             model,
             args,
             forget=forget_store,
             retain=retain_store,
+            alternate=alternate_store,
             objective=objective,
             processing_class=processing_class,
             **trainer_options,
         )
-        if objective.needs_reference:
+        if isinstance(objective, PDU) and objective.primal_dual:
+            self._dual = DualVariable(self, retain_store)
+            self.add_callback(self._dual)
+        if kind is not None:
+            compared = {Role.FORGET: forget_store}
+            if alternate_store is not None:
+                compared[Role.ALTERNATE] = alternate_store
             # The policy as it is now, in the precision in which it will train: L − L_ref starts at 0.
             with self.accelerator.autocast():
                 self._reference = make_reference(
-                    reference,
+                    kind,
                     model,
                     reference_model,
-                    forget_store,
+                    compared,
+                    device=torch.device(reference_device or self.args.device),
                     rank=args.process_index,
                     world_size=args.world_size,
                 )
@@ -257,12 +304,49 @@ class FinetuneTrainer(PackedTrainer):
         )
 
 
+def _forget_stores(
+    objective: Objective,
+    forget: QuestionAnswers,
+    alternate: QuestionAnswers | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: UnlearnArguments,
+    rows_filter: Conditions,
+) -> tuple[TokenStore, TokenStore | None]:
+    """Return the sequences in the role of forget ones and, where the objective compares two answers, the alternates."""
+    other: TokenStore | None = None
+    if objective.forget_data != "answer":
+        if alternate is not None:
+            other = _tokenised(alternate, tokenizer, args, "alternate", rows_filter)
+        elif isinstance(forget, TokenStore) or not (args.refusal_file or args.alternate_column):
+            raise ValueError(
+                f"objective {objective.name!r} trains other answers to the forget questions, got none; set "
+                "--refusal_file (a refusal a line) or --alternate_column, or give `alternate`"
+            )
+        elif args.refusal_file and args.alternate_column:
+            raise ValueError("expected `refusal_file` or `alternate_column`, got both; drop one")
+        else:
+            refusals = Refusals.read(args.refusal_file, args.seed) if args.refusal_file else None
+            column = args.alternate_column or args.answer_column
+            other = _tokenised(forget, tokenizer, args, "forget", rows_filter, answers=column, refusals=refusals)
+        if objective.forget_data == "alternate":
+            return other, None
+    store = _tokenised(forget, tokenizer, args, "forget", rows_filter)
+    if other is not None and len(other) != len(store):
+        raise ValueError(
+            f"`alternate`: expected {len(store)} sequences, one for each forget sequence, got {len(other)}"
+        )
+    return store, other
+
+
 def _tokenised(
     data: QuestionAnswers | None,
     tokenizer: PreTrainedTokenizerBase | None,
     args: UnlearnArguments,
     name: str,
     rows_filter: Conditions,
+    *,
+    answers: str | None = None,
+    refusals: Refusals | None = None,
 ) -> TokenStore:
     # The first process of a machine fills the cache, the others read it.
     with args.main_process_first(desc=f"tokenise {name}"):
@@ -271,14 +355,34 @@ def _tokenised(
             tokenizer,
             name=name,
             question_column=args.question_column,
-            answer_column=args.answer_column,
+            answer_column=answers or args.answer_column,
             template=args.template,
             system_prompt=args.system_prompt,
             date_string=args.date_string,
             max_length=args.max_length,
             rows_filter=rows_filter,
+            refusals=refusals,
             cache_dir=args.token_cache,
         )
+
+
+def _steps(
+    packed: PackedSteps, args: UnlearnArguments, tokenizer: PreTrainedTokenizerBase | None
+) -> PackedSteps | PaddedSteps:
+    """Return what the trainer's loop runs over."""
+    if args.compat is None:
+        return packed
+    if args.compat != "open-unlearning":
+        raise ValueError(f"`compat`: expected 'open-unlearning' or None, got {args.compat!r}")
+    if args.world_size > 1:
+        raise ValueError(
+            f"`compat`: runs on one process, got {args.world_size}; n processes of theirs are n times the "
+            "gradient_accumulation_steps of one"
+        )
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None:
+        pad = getattr(tokenizer, "eos_token_id", None)
+    return PaddedSteps(packed, size=args.per_device_train_batch_size, pad_token_id=0 if pad is None else pad)
 
 
 def pairs_per_step(args: UnlearnArguments) -> int:

@@ -1,6 +1,5 @@
 """What an objective is: per-sequence loss terms, and means that run over the whole optimizer step."""
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -8,33 +7,67 @@ import torch
 from torch import Tensor
 
 from efface.batching.roles import Role, StepTotals
+from efface.objectives.role_loss import DistributionLoss, RoleLoss
 from efface_kernels import Sequences
+
+RETAIN_LOSS_TYPES = ("NLL", "KL")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective(ABC):
-    """loss = gamma · mean(forget terms) + alpha · NLL of the retain label tokens.
+class Objective:
+    """loss = gamma · mean(forget terms) + alpha · retain loss.
 
     Parameter names are those of open-unlearning. A subclass sets the class variables and ``forget_terms``.
 
     Attributes:
         gamma: weight of the forget term.
         alpha: weight of the retain term; 0 needs no retain data.
+        retain_loss_type: "NLL", the cross entropy of the retain labels, or "KL", the divergence from the frozen model's
+            distributions at the retain labels.
         name: what the command line calls it.
         mean_over: what the mean of the forget terms runs over, sequences or label tokens of the step.
+        forget_data: the answers that a forget question comes with: its own, an alternate (refusals, or a column), or
+            both, as a pair.
         needs_reference: whether ``Sequences.reference_sums`` is read.
+        reads: what the forget loss is a function of; "logits" and "activations" define no ``forget_terms``.
     """
 
     gamma: float = 1.0
     alpha: float = 1.0
+    retain_loss_type: str = "NLL"
 
     name: ClassVar[str]
     mean_over: ClassVar[Literal["sequences", "tokens"]] = "sequences"
+    forget_data: ClassVar[Literal["answer", "alternate", "both"]] = "answer"
     needs_reference: ClassVar[bool] = False
+    reads: ClassVar[Literal["logprobs", "logits", "activations"]] = "logprobs"
 
-    @abstractmethod
+    def __post_init__(self) -> None:
+        check_choice("retain_loss_type", self.retain_loss_type, RETAIN_LOSS_TYPES)
+
     def forget_terms(self, sequences: Sequences) -> Tensor:
-        """Return the loss terms (s,) of forget sequences, not yet divided by what the mean runs over."""
+        """Return the loss terms (s,) of forget sequences, not yet divided by what the mean runs over.
+
+        Raises:
+            TypeError: the forget loss is no function of log-probabilities.
+        """
+        raise TypeError(f"{type(self).__name__}: its forget loss is one of {self.reads}; it defines no forget_terms")
+
+    def forget_loss(self) -> RoleLoss | None:
+        """Return what takes the place of ``forget_terms`` where log-probabilities are not enough."""
+        return None
+
+    def retain_loss(self) -> RoleLoss | None:
+        """Return what takes the place of the retain NLL."""
+        return DistributionLoss() if self.retain_loss_type == "KL" and self.alpha else None
+
+    def reads_forget_reference(self) -> bool:
+        """Whether the forget terms compare with a frozen model."""
+        return self.needs_reference or isinstance(self.forget_loss(), DistributionLoss)
+
+    def needs_reference_model(self) -> bool:
+        """Whether more of a reference is read than log-probabilities, so that a model must run."""
+        return any(isinstance(loss, DistributionLoss) for loss in (self.forget_loss(), self.retain_loss()))
 
     def forget_weight(self, totals: StepTotals) -> float:
         """Gamma divided by what the forget mean of this step runs over."""
@@ -55,6 +88,25 @@ def check_positive(name: str, value: float) -> None:
     """Raise ValueError unless ``value`` is positive."""
     if not value > 0:
         raise ValueError(f"`{name}`: expected a positive number, got {value}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"`{name}`: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def reference_sums(sequences: Sequences, name: str) -> Tensor:
+    """Return L_ref (s,), which ``name`` cannot do without.
+
+    Raises:
+        ValueError: none were given.
+    """
+    if sequences.reference_sums is None:
+        raise ValueError(
+            f"{name} needs the reference model's sequence log-probabilities, got none; give a live or cached reference"
+        )
+    return sequences.reference_sums
 
 
 @dataclass(frozen=True)
@@ -78,7 +130,7 @@ class StepTerms:
         if self.objective is not None:
             retain_weight = self.objective.retain_weight(self.totals)
         terms = torch.where(roles == Role.RETAIN, nll_terms(sequences) * retain_weight, 0)
-        if self.objective is not None:
+        if self.objective is not None and self.objective.reads == "logprobs":
             forget = self.objective.forget_terms(sequences) * self.objective.forget_weight(self.totals)
             terms = torch.where(roles == Role.FORGET, forget, terms)
         return terms

@@ -3,9 +3,14 @@
 IdkDPO prefers "I don't know" (TOFU, arXiv 2401.06121), AltPO a plausible other answer (arXiv 2409.13474).
 """
 
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from efface.objectives.base import Objective, check_positive, reference_sums
+from efface.objectives.registry import register_objective
 from efface_kernels import Sequences
 
 
@@ -14,9 +19,25 @@ def dpo_terms(sequences: Sequences, *, beta: float) -> Tensor:
 
     Defined for forget sequences; every other sequence's term means nothing.
     """
-    if sequences.reference_sums is None:
-        raise ValueError(
-            "DPO needs the reference model's sequence log-probabilities, got none; give a live or cached reference"
-        )
-    ratio = sequences.sums - sequences.reference_sums
+    ratio = sequences.sums - reference_sums(sequences, "DPO")
     return -2 / beta * logsigmoid(beta * (sequences.following(ratio) - ratio))
+
+
+@register_objective
+@dataclass(frozen=True, kw_only=True)
+class DPO(Objective):
+    """gamma · mean over pairs of −(2/β) log σ(β [(L_w − L_w,ref) − (L_l − L_l,ref)]) + alpha · retain NLL."""
+
+    beta: float = 0.1
+
+    name: ClassVar[str] = "dpo"
+    forget_data: ClassVar[Literal["answer", "alternate", "both"]] = "both"
+    needs_reference: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("beta", self.beta)
+
+    def forget_terms(self, sequences: Sequences) -> Tensor:
+        """See ``dpo_terms``."""
+        return dpo_terms(sequences, beta=self.beta)

@@ -6,18 +6,14 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from efface.objectives.base import Objective, check_positive
+from efface.objectives.base import Objective, check_positive, reference_sums
 from efface.objectives.registry import register_objective
 from efface_kernels import Sequences
 
 
 def npo_terms(sequences: Sequences, *, beta: float) -> Tensor:
     """−(2/β) log σ(−β (L − L_ref)). With β → 0 it becomes gradient ascent; L falls only until L ≪ L_ref."""
-    if sequences.reference_sums is None:
-        raise ValueError(
-            "NPO needs the reference model's sequence log-probabilities, got none; give a live or cached reference"
-        )
-    return -2 / beta * logsigmoid(-beta * (sequences.sums - sequences.reference_sums))
+    return -2 / beta * logsigmoid(-beta * (sequences.sums - reference_sums(sequences, "NPO")))
 
 
 @register_objective
@@ -31,6 +27,7 @@ class NPO(Objective):
     needs_reference: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive("beta", self.beta)
 
     def forget_terms(self, sequences: Sequences) -> Tensor:

@@ -1,7 +1,7 @@
 """Objectives by name."""
 
 import dataclasses
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from efface.objectives.base import Objective
 
@@ -28,13 +28,14 @@ def known_objectives() -> dict[str, type[Objective]]:
     return dict(sorted(_OBJECTIVES.items()))
 
 
-def get_objective(name: str, **parameters: float) -> Objective:
-    """Return the objective called ``name`` with the given parameters.
+def get_objective(name: str, **parameters: Any) -> Objective:
+    """Return the objective called ``name`` with the given parameters; case and underscores do not matter.
 
     Raises:
         ValueError: an unknown name, or a parameter that this objective does not have; both list what is known.
     """
-    cls = _OBJECTIVES.get(name.lower())
+    plain = {known.replace("_", ""): cls for known, cls in _OBJECTIVES.items()}
+    cls = plain.get(name.lower().replace("_", ""))
     if cls is None:
         raise ValueError(f"objective: expected one of {', '.join(known_objectives())}, got {name!r}")
     fields = {field.name for field in dataclasses.fields(cls)}

@@ -28,6 +28,7 @@ class SimNPO(Objective):
     name: ClassVar[str] = "simnpo"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive("beta", self.beta)
 
     def forget_terms(self, sequences: Sequences) -> Tensor:

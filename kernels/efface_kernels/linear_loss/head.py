@@ -39,6 +39,10 @@ class Head:
         check_softcap(self.softcap)
         check_same_device(**{f"{prefix}hidden": hidden, f"{prefix}weight": self.weight, f"{prefix}bias": self.bias})
 
+    def to(self, device: torch.device) -> "Head":
+        """Return the head on another device."""
+        return Head(self.weight.to(device), None if self.bias is None else self.bias.to(device), self.softcap)
+
     def logits(self, hidden: Tensor, workspace: Tensor) -> Tensor:
         """Write the uncapped logits of ``hidden`` (n, D) into the first n rows of ``workspace`` and return them."""
         out = workspace[: hidden.shape[0]]  # (n, V)

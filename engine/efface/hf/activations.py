@@ -1,0 +1,135 @@
+"""Losses on the activations of a layer: RMU's steering, and staying near a frozen model."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efface.batching import PackedBatch, Role, StepTotals
+from efface.hf.head_loss import HeadLoss, StepOutput
+from efface.objectives import RMU
+from efface_kernels.linear_loss.sequences import segment_sums
+
+
+@dataclass(frozen=True)
+class ActivationLoss:
+    """RMU's share of a micro-batch; the means run over the sequences of the whole step.
+
+    Attributes:
+        objective: the settings.
+        totals: of the optimizer step.
+        frozen: (n, D) the reference model's activations at the retain answer tokens, or None.
+        retain: the head's loss of the retain sequences instead, or None.
+    """
+
+    objective: RMU
+    totals: StepTotals
+    frozen: Tensor | None = None
+    retain: HeadLoss | None = None
+
+    def __call__(self, activations: Tensor, batch: PackedBatch) -> list[StepOutput]:
+        """Compute it from a layer's output (T, D): one output for each part of the batch that reads activations."""
+        objective, outputs = self.objective, []
+        forget, retain = batch.forget_part(), batch.retain_part()
+        rows = answer_rows(activations, batch)
+        if forget.lengths:
+            target = objective.steering_vector(rows.shape[1]).to(rows)
+            weight = objective.forget_weight(self.totals)
+            outputs.append(_squared(rows[: batch.forget_rows], target, forget, Role.FORGET, weight))
+        if retain.lengths and self.retain is None:
+            # Without a frozen model (alpha 0, an idle rank) the rows weigh nothing, but keep the graph whole.
+            target = torch.zeros_like(rows[batch.forget_rows :]) if self.frozen is None else self.frozen.to(rows)
+            weight = objective.alpha / max(self.totals.retain_sequences, 1) if self.frozen is not None else 0.0
+            outputs.append(_squared(rows[batch.forget_rows :], target, retain, Role.RETAIN, weight))
+        return outputs
+
+
+def answer_rows(activations: Tensor, batch: PackedBatch) -> Tensor:
+    """Return a layer's activations (N, D) at the answer tokens: the positions after those that predict them."""
+    return activations.index_select(0, batch.label_rows + 1)
+
+
+def _squared(rows: Tensor, target: Tensor, part: PackedBatch, role: Role, weight: float) -> StepOutput:
+    """Weight · Σ over sequences of the mean over their tokens, and over D, of (rows − target)²."""
+    values = (rows - target).float().square().mean(1)
+    offsets = torch.tensor(part.row_offsets, device=rows.device)
+    means = segment_sums(values, offsets) / offsets.diff()
+    terms = torch.where(part.roles == role, weight * means, 0.0)
+    return StepOutput(terms.sum(), terms.detach(), torch.full_like(terms.detach(), torch.nan), None)
+
+
+class Watched:
+    """What a module returned in its last forward pass."""
+
+    def __init__(self) -> None:
+        self._output: Any = None
+
+    def keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        """The forward hook."""
+        self._output = output[0] if isinstance(output, tuple) else output
+
+    def output(self) -> Tensor:
+        """Return it, (B, T, D); for a pack, B is 1.
+
+        Raises:
+            RuntimeError: the module was not called, or outside the graph.
+        """
+        if self._output is None:
+            raise RuntimeError("the module whose activations the loss reads was not called in the forward pass")
+        output: Tensor = self._output
+        if torch.is_grad_enabled() and not output.requires_grad:
+            raise RuntimeError(
+                "the activations that the loss reads carry no gradient: train a parameter at or before that module; "
+                "with gradient checkpointing set --gradient_checkpointing_kwargs '{\"use_reentrant\": false}'"
+            )
+        return output
+
+
+@contextmanager
+def watched(model: nn.Module, module_regex: str) -> Iterator[Watched]:
+    """Keep the output of the module whose name ``module_regex`` matches while the block runs."""
+    watch = Watched()
+    handle = find_module(model, module_regex).register_forward_hook(watch.keep)
+    try:
+        yield watch
+    finally:
+        handle.remove()
+
+
+def find_module(model: nn.Module, module_regex: str) -> nn.Module:
+    """Return the one module whose whole name the expression matches.
+
+    Raises:
+        ValueError: none or several.
+    """
+    found = {name: module for name, module in model.named_modules() if re.fullmatch(module_regex, name)}
+    if len(found) != 1:
+        layers = [name for name in (name for name, _ in model.named_modules()) if re.fullmatch(r".*\.\d+", name)]
+        raise ValueError(
+            f"`module_regex`: expected {module_regex!r} to match the name of one module of {type(model).__name__}, got "
+            f"{', '.join(found) or 'none'}; its layers are {', '.join(layers[:3])} … {layers[-1] if layers else ''}"
+        )
+    module: nn.Module = next(iter(found.values()))
+    return module
+
+
+def train_only(model: nn.Module, patterns: tuple[str, ...]) -> None:
+    """Freeze every parameter whose name none of the expressions matches.
+
+    Raises:
+        ValueError: no trainable parameter is left.
+    """
+    chosen = 0
+    for name, parameter in model.named_parameters():
+        wanted = parameter.requires_grad and any(re.fullmatch(pattern, name) for pattern in patterns)
+        parameter.requires_grad_(wanted)
+        chosen += wanted
+    if not chosen:
+        raise ValueError(
+            f"`trainable_params_regex`: expected an expression that matches a trainable parameter of "
+            f"{type(model).__name__}, got {', '.join(map(repr, patterns))}"
+        )

@@ -1,0 +1,120 @@
+"""What the fused head computes on the label rows of a packed batch."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from efface.batching import PackedBatch, Role, StepTotals
+from efface.objectives import Objective, StepTerms
+from efface.objectives.role_loss import HeadRows, RoleLoss
+from efface_kernels import Head, ReferenceRows, linear_sequence_loss
+
+
+class StepOutput(NamedTuple):
+    """A micro-batch's share of the step's loss, which carries the gradient, and what it was made of, which does not."""
+
+    loss: Tensor  # ()
+    terms: Tensor  # (S,) weighted; their sum is the loss
+    sequence_logprobs: Tensor  # (S,) L_s; NaN where the loss of a sequence does not read it
+    reference_sums: Tensor | None  # (S,) L_ref, 0 for sequences without a reference
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """A micro-batch's share of gamma · mean(forget) + alpha · mean(retain); the means run over the whole step.
+
+    Forget and retain rows share one loop over the logits where the losses of both are functions of log-probabilities.
+
+    Attributes:
+        objective: None for plain NLL.
+        totals: of the optimizer step.
+        forget_reference: the frozen model's rows of the forget sequences, where it runs live.
+        retain_reference: those of the retain sequences.
+        reference_sums: (S,) known L_ref instead, from a cache.
+        chunk_rows: rows of logits alive at a time; None chooses.
+        backend: "auto", "native", "triton" or "torch".
+    """
+
+    objective: Objective | None
+    totals: StepTotals
+    forget_reference: ReferenceRows | None = None
+    retain_reference: ReferenceRows | None = None
+    reference_sums: Tensor | None = None
+    chunk_rows: int | None = None
+    backend: str = "auto"
+
+    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> StepOutput:
+        """Compute it from the hidden states (N, D) of the batch's label rows."""
+        objective = self.objective
+        if objective is None or (objective.forget_loss() is None and objective.retain_loss() is None):
+            return self._of_logprobs(hidden, head, batch, self.reference_sums)
+        outputs = []
+        forget, retain, rows = batch.forget_part(), batch.retain_part(), batch.forget_rows
+        if forget.lengths:
+            loss, sums = objective.forget_loss(), self.reference_sums
+            if loss is None:
+                own = None if sums is None else sums[: len(forget.lengths)]
+                outputs.append(self._of_logprobs(hidden[:rows], head, forget, own))
+            else:
+                weights = _weights(forget, Role.FORGET, objective.forget_weight(self.totals))
+                outputs.append(self._of_rows(loss, weights, hidden[:rows], head, forget, self.forget_reference))
+        if retain.lengths:
+            loss = objective.retain_loss()
+            if loss is None:
+                outputs.append(self._of_logprobs(hidden[rows:], head, retain, None))
+            else:
+                weights = _weights(retain, Role.RETAIN, objective.retain_weight(self.totals))
+                outputs.append(self._of_rows(loss, weights, hidden[rows:], head, retain, self.retain_reference))
+        return joined(outputs)
+
+    def _of_logprobs(self, hidden: Tensor, head: Head, part: PackedBatch, sums: Tensor | None) -> StepOutput:
+        paired = self.objective is not None and self.objective.forget_data == "both"
+        out = linear_sequence_loss(
+            hidden,
+            head.weight,
+            part.targets,
+            part.row_offsets,
+            StepTerms(self.objective, part.roles, self.totals),
+            bias=head.bias,
+            softcap=head.softcap,
+            reference=self.forget_reference if part.forget_sequences else None,
+            reference_sums=sums,
+            pairs=part.forget_sequences // 2 if paired else 0,
+            chunk_rows=self.chunk_rows,
+            backend=self.backend,
+        )
+        return StepOutput(out.loss, out.terms, out.sequence_logprobs, out.reference_sums)
+
+    def _of_rows(
+        self,
+        loss: RoleLoss,
+        weights: Tensor,
+        hidden: Tensor,
+        head: Head,
+        part: PackedBatch,
+        reference: ReferenceRows | None,
+    ) -> StepOutput:
+        offsets = torch.tensor(part.row_offsets, device=hidden.device)
+        rows = HeadRows(hidden, head, part.targets, offsets, reference, self.chunk_rows, self.backend)
+        out = loss(rows, weights)
+        return StepOutput(out.loss, out.terms, torch.full_like(out.terms, torch.nan), None)
+
+
+def _weights(part: PackedBatch, role: Role, weight: float) -> Tensor:
+    """(S,) the weight of every sequence of the role; 0 for idle ones."""
+    return torch.where(part.roles == role, weight, 0.0)
+
+
+def joined(outputs: list[StepOutput]) -> StepOutput:
+    """Return the outputs of the parts of a batch, in their order, as one."""
+    sums = None
+    if any(out.reference_sums is not None for out in outputs):
+        sums = torch.cat([torch.zeros_like(o.terms) if o.reference_sums is None else o.reference_sums for o in outputs])
+    return StepOutput(
+        torch.stack([out.loss for out in outputs]).sum(),
+        torch.cat([out.terms for out in outputs]),
+        torch.cat([out.sequence_logprobs for out in outputs]),
+        sums,
+    )

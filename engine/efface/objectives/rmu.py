@@ -1,0 +1,54 @@
+"""Representation misdirection (Li et al. 2024, arXiv 2403.03218): steer the forget set's activations at one layer."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from efface.objectives.base import RETAIN_LOSS_TYPES, Objective, check_choice
+from efface.objectives.registry import register_objective
+
+
+@register_objective
+@dataclass(frozen=True, kw_only=True)
+class RMU(Objective):
+    """gamma · ‖a − steering_coeff · u‖² on the forget set + alpha · ‖a − a_ref‖² on the retain set.
+
+    a are the activations of a module at the answer tokens, a_ref those of the frozen model, u a random unit vector with
+    entries ≥ 0. ‖·‖² is the mean over dimensions, then over a sequence's answer tokens, then over sequences.
+
+    Attributes:
+        steering_coeff: length of the steering vector.
+        module_regex: the module whose output is steered; must match one module's whole name.
+        trainable_params_regex: parameters to train, those of which one of these matches the whole name.
+        steering_seed: of the vector's draw.
+        retain_loss_type: "EMBED_DIFF" as above, "NLL" or "KL".
+    """
+
+    retain_loss_type: str = "EMBED_DIFF"
+    steering_coeff: float = 2.0
+    module_regex: str = r"model\.layers\.7"
+    trainable_params_regex: tuple[str, ...] = (".*",)
+    steering_seed: int = 0
+
+    name: ClassVar[str] = "rmu"
+    reads: ClassVar[Literal["logprobs", "logits", "activations"]] = "activations"
+
+    def __post_init__(self) -> None:
+        check_choice("retain_loss_type", self.retain_loss_type, ("EMBED_DIFF", *RETAIN_LOSS_TYPES))
+
+    @property
+    def compares_activations(self) -> bool:
+        """Whether the retain term reads the frozen model's activations."""
+        return self.retain_loss_type == "EMBED_DIFF" and self.alpha != 0
+
+    def needs_reference_model(self) -> bool:
+        """Whether a frozen model must run."""
+        return self.compares_activations or super().needs_reference_model()
+
+    def steering_vector(self, size: int) -> Tensor:
+        """Return steering_coeff · u, (size,) float32: the same on every device and every rank."""
+        generator = torch.Generator().manual_seed(self.steering_seed)
+        vector = torch.rand(size, generator=generator)
+        return vector * (self.steering_coeff / float(vector.norm()))
