@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from efface.batching import Assembler, PackedBatch, StepTotals, TokenStore, plan_epoch
+from efface.batching import Assembler, PackedBatch, Role, StepTotals, TokenStore, plan_epoch
 from efface.cli.demo.tokenizer import train_tokenizer
 from efface.hf.data import token_store
 from efface.hf.reference import CachedReference
@@ -84,7 +84,7 @@ def make_steps(
 ) -> list[Step]:
     """Return the first ``count`` steps that the trainer would take with seed 0."""
     plan = plan_epoch(forget.lengths, retain.lengths, pairs_per_step=pairs, token_budget=8192, seed=0, epoch=0)
-    assembler, cached = Assembler(plan, (forget, retain)), CachedReference(reference, forget)
+    assembler, cached = Assembler(plan, (forget, retain)), CachedReference(reference, {Role.FORGET: forget})
     steps = []
     for number in range(count):
         (batch,), totals = assembler[number].batches, assembler.totals(number)

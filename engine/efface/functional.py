@@ -9,21 +9,46 @@ Only rows that predict a label enter the head. Finding them reads the labels on 
 GPU; the trainer's packed batches know their rows and do not.
 """
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from efface.objectives.base import check_positive, nll_terms
+from efface.objectives.base import check_not_negative, check_positive, nll_terms
+from efface.objectives.ceu import ceu_terms
+from efface.objectives.dpo import dpo_terms
 from efface.objectives.grad_ascent import grad_ascent_terms
 from efface.objectives.npo import npo_terms
+from efface.objectives.satimp import satimp_terms
 from efface.objectives.simnpo import simnpo_terms
-from efface_kernels import Head, ReferenceRows, Sequences, linear_logprob, linear_sequence_loss
+from efface.objectives.wga import wga_terms
+from efface_kernels import (
+    Head,
+    ReferenceRows,
+    Sequences,
+    linear_distribution_loss,
+    linear_logprob,
+    linear_sequence_loss,
+)
 from efface_kernels.checks import check_dtype, check_shape
 from efface_kernels.linear_loss.sequences import segment_sums
 
-__all__ = ["grad_ascent_loss", "nll_loss", "npo_loss", "sequence_logprobs", "simnpo_loss"]
+__all__ = [
+    "ceu_loss",
+    "dpo_loss",
+    "grad_ascent_loss",
+    "kl_loss",
+    "nll_loss",
+    "npo_loss",
+    "satimp_loss",
+    "sequence_logprobs",
+    "simnpo_loss",
+    "undial_loss",
+    "wga_loss",
+]
 
 IGNORE_INDEX = -100
 
@@ -203,10 +228,9 @@ def npo_loss(
     positions, targets, row_offsets = label_rows(hidden, labels, cu_seqlens)
     reference = None
     if reference_hidden is not None and reference_weight is not None:
-        check_shape("reference_hidden", reference_hidden, (*hidden.shape[:-1], "D"), "use the layout of `hidden`")
         reference = ReferenceRows(
-            _rows(reference_hidden.detach(), positions),
-            Head(reference_weight.detach(), None if reference_bias is None else reference_bias.detach(), softcap),
+            _reference_rows("reference_hidden", reference_hidden, hidden, positions),
+            _reference_head(reference_weight, reference_bias, softcap),
         )
     elif reference_logprobs is None:
         raise ValueError(
@@ -264,8 +288,286 @@ def simnpo_loss(
     ).loss
 
 
+def dpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    alternate_hidden: Tensor,
+    alternate_labels: Tensor,
+    *,
+    beta: float,
+    reference_logprobs: Tensor | None = None,
+    alternate_reference_logprobs: Tensor | None = None,
+    reference_hidden: Tensor | None = None,
+    alternate_reference_hidden: Tensor | None = None,
+    reference_weight: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    alternate_cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Mean over pairs of −(2/β) log σ(β [(L_w − L_w,ref) − (L_l − L_l,ref)]) (DPO, arXiv 2305.18290, equation 7).
+
+    Equal to::
+
+        lost = sequence_logprobs(hidden, weight, labels) - reference_logprobs
+        won = sequence_logprobs(alternate_hidden, weight, alternate_labels) - alternate_reference_logprobs
+        return -2 / beta * torch.nn.functional.logsigmoid(beta * (won - lost)).mean()
+
+    Args:
+        hidden: of the sequences to forget, l, as in ``sequence_logprobs``, like ``weight``, ``labels``, ``bias``,
+            ``softcap``, ``cu_seqlens``.
+        weight: see ``hidden``.
+        labels: see ``hidden``.
+        alternate_hidden: of the alternate sequences, w, as many; padded to a length of their own, or packed.
+        alternate_labels: see ``alternate_hidden``.
+        beta: inverse temperature, > 0.
+        reference_logprobs: (B,) L_l,ref from a cache, float32 or float64, with ``alternate_reference_logprobs``; or
+            give the three below.
+        alternate_reference_logprobs: (B,) L_w,ref.
+        reference_hidden: hidden states of the frozen reference model, in the layout of ``hidden``.
+        alternate_reference_hidden: the same, in the layout of ``alternate_hidden``.
+        reference_weight: (V', D') its head; read in the same pass as the policy's logits.
+        reference_bias: (V',) or None.
+        bias: see ``hidden``.
+        softcap: see ``hidden``; it applies to both heads.
+        cu_seqlens: see ``hidden``.
+        alternate_cu_seqlens: (B + 1), packed layout only.
+        backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs).
+
+    Raises:
+        TypeError: dtypes that differ, or labels that are not int64.
+        ValueError: as ``sequence_logprobs``; unequally many sequences; no reference, or both kinds; ``beta`` that is
+            not positive.
+    """
+    check_positive("beta", beta)
+    forget = label_rows(hidden, labels, cu_seqlens)
+    alternate = label_rows(alternate_hidden, alternate_labels, alternate_cu_seqlens)
+    lengths = forget.row_offsets.diff().tolist(), alternate.row_offsets.diff().tolist()
+    pairs = len(lengths[0])
+    if len(lengths[1]) != pairs:
+        raise ValueError(
+            f"`alternate_labels`: expected {pairs} sequences, one for each of `labels`, got {len(lengths[1])}"
+        )
+
+    def paired(first: Tensor, second: Tensor) -> Tensor:
+        """The rows of forget sequence 0, of alternate 0, of forget sequence 1, …"""
+        split = zip(first.split(lengths[0]), second.split(lengths[1]), strict=True)
+        return torch.cat([first[:0], *(rows for pair in split for rows in pair)])
+
+    reference, reference_sums = None, None
+    if reference_hidden is not None and alternate_reference_hidden is not None and reference_weight is not None:
+        rows = paired(
+            _reference_rows("reference_hidden", reference_hidden, hidden, forget.positions),
+            _reference_rows(
+                "alternate_reference_hidden", alternate_reference_hidden, alternate_hidden, alternate.positions
+            ),
+        )
+        reference = ReferenceRows(rows, _reference_head(reference_weight, reference_bias, softcap))
+    if reference_logprobs is not None and alternate_reference_logprobs is not None:
+        check_shape("reference_logprobs", reference_logprobs, (pairs,))
+        check_shape("alternate_reference_logprobs", alternate_reference_logprobs, (pairs,))
+        reference_sums = torch.stack([reference_logprobs, alternate_reference_logprobs], 1).flatten().detach()
+    if reference is None and reference_sums is None:
+        raise ValueError(
+            "a reference: expected `reference_logprobs` with `alternate_reference_logprobs`, or `reference_hidden` and "
+            "`alternate_reference_hidden` with `reference_weight`, got neither in full"
+        )
+    is_forget = torch.tensor([True, False], device=hidden.device).repeat(pairs)
+    return linear_sequence_loss(
+        paired(_rows(hidden, forget.positions), _rows(alternate_hidden, alternate.positions)),
+        weight,
+        paired(forget.targets, alternate.targets),
+        [0, *itertools.accumulate(itertools.chain.from_iterable(zip(*lengths, strict=True)))],
+        lambda s: torch.where(s.own(is_forget), dpo_terms(s, beta=beta), 0) / pairs,
+        pairs=pairs,
+        bias=bias,
+        softcap=softcap,
+        reference=reference,
+        reference_sums=reference_sums,
+        backend=backend,
+    ).loss
+
+
+def wga_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    beta: float = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Mean over label tokens of p^β ℓ, with p = e^ℓ detached (WGA, arXiv 2502.19301).
+
+    ``beta`` ≥ 0; with 0 it is ``grad_ascent_loss``. The other arguments, dtypes and errors are those of
+    ``sequence_logprobs``. Returns a float32 scalar (float64 for float64 inputs).
+    """
+    check_not_negative("beta", beta)
+    terms = functools.partial(wga_terms, beta=beta)
+    return _mean_over_tokens(terms, hidden, weight, labels, bias, softcap, cu_seqlens, backend)
+
+
+def satimp_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    beta1: float = 5.0,
+    beta2: float = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Mean over label tokens of p^β₁ (1 − p)^β₂ ℓ, with p = e^ℓ detached (SatImp, arXiv 2505.11953).
+
+    ``beta1`` ≥ 0 (saturation) spares what is forgotten, ``beta2`` ≥ 0 (importance) what is certain. The other
+    arguments, dtypes and errors are those of ``sequence_logprobs``. Returns a float32 scalar (float64 for float64
+    inputs).
+    """
+    check_not_negative("beta1", beta1)
+    check_not_negative("beta2", beta2)
+    terms = functools.partial(satimp_terms, beta1=beta1, beta2=beta2)
+    return _mean_over_tokens(terms, hidden, weight, labels, bias, softcap, cu_seqlens, backend)
+
+
+def ceu_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_first_n_answer_tokens: int = 1,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Mean over label tokens of −log(1 − p): CE-U, but for a constant (arXiv 2503.01224).
+
+    Its gradient is that of the cross entropy to the model's own softmax without the true token, detached; its value is
+    that cross entropy less the entropy of that target, so that 0 means forgotten.
+
+    The first ``ignore_first_n_answer_tokens`` ≥ 0 labels of each sequence do not count; where none is left, the loss
+    is 0. The other arguments, dtypes and errors are those of ``sequence_logprobs``. Returns a float32 scalar (float64
+    for float64 inputs).
+    """
+    check_not_negative("ignore_first_n_answer_tokens", ignore_first_n_answer_tokens)
+    terms = functools.partial(ceu_terms, ignore_first_n_answer_tokens=ignore_first_n_answer_tokens)
+    return _mean_over_tokens(
+        terms, hidden, weight, labels, bias, softcap, cu_seqlens, backend, ignored=ignore_first_n_answer_tokens
+    )
+
+
+def kl_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    reference_hidden: Tensor,
+    reference_weight: Tensor,
+    reference_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Mean over label tokens of KL(p_ref‖p): keeps a model close to a frozen one.
+
+    Equal to::
+
+        log_p = torch.log_softmax((hidden @ weight.T)[:, :-1], -1)
+        log_q = torch.log_softmax((reference_hidden @ reference_weight.T)[:, :-1], -1)
+        return (log_q.exp() * (log_q - log_p)).sum(-1)[labels[:, 1:] != -100].mean()
+
+    but with fp32 logits: of bf16 ones that are nearly equal, the gradient would be rounding noise.
+
+    Args:
+        hidden: as in ``sequence_logprobs``, like ``weight``, ``labels``, ``bias``, ``softcap``, ``cu_seqlens``.
+        weight: see ``hidden``.
+        labels: see ``hidden``; they say which positions count.
+        reference_hidden: hidden states of the frozen reference model, in the layout of ``hidden``.
+        reference_weight: (V, D') its head, over the same vocabulary.
+        reference_bias: (V,) or None.
+        bias: see ``hidden``.
+        softcap: see ``hidden``; it applies to both heads.
+        cu_seqlens: see ``hidden``.
+        backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs).
+
+    Raises:
+        TypeError: dtypes that differ, or labels that are not int64.
+        ValueError: as ``sequence_logprobs``; a reference of another layout or vocabulary.
+    """
+    head = _reference_head(reference_weight, reference_bias, softcap)
+    return _mean_beside_reference(
+        hidden, weight, labels, reference_hidden, head, bias, softcap, cu_seqlens, backend, shift=0, cross_entropy=False
+    )
+
+
+def undial_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    beta: float,
+    reference_hidden: Tensor,
+    reference_weight: Tensor,
+    reference_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Mean over label tokens of the cross entropy to softmax(z_ref − β · onehot) (UNDIAL, arXiv 2402.10052).
+
+    Equal to::
+
+        log_p = torch.log_softmax((hidden @ weight.T)[:, :-1], -1)
+        true = torch.nn.functional.one_hot(labels[:, 1:].clamp(min=0), V)
+        q = torch.softmax((reference_hidden @ reference_weight.T)[:, :-1] - beta * true, -1)
+        return -(q * log_p).sum(-1)[labels[:, 1:] != -100].mean()
+
+    ``beta`` > 0 is what the true token's logit is lowered by; the other arguments, dtypes and errors are those of
+    ``kl_loss``. Returns a float32 scalar (float64 for float64 inputs).
+    """
+    check_positive("beta", beta)
+    head = _reference_head(reference_weight, reference_bias, softcap)
+    return _mean_beside_reference(
+        hidden,
+        weight,
+        labels,
+        reference_hidden,
+        head,
+        bias,
+        softcap,
+        cu_seqlens,
+        backend,
+        shift=beta,
+        cross_entropy=True,
+    )
+
+
 def _rows(hidden: Tensor, positions: Tensor) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)  # (N, D)
+
+
+def _reference_rows(name: str, reference_hidden: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
+    check_shape(name, reference_hidden, (*hidden.shape[:-1], "D"), "use the layout of the policy's hidden states")
+    return _rows(reference_hidden.detach(), positions)
+
+
+def _reference_head(weight: Tensor, bias: Tensor | None, softcap: float | None) -> Head:
+    return Head(weight.detach(), None if bias is None else bias.detach(), softcap)
 
 
 def _mean_over_tokens(
@@ -277,15 +579,47 @@ def _mean_over_tokens(
     softcap: float | None,
     cu_seqlens: Tensor | None,
     backend: str,
+    *,
+    ignored: int = 0,
 ) -> Tensor:
+    """``ignored``: how many of the first labels of each sequence the terms leave out."""
     positions, targets, row_offsets = label_rows(hidden, labels, cu_seqlens)
-    tokens = max(positions.shape[0], 1)
+    tokens = max(int((row_offsets.diff() - ignored).clamp(min=0).sum()), 1)
     return linear_sequence_loss(
         _rows(hidden, positions),
         weight,
         targets,
         row_offsets,
         lambda s: terms(s) / tokens,
+        bias=bias,
+        softcap=softcap,
+        backend=backend,
+    ).loss
+
+
+def _mean_beside_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    reference_hidden: Tensor,
+    reference_head: Head,
+    bias: Tensor | None,
+    softcap: float | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+    *,
+    shift: float,
+    cross_entropy: bool,
+) -> Tensor:
+    positions, targets, _ = label_rows(hidden, labels, cu_seqlens)
+    return linear_distribution_loss(
+        _rows(hidden, positions),
+        weight,
+        targets,
+        1 / max(positions.shape[0], 1),
+        ReferenceRows(_reference_rows("reference_hidden", reference_hidden, hidden, positions), reference_head),
+        shift=shift,
+        cross_entropy=cross_entropy,
         bias=bias,
         softcap=softcap,
         backend=backend,

@@ -265,6 +265,13 @@ def test_a_term_sees_the_sequence_behind_its_own() -> None:
     assert len(sequences.following(torch.ones(0))) == 0
 
 
+def test_rows_know_their_place_in_their_sequence() -> None:
+    sequences = Sequences(torch.zeros(6), torch.tensor([0, 2, 3, 6]))
+    assert sequences.places.tolist() == [0, 1, 0, 0, 1, 2]
+    assert sequences.sums_of(sequences.places.float()).tolist() == [1, 0, 3]
+    assert Sequences(torch.zeros(0), torch.tensor([0])).places.tolist() == []
+
+
 def test_the_packing_order_changes_nothing_beyond_rounding() -> None:
     case = Case("order", (3, 6, 1, 4), chunk_rows=7)
     problem = oracle.make(case, torch.float64)

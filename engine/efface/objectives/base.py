@@ -90,6 +90,12 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"`{name}`: expected a positive number, got {value}")
 
 
+def check_not_negative(name: str, value: float) -> None:
+    """Raise ValueError unless ``value`` is 0 or positive."""
+    if not value >= 0:
+        raise ValueError(f"`{name}`: expected 0 or a positive number, got {value}")
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:

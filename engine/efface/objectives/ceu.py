@@ -1,4 +1,4 @@
-"""Cross-entropy unlearning (arXiv 2503.01224)."""
+"""CE-U: cross entropy to what the model itself says without the true token (Yang 2025, arXiv 2503.01224)."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -7,21 +7,22 @@ import torch
 from torch import Tensor
 
 from efface.batching.roles import StepTotals
-from efface.objectives.base import Objective
+from efface.objectives.base import Objective, check_not_negative
 from efface.objectives.registry import register_objective
 from efface_kernels import Sequences
-from efface_kernels.linear_loss.sequences import segment_sums
 
 
 def ceu_terms(sequences: Sequences, *, ignore_first_n_answer_tokens: int = 1) -> Tensor:
-    """Stub."""
+    """Σ −log(1 − p) over all but the first labels of a sequence.
+
+    The target q is the model's softmax without the true token, detached. The cross entropy to it is −log(1 − p) + H(q),
+    and its gradient p − q is that of −log(1 − p) with live p: c = p / (1 − p).
+    """
     logprobs = sequences.logprobs
-    starts = torch.repeat_interleave(
-        sequences.row_offsets[:-1], sequences.row_offsets.diff(), output_size=len(logprobs)
-    )
-    place = torch.arange(len(logprobs), device=logprobs.device) - starts
-    values = -(-logprobs.clamp(max=-1e-6).expm1()).log()
-    return segment_sums(torch.where(place >= ignore_first_n_answer_tokens, values, 0), sequences.row_offsets)
+    # ℓ near 0 is known to eps, so 1 − p may be 0: with eps added c stays finite, and c (softmax − onehot) below about 1
+    rest = torch.finfo(logprobs.dtype).eps - torch.expm1(logprobs)
+    ignored = sequences.places < ignore_first_n_answer_tokens
+    return sequences.sums_of((-torch.log(rest)).masked_fill(ignored, 0))
 
 
 @register_objective
@@ -41,10 +42,7 @@ class CEU(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ignore_first_n_answer_tokens < 0:
-            raise ValueError(
-                f"`ignore_first_n_answer_tokens`: expected at least 0, got {self.ignore_first_n_answer_tokens}"
-            )
+        check_not_negative("ignore_first_n_answer_tokens", self.ignore_first_n_answer_tokens)
 
     def forget_terms(self, sequences: Sequences) -> Tensor:
         """See ``ceu_terms``."""

@@ -1,22 +1,23 @@
-"""SatImp (arXiv 2505.11953)."""
+"""SatImp: gradient ascent weighted by saturation and importance (Yang et al. 2025, arXiv 2505.11953)."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from efface.objectives.base import Objective
+from efface.objectives.base import Objective, check_not_negative
 from efface.objectives.registry import register_objective
 from efface_kernels import Sequences
-from efface_kernels.linear_loss.sequences import segment_sums
 
 
 def satimp_terms(sequences: Sequences, *, beta1: float, beta2: float) -> Tensor:
-    """Stub."""
+    """Σ p^β₁ (1 − p)^β₂ ℓ, with p = e^ℓ detached."""
     logprobs = sequences.logprobs
-    constant = logprobs.detach()
-    weight = (beta1 * constant).exp() * (-constant.expm1()) ** beta2
-    return segment_sums(weight * logprobs, sequences.row_offsets)
+    known = logprobs.detach()
+    # 1 − p as −expm1(ℓ): of memorised tokens the difference would keep no digit
+    weights = torch.exp(beta1 * known) * (-torch.expm1(known)) ** beta2
+    return sequences.sums_of(weights * logprobs)
 
 
 @register_objective
@@ -30,6 +31,11 @@ class SatImp(Objective):
 
     name: ClassVar[str] = "satimp"
     mean_over: ClassVar[Literal["sequences", "tokens"]] = "tokens"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_not_negative("beta1", self.beta1)
+        check_not_negative("beta2", self.beta2)
 
     def forget_terms(self, sequences: Sequences) -> Tensor:
         """See ``satimp_terms``."""

@@ -1,20 +1,20 @@
-"""Weighted gradient ascent (Wang et al. 2025, arXiv 2502.19301)."""
+"""Weighted gradient ascent: tokens that the model no longer knows stop pushing (Wang et al. 2025, arXiv 2502.19301)."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from efface.objectives.base import Objective
+from efface.objectives.base import Objective, check_not_negative
 from efface.objectives.registry import register_objective
 from efface_kernels import Sequences
-from efface_kernels.linear_loss.sequences import segment_sums
 
 
 def wga_terms(sequences: Sequences, *, beta: float) -> Tensor:
-    """Stub."""
+    """Σ p^β ℓ, with p = e^ℓ detached. β = 0 is gradient ascent."""
     logprobs = sequences.logprobs
-    return segment_sums((beta * logprobs.detach()).exp() * logprobs, sequences.row_offsets)
+    return sequences.sums_of(torch.exp(beta * logprobs.detach()) * logprobs)
 
 
 @register_objective
@@ -26,6 +26,10 @@ class WGA(Objective):
 
     name: ClassVar[str] = "wga"
     mean_over: ClassVar[Literal["sequences", "tokens"]] = "tokens"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_not_negative("beta", self.beta)
 
     def forget_terms(self, sequences: Sequences) -> Tensor:
         """See ``wga_terms``."""

@@ -43,6 +43,14 @@ class Sequences:
         """(s,) n_s, the number of label tokens, in the dtype of ``logprobs``."""
         return self.row_offsets.diff().to(self.logprobs.dtype)
 
+    @property
+    def places(self) -> Tensor:
+        """(n,) int64, the place of each label row within its sequence, from 0."""
+        rows = self.logprobs.shape[0]
+        # The output's size is known: without it, repeating would read the lengths on the host.
+        starts = self.row_offsets[:-1].repeat_interleave(self.row_offsets.diff(), output_size=rows)
+        return torch.arange(rows, device=starts.device) - starts
+
     def own(self, values: Tensor) -> Tensor:
         """Return the entries of a per-sequence vector of the batch, (S,), that belong to these sequences, (s,)."""
         return values[self.first : self.first + len(self)]
