@@ -356,7 +356,7 @@ def dpo_loss(
         )
 
     def paired(first: Tensor, second: Tensor) -> Tensor:
-        """The rows of forget sequence 0, of alternate 0, of forget sequence 1, …"""
+        """Interleave: the rows of forget sequence 0, of alternate 0, of forget sequence 1 and so on."""
         split = zip(first.split(lengths[0]), second.split(lengths[1]), strict=True)
         return torch.cat([first[:0], *(rows for pair in split for rows in pair)])
 
