@@ -13,7 +13,7 @@ from benchmarks.step.data import Padded, Step
 from efface import NPO
 from efface.hf.head import fuse
 from efface.hf.head_loss import HeadLoss
-from efface.hf.reference import LiveReference
+from efface.hf.live_reference import LiveReference
 
 OBJECTIVE = NPO(beta=0.1, alpha=1.0)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from formulas import padded_curve
 from helpers import arguments, random_store, tiny_llama
-from padded_loop import padded_curve
 
 from efface import (
     CEU,

@@ -1,105 +1,17 @@
 """The trainer against a padded two-forward loop with open-unlearning's formulas, and its behaviour as a Trainer."""
 
 import copy
-import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import TEXTS, arguments, padded, random_store, tiny_llama, tiny_tokenizer
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+from padded_loop import Losses, batch_nll, eager_curve, exact_losses
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from efface import NPO, FinetuneTrainer, GradAscent, GradDiff, Objective, SimNPO, UnlearnTrainer
-from efface.batching import TokenStore, plan_epoch
-
-
-class Losses(TrainerCallback):
-    """Collects what is logged."""
-
-    def __init__(self) -> None:
-        self.logs: list[dict[str, float]] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.logs.append({name: float(value) for name, value in (logs or {}).items()})
-
-    @property
-    def losses(self) -> list[float]:
-        return [log["loss"] for log in self.logs if "loss" in log]
-
-
-def exact_losses(trainer: UnlearnTrainer) -> list[float]:
-    """Record every micro-batch's loss unrounded: the trainer's log keeps four digits."""
-    values: list[float] = []
-    compute = trainer.compute_loss
-
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        loss = compute(*args, **kwargs)
-        values.append(loss.item())
-        return loss
-
-    trainer.compute_loss = recorded  # type: ignore[method-assign]
-    return values
-
-
-# ---- open-unlearning's formulas, typed in from its trainer/utils.py ----
-
-
-def batch_nll(model: PreTrainedModel, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """compute_batch_nll: summed token losses of each sequence."""
-    ids, labels, mask = batch
-    logits = model(input_ids=ids, attention_mask=mask).logits[..., :-1, :].contiguous()
-    shifted = labels[..., 1:].contiguous()
-    return F.cross_entropy(logits.transpose(-1, -2), shifted, ignore_index=-100, reduction="none").sum(dim=-1)
-
-
-def eager_loss(
-    objective: Objective, model: PreTrainedModel, reference: PreTrainedModel, forget: Any, retain: Any
-) -> Tensor:
-    forget_nll = batch_nll(model, forget)
-    labels = (forget[1][:, 1:] != -100).sum(-1)
-    if isinstance(objective, NPO):
-        with torch.no_grad():
-            reference_nll = batch_nll(reference, forget)
-        lose_log_ratio = -(forget_nll - reference_nll)
-        forget_loss = -2 / objective.beta * F.logsigmoid(objective.beta * (0.0 - lose_log_ratio)).mean()
-    elif isinstance(objective, SimNPO):
-        loss = forget_nll / labels - objective.delta
-        forget_loss = (-F.logsigmoid(objective.beta * loss).mean() * 2) / objective.beta
-    else:
-        forget_loss = -forget_nll.sum() / labels.sum()
-    if not objective.alpha:
-        return objective.gamma * forget_loss
-    retain_tokens = (retain[1][:, 1:] != -100).sum()
-    retain_loss = batch_nll(model, retain).sum() / retain_tokens
-    return objective.gamma * forget_loss + objective.alpha * retain_loss
-
-
-def eager_curve(
-    objective: Objective, model: PreTrainedModel, forget: TokenStore, retain: TokenStore, *, steps: int, lr: float
-) -> list[float]:
-    """A padded loop with two forward passes a step, over the same pairs."""
-    reference = copy.deepcopy(model).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    losses: list[float] = []
-    for epoch in itertools.count():
-        plan = plan_epoch(forget.lengths, retain.lengths, pairs_per_step=4, token_budget=4096, seed=0, epoch=epoch)
-        for step in range(len(plan)):
-            pairs = (index.tolist() for index in plan.pairs(step))
-            batches = [padded(store, index) for store, index in zip((forget, retain), pairs, strict=True)]
-            loss = eager_loss(objective, model, reference, *batches)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-            if len(losses) == steps:
-                return losses
-    raise AssertionError
-
 
 OBJECTIVES = (NPO(beta=0.1, alpha=1.0), SimNPO(beta=0.3), GradDiff(gamma=0.2))
 

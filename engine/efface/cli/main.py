@@ -51,6 +51,6 @@ def _run(name: str, rest: Sequence[str]) -> int:
     except FloatingPointError as error:
         print(f"efface {name}: error: {error}", file=sys.stderr)
         return EXIT_DIVERGED
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"efface {name}: error: {error}", file=sys.stderr)
         return EXIT_USAGE

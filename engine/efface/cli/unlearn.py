@@ -7,10 +7,11 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PrinterCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PrinterCallback, set_seed
 
 from efface.cli.output import check_output, written_whole
 from efface.cli.progress import ProgressBar
+from efface.hf.adapters import add_lora, check_mergeable, merged
 from efface.hf.arguments import UnlearnArguments
 from efface.hf.trainer import UnlearnTrainer
 from efface.objectives import Objective, get_objective, known_objectives
@@ -21,6 +22,9 @@ examples:
   efface unlearn --config npo.yaml --learning_rate 2e-5
   efface unlearn --model ./llama --forget fame.csv --forget_filter topic_id=3 --retain fame.csv \\
       --retain_filter 'topic_id!=3' --objective graddiff --pairs_per_step 32 --output_dir out
+
+  efface unlearn --model ./llama --forget forget10.json --retain retain90.json --objective npo --output_dir out \\
+      --lora_r 8 --reference adapter
 
   torchrun --nproc-per-node 8 -m efface unlearn --config npo.yaml
 
@@ -43,22 +47,46 @@ class UnlearnCommand:
     )
     retain_filter: list[str] | None = field(default=None, metadata={"help": "rows to keep, likewise"})
     objective: str = field(default="npo", metadata={"help": f"one of {', '.join(known_objectives())}"})
-    beta: float | None = field(default=None, metadata={"help": "inverse temperature of NPO and SimNPO"})
+    beta: float | None = field(
+        default=None, metadata={"help": "inverse temperature of npo, simnpo and dpo, shift of undial, power of wga"}
+    )
     delta: float | None = field(default=None, metadata={"help": "reward margin of SimNPO"})
     gamma: float | None = field(default=None, metadata={"help": "weight of the forget term"})
     alpha: float | None = field(default=None, metadata={"help": "weight of the retain term"})
-    reference: str = field(default="cached", metadata={"help": "cached or live, for objectives with a reference"})
+    retain_loss_type: str | None = field(default=None, metadata={"help": "NLL or KL; of rmu also EMBED_DIFF"})
+    objective_options: list[str] | None = field(
+        default=None, metadata={"help": "other parameters of the objective: name=value [name=value ...]"}
+    )
+    reference: str = field(
+        default="auto",
+        metadata={"help": "cached, live, adapter (of --lora_r, switched off), or auto: cached wherever that will do"},
+    )
     reference_model: str | None = field(default=None, metadata={"help": "default: --model as it is before training"})
     revision: str = field(default="main", metadata={"help": "revision of the Hub checkpoint"})
     dtype: str = field(
         default="auto", metadata={"help": "dtype to load the model in: auto, float32, bfloat16, float16"}
     )
+    lora_r: int | None = field(
+        default=None, metadata={"help": "rank: train a LoRA adapter of the model, and write that (needs peft)"}
+    )
+    lora_alpha: float | None = field(default=None, metadata={"help": "the adapter counts alpha / r; default: 2 r"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout of what enters the adapter"})
+    lora_target: list[str] | None = field(
+        default=None, metadata={"help": "names of layers to adapt; default: every linear layer but the head"}
+    )
+    merge_adapter: bool = field(default=False, metadata={"help": "write the model with the adapter merged into it"})
     overwrite: bool = field(default=False, metadata={"help": "write into an output folder that is not empty"})
 
     def make_objective(self) -> Objective:
         """Return the objective with the parameters that were given."""
-        given = {name: getattr(self, name) for name in ("beta", "delta", "gamma", "alpha")}
-        return get_objective(self.objective, **{name: value for name, value in given.items() if value is not None})
+        named = ("beta", "delta", "gamma", "alpha", "retain_loss_type")
+        given = {name: getattr(self, name) for name in named if getattr(self, name) is not None}
+        for option in self.objective_options or []:
+            name, equals, value = option.partition("=")
+            if not equals:
+                raise ValueError(f"--objective_options: expected name=value, got {option!r}")
+            given[name] = yaml.safe_load(value)
+        return get_objective(self.objective, **given)
 
 
 def _config_flags(path: str) -> list[str]:
@@ -113,6 +141,28 @@ def _load_model(name: str, command: UnlearnCommand) -> Any:
     )
 
 
+def _adapted(model: Any, command: UnlearnCommand, seed: int) -> Any:
+    """Return the model, with the LoRA adapter that the flags ask for."""
+    if command.lora_r is None:
+        given = {"alpha": command.lora_alpha, "dropout": command.lora_dropout, "target": command.lora_target}
+        unused = [f"--lora_{name}" for name, value in given.items() if value]
+        unused += ["--merge_adapter"] if command.merge_adapter else []
+        if unused:
+            raise ValueError(f"{', '.join(unused)}: expected --lora_r, the rank of the adapter, got none")
+        return model
+    set_seed(seed)  # the adapter's first weights are drawn
+    model = add_lora(
+        model,
+        r=command.lora_r,
+        alpha=command.lora_alpha,
+        dropout=command.lora_dropout,
+        target=command.lora_target or (),
+    )
+    if command.merge_adapter:
+        check_mergeable(model)
+    return model
+
+
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     command, args = parse(argv)
@@ -123,7 +173,7 @@ def run(argv: Sequence[str]) -> int:
     if first and args.resume_from_checkpoint is None:
         check_output(out, overwrite=command.overwrite)
 
-    model = _load_model(command.model, command)
+    model = _adapted(_load_model(command.model, command), command, args.seed)
     tokenizer = AutoTokenizer.from_pretrained(command.model, revision=command.revision)
     reference_model = None if command.reference_model is None else _load_model(command.reference_model, command)
     args.disable_tqdm = True
@@ -146,6 +196,8 @@ def run(argv: Sequence[str]) -> int:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     finally:
         bar.close()
+    if command.merge_adapter:
+        trainer.model = merged(trainer.model)
     with written_whole(out, writes=args.should_save) as partial:
         trainer.save_model(str(partial))
     trainer.save_state()

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 from efface.batching import PackedBatch
 from efface.hf.activations import ActivationLoss, watched
+from efface.hf.adapted_head import base_of, head_linears, serve_head
 from efface.hf.attention import packed_arguments, use_packed_attention
 from efface.hf.head_loss import HeadLoss, StepOutput, joined
+from efface.hf.refusals import check_packable, check_trainable
 from efface_kernels import Head, linear_logprob
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -27,15 +29,25 @@ class FusedHead(nn.Linear):
     softcap: float | None
 
     def forward(  # type: ignore[override]
-        self, hidden: Tensor, batch: PackedBatch | None = None, loss: HeadLoss | None = None
+        self,
+        hidden: Tensor,
+        batch: PackedBatch | None = None,
+        loss: HeadLoss | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor | StepOutput:
-        """Return logits (…, V); or for ``hidden`` (N, D) of a batch's label rows their log-probabilities, or a loss."""
+        """Return logits (…, V); or for ``hidden`` (N, D) of a batch's label rows their log-probabilities, or a loss.
+
+        A ``weight`` stands in for the layer's own: ``ServedHead``'s, where LoRA widens it.
+        """
         if batch is None:
             return super().forward(hidden)
-        head = Head(self.weight, self.bias, self.softcap)
+        head = Head(self.weight if weight is None else weight, self.bias, self.softcap)
         if loss is None:
             return linear_logprob(hidden, head.weight, batch.targets, bias=head.bias, softcap=head.softcap)
         return loss(hidden, head, batch)
+
+
+PLAIN = (nn.Linear, FusedHead)
 
 
 class _FusedModel:
@@ -47,14 +59,14 @@ class _FusedModel:
         if batch is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         model: Any = self
-        head = model.get_output_embeddings()
+        head = serve_head(model.get_output_embeddings(), PLAIN)
         if not isinstance(loss, ActivationLoss):
-            return head(packed_hidden(model, batch), batch, loss)
+            return head.linear(packed_hidden(model, batch), batch, loss, head.weight)
         with watched(model, loss.objective.module_regex) as watch:
             hidden = packed_hidden(model, batch)
         outputs = loss(watch.output()[0], batch)
         if loss.retain is not None and (retain := batch.retain_part()).lengths:
-            outputs.append(head(hidden[batch.forget_rows :], retain, loss.retain))
+            outputs.append(head.linear(hidden[batch.forget_rows :], retain, loss.retain, head.weight))
         return joined(outputs)
 
 
@@ -67,14 +79,23 @@ def decoder_of(model: PreTrainedModel) -> Any:
 
 
 def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Return the final hidden states (N, D) of the batch's label rows, scaled as the model scales its logits."""
+    """Return the final hidden states (N, D) of the batch's label rows, scaled as the model scales its logits.
+
+    With LoRA on the head they are (N, D + r).
+    """
+    model = base_of(model)
     hidden: Tensor = decoder_of(model)(**packed_arguments(model, batch)).last_hidden_state  # (1, T, D)
-    rows = hidden[0].index_select(0, batch.label_rows)
-    scale = logit_scale(model)
+    return _at_the_head(model, hidden[0].index_select(0, batch.label_rows))
+
+
+def _at_the_head(model: PreTrainedModel, rows: Tensor) -> Tensor:
+    """Return hidden states as the head takes them."""
+    rows = serve_head(model.get_output_embeddings(), PLAIN).widen(rows)
+    scale = _logit_scale(model)
     return rows if scale == 1 else rows * scale  # (s h) Wᵀ = s (h Wᵀ): the head itself need not know
 
 
-def logit_scale(model: PreTrainedModel) -> float:
+def _logit_scale(model: PreTrainedModel) -> float:
     """Return what the model multiplies its logits by: Granite and Cohere do."""
     config = model.config.get_text_config()
     return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
@@ -86,44 +107,43 @@ def head_of(model: PreTrainedModel) -> Head:
     Raises:
         ValueError: a head that the loss op cannot serve, with the reason.
     """
-    layer, config = model.get_output_embeddings(), model.config.get_text_config()
-    if type(layer) not in (nn.Linear, FusedHead):
-        kind = "none" if layer is None else f"{type(layer).__module__}.{type(layer).__qualname__}"
-        raise ValueError(
-            f"{type(model).__name__}: expected an lm_head of class torch.nn.Linear, got {kind}; merge or remove "
-            "adapters and quantisation on the head"
-        )
-    if layer.bias is not None and logit_scale(model) != 1:
+    model = base_of(model)
+    head, config = serve_head(model.get_output_embeddings(), PLAIN), model.config.get_text_config()
+    if head.linear.bias is not None and _logit_scale(model) != 1:
         raise ValueError(f"{type(model).__name__}: a head with a bias whose logits are scaled is not served")
-    return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
+    return Head(head.weight, head.linear.bias, getattr(config, "final_logit_softcapping", None))
 
 
 def fuse(model: Model, *, attention: str | None = None) -> Model:
     """Give ``model`` the fused head, in place, and return it. Fusing twice changes nothing.
 
     Args:
-        model: an ``AutoModelForCausalLM``.
+        model: an ``AutoModelForCausalLM``, or a ``peft.PeftModel`` around one.
         attention: attention implementation to switch to; None is packed attention where the model allows it.
 
     Raises:
-        ValueError: a head that the loss op cannot serve.
+        ValueError: a head that the loss op cannot serve; recurrent layers, virtual tokens, a router's auxiliary loss.
     """
-    head = head_of(model)
-    if not isinstance(model, _FusedModel):
-        _check_logits(model, head)
+    base = base_of(model)
+    head = head_of(base)
+    check_trainable(model, base)
+    check_packable(base)
+    if not isinstance(base, _FusedModel):
+        _check_logits(base, head)
     if attention is None:
-        use_packed_attention(model)
+        use_packed_attention(base)
     else:
-        model.set_attn_implementation(attention)
-    if isinstance(model, _FusedModel):
+        base.set_attn_implementation(attention)
+    linears: list[Any] = head_linears(base.get_output_embeddings())
+    for layer in linears:
+        layer.__class__ = FusedHead
+        layer.softcap = head.softcap
+    if isinstance(base, _FusedModel):
         return model
-    layer: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    layer.__class__ = FusedHead
-    layer.softcap = head.softcap
-    own = type(model)
+    own = type(base)
     # The name stays, because save_pretrained writes it into config.json as the architecture.
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    model.__class__ = type(own.__name__, (_FusedModel, own), names)
+    base.__class__ = type(own.__name__, (_FusedModel, own), names)
     return model
 
 
@@ -132,15 +152,15 @@ def _check_logits(model: PreTrainedModel, head: Head) -> None:
     """Raise ValueError if the model makes its logits in a way that the head knows nothing of."""
     if any(parameter.numel() == 0 or parameter.is_meta for parameter in model.parameters()):
         return  # sharded or not yet loaded
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         ids = torch.arange(2, device=model.device)[None]
-        decoder = decoder_of(model)
-        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0] * logit_scale(model)
+        hidden = _at_the_head(model, decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0])
         expected = model(input_ids=ids, use_cache=False).logits[0].float()
     finally:
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
     logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float()
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
@@ -156,11 +176,13 @@ def _check_logits(model: PreTrainedModel, head: Head) -> None:
 
 def unfuse(model: Model, *, attention: str | None = "sdpa") -> Model:
     """Undo ``fuse``, in place: the model's own classes, and the given attention implementation."""
-    if isinstance(model, _FusedModel):
-        layer = model.get_output_embeddings()
-        del layer.softcap
-        layer.__class__ = nn.Linear
-        model.__class__ = type(model).__mro__[2]
+    base = base_of(model)
+    if isinstance(base, _FusedModel):
+        linears: list[Any] = head_linears(base.get_output_embeddings())  # type: ignore[attr-defined]
+        for layer in linears:
+            del layer.softcap
+            layer.__class__ = nn.Linear
+        base.__class__ = type(base).__mro__[2]
     if attention is not None:
-        model.set_attn_implementation(attention)
+        base.set_attn_implementation(attention)
     return model

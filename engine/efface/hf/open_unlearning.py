@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from efface.batching import StepTotals, TokenStore
 from efface.hf.activations import watched
 from efface.hf.dataset import PackedSteps
-from efface.hf.reference import ModelReference
+from efface.hf.live_reference import ModelReference
 from efface.objectives import CEU, DPO, NPO, PDU, RMU, UNDIAL, WGA, GradAscent, IdkNLL, Objective, SatImp, SimNPO
 
 IGNORE = -100

@@ -9,7 +9,8 @@ from torch import Tensor
 from efface.batching import PackedBatch, StepTotals
 from efface.hf.activations import ActivationLoss
 from efface.hf.head_loss import HeadLoss
-from efface.hf.reference import CachedReference, ModelReference
+from efface.hf.live_reference import ModelReference
+from efface.hf.reference import CachedReference
 from efface.objectives import RMU, Objective
 
 

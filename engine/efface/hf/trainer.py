@@ -14,14 +14,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from efface.batching import Role, Step, TokenStore
 from efface.hf.activations import find_module, train_only
+from efface.hf.adapted_head import base_of
 from efface.hf.arguments import UnlearnArguments
 from efface.hf.data import QuestionAnswers, Refusals, token_store
 from efface.hf.dataset import PackedSteps
 from efface.hf.dual import DualVariable
 from efface.hf.head import fuse
+from efface.hf.live_reference import ModelReference
 from efface.hf.meter import LossWatch, StepMeter
 from efface.hf.open_unlearning import PaddedPairs, PaddedSteps, padded_loss
-from efface.hf.reference import CachedReference, ModelReference, make_reference, reference_kind
+from efface.hf.reference import CachedReference, make_reference, reference_kind
 from efface.hf.rows import Conditions
 from efface.hf.score import check_store
 from efface.hf.step_loss import step_loss
@@ -185,7 +187,7 @@ class UnlearnTrainer(PackedTrainer):
     without keeping logits. The rest is ``transformers.Trainer``: schedule, optimizers, callbacks, checkpoints.
 
     Args:
-        model: an ``AutoModelForCausalLM``; it is changed in place.
+        model: an ``AutoModelForCausalLM``, or a ``peft.PeftModel`` around one; it is changed in place.
         args: ``UnlearnArguments``.
         forget: what to forget: rows with a question and an answer column, a file or Hub name, or a TokenStore.
         retain: what to keep; may be None where the objective's ``alpha`` is 0.
@@ -197,8 +199,8 @@ class UnlearnTrainer(PackedTrainer):
         alternate: other answers to the forget questions, one for each, for objectives that train them; default: made by
             ``args.refusal_file`` or ``args.alternate_column``.
         reference: the frozen model. "cached" computes its log-probabilities once, before training; "live" keeps a
-            second model; "auto" is "cached" where the objective reads nothing but log-probabilities, else "live".
-            Ignored by objectives without a reference.
+            second model; "adapter" is the base model of a ``peft.PeftModel``; "auto" is "cached" where the objective
+            reads nothing but log-probabilities, else "live". Ignored by objectives without a reference.
         reference_model: None is ``model`` as it is now.
         reference_device: where a live reference runs; None is where the policy does.
         processing_class: the tokenizer; needed for text.
@@ -244,7 +246,7 @@ class UnlearnTrainer(PackedTrainer):
         if keep:
             retain_store = _tokenised(retain, processing_class, args, "retain", retain_filter)
         if isinstance(objective, RMU):
-            find_module(model, objective.module_regex)
+            find_module(base_of(model), objective.module_regex)
             train_only(model, objective.trainable_params_regex)
         super().__init__(
             model,

@@ -16,6 +16,7 @@ from efface.batching import PackedBatch
 from efface.hf.attention import flash_attn, torch_varlen
 from efface.hf.attention.choice import AttentionCall, Installed, choose_kernel
 from efface.hf.attention.segments import segment_attention, soft_capped_attention
+from efface.hf.refusals import check_packable
 
 NAME = "efface_varlen"
 
@@ -162,7 +163,11 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     """Switch ``model`` to packed attention; one with other layers than full and sliding attention keeps its own.
 
     Any implementation of transformers is exact on packs. Those that build a (T, T) mask cost T² instead of Σ n².
+
+    Raises:
+        ValueError: a model with recurrent layers.
     """
+    check_packable(model)
     if LAYER_KINDS.issuperset(getattr(model.config.get_text_config(), "layer_types", None) or ()):
         model.set_attn_implementation(NAME)
 
