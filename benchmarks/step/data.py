@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from efface.batching import Assembler, PackedBatch, Role, StepTotals, TokenStore, plan_epoch
 from efface.cli.demo.tokenizer import train_tokenizer
+from efface.hf.cached_reference import CachedReference
 from efface.hf.data import token_store
-from efface.hf.reference import CachedReference
 
 TOFU = Path(__file__).resolve().parents[3] / "shared" / "tofu"
 FORGET, RETAIN = "forget10", "retain90"

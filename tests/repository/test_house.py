@@ -16,9 +16,10 @@ FLOORS: dict[str, set[str]] = {
     "kernels/efface_kernels": {"torch", "triton", "efface_native", "efface_kernels"},
     "engine/efface/batching": {*BASE, "efface.batching"},
     "engine/efface/objectives": {*BASE, "efface.batching", "efface.objectives"},
+    "engine/efface/reference": {*BASE, "efface.batching", "efface.reference"},
     "engine/efface/hf": {
         *BASE,
-        *("efface.batching", "efface.objectives", "efface.hf"),
+        *("efface.batching", "efface.objectives", "efface.reference", "efface.hf"),
         *("accelerate", "transformers", "datasets", "tokenizers", "jinja2", "pyarrow"),
     },
     "engine/efface/evaluate": {

@@ -4,11 +4,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from efface.hf.cached_reference import ReferenceCallback
 
 
-class ProgressBar(TrainerCallback):
-    """Shows the steps of a training run under a title that can be changed between runs."""
+class ProgressBar(ReferenceCallback):
+    """Shows a cached reference being computed, then the steps of training, under a title that can be changed."""
 
     def __init__(self, console: Console, title: str, *, log: bool = True) -> None:
         self._console = console
@@ -23,6 +25,22 @@ class ProgressBar(TrainerCallback):
         """Start the bar."""
         if not self._console.is_terminal:
             self._console.print(f"{self.title}: {state.max_steps} steps")
+        self._start(self.title, state.max_steps, state.global_step)
+
+    def on_reference(self, computed: int, missing: int, sequences: int) -> None:
+        """Say what there is to compute, and show how far it is."""
+        if not computed:
+            if self._log:
+                counts = f"{missing} of {sequences} sequences to compute"
+                self._console.print(f"{self.title}: reference, {counts}", highlight=False, soft_wrap=True)
+            self._start(f"{self.title}: reference", missing, 0)
+        elif self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=computed)
+        if computed == missing:
+            self.close()
+
+    def _start(self, title: str, total: int, completed: int) -> None:
+        if not self._console.is_terminal:
             return
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -33,7 +51,7 @@ class ProgressBar(TrainerCallback):
             transient=True,
         )
         self._progress.start()
-        self._task = self._progress.add_task(self.title, total=state.max_steps, completed=state.global_step)
+        self._task = self._progress.add_task(title, total=total, completed=completed)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance."""

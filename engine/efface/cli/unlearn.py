@@ -106,8 +106,10 @@ def _config_flags(path: str) -> list[str]:
     return words
 
 
-def parse(argv: Sequence[str]) -> tuple[UnlearnCommand, UnlearnArguments]:
-    """Parse the command's flags, those of ``--config`` first.
+def parse(
+    argv: Sequence[str], *, name: str = "unlearn", description: str | None = __doc__, epilog: str = _EXAMPLES
+) -> tuple[UnlearnCommand, UnlearnArguments]:
+    """Parse the flags of ``efface <name>``, those of ``--config`` first.
 
     Raises:
         ValueError: a flag that is not known.
@@ -120,13 +122,13 @@ def parse(argv: Sequence[str]) -> tuple[UnlearnCommand, UnlearnArguments]:
         words = [*_config_flags(words[at + 1]), *words[:at], *words[at + 2 :]]
     parser = HfArgumentParser(
         [UnlearnCommand, UnlearnArguments],  # type: ignore[list-item]
-        prog="efface unlearn",
-        description=__doc__,
-        epilog=_EXAMPLES,
+        prog=f"efface {name}",
+        description=description,
+        epilog=epilog,
     )
     command, args, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:
-        raise ValueError(f"unknown arguments {' '.join(unknown)}; see `efface unlearn --help`")
+        raise ValueError(f"unknown arguments {' '.join(unknown)}; see `efface {name} --help`")
     return command, args
 
 
@@ -163,6 +165,29 @@ def _adapted(model: Any, command: UnlearnCommand, seed: int) -> Any:
     return model
 
 
+def make_trainer(
+    command: UnlearnCommand, args: UnlearnArguments, objective: Objective, bar: ProgressBar
+) -> UnlearnTrainer:
+    """Load what the command names; the trainer computes what its reference lacks, and is ready to train."""
+    args.disable_tqdm = True
+    trainer = UnlearnTrainer(
+        _adapted(_load_model(command.model, command), command, args.seed),
+        args,
+        forget=command.forget,
+        retain=command.retain,
+        forget_filter=command.forget_filter,
+        retain_filter=command.retain_filter,
+        objective=objective,
+        reference=command.reference,
+        # held by nobody else, so that it is freed when its log-probabilities are known
+        reference_model=None if command.reference_model is None else _load_model(command.reference_model, command),
+        processing_class=AutoTokenizer.from_pretrained(command.model, revision=command.revision),
+        callbacks=[bar],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     command, args = parse(argv)
@@ -173,26 +198,9 @@ def run(argv: Sequence[str]) -> int:
     if first and args.resume_from_checkpoint is None:
         check_output(out, overwrite=command.overwrite)
 
-    model = _adapted(_load_model(command.model, command), command, args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(command.model, revision=command.revision)
-    reference_model = None if command.reference_model is None else _load_model(command.reference_model, command)
-    args.disable_tqdm = True
     bar = ProgressBar(console, f"{objective.name} · {Path(command.model).name}")
-    trainer = UnlearnTrainer(
-        model,
-        args,
-        forget=command.forget,
-        retain=command.retain,
-        forget_filter=command.forget_filter,
-        retain_filter=command.retain_filter,
-        objective=objective,
-        reference=command.reference,
-        reference_model=reference_model,
-        processing_class=tokenizer,
-        callbacks=[bar],
-    )
-    trainer.remove_callback(PrinterCallback)
     try:
+        trainer = make_trainer(command, args, objective, bar)
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     finally:
         bar.close()

@@ -75,6 +75,13 @@ class UnlearnArguments(TrainingArguments):
     token_cache: str | None = field(
         default=None, metadata={"help": "folder for tokenised data; default: $EFFACE_CACHE or ~/.cache/efface"}
     )
+    reference_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "file of cached reference log-probabilities, which runs share; none keeps them in memory alone; "
+            "default: reference.sqlite in $EFFACE_CACHE or ~/.cache/efface"
+        },
+    )
     chunk_rows: int | None = field(
         default=None, metadata={"help": "rows of logits alive at a time in the loss; default: chosen from the model"}
     )

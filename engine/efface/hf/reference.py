@@ -1,52 +1,27 @@
 """The frozen model that objectives compare with: which kind of it a run has."""
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from efface.batching import PackedBatch, Role, TokenStore
+from efface.batching import Role, TokenStore
+from efface.hf.adapted_head import base_of
 from efface.hf.adapters import AdapterReference
+from efface.hf.cached_reference import NO_FILE, CachedReference, Progress
 from efface.hf.live_reference import LiveReference, ModelReference
-from efface.hf.score import store_logprobs
 from efface.objectives import Objective
 
 KINDS = ("auto", "cached", "live", "adapter")
 
 
-class CachedReference:
-    """L_ref of every forget sequence, computed once; the reference model is not needed afterwards.
-
-    The ranks of a distributed run share the work, and all know all sums.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, stores: dict[Role, TokenStore], *, rank: int = 0, world_size: int = 1
-    ) -> None:
-        self._sums: dict[Role, Tensor] = {}
-        for role, store in stores.items():
-            name = role.name.lower()
-            sums = store_logprobs(model, store, name=name, rank=rank, world_size=world_size).to(model.device)
-            if world_size > 1:
-                torch.distributed.all_reduce(sums)
-            self._sums[role] = sums
-
-    def sums(self, batch: PackedBatch) -> Tensor:
-        """Return (S,) on the batch's device: L_ref of its forget and alternate sequences, 0 for the others."""
-        total = torch.zeros((), device=batch.sequences.device)
-        self._sums = {role: sums.to(batch.sequences.device) for role, sums in self._sums.items()}
-        for role, sums in self._sums.items():
-            own = batch.roles == role
-            # The index of another store's sequence is no index here.
-            total = total + torch.where(own, sums[torch.where(own, batch.sequences, 0)], 0)
-        return total
-
-
-def reference_kind(kind: str, objective: Objective, *, padded: bool = False) -> str | None:
+def reference_kind(kind: str, objective: Objective, policy: Any, *, padded: bool = False) -> str | None:
     """Return the kind of reference that ``objective`` will use, None where it uses none.
 
-    ``padded`` steps, those of open-unlearning, run the model.
+    "auto" is what needs the least memory: "cached" where log-probabilities are all that is read, else "adapter" for a
+    ``peft.PeftModel`` and "live" for others. ``padded`` steps, those of open-unlearning, run the model.
 
     Raises:
         ValueError: a kind that is not known, or that cannot serve the objective.
@@ -60,7 +35,7 @@ def reference_kind(kind: str, objective: Objective, *, padded: bool = False) -> 
                 f"{', compat' if padded else ''}) compares more than log-probabilities with the frozen model's, which "
                 "nobody caches; give 'live', or 'adapter' for a LoRA model"
             )
-        return "live" if kind == "auto" else kind
+        return kind if kind != "auto" else "live" if base_of(policy) is policy else "adapter"
     if not objective.needs_reference:
         return None
     return "cached" if kind == "auto" else kind
@@ -70,11 +45,13 @@ def make_reference(
     kind: str,
     policy: PreTrainedModel,
     reference_model: PreTrainedModel | None,
-    stores: dict[Role, TokenStore],
+    stores: Mapping[Role, TokenStore],
     *,
-    device: torch.device,
+    device: torch.device | None = None,
+    cache: str | None = NO_FILE,
     rank: int = 0,
     world_size: int = 1,
+    progress: Progress | None = None,
 ) -> CachedReference | ModelReference:
     """Return the reference of the given kind; without a ``reference_model`` it is the policy as it is now.
 
@@ -83,10 +60,16 @@ def make_reference(
         policy: the model in training.
         reference_model: another model, or None.
         stores: the sequences whose log-probabilities are compared, by role.
-        device: where a live reference runs.
+        device: where a reference model runs; None is where the policy is.
+        cache: as of ``CachedReference``, and so are those below.
         rank: this process.
         world_size: of how many.
+        progress: follows a cached reference.
+
+    Raises:
+        ValueError: a kind that the policy or a ``reference_model`` does not go with; as ``CachedReference``.
     """
+    device = policy.device if device is None else device
     if kind == "adapter":
         if reference_model is not None:
             raise ValueError(
@@ -94,6 +77,14 @@ def make_reference(
                 "'cached' or 'live' with it"
             )
         return AdapterReference(policy)
-    if kind == "cached":
-        return CachedReference(reference_model or policy, stores, rank=rank, world_size=world_size)
-    return LiveReference(copy.deepcopy(policy) if reference_model is None else reference_model, device)
+    if kind == "live":
+        return LiveReference(copy.deepcopy(policy) if reference_model is None else reference_model, device)
+    return CachedReference(
+        reference_model or policy,
+        stores,
+        cache=cache,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        progress=progress,
+    )

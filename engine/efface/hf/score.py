@@ -17,58 +17,78 @@ from efface_kernels.linear_loss.sequences import segment_sums
 from efface_kernels.logits import accumulation_dtype
 
 
-def _budgeted(store: TokenStore, token_budget: int) -> Iterator[NDArray[np.int64]]:
-    """Yield runs of sequence indices whose tokens fit the budget; a longer sequence comes alone."""
+def _budgeted(store: TokenStore, index: NDArray[np.int64], token_budget: int) -> Iterator[NDArray[np.int64]]:
+    """Yield runs of the sequences of ``index`` whose tokens fit the budget; a longer sequence comes alone."""
     run: list[int] = []
     tokens = 0
-    for index, length in enumerate(store.lengths.tolist()):
+    for sequence, length in zip(index.tolist(), store.lengths[index].tolist(), strict=True):
         if run and tokens + length > token_budget:
             yield np.array(run)
             run, tokens = [], 0
-        run.append(index)
+        run.append(sequence)
         tokens += length
     if run:
         yield np.array(run)
 
 
 @torch.no_grad()
-def store_logprobs(
+def packed_logprobs(
     model: PreTrainedModel,
     store: TokenStore,
+    index: NDArray[np.int64] | None = None,
     *,
     token_budget: int = 8192,
     name: str = "store",
     rank: int = 0,
     world_size: int = 1,
-) -> torch.Tensor:
-    """Return L_s of every sequence, (len(store),) on the CPU, in nats; float32 (float64 for float64 models).
+) -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
+    """Yield (sequences, their L_s on the CPU) forward pass by forward pass, until all of ``index`` had their turn.
 
-    Sequences are packed up to ``token_budget`` tokens; the budget does not change a result beyond rounding. The
-    model is put into evaluation mode and back. Errors call the store ``name``. Of ``world_size`` ranks each scores
-    every ``world_size``-th pack and leaves 0 for the others': the sum over the ranks is what one alone would return.
+    ``index`` None is the whole store; the rest is as in ``store_logprobs``. Until the last yield the model is in
+    evaluation mode. Of ``world_size`` ranks each runs every ``world_size``-th pass, and all yield the sequences of as
+    many passes at a time, with 0 for what others computed: the sum over the ranks is what one alone would yield.
 
     Raises:
-        ValueError: a token id outside the model's vocabulary, or a sequence longer than the model's positions.
+        ValueError: when the first is asked for, as ``store_logprobs``.
     """
     head = head_of(model)
     check_store(model, store, name)
+    packs = _budgeted(store, np.arange(len(store)) if index is None else index, token_budget)
     training, attention = model.training, model.config._attn_implementation  # noqa: SLF001
     model.eval()
     use_packed_attention(model)
     try:
-        sums = torch.zeros(len(store), dtype=accumulation_dtype(head.weight.dtype))
-        for index in itertools.islice(_budgeted(store, token_budget), rank, None, world_size):
-            roles = np.full(len(index), Role.RETAIN, np.int8)
-            batch = pack_items((TokenStore.empty(), store), roles, index).to(model.device)
-            logprobs = linear_logprob(
-                packed_hidden(model, batch), head.weight, batch.targets, bias=head.bias, softcap=head.softcap
-            )
-            offsets = torch.tensor(batch.row_offsets, device=logprobs.device)
-            sums[torch.from_numpy(index)] = segment_sums(logprobs, offsets).cpu()
-        return sums
+        while turn := list(itertools.islice(packs, world_size)):
+            sums = [torch.zeros(len(pack), dtype=accumulation_dtype(head.weight.dtype)) for pack in turn]
+            if rank < len(turn):
+                roles = np.full(len(turn[rank]), Role.RETAIN, np.int8)
+                batch = pack_items((TokenStore.empty(), store), roles, turn[rank]).to(model.device)
+                logprobs = linear_logprob(
+                    packed_hidden(model, batch), head.weight, batch.targets, bias=head.bias, softcap=head.softcap
+                )
+                offsets = torch.tensor(batch.row_offsets, device=logprobs.device)
+                sums[rank] = segment_sums(logprobs, offsets).cpu()
+            yield np.concatenate(turn), torch.cat(sums)
     finally:
         model.train(training)
         model.set_attn_implementation(attention)
+
+
+def store_logprobs(
+    model: PreTrainedModel, store: TokenStore, *, token_budget: int = 8192, name: str = "store"
+) -> torch.Tensor:
+    """Return L_s of every sequence, (len(store),) on the CPU, in nats; float32 (float64 for float64 models).
+
+    Sequences are packed up to ``token_budget`` tokens; the budget does not change a result beyond rounding. The
+    model is put into evaluation mode and back. Errors call the store ``name``.
+
+    Raises:
+        ValueError: a token id outside the model's vocabulary, or a sequence longer than the model's positions.
+    """
+    sums = torch.zeros(len(store), dtype=accumulation_dtype(head_of(model).weight.dtype))
+    for sequences, part in packed_logprobs(model, store, token_budget=token_budget, name=name):
+        sums[torch.from_numpy(sequences)] = part
+    return sums
 
 
 def check_store(model: PreTrainedModel, store: TokenStore, name: str) -> None:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from efface.batching import PackedBatch, StepTotals
 from efface.hf.activations import ActivationLoss
+from efface.hf.cached_reference import CachedReference
 from efface.hf.head_loss import HeadLoss
 from efface.hf.live_reference import ModelReference
-from efface.hf.reference import CachedReference
 from efface.objectives import RMU, Objective
 
 

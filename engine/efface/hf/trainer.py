@@ -16,6 +16,7 @@ from efface.batching import Role, Step, TokenStore
 from efface.hf.activations import find_module, train_only
 from efface.hf.adapted_head import base_of
 from efface.hf.arguments import UnlearnArguments
+from efface.hf.cached_reference import CachedReference, ReferenceCallback
 from efface.hf.data import QuestionAnswers, Refusals, token_store
 from efface.hf.dataset import PackedSteps
 from efface.hf.dual import DualVariable
@@ -23,7 +24,7 @@ from efface.hf.head import fuse
 from efface.hf.live_reference import ModelReference
 from efface.hf.meter import LossWatch, StepMeter
 from efface.hf.open_unlearning import PaddedPairs, PaddedSteps, padded_loss
-from efface.hf.reference import CachedReference, make_reference, reference_kind
+from efface.hf.reference import make_reference, reference_kind
 from efface.hf.rows import Conditions
 from efface.hf.score import check_store
 from efface.hf.step_loss import step_loss
@@ -198,9 +199,10 @@ class UnlearnTrainer(PackedTrainer):
             terms (see ``efface.FunctionObjective``).
         alternate: other answers to the forget questions, one for each, for objectives that train them; default: made by
             ``args.refusal_file`` or ``args.alternate_column``.
-        reference: the frozen model. "cached" computes its log-probabilities once, before training; "live" keeps a
-            second model; "adapter" is the base model of a ``peft.PeftModel``; "auto" is "cached" where the objective
-            reads nothing but log-probabilities, else "live". Ignored by objectives without a reference.
+        reference: the frozen model. "cached" computes its log-probabilities once, before training, and keeps them in
+            a file (``args.reference_cache``); "live" keeps a second model; "adapter" is the base model of a
+            ``peft.PeftModel``; "auto" is "cached" where the objective reads nothing but log-probabilities, else
+            "adapter" or "live". Ignored by objectives without a reference.
         reference_model: None is ``model`` as it is now.
         reference_device: where a live reference runs; None is where the policy does.
         processing_class: the tokenizer; needed for text.
@@ -237,7 +239,7 @@ class UnlearnTrainer(PackedTrainer):
                 f"objective {objective.name!r} has a retain term (alpha={objective.alpha}) but no retain set; "
                 "give one, or set alpha to 0"
             )
-        kind = reference_kind(reference, objective, padded=args.compat is not None)
+        kind = reference_kind(reference, objective, model, padded=args.compat is not None)
         forget_store, alternate_store = _forget_stores(
             objective, forget, alternate, processing_class, args, forget_filter
         )
@@ -275,7 +277,19 @@ class UnlearnTrainer(PackedTrainer):
                     device=torch.device(reference_device or self.args.device),
                     rank=args.process_index,
                     world_size=args.world_size,
+                    cache=args.reference_cache,
+                    progress=self._tell_reference,
                 )
+
+    @property
+    def reference(self) -> CachedReference | ModelReference | None:
+        """What the objective compares with; None where it compares with nothing."""
+        return self._reference
+
+    def _tell_reference(self, computed: int, missing: int, sequences: int) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ReferenceCallback):
+                callback.on_reference(computed, missing, sequences)
 
 
 class FinetuneTrainer(PackedTrainer):

@@ -230,6 +230,7 @@ class Story:
             disable_tqdm=True,
             template=TEMPLATE,
             use_cpu=not torch.cuda.is_available(),
+            reference_cache="none",  # of a model that is made anew each time
         )
 
 

@@ -1,0 +1,48 @@
+"""``efface cache-reference``: compute what objectives with a reference compare with, before any run."""
+
+import contextlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from efface.cli.progress import ProgressBar
+from efface.cli.unlearn import make_trainer, parse
+from efface.hf.cached_reference import NO_FILE, CachedReference
+
+_EXAMPLES = """
+examples:
+  efface cache-reference --model ./llama --forget forget10.json --bf16 True
+  efface cache-reference --config npo.yaml
+
+Takes the flags of `efface unlearn`, and a run's file of them. What decides about a log-probability has to be the same
+in both: the model, the forget set and its template, --dtype and --bf16. Training settings have no part in it.
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    command, args = parse(argv, name="cache-reference", description=__doc__, epilog=_EXAMPLES)
+    if not command.make_objective().needs_reference:
+        raise ValueError(f"--objective {command.objective}: expected one that compares with a reference, such as npo")
+    if command.reference not in ("auto", "cached") or args.reference_cache == NO_FILE:
+        raise ValueError("expected --reference cached and a --reference_cache that is a file: they are to be filled")
+    console = Console(stderr=True, quiet=args.process_index != 0)
+    bar = ProgressBar(console, Path(command.reference_model or command.model).name)
+    with tempfile.TemporaryDirectory() as nothing, contextlib.closing(bar):
+        args.output_dir = nothing  # a trainer makes its folder at once
+        command = replace(command, retain=None, alpha=0.0)  # the retain set has no part in the reference
+        trainer = make_trainer(command, args, command.make_objective(), bar)
+    reference = trainer.reference
+    if not isinstance(reference, CachedReference):
+        raise TypeError(f"expected a cached reference, got {type(reference).__name__}")
+    if reference.problem is not None:
+        raise reference.problem
+    there = reference.sequences - reference.computed
+    console.print(f"{reference.computed} sequences computed, {there} were there: {reference.path}", soft_wrap=True)
+    if args.world_size > 1:
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
+    return 0

@@ -1,0 +1,100 @@
+"""The cache of one run: a ``LogprobStore`` as all ranks see it, and a warning where there can be none."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from efface.reference.store import LogprobStore
+
+
+class ReferenceCache:
+    """The values of one model in a file that the first rank reads and writes; it tells the others what it read.
+
+    So machines need not share the file, and one on a network has a single host that writes for a run. A file that
+    cannot be used costs a warning: nothing is found in it, and nothing is written.
+
+    Args:
+        place: returns the path; None keeps no file.
+        model: returns the model's fingerprint; called on the first rank, if there is a file.
+        rank: this process.
+        world_size: of how many.
+
+    Attributes:
+        path: on the first rank, the file, from ``read`` on; None while there is none.
+        problem: on the first rank, why it cannot be used, or None.
+    """
+
+    def __init__(
+        self, place: Callable[[], Path] | None, model: Callable[[], bytes], *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.path: Path | None = None
+        self.problem: OSError | None = None
+        self._place, self._model = place, model
+        self._first, self._alone = rank == 0, world_size == 1
+        self._store: LogprobStore | None = None
+        self._fingerprint = b""
+
+    def read(self, keys: Sequence[bytes]) -> NDArray[np.float64]:
+        """Open the file and return its values (len(keys),), NaN where there is none; all ranks have to call this.
+
+        Raises:
+            ValueError: on all ranks, a damaged or foreign file.
+        """
+        told: list[NDArray[np.float64] | ValueError | None] = [None]
+        if self._first:
+            try:
+                told = [self._read(keys)]
+            except ValueError as error:
+                if self._alone:
+                    raise
+                told = [error]
+        if not self._alone:
+            torch.distributed.broadcast_object_list(told)
+        (answer,) = told
+        if isinstance(answer, ValueError):
+            raise answer
+        return np.full(len(keys), np.nan) if answer is None else answer
+
+    def write(self, keys: Sequence[bytes], values: NDArray[np.float64]) -> None:
+        """Add values; they survive the process from here on.
+
+        Raises:
+            ValueError: on the first rank, a file that has been damaged since.
+        """
+        if self._store is not None:
+            try:
+                self._store.put(self._fingerprint, keys, values)
+            except OSError as error:
+                self._give_up(error)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def _read(self, keys: Sequence[bytes]) -> NDArray[np.float64] | None:
+        if self._place is None:
+            return None
+        self._fingerprint = self._model()
+        try:
+            self._store = LogprobStore(self._place())
+            self.path = self._store.path
+            values, _ = self._store.get(self._fingerprint, keys)
+        except OSError as error:
+            self._give_up(error)
+            return None
+        return values
+
+    def _give_up(self, error: OSError) -> None:
+        self.close()
+        self.path, self.problem = None, error
+        warnings.warn(
+            f"cannot use the reference cache ({error}), so the reference's values are kept in memory and computed anew "
+            "in each run; set EFFACE_CACHE or --reference_cache to a place with space, or --reference_cache none",
+            stacklevel=4,
+        )

@@ -1,0 +1,91 @@
+"""The fingerprint of a model: equal for models that compute the same numbers, from the content of their weights.
+
+A full copy to the host and a cryptographic hash of 13 GB would take tens of seconds. So every tensor is summed up where
+it lies, in integers: its bytes are read as 64-bit words w_i, and a block of them becomes
+
+    sum_i fold((w_i + a_i) * a_i)  mod 2^64        fold(x) = x ^ (x >>> 29)
+
+with odd, pseudo-random a_i. A product with an odd number is a bijection and so is ``fold``, so one changed bit always
+changes the sum; several cancel with a chance of 2^-64. Integer sums have no rounding: any device in any order of
+addition gives the same bits. The sums of all blocks, and what names them, are then hashed.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = 1  # part of every fingerprint: raise it when the same model is scored in another way
+FINGERPRINT_BYTES = 16
+_BLOCK_WORDS = 1 << 18  # 2 MiB: a block and its constants stay in a CPU's cache
+_FOLD = 29
+_FOLD_MASK = (1 << (64 - _FOLD)) - 1  # int64 shifts copies of the sign in; without the mask fold(x) = fold(~x)
+
+
+def model_fingerprint(weights: Mapping[str, Any], settings: Mapping[str, Any]) -> bytes:
+    """Return the fingerprint of named weights under settings.
+
+    Neither the order of the names nor a tensor's device, strides or sharing of memory with another one matter; its
+    name, shape, dtype and every bit of its content do.
+
+    Args:
+        weights: a state dict; what is no tensor counts by its ``repr``.
+        settings: what else changes the numbers: JSON values, others count by their ``str``.
+
+    Raises:
+        ValueError: a tensor on the meta device, which has no content.
+    """
+    state = hashlib.blake2b(digest_size=FINGERPRINT_BYTES)
+    state.update(json.dumps([FORMAT, settings], sort_keys=True, default=str).encode())
+    known: dict[tuple[Any, ...], bytes] = {}  # tied weights are read once
+    for name in sorted(weights):
+        value = weights[name]
+        if not isinstance(value, Tensor):
+            state.update(json.dumps([name, repr(value)]).encode())
+            continue
+        if value.is_meta:
+            raise ValueError(
+                f"weight {name!r}: expected it in memory, got the meta device; load the whole model, or keep the "
+                'reference in memory alone with reference_cache="none"'
+            )
+        memory = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        if memory not in known:
+            known[memory] = _content(value)
+        state.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        state.update(known[memory])
+    return state.digest()
+
+
+@torch.no_grad()
+def _content(tensor: Tensor) -> bytes:
+    if not tensor.numel():
+        return b""
+    return torch.stack(list(_block_sums(tensor))).cpu().numpy().astype("<i8").tobytes()
+
+
+def _block_sums(tensor: Tensor) -> Iterator[Tensor]:
+    content = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    odd = _odd_numbers(tensor.device)
+    for block in content.split(8 * _BLOCK_WORDS):
+        count = -(-block.numel() // 8)
+        words = torch.zeros(count, dtype=torch.int64, device=tensor.device)  # a copy: aligned, whole words, ours
+        words.view(torch.uint8)[: block.numel()].copy_(block)
+        words.add_(odd[:count]).mul_(odd[:count])
+        yield words.bitwise_xor_((words >> _FOLD).bitwise_and_(_FOLD_MASK)).sum()
+
+
+@lru_cache(maxsize=1)
+def _odd_numbers(device: torch.device) -> Tensor:
+    """Return (_BLOCK_WORDS,) int64: the finaliser of SplitMix64 over the positions, made odd."""
+    x = torch.arange(1, _BLOCK_WORDS + 1, dtype=torch.int64) * _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> shift)) * _signed(factor)
+    return ((x ^ (x >> 31)) | 1).to(device)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
