@@ -33,7 +33,8 @@ def run(argv: Sequence[str]) -> int:
     bar = ProgressBar(console, Path(command.reference_model or command.model).name)
     with tempfile.TemporaryDirectory() as nothing, contextlib.closing(bar):
         args.output_dir = nothing  # a trainer makes its folder at once
-        command = replace(command, retain=None, alpha=0.0)  # the retain set has no part in the reference
+        # the retain set has no part in the reference
+        command = replace(command, retain=None, alpha=0.0, reference="cached")
         trainer = make_trainer(command, args, command.make_objective(), bar)
     reference = trainer.reference
     if not isinstance(reference, CachedReference):

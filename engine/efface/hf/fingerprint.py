@@ -15,6 +15,8 @@ _VOLATILE = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type"),
 }
 
+_WRAPPED = (".base_layer.", ".original_module.")  # what PEFT's layers call the module that they stand for
+
 
 def fingerprint(model: PreTrainedModel) -> bytes:
     """Return what ``model``'s log-probabilities depend on, as 16 bytes; an active autocast is part of it.
@@ -52,10 +54,11 @@ def tf32() -> bool:
 
 def _active_weights(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     """Yield the state dict under the names that it has without PEFT's wrappers, without what is switched off."""
-    # PEFT's layers hold what they wrap as `base_layer`; in transformers' own mixin the name is a method.
+    # In transformers' own mixin `disable_adapters` is a method.
     off = tuple(
         f"{name}." for name, module in model.named_modules() if getattr(module, "disable_adapters", None) is True
     )
     for name, value in model.state_dict().items():
-        if not name.startswith(off) or ".base_layer." in name:
-            yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), value
+        wrapped = next((word for word in _WRAPPED if word in name), ".")
+        if not name.startswith(off) or wrapped != ".":
+            yield name.removeprefix("base_model.model.").replace(wrapped, "."), value

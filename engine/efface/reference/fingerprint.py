@@ -3,11 +3,13 @@
 A full copy to the host and a cryptographic hash of 13 GB would take tens of seconds. So every tensor is summed up where
 it lies, in integers: its bytes are read as 64-bit words w_i, and a block of them becomes
 
-    sum_i fold((w_i + a_i) * a_i)  mod 2^64        fold(x) = x ^ (x >>> 29)
+    sum_i mix(w_i, a_i)  mod 2^64
+    mix(w, a) = fold_32(a * fold_29(a * fold_32(w + a)))        fold_k(x) = x ^ (x >>> k)
 
-with odd, pseudo-random a_i. A product with an odd number is a bijection and so is ``fold``, so one changed bit always
-changes the sum; several cancel with a chance of 2^-64. Integer sums have no rounding: any device in any order of
-addition gives the same bits. The sums of all blocks, and what names them, are then hashed.
+with odd, pseudo-random a_i. Every step of ``mix`` is a bijection, so one changed bit always changes the sum; two rounds
+carry any bit to all others, so that several changes hardly ever cancel. (One round is too few: changed signs at the
+top of two words would cancel in half of all cases.) Integer sums have no rounding: any
+device in any order of addition gives the same bits. The sums of all blocks, and what names them, are then hashed.
 """
 
 import hashlib
@@ -22,8 +24,6 @@ from torch import Tensor
 FORMAT = 1  # part of every fingerprint: raise it when the same model is scored in another way
 FINGERPRINT_BYTES = 16
 _BLOCK_WORDS = 1 << 18  # 2 MiB: a block and its constants stay in a CPU's cache
-_FOLD = 29
-_FOLD_MASK = (1 << (64 - _FOLD)) - 1  # int64 shifts copies of the sign in; without the mask fold(x) = fold(~x)
 
 
 def model_fingerprint(weights: Mapping[str, Any], settings: Mapping[str, Any]) -> bytes:
@@ -74,8 +74,15 @@ def _block_sums(tensor: Tensor) -> Iterator[Tensor]:
         count = -(-block.numel() // 8)
         words = torch.zeros(count, dtype=torch.int64, device=tensor.device)  # a copy: aligned, whole words, ours
         words.view(torch.uint8)[: block.numel()].copy_(block)
-        words.add_(odd[:count]).mul_(odd[:count])
-        yield words.bitwise_xor_((words >> _FOLD).bitwise_and_(_FOLD_MASK)).sum()
+        factors = odd[:count]
+        _fold(words.add_(factors), 32).mul_(factors)
+        _fold(words, 29).mul_(factors)
+        yield _fold(words, 32).sum()
+
+
+def _fold(words: Tensor, shift: int) -> Tensor:
+    """XOR words with (words >>> shift) in place; without the mask, int64 would shift copies of the sign in."""
+    return words.bitwise_xor_((words >> shift).bitwise_and_((1 << (64 - shift)) - 1))
 
 
 @lru_cache(maxsize=1)

@@ -20,6 +20,8 @@ _SCHEMA = (
 _VARIABLES = 900  # of one query; SQLite before 3.32 takes 999
 _CHECKED_BYTES = 8 << 20  # files up to this size are checked as they are opened: 8 ms at most
 _BUSY_SECONDS = 60.0  # how long to wait for another process that writes
+# SQLite's words for trouble with the place, not with the content; Python 3.10 tells no error codes.
+_PLACE = ("locked", "locking", "readonly", "unable to open", "is full", "I/O", "permission")
 
 
 class LogprobStore:
@@ -84,6 +86,7 @@ class LogprobStore:
             raise ValueError(f"`values`: expected {len(keys)} entries, got {len(values)}")
         if not np.isfinite(values).all():
             raise ValueError("`values`: expected finite log-probabilities, got NaN or infinity")
+        values = values + 0.0  # SQLite keeps no sign of a zero, which is the log-probability of a sure answer
         checksums = _checksums(model, keys, values)
         rows = ((model, *row) for row in zip(keys, values.tolist(), checksums, strict=True))
         with self._explained(), self._transaction():
@@ -109,10 +112,19 @@ class LogprobStore:
             raise self._refused("its tables are not those that efface makes")
         if self.path.stat().st_size <= _CHECKED_BYTES and (verdict := self._read("PRAGMA quick_check(1)")) != "ok":
             raise self._refused(str(verdict))
-        # Readers do not wait for a writer. Where the file system cannot do that, SQLite stays with its rollback
-        # journal, which is as safe.
-        self._read("PRAGMA journal_mode = WAL")
+        self._write_ahead()
         self._database.execute("PRAGMA synchronous = NORMAL")
+
+    def _write_ahead(self) -> None:
+        """Let readers go on beside a writer: a property of the file, until somebody changes it.
+
+        Where the file system cannot do that, SQLite stays with its rollback journal, which is as safe.
+        """
+        try:
+            self._read("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error):  # not waited for: another process uses the file, and has asked the same
+                raise
 
     def _is_new(self) -> bool:
         return not self._read("PRAGMA application_id") and not self._schemas()
@@ -137,9 +149,9 @@ class LogprobStore:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.OperationalError as error:
-            raise OSError(f"reference cache {str(self.path)!r}: {error}") from error
         except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError) and any(word in str(error) for word in _PLACE):
+                raise OSError(f"reference cache {str(self.path)!r}: {error}") from error
             raise self._refused(str(error)) from error
 
     def _refused(self, reason: str) -> ValueError:
