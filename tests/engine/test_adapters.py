@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import TEXTS, VOCABULARY, arguments, padded, random_store, tiny_llama, tiny_model, tiny_tokenizer
-from padded_loop import batch_nll, eager_curve, exact_losses
+from padded_loop import batch_nll, exact_losses
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from efface import NPO, GradDiff, Objective, SimNPO, UnlearnTrainer
+from efface import NPO, UnlearnTrainer
 from efface.batching import StepTotals, TokenStore, pack
 from efface.cli.main import main
 from efface.hf.adapted_head import base_of
@@ -52,32 +52,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
     return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-# ---- the same numbers as a padded loop over the PeftModel ----
-
-
-@pytest.mark.parametrize("reference", ["cached", "live", "adapter"])
-@pytest.mark.parametrize(
-    "objective", [NPO(beta=0.1, alpha=1.0), SimNPO(beta=0.3), GradDiff(gamma=0.2)], ids=lambda o: o.name
-)
-def test_twenty_steps_follow_the_padded_loop(objective: Objective, reference: str, tmp_path: Path) -> None:
-    forget, retain = random_store(20, seed=1), random_store(50, seed=2)
-    torch.manual_seed(3)
-    model = add_lora(tiny_llama(initializer_range=0.2), r=4)
-    twin = copy.deepcopy(model)
-    settings = {"max_steps": 20, "lr_scheduler_type": "constant", "learning_rate": 5e-3, "optim": "adamw_torch"}
-    trainer = UnlearnTrainer(
-        model,
-        arguments(tmp_path, seed=0, **settings),
-        forget=forget,
-        retain=retain,
-        objective=objective,
-        reference=reference,
-    )
-    ours = exact_losses(trainer)
-    trainer.train()
-    expected = eager_curve(objective, twin, forget, retain, steps=20, lr=5e-3)
-    assert max(expected) - min(expected) > 0.05 * max(map(abs, expected))
-    assert ours == pytest.approx(expected, rel=1e-4, abs=1e-5)
+# ---- the same numbers as a padded forward pass over the PeftModel ----
 
 
 HEADS: dict[str, dict[str, Any]] = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from efface.batching import PackedBatch, Role, StepTotals
+from efface.hf.adapted_head import base_of
 from efface.hf.head_loss import HeadLoss, StepOutput
 from efface.objectives import RMU
 from efface_kernels.linear_loss.sequences import segment_sums
@@ -100,12 +101,13 @@ def watched(model: nn.Module, module_regex: str) -> Iterator[Watched]:
         handle.remove()
 
 
-def find_module(model: nn.Module, module_regex: str) -> nn.Module:
-    """Return the one module whose whole name the expression matches.
+def find_module(model: Any, module_regex: str) -> nn.Module:
+    """Return the one module whose whole name the expression matches; names are those without adapters.
 
     Raises:
         ValueError: none or several.
     """
+    model = base_of(model)
     found = {name: module for name, module in model.named_modules() if re.fullmatch(module_regex, name)}
     if len(found) != 1:
         layers = [name for name in (name for name, _ in model.named_modules()) if re.fullmatch(r".*\.\d+", name)]

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from efface.batching import Role, Step, TokenStore
 from efface.hf.activations import find_module, train_only
-from efface.hf.adapted_head import base_of
 from efface.hf.arguments import UnlearnArguments
 from efface.hf.cached_reference import CachedReference, ReferenceCallback
 from efface.hf.data import QuestionAnswers, Refusals, token_store
@@ -248,7 +247,7 @@ class UnlearnTrainer(PackedTrainer):
         if keep:
             retain_store = _tokenised(retain, processing_class, args, "retain", retain_filter)
         if isinstance(objective, RMU):
-            find_module(base_of(model), objective.module_regex)
+            find_module(model, objective.module_regex)
             train_only(model, objective.trainable_params_regex)
         super().__init__(
             model,
