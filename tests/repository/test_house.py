@@ -20,7 +20,7 @@ FLOORS: dict[str, set[str]] = {
     "engine/efface/hf": {
         *BASE,
         *("efface.batching", "efface.objectives", "efface.reference", "efface.hf"),
-        *("accelerate", "transformers", "datasets", "tokenizers", "jinja2", "pyarrow"),
+        *("accelerate", "transformers", "datasets", "tokenizers", "huggingface_hub", "jinja2", "pyarrow"),
     },
     "engine/efface/evaluate": {
         *BASE,
@@ -30,7 +30,7 @@ FLOORS: dict[str, set[str]] = {
     "engine/efface/cli": {
         *BASE,
         *("efface",),
-        *("transformers", "datasets", "tokenizers", "rich", "matplotlib", "yaml"),
+        *("accelerate", "transformers", "datasets", "tokenizers", "rich", "matplotlib", "yaml"),
     },
 }
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from efface.cli.flags import parse
 from efface.cli.progress import ProgressBar
-from efface.cli.unlearn import make_trainer, parse
+from efface.cli.unlearn import make_trainer
 from efface.hf.cached_reference import NO_FILE, CachedReference
 
 _EXAMPLES = """
@@ -35,7 +36,7 @@ def run(argv: Sequence[str]) -> int:
         args.output_dir = nothing  # a trainer makes its folder at once
         # the retain set has no part in the reference
         command = replace(command, retain=None, alpha=0.0, reference="cached")
-        trainer = make_trainer(command, args, command.make_objective(), bar)
+        trainer, _ = make_trainer(command, args, command.make_objective(), bar)
     reference = trainer.reference
     if not isinstance(reference, CachedReference):
         raise TypeError(f"expected a cached reference, got {type(reference).__name__}")

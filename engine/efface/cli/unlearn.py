@@ -1,146 +1,46 @@
 """``efface unlearn``: make a checkpoint forget a data set."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PrinterCallback, set_seed
+from transformers import PrinterCallback, set_seed
 
-from efface.cli.output import check_output, written_whole
+from efface.cli.flags import UnlearnCommand, parse
+from efface.cli.output import written_whole
 from efface.cli.progress import ProgressBar
+from efface.cli.run_folder import RunFolder
 from efface.hf.adapters import add_lora, check_mergeable, merged
 from efface.hf.arguments import UnlearnArguments
+from efface.hf.checkpoints import newest_checkpoint
+from efface.hf.fingerprint import fingerprint
+from efface.hf.hub import HubError, check_login, default_client
+from efface.hf.loading import load_model, load_tokenizer
+from efface.hf.recipe import argument_values, command_line
 from efface.hf.trainer import UnlearnTrainer
-from efface.objectives import Objective, get_objective, known_objectives
-
-_EXAMPLES = """
-examples:
-  efface unlearn --model ./llama --forget forget10.json --retain retain90.json --objective npo --output_dir out
-  efface unlearn --config npo.yaml --learning_rate 2e-5
-  efface unlearn --model ./llama --forget fame.csv --forget_filter topic_id=3 --retain fame.csv \\
-      --retain_filter 'topic_id!=3' --objective graddiff --pairs_per_step 32 --output_dir out
-
-  efface unlearn --model ./llama --forget forget10.json --retain retain90.json --objective npo --output_dir out \\
-      --lora_r 8 --reference adapter
-
-  torchrun --nproc-per-node 8 -m efface unlearn --config npo.yaml
-
-Every flag of transformers.TrainingArguments works. --config reads a YAML file of flags; flags on the command line win.
-"""
+from efface.objectives import Objective
 
 
-@dataclass
-class UnlearnCommand:
-    """What ``efface unlearn`` takes beside ``UnlearnArguments``."""
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM end the run as Ctrl-C does, so that what is half written is cleared away."""
 
-    model: str = field(metadata={"help": "checkpoint folder or Hub name"})
-    forget: str = field(
-        metadata={"help": "what to forget: a JSON, CSV or Parquet file, or a Hub data set (name[:config[:split]])"}
-    )
-    retain: str | None = field(default=None, metadata={"help": "what to keep, likewise"})
-    forget_filter: list[str] | None = field(
-        default=None,
-        metadata={"help": "rows to forget: column=value[,value] or column!=value[,value]; a row must meet all"},
-    )
-    retain_filter: list[str] | None = field(default=None, metadata={"help": "rows to keep, likewise"})
-    objective: str = field(default="npo", metadata={"help": f"one of {', '.join(known_objectives())}"})
-    beta: float | None = field(
-        default=None, metadata={"help": "inverse temperature of npo, simnpo and dpo, shift of undial, power of wga"}
-    )
-    delta: float | None = field(default=None, metadata={"help": "reward margin of SimNPO"})
-    gamma: float | None = field(default=None, metadata={"help": "weight of the forget term"})
-    alpha: float | None = field(default=None, metadata={"help": "weight of the retain term"})
-    retain_loss_type: str | None = field(default=None, metadata={"help": "NLL or KL; of rmu also EMBED_DIFF"})
-    objective_options: list[str] | None = field(
-        default=None, metadata={"help": "other parameters of the objective: name=value [name=value ...]"}
-    )
-    reference: str = field(
-        default="auto",
-        metadata={"help": "cached, live, adapter (of --lora_r, switched off), or auto: cached wherever that will do"},
-    )
-    reference_model: str | None = field(default=None, metadata={"help": "default: --model as it is before training"})
-    revision: str = field(default="main", metadata={"help": "revision of the Hub checkpoint"})
-    dtype: str = field(
-        default="auto", metadata={"help": "dtype to load the model in: auto, float32, bfloat16, float16"}
-    )
-    lora_r: int | None = field(
-        default=None, metadata={"help": "rank: train a LoRA adapter of the model, and write that (needs peft)"}
-    )
-    lora_alpha: float | None = field(default=None, metadata={"help": "the adapter counts alpha / r; default: 2 r"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout of what enters the adapter"})
-    lora_target: list[str] | None = field(
-        default=None, metadata={"help": "names of layers to adapt; default: every linear layer but the head"}
-    )
-    merge_adapter: bool = field(default=False, metadata={"help": "write the model with the adapter merged into it"})
-    overwrite: bool = field(default=False, metadata={"help": "write into an output folder that is not empty"})
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
 
-    def make_objective(self) -> Objective:
-        """Return the objective with the parameters that were given."""
-        named = ("beta", "delta", "gamma", "alpha", "retain_loss_type")
-        given = {name: getattr(self, name) for name in named if getattr(self, name) is not None}
-        for option in self.objective_options or []:
-            name, equals, value = option.partition("=")
-            if not equals:
-                raise ValueError(f"--objective_options: expected name=value, got {option!r}")
-            given[name] = yaml.safe_load(value)
-        return get_objective(self.objective, **given)
-
-
-def _config_flags(path: str) -> list[str]:
-    """Read a YAML file of flags as command-line words."""
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"config file {path!r} does not exist; check the path")
-    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    if not isinstance(content, dict):
-        raise ValueError(f"config file {path!r}: expected `flag: value` lines, got a {type(content).__name__}")  # noqa: TRY004 - a file's content is a value
-    words: list[str] = []
-    for name, value in content.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *map(str, values)]
-    return words
-
-
-def parse(
-    argv: Sequence[str], *, name: str = "unlearn", description: str | None = __doc__, epilog: str = _EXAMPLES
-) -> tuple[UnlearnCommand, UnlearnArguments]:
-    """Parse the flags of ``efface <name>``, those of ``--config`` first.
-
-    Raises:
-        ValueError: a flag that is not known.
-    """
-    words = list(argv)
-    if "--config" in words:
-        at = words.index("--config")
-        if at + 1 == len(words):
-            raise ValueError("--config: expected the path of a YAML file, got nothing")
-        words = [*_config_flags(words[at + 1]), *words[:at], *words[at + 2 :]]
-    parser = HfArgumentParser(
-        [UnlearnCommand, UnlearnArguments],  # type: ignore[list-item]
-        prog=f"efface {name}",
-        description=description,
-        epilog=epilog,
-    )
-    command, args, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
-    if unknown:
-        raise ValueError(f"unknown arguments {' '.join(unknown)}; see `efface {name} --help`")
-    return command, args
-
-
-def _load_model(name: str, command: UnlearnCommand) -> Any:
-    """Load a checkpoint; a path that does not exist must not become a search on the Hub."""
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise FileNotFoundError(f"model folder {name!r} does not exist; check the path")
-    return AutoModelForCausalLM.from_pretrained(
-        Path(name).expanduser() if Path(name).expanduser().is_dir() else name,
-        revision=command.revision,
-        dtype=command.dtype,
-    )
+    if threading.current_thread() is not threading.main_thread():  # only there does Python allow handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _adapted(model: Any, command: UnlearnCommand, seed: int) -> Any:
@@ -167,11 +67,21 @@ def _adapted(model: Any, command: UnlearnCommand, seed: int) -> Any:
 
 def make_trainer(
     command: UnlearnCommand, args: UnlearnArguments, objective: Objective, bar: ProgressBar
-) -> UnlearnTrainer:
-    """Load what the command names; the trainer computes what its reference lacks, and is ready to train."""
+) -> tuple[UnlearnTrainer, dict[str, str | None]]:
+    """Load what the command names; the trainer computes what its reference lacks, and is ready to train.
+
+    Returns:
+        The trainer, and the fingerprints of the models that it began with.
+    """
     args.disable_tqdm = True
+    model = load_model(command.model, revision=command.revision, dtype=command.dtype)
+    models: dict[str, str | None] = {"weights": fingerprint(model).hex(), "reference_weights": None}
+    reference_model = None
+    if command.reference_model is not None:
+        reference_model = load_model(command.reference_model, revision=command.revision, dtype=command.dtype)
+        models["reference_weights"] = fingerprint(reference_model).hex()
     trainer = UnlearnTrainer(
-        _adapted(_load_model(command.model, command), command, args.seed),
+        _adapted(model, command, args.seed),
         args,
         forget=command.forget,
         retain=command.retain,
@@ -179,13 +89,13 @@ def make_trainer(
         retain_filter=command.retain_filter,
         objective=objective,
         reference=command.reference,
-        # held by nobody else, so that it is freed when its log-probabilities are known
-        reference_model=None if command.reference_model is None else _load_model(command.reference_model, command),
-        processing_class=AutoTokenizer.from_pretrained(command.model, revision=command.revision),
+        reference_model=reference_model,
+        processing_class=load_tokenizer(command.model, revision=command.revision),
         callbacks=[bar],
     )
     trainer.remove_callback(PrinterCallback)
-    return trainer
+    trainer.base_model, trainer.revision = command.model, command.revision
+    return trainer, models
 
 
 def run(argv: Sequence[str]) -> int:
@@ -193,25 +103,87 @@ def run(argv: Sequence[str]) -> int:
     command, args = parse(argv)
     first = args.process_index == 0  # of the processes of a distributed run, the one that speaks and writes
     console = Console(stderr=True, quiet=not first)
-    objective = command.make_objective()
     out = Path(args.output_dir or "trainer_output")
-    if first and args.resume_from_checkpoint is None:
-        check_output(out, overwrite=command.overwrite)
-
-    bar = ProgressBar(console, f"{objective.name} · {Path(command.model).name}")
     try:
-        trainer = make_trainer(command, args, objective, bar)
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    finally:
+        with _terminated_as_interrupted():
+            return _run(command, args, out, console, command_line(argv))
+    except KeyboardInterrupt:
+        newest = newest_checkpoint(out)
+        state = "there is no checkpoint yet, so it starts anew" if newest is None else f"{newest.name} is whole"
+        console.print(f"stopped; run the same command again to continue: {state}", highlight=False, soft_wrap=True)
+        raise
+
+
+def _run(command: UnlearnCommand, args: UnlearnArguments, out: Path, console: Console, line: str) -> int:
+    objective, folder = command.make_objective(), None
+    bar = ProgressBar(console, f"{objective.name} · {Path(command.model).name}")
+    with ExitStack() as stack:
+        stack.callback(bar.close)
+        if args.process_index == 0:
+            folder = RunFolder(out, overwrite=command.overwrite or args.resume_from_checkpoint is not None)
+            if args.push_to_hub:
+                check_login(default_client(args.hub_token))
+            stack.enter_context(folder.locked())
+        trainer, models = make_trainer(command, args, objective, bar)
+        trainer.command = line
+        checkpoint = [args.resume_from_checkpoint]
+        if folder is not None:
+            identity = _identity(trainer, command, models)
+            if checkpoint[0] is None:
+                start = folder.begin(identity)
+                checkpoint = [None if start is None else str(start)]
+            else:
+                folder.continue_from(identity)
+        checkpoint = broadcast_object_list(checkpoint)
+        if checkpoint[0] is not None:
+            console.print(f"continuing from {checkpoint[0]}", highlight=False, soft_wrap=True)
+        trainer.train(resume_from_checkpoint=checkpoint[0])
         bar.close()
-    if command.merge_adapter:
-        trainer.model = merged(trainer.model)
-    with written_whole(out, writes=args.should_save) as partial:
-        trainer.save_model(str(partial))
-    trainer.save_state()
-    console.print(f"wrote {out}")
-    if args.world_size > 1:
-        # A process that leaves without a word may tear connections that others still read from.
-        trainer.accelerator.wait_for_everyone()
-        trainer.accelerator.end_training()
+        if command.merge_adapter:
+            trainer.model = merged(trainer.model)
+        with written_whole(out, writes=args.should_save) as partial:
+            trainer.save_model(str(partial), _internal_call=True)
+        trainer.save_state()
+        console.print(f"wrote {out}")
+        _push(trainer, args, out)
+        if folder is not None:
+            folder.finish()
+        if args.world_size > 1:
+            # A process that leaves without a word may tear connections that others still read from.
+            trainer.accelerator.wait_for_everyone()
+            trainer.accelerator.end_training()
     return 0
+
+
+def _identity(trainer: UnlearnTrainer, command: UnlearnCommand, models: dict[str, str | None]) -> dict[str, Any]:
+    """Return all that the result of the run depends on; an unfinished run of the same identity is continued."""
+    recipe = trainer.recipe()
+    return {
+        "model": models,
+        "adapter": {name: value for name, value in vars(command).items() if name.startswith("lora_")},
+        "objective": recipe.objective,
+        "reference": recipe.reference,
+        "data": {role: facts.fingerprint for role, facts in recipe.data.items()},
+        "plan": recipe.plan,
+        "arguments": argument_values(trainer.args),  # type: ignore[arg-type]
+    }
+
+
+def _push(trainer: UnlearnTrainer, args: UnlearnArguments, out: Path) -> None:
+    """Push the final model where that was asked for.
+
+    Raises:
+        HubError: it, or checkpoints before it, could not be pushed.
+    """
+    if not args.revision_per_checkpoint:
+        if args.push_to_hub:
+            trainer.push_to_hub()
+        return
+    if trainer.not_pushed:
+        listed = "; ".join(f"checkpoint-{step}: {error}" for step, error in sorted(trainer.not_pushed.items()))
+        raise HubError(
+            f"not pushed: {listed}. They and the final model are whole in {str(out)!r}; run the same command again to "
+            "push them"
+        )
+    if trainer.pusher is not None:
+        trainer.pusher.push_final(out)

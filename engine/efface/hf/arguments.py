@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from efface.hf.templates import AUTO, TEMPLATES
 
@@ -22,6 +23,21 @@ class UnlearnArguments(TrainingArguments):
         default="none", metadata={"help": "tensorboard, wandb, … or none"}
     )
     logging_steps: float = field(default=10, metadata={"help": "log every so many optimizer steps"})
+
+    save_schedule: str | None = field(
+        default=None,
+        metadata={"help": "when to write a checkpoint: epoch, a number of optimizer steps, or no"},
+    )
+    save_strategy: SaveStrategy | str = field(
+        default="", metadata={"help": "as of transformers: no, steps (default), epoch or best; see --save_schedule"}
+    )
+    revision_per_checkpoint: bool = field(
+        default=False,
+        metadata={
+            "help": "with --push_to_hub: push each checkpoint to its own branch checkpoint-N (N: optimizer steps), and "
+            "the final model to main"
+        },
+    )
 
     pairs_per_step: int | None = field(
         default=None,
@@ -88,3 +104,33 @@ class UnlearnArguments(TrainingArguments):
     loss_backend: str = field(
         default="auto", metadata={"help": "implementation of the loss: auto, native, triton or torch"}
     )
+
+    def __post_init__(self) -> None:
+        self._schedule_saves()
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.revision_per_checkpoint and not self.push_to_hub:
+            raise ValueError("`revision_per_checkpoint`: pushes to the Hub, so it needs --push_to_hub too")
+        if self.revision_per_checkpoint and self.save_strategy == SaveStrategy.NO:
+            raise ValueError(
+                "`revision_per_checkpoint`: no checkpoint is written; set --save_schedule epoch or a number"
+            )
+
+    def _schedule_saves(self) -> None:
+        """Turn ``save_schedule`` into transformers' own two settings."""
+        given = str(getattr(self.save_strategy, "value", self.save_strategy))
+        if self.save_schedule is None:
+            self.save_strategy = given or "steps"
+            return
+        schedule = str(self.save_schedule)
+        every = int(schedule) if schedule.isascii() and schedule.isdigit() else 0
+        if schedule not in ("epoch", "no") and every < 1:
+            raise ValueError(f"`save_schedule`: expected epoch, no, or a number of steps from 1, got {schedule!r}")
+        strategy = "steps" if every else schedule
+        if given not in ("", strategy) or (every and self.save_steps not in (type(self).save_steps, every)):
+            raise ValueError(
+                f"`save_schedule`: {schedule!r} contradicts save_strategy={given or 'steps'!r}, "
+                f"save_steps={self.save_steps}; give one of them"
+            )
+        self.save_strategy = strategy
+        if every:
+            self.save_steps = every

@@ -51,9 +51,10 @@ class PackedSteps(Dataset[Step]):
         self._assembler_options = {"rank": rank, "workers": workers, "pin_memory": pin_memory}
         self._epoch = -1
         self._assembler: Assembler | None = None
-        self.set_epoch(0)
+        self.begin_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
+    # Not called set_epoch: a data loader that accelerate makes to resume in an epoch's middle calls that with epoch 0.
+    def begin_epoch(self, epoch: int) -> None:
         """Plan ``epoch``; every epoch has the same number of steps."""
         if epoch == self._epoch:
             return

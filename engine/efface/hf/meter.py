@@ -40,6 +40,14 @@ class StepMeter(TrainerCallback):
             self.seconds += elapsed
         self._steps += 1
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: a resumed run goes on with the sums that it had."""
+        return {name: value for name, value in vars(self).items() if name != "_began"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what ``state_dict`` returned."""
+        vars(self).update(state)
+
     def add(self, batch: PackedBatch, terms: Tensor, weights: dict[str, float]) -> None:
         """Add a micro-batch: its weighted terms (S,), and the weights that forget and retain losses enter with."""
         self._tokens += batch.tokens
@@ -48,7 +56,7 @@ class StepMeter(TrainerCallback):
             if weights.get(name):
                 value = torch.where(batch.roles == role, terms, 0).sum() / weights[name]
                 key = f"{name}_loss"
-                self._sums[key] = self._sums[key] + value if key in self._sums else value
+                self._sums[key] = self._sums[key].to(value.device) + value if key in self._sums else value
 
     def add_losses(self, tokens: int, **losses: Tensor) -> None:
         """Add a padded micro-batch's share of the means of the step."""

@@ -128,10 +128,6 @@ class PaddedSteps(Dataset[PaddedStep]):
     def __init__(self, packed: PackedSteps, *, size: int, pad_token_id: int) -> None:
         self._packed, self._size, self._pad_token_id = packed, size, pad_token_id
 
-    def set_epoch(self, epoch: int) -> None:
-        """Plan ``epoch``."""
-        self._packed.set_epoch(epoch)
-
     def __len__(self) -> int:
         """Return the optimizer steps of an epoch."""
         return len(self._packed)

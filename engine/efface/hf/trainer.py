@@ -10,12 +10,13 @@ import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from efface.batching import Role, Step, TokenStore
 from efface.hf.activations import find_module, train_only
 from efface.hf.arguments import UnlearnArguments
 from efface.hf.cached_reference import CachedReference, ReferenceCallback
+from efface.hf.carded import CardedTrainer
 from efface.hf.data import QuestionAnswers, Refusals, token_store
 from efface.hf.dataset import PackedSteps
 from efface.hf.dual import DualVariable
@@ -23,6 +24,7 @@ from efface.hf.head import fuse
 from efface.hf.live_reference import ModelReference
 from efface.hf.meter import LossWatch, StepMeter
 from efface.hf.open_unlearning import PaddedPairs, PaddedSteps, padded_loss
+from efface.hf.recipe import DataFacts
 from efface.hf.reference import make_reference, reference_kind
 from efface.hf.rows import Conditions
 from efface.hf.score import check_store
@@ -31,7 +33,7 @@ from efface.objectives import PDU, RMU, FunctionObjective, Objective
 from efface_kernels import Sequences
 
 
-class PackedTrainer(Trainer):
+class PackedTrainer(CardedTrainer):
     """What fine-tuning and unlearning share. ``objective`` None is plain NLL over the retain store."""
 
     def __init__(
@@ -53,11 +55,12 @@ class PackedTrainer(Trainer):
                 check_store(model, store, name)
         self.objective: Objective | None = objective
         self._reference: CachedReference | ModelReference | None = None
+        self.pairs_per_step = pairs_per_step(args)
         self._dataset = PackedSteps(
             forget,
             retain,
             alternate,
-            pairs_per_step=pairs_per_step(args),
+            pairs_per_step=self.pairs_per_step,
             token_budget=args.token_budget,
             seed=args.seed if args.data_seed is None else args.data_seed,
             rank=args.process_index,
@@ -72,6 +75,8 @@ class PackedTrainer(Trainer):
         args = copy.copy(args)
         args.gradient_accumulation_steps = 1
         super().__init__(model=fuse(model), args=args, train_dataset=self._steps, **trainer_options)
+        stores = {"forget": forget, "retain": retain, "alternate": alternate or TokenStore.empty()}
+        self.data = {name: DataFacts.of(store, store) for name, store in stores.items() if len(store)}
         self.meter = StepMeter()
         self._watch = LossWatch()
         self._dual: DualVariable | None = None
@@ -90,6 +95,7 @@ class PackedTrainer(Trainer):
         self, epoch_iterator: Iterator[Step], num_batches: int, device: torch.device
     ) -> tuple[list[Step], None]:
         """Return the next step. What transformers counts here, its means' denominators, a step carries along."""
+        self._dataset.begin_epoch(int(self.state.epoch or 0))
         return list(itertools.islice(epoch_iterator, num_batches)), None
 
     @property
@@ -259,6 +265,12 @@ class UnlearnTrainer(PackedTrainer):
             processing_class=processing_class,
             **trainer_options,
         )
+        self.data["forget"] = DataFacts.of(forget, forget_store, forget_filter)
+        if keep:
+            self.data["retain"] = DataFacts.of(retain, retain_store, retain_filter)
+        if alternate_store is not None:
+            self.data["alternate"] = DataFacts.of(forget if alternate is None else alternate, alternate_store)
+        self.reference_kind = kind
         if isinstance(objective, PDU) and objective.primal_dual:
             self._dual = DualVariable(self, retain_store)
             self.add_callback(self._dual)
@@ -317,6 +329,7 @@ class FinetuneTrainer(PackedTrainer):
             processing_class=processing_class,
             **trainer_options,
         )
+        self.data = {"training": DataFacts.of(data, store, data_filter)}
 
 
 def _forget_stores(

@@ -1,0 +1,127 @@
+"""The output folder of a run that can be killed: whose it is, whether it is done, and where to go on."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from efface.cli.output import check_output
+from efface.hf.checkpoints import PARTIAL, checkpoints, newest_checkpoint, remove_leftovers, remove_whole
+
+RECORD = "run.json"
+
+
+class RunFolder:
+    """An output folder with ``run.json``, which holds the identity of its run and whether it is finished.
+
+    Args:
+        folder: of the run.
+        overwrite: whether the files of another or a finished run may be replaced.
+
+    Raises:
+        FileExistsError: a folder with other things in it, or with a finished run, without ``overwrite``.
+        NotADirectoryError: a file of that name.
+    """
+
+    def __init__(self, folder: Path, *, overwrite: bool) -> None:
+        self.path = folder
+        self._overwrite = overwrite
+        self._record = self._read()
+        if self._record is None:
+            check_output(folder, overwrite=overwrite)
+        elif self._record["finished"] and not overwrite:
+            raise FileExistsError(
+                f"output folder {str(folder)!r} is not empty; choose another, or add --overwrite: it holds a finished "
+                "run, so there is nothing to continue"
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from the folder; the system lets go of it when this one ends, however it does.
+
+        Raises:
+            FileExistsError: another process works on it.
+        """
+        import fcntl
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise FileExistsError(
+                    f"output folder {str(self.path)!r}: another process is writing there; wait for it, or stop it"
+                ) from error
+            except OSError:  # a file system without locks
+                pass
+            yield
+        finally:
+            os.close(handle)
+
+    def begin(self, identity: dict[str, Any]) -> Path | None:
+        """Return the checkpoint to continue from, or None to start; the folder is this run's from now on.
+
+        A run of equal identity continues, also with ``overwrite``: the result is the same, bit for bit.
+
+        Raises:
+            FileExistsError: the folder of another run, without ``overwrite``; says what differs.
+        """
+        identity = json.loads(json.dumps(identity, default=str))
+        if self._record is not None and not self._record["finished"]:
+            changes = differences(self._record["identity"], identity)
+            if not changes:
+                remove_leftovers(self.path)
+                return newest_checkpoint(self.path)
+            if not self._overwrite:
+                raise FileExistsError(
+                    f"output folder {str(self.path)!r} holds an unfinished run of another command; choose another "
+                    f"folder, or add --overwrite. What differs: {'; '.join(changes)}"
+                )
+        if self._overwrite:
+            # A later continuation must not take another run's checkpoint for its own.
+            for path in checkpoints(self.path).values():
+                remove_whole(path)
+        remove_leftovers(self.path)
+        self._write({"finished": False, "identity": identity})
+        return None
+
+    def continue_from(self, identity: dict[str, Any]) -> None:
+        """Make the folder this run's, whatever is in it: the checkpoint to start from was named."""
+        self._write({"finished": False, "identity": json.loads(json.dumps(identity, default=str))})
+
+    def finish(self) -> None:
+        """Note that everything is written."""
+        record = self._read()
+        if record is not None:
+            self._write({**record, "finished": True})
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            record = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return None
+        return record if isinstance(record, dict) and {"finished", "identity"} <= record.keys() else None
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        partial = self.path / f"{PARTIAL}{RECORD}"
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(record, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path / RECORD)
+
+
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """Return what differs between two identities, one ``name: before, now after`` each.
+
+    Arguments that only one of them has came or went with a version of transformers, and are no difference.
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = before.keys() & now.keys() if name == "arguments" else before.keys() | now.keys()
+        prefix = "" if name in ("", "arguments", "plan") else f"{name}."
+        return [change for key in sorted(keys) for change in differences(before.get(key), now.get(key), prefix + key)]
+    return [] if before == now else [f"{name}: was {before!r}, is {now!r}"]

@@ -1,0 +1,199 @@
+"""Checkpoints as revisions of a Hub repository: each on a branch of its own, pushed while training goes on."""
+
+import json
+import os
+import threading
+import warnings
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any, Protocol
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import LocalTokenNotFoundError
+
+from efface.hf.arguments import UnlearnArguments
+from efface.hf.checkpoints import PARTIAL, checkpoints
+
+RECORD = "pushed.json"
+# The model is for others; how to continue training it is not.
+_NOT_PUSHED = [
+    *(
+        "optimizer*",
+        "scheduler.pt",
+        "scaler.pt",
+        "rng_state*",
+        "progress*.pt",
+        "training_args.bin",
+        "trainer_state.json",
+    ),
+    *("global_step*", "pytorch_model_fsdp*", "checkpoint-*", f"{PARTIAL}*", "run.json", RECORD),
+]
+
+
+class HubError(OSError):
+    """The Hub refused, could not be reached, or lacks something that should be there."""
+
+
+class HubClient(Protocol):
+    """The part of ``huggingface_hub.HfApi`` that is used here."""
+
+    def whoami(self) -> Any:
+        """Return the account; raise without a login."""
+
+    def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> Any:
+        """Return what has the full name as ``repo_id``."""
+
+    def create_branch(self, repo_id: str, *, branch: str, exist_ok: bool) -> None:
+        """Make a branch of main."""
+
+    def upload_folder(
+        self,
+        *,
+        repo_id: str,
+        folder_path: str | Path,
+        revision: str,
+        commit_message: str,
+        ignore_patterns: list[str],
+    ) -> Any:
+        """Commit a folder to a branch."""
+
+
+def default_client(token: str | None = None) -> HubClient:
+    """Return the real Hub, with huggingface_hub's own login unless a token is given."""
+    client: HubClient = HfApi(token=token)
+    return client
+
+
+def check_login(client: HubClient) -> None:
+    """Raise HubError unless the Hub knows who we are."""
+    try:
+        client.whoami()
+    except LocalTokenNotFoundError as error:
+        raise HubError(
+            "`--push_to_hub`: not logged in to the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN"
+        ) from error
+    except Exception as error:
+        raise HubError(f"`--push_to_hub`: the Hugging Face Hub does not answer a login: {error}") from error
+
+
+class RevisionPusher:
+    """Pushes checkpoints to the branches ``checkpoint-N`` of a repository.
+
+    Uploads run on a thread of their own: gigabytes take minutes, in which training goes on and, on several processes,
+    none waits for another until its time-out. A checkpoint that could not be pushed is kept and tried again with the
+    next one, when training ends, and when a killed run continues.
+
+    Args:
+        client: see ``HubClient``.
+        name: of the repository, made if it does not exist.
+        folder: of the run; what was pushed is remembered there.
+        private: of a new repository; None is the account's default.
+
+    Raises:
+        HubError: no login, or a repository that cannot be made.
+    """
+
+    def __init__(self, client: HubClient, name: str, folder: Path, *, private: bool | None = None) -> None:
+        check_login(client)
+        try:
+            self.repository: str = client.create_repo(name, private=private, exist_ok=True).repo_id
+        except Exception as error:
+            raise HubError(f"`--hub_model_id`: cannot make or write to {name!r}: {error}") from error
+        self._client = client
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._pending: dict[int, Path] = {}
+        self._errors: dict[int, str] = {}
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def of(cls, args: UnlearnArguments, client: HubClient | None = None) -> "RevisionPusher":
+        """Return the pusher that the arguments of a run ask for."""
+        folder = Path(args.output_dir or "trainer_output")
+        name = args.hub_model_id or folder.absolute().name
+        return cls(client or default_client(args.hub_token), name, folder, private=args.hub_private_repo)
+
+    def resume(self) -> None:
+        """Take up the checkpoints that an earlier process of the run wrote but did not push."""
+        pushed = self._pushed()
+        for step, path in checkpoints(self._folder).items():
+            if step not in pushed:
+                self.add(step, path)
+
+    def start_anew(self) -> None:
+        """Forget what another run pushed from this folder."""
+        (self._folder / RECORD).unlink(missing_ok=True)
+
+    def add(self, step: int, checkpoint: Path) -> None:
+        """Push a checkpoint, and those before it that still wait."""
+        with self._lock:
+            self._pending[step] = checkpoint
+        if self._thread is None or not self._thread.is_alive():
+            # A daemon: Ctrl-C must not wait for an upload.
+            self._thread = threading.Thread(target=self._drain, daemon=True)
+            self._thread.start()
+
+    def in_use(self) -> AbstractSet[Path]:
+        """Return the checkpoints that are not pushed yet."""
+        with self._lock:
+            return set(self._pending.values())
+
+    def finish(self) -> dict[int, str]:
+        """Wait, try what is left once more, and return the errors of what could not be pushed, by step."""
+        if self._thread is not None:
+            self._thread.join()
+        self._drain()
+        with self._lock:
+            return {step: self._errors.get(step, "") for step in self._pending}
+
+    def push_final(self, folder: Path) -> None:
+        """Push the model of the run to the main branch."""
+        try:
+            self._upload(folder, "main", "efface: final model")
+        except Exception as error:
+            raise HubError(
+                f"the final model was not pushed to {self.repository!r}: {error}. It is whole in {str(folder)!r}; run "
+                "the same command again to push it"
+            ) from error
+
+    def _drain(self) -> None:
+        tried: set[int] = set()
+        while True:
+            with self._lock:
+                left = [(step, path) for step, path in sorted(self._pending.items()) if step not in tried]
+            if not left:
+                return
+            step, path = left[0]
+            tried.add(step)
+            try:
+                self._client.create_branch(self.repository, branch=path.name, exist_ok=True)
+                self._upload(path, path.name, f"efface: step {step}")
+                self._remember(step)
+            except Exception as error:  # noqa: BLE001 - whatever the network does, training goes on
+                self._errors[step] = f"{type(error).__name__}: {error}"
+                warnings.warn(f"{path.name} was not pushed, it is tried again later: {error}", stacklevel=2)
+            else:
+                with self._lock:
+                    del self._pending[step]
+
+    def _upload(self, folder: Path, revision: str, message: str) -> None:
+        self._client.upload_folder(
+            repo_id=self.repository,
+            folder_path=folder,
+            revision=revision,
+            commit_message=message,
+            ignore_patterns=_NOT_PUSHED,
+        )
+
+    def _pushed(self) -> set[int]:
+        try:
+            record = json.loads((self._folder / RECORD).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return set()
+        return set(record["steps"]) if record["repository"] == self.repository else set()
+
+    def _remember(self, step: int) -> None:
+        record = {"repository": self.repository, "steps": sorted({*self._pushed(), step})}
+        partial = self._folder / f"{PARTIAL}{RECORD}"
+        partial.write_text(json.dumps(record), encoding="utf-8")
+        os.replace(partial, self._folder / RECORD)  # noqa: PTH105 - atomic within one file system

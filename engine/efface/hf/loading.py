@@ -1,0 +1,107 @@
+"""Models and tokenizers by name and revision, from folders and from the Hub."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from huggingface_hub import HfApi
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+MAIN = "main"
+_WEIGHTS = (".safetensors", ".bin")
+
+T = TypeVar("T")
+
+
+class HubFiles(Protocol):
+    """The part of ``huggingface_hub.HfApi`` that is used here."""
+
+    def list_repo_refs(self, repo_id: str) -> Any:
+        """Return what has the branches as ``branches``, each with a ``name``."""
+
+    def list_repo_files(self, repo_id: str, *, revision: str) -> list[str]:
+        """Return the names of the files of a revision."""
+
+
+def load_model(name: str, *, revision: str = MAIN, dtype: str = "auto", client: HubFiles | None = None) -> Any:
+    """Load a causal language model.
+
+    Args:
+        name: a folder, or a name on the Hub.
+        revision: a branch, tag or commit; of a folder, a checkpoint in it, such as "checkpoint-12".
+        dtype: auto (as saved), float32, bfloat16 or float16.
+        client: the Hub; None is the real one.
+
+    Raises:
+        FileNotFoundError: no such folder, or no weights in this revision; lists the revisions that there are.
+        OSError: whatever else the Hub says.
+    """
+
+    def load(source: str | Path, **options: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+
+    return _load(load, name, revision, client)
+
+
+def load_tokenizer(name: str, *, revision: str = MAIN, client: HubFiles | None = None) -> Any:
+    """Load a tokenizer; arguments and errors are those of ``load_model``."""
+    return _load(AutoTokenizer.from_pretrained, name, revision, client)
+
+
+def _load(load: Callable[..., T], name: str, revision: str, client: HubFiles | None) -> T:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return load(local_revision(folder, revision))
+    if name.startswith((".", "/", "~")):  # a path that does not exist must not become a search on the Hub
+        raise FileNotFoundError(f"model folder {name!r} does not exist; check the path")
+    try:
+        return load(name, revision=revision)
+    except OSError as error:
+        others = _other_revisions(client or HfApi(), name, revision)
+        if not others:
+            raise
+        raise FileNotFoundError(_nothing_there(name, revision, others)) from error
+
+
+def local_revision(folder: Path, revision: str) -> Path:
+    """Return where a folder keeps a revision: in itself (main), in a sub-folder, or as a snapshot of the Hub's cache.
+
+    Raises:
+        FileNotFoundError: it does not; lists what it keeps.
+    """
+    ref = folder / "refs" / revision
+    if ref.is_file():
+        return folder / "snapshots" / ref.read_text(encoding="utf-8").strip()
+    inside = folder if revision == MAIN else folder / revision
+    if _has_weights(path.name for path in inside.glob("*")):
+        return inside
+    refs = folder / "refs"
+    kept = [str(path.relative_to(refs)) for path in refs.rglob("*") if path.is_file()]
+    kept += [path.name for path in folder.glob("*/") if _has_weights(item.name for item in path.glob("*"))]
+    if not kept and revision == MAIN:
+        return folder  # transformers says what is missing
+    raise FileNotFoundError(_nothing_there(str(folder), revision, kept))
+
+
+def _has_weights(names: Iterable[str]) -> bool:
+    return any(name.endswith(_WEIGHTS) and not name.startswith("training_args") for name in names)
+
+
+def _other_revisions(client: HubFiles, name: str, revision: str) -> list[str]:
+    """Return the branches of a repository if this revision is missing or has no weights, else nothing."""
+    try:
+        branches = [branch.name for branch in client.list_repo_refs(name).branches]
+        if revision in branches and _has_weights(client.list_repo_files(name, revision=revision)):
+            return []  # the weights are there, so the error is about something else
+    except Exception:  # noqa: BLE001 - the first error tells more than one about looking for its cause
+        return []
+    return [branch for branch in branches if branch != revision]
+
+
+def _nothing_there(name: str, revision: str, others: list[str]) -> str:
+    listed = ", ".join(sorted(others, key=lambda other: (len(other), other))) or "none"
+    example = max(others, key=lambda other: (len(other), other), default="checkpoint-N")
+    return (
+        f"model {name!r}: no weights at revision {revision!r}; it has revisions {listed}. Choose one, such as "
+        f"`--revision {example}`"
+    )
