@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,8 @@ def test_the_command_on_two_processes_writes_one_model(tmp_path: Path) -> None:
         "2",
         "--num_train_epochs",
         "1",
+        "--save_schedule",
+        "2",
     ]
     done = launch(2, words)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -102,6 +105,19 @@ def test_the_command_on_two_processes_writes_one_model(tmp_path: Path) -> None:
     again = launch(2, words)
     assert again.returncode != 0
     assert "is not empty; choose another" in again.stderr
+
+    # As if it had been killed after step 2: both ranks go on from there, to the same bits.
+    out = tmp_path / "out"
+    whole = (out / "model.safetensors").read_bytes()
+    assert {path.name for path in (out / "checkpoint-2").glob("*_1.*")} == {"rng_state_1.pth", "progress_1.pt"}
+    (out / "model.safetensors").unlink()
+    shutil.rmtree(out / "checkpoint-3")
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**record, "finished": False}))
+    done = launch(2, words)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stderr.count(f"continuing from {out / 'checkpoint-2'}") == 1
+    assert (out / "model.safetensors").read_bytes() == whole
 
 
 def flat(values: Any) -> list[float]:

@@ -30,7 +30,9 @@ class RunFolder:
         self._overwrite = overwrite
         self._record = self._read()
         if self._record is None:
-            check_output(folder, overwrite=overwrite)
+            # A run killed in its first moments leaves nothing but its half-written record.
+            if not (folder.is_dir() and all(path.name.startswith(PARTIAL) for path in folder.iterdir())):
+                check_output(folder, overwrite=overwrite)
         elif self._record["finished"] and not overwrite:
             raise FileExistsError(
                 f"output folder {str(folder)!r} is not empty; choose another, or add --overwrite: it holds a finished "

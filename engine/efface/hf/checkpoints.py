@@ -41,7 +41,10 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
 def remove_leftovers(folder: str | Path) -> None:
     """Remove what killed processes left half written or half deleted."""
     for path in Path(folder).glob(f"{PARTIAL}*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def remove_whole(folder: Path) -> None:
@@ -122,6 +125,12 @@ class ResumableTrainer(Trainer):
         """Be what the run was at the end, with nothing left to train."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / STATE))
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        self._load_rng_state(str(checkpoint))
+        self._carried = None
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         return TrainOutput(self.state.global_step, 0.0, {})
 
     # Writing

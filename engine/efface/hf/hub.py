@@ -1,9 +1,9 @@
 """Checkpoints as revisions of a Hub repository: each on a branch of its own, pushed while training goes on."""
 
 import json
+import logging
 import os
 import threading
-import warnings
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from efface.hf.arguments import UnlearnArguments
 from efface.hf.checkpoints import PARTIAL, checkpoints
 
 RECORD = "pushed.json"
+_LOG = logging.getLogger(__name__)
 # The model is for others; how to continue training it is not.
 _NOT_PUSHED = [
     *(
@@ -171,7 +172,7 @@ class RevisionPusher:
                 self._remember(step)
             except Exception as error:  # noqa: BLE001 - whatever the network does, training goes on
                 self._errors[step] = f"{type(error).__name__}: {error}"
-                warnings.warn(f"{path.name} was not pushed, it is tried again later: {error}", stacklevel=2)
+                _LOG.warning("%s was not pushed, it is tried again later: %s", path.name, error)
             else:
                 with self._lock:
                     del self._pending[step]

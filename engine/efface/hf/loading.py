@@ -77,7 +77,7 @@ def local_revision(folder: Path, revision: str) -> Path:
         return inside
     refs = folder / "refs"
     kept = [str(path.relative_to(refs)) for path in refs.rglob("*") if path.is_file()]
-    kept += [path.name for path in folder.glob("*/") if _has_weights(item.name for item in path.glob("*"))]
+    kept += [path.name for path in folder.glob("[!.]*") if _has_weights(item.name for item in path.glob("*"))]
     if not kept and revision == MAIN:
         return folder  # transformers says what is missing
     raise FileNotFoundError(_nothing_there(str(folder), revision, kept))
