@@ -15,7 +15,7 @@ from efface import NPO, UnlearnTrainer
 from efface.batching import TokenStore
 from efface.cli.main import main
 from efface.hf.model_card import final_metrics
-from efface.hf.recipe import command_line, store_fingerprint, weights_fingerprint
+from efface.hf.recipe import command_line, store_fingerprint
 
 
 def test_the_card_of_a_command(tmp_path: Path) -> None:
@@ -103,12 +103,6 @@ def test_a_data_fingerprint_is_of_the_content() -> None:
     ]
     assert len({store_fingerprint(store) for store in [whole, *others]}) == 6
     assert np.array_equal(whole[1], [4, 5])
-
-
-def test_a_weights_fingerprint_tells_models_apart() -> None:
-    assert weights_fingerprint(tiny_llama()) == weights_fingerprint(tiny_llama())
-    assert weights_fingerprint(tiny_llama()) != weights_fingerprint(tiny_llama(seed=1))
-    assert weights_fingerprint(tiny_llama()) != weights_fingerprint(tiny_llama().bfloat16())
 
 
 @pytest.mark.parametrize("words", [["--hub_token", "hf_x"], ["--hub-token=hf_x"], ["--push_to_hub_token", "hf_x"]])
