@@ -31,7 +31,7 @@ def test_the_card_of_a_command(tmp_path: Path) -> None:
     card = ModelCard.load(tmp_path / "out" / "README.md")
     facts = card.data.to_dict()["efface"]
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-    assert facts["objective"] == {"name": "npo", "beta": 0.3, "gamma": 1.0, "alpha": 1.0}
+    assert facts["objective"] == {"name": "npo", "retain_loss_type": "NLL", "beta": 0.3, "gamma": 1.0, "alpha": 1.0}
     assert (facts["base_model"], facts["revision"], facts["step"]) == (str(tmp_path / "model"), "main", 2)
     assert facts["data"]["forget"]["rows"] == 2
     assert facts["data"]["forget"]["filters"] == ["id=1"]

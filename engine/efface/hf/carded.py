@@ -38,7 +38,6 @@ class CardedTrainer(ResumableTrainer):
     """
 
     objective: Objective | None
-    data: dict[str, DataFacts]
     pairs_per_step: int
     revision = "main"
     command: str | None = None
@@ -54,6 +53,7 @@ class CardedTrainer(ResumableTrainer):
             args = copy.copy(args)
             args.push_to_hub = False  # else transformers pushes too, to main
         super().__init__(args=args, **options)
+        self.data: dict[str, DataFacts] = {}
         model: Any = self.model
         self.base_model: str = getattr(model.config, "_name_or_path", "") or type(model).__name__
 

@@ -75,8 +75,6 @@ class PackedTrainer(CardedTrainer):
         args = copy.copy(args)
         args.gradient_accumulation_steps = 1
         super().__init__(model=fuse(model), args=args, train_dataset=self._steps, **trainer_options)
-        stores = {"forget": forget, "retain": retain, "alternate": alternate or TokenStore.empty()}
-        self.data = {name: DataFacts.of(store, store) for name, store in stores.items() if len(store)}
         self.meter = StepMeter()
         self._watch = LossWatch()
         self._dual: DualVariable | None = None
