@@ -8,6 +8,7 @@ from efface_kernels.distribution_pass import DistributionPassOutput, distributio
 from efface_kernels.linear_loss import (
     Head,
     ReferenceRows,
+    RowOffsets,
     SequenceLossOutput,
     Sequences,
     linear_logprob,
@@ -15,17 +16,24 @@ from efface_kernels.linear_loss import (
 )
 from efface_kernels.memory import release_workspaces
 from efface_kernels.row_pass import RowPassOutput, row_pass
+from efface_kernels.sequence_loss import Kind, SequenceRule, SequenceTerms, Term, sequence_loss
 
 __all__ = [
     "DistributionPassOutput",
     "Head",
+    "Kind",
     "ReferenceRows",
+    "RowOffsets",
     "RowPassOutput",
     "SequenceLossOutput",
+    "SequenceRule",
+    "SequenceTerms",
     "Sequences",
+    "Term",
     "distribution_pass",
     "linear_logprob",
     "linear_sequence_loss",
     "release_workspaces",
     "row_pass",
+    "sequence_loss",
 ]

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 _CPU_BYTES, _CPU_ROWS = 128 << 20, (256, 4096)
 # On GPUs the accumulation of dW is bound by memory below about 725 rows, and the launch cost by small chunks.
 _GPU_BYTES, _GPU_ROWS = 512 << 20, (2048, 16384)
+# Where memory is short: fewer rows would have the GEMMs wait for the weights.
+FEWEST_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Chunk:
     """Whole sequences ``first`` .. ``last − 1`` and the pieces, (start, stop) in rows, in which their logits are made.
 
-    One piece is the rule. A sequence longer than the workspace is a chunk of its own with several.
+    One piece is the rule. A sequence, or a pair of them, longer than the workspace is a chunk of its own with several.
     """
 
     first: int
@@ -29,30 +31,40 @@ class Chunk:
         return slice(self.pieces[0][0], self.pieces[-1][1])
 
 
-def default_chunk_rows(device: str, vocabulary: int, itemsize: int) -> int:
-    """Return the rows of a chunk for a device type, V, and the bytes of a logit."""
+def default_chunk_rows(device: str, vocabulary: int, itemsize: int, free_bytes: int | None = None) -> int:
+    """Return the rows of a chunk for a device type, V, the bytes of a logit, and the device's free memory if known.
+
+    Two workspaces of them, the policy's and a reference's, take half of the free memory at most.
+    """
     budget, (low, high) = (_CPU_BYTES, _CPU_ROWS) if device == "cpu" else (_GPU_BYTES, _GPU_ROWS)
-    return min(max(budget // (vocabulary * itemsize), low), high)
+    rows = min(max(budget // (vocabulary * itemsize), low), high)
+    if free_bytes is None:
+        return rows
+    return min(rows, max(free_bytes // (4 * vocabulary * itemsize), FEWEST_ROWS))
 
 
 def _pieces(start: int, stop: int, chunk_rows: int) -> tuple[tuple[int, int], ...]:
     return tuple((row, min(row + chunk_rows, stop)) for row in range(start, stop, chunk_rows))
 
 
-def plan_sequences(row_offsets: Sequence[int], chunk_rows: int) -> list[Chunk]:
+def plan_sequences(row_offsets: Sequence[int], chunk_rows: int, pairs: int = 0) -> list[Chunk]:
     """Return chunks of whole sequences, as many to a chunk as ``chunk_rows`` holds, in order.
 
     Args:
         row_offsets: (S + 1) ascending, from 0: the rows of each sequence.
         chunk_rows: rows of logits that may be alive, ≥ 1.
+        pairs: the first 2 · ``pairs`` sequences are pairs, (2i, 2i + 1), that no chunk separates.
     """
+    # The sequences at which a chunk may begin, and S; the rows at which they begin, and N.
+    borders = [*range(0, 2 * pairs, 2), *range(2 * pairs, len(row_offsets))]
+    starts = [row_offsets[border] for border in borders]
     chunks = []
-    first, sequences = 0, len(row_offsets) - 1
-    while first < sequences:
-        start = row_offsets[first]
-        # the last offset within reach of the workspace ends the chunk; one sequence at least
-        last = max(bisect_right(row_offsets, start + chunk_rows) - 1, first + 1)
-        chunks.append(Chunk(first, last, _pieces(start, row_offsets[last], chunk_rows)))
+    first = 0
+    while first < len(borders) - 1:
+        # the last border within reach of the workspace ends the chunk; one sequence or pair at least
+        last = max(bisect_right(starts, starts[first] + chunk_rows) - 1, first + 1)
+        pieces = _pieces(starts[first], starts[last], chunk_rows)
+        chunks.append(Chunk(borders[first], borders[last], pieces))
         first = last
     return chunks
 

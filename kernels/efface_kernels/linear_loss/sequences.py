@@ -36,7 +36,7 @@ class Sequences:
     @property
     def sums(self) -> Tensor:
         """(s,) L_s = Σ ℓ_i."""
-        return segment_sums(self.logprobs, self.row_offsets)
+        return self.sums_of(self.logprobs)
 
     @property
     def lengths(self) -> Tensor:
@@ -46,3 +46,14 @@ class Sequences:
     def own(self, values: Tensor) -> Tensor:
         """Return the entries of a per-sequence vector of the batch, (S,), that belong to these sequences, (s,)."""
         return values[self.first : self.first + len(self)]
+
+    def sums_of(self, values: Tensor) -> Tensor:
+        """Return the sums, (s,), of one value a row, (n,), over each sequence; differentiable."""
+        return segment_sums(values, self.row_offsets)
+
+    def following(self, values: Tensor) -> Tensor:
+        """Return for each sequence the entry of ``values`` (s,) that belongs to the next one; differentiable.
+
+        The first of a pair sees its second. The last sequence sees the first, which means nothing: leave it out.
+        """
+        return values.roll(-1)
