@@ -18,6 +18,7 @@ from efface_kernels.linear_loss.loop import Wanted
 from efface_kernels.linear_loss.offsets import RowOffsets
 from efface_kernels.linear_loss.workspace import run_within_memory
 from efface_kernels.logits import accumulation_dtype
+from efface_kernels.memory import aligned
 from efface_kernels.sequence_loss import SequenceRule
 
 Loss = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -63,7 +64,8 @@ def _linear_sequence_loss(
     live = None
     if reference_hidden is not None and reference_weight is not None:
         live = ReferenceRows(reference_hidden, Head(reference_weight, reference_bias, reference_softcap))
-    options = sequence_loss.checked(hidden, head, targets, offsets, rule, pairs, live, reference_sums, backend)
+    call = sequence_loss.Call(hidden, head, targets, offsets, rule, pairs, live, reference_sums, chunk_rows, backend)
+    options = sequence_loss.checked(call)
     wants = Wanted(*wanted)
     with torch.autocast(hidden.device.type, enabled=False):
         output, loop = run_within_memory(
@@ -84,15 +86,9 @@ def _linear_sequence_loss(
 
 
 @_linear_sequence_loss.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    row_offsets: Tensor,
-    *arguments: Any,
-) -> Loss:
-    reference_hidden, wanted = arguments[6], arguments[11]
+def _(*arguments: Any) -> Loss:
+    hidden, weight, _bias, _targets, row_offsets = arguments[:5]
+    reference_hidden, wanted = arguments[11], arguments[16]
     dtype, sum_dtype = accumulation_dtype(hidden.dtype), _sum_dtype(weight.dtype)
     n, sequences = hidden.shape[0], row_offsets.shape[0] - 1
     each = hidden.new_empty(sequences, dtype=dtype)
@@ -140,7 +136,7 @@ def _linear_logprob(
     bias: Tensor | None,
     targets: Tensor,
     softcap: float | None,
-    wanted: Sequence[bool],
+    wanted: Sequence[bool],  # noqa: ARG001 - of the backward call
     keep: bool,
     chunk_rows: int,
     backend: str,
@@ -159,7 +155,7 @@ def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     n, keep = hidden.shape[0], arguments[4]
     return (
         hidden.new_empty(n, dtype=accumulation_dtype(hidden.dtype)),
-        hidden.new_empty((n, weight.shape[0]) if keep else 0),
+        aligned(n, weight.shape[0], hidden.dtype, hidden.device) if keep else hidden.new_empty(0),
     )
 
 
@@ -190,8 +186,9 @@ def _linear_logprob_backward(
 
 
 @_linear_logprob_backward.register_fake
-def _(upstream: Tensor, hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = arguments[4]
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _upstream, hidden, weight = arguments[:3]
+    wanted = arguments[7]
     return (
         hidden.new_empty(hidden.shape if wanted[0] else 0),
         weight.new_empty(weight.shape if wanted[1] else 0),

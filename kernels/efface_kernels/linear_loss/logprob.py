@@ -12,6 +12,7 @@ from efface_kernels.linear_loss.chunks import Chunk, default_chunk_rows, plan_ro
 from efface_kernels.linear_loss.head import Head, wanted_of
 from efface_kernels.linear_loss.loop import Gradients, Wanted, run_loop
 from efface_kernels.linear_loss.workspace import run_within_memory
+from efface_kernels.memory import aligned
 from efface_kernels.row_pass import row_pass
 
 
@@ -24,10 +25,12 @@ class Options:
     backend: str
 
 
-def forward(hidden: Tensor, head: Head, targets: Tensor, options: Options, *, keep: bool) -> tuple[Tensor, Tensor | None]:
+def forward(
+    hidden: Tensor, head: Head, targets: Tensor, options: Options, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
     """Return ℓ (N,) and, if ``keep``, softmax − onehot (N, V) for the backward call: all rows are one chunk then."""
     if keep:
-        p = head.logits(hidden, hidden.new_empty(hidden.shape[0], head.vocabulary))
+        p = head.logits(hidden, aligned(hidden.shape[0], head.vocabulary, hidden.dtype, hidden.device))
         out = row_pass(p, targets, softcap=options.softcap, gradient=True, backend=options.backend)
         return out.logprobs, p
     chunks = plan_rows(1, hidden.shape[0], options.chunk_rows)
@@ -148,7 +151,7 @@ def _in_graph(hidden: Tensor, head: Head, targets: Tensor, chunk_rows: int | Non
         chunk_rows = default_chunk_rows(hidden.device.type, head.vocabulary, hidden.element_size())
     wanted = wanted_of(hidden, head)
     keep = any(wanted) and hidden.shape[0] <= chunk_rows
-    logprobs, _p = torch.ops.efface.linear_logprob(
+    logprobs: Tensor = torch.ops.efface.linear_logprob(
         hidden, head.weight, head.bias, targets, head.softcap, wanted, keep, chunk_rows, backend
-    )
+    )[0]
     return logprobs

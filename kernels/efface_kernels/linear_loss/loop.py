@@ -13,7 +13,7 @@ from torch import Tensor
 from efface_kernels.linear_loss.chunks import Chunk
 from efface_kernels.linear_loss.head import Head, ReferenceRows
 from efface_kernels.logits import accumulation_dtype
-from efface_kernels.memory import Loan, add_product
+from efface_kernels.memory import Loan, accumulate_product
 from efface_kernels.row_pass import row_pass
 
 # (chunk, logprobs (n,), reference logprobs (m,) of the chunk's first m rows or None) -> c (n,)
@@ -89,14 +89,7 @@ class Gradients:
                 return total.addmm_(left, right), None
             return torch.mm(left, right), None
         # Sums over several half-precision chunks run in fp32.
-        if product is None:
-            product = left.new_empty(left.shape[0], right.shape[1])
-        torch.mm(left, right, out=product)
-        first = total is None
-        if total is None:
-            total = torch.empty_like(product, dtype=torch.float32)
-        add_product(total, product, scale, first=first)
-        return total, product
+        return accumulate_product(total, left, right, scale, product)
 
     def finish(
         self, coefficients: Tensor, upstream: Tensor | None = None, *, keep: bool = True
@@ -187,15 +180,15 @@ def run_loop(
     logprobs = torch.empty(n, dtype=dtype, device=device)
     coefficients = torch.zeros(n, dtype=dtype, device=device)
     gradients = Gradients(wanted, hidden, head, sum(len(chunk.pieces) for chunk in chunks))
-    reader = None if reference is None else _ReferenceReader(reference, loan, largest, dtype)
+    reader = None if reference is None else _ReferenceReader(reference, loan, workspace, dtype, backend)
 
     for chunk in chunks:
         one_look = len(chunk.pieces) == 1 or not wanted.head
         p = workspace[:0]
         for start, stop in chunk.pieces:
             rows = slice(start, stop)
+            reference_logits = None if reader is None else reader.logits(rows, targets)
             p = head.logits(hidden[rows], workspace)
-            reference_logits = None if reader is None else reader.logits(rows)
             out = row_pass(
                 p,
                 targets[rows],
@@ -230,19 +223,46 @@ def run_loop(
     return LoopResult(logprobs, None if reader is None else reader.logprobs, coefficients, gradients)
 
 
+_BOTH_BYTES = 512 << 20
+
+
+def shares_workspace(device: str, both_bytes: int) -> bool:
+    """Whether both models' logits, which take ``both_bytes``, are made in one workspace, one after the other.
+
+    On a GPU, beyond 512 MiB: one launch more, and half the memory. Below, one launch reads both. On the CPU they stay
+    apart, where the passes read them in turn anyway and a large workspace is kept.
+    """
+    return device != "cpu" and both_bytes > _BOTH_BYTES
+
+
 class _ReferenceReader:
-    """The reference model's logits, for those rows that have one, in a workspace of their own."""
+    """The reference model's logits, for those rows that have one."""
 
-    def __init__(self, reference: ReferenceRows, loan: Loan, largest: int, dtype: torch.dtype) -> None:
-        self._hidden = reference.hidden
-        self._head = reference.head
-        m = self._hidden.shape[0]
-        self._workspace = loan.matrix(min(largest, m), self._head.vocabulary, self._hidden.dtype, self._hidden.device)
-        self.logprobs = torch.empty(m, dtype=dtype, device=self._hidden.device)
+    def __init__(
+        self, reference: ReferenceRows, loan: Loan, workspace: Tensor, dtype: torch.dtype, backend: str
+    ) -> None:
+        self._hidden, self._head, self._backend = reference.hidden, reference.head, backend
+        m, device = self._hidden.shape[0], self._hidden.device
+        rows, columns = min(workspace.shape[0], m), self._head.vocabulary
+        dtype_of_logits = self._hidden.dtype
+        fits = (columns, dtype_of_logits) == (workspace.shape[1], workspace.dtype)
+        both = workspace.nbytes + rows * columns * dtype_of_logits.itemsize
+        self._shares = fits and shares_workspace(device.type, both)
+        self._workspace = workspace if self._shares else loan.matrix(rows, columns, dtype_of_logits, device)
+        self.logprobs = torch.empty(m, dtype=dtype, device=device)
 
-    def logits(self, rows: slice) -> Tensor | None:
+    def logits(self, rows: slice, targets: Tensor) -> Tensor | None:
+        """Return logits to be read in the policy's pass; None where there are none, or where they were read here."""
         hidden = self._hidden[rows]
-        return self._head.logits(hidden, self._workspace) if hidden.shape[0] else None
+        if not hidden.shape[0]:
+            return None
+        logits = self._head.logits(hidden, self._workspace)
+        if not self._shares:
+            return logits
+        some = targets[rows][: hidden.shape[0]]
+        out = row_pass(logits, some, softcap=self._head.softcap, gradient=False, backend=self._backend)
+        self.keep(rows, out.logprobs)
+        return None
 
     def keep(self, rows: slice, logprobs: Tensor) -> None:
         self.logprobs[rows] = logprobs

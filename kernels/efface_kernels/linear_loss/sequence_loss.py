@@ -17,7 +17,7 @@ from efface_kernels.linear_loss.sequences import Sequences
 from efface_kernels.linear_loss.workspace import run_within_memory
 from efface_kernels.logits import accumulation_dtype
 from efface_kernels.sequence_loss import SequenceRule
-from efface_kernels.sequence_loss.op import function_terms, sequence_loss_triton
+from efface_kernels.sequence_loss.op import function_terms, sequence_loss_torch, sequence_loss_triton
 
 # Sequences (s of them) -> their loss terms (s,); the loss is the sum of all terms.
 TermFunction = Callable[[Sequences], Tensor]
@@ -31,6 +31,22 @@ class SequenceLossOutput(NamedTuple):
     sequence_logprobs: Tensor  # (S,) L_s
     reference_sums: Tensor | None  # (S,) L_ref, 0 for sequences without a reference
     logprobs: Tensor  # (N,) ℓ_i
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a call, as they came."""
+
+    hidden: Tensor
+    head: Head
+    targets: Tensor
+    row_offsets: AnyOffsets
+    terms: TermFunction
+    pairs: int
+    reference: ReferenceRows | None
+    reference_sums: Tensor | None
+    chunk_rows: int | None
+    backend: str
 
 
 @dataclass(frozen=True)
@@ -53,7 +69,7 @@ class _Rule:
     def __init__(self, options: Options, device: torch.device, dtype: torch.dtype) -> None:
         self._terms_of = options.terms
         self._offsets = options.device_offsets
-        self._fused = options.backend == "triton" and isinstance(options.terms, SequenceRule)
+        self._backend = options.backend
         sequences = len(options.row_offsets) - 1
         self.terms = torch.zeros(sequences, dtype=dtype, device=device)
         self.sums = torch.zeros(sequences, dtype=dtype, device=device)
@@ -66,10 +82,13 @@ class _Rule:
         reference_sums = None if self.reference_sums is None else self.reference_sums[span]
         # Absolute offsets: the passes take a chunk's first row from its first offset.
         sequences = Sequences(logprobs, self._offsets[chunk.first : chunk.last + 1], chunk.first, reference_sums)
-        if self._fused and isinstance(self._terms_of, SequenceRule):
+        if not isinstance(self._terms_of, SequenceRule):
+            out = function_terms(sequences, self._terms_of, reference_logprobs)
+        elif self._backend == "triton":
             into = self.terms[span], self.sums[span], reference_sums
             return sequence_loss_triton(sequences, self._terms_of, reference_logprobs, into).coefficients
-        out = function_terms(sequences, self._terms_of, reference_logprobs)
+        else:
+            out = sequence_loss_torch(sequences, self._terms_of, reference_logprobs)
         self.terms[span], self.sums[span] = out.terms, out.sums
         if reference_logprobs is not None and reference_sums is not None and out.reference_sums is not None:
             reference_sums.copy_(out.reference_sums)
@@ -183,117 +202,88 @@ def linear_sequence_loss(
         ValueError: shapes that do not fit, offsets that do not ascend, a sequence without rows, more pairs than
             sequences, a target out of the vocabulary, tensors on different devices.
     """
-    arguments = (hidden, Head(weight, bias, softcap), targets, row_offsets, terms, pairs, reference, reference_sums)
+    hidden, head = Head(weight, bias, softcap).cast_for(hidden)
+    call = Call(hidden, head, targets, row_offsets, terms, pairs, reference, reference_sums, chunk_rows, backend)
     if not torch.compiler.is_compiling():
-        return _eager(*arguments, chunk_rows, backend)
+        return _eager(call)
     if isinstance(terms, SequenceRule):
-        return _in_graph(*arguments, chunk_rows, backend)
-    return torch.compiler.disable(_eager)(*arguments, chunk_rows, backend)
+        return _in_graph(call, terms)
+    outside: Callable[[Call], SequenceLossOutput] = torch.compiler.disable(_eager)
+    return outside(call)
 
 
-def _eager(
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    row_offsets: AnyOffsets,
-    terms: TermFunction,
-    pairs: int,
-    reference: ReferenceRows | None,
-    reference_sums: Tensor | None,
-    chunk_rows: int | None,
-    backend: str,
-) -> SequenceLossOutput:
-    hidden, head = head.cast_for(hidden)
-    options = checked(hidden, head, targets, row_offsets, terms, pairs, reference, reference_sums, backend)
+def _eager(call: Call) -> SequenceLossOutput:
+    hidden, head, options = call.hidden, call.head, checked(call)
 
     def run(rows: int) -> SequenceLossOutput:
         with torch.autocast(hidden.device.type, enabled=False):
-            output = _LinearSequenceLoss.apply(hidden, head.weight, head.bias, targets, options, rows)  # type: ignore[no-untyped-call]
+            output = _LinearSequenceLoss.apply(hidden, head.weight, head.bias, call.targets, options, rows)  # type: ignore[no-untyped-call]
         return SequenceLossOutput(*output)
 
-    return run_within_memory(run, chunk_rows, hidden, head)
+    return run_within_memory(run, call.chunk_rows, hidden, head)
 
 
-def _in_graph(
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    row_offsets: AnyOffsets,
-    rule: SequenceRule,
-    pairs: int,
-    reference: ReferenceRows | None,
-    reference_sums: Tensor | None,
-    chunk_rows: int | None,
-    backend: str,
-) -> SequenceLossOutput:
+def _in_graph(call: Call, rule: SequenceRule) -> SequenceLossOutput:
     """``_eager`` while a model is compiled: one op, of ``compiled.py``, which checks its arguments when it runs."""
-    hidden, head = head.cast_for(hidden)
-    device_offsets = None
+    head, row_offsets, device_offsets = call.head, call.row_offsets, None
     if isinstance(row_offsets, RowOffsets):
         row_offsets, device_offsets = row_offsets.host, row_offsets.device
     if not isinstance(row_offsets, Tensor):
         row_offsets = torch.tensor(row_offsets, dtype=torch.int64)
-    frozen = (None, None, None, None) if reference is None else reference.tensors()
     loss, *seen = torch.ops.efface.linear_sequence_loss(
-        hidden,
+        call.hidden,
         head.weight,
         head.bias,
-        targets,
+        call.targets,
         row_offsets,
         device_offsets,
         rule.roles,
         rule.table,
         rule.kinds,
-        pairs,
+        call.pairs,
         head.softcap,
-        *frozen,
-        reference_sums,
-        wanted_of(hidden, head),
-        chunk_rows,
-        backend,
+        *((None, None, None, None) if call.reference is None else call.reference.tensors()),
+        call.reference_sums,
+        wanted_of(call.hidden, head),
+        call.chunk_rows,
+        call.backend,
     )
     terms, sums, live_sums, logprobs = (each.detach() for each in seen[:4])
-    return SequenceLossOutput(loss, terms, sums, reference_sums if reference is None else live_sums, logprobs)
+    reference_sums = call.reference_sums if call.reference is None else live_sums
+    return SequenceLossOutput(loss, terms, sums, reference_sums, logprobs)
 
 
-def checked(
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    row_offsets: AnyOffsets,
-    terms: TermFunction,
-    pairs: int,
-    reference: ReferenceRows | None,
-    reference_sums: Tensor | None,
-    backend: str,
-) -> Options:
+def checked(call: Call) -> Options:
     """Return the options of a call, or raise what ``linear_sequence_loss`` says."""
-    head.check(hidden)
-    check_targets(targets, hidden.shape[0], head.vocabulary)
-    check_same_device(hidden=hidden, targets=targets, reference_sums=reference_sums)
-    offsets, device_offsets = checked_offsets(row_offsets, hidden)
+    hidden, terms, reference = call.hidden, call.terms, call.reference
+    call.head.check(hidden)
+    check_targets(call.targets, hidden.shape[0], call.head.vocabulary)
+    check_same_device(hidden=hidden, targets=call.targets, reference_sums=call.reference_sums)
+    offsets, device_offsets = checked_offsets(call.row_offsets, hidden)
     sequences = len(offsets) - 1
-    if not 0 <= 2 * pairs <= sequences:
+    if not 0 <= 2 * call.pairs <= sequences:
         raise ValueError(
-            f"`pairs`: expected at most half of the {sequences} sequences, got {pairs}; pairs are the sequences "
+            f"`pairs`: expected at most half of the {sequences} sequences, got {call.pairs}; pairs are the sequences "
             "(0, 1), (2, 3), …, before all others"
         )
     if isinstance(terms, SequenceRule):
         check_shape("terms.roles", terms.roles, (sequences,), "one role for each sequence")
         check_same_device(hidden=hidden, roles=terms.roles)
-        if terms.needs_reference and reference is None and reference_sums is None:
+        if terms.needs_reference and reference is None and call.reference_sums is None:
             raise ValueError("`terms`: NPO and DPO need a reference, got none; give `reference` or `reference_sums`")
-        if terms.pairs and pairs == 0:
+        if terms.pairs and call.pairs == 0:
             raise ValueError("`pairs`: expected the number of DPO's pairs, got 0; chunks would come between them")
     if reference is not None:
-        reference = _checked_reference(reference, targets, offsets)
-        if reference_sums is not None:
+        reference = _checked_reference(reference, call.targets, offsets)
+        if call.reference_sums is not None:
             raise ValueError("expected `reference` (live) or `reference_sums` (cached), got both; drop one")
-    if reference_sums is not None:
-        check_shape("reference_sums", reference_sums, (sequences,), "one value for each sequence")
-        check_dtype("reference_sums", reference_sums, (torch.float32, torch.float64))
-    resolved = resolve_backend(backend, hidden.device)
-    return Options(terms, offsets, device_offsets, pairs, head.softcap, reference, reference_sums, resolved)
+    if call.reference_sums is not None:
+        check_shape("reference_sums", call.reference_sums, (sequences,), "one value for each sequence")
+        check_dtype("reference_sums", call.reference_sums, (torch.float32, torch.float64))
+    backend = resolve_backend(call.backend, hidden.device)
+    return Options(
+        terms, offsets, device_offsets, call.pairs, call.head.softcap, reference, call.reference_sums, backend
+    )
 
 
 def _checked_reference(reference: ReferenceRows, targets: Tensor, offsets: tuple[int, ...]) -> ReferenceRows:

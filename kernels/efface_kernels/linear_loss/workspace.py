@@ -11,8 +11,8 @@ from efface_kernels.linear_loss.head import Head
 
 T = TypeVar("T")
 
-# (device, V, bytes of a logit) -> rows. Free memory is asked for once: the answer costs a call of the driver, and chunks
-# that changed from step to step would change the bits of the sums. Lowered when the device runs out of memory.
+# (device, V, bytes of a logit) -> rows. Free memory is asked for once: the answer costs a call of the driver, and other
+# chunks in every step would be other bits in every step. Lowered when the device runs out of memory.
 _known: dict[tuple[torch.device, int, int], int] = {}
 
 

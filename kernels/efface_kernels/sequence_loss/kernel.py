@@ -52,6 +52,14 @@ def _sums(
 
 
 @triton.jit
+def _row(Table, Roles, s):
+    """The table's row for a sequence. Nobody looked at the roles before the launch: is it one?"""
+    role = tl.load(Roles + s).to(tl.int32)
+    known = (role >= 0) & (role < ROLES)
+    return Table + tl.where(known, role, 0) * COLUMNS, known
+
+
+@triton.jit
 def _whole(Row, kind, paired, policy, frozen, other, length, ACC: tl.constexpr):
     """A term of L, and its derivative by L. ``other`` is L − L_ref of the other of a pair."""
     beta, delta = tl.load(Row + 2).to(ACC), tl.load(Row + 3).to(ACC)
@@ -102,7 +110,13 @@ def _tokens(Row, Logprobs, Coefficients, start, stop, kind, weight, EPS: tl.cons
     return tl.sum(total, 0)
 
 
-@triton.jit
+# What slices of a batch have no fixed alignment in would otherwise be compiled for every combination.
+@triton.jit(
+    do_not_specialize=["reference_rows"],
+    do_not_specialize_on_alignment=[
+        *("Logprobs", "Offsets", "Roles", "ReferenceLogprobs", "ReferenceSums", "Terms", "Sums", "Coefficients"),
+    ],
+)
 def sequence_loss_kernel(
     Logprobs,  # (n,)
     Offsets,  # (s + 1,), the first is row 0 of Logprobs
@@ -127,16 +141,14 @@ def sequence_loss_kernel(
     if ReferenceLogprobs is not None:
         tl.store(ReferenceSums + s, frozen)
 
-    role = tl.load(Roles + s).to(tl.int32)
-    known = (role >= 0) & (role < ROLES)  # nobody looked before the launch: another role makes its sequence NaN
-    Row = Table + role * COLUMNS
-    kind = tl.load(Row, mask=known, other=NLL).to(tl.int32)
+    Row, known = _row(Table, Roles, s)
+    kind = tl.load(Row).to(tl.int32)
     if (kind == ALTERNATE) & (s > 0):  # it has the parameters of the sequence before it, if that is a pair's first
-        Before = Table + tl.load(Roles + s - 1).to(tl.int32) * COLUMNS
+        Before, _ = _row(Table, Roles, s - 1)
         if tl.load(Before).to(tl.int32) == DPO:
             Row = Before
-    paired = tl.load(Row, mask=known, other=NLL).to(tl.int32) == DPO
-    weight = tl.load(Row + 1, mask=known, other=float("nan")).to(ACC)
+    paired = tl.load(Row).to(tl.int32) == DPO
+    weight = tl.where(known, tl.load(Row + 1).to(ACC), float("nan"))
 
     if kind >= WGA:
         term = _tokens(Row, Logprobs, Coefficients, start, stop, kind, weight, EPS, BLOCK)

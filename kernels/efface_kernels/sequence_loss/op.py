@@ -1,5 +1,6 @@
 """The sequence loss: segment sums, loss terms and coefficients of a batch that mixes kinds of terms."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from efface_kernels.checks import check_dtype, check_same_device, check_shape, resolve_backend
 from efface_kernels.linear_loss.sequences import Sequences, segment_sums
 from efface_kernels.sequence_loss.config import LAUNCH
+from efface_kernels.sequence_loss.reference import sequence_terms
 from efface_kernels.sequence_loss.rule import SequenceRule
 from efface_kernels.triton_launch import on_device
 
@@ -22,10 +24,8 @@ class SequenceTerms(NamedTuple):
     reference_sums: Tensor | None  # (s,) L_ref, 0 for sequences without a reference
 
 
-def function_terms(
-    sequences: Sequences, terms_of: Callable[[Sequences], Tensor], reference_logprobs: Tensor | None
-) -> SequenceTerms:
-    """Terms by a differentiable function, coefficients by autograd on these few numbers; live references are summed."""
+def chunk_sequences(sequences: Sequences, reference_logprobs: Tensor | None) -> Sequences:
+    """Return the sequences with offsets from 0, and the sums of a live reference's rows."""
     offsets = sequences.row_offsets - sequences.row_offsets[0]
     reference_sums = sequences.reference_sums
     if reference_logprobs is not None:
@@ -33,20 +33,34 @@ def function_terms(
         padded = torch.zeros_like(sequences.logprobs)
         padded[: reference_logprobs.shape[0]] = reference_logprobs
         reference_sums = segment_sums(padded, offsets)
+    return Sequences(sequences.logprobs.detach(), offsets, sequences.first, reference_sums)
+
+
+def function_terms(
+    sequences: Sequences, terms_of: Callable[[Sequences], Tensor], reference_logprobs: Tensor | None
+) -> SequenceTerms:
+    """Any differentiable function's terms; coefficients by autograd on these few numbers."""
+    seen = chunk_sequences(sequences, reference_logprobs)
     with torch.enable_grad():
-        leaf = sequences.logprobs.detach().clone().requires_grad_()
-        watched = Sequences(leaf, offsets, sequences.first, reference_sums)
-        terms = terms_of(watched)
-        if terms.shape != (len(watched),):
+        leaf = seen.logprobs.clone().requires_grad_()
+        terms = terms_of(dataclasses.replace(seen, logprobs=leaf))
+        if terms.shape != (len(seen),):
             raise ValueError(
-                f"the term function: expected one loss term for each of {len(watched)} sequences, "
+                f"the term function: expected one loss term for each of {len(seen)} sequences, "
                 f"got shape {tuple(terms.shape)}"
             )
         gradient = None  # where the terms do not depend on the log-probabilities
         if terms.requires_grad:
             (gradient,) = torch.autograd.grad(terms.sum(), leaf, allow_unused=True)
     coefficients = torch.zeros_like(leaf) if gradient is None else gradient
-    return SequenceTerms(terms.detach(), coefficients, watched.sums.detach(), reference_sums)
+    return SequenceTerms(terms.detach(), coefficients, seen.sums, seen.reference_sums)
+
+
+def sequence_loss_torch(sequences: Sequences, rule: SequenceRule, reference_logprobs: Tensor | None) -> SequenceTerms:
+    """Return a rule's terms and coefficients, by its formulas in torch."""
+    seen = chunk_sequences(sequences, reference_logprobs)
+    terms, coefficients = sequence_terms(seen, seen.own(rule.roles), rule.table, rule.kinds)
+    return SequenceTerms(terms, coefficients, seen.sums, seen.reference_sums)
 
 
 def sequence_loss_triton(
@@ -55,7 +69,7 @@ def sequence_loss_triton(
     reference_logprobs: Tensor | None,
     into: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> SequenceTerms:
-    """``function_terms`` of a rule in one launch; terms, sums and reference sums go ``into`` these if given."""
+    """``sequence_loss_torch`` in one launch; terms, sums and reference sums go ``into`` these if given."""
     from efface_kernels.sequence_loss.kernel import sequence_loss_kernel  # Triton is imported when a kernel first runs
 
     logprobs, count = sequences.logprobs.contiguous(), len(sequences)
@@ -129,5 +143,5 @@ def sequence_loss(
         raise ValueError(
             "NPO and DPO need the reference model's log-probabilities, got none; give a live or cached reference"
         )
-    run = sequence_loss_triton if resolve_backend(backend, logprobs.device) == "triton" else function_terms
+    run = sequence_loss_triton if resolve_backend(backend, logprobs.device) == "triton" else sequence_loss_torch
     return run(Sequences(logprobs, row_offsets, 0, reference_sums), rule, reference_logprobs)

@@ -106,5 +106,7 @@ class SequenceRule:
         return int(Kind.DPO) in self.kinds
 
     def __call__(self, sequences: Sequences) -> Tensor:
-        """Weighted terms (s,), differentiable."""
-        return sequence_terms(sequences, sequences.own(self.roles), self.table, self.kinds)
+        """Weighted terms (s,); the gradient of their sum is the rule's coefficients."""
+        terms, coefficients = sequence_terms(sequences, sequences.own(self.roles), self.table, self.kinds)
+        # 0, with c for its derivative
+        return terms + sequences.sums_of(coefficients * (sequences.logprobs - sequences.logprobs.detach()))

@@ -1,0 +1,273 @@
+"""The sequence loss against formulas typed in from the papers, in fp64, differentiated by autograd."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from efface.batching.roles import StepTotals
+from efface.objectives import NPO, GradAscent, GradDiff, Objective, SimNPO, StepTerms
+from efface_kernels import Kind, SequenceRule, Sequences, Term, sequence_loss
+
+# NumPy warns of infinities that the interpreted kernel then leaves out
+pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning")
+
+DTYPES = (torch.float64, torch.float32)
+LENGTHS = (3, 1, 150, 2, 7, 128, 1, 33, 4)  # less than, just and more than a block of the kernel
+REFERENCE_ROWS = 163  # whole sequences
+TERMS = {
+    "nll": Term(Kind.NLL, 0.25),
+    "grad ascent": Term(Kind.ASCENT, 0.5),
+    "npo": Term(Kind.NPO, 0.7, beta=0.3),
+    "simnpo": Term(Kind.SIMNPO, 0.4, beta=2.5, delta=0.2),
+    "wga": Term(Kind.WGA, 0.6, beta=1.5),
+    "satimp": Term(Kind.SATIMP, 0.9, beta1=5.0, beta2=0.5),
+    "satimp of p alone": Term(Kind.SATIMP, 0.9, beta1=1.0, beta2=0.0),
+    "ceu": Term(Kind.CEU, 0.3, ignored=2),
+}
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    return -torch.log1p(torch.exp(-x.abs())) + torch.minimum(x, torch.zeros_like(x))
+
+
+def typed(term: Term, rows: Tensor, reference: Tensor) -> Tensor:
+    """One sequence's term, from its ℓ and the reference's."""
+    total, p = rows.sum(), rows.detach().exp()
+    match term.kind:
+        case Kind.NLL:
+            value = -total
+        case Kind.ASCENT:
+            value = total
+        case Kind.NPO:
+            value = -2 / term.beta * log_sigmoid(-term.beta * (total - reference.sum()))
+        case Kind.SIMNPO:
+            value = -2 / term.beta * log_sigmoid(term.beta * (-total / len(rows) - term.delta))
+        case Kind.WGA:
+            value = sum(p[i] ** term.beta * rows[i] for i in range(len(rows)))
+        case Kind.SATIMP:
+            value = sum(p[i] ** term.beta1 * (1 - p[i]) ** term.beta2 * rows[i] for i in range(len(rows)))
+        case Kind.CEU:
+            value = -sum((torch.log(1 - torch.exp(row)) for row in rows[term.ignored :]), total * 0)
+        case _:
+            raise AssertionError(term)
+    return term.weight * value
+
+
+def typed_dpo(term: Term, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    (lose, lose_ref), (win, win_ref) = first, second
+    margin = (win.sum() - win_ref.sum()) - (lose.sum() - lose_ref.sum())
+    return term.weight * (-2 / term.beta) * log_sigmoid(term.beta * margin)
+
+
+def batch(dtype: torch.dtype, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor, Tensor]:
+    """ℓ, row offsets, ℓ_ref of the first rows; a third of the targets memorised."""
+    g = torch.Generator().manual_seed(0)
+    n = sum(lengths)
+    logprobs = -torch.rand(n, generator=g, dtype=torch.float64, device="cpu") * 4 - 0.01
+    logprobs[::3] *= 1e-3
+    frozen = -torch.rand(n, generator=g, dtype=torch.float64, device="cpu")
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    device = offsets.device
+    return logprobs.to(device, dtype), offsets, frozen[: min(n, REFERENCE_ROWS)].to(device, dtype)
+
+
+def gold(terms: list[Term], logprobs: Tensor, offsets: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor]:
+    """Terms and c in fp64, sequence by sequence."""
+    leaf = logprobs.double().detach().requires_grad_()
+    padded = torch.cat([frozen.double(), frozen.new_zeros(len(logprobs) - len(frozen), dtype=torch.float64)])
+    bounds = offsets.tolist()
+    parts = [(leaf[a:b], padded[a:b]) for a, b in itertools.pairwise(bounds)]
+    values = []
+    for i, term in enumerate(terms):
+        if term.kind == Kind.DPO:
+            values.append(typed_dpo(term, parts[i], parts[i + 1]))
+        elif term.kind in (Kind.ALTERNATE, Kind.NONE):
+            values.append(parts[i][0].sum() * 0)
+        else:
+            values.append(typed(term, *parts[i]))
+    stacked = torch.stack(values)
+    return stacked.detach(), torch.autograd.grad(stacked.sum(), leaf)[0]
+
+
+def check(terms: list[Term], table: dict[int, Term], dtype: torch.dtype, backend: str) -> None:
+    logprobs, offsets, frozen = batch(dtype)
+    roles = torch.tensor([list(table.values()).index(term) for term in terms], dtype=torch.int8)
+    rule = SequenceRule.of(roles, table)
+    expected, slopes = gold(terms, logprobs, offsets, frozen)
+    live = sequence_loss(logprobs, offsets, rule, reference_logprobs=frozen, backend=backend)
+    assert live.reference_sums is not None
+    cached = sequence_loss(logprobs, offsets, rule, reference_sums=live.reference_sums, backend=backend)
+    seen = logprobs.clone().requires_grad_()  # the function that it is too
+    called = rule(Sequences(seen, offsets, 0, live.reference_sums))
+    # ℓ ≈ −1e-5 has few digits of 1 − p in fp32: 6e-8 of 1e-5
+    rtol, atol = (1e-11, 1e-13) if dtype == torch.float64 else (2e-5, 2e-6)
+    for got, c in [
+        live[:2],
+        cached[:2],
+        (called.detach(), torch.autograd.grad(called.sum(), seen)[0]),
+    ]:
+        assert got.dtype == c.dtype == dtype
+        torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=atol * LENGTHS[2])
+        torch.testing.assert_close(c.double(), slopes, rtol=rtol, atol=atol)
+    torch.testing.assert_close(live.sums, torch.segment_reduce(logprobs, "sum", offsets=offsets))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TERMS)
+def test_one_kind(name: str, dtype: torch.dtype, backend: str) -> None:
+    check([TERMS[name]] * len(LENGTHS), {0: TERMS[name]}, dtype, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kinds_mixed_in_one_launch(dtype: torch.dtype, backend: str) -> None:
+    table = dict(enumerate([*[TERMS[name] for name in TERMS if name != "satimp of p alone"], Term(Kind.NONE)]))
+    check([table[i % 8] for i in (4, 0, 1, 2, 3, 4, 5, 6, 7)], table, dtype, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dpo_pairs_beside_retained_sequences(dtype: torch.dtype, backend: str) -> None:
+    table = {0: Term(Kind.DPO, 0.5, beta=0.2), 1: Term(Kind.NLL, 0.1), 2: Term(Kind.ALTERNATE)}
+    check([table[i] for i in (0, 2, 0, 2, 0, 2, 1, 1, 1)], table, dtype, backend)
+    # the alternates of the second pair are in no pair: they add nothing
+    check([table[i] for i in (2, 0, 2, 2, 1, 0, 2, 2, 1)], table, dtype, backend)
+
+
+@pytest.mark.parametrize(
+    ("objective", "terms"),
+    [
+        (NPO(beta=0.3, gamma=1.5, alpha=2.0), {0: Term(Kind.NPO, 1.5 / 6, beta=0.3), 1: Term(Kind.NLL, 2 / 90)}),
+        (
+            SimNPO(beta=2.5, delta=0.1),
+            {0: Term(Kind.SIMNPO, 0.125 / 6, beta=2.5, delta=0.1), 1: Term(Kind.NLL, 1 / 90)},
+        ),
+        (GradAscent(), {0: Term(Kind.ASCENT, 1 / 200)}),
+        (GradDiff(gamma=0.5), {0: Term(Kind.ASCENT, 0.5 / 200), 1: Term(Kind.NLL, 1 / 90)}),
+        (None, {1: Term(Kind.NLL, 1 / 90)}),
+    ],
+    ids=["npo", "simnpo", "grad ascent", "graddiff", "fine-tuning"],
+)
+def test_equal_to_the_objectives_of_the_engine(
+    objective: Objective | None, terms: dict[int, Term], backend: str
+) -> None:
+    """Their terms by autograd; role 3 idles."""
+    logprobs, offsets, frozen = batch(torch.float64)
+    roles = torch.tensor([0, 0, 1, 0, 1, 0, 3, 0, 1], dtype=torch.int8)
+    reference = sequence_loss(logprobs, offsets, SequenceRule.of(roles, {}), reference_logprobs=frozen).reference_sums
+    totals = StepTotals(forget_sequences=6, forget_tokens=200, retain_sequences=3, retain_tokens=90)
+    leaf = logprobs.clone().requires_grad_()
+    expected = StepTerms(objective, roles, totals)(Sequences(leaf, offsets, 0, reference))
+    out = sequence_loss(logprobs, offsets, SequenceRule.of(roles, terms), reference_sums=reference, backend=backend)
+    torch.testing.assert_close(out.terms, expected.detach(), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(out.coefficients, torch.autograd.grad(expected.sum(), leaf)[0], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extremes(dtype: torch.dtype, backend: str) -> None:
+    """Far beyond both ends of the sigmoid, and p = 1: everything stays finite, and small terms keep their digits."""
+    offsets = torch.arange(5)
+    logprobs = torch.tensor([-1e4, -30.0, -1e-30, 0.0], dtype=dtype)
+    roles = torch.zeros(4, dtype=torch.int8)
+    npo = sequence_loss(
+        logprobs,
+        offsets,
+        SequenceRule.of(roles, {0: Term(Kind.NPO, beta=1.0)}),
+        reference_sums=torch.tensor([0.0, 0.0, -1e4, 0.0], dtype=dtype),
+        backend=backend,
+    )
+    exact = torch.tensor([0.0, 2 * math.exp(-30.0), 2e4, 2 * math.log(2)], dtype=dtype)
+    torch.testing.assert_close(npo.terms, exact, rtol=3e-6, atol=0)
+    slopes = torch.tensor([0.0, 2 * math.exp(-30.0), 2.0, 1.0], dtype=dtype)
+    torch.testing.assert_close(npo.coefficients, slopes, rtol=3e-6, atol=0)
+    ceu = sequence_loss(logprobs, offsets, SequenceRule.of(roles, {0: Term(Kind.CEU)}), backend=backend)
+    eps = torch.finfo(dtype).eps
+    assert ceu.terms.isfinite().all()
+    torch.testing.assert_close(ceu.coefficients[2:], torch.full((2,), 1 / eps, dtype=dtype))
+    torch.testing.assert_close(ceu.terms[3], torch.tensor(-math.log(eps), dtype=dtype))
+    for kind in (Kind.WGA, Kind.SATIMP):
+        out = sequence_loss(logprobs, offsets, SequenceRule.of(roles, {0: Term(kind)}), backend=backend)
+        assert out.terms.isfinite().all()
+        assert out.coefficients.isfinite().all()
+
+
+def test_a_nan_stays_in_its_sequence_and_a_lonely_first_is_nan(backend: str) -> None:
+    logprobs, offsets, frozen = batch(torch.float32)
+    logprobs[4:8] = torch.nan
+    for term in TERMS.values():
+        rule = SequenceRule.of(torch.zeros(9, dtype=torch.int8), {0: term})
+        out = sequence_loss(logprobs, offsets, rule, reference_logprobs=frozen, backend=backend)
+        assert out.terms.isnan().tolist() == [False, False, True] + [False] * 6
+        assert out.coefficients[:4].isfinite().all()
+        assert out.coefficients[offsets[3] :].isfinite().all()
+    roles = torch.tensor([1] * 8 + [0], dtype=torch.int8)
+    rule = SequenceRule.of(roles, {0: Term(Kind.DPO), 1: Term(Kind.NONE)})
+    out = sequence_loss(logprobs, offsets, rule, reference_logprobs=frozen, backend=backend)
+    assert out.terms.isnan().tolist() == [False] * 8 + [True]
+    assert out.coefficients[offsets[8] :].isnan().all()
+
+
+def test_every_output_is_written_and_repeats_bit_for_bit(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers come full of NaN; a sequence's bits do not depend on its neighbours."""
+    logprobs, offsets, frozen = batch(torch.float32)
+    table = {0: TERMS["npo"], 1: TERMS["ceu"], 2: TERMS["nll"]}
+    roles = torch.tensor([0, 1, 2] * 3, dtype=torch.int8)
+    rule = SequenceRule.of(roles, table)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: torch.full_like(*a, torch.nan, **k))
+    first, second = (
+        sequence_loss(logprobs, offsets, rule, reference_logprobs=frozen, backend=backend) for _ in range(2)
+    )
+    part = sequence_loss(
+        logprobs[:4].clone(),
+        offsets[:3],
+        SequenceRule.of(roles[:2], table),
+        reference_logprobs=frozen[:4],
+        backend=backend,
+    )
+    for one, two, three in zip(first, second, part, strict=True):
+        assert one.isfinite().all()
+        assert torch.equal(one, two)
+        assert torch.equal(one[: len(three)], three)
+
+
+def test_no_sequences(backend: str) -> None:
+    empty = torch.zeros(0)
+    rule = SequenceRule.of(torch.zeros(0, dtype=torch.int8), {0: Term(Kind.NLL)})
+    out = sequence_loss(empty, torch.zeros(1, dtype=torch.int64), rule, backend=backend)
+    assert out.terms.shape == out.coefficients.shape == (0,)
+
+
+def test_a_role_that_nobody_looked_at_makes_its_sequence_nan(triton_backend: str) -> None:
+    logprobs, offsets = torch.full((4,), -1.0), torch.tensor([0, 1, 2, 4])
+    rule = SequenceRule.of(torch.zeros(3, dtype=torch.int8), {0: Term(Kind.NLL)})
+    rule.roles[:2] = torch.tensor([-1, 8], dtype=torch.int8)  # after the check, as on a GPU
+    out = sequence_loss(logprobs, offsets, rule, backend=triton_backend)
+    assert out.terms.isnan().tolist() == [True, True, False]
+    assert out.coefficients.isnan().tolist() == [True, True, False, False]
+
+
+def test_bad_input_is_refused() -> None:
+    roles = torch.zeros(2, dtype=torch.int8)
+    with pytest.raises(ValueError, match="`beta`: expected a positive number for NPO, got 0"):
+        Term(Kind.NPO, beta=0.0)
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        Term(Kind.NLL, math.inf)
+    with pytest.raises(ValueError, match="`ignored`"):
+        Term(Kind.CEU, ignored=-1)
+    with pytest.raises(TypeError, match="`roles`: expected dtype torch.int8"):
+        SequenceRule.of(roles.long(), {})
+    with pytest.raises(ValueError, match=r"`roles`: expected 0 .. 7, got 8"):
+        SequenceRule.of(roles, {8: Term(Kind.NLL)})
+    with pytest.raises(ValueError, match=r"`roles`: expected 0 .. 7, got -1"):
+        SequenceRule.of(roles - 1, {})
+    rule = SequenceRule.of(roles, {0: Term(Kind.NPO)})
+    offsets = torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match="NPO and DPO need the reference"):
+        sequence_loss(torch.zeros(2), offsets, rule)
+    with pytest.raises(ValueError, match="`row_offsets`: expected shape"):
+        sequence_loss(torch.zeros(2), offsets[:2], rule)
+    with pytest.raises(ValueError, match="got both"):
+        sequence_loss(torch.zeros(2), offsets, rule, reference_logprobs=torch.zeros(2), reference_sums=torch.zeros(2))
