@@ -129,6 +129,22 @@ def test_a_live_reference_frozen_parts_and_offsets_in_both_places(dtype: torch.d
     assert_same(model, torch.compile(loss, backend="aot_eager", fullgraph=True), loss, x, targets, both, rule(3))
 
 
+def test_fp16_gradients_wait_for_the_loss_scale() -> None:
+    """c ~ 1e-9 is below the smallest fp16 until a loss scale lifts it."""
+    model = Model(torch.float16)
+    x, targets, offsets = batch(BATCHES[0], torch.float16)
+    terms = SequenceRule.of(torch.zeros(3, dtype=torch.int8), {0: Term(Kind.NLL, 1e-9)})
+
+    def loss(hidden: Tensor) -> Tensor:
+        return linear_sequence_loss(hidden, model.head.weight, targets, offsets, terms, chunk_rows=6).loss * 2.0**24
+
+    hidden = model.hidden(x).detach()
+    expected = torch.autograd.grad(loss(hidden), model.head.weight)[0]
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(hidden)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(torch.autograd.grad(compiled, model.head.weight)[0], expected)
+
+
 def test_autocast_inside_a_compiled_model() -> None:
     model = Model()
 

@@ -190,6 +190,9 @@ def test_extremes(dtype: torch.dtype, backend: str) -> None:
         out = sequence_loss(logprobs, offsets, SequenceRule.of(roles, {0: Term(kind)}), backend=backend)
         assert out.terms.isfinite().all()
         assert out.coefficients.isfinite().all()
+    plain = SequenceRule.of(roles, {0: Term(Kind.SATIMP, beta1=0.0, beta2=0.0)})  # 0^0 is 1
+    out = sequence_loss(logprobs[2:], offsets[:3], SequenceRule(roles[:2], plain.table, plain.kinds), backend=backend)
+    assert out.coefficients.tolist() == [1.0, 1.0]
 
 
 def test_a_nan_stays_in_its_sequence_and_a_lonely_first_is_nan(backend: str) -> None:
@@ -201,11 +204,13 @@ def test_a_nan_stays_in_its_sequence_and_a_lonely_first_is_nan(backend: str) -> 
         assert out.terms.isnan().tolist() == [False, False, True] + [False] * 6
         assert out.coefficients[:4].isfinite().all()
         assert out.coefficients[offsets[3] :].isfinite().all()
-    roles = torch.tensor([1] * 8 + [0], dtype=torch.int8)
-    rule = SequenceRule.of(roles, {0: Term(Kind.DPO), 1: Term(Kind.NONE)})
+    # the alternate at the other end is not its second
+    roles = torch.tensor([2] + [1] * 7 + [0], dtype=torch.int8)
+    rule = SequenceRule.of(roles, {0: Term(Kind.DPO), 1: Term(Kind.NONE), 2: Term(Kind.ALTERNATE)})
     out = sequence_loss(logprobs, offsets, rule, reference_logprobs=frozen, backend=backend)
     assert out.terms.isnan().tolist() == [False] * 8 + [True]
     assert out.coefficients[offsets[8] :].isnan().all()
+    assert (out.coefficients[: offsets[8]] == 0).all()
 
 
 def test_every_output_is_written_and_repeats_bit_for_bit(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
