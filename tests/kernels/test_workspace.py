@@ -6,7 +6,7 @@ from torch import Tensor
 
 import oracle
 from efface_kernels import Head, Kind, ReferenceRows, SequenceRule, Term, linear_sequence_loss, memory
-from efface_kernels.linear_loss import loop, workspace
+from efface_kernels.linear_loss import models, workspace
 from oracle import Case, Problem
 
 CASES = (
@@ -71,17 +71,40 @@ def test_one_workspace_for_both_models_changes_no_bit(
     monkeypatch.setattr(memory.Loan, "matrix", noted)
     results = []
     for shares in (False, True):
-        monkeypatch.setattr(loop, "shares_workspace", lambda *_, shares=shares: shares)
+        monkeypatch.setattr(models, "shares_workspace", lambda *_, shares=shares: shares)
         results.append(run(case, problem, backend))
     assert len(lent) == 2 + 1
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_shared_head_sees_both_models_in_one_gemm(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tied, frozen, or the base model with its adapter off: the same gradients as with a copy of the head."""
+    problem, calls, logits = oracle.make(case, torch.float64), [], Head.logits
+    monkeypatch.setattr(Head, "logits", lambda *a: calls.append(1) or logits(*a))
+    frozen = torch.randn(len(problem.reference_hidden), case.hidden_size, dtype=torch.float64)
+    rule = SequenceRule.of(torch.zeros(len(case.lengths), dtype=torch.int8), {0: Term(Kind.NPO, beta=0.3)})
+    results, counts = [], []
+    bias = None if problem.bias is None else problem.bias.detach()
+    for weight in (problem.weight.detach().clone(), problem.weight.detach()):
+        calls.clear()
+        out = linear_sequence_loss(
+            problem.hidden, problem.weight, problem.targets, problem.offsets, rule,
+            bias=problem.bias, softcap=case.softcap, reference=ReferenceRows(frozen, Head(weight, bias, 5.0)),
+            chunk_rows=case.chunk_rows, backend=backend,
+        )  # fmt: skip
+        counts.append(len(calls))
+        results.append([*out, *torch.autograd.grad(out.loss, list(problem.leaves().values()))])
+    assert counts[1] < counts[0]
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-13)
+
+
 def test_who_shares_a_workspace() -> None:
-    assert not loop.shares_workspace("cpu", 1 << 40)
-    assert not loop.shares_workspace("cuda", 512 << 20)
-    assert loop.shares_workspace("cuda", 1 << 30)
+    assert not models.shares_workspace("cpu", 1 << 40)
+    assert not models.shares_workspace("cuda", 512 << 20)
+    assert models.shares_workspace("cuda", 1 << 30)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from efface_kernels.linear_loss.chunks import Chunk
 from efface_kernels.linear_loss.head import Head, ReferenceRows
+from efface_kernels.linear_loss.models import Models
 from efface_kernels.logits import accumulation_dtype
 from efface_kernels.memory import Loan, accumulate_product
 from efface_kernels.row_pass import row_pass
@@ -176,19 +177,17 @@ def run_loop(
     n, device, dtype = hidden.shape[0], hidden.device, accumulation_dtype(hidden.dtype)
     largest = max((stop - start for chunk in chunks for start, stop in chunk.pieces), default=0)
     loan = Loan()
-    workspace = loan.matrix(largest, head.vocabulary, hidden.dtype, device)
+    models = Models(hidden, head, reference, largest, loan, backend)
     logprobs = torch.empty(n, dtype=dtype, device=device)
     coefficients = torch.zeros(n, dtype=dtype, device=device)
     gradients = Gradients(wanted, hidden, head, sum(len(chunk.pieces) for chunk in chunks))
-    reader = None if reference is None else _ReferenceReader(reference, loan, workspace, dtype, backend)
 
     for chunk in chunks:
         one_look = len(chunk.pieces) == 1 or not wanted.head
-        p = workspace[:0]
+        p = logprobs[:0]
         for start, stop in chunk.pieces:
             rows = slice(start, stop)
-            reference_logits = None if reader is None else reader.logits(rows, targets)
-            p = head.logits(hidden[rows], workspace)
+            p, reference_logits = models.logits(rows, targets)
             out = row_pass(
                 p,
                 targets[rows],
@@ -199,14 +198,13 @@ def run_loop(
                 backend=backend,
             )
             logprobs[rows] = out.logprobs
-            if reader is not None and out.reference_logprobs is not None:
-                reader.keep(rows, out.reference_logprobs)
+            models.keep(rows, out.reference_logprobs)
             if one_look:
                 gradients.add_hidden(rows, p)
         if rule is None:
             continue
-        reference_logprobs = None if reader is None else reader.logprobs[chunk.rows]
-        coefficients[chunk.rows] = rule(chunk, logprobs[chunk.rows], reference_logprobs)
+        frozen = models.reference_logprobs
+        coefficients[chunk.rows] = rule(chunk, logprobs[chunk.rows], None if frozen is None else frozen[chunk.rows])
         if not wanted.head:
             continue
         if one_look:
@@ -214,55 +212,10 @@ def run_loop(
             continue
         for start, stop in chunk.pieces:
             rows = slice(start, stop)
-            p = head.logits(hidden[rows], workspace)
+            p = models.policy(rows)
             row_pass(p, targets[rows], softcap=head.softcap, gradient=True, backend=backend)
             gradients.add_hidden(rows, p)
             gradients.add_head(rows, p, coefficients[rows])
 
     loan.give_back()
-    return LoopResult(logprobs, None if reader is None else reader.logprobs, coefficients, gradients)
-
-
-_BOTH_BYTES = 512 << 20
-
-
-def shares_workspace(device: str, both_bytes: int) -> bool:
-    """Whether both models' logits, which take ``both_bytes``, are made in one workspace, one after the other.
-
-    On a GPU, beyond 512 MiB: one launch more, and half the memory. Below, one launch reads both. On the CPU they stay
-    apart, where the passes read them in turn anyway and a large workspace is kept.
-    """
-    return device != "cpu" and both_bytes > _BOTH_BYTES
-
-
-class _ReferenceReader:
-    """The reference model's logits, for those rows that have one."""
-
-    def __init__(
-        self, reference: ReferenceRows, loan: Loan, workspace: Tensor, dtype: torch.dtype, backend: str
-    ) -> None:
-        self._hidden, self._head, self._backend = reference.hidden, reference.head, backend
-        m, device = self._hidden.shape[0], self._hidden.device
-        rows, columns = min(workspace.shape[0], m), self._head.vocabulary
-        dtype_of_logits = self._hidden.dtype
-        fits = (columns, dtype_of_logits) == (workspace.shape[1], workspace.dtype)
-        both = workspace.nbytes + rows * columns * dtype_of_logits.itemsize
-        self._shares = fits and shares_workspace(device.type, both)
-        self._workspace = workspace if self._shares else loan.matrix(rows, columns, dtype_of_logits, device)
-        self.logprobs = torch.empty(m, dtype=dtype, device=device)
-
-    def logits(self, rows: slice, targets: Tensor) -> Tensor | None:
-        """Return logits to be read in the policy's pass; None where there are none, or where they were read here."""
-        hidden = self._hidden[rows]
-        if not hidden.shape[0]:
-            return None
-        logits = self._head.logits(hidden, self._workspace)
-        if not self._shares:
-            return logits
-        some = targets[rows][: hidden.shape[0]]
-        out = row_pass(logits, some, softcap=self._head.softcap, gradient=False, backend=self._backend)
-        self.keep(rows, out.logprobs)
-        return None
-
-    def keep(self, rows: slice, logprobs: Tensor) -> None:
-        self.logprobs[rows] = logprobs
+    return LoopResult(logprobs, models.reference_logprobs, coefficients, gradients)
