@@ -293,7 +293,8 @@ def test_no_tensor_of_all_logits_is_ever_alive(op: str) -> None:
         else:
             loss = linear_logprob(hidden, weight, targets, chunk_rows=chunk_rows).sum()
         loss.backward()
-    assert seen.largest <= chunk_rows * v * 4
+    models = 2 if op == "loss" else 1  # which share a head, and so a GEMM
+    assert seen.largest <= models * chunk_rows * v * 4
     assert weight.grad is not None
 
 
