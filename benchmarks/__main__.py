@@ -11,7 +11,8 @@ from benchmarks.packing import suite as packing
 from benchmarks.report import Report
 from benchmarks.step import suite as step
 
-# A suite has SHAPES (the one called "smoke" only on demand), ROUNDS, add_arguments(parser) and run(options, report).
+# A suite has SHAPES (the one called "smoke" only on demand), ROUNDS, add_arguments(parser) and run(options, report);
+# where the shapes depend on the options, default_shapes(options).
 SUITES = {"loss": loss, "pack": packing, "step": step}
 
 
@@ -27,7 +28,10 @@ def main() -> int:
         suite.add_arguments(command)
     options = parser.parse_args()
     suite = SUITES[options.suite]
-    options.shape = options.shape or [name for name in suite.SHAPES if name != "smoke"]
+    if not options.shape:
+        default_shapes = getattr(suite, "default_shapes", None)
+        every = [name for name in suite.SHAPES if name != "smoke"]
+        options.shape = every if default_shapes is None else default_shapes(options)
     torch.set_num_threads(2)
     suite.run(options, Report(options.json))
     return 0

@@ -21,6 +21,8 @@ from efface_kernels.distribution_pass.config import launch_config as distributio
 from efface_kernels.distribution_pass.kernel import distribution_pass_kernel
 from efface_kernels.row_pass.config import launch_config as row_config
 from efface_kernels.row_pass.kernel import row_pass_kernel
+from efface_kernels.sequence_loss.config import LAUNCH
+from efface_kernels.sequence_loss.kernel import sequence_loss_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -45,8 +47,8 @@ class Row:
 
     def source(self, warp_size: int) -> tuple[ASTSource, int]:
         """Return what Triton compiles, and the number of warps."""
-        build = {"row_pass": _row_pass, "distribution_pass": _distribution_pass}[self.kernel]
-        return build(self, warp_size)
+        builds = {"row_pass": _row_pass, "distribution_pass": _distribution_pass, "sequence_loss": _sequence_loss}
+        return builds[self.kernel](self, warp_size)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ ROWS = (
     Row("distribution_pass", "bf16 + bf16", torch.bfloat16, torch.bfloat16),
     Row("distribution_pass", "fp16 + fp16", torch.float16, torch.float16),
     Row("row_pass", "bf16 + bf16, V = 1", torch.bfloat16, torch.bfloat16, vocabulary=1),
+    Row("sequence_loss", "no reference", torch.float32, reference=None),
+    Row("sequence_loss", "live reference", torch.float32, reference=torch.float32),
+    Row("sequence_loss", "cached reference", torch.float32, reference=torch.float64),
 )
 
 
@@ -85,14 +90,22 @@ def _source(kernel: Any, signature: dict[str, str], values: dict[str, Any], inte
     names = sorted(names, key=kernel.arg_names.index)
     constants = {**values, **{name: 1 for name, value in integers.items() if value == 1}}
     full = {name: "constexpr" if name in constants else signature[name] for name in names}
+    plain = {kernel.params[k].name for k in range(len(names)) if _is_plain(kernel.params[k])}
     aligned = [
-        name for name, kind in full.items() if kind.startswith("*") or (name in integers and integers[name] % 16 == 0)
+        name
+        for name, kind in full.items()
+        if name not in plain and (kind.startswith("*") or (name in integers and integers[name] % 16 == 0))
     ]
     attributes = {
         (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in constants
     }
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     return ASTSource(kernel, full, places, attributes)
+
+
+def _is_plain(parameter: Any) -> bool:
+    """Whether the launcher never looks at the argument's alignment."""
+    return bool(parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
 
 
 def _row_pass(row: Row, warp_size: int) -> tuple[ASTSource, int]:
@@ -118,6 +131,21 @@ def _distribution_pass(row: Row, warp_size: int) -> tuple[ASTSource, int]:
     values = {"SHIFT": 10.0, "SOFTCAP": row.softcap, "REFERENCE_SOFTCAP": row.softcap}
     values |= {"GRADIENT": row.gradient, "BLOCK": config.block}
     return _source(distribution_pass_kernel, signature, values, integers), config.num_warps
+
+
+def _sequence_loss(row: Row, warp_size: int) -> tuple[ASTSource, int]:  # noqa: ARG001 - one warp of any size
+    integers = {"reference_rows": 4095}
+    signature = {"Offsets": "*i64", "Roles": "*i8", "Table": "*fp64", "reference_rows": "i32"}
+    signature |= dict.fromkeys(("Logprobs", "Terms", "Sums", "Coefficients"), "*fp32")
+    given: dict[str, Any] = {"ReferenceLogprobs": None, "ReferenceSums": None}
+    if row.reference is not None:  # fp64 stands for the sums of a cache
+        signature["ReferenceSums"] = "*fp32"
+        del given["ReferenceSums"]
+    if row.reference == torch.float32:
+        signature["ReferenceLogprobs"] = "*fp32"
+        del given["ReferenceLogprobs"]
+    values = {**given, "EPS": torch.finfo(torch.float32).eps, "BLOCK": LAUNCH.block}
+    return _source(sequence_loss_kernel, signature, values, integers), LAUNCH.num_warps
 
 
 def measure(row: Row, target: GPUTarget) -> Measured:

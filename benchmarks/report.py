@@ -1,5 +1,6 @@
 """What a run of a suite leaves behind: tables on the screen, and a JSON file with the machine beside the figures."""
 
+import importlib.metadata
 import json
 import platform
 import subprocess
@@ -9,8 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
+
+try:
+    from rich.console import Console
+    from rich.table import Table
+except ImportError:  # a borrowed machine with torch and little else: plain lines will do
+    Console = None
 
 
 class Report:
@@ -18,11 +23,14 @@ class Report:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._console = Console(width=120)
+        self._console = None if Console is None else Console(width=140)
         self._record: dict[str, object] = {"machine": machine()}
 
     def table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table; its first column holds names, the others figures."""
+        if self._console is None:
+            print("\n".join((title, *(" | ".join(row) for row in (headings, *rows)))), flush=True)
+            return
         table = Table(title=title)
         for column, heading in enumerate(headings):
             table.add_column(heading, justify="right" if column else "left", no_wrap=True)
@@ -32,7 +40,7 @@ class Report:
 
     def note(self, text: str) -> None:
         """Print a line."""
-        self._console.print(text)
+        (print if self._console is None else self._console.print)(text)
 
     def save(self, **figures: object) -> None:
         """Add entries to the record and write it."""
@@ -53,6 +61,26 @@ def machine() -> dict[str, object]:
         "torch": torch.__version__,
         "commit": commit,
         "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+        **_gpu(),
+    }
+
+
+def _gpu() -> dict[str, object]:
+    """Return the first GPU, its driver and its clocks at this moment; nothing without one."""
+    if not torch.cuda.is_available():
+        return {}
+    fields = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+    try:
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+        asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        asked = ""
+    return {
+        "gpu": torch.cuda.get_device_name(0),
+        "gpu_memory_gib": round(torch.cuda.get_device_properties(0).total_memory / (1 << 30), 1),
+        "cuda": torch.version.cuda,
+        "nvidia_smi": dict(zip(fields.split(","), (part.strip() for part in asked.split(",")), strict=False)),
+        "triton": importlib.metadata.version("triton"),
     }
 
 

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeVar
 
+import torch
+
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -24,6 +26,25 @@ def interleaved(
             begin = time.perf_counter()
             call(round_)
             times[key].append((time.perf_counter() - begin) * 1e3)
+    return times
+
+
+def interleaved_on_gpu(
+    calls: Mapping[Key, Callable[[int], object]], rounds: int, *, warm_up: int = 0
+) -> dict[Key, list[float]]:
+    """``interleaved`` by the GPU's own clock: between two events around each call, read after the round."""
+    times: dict[Key, list[float]] = {key: [] for key in calls}
+    for round_ in range(-warm_up, rounds):
+        events = {key: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for key in calls}
+        for key, call in calls.items():
+            torch.cuda.synchronize()  # so that no call hides its launches behind the one before
+            events[key][0].record()
+            call(round_)
+            events[key][1].record()
+        torch.cuda.synchronize()
+        for key, (begin, end) in events.items():
+            if round_ >= 0:
+                times[key].append(begin.elapsed_time(end))
     return times
 
 

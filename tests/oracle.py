@@ -66,35 +66,37 @@ class Problem:
 
 
 def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
-    """The same numbers for every dtype: rounded to ``dtype``, whatever comes after is that dtype's error."""
+    """The same numbers on every device and in every dtype: rounded to it, whatever comes after is its error."""
     g = torch.Generator().manual_seed(seed)
     n, d, v = sum(case.lengths), case.hidden_size, case.vocabulary
-    hidden = torch.randn(n, d, generator=g, dtype=torch.float64) * case.scale
-    weight = torch.randn(v, d, generator=g, dtype=torch.float64) / math.sqrt(d) * 2
-    targets = torch.randint(v, (n,), generator=g)
+    device = torch.get_default_device()
+    like = {"generator": g, "dtype": torch.float64, "device": "cpu"}
+    hidden = torch.randn(n, d, **like) * case.scale
+    weight = torch.randn(v, d, **like) / math.sqrt(d) * 2
+    targets = torch.randint(v, (n,), generator=g, device="cpu")
     targets[-1] = v - 1  # the last class
     if case.scale > 1:  # memorised: the target is mostly the largest logit
         targets = (hidden @ weight.T).argmax(1)
-    bias = torch.randn(v, generator=g, dtype=torch.float64) if case.bias else None
+    bias = torch.randn(v, **like) if case.bias else None
     sequences = len(case.lengths) if case.reference_sequences is None else case.reference_sequences
     m = sum(case.lengths[:sequences])
-    reference_hidden = torch.randn(m, d + 1, generator=g, dtype=torch.float64)
-    reference_weight = torch.randn(case.reference_vocabulary or v, d + 1, generator=g, dtype=torch.float64)
+    reference_hidden = torch.randn(m, d + 1, **like)
+    reference_weight = torch.randn(case.reference_vocabulary or v, d + 1, **like)
     offsets = [0]
     for length in case.lengths:
         offsets.append(offsets[-1] + length)
 
     def leaf(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype).requires_grad_()
+        return tensor.to(device, dtype).requires_grad_()
 
     return Problem(
         leaf(hidden),
         leaf(weight),
         None if bias is None else leaf(bias),
-        targets,
+        targets.to(device),
         tuple(offsets),
-        reference_hidden.to(dtype),
-        reference_weight.to(dtype),
+        reference_hidden.to(device, dtype),
+        reference_weight.to(device, dtype),
     )
 
 

@@ -1,19 +1,21 @@
 """NPO at the head, forward and backward, by everybody who offers it. Each provider says what it computes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from benchmarks.loss.inputs import LossInputs
-from efface.objectives.npo import npo_terms
+from benchmarks.loss.inputs import BETA, LossInputs
 from efface_kernels import Head, ReferenceRows, linear_sequence_loss
 from efface_kernels.linear_loss.sequences import segment_sums
 
-BETA = 0.1
-Gradients = tuple[Tensor, Tensor]  # dh (N, D), dW (V, D)
+Gradients = tuple[Tensor, ...]  # dh (N, D), and dW (V, D) unless the head is frozen
+TokenNll = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# The products of 2 N D V floating-point operations that a mode needs: Z, Zr, Z W, Zᵀ h.
+FLOOR = {"live": 4, "cached": 3, "frozen, cached": 2}
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Provider:
     """A way to compute NPO's gradients; ``gemms`` counts products of 2 N D V floating-point operations."""
 
     name: str
+    mode: str  # of FLOOR
     gemms: int
     computes: str
     run: Callable[[LossInputs], Gradients]
@@ -30,44 +33,53 @@ def _token_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
 
 
-def _npo(inputs: LossInputs, nll: Callable[[Tensor, Tensor, Tensor], Tensor], *, live: bool) -> Gradients:
+def _gradients(loss: Tensor, inputs: LossInputs) -> Gradients:
+    return torch.autograd.grad(loss, [each for each in (inputs.hidden, inputs.weight) if each.requires_grad])
+
+
+def _npo(inputs: LossInputs, nll: TokenNll, mode: str) -> Gradients:
     """NPO from per-token losses, as open-unlearning writes it."""
-    offsets = torch.tensor(inputs.row_offsets)
+    offsets = inputs.row_offsets.device
     sums = -segment_sums(nll(inputs.hidden, inputs.weight, inputs.targets).float(), offsets)
     reference = inputs.reference_sums
-    if live:
+    if mode == "live":
         with torch.no_grad():
             reference_nll = nll(inputs.reference_hidden, inputs.reference_weight, inputs.targets).float()
         reference = -segment_sums(reference_nll, offsets)
-    loss = -2 / BETA * F.logsigmoid(-BETA * (sums - reference)).mean()
-    dh, dw = torch.autograd.grad(loss, [inputs.hidden, inputs.weight])
-    return dh, dw
+    return _gradients(-2 / BETA * F.logsigmoid(-BETA * (sums - reference)).mean(), inputs)
 
 
-def _efface(backend: str, *, live: bool) -> Callable[[LossInputs], Gradients]:
+def _from_nll(name: str, gemms: Mapping[str, int], computes: str, nll: TokenNll) -> list[Provider]:
+    """Return a provider for each mode of ``gemms``."""
+    return [
+        Provider(f"{name}, {mode}", mode, count, computes, lambda inputs, mode=mode: _npo(inputs, nll, mode))
+        for mode, count in gemms.items()
+    ]
+
+
+def _efface(backend: str, mode: str) -> Provider:
     def run(inputs: LossInputs) -> Gradients:
-        sequences = len(inputs.row_offsets) - 1
+        live = mode == "live"
         loss = linear_sequence_loss(
             inputs.hidden,
             inputs.weight,
             inputs.targets,
             inputs.row_offsets,
-            lambda s: npo_terms(s, beta=BETA) / sequences,
+            inputs.rule,
             reference=ReferenceRows(inputs.reference_hidden, Head(inputs.reference_weight)) if live else None,
             reference_sums=None if live else inputs.reference_sums,
             backend=backend,
         ).loss
-        dh, dw = torch.autograd.grad(loss, [inputs.hidden, inputs.weight])
-        return dh, dw
+        return _gradients(loss, inputs)
 
-    return run
+    return Provider(f"efface {backend}, {mode}", mode, FLOOR[mode], f"{backend} row passes", run)
 
 
 class _BareGemms:
     """The vendor's products alone, into a matrix of logits that is made once: what no implementation can undercut."""
 
-    def __init__(self, *, live: bool) -> None:
-        self._live = live
+    def __init__(self, mode: str) -> None:
+        self._mode = mode
         self._logits: Tensor | None = None
 
     def __call__(self, inputs: LossInputs) -> Gradients:
@@ -75,13 +87,15 @@ class _BareGemms:
         shape = (hidden.shape[0], weight.shape[0])
         if self._logits is None or self._logits.shape != shape or self._logits.dtype != hidden.dtype:
             self._logits = hidden.new_empty(shape)
-        if self._live:
+        if self._mode == "live":
             torch.mm(inputs.reference_hidden, inputs.reference_weight.t(), out=self._logits)
         torch.mm(hidden, weight.t(), out=self._logits)
+        if self._mode.startswith("frozen"):
+            return (torch.mm(self._logits, weight),)
         return torch.mm(self._logits, weight), torch.mm(self._logits.t(), hidden)
 
 
-def _torch_chunked(rows: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _torch_chunked(rows: int) -> TokenNll:
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
 
     def nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -90,34 +104,31 @@ def _torch_chunked(rows: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return nll
 
 
-def floors() -> list[Provider]:
+def floors(modes: tuple[str, ...]) -> list[Provider]:
     """What the others are measured against."""
     return [
-        Provider("bare GEMMs, live", 4, "Z, Zr, Z W, Zᵀ h", _BareGemms(live=True)),
-        Provider("bare GEMMs, cached", 3, "Z, Z W, Zᵀ h", _BareGemms(live=False)),
+        Provider(f"bare GEMMs, {mode}", mode, FLOOR[mode], "the products alone", _BareGemms(mode)) for mode in modes
     ]
 
 
-def ours() -> list[Provider]:
+def ours(device: str) -> list[Provider]:
     """Every backend of efface on this machine."""
-    return [
-        Provider("efface native, live", 4, "C++ row passes", _efface("native", live=True)),
-        Provider("efface native, cached", 3, "C++ row pass", _efface("native", live=False)),
-        Provider("efface torch, live", 4, "torch row passes", _efface("torch", live=True)),
-    ]
+    if device == "cpu":
+        return [_efface("native", "live"), _efface("native", "cached"), _efface("torch", "live")]
+    return [*(_efface("triton", mode) for mode in FLOOR), _efface("torch", "live")]
 
 
-def rivals() -> tuple[list[Provider], list[str]]:
-    """The rivals that are installed, all with a live reference, and why others are missing."""
-    found = [
-        Provider("eager, live", 4, "cross_entropy on fp32 logits", lambda inputs: _npo(inputs, _token_nll, live=True)),
-    ]
-    missing = []
+def rivals(device: str) -> tuple[list[Provider], list[str]]:
+    """The rivals that are installed, and why others are missing."""
+    found = _from_nll("eager", {"live": 4} if device == "cpu" else FLOOR, "cross_entropy on fp32 logits", _token_nll)
+    missing: list[str] = []
+    if device != "cpu":
+        found += _from_nll("eager + torch.compile", {"live": 4}, "the same, compiled", torch.compile(_token_nll))
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        for rows in (256, 1024):
-            nll = _torch_chunked(rows)
-            name = f"torch linear_cross_entropy, chunks of {rows}"
-            found.append(Provider(name, 5, 'reduction="none", twice', lambda i, nll=nll: _npo(i, nll, live=True)))
+        for rows in (256, 1024) if device == "cpu" else (2048,):
+            found += _from_nll(
+                f"torch linear_cross_entropy, chunks of {rows}", {"live": 5}, "none, twice", _torch_chunked(rows)
+            )
     else:
         missing.append(f"torch linear_cross_entropy: torch {torch.__version__} has no chunked one")
     try:
@@ -126,17 +137,30 @@ def rivals() -> tuple[list[Provider], list[str]]:
         missing.append(f"cut-cross-entropy: {error}")
     else:
 
-        def cut(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-            return linear_cross_entropy(
-                hidden, weight, targets, reduction="none", impl="torch_compile", filter_eps=None
+        def cut(implementation: str, **options: object) -> TokenNll:
+            return lambda hidden, weight, targets: linear_cross_entropy(
+                hidden, weight, targets, reduction="none", impl=implementation, **options
             )
 
-        found.append(
-            Provider(
-                "cut-cross-entropy torch_compile",
-                4,
-                'reduction="none", twice',
-                lambda inputs: _npo(inputs, cut, live=True),
+        if device == "cpu":
+            exact = cut("torch_compile", filter_eps=None)
+            found += _from_nll("cut-cross-entropy torch_compile", {"live": 4}, "none, twice", exact)
+        else:
+            found += _from_nll("cut-cross-entropy, exact", {"live": 5}, "none, twice", cut("cce", filter_eps=None))
+            found += _from_nll("cut-cross-entropy, default", {"live": 5}, "none, twice, gradients filtered", cut("cce"))
+    if device != "cpu":
+        try:
+            from liger_kernel.transformers import (  # noqa: PLC0415 - optional
+                LigerFusedLinearCrossEntropyLoss,
             )
-        )
+        except ImportError as error:
+            missing.append(f"liger-kernel: {error}")
+        else:
+            fused = LigerFusedLinearCrossEntropyLoss(reduction="none")
+            found += _from_nll(
+                "liger-kernel FLCE",
+                {"live": 5},
+                "none, twice",
+                lambda hidden, weight, targets: fused(weight, hidden, targets),
+            )
     return found, missing

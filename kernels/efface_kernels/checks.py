@@ -9,7 +9,8 @@ from torch import Tensor
 
 from efface_kernels import native, triton_launch
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HALVES = (torch.float16, torch.bfloat16)
+FLOATS = (*HALVES, torch.float32, torch.float64)
 BACKENDS = ("auto", "triton", "native", "torch")
 
 

@@ -67,3 +67,14 @@ def combine(top, total):
     """Reduce the lanes, once a row: its maximum and Σ e^(z − maximum)."""
     row_top = tl.max(top, 0)
     return row_top, tl.sum(total * tl.exp(top - row_top), 0)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for 0 ≤ x ≤ 1: 2 artanh(x / (2 + x)), whose argument is at most 1/3, so that 17 terms are fp64's."""
+    t = x / (2.0 + x)
+    s = t * t
+    p = tl.zeros_like(t)
+    for k in tl.static_range(17):
+        p = p * s + 1.0 / (33 - 2 * k)
+    return 2.0 * t * p

@@ -1,5 +1,6 @@
 """Large buffers of the loop: reused between calls on the CPU, and added up in fp32 without a second copy."""
 
+import functools
 import threading
 
 import torch
@@ -28,9 +29,9 @@ class Loan:
         self._lent: list[Tensor] = []
 
     def matrix(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return an uninitialised (rows, columns) matrix."""
+        """Return an uninitialised (rows, columns) matrix, its columns side by side."""
         if device.type != "cpu":
-            return torch.empty(rows, columns, dtype=dtype, device=device)
+            return aligned(rows, columns, dtype, device)
         size = rows * columns * dtype.itemsize
         fitting = [buffer for buffer in _shelf.buffers if buffer.numel() >= size]
         if fitting:
@@ -55,6 +56,63 @@ class Loan:
 def release_workspaces() -> None:
     """Free this thread's idle workspaces: at most 256 MiB, kept between calls for speed."""
     _shelf.buffers = []
+
+
+def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an uninitialised matrix whose rows begin at multiples of 16 bytes on a GPU.
+
+    GEMMs and passes read and write 16 bytes at once there, which the rows of V = 50257 would not let them. GEMMs take
+    the stride as their leading dimension and make no copy.
+    """
+    lanes = 1 if device.type == "cpu" else max(1, 16 // dtype.itemsize)
+    return torch.empty(rows, -(-columns // lanes) * lanes, dtype=dtype, device=device)[:, :columns]
+
+
+@functools.cache
+def accumulates_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this device's GEMM adds half-precision products to an fp32 matrix, found out by trying.
+
+    CUDA alone has it, since torch 2.8, and its first versions refused an fp32 matrix to add to.
+    """
+    if device.type != "cuda":
+        return False
+    tiny, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    try:
+        _add_in_gemm(total, tiny, tiny, first=False)
+        _add_in_gemm(total, tiny, tiny, first=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _add_in_gemm(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    if first:
+        torch.mm(left, right, out_dtype=torch.float32, out=total)
+    else:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+
+
+def accumulate_product(
+    total: Tensor | None, left: Tensor, right: Tensor, scale: Tensor | None, product: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return total + scale · left @ right in fp32, of half-precision factors, and the buffer of the next product.
+
+    Within the GEMM where it can: no (V, D) product is written and read again. Not with a scale, which fp16 has: it is
+    on the device, and a GEMM's factor on the host.
+    """
+    first = total is None
+    if total is None:
+        total = left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
+    if scale is None and accumulates_in_float32(left.device, left.dtype):
+        _add_in_gemm(total, left, right, first=first)
+        return total, None
+    if product is None:
+        product = left.new_empty(total.shape)
+    torch.mm(left, right, out=product)
+    add_product(total, product, scale, first=first)
+    return total, product
 
 
 def add_product(total: Tensor, product: Tensor, scale: Tensor | None, *, first: bool) -> None:

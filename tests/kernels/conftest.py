@@ -1,4 +1,6 @@
-"""The implementations of a pass, each in turn."""
+"""The implementations of a pass, each in turn, where this machine has them."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -6,13 +8,36 @@ import torch
 from efface_kernels import triton_launch
 
 
-@pytest.fixture(params=["torch", "native", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "triton":
+def on_gpu(name: str) -> object:
+    """The parameter of a test that makes its tensors on a GPU."""
+    return pytest.param(f"{name} on a GPU", marks=pytest.mark.gpu)
+
+
+def run_on(request: pytest.FixtureRequest, what: str) -> Iterator[str]:
+    """Yield the backend; "… on a GPU" makes that the device of tensors that name none."""
+    name, _, gpu = what.partition(" on ")
+    if name == "triton":
         pytest.importorskip("triton")
+    if gpu:
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+        with torch.device("cuda"):
+            yield name
+        return
+    if name == "triton":
         if not triton_launch.INTERPRETED:
             pytest.skip("these tensors are on the CPU, where Triton runs under TRITON_INTERPRET=1 alone")
         values = getattr(request.node, "callspec", None)
         if "bf16" in request.node.name or (values and torch.bfloat16 in values.params.values()):
             pytest.skip("bf16 is for a GPU: Triton's interpreter rounds it wrongly")
-    return request.param
+    yield name
+
+
+@pytest.fixture(params=["torch", "native", "triton", on_gpu("torch"), on_gpu("triton")])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield from run_on(request, request.param)
+
+
+@pytest.fixture(params=["triton", on_gpu("triton")])
+def triton_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield from run_on(request, request.param)

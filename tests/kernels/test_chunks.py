@@ -50,3 +50,7 @@ def test_default_chunk_rows() -> None:
     assert default_chunk_rows("cpu", 32000, 2) == 2097
     assert default_chunk_rows("cuda", 128256, 2) == 2092
     assert default_chunk_rows("cuda", 128256, 4) == 2048
+    # two workspaces take half of what is free, and are never smaller than 256 rows
+    assert default_chunk_rows("cuda", 128256, 2, 64 << 30) == 2092
+    assert default_chunk_rows("cuda", 128256, 2, 1 << 30) == 1046
+    assert default_chunk_rows("cuda", 128256, 2, 1 << 20) == 256

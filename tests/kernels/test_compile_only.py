@@ -1,5 +1,6 @@
 """The Triton kernels compile for GPUs that are not here, and spill no registers there."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -22,12 +23,16 @@ def test_every_kernel_compiles_without_spills_and_with_wide_loads() -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
-    rows = [line for line in lines if line[0] in {"row_pass", "distribution_pass"}]
-    assert {line[2] for line in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    kernels = {"row_pass", "distribution_pass", "sequence_loss"}
+    rows = [line for line in lines if line[0] in kernels]
+    assert {(line[0], line[2]) for line in rows} == set(
+        itertools.product(kernels, ("sm_80", "sm_90", "sm_100", "gfx942"))
+    )
     for kernel, name, target, _registers, spills, _shared, _size, wide in rows:
         assert spills == "0", (kernel, name, target)
         # The rows of an odd vocabulary are not aligned; those of a vocabulary that 8 divides have 16-byte loads.
-        assert (wide == "yes") == ("V =" not in name), (kernel, name, target)
+        if kernel != "sequence_loss":  # which reads a few numbers
+            assert (wide == "yes") == ("V =" not in name), (kernel, name, target)
 
 
 def test_importing_the_passes_imports_no_triton() -> None:

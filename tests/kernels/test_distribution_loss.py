@@ -8,6 +8,7 @@ from torch import Tensor
 
 import oracle
 from efface_kernels import Head, ReferenceRows, linear_distribution_loss, memory, release_workspaces
+from efface_kernels.linear_loss import workspace
 from efface_kernels.linear_loss.distribution_loss import DistributionLossOutput
 from largest_tensor import LargestTensor
 from oracle import Case, Problem
@@ -34,9 +35,10 @@ KINDS = ((0.0, False), (10.0, True))
 
 def row_weights(problem: Problem) -> Tensor:
     g = torch.Generator().manual_seed(2)
-    weights = torch.rand(len(problem.targets), generator=g, dtype=torch.float64) / len(problem.targets)
+    n = len(problem.targets)
+    weights = torch.rand(n, generator=g, dtype=torch.float64, device="cpu") / n
     weights[1::5] = 0
-    return weights
+    return weights.to(problem.targets.device)
 
 
 def oracle_loss(case: Case, problem: Problem, shift: float, *, cross_entropy: bool) -> Tensor:
@@ -234,6 +236,43 @@ def test_bitwise_repeatable_whatever_a_reused_workspace_held() -> None:
     assert torch.equal(again, first)
     for name, gradient in gradients(again, problem).items():
         assert torch.equal(gradient, expected[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padded_rows_of_a_workspace_change_nothing(
+    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU has them. P takes the memory of the reference's logits, whose rows do not touch."""
+    case = Case("padded", (7,), vocabulary=33, bias=True, chunk_rows=3)
+    problem = oracle.make(case, dtype)
+    expected = run(case, problem, 1.0, backend=backend).loss
+    wanted = gradients(expected, problem)
+
+    def padded(_loan: memory.Loan, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.full((rows, columns + 3), torch.nan, dtype=dtype, device=device)[:, :columns]
+
+    monkeypatch.setattr(memory.Loan, "matrix", padded)
+    got = run(case, problem, 1.0, backend=backend).loss
+    torch.testing.assert_close(got, expected)
+    eps = torch.finfo(dtype).eps  # another stride may be another GEMM kernel
+    for name, gradient in gradients(got, problem).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=4 * eps, atol=4 * eps * oracle.rms(wanted[name]))
+
+
+def test_rows_are_those_of_fp32_logits_and_halved_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "_known", {})
+    tried, matrix = [], memory.Loan.matrix
+
+    def short(loan: memory.Loan, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        tried.append(rows)
+        if rows > 300:
+            raise torch.OutOfMemoryError("no")
+        return matrix(loan, rows, columns, dtype, device)
+
+    monkeypatch.setattr(memory.Loan, "matrix", short)
+    case = Case("short", (600,), vocabulary=70000, hidden_size=1)
+    assert run(case, oracle.make(case, torch.bfloat16)).loss.isfinite()
+    assert tried == [479, 256, 256]
 
 
 def test_strided_inputs() -> None:

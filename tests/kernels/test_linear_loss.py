@@ -1,6 +1,7 @@
 """The loss op against the fp64 oracle, in every dtype, with every subset of gradients."""
 
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -337,7 +338,8 @@ def test_no_tensor_of_all_logits_is_ever_alive(op: str) -> None:
         else:
             loss = linear_logprob(hidden, weight, targets, chunk_rows=chunk_rows).sum()
         loss.backward()
-    assert seen.largest <= chunk_rows * v * 4
+    models = 2 if op == "loss" else 1  # which share a head, and so a GEMM
+    assert seen.largest <= models * chunk_rows * v * 4
     assert weight.grad is not None
 
 
@@ -461,6 +463,36 @@ def test_autocast_casts_as_linear_does(dtype: torch.dtype) -> None:
     for got, expected in zip(ours_gradients, torch.autograd.grad(eager, [hidden, weight]), strict=True):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dtype", [torch.float32, None], ids=["float32 head", "its own head"])
+def test_a_float32_head_meets_half_precision_in_its_dtype(dtype: torch.dtype, head_dtype: torch.dtype | None) -> None:
+    """As inside autocast; the head's gradient comes back in float32."""
+    weight, bias = torch.randn(50, 16).to(dtype), torch.randn(50).to(dtype)
+    hidden, targets = torch.randn(6, 16).to(dtype).requires_grad_(), torch.randint(50, (6,))
+    leaves = [each.to(head_dtype or dtype).requires_grad_() for each in (weight, bias)]
+    reference = ReferenceRows(hidden.detach(), Head(leaves[0].detach(), leaves[1].detach()))
+    loss = (
+        linear_sequence_loss(
+            hidden, leaves[0], targets, [0, 6], lambda s: npo_terms(s, beta=BETA), bias=leaves[1], reference=reference
+        ).loss
+        + linear_logprob(hidden, leaves[0], targets, bias=leaves[1]).sum()
+    )
+    for got, leaf in zip(torch.autograd.grad(loss, [hidden, *leaves]), [hidden, *leaves], strict=True):
+        assert got.dtype == leaf.dtype
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    values = torch.log_softmax(logits.float(), 1).gather(1, targets[:, None]).sum()
+    torch.testing.assert_close(loss.detach(), values.detach() + 2 / BETA * math.log(2), rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_of_another_dtype_is_refused() -> None:
+    with pytest.raises(TypeError, match="`weight`: expected dtype torch.float32, got torch.bfloat16"):
+        linear_logprob(torch.randn(2, 3), torch.randn(5, 3).bfloat16(), torch.tensor([0, 1]))
+    with pytest.raises(TypeError, match="`bias`: expected dtype torch.bfloat16, got torch.float32"):
+        linear_logprob(
+            torch.randn(2, 3).bfloat16(), torch.randn(5, 3).bfloat16(), torch.tensor([0, 1]), bias=torch.randn(5)
+        )
 
 
 def _arguments() -> dict[str, object]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from efface_kernels import Head, ReferenceRows, linear_distribution_loss
-from efface_kernels.linear_loss.logprob import resolve_chunk_rows
 from efface_kernels.linear_loss.sequences import segment_sums
+from efface_kernels.linear_loss.workspace import run_within_memory
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,12 @@ def logit_margins(hidden: Tensor, head: Head, chunk_rows: int | None = None) -> 
     The mean of a linear head's logits is the logit of its mean row, and the largest one is a row of the head: neither
     needs the others' gradient. Soft-capped logits have no such form; they are made again in the backward pass.
     """
-    hidden, head = head.under_autocast(hidden)
-    pieces = hidden.split(resolve_chunk_rows(chunk_rows, head, hidden.dtype)) if hidden.shape[0] else (hidden,)
+    hidden, head = head.cast_for(hidden)
+    return run_within_memory(lambda rows: _margins(hidden, head, rows), chunk_rows, hidden, head)
+
+
+def _margins(hidden: Tensor, head: Head, chunk_rows: int) -> Tensor:
+    pieces = hidden.split(chunk_rows) if hidden.shape[0] else (hidden,)
     with torch.autocast(hidden.device.type, enabled=False):
         if head.softcap is not None:
             return torch.cat([checkpoint(_capped_margins, piece, head, use_reentrant=False) for piece in pieces])

@@ -36,7 +36,8 @@ def _terms(z, zr, p_top, q_top, p_log, q_log):
     return tl.exp(log_p) - q, kl, tl.where(q == 0, 0.0, q * log_q)
 
 
-@triton.jit
+# Targets are a slice of the batch's, which may begin anywhere.
+@triton.jit(do_not_specialize_on_alignment=["Targets"])
 def distribution_pass_kernel(
     Logits,  # (n, V)
     Reference,  # (n, V)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 _CPU_BYTES, _CPU_ROWS = 128 << 20, (256, 4096)
 # On GPUs the accumulation of dW is bound by memory below about 725 rows, and the launch cost by small chunks.
 _GPU_BYTES, _GPU_ROWS = 512 << 20, (2048, 16384)
+# Where memory is short: fewer rows would have the GEMMs wait for the weights.
+FEWEST_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,16 @@ class Chunk:
         return slice(self.pieces[0][0], self.pieces[-1][1])
 
 
-def default_chunk_rows(device: str, vocabulary: int, itemsize: int) -> int:
-    """Return the rows of a chunk for a device type, V, and the bytes of a logit."""
+def default_chunk_rows(device: str, vocabulary: int, itemsize: int, free_bytes: int | None = None) -> int:
+    """Return the rows of a chunk for a device type, V, the bytes of a logit, and the device's free memory if known.
+
+    Two workspaces of them, the policy's and a reference's, take half of the free memory at most.
+    """
     budget, (low, high) = (_CPU_BYTES, _CPU_ROWS) if device == "cpu" else (_GPU_BYTES, _GPU_ROWS)
-    return min(max(budget // (vocabulary * itemsize), low), high)
+    rows = min(max(budget // (vocabulary * itemsize), low), high)
+    if free_bytes is None:
+        return rows
+    return min(rows, max(free_bytes // (4 * vocabulary * itemsize), FEWEST_ROWS))
 
 
 def largest_piece(chunks: Sequence[Chunk]) -> int:

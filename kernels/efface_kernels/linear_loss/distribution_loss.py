@@ -17,9 +17,9 @@ from efface_kernels.checks import (
 )
 from efface_kernels.linear_loss.chunks import plan_pieces
 from efface_kernels.linear_loss.head import Head, ReferenceRows
-from efface_kernels.linear_loss.logprob import resolve_chunk_rows
 from efface_kernels.linear_loss.look import DistributionLook
 from efface_kernels.linear_loss.loop import Wanted, graph_is_kept, run_loop
+from efface_kernels.linear_loss.workspace import run_within_memory
 from efface_kernels.logits import accumulation_dtype
 
 
@@ -38,17 +38,22 @@ class _Options:
     shift: float
     cross_entropy: bool
     softcap: float | None
-    chunk_rows: int
     backend: str
 
 
 class _LinearDistributionLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        options: _Options,
+        chunk_rows: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         head = Head(weight, bias, options.softcap)
-        chunks = plan_pieces(hidden.shape[0], options.chunk_rows)
+        chunks = plan_pieces(hidden.shape[0], chunk_rows)
         look = DistributionLook(
             hidden,
             head,
@@ -76,8 +81,8 @@ class _LinearDistributionLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 5
-        return (*ctx.gradients.finish(ctx.coefficients, upstream, keep=graph_is_kept()), None, None)
+            return (None,) * 6
+        return (*ctx.gradients.finish(ctx.coefficients, upstream, keep=graph_is_kept()), None, None, None)
 
 
 def linear_distribution_loss(
@@ -133,7 +138,7 @@ def linear_distribution_loss(
         ValueError: shapes or vocabularies that do not fit, a target out of the vocabulary, tensors on different
             devices.
     """
-    hidden, head = Head(weight, bias, softcap).under_autocast(hidden)
+    hidden, head = Head(weight, bias, softcap).cast_for(hidden)
     head.check(hidden)
     check_targets(targets, hidden.shape[0], head.vocabulary)
     reference = _checked_reference(reference, hidden, head)
@@ -146,22 +151,19 @@ def linear_distribution_loss(
     else:
         weights = torch.full(hidden.shape[:1], row_weights, dtype=dtype, device=hidden.device)
     check_same_device(hidden=hidden, targets=targets)
-    options = _Options(
-        weights,
-        reference,
-        shift,
-        cross_entropy,
-        softcap,
-        resolve_chunk_rows(chunk_rows, head, dtype),
-        resolve_backend(backend, hidden.device),
-    )
-    with torch.autocast(hidden.device.type, enabled=False):
-        output = _LinearDistributionLoss.apply(hidden, head.weight, head.bias, targets, options)  # type: ignore[no-untyped-call]
-    return DistributionLossOutput(*output)
+    resolved = resolve_backend(backend, hidden.device)
+    options = _Options(weights, reference, shift, cross_entropy, softcap, resolved)
+
+    def run(rows: int) -> DistributionLossOutput:
+        with torch.autocast(hidden.device.type, enabled=False):
+            output = _LinearDistributionLoss.apply(hidden, head.weight, head.bias, targets, options, rows)  # type: ignore[no-untyped-call]
+        return DistributionLossOutput(*output)
+
+    return run_within_memory(run, chunk_rows, hidden, head, logits=dtype)
 
 
 def _checked_reference(reference: ReferenceRows, hidden: Tensor, head: Head) -> ReferenceRows:
-    reference = reference.under_autocast()
+    reference = reference.cast()
     frozen, frozen_head = reference.hidden, reference.head
     frozen_head.check(frozen, prefix="reference_")
     check_shape("reference_hidden", frozen, (hidden.shape[0], "D"), "one row for each row of `hidden`")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efface_kernels.checks import FLOATS, check_dtype, check_same_device, check_shape, check_softcap
+from efface_kernels.checks import FLOATS, HALVES, check_dtype, check_same_device, check_shape, check_softcap
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,26 @@ class Head:
         device = self.weight.device.type
         if self.weight.dtype == dtype or (device == "cuda" and torch.version.hip is None and dtype == torch.float32):
             return self
-        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.softcap)
+        return self._in(dtype)
 
-    def under_autocast(self, hidden: Tensor) -> tuple[Tensor, "Head"]:
-        """Cast as ``torch.nn.functional.linear`` would inside ``torch.autocast``; gradients keep their dtypes."""
+    def cast_for(self, hidden: Tensor) -> tuple[Tensor, "Head"]:
+        """Return hidden states and head in the dtype of the GEMM; gradients keep the dtypes of the inputs.
+
+        Inside ``torch.autocast`` both are cast as ``torch.nn.functional.linear`` casts them. Outside, a float32 head
+        (a master copy, or one kept wide beside a quantised body) meets half-precision hidden states in their dtype:
+        the logits are rounded to it, and the head's gradient comes back in float32.
+        """
         device = hidden.device.type
-        if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        elif hidden.dtype in HALVES and self.weight.dtype == torch.float32:
+            dtype = hidden.dtype
+        else:
             return hidden, self
-        dtype = torch.get_autocast_dtype(device)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return hidden.to(dtype), Head(self.weight.to(dtype), bias, self.softcap)
+        return hidden.to(dtype), self._in(dtype)
+
+    def _in(self, dtype: torch.dtype) -> "Head":
+        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.softcap)
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,16 @@ class ReferenceRows:
     head: Head
 
     @torch.no_grad()
-    def under_autocast(self) -> "ReferenceRows":
-        """Cast as ``Head.under_autocast`` does."""
-        return ReferenceRows(*self.head.under_autocast(self.hidden.detach()))
+    def cast(self) -> "ReferenceRows":
+        """Return both in the dtype of the GEMM, see ``Head.cast_for``."""
+        return ReferenceRows(*self.head.cast_for(self.hidden.detach()))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, float | None]:
+        """Hidden states, weight, bias and soft-cap: what an op's schema can hold."""
+        return self.hidden, self.head.weight, self.head.bias, self.head.softcap
+
+
+def wanted_of(hidden: Tensor, head: Head) -> list[bool]:
+    """Return whether hidden states, weight and bias want a gradient."""
+    grad = torch.is_grad_enabled()
+    return [grad and each is not None and each.requires_grad for each in (hidden, head.weight, head.bias)]

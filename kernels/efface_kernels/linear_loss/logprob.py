@@ -9,59 +9,72 @@ from torch.autograd.function import once_differentiable
 
 from efface_kernels.checks import check_same_device, check_targets, resolve_backend
 from efface_kernels.linear_loss.chunks import default_chunk_rows, plan_pieces
-from efface_kernels.linear_loss.head import Head
+from efface_kernels.linear_loss.head import Head, wanted_of
 from efface_kernels.linear_loss.look import RowLook
 from efface_kernels.linear_loss.loop import Gradients, Wanted, run_loop
+from efface_kernels.linear_loss.workspace import run_within_memory
+from efface_kernels.memory import aligned
 from efface_kernels.row_pass import row_pass
 
 
 @dataclass(frozen=True)
-class _Options:
+class Options:
+    """What a call is asked for besides its tensors; checked."""
+
     softcap: float | None
     chunk_rows: int
     backend: str
 
 
+def forward(
+    hidden: Tensor, head: Head, targets: Tensor, options: Options, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return ℓ (N,) and, if ``keep``, softmax − onehot (N, V) for the backward call: all rows are one chunk then."""
+    if keep:
+        p = head.logits(hidden, aligned(hidden.shape[0], head.vocabulary, hidden.dtype, hidden.device))
+        out = row_pass(p, targets, softcap=options.softcap, gradient=True, backend=options.backend)
+        return out.logprobs, p
+    chunks = plan_pieces(hidden.shape[0], options.chunk_rows)
+    look = RowLook(hidden, head, targets, chunks, backend=options.backend)
+    run_loop(hidden, head, look, chunks, wanted=Wanted())
+    return look.logprobs, None
+
+
+@torch.no_grad()
+def backward(
+    upstream: Tensor, hidden: Tensor, head: Head, targets: Tensor, p: Tensor | None, options: Options, wanted: Wanted
+) -> tuple[Tensor | None, ...]:
+    """Return (dh, dW, db) for any upstream gradient (N,), from the p that was kept or from logits made again."""
+    if p is not None:
+        gradients = Gradients(wanted, hidden, head, chunks=1)
+        gradients.add_hidden(slice(None), p)
+        if wanted.head:
+            gradients.add_head(slice(None), p, upstream)
+    else:
+        chunks = plan_pieces(hidden.shape[0], options.chunk_rows)
+        look = RowLook(hidden, head, targets, chunks, backend=options.backend)
+        _, gradients = run_loop(hidden, head, look, chunks, wanted=wanted, rule=lambda chunk: upstream[chunk.rows])
+    return gradients.finish(upstream, keep=False)
+
+
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options
     ) -> Tensor:
-        head = Head(weight, bias, options.softcap)
-        wanted = Wanted(*ctx.needs_input_grad[:3])
         ctx.options = options
-        if wanted.any and 0 < hidden.shape[0] <= options.chunk_rows:
-            # One chunk: its softmax − onehot stays for the backward call, within the workspace.
-            p = head.logits(hidden, hidden.new_empty(hidden.shape[0], head.vocabulary))
-            out = row_pass(p, targets, softcap=options.softcap, gradient=True, backend=options.backend)
-            ctx.save_for_backward(hidden, weight, bias, targets, p)
-            return out.logprobs
-        ctx.save_for_backward(hidden, weight, bias, targets, None)
-        chunks = plan_pieces(hidden.shape[0], options.chunk_rows)
-        look = RowLook(hidden, head, targets, chunks, backend=options.backend)
-        run_loop(hidden, head, look, chunks, wanted=Wanted())
-        return look.logprobs
+        # One chunk: its softmax − onehot stays for the backward call, within the workspace.
+        keep = any(ctx.needs_input_grad[:3]) and 0 < hidden.shape[0] <= options.chunk_rows
+        logprobs, p = forward(hidden, Head(weight, bias, options.softcap), targets, options, keep=keep)
+        ctx.save_for_backward(hidden, weight, bias, targets, p)
+        return logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, p = ctx.saved_tensors
-        options: _Options = ctx.options
-        head = Head(weight, bias, options.softcap)
-        wanted = Wanted(*ctx.needs_input_grad[:3])
-        with torch.no_grad():
-            if p is not None:
-                gradients = Gradients(wanted, hidden, head, chunks=1)
-                gradients.add_hidden(slice(None), p)
-                if wanted.head:
-                    gradients.add_head(slice(None), p, upstream)
-            else:
-                chunks = plan_pieces(hidden.shape[0], options.chunk_rows)
-                look = RowLook(hidden, head, targets, chunks, backend=options.backend)
-                _, gradients = run_loop(
-                    hidden, head, look, chunks, wanted=wanted, rule=lambda chunk: upstream[chunk.rows]
-                )
-            return (*gradients.finish(upstream, keep=False), None, None)
+        head, wanted = Head(weight, bias, ctx.options.softcap), Wanted(*ctx.needs_input_grad[:3])
+        return (*backward(upstream, hidden, head, targets, p, ctx.options, wanted), None, None)
 
 
 def linear_logprob(
@@ -104,22 +117,35 @@ def linear_logprob(
         TypeError: dtypes that differ, or targets that are not int64.
         ValueError: shapes that do not fit, a target out of the vocabulary, tensors on different devices.
     """
-    hidden, head = Head(weight, bias, softcap).under_autocast(hidden)
+    hidden, head = Head(weight, bias, softcap).cast_for(hidden)
+    if torch.compiler.is_compiling():
+        return _in_graph(hidden, head, targets, chunk_rows, backend)
+    check(hidden, head, targets)
+    resolved = resolve_backend(backend, hidden.device)
+
+    def run(rows: int) -> Tensor:
+        options = Options(softcap, rows, resolved)
+        with torch.autocast(hidden.device.type, enabled=False):
+            logprobs: Tensor = _LinearLogprob.apply(hidden, head.weight, head.bias, targets, options)  # type: ignore[no-untyped-call]
+        return logprobs
+
+    return run_within_memory(run, chunk_rows, hidden, head)
+
+
+def check(hidden: Tensor, head: Head, targets: Tensor) -> None:
+    """Raise what ``linear_logprob`` says."""
     head.check(hidden)
     check_targets(targets, hidden.shape[0], head.vocabulary)
     check_same_device(hidden=hidden, targets=targets)
-    options = _Options(
-        softcap, resolve_chunk_rows(chunk_rows, head, hidden.dtype), resolve_backend(backend, hidden.device)
-    )
-    with torch.autocast(hidden.device.type, enabled=False):
-        logprobs: Tensor = _LinearLogprob.apply(hidden, head.weight, head.bias, targets, options)  # type: ignore[no-untyped-call]
+
+
+def _in_graph(hidden: Tensor, head: Head, targets: Tensor, chunk_rows: int | None, backend: str) -> Tensor:
+    """``linear_logprob`` while a model is compiled: one op, of ``compiled.py``, which checks its arguments."""
+    if chunk_rows is None:  # a compiled graph does not ask for free memory
+        chunk_rows = default_chunk_rows(hidden.device.type, head.vocabulary, hidden.element_size())
+    wanted = wanted_of(hidden, head)
+    keep = any(wanted) and hidden.shape[0] <= chunk_rows
+    logprobs: Tensor = torch.ops.efface.linear_logprob(
+        hidden, head.weight, head.bias, targets, head.softcap, wanted, keep, chunk_rows, backend
+    )[0]
     return logprobs
-
-
-def resolve_chunk_rows(chunk_rows: int | None, head: Head, logits: torch.dtype) -> int:
-    """Return ``chunk_rows``, or the default for this device and vocabulary, and the dtype of the logits."""
-    if chunk_rows is None:
-        return default_chunk_rows(head.weight.device.type, head.vocabulary, logits.itemsize)
-    if chunk_rows < 1:
-        raise ValueError(f"`chunk_rows`: expected at least 1, got {chunk_rows}")
-    return chunk_rows

@@ -6,20 +6,22 @@ from torch import Tensor
 from efface_kernels.distribution_pass import distribution_pass
 from efface_kernels.linear_loss.chunks import Chunk, largest_piece
 from efface_kernels.linear_loss.head import Head, ReferenceRows
+from efface_kernels.linear_loss.models import Models
 from efface_kernels.logits import accumulation_dtype, power_of_two
 from efface_kernels.memory import Loan
 from efface_kernels.row_pass import row_pass
 
 
-class _Reader:
-    """The logits of a model, piece by piece in one workspace."""
+class _WideLogits:
+    """A model's logits in fp32 (fp64), piece by piece in one workspace."""
 
-    def __init__(self, hidden: Tensor, head: Head, loan: Loan, largest: int, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: Tensor, head: Head, loan: Loan, largest: int) -> None:
+        dtype = accumulation_dtype(hidden.dtype)
         self._hidden = hidden
         self._head = head.writing(dtype)
         self._workspace = loan.matrix(min(largest, hidden.shape[0]), head.vocabulary, dtype, hidden.device)
 
-    def logits(self, rows: slice) -> Tensor:
+    def __call__(self, rows: slice) -> Tensor:
         hidden = self._hidden[rows].to(self._head.weight.dtype)
         return self._head.logits(hidden, self._workspace)
 
@@ -29,7 +31,6 @@ class RowLook:
 
     Attributes:
         logprobs: (N,) ℓ of the rows that were seen.
-        reference_logprobs: (M,) the reference's, or None.
     """
 
     def __init__(
@@ -43,25 +44,23 @@ class RowLook:
         backend: str,
     ) -> None:
         self._targets, self._backend = targets, backend
-        self._softcap = head.softcap
-        self._loan, largest = Loan(), largest_piece(chunks)
-        self._policy = _Reader(hidden, head, self._loan, largest, hidden.dtype)
-        self._reference: _Reader | None = None
-        self._reference_softcap: float | None = None
+        self._softcap, self._reference_softcap = head.softcap, None if reference is None else reference.head.softcap
+        self._loan = Loan()
+        self._models = Models(hidden, head, reference, largest_piece(chunks), self._loan, backend)
         self.logprobs = torch.empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-        self.reference_logprobs: Tensor | None = None
-        if reference is not None:
-            self._reference = _Reader(reference.hidden, reference.head, self._loan, largest, reference.hidden.dtype)
-            self._reference_softcap = reference.head.softcap
-            self.reference_logprobs = self.logprobs.new_empty(reference.hidden.shape[0])
+
+    @property
+    def reference_logprobs(self) -> Tensor | None:
+        """(M,) the reference's, or None."""
+        return self._models.reference_logprobs
 
     def __call__(self, rows: slice, *, gradient: bool, again: bool = False) -> Tensor:
         """See ``Look``. A second look reads the policy's logits alone."""
-        p = self._policy.logits(rows)
+        p, frozen = (self._models.policy(rows), None) if again else self._models.logits(rows, self._targets)
         out = row_pass(
             p,
             self._targets[rows],
-            reference_logits=None if again or self._reference is None else self._reference.logits(rows),
+            reference_logits=frozen,
             softcap=self._softcap,
             reference_softcap=self._reference_softcap,
             gradient=gradient,
@@ -69,8 +68,7 @@ class RowLook:
         )
         if not again:
             self.logprobs[rows] = out.logprobs
-        if self.reference_logprobs is not None and out.reference_logprobs is not None:
-            self.reference_logprobs[rows] = out.reference_logprobs
+            self._models.keep(rows, out.reference_logprobs)
         return p
 
     def close(self) -> None:
@@ -105,17 +103,15 @@ class DistributionLook:
         self._targets, self._shift, self._backend = targets, shift, backend
         self._softcap, self._reference_softcap = head.softcap, reference.head.softcap
         self._loan, largest = Loan(), largest_piece(chunks)
-        dtype = accumulation_dtype(hidden.dtype)
-        self._policy = _Reader(hidden, head, self._loan, largest, dtype)
-        frozen_dtype = accumulation_dtype(reference.hidden.dtype)
-        self._reference = _Reader(reference.hidden, reference.head, self._loan, largest, frozen_dtype)
-        self._dtype = hidden.dtype
+        self._policy = _WideLogits(hidden, head, self._loan, largest)
+        self._reference = _WideLogits(reference.hidden, reference.head, self._loan, largest)
+        self._dtype, dtype = hidden.dtype, accumulation_dtype(hidden.dtype)
         self.divergence, self.entropy = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(2))
         self.peaks = torch.ones_like(self.divergence)
 
     def __call__(self, rows: slice, *, gradient: bool, again: bool = False) -> Tensor:
         """See ``Look``. Coefficients are known beforehand, so there is no second look."""
-        difference, beside = self._policy.logits(rows), self._reference.logits(rows)
+        difference, beside = self._policy(rows), self._reference(rows)
         self.divergence[rows], self.entropy[rows] = distribution_pass(
             difference,
             beside,
@@ -132,8 +128,7 @@ class DistributionLook:
             self.peaks[rows] = power_of_two(difference, dim=1)
             difference /= self.peaks[rows, None]
         # The reference's logits have been read: their memory takes P.
-        p = beside.view(-1).view(self._dtype)[: difference.numel()].view_as(difference)
-        return p.copy_(difference)
+        return beside.view(self._dtype)[:, : difference.shape[1]].copy_(difference)
 
     def close(self) -> None:
         """See ``Look``."""

@@ -11,10 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from efface_kernels.checks import HALVES
 from efface_kernels.linear_loss.chunks import Chunk
 from efface_kernels.linear_loss.head import Head
 from efface_kernels.logits import accumulation_dtype, power_of_two
-from efface_kernels.memory import add_product
+from efface_kernels.memory import accumulate_product
 
 # chunk, all of whose rows the look has seen -> c (n,), with ∂loss/∂z = −c ⊙ P
 CoefficientRule = Callable[[Chunk], Tensor]
@@ -96,20 +97,12 @@ class Gradients:
         self, total: Tensor | None, left: Tensor, right: Tensor, scale: Tensor | None, product: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Return total + scale · left @ right, and the buffer in which products of half-precision chunks are made."""
-        half = left.dtype in (torch.float16, torch.bfloat16)
-        if not half or (self.chunks == 1 and scale is None):
+        if left.dtype not in HALVES or (self.chunks == 1 and scale is None):
             if total is not None:
                 return total.addmm_(left, right), None
             return torch.mm(left, right), None
         # Sums over several half-precision chunks run in fp32.
-        if product is None:
-            product = left.new_empty(left.shape[0], right.shape[1])
-        torch.mm(left, right, out=product)
-        first = total is None
-        if total is None:
-            total = torch.empty_like(product, dtype=torch.float32)
-        add_product(total, product, scale, first=first)
-        return total, product
+        return accumulate_product(total, left, right, scale, product)
 
     def finish(
         self, coefficients: Tensor, upstream: Tensor | None = None, *, keep: bool = True

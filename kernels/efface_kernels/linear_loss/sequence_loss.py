@@ -1,7 +1,6 @@
 """``linear_sequence_loss``: a loss over sequence log-probabilities, with its gradients, in one loop."""
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,11 +10,14 @@ from torch.autograd.function import once_differentiable
 
 from efface_kernels.checks import check_dtype, check_same_device, check_shape, check_targets, resolve_backend
 from efface_kernels.linear_loss.chunks import Chunk, plan_rows, plan_sequences
-from efface_kernels.linear_loss.head import Head, ReferenceRows
-from efface_kernels.linear_loss.logprob import resolve_chunk_rows
+from efface_kernels.linear_loss.head import Head, ReferenceRows, wanted_of
 from efface_kernels.linear_loss.look import RowLook
-from efface_kernels.linear_loss.loop import Wanted, graph_is_kept, run_loop
-from efface_kernels.linear_loss.sequences import Sequences, segment_sums
+from efface_kernels.linear_loss.loop import Gradients, Wanted, graph_is_kept, run_loop
+from efface_kernels.linear_loss.offsets import AnyOffsets, RowOffsets, checked_offsets
+from efface_kernels.linear_loss.sequences import Sequences
+from efface_kernels.linear_loss.workspace import run_within_memory
+from efface_kernels.sequence_loss import SequenceRule
+from efface_kernels.sequence_loss.op import function_terms, sequence_loss_torch, sequence_loss_triton
 
 # Sequences (s of them) -> their loss terms (s,); the loss is the sum of all terms.
 TermFunction = Callable[[Sequences], Tensor]
@@ -32,100 +34,121 @@ class SequenceLossOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Options:
+class Call:
+    """The arguments of a call, as they came."""
+
+    hidden: Tensor
+    head: Head
+    targets: Tensor
+    row_offsets: AnyOffsets
+    terms: TermFunction
+    pairs: int
+    reference: ReferenceRows | None
+    reference_sums: Tensor | None
+    chunk_rows: int | None
+    backend: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a call is asked for besides its differentiable inputs; checked."""
+
     terms: TermFunction
     row_offsets: tuple[int, ...]
+    device_offsets: Tensor
     pairs: int
     softcap: float | None
     reference: ReferenceRows | None
     reference_sums: Tensor | None
-    chunk_rows: int
     backend: str
 
 
 class _Rule:
-    """Turns a chunk's log-probabilities into coefficients by autograd on the term function; keeps what it saw."""
+    """Turns a chunk's log-probabilities into coefficients; keeps what it saw."""
 
-    def __init__(self, options: _Options, look: RowLook) -> None:
+    def __init__(self, options: Options, look: RowLook) -> None:
         self._look = look
         self._terms_of = options.terms
-        device, dtype = look.logprobs.device, look.logprobs.dtype
-        self._offsets = torch.tensor(options.row_offsets, dtype=torch.int64).to(device, non_blocking=True)
+        self._offsets = options.device_offsets
+        self._backend = options.backend
         sequences = len(options.row_offsets) - 1
-        self.terms = torch.zeros(sequences, dtype=dtype, device=device)
-        self.sums = torch.zeros(sequences, dtype=dtype, device=device)
+        self.terms, self.sums = look.logprobs.new_zeros(sequences), look.logprobs.new_zeros(sequences)
         self.reference_sums = options.reference_sums
-        if look.reference_logprobs is not None:
-            self.reference_sums = torch.zeros(sequences, dtype=dtype, device=device)
+        if options.reference is not None:
+            self.reference_sums = look.logprobs.new_zeros(sequences)
 
     def __call__(self, chunk: Chunk) -> Tensor:
-        logprobs = self._look.logprobs[chunk.rows]
+        logprobs, frozen = self._look.logprobs[chunk.rows], self._look.reference_logprobs
+        reference_logprobs = None if frozen is None else frozen[chunk.rows]
         span = slice(chunk.first, chunk.last)
-        offsets = self._offsets[chunk.first : chunk.last + 1] - self._offsets[chunk.first]
-        if self._look.reference_logprobs is not None and self.reference_sums is not None:
-            # Rows beyond the reference's M belong to sequences without one: they add nothing.
-            known = self._look.reference_logprobs[chunk.rows]
-            padded = torch.zeros_like(logprobs)
-            padded[: known.shape[0]] = known
-            self.reference_sums[span] = segment_sums(padded, offsets)
         reference_sums = None if self.reference_sums is None else self.reference_sums[span]
-        with torch.enable_grad():
-            leaf = logprobs.detach().clone().requires_grad_()
-            sequences = Sequences(leaf, offsets, chunk.first, reference_sums)
-            terms = self._terms_of(sequences)
-            if terms.shape != (len(sequences),):
-                raise ValueError(
-                    f"the term function: expected one loss term for each of {len(sequences)} sequences, "
-                    f"got shape {tuple(terms.shape)}"
-                )
-            coefficients = _coefficients(terms, leaf)
-        self.terms[span] = terms.detach()
-        self.sums[span] = sequences.sums.detach()
-        return coefficients
+        # Absolute offsets: the passes take a chunk's first row from its first offset.
+        sequences = Sequences(logprobs, self._offsets[chunk.first : chunk.last + 1], chunk.first, reference_sums)
+        if not isinstance(self._terms_of, SequenceRule):
+            out = function_terms(sequences, self._terms_of, reference_logprobs)
+        elif self._backend == "triton":
+            into = self.terms[span], self.sums[span], reference_sums
+            return sequence_loss_triton(sequences, self._terms_of, reference_logprobs, into).coefficients
+        else:
+            out = sequence_loss_torch(sequences, self._terms_of, reference_logprobs)
+        self.terms[span], self.sums[span] = out.terms, out.sums
+        if reference_logprobs is not None and reference_sums is not None and out.reference_sums is not None:
+            reference_sums.copy_(out.reference_sums)
+        return out.coefficients
 
 
-def _coefficients(terms: Tensor, leaf: Tensor) -> Tensor:
-    """c_i = ∂Σterms/∂ℓ_i; zeros where the terms do not depend on the log-probabilities."""
-    if not terms.requires_grad:
-        return torch.zeros_like(leaf)
-    (gradient,) = torch.autograd.grad(terms.sum(), leaf, allow_unused=True)
-    return torch.zeros_like(leaf) if gradient is None else gradient
+class Computed(NamedTuple):
+    """What a forward call computes: its output, and what the backward call needs."""
+
+    output: SequenceLossOutput
+    coefficients: Tensor  # (N,)
+    gradients: Gradients
+
+
+def compute(hidden: Tensor, head: Head, targets: Tensor, options: Options, wanted: Wanted, chunk_rows: int) -> Computed:
+    """Run the loop over chunks of whole sequences, or of any rows where no gradient waits for a sequence's end."""
+    if wanted.head:
+        chunks = plan_sequences(options.row_offsets, chunk_rows, options.pairs)
+    else:
+        chunks = plan_rows(len(options.row_offsets) - 1, hidden.shape[0], chunk_rows)
+    look = RowLook(hidden, head, targets, chunks, reference=options.reference, backend=options.backend)
+    rule = _Rule(options, look)
+    coefficients, gradients = run_loop(hidden, head, look, chunks, wanted=wanted, rule=rule)
+    output = SequenceLossOutput(rule.terms.sum(), rule.terms, rule.sums, rule.reference_sums, look.logprobs)
+    return Computed(output, coefficients, gradients)
 
 
 class _LinearSequenceLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        options: Options,
+        chunk_rows: int,
+    ) -> tuple[Tensor | None, ...]:
         head = Head(weight, bias, options.softcap)
         wanted = Wanted(*ctx.needs_input_grad[:3])
-        n, sequences = hidden.shape[0], len(options.row_offsets) - 1
-        if wanted.head:
-            chunks = plan_sequences(options.row_offsets, options.chunk_rows, options.pairs)
-        else:
-            chunks = plan_rows(sequences, n, options.chunk_rows)
-        look = RowLook(hidden, head, targets, chunks, reference=options.reference, backend=options.backend)
-        rule = _Rule(options, look)
-        ctx.coefficients, ctx.gradients = run_loop(hidden, head, look, chunks, wanted=wanted, rule=rule)
-        reference_sums = rule.reference_sums
-        kept = [rule.terms, rule.sums, look.logprobs, *([] if reference_sums is None else [reference_sums])]
-        ctx.mark_non_differentiable(*kept)
+        output, ctx.coefficients, ctx.gradients = compute(hidden, head, targets, options, wanted, chunk_rows)
+        ctx.mark_non_differentiable(*(each for each in output[1:] if each is not None))
         ctx.set_materialize_grads(False)
-        return rule.terms.sum(), rule.terms, rule.sums, reference_sums, look.logprobs
+        return tuple(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 5
-        return (*ctx.gradients.finish(ctx.coefficients, upstream, keep=graph_is_kept()), None, None)
+            return (None,) * 6
+        return (*ctx.gradients.finish(ctx.coefficients, upstream, keep=graph_is_kept()), None, None, None)
 
 
 def linear_sequence_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    row_offsets: Tensor | Sequence[int],
+    row_offsets: AnyOffsets,
     terms: TermFunction,
     *,
     pairs: int = 0,
@@ -151,8 +174,9 @@ def linear_sequence_loss(
         weight: (V, D), same dtype.
         targets: (N,) int64, in 0 .. V − 1.
         row_offsets: (S + 1) int64, ascending from 0 to N, each sequence with at least one row. Give it on the CPU
-            (or as a list): a device tensor is read back once, which synchronises.
-        terms: maps ``Sequences`` of s sequences to their s loss terms; plain torch, differentiated by autograd.
+            (or as a list): a device tensor is read back once, which synchronises. ``RowOffsets`` holds both.
+        terms: a ``SequenceRule``, which the Triton backend computes in one launch; or any function that maps
+            ``Sequences`` of s sequences to their s loss terms, plain torch, differentiated by autograd.
         pairs: the first 2 · ``pairs`` sequences come in pairs, (2i, 2i + 1), that share a chunk
             (``Sequences.following``).
         bias: (V,), same dtype, or None.
@@ -172,54 +196,92 @@ def linear_sequence_loss(
         ValueError: shapes that do not fit, offsets that do not ascend, a sequence without rows, more pairs than
             sequences, a target out of the vocabulary, tensors on different devices.
     """
-    hidden, head = Head(weight, bias, softcap).under_autocast(hidden)
-    head.check(hidden)
-    check_targets(targets, hidden.shape[0], head.vocabulary)
-    check_same_device(hidden=hidden, targets=targets, reference_sums=reference_sums)
-    offsets = _checked_offsets(row_offsets, hidden.shape[0])
-    if not 0 <= 2 * pairs <= len(offsets) - 1:
+    hidden, head = Head(weight, bias, softcap).cast_for(hidden)
+    call = Call(hidden, head, targets, row_offsets, terms, pairs, reference, reference_sums, chunk_rows, backend)
+    if not torch.compiler.is_compiling():
+        return _eager(call)
+    if isinstance(terms, SequenceRule):
+        return _in_graph(call, terms)
+    outside: Callable[[Call], SequenceLossOutput] = torch.compiler.disable(_eager)
+    return outside(call)
+
+
+def _eager(call: Call) -> SequenceLossOutput:
+    hidden, head, options = call.hidden, call.head, checked(call)
+
+    def run(rows: int) -> SequenceLossOutput:
+        with torch.autocast(hidden.device.type, enabled=False):
+            output = _LinearSequenceLoss.apply(hidden, head.weight, head.bias, call.targets, options, rows)  # type: ignore[no-untyped-call]
+        return SequenceLossOutput(*output)
+
+    return run_within_memory(run, call.chunk_rows, hidden, head)
+
+
+def _in_graph(call: Call, rule: SequenceRule) -> SequenceLossOutput:
+    """``_eager`` while a model is compiled: one op, of ``compiled.py``, which checks its arguments when it runs."""
+    head, row_offsets, device_offsets = call.head, call.row_offsets, None
+    if isinstance(row_offsets, RowOffsets):
+        row_offsets, device_offsets = row_offsets.host, row_offsets.device
+    if not isinstance(row_offsets, Tensor):
+        row_offsets = torch.tensor(row_offsets, dtype=torch.int64)
+    loss, *seen = torch.ops.efface.linear_sequence_loss(
+        call.hidden,
+        head.weight,
+        head.bias,
+        call.targets,
+        row_offsets,
+        device_offsets,
+        rule.roles,
+        rule.table,
+        rule.kinds,
+        call.pairs,
+        head.softcap,
+        *((None, None, None, None) if call.reference is None else call.reference.tensors()),
+        call.reference_sums,
+        wanted_of(call.hidden, head),
+        call.chunk_rows,
+        call.backend,
+    )
+    terms, sums, live_sums, logprobs = (each.detach() for each in seen[:4])
+    reference_sums = call.reference_sums if call.reference is None else live_sums
+    return SequenceLossOutput(loss, terms, sums, reference_sums, logprobs)
+
+
+def checked(call: Call) -> Options:
+    """Return the options of a call, or raise what ``linear_sequence_loss`` says."""
+    hidden, terms, reference = call.hidden, call.terms, call.reference
+    call.head.check(hidden)
+    check_targets(call.targets, hidden.shape[0], call.head.vocabulary)
+    check_same_device(hidden=hidden, targets=call.targets, reference_sums=call.reference_sums)
+    offsets, device_offsets = checked_offsets(call.row_offsets, hidden)
+    sequences = len(offsets) - 1
+    if not 0 <= 2 * call.pairs <= sequences:
         raise ValueError(
-            f"`pairs`: expected at most half of the {len(offsets) - 1} sequences, got {pairs}; pairs are the sequences "
+            f"`pairs`: expected at most half of the {sequences} sequences, got {call.pairs}; pairs are the sequences "
             "(0, 1), (2, 3), …, before all others"
         )
+    if isinstance(terms, SequenceRule):
+        check_shape("terms.roles", terms.roles, (sequences,), "one role for each sequence")
+        check_same_device(hidden=hidden, roles=terms.roles)
+        if terms.needs_reference and reference is None and call.reference_sums is None:
+            raise ValueError("`terms`: NPO and DPO need a reference, got none; give `reference` or `reference_sums`")
+        if terms.pairs and call.pairs == 0:
+            raise ValueError("`pairs`: expected the number of DPO's pairs, got 0; chunks would come between them")
     if reference is not None:
-        reference = _checked_reference(reference, targets, offsets)
-        if reference_sums is not None:
+        reference = _checked_reference(reference, call.targets, offsets)
+        if call.reference_sums is not None:
             raise ValueError("expected `reference` (live) or `reference_sums` (cached), got both; drop one")
-    if reference_sums is not None:
-        check_shape("reference_sums", reference_sums, (len(offsets) - 1,), "one value for each sequence")
-        check_dtype("reference_sums", reference_sums, (torch.float32, torch.float64))
-    options = _Options(
-        terms,
-        offsets,
-        pairs,
-        softcap,
-        reference,
-        reference_sums,
-        resolve_chunk_rows(chunk_rows, head, hidden.dtype),
-        resolve_backend(backend, hidden.device),
+    if call.reference_sums is not None:
+        check_shape("reference_sums", call.reference_sums, (sequences,), "one value for each sequence")
+        check_dtype("reference_sums", call.reference_sums, (torch.float32, torch.float64))
+    backend = resolve_backend(call.backend, hidden.device)
+    return Options(
+        terms, offsets, device_offsets, call.pairs, call.head.softcap, reference, call.reference_sums, backend
     )
-    with torch.autocast(hidden.device.type, enabled=False):
-        output = _LinearSequenceLoss.apply(hidden, head.weight, head.bias, targets, options)  # type: ignore[no-untyped-call]
-    return SequenceLossOutput(*output)
-
-
-def _checked_offsets(row_offsets: Tensor | Sequence[int], rows: int) -> tuple[int, ...]:
-    offsets = tuple(row_offsets.tolist() if isinstance(row_offsets, Tensor) else row_offsets)
-    if not offsets or offsets[0] != 0 or offsets[-1] != rows:
-        ends = f"{offsets[0]} to {offsets[-1]}" if offsets else "no entries"
-        raise ValueError(f"`row_offsets`: expected to run from 0 to {rows} (the rows of `hidden`), got {ends}")
-    for sequence, (start, stop) in enumerate(itertools.pairwise(offsets)):
-        if stop <= start:
-            raise ValueError(
-                f"`row_offsets`: expected every sequence to have a label row, got rows {start} .. {stop} for sequence "
-                f"{sequence}; drop sequences without a label"
-            )
-    return offsets
 
 
 def _checked_reference(reference: ReferenceRows, targets: Tensor, offsets: tuple[int, ...]) -> ReferenceRows:
-    reference = reference.under_autocast()
+    reference = reference.cast()
     hidden, head = reference.hidden, reference.head
     head.check(hidden, prefix="reference_")
     m = hidden.shape[0]

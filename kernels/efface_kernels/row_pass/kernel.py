@@ -38,7 +38,8 @@ def _softmax_minus_onehot(Row, offs_v, mask_v, target, top, scale, entry, SOFTCA
     tl.store(Row + offs_v, tl.where(offs_v == target, entry, p) * slope, mask=mask_v)
 
 
-@triton.jit
+# Targets are a slice of the batch's, which may begin anywhere.
+@triton.jit(do_not_specialize=["reference_rows"], do_not_specialize_on_alignment=["Targets"])
 def row_pass_kernel(
     Logits,  # (n, V)
     Targets,  # (n,)

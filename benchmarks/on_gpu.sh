@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# One command for a borrowed GPU without internet: install what is here, run the GPU tests, then the benchmarks.
+#
+#   benchmarks/on_gpu.sh            writes $OUT/gpu-{summary,tests,loss}.txt and $OUT/gpu-loss.json; within ten minutes
+#
+# OUT      where the results go (benchmarks/results)
+# WHEELS   pure-Python wheels of rivals, liger-kernel and cut-cross-entropy (./wheels, if it exists)
+# PYTHON   the interpreter with torch, triton, numpy and transformers (python3)
+# LEGS     which legs to run: "tests bench" (both)
+#
+# A leg that fails leaves the others their turn; the exit status is the worst of them. EFFACE_ON_GPU_SMOKE=1 runs every
+# leg on the CPU with tiny shapes, which is how a machine without a GPU tests this script.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-benchmarks/results}
+WHEELS=${WHEELS:-wheels}
+LEGS=${LEGS:-tests bench}
+SMOKE=${EFFACE_ON_GPU_SMOKE:-0}
+mkdir -p "$OUT"
+SUMMARY=$OUT/gpu-summary.txt
+: >"$SUMMARY"
+worst=0
+
+note() { echo "$*" | tee -a "$SUMMARY"; }
+
+# leg NAME SECONDS LOG COMMAND...: run it, its output in LOG too; note how it ended.
+leg() {
+  local name=$1 limit=$2 log=$3 begin=$SECONDS status
+  shift 3
+  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$log"
+  status=${PIPESTATUS[0]}
+  note "$name: exit $status after $((SECONDS - begin)) s (limit $limit s)"
+  if [ "$status" -gt "$worst" ]; then worst=$status; fi
+  return "$status"
+}
+
+note "$(date -u +%Y-%m-%dT%H:%MZ) commit $(git rev-parse HEAD 2>/dev/null || echo unknown)"
+note "command: LEGS='$LEGS' SMOKE=$SMOKE $0"
+nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit --format=csv,noheader 2>/dev/null |
+  tee -a "$SUMMARY"
+
+export PYTHONPATH="$PWD/engine:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
+if [ "$SMOKE" != 1 ]; then
+  # The extension is for CPU tensors; where it cannot be built, Python finds the sources, and here its name and version.
+  if ! leg install 90 "$OUT/gpu-install.txt" "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --no-index -e .; then
+    worst=0
+    stub=$(mktemp -d)
+    mkdir "$stub/efface-0.dist-info"
+    printf 'Metadata-Version: 2.1\nName: efface\nVersion: 0\n' >"$stub/efface-0.dist-info/METADATA"
+    export PYTHONPATH="$PYTHONPATH:$stub"
+    note "install: not possible here; running from the sources"
+  fi
+  for wheel in "$WHEELS"/*.whl; do
+    [ -e "$wheel" ] || continue
+    "$PYTHON" -m pip install --quiet --no-index --no-deps "$wheel" || note "install: $wheel refused"
+  done
+fi
+"$PYTHON" - <<'PY' 2>&1 | tee -a "$SUMMARY"
+import platform, torch
+names = ["triton", "transformers", "liger_kernel", "cut_cross_entropy"]
+found = {}
+for name in names:
+    try:
+        found[name] = getattr(__import__(name), "__version__", "present")
+    except Exception as error:
+        found[name] = f"{type(error).__name__}"
+device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
+print(f"python {platform.python_version()}, torch {torch.__version__}, cuda {torch.version.cuda}, {found}, {device}")
+PY
+
+# Warnings of that machine's other versions are not errors, and its pytest may lack our plugins: hence the two -o.
+pytest=("$PYTHON" -m pytest -p no:cacheprovider -o addopts= -o filterwarnings=default --strict-markers -q -rfE)
+kernels=(tests/kernels/test_{on_gpu,sequence_loss,row_pass,distribution_pass,linear_loss_rule}.py)
+if [[ " $LEGS " == *" tests "* ]]; then
+  if [ "$SMOKE" = 1 ]; then
+    leg tests 120 "$OUT/gpu-tests.txt" "${pytest[@]}" -m gpu tests/kernels/test_on_gpu.py
+  else
+    leg tests 240 "$OUT/gpu-tests.txt" "${pytest[@]}" -s -m gpu --durations=10 "${kernels[@]}"
+  fi
+  grep -E 'passed|failed|skipped|error|FAILED|ERROR|GiB' "$OUT/gpu-tests.txt" | tail -n 60 >>"$SUMMARY"
+fi
+
+if [[ " $LEGS " == *" bench "* ]]; then
+  bench=("$PYTHON" -m benchmarks loss --errors --json "$OUT/gpu-loss.json")
+  if [ "$SMOKE" = 1 ]; then
+    leg bench 120 "$OUT/gpu-loss.txt" "${bench[@]}" --shape smoke --rounds 1
+  else
+    leg bench 240 "$OUT/gpu-loss.txt" "${bench[@]}" --device cuda --rounds 15
+  fi
+fi
+
+nvidia-smi --query-gpu=clocks.sm,temperature.gpu,power.draw --format=csv,noheader 2>/dev/null | tee -a "$SUMMARY"
+note "worst exit status: $worst"
+exit "$worst"

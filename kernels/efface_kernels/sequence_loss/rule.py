@@ -1,0 +1,112 @@
+"""``SequenceRule``: loss terms declared instead of programmed, so that one kernel can do them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from efface_kernels.checks import check_dtype, check_shape
+from efface_kernels.sequence_loss.kinds import NEED_BETA, NEED_REFERENCE, Kind
+from efface_kernels.sequence_loss.reference import sequence_terms
+
+if TYPE_CHECKING:
+    from efface_kernels.linear_loss.sequences import Sequences
+
+ROLES = 8  # rows of the table
+_NO_FP64 = ("mps", "xpu")
+
+
+@dataclass(frozen=True)
+class Term:
+    """weight · (the term of ``kind``), with those parameters that the kind has; a row of the table.
+
+    Attributes:
+        kind: the formula, see ``Kind``.
+        weight: what the term is multiplied by: gamma or alpha, divided by what the mean runs over.
+        beta: of NPO, SimNPO and DPO, > 0; of WGA.
+        delta: SimNPO's margin.
+        beta1: SatImp's exponent of p.
+        beta2: SatImp's exponent of 1 − p.
+        ignored: the first label tokens of a sequence, which CEU leaves out.
+    """
+
+    kind: Kind
+    weight: float = 1.0
+    beta: float = 1.0
+    delta: float = 0.0
+    beta1: float = 1.0
+    beta2: float = 1.0
+    ignored: int = 0
+
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, astuple(self))):
+            raise ValueError(f"`Term`: expected finite numbers, got {self}")
+        if self.kind in NEED_BETA and not self.beta > 0:
+            raise ValueError(f"`beta`: expected a positive number for {self.kind.name}, got {self.beta}")
+        if self.ignored < 0:
+            raise ValueError(f"`ignored`: expected a number of label tokens, got {self.ignored}")
+
+
+@dataclass(frozen=True)
+class SequenceRule:
+    """What each sequence of a batch adds to the loss; what ``linear_sequence_loss`` takes as ``terms``.
+
+    Made by ``SequenceRule.of``. The Triton backend reads it in one launch, and ``torch.compile`` without a graph break;
+    elsewhere it is called as the function of ``Sequences`` that it is too. Nothing of it is read on the host.
+
+    Attributes:
+        roles: (S,) int8 on the device of the batch: rows of the table.
+        table: (8, 7), a ``Term`` a row. New numbers may be copied into it, for a captured CUDA graph.
+        kinds: those that occur in the table.
+    """
+
+    roles: Tensor
+    table: Tensor
+    kinds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, roles: Tensor, terms: Mapping[int, Term]) -> SequenceRule:
+        """Return the rule under which a sequence of role r adds ``terms[r]``, and one of no such role nothing.
+
+        Copies the table to the device: call it before a CUDA graph is captured or a model compiled, not within.
+
+        Args:
+            roles: (S,) int8, 0 .. 7, on the device of the batch.
+            terms: from roles to terms.
+
+        Raises:
+            TypeError: roles that are not int8.
+            ValueError: roles that are not 0 .. 7; those of a GPU are not looked at, and give NaN.
+        """
+        check_dtype("roles", roles, (torch.int8,))
+        check_shape("roles", roles, ("S",))
+        wrong = [role for role in terms if not 0 <= role < ROLES]
+        if roles.device.type == "cpu" and roles.numel():
+            wrong += [int(role) for role in torch.aminmax(roles) if not 0 <= role < ROLES]
+        if wrong:
+            raise ValueError(f"`roles`: expected 0 .. {ROLES - 1}, got {wrong[0]}")
+        rows = [astuple(terms.get(role, Term(Kind.NONE, 0.0))) for role in range(ROLES)]
+        dtype = torch.float32 if roles.device.type in _NO_FP64 else torch.float64
+        table = torch.tensor(rows, dtype=dtype).to(roles.device, non_blocking=True)
+        return cls(roles, table, tuple(sorted({int(term.kind) for term in terms.values()})))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a term reads the reference model's log-probabilities."""
+        return not NEED_REFERENCE.isdisjoint(self.kinds)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a term depends on the sequence that follows, so that both must share a chunk."""
+        return int(Kind.DPO) in self.kinds
+
+    def __call__(self, sequences: Sequences) -> Tensor:
+        """Weighted terms (s,); the gradient of their sum is the rule's coefficients."""
+        terms, coefficients = sequence_terms(sequences, sequences.own(self.roles), self.table, self.kinds)
+        # 0, with c for its derivative
+        return terms + sequences.sums_of(coefficients * (sequences.logprobs - sequences.logprobs.detach()))

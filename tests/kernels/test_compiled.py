@@ -1,0 +1,215 @@
+"""``torch.compile`` of a model that ends in the loss op: no graph break, the same gradients, no graph a batch."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from efface_kernels import (
+    Head,
+    Kind,
+    ReferenceRows,
+    RowOffsets,
+    SequenceRule,
+    Term,
+    linear_logprob,
+    linear_sequence_loss,
+)
+
+BATCHES = ((3, 4, 5), (6, 2, 9, 4), (1, 7, 3, 3, 20), (2, 2))
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+class Model(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8, dtype=dtype), nn.Linear(8, 30, dtype=dtype)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.body(x))
+
+
+def batch(lengths: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    n = int(offsets[-1])
+    return torch.randn(n, 8, dtype=dtype), torch.randint(30, (n,)), offsets
+
+
+def rule(sequences: int, weight: float = 0.5) -> SequenceRule:
+    roles = (torch.arange(sequences) % 2).to(torch.int8)
+    return SequenceRule.of(roles, {0: Term(Kind.NPO, weight), 1: Term(Kind.NLL, 0.1)})
+
+
+def gradients(model: Model, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, [each for each in model.parameters() if each.requires_grad]))
+
+
+def assert_same(
+    model: Model, compiled: Callable[..., Tensor], eager: Callable[..., Tensor], *arguments: object
+) -> None:
+    got, expected = compiled(*arguments), eager(*arguments)
+    torch.testing.assert_close(got, expected)
+    for one, two in zip(gradients(model, 3 * got.sum()), gradients(model, 3 * expected.sum()), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_declared_loss_compiles_whole_and_once(compiler: str, backend: str) -> None:
+    model = Model()
+
+    def loss(x: Tensor, targets: Tensor, offsets: Tensor, terms: SequenceRule, sums: Tensor) -> Tensor:
+        hidden = model.hidden(x)
+        return linear_sequence_loss(
+            hidden, model.head.weight, targets, offsets, terms, bias=model.head.bias, reference_sums=sums,
+            backend=backend,
+        ).loss  # fmt: skip
+
+    compiled = torch.compile(loss, backend=compiler, fullgraph=True)
+    for i, lengths in enumerate(BATCHES):
+        assert_same(model, compiled, loss, *batch(lengths), rule(len(lengths), 1 / (i + 1)), -torch.rand(len(lengths)))
+        if i == 1:  # the second batch tells the compiler which sizes vary
+            graphs = counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == graphs == 2
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("chunk_rows", [None, 4])
+def test_logprobs_compile_whole_and_once(compiler: str, chunk_rows: int | None) -> None:
+    model = Model()
+
+    def logprobs(x: Tensor, targets: Tensor) -> Tensor:
+        hidden = model.hidden(x)
+        values = linear_logprob(hidden, model.head.weight, targets, bias=model.head.bias, chunk_rows=chunk_rows)
+        return values * torch.arange(len(values))
+
+    compiled = torch.compile(logprobs, backend=compiler, fullgraph=True)
+    for i, lengths in enumerate(BATCHES):
+        x, targets, _ = batch(lengths)
+        if chunk_rows is None or len(x) > chunk_rows:
+            assert_same(model, compiled, logprobs, x, targets)
+        if i == 1:
+            graphs = counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == graphs == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_live_reference_frozen_parts_and_offsets_in_both_places(dtype: torch.dtype) -> None:
+    model = Model(dtype)
+    model.head.weight.requires_grad_(False)
+    frozen = Model(dtype)
+
+    def loss(x: Tensor, targets: Tensor, offsets: RowOffsets, terms: SequenceRule) -> Tensor:
+        out = linear_sequence_loss(
+            model.hidden(x),
+            model.head.weight,
+            targets,
+            offsets,
+            terms,
+            bias=model.head.bias,
+            softcap=5.0,
+            reference=ReferenceRows(frozen.hidden(x).detach(), Head(frozen.head.weight, frozen.head.bias, 5.0)),
+            chunk_rows=6,
+        )
+        assert not out.terms.requires_grad
+        return out.loss + out.reference_sums.sum() + out.sequence_logprobs.mean() + out.logprobs[0]
+
+    x, targets, offsets = batch(BATCHES[0], dtype)
+    both = RowOffsets(offsets, offsets.clone())
+    assert_same(model, torch.compile(loss, backend="aot_eager", fullgraph=True), loss, x, targets, both, rule(3))
+
+
+def test_fp16_gradients_wait_for_the_loss_scale() -> None:
+    """c ~ 1e-9 is below the smallest fp16 until a loss scale lifts it."""
+    model = Model(torch.float16)
+    x, targets, offsets = batch(BATCHES[0], torch.float16)
+    terms = SequenceRule.of(torch.zeros(3, dtype=torch.int8), {0: Term(Kind.NLL, 1e-9)})
+
+    def loss(hidden: Tensor) -> Tensor:
+        return linear_sequence_loss(hidden, model.head.weight, targets, offsets, terms, chunk_rows=6).loss * 2.0**24
+
+    hidden = model.hidden(x).detach()
+    expected = torch.autograd.grad(loss(hidden), model.head.weight)[0]
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(hidden)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(torch.autograd.grad(compiled, model.head.weight)[0], expected)
+
+
+def test_autocast_inside_a_compiled_model() -> None:
+    model = Model()
+
+    def loss(x: Tensor, targets: Tensor, offsets: Tensor, terms: SequenceRule) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.hidden(x)
+            out = linear_sequence_loss(
+                hidden, model.head.weight, targets, offsets, terms, reference_sums=torch.zeros(3)
+            )
+            return out.loss + linear_logprob(hidden, model.head.weight, targets).sum()
+
+    model.head.bias.requires_grad_(False)
+    assert_same(model, torch.compile(loss, backend="aot_eager", fullgraph=True), loss, *batch(BATCHES[0]), rule(3))
+
+
+def test_no_gradients_and_no_grad_mode() -> None:
+    model = Model()
+
+    def loss(x: Tensor, targets: Tensor, offsets: Tensor, terms: SequenceRule) -> Tensor:
+        hidden = model.hidden(x)
+        out = linear_sequence_loss(hidden, model.head.weight, targets, offsets, terms, reference_sums=torch.zeros(3))
+        return out.loss + linear_logprob(hidden, model.head.weight, targets).sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    arguments = (*batch(BATCHES[0]), rule(3))
+    with torch.no_grad():
+        assert torch.equal(compiled(*arguments), loss(*arguments))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_term_function_breaks_the_graph_and_runs() -> None:
+    model = Model()
+
+    def loss(x: Tensor, targets: Tensor, offsets: Tensor) -> Tensor:
+        hidden = model.hidden(x)
+        return linear_sequence_loss(hidden, model.head.weight, targets, offsets, lambda s: -s.sums.square()).loss * 2
+
+    model.head.bias.requires_grad_(False)
+    assert_same(model, torch.compile(loss, backend="aot_eager"), loss, *batch(BATCHES[0]))
+    assert counters["graph_break"]
+
+
+def test_bad_input_is_refused_when_the_graph_runs() -> None:
+    x, targets, _ = batch(BATCHES[0])
+    model = Model()
+    compiled = torch.compile(
+        lambda targets: linear_logprob(model.hidden(x), model.head.weight, targets), backend="aot_eager", fullgraph=True
+    )
+    with pytest.raises(ValueError, match="expected token ids in 0 .. 29"):
+        compiled(targets + 30)
+
+
+def test_the_ops_keep_torchs_rules() -> None:
+    """Schema, fake kernels, autograd registration and dynamic shapes, by torch's own examination."""
+    x, targets, offsets = batch(BATCHES[0], torch.float64)
+    weight = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
+    x.requires_grad_()
+    declared = rule(3)
+    nothing = (None, None, None, None)
+    arguments = (x, weight, None, targets, offsets, None, declared.roles, declared.table, declared.kinds, 0, None)
+    torch.library.opcheck(
+        torch.ops.efface.linear_sequence_loss.default,
+        (*arguments, *nothing, torch.zeros(3), [True, True, False], 4, "torch"),
+    )
+    torch.library.opcheck(
+        torch.ops.efface.linear_logprob.default,
+        (x, weight, None, targets, None, [True, True, False], True, 16, "torch"),
+    )

@@ -1,0 +1,223 @@
+"""What only a GPU can show: bits that repeat, 64-bit offsets, no synchronisation, graph capture, peak memory.
+
+The oracle tests of the passes and of the loss run there too: ``pytest -m gpu``.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from efface_kernels import (
+    Head,
+    Kind,
+    ReferenceRows,
+    RowOffsets,
+    SequenceRule,
+    Term,
+    distribution_pass,
+    linear_logprob,
+    linear_sequence_loss,
+    row_pass,
+)
+
+pytestmark = pytest.mark.gpu
+
+GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def _gpu() -> Iterator[None]:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    with torch.device("cuda"):
+        yield
+    torch.cuda.empty_cache()
+
+
+def needs_memory(size: int) -> None:
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    if free < size:
+        pytest.skip(f"needs {size / GIB:.0f} GiB of free GPU memory, has {free / GIB:.0f}")
+
+
+class Problem:
+    """NPO with a live reference on the first half of the sequences, NLL on the others."""
+
+    def __init__(self, n: int, d: int, v: int, dtype: torch.dtype = torch.bfloat16, length: int = 32) -> None:
+        self.hidden = torch.randn(n, d, dtype=dtype).requires_grad_()
+        self.weight = (torch.randn(v, d, dtype=dtype) / d**0.5).requires_grad_()
+        self.frozen_hidden, self.frozen_weight = torch.randn(n // 2, d, dtype=dtype), torch.randn(v, d, dtype=dtype)
+        self.frozen_weight /= d**0.5
+        self.targets = torch.randint(v, (n,))
+        self.host = torch.arange(0, n + 1, length, device="cpu")
+        self.offsets = RowOffsets(self.host, self.host.cuda())
+        count = len(self.host) - 1
+        roles = (torch.arange(count) >= count // 2).to(torch.int8)
+        terms = {0: Term(Kind.NPO, 2 / count), 1: Term(Kind.NLL, 1 / n)}
+        self.rule = SequenceRule.of(roles, terms)
+
+    def loss(self, backend: str = "triton") -> Tensor:
+        return linear_sequence_loss(
+            self.hidden,
+            self.weight,
+            self.targets,
+            self.offsets,
+            self.rule,
+            reference=ReferenceRows(self.frozen_hidden, Head(self.frozen_weight)),
+            backend=backend,
+        ).loss
+
+    def step(self, backend: str = "triton") -> tuple[Tensor, ...]:
+        loss = self.loss(backend)
+        return (loss.detach(), *torch.autograd.grad(loss, [self.hidden, self.weight]))
+
+
+@pytest.mark.parametrize("vocabulary", [50257, 128256])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_the_same_inputs_give_the_same_bits(backend: str, vocabulary: int) -> None:
+    needs_memory(16 * GIB)
+    problem = Problem(4096, 256, vocabulary)
+    first = problem.step(backend)
+    for _ in range(3):
+        for one, two in zip(problem.step(backend), first, strict=True):
+            assert torch.equal(one, two)
+
+
+def test_triton_agrees_with_torch_in_several_chunks() -> None:
+    needs_memory(16 * GIB)
+    problem = Problem(4096 + 64, 128, 128256)
+    for got, want in zip(problem.step(), problem.step("torch"), strict=True):
+        error = (got.double() - want.double()).square().mean().sqrt()
+        assert error <= 4e-3 * want.double().square().mean().sqrt()
+
+
+@pytest.mark.parametrize("op", ["row", "distribution"])
+def test_offsets_beyond_int32(op: str) -> None:
+    """17000 rows of V = 128256 are 2.2e9 entries; the last ones equal the same rows alone."""
+    rows, v = 17000, 128256
+    needs_memory(14 * GIB)
+    logits = torch.empty(rows, v, dtype=torch.bfloat16).normal_()
+    targets = torch.randint(v, (rows,))
+    last = slice(rows - 8, rows)
+    alone = logits[last].clone()
+
+    def run(z: Tensor, where: slice) -> Tensor:
+        if op == "row":
+            return row_pass(z, targets[where], backend="triton").logprobs
+        return distribution_pass(z, z.clone(), targets[where], shift=2.0, backend="triton").divergence
+
+    whole, some = run(logits, slice(None)), run(alone, last)
+    assert torch.equal(whole[last], some)
+    assert torch.equal(logits[last], alone)
+
+
+@pytest.mark.parametrize("rows", [65536, 70001])
+def test_more_rows_than_a_grid_has_in_y(rows: int) -> None:
+    logits, targets = torch.randn(rows, 16), torch.randint(16, (rows,))
+    expected = torch.log_softmax(logits, 1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(row_pass(logits, targets, backend="triton").logprobs, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fresh_memory_full_of_nan_changes_nothing() -> None:
+    problem = Problem(1024, 64, 50257)
+    expected = problem.step()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills every torch.empty with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        got = problem.step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, two in zip(got, expected, strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, two, rtol=1e-2, atol=1e-6)
+
+
+def _without_synchronisation(run: Callable[[], object]) -> None:
+    run()  # compiles, and asks for free memory
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_step_does_not_wait_for_the_device(backend: str, dtype: torch.dtype) -> None:
+    problem = Problem(512, 64, 5003, dtype)
+    _without_synchronisation(lambda: problem.step(backend))
+
+
+def test_log_probabilities_do_not_wait_for_the_device() -> None:
+    problem = Problem(512, 64, 5003)
+    for rows in (None, 100):
+        _without_synchronisation(
+            lambda rows=rows: (
+                linear_logprob(problem.hidden, problem.weight, problem.targets, chunk_rows=rows, backend="triton")
+                .sum()
+                .backward()
+            )
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [512, 4096])
+def test_a_captured_step_replays(n: int, dtype: torch.dtype) -> None:
+    """With static shapes, offsets in both places and a rule made before; new data are copied into the old tensors."""
+    problem = Problem(n, 64, 32000, dtype)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            problem.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = problem.step()
+    with torch.no_grad():
+        problem.hidden.normal_()
+        problem.targets.random_(0, 32000)
+        problem.rule.table[1, 1] *= 2  # NLL's weight
+    graph.replay()
+    for one, two in zip(captured, problem.step(), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("hidden_size", [2048, 3072])
+def test_peak_memory_above_inputs_and_gradients(hidden_size: int) -> None:
+    """At most 1.2 GiB at V = 128256, N = 8192, with a live reference; the sum of dW in fp32 counts as the gradient."""
+    n, v = 8192, 128256
+    needs_memory(16 * GIB)
+    problem = Problem(n, hidden_size, v)
+    problem.frozen_hidden = torch.randn(n, hidden_size, dtype=torch.bfloat16)
+    problem.step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    problem.step()
+    torch.cuda.synchronize()
+    gradients = n * hidden_size * 2 + v * hidden_size * 4
+    above = torch.cuda.max_memory_allocated() - before - gradients
+    print(f"D {hidden_size}: {above / GIB:.3f} GiB above inputs and gradients")
+    assert above <= 1.2 * GIB
+
+
+def test_a_compiled_step() -> None:
+    problem = Problem(512, 64, 5003)
+    expected = problem.step()
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        reference = ReferenceRows(problem.frozen_hidden, Head(problem.frozen_weight))
+        return linear_sequence_loss(
+            hidden, weight, problem.targets, problem.offsets, problem.rule, reference=reference, backend="triton"
+        ).loss
+
+    value = torch.compile(loss, fullgraph=True)(problem.hidden, problem.weight)
+    got = (value.detach(), *torch.autograd.grad(value, [problem.hidden, problem.weight]))
+    for one, two in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-2, atol=1e-6)
