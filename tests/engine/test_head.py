@@ -8,11 +8,15 @@ import torch
 import transformers
 from helpers import VOCABULARY, random_store, sequence, tiny_llama, tiny_model
 
+from efface import DPO, NPO
 from efface.batching import StepTotals, TokenStore, pack
+from efface.hf import head_loss
 from efface.hf.attention import packed_arguments
 from efface.hf.head import fuse, head_of, unfuse
 from efface.hf.head_loss import HeadLoss
 from efface.hf.score import store_logprobs
+from efface.objectives import StepTerms
+from efface_kernels import SequenceRule, triton_launch
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama-2, own head": ("LlamaConfig", {"tie_word_embeddings": False}),
@@ -67,6 +71,27 @@ def test_loss_and_every_parameter_gradient_equal_the_eager_model(family: str) ->
     gradients = dict(twin.named_parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-4, atol=2e-5, msg=name)
+
+
+@pytest.mark.skipif(not (triton_launch.IMPORTABLE and triton_launch.INTERPRETED), reason="needs Triton's interpreter")
+def test_the_triton_backend_gets_the_objective_as_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same loss and gradients as by the objective's function; a batch without forget sequences runs as well."""
+    seen, compute = [], head_loss.linear_sequence_loss
+    monkeypatch.setattr(head_loss, "linear_sequence_loss", lambda *a, **k: seen.append(type(a[4])) or compute(*a, **k))
+    model = fuse(tiny_llama())
+    batch = pack(random_store(2, seed=1), random_store(2, seed=2), [0, 1], [0, 1])
+    totals = StepTotals(2, 20, 2, 20)
+    sums = torch.tensor([-30.0, -40.0, 0.0, 0.0])
+    results = []
+    for backend in ("torch", "triton"):
+        out = model(batch=batch, loss=HeadLoss(NPO(), totals, reference_sums=sums, backend=backend))
+        results.append([out.terms, *torch.autograd.grad(out.loss, list(model.parameters()))])
+    assert seen == [StepTerms, SequenceRule]
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+    retain = pack(TokenStore.empty(), random_store(2), [], [0, 1])
+    for objective in (NPO(), DPO()):
+        assert model(batch=retain, loss=HeadLoss(objective, totals, backend="triton")).loss.isfinite()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

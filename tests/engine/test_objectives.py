@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from efface import NPO, GradAscent, GradDiff, Objective, SimNPO, get_objective, register_objective
+from efface import DPO, NPO, GradAscent, GradDiff, Objective, SimNPO, get_objective, register_objective
 from efface.batching import Role, StepTotals
 from efface.objectives import StepTerms, known_objectives, registry
+from efface.objectives.custom import FunctionObjective
 from efface_kernels import Sequences
 
 
@@ -48,6 +49,22 @@ def test_a_step_mixes_roles_with_means_over_the_whole_step() -> None:
     roles = torch.tensor([Role.FORGET, Role.RETAIN], dtype=torch.int8)
     terms = StepTerms(GradDiff(gamma=3.0, alpha=2.0), roles, totals)(sequences)
     torch.testing.assert_close(terms, torch.tensor([3.0 * -1 / 10, 2.0 * 9 / 20]))
+
+
+def test_a_rule_needs_no_reference_where_nothing_is_forgotten_and_no_more_than_is_declared() -> None:
+    class Doubled(NPO):
+        def forget_terms(self, sequences: Sequences) -> Tensor:
+            return 2 * super().forget_terms(sequences)
+
+    roles = torch.tensor([Role.RETAIN], dtype=torch.int8)
+    idle = StepTerms(DPO(), roles, StepTotals()).rule(forgets=False)
+    assert idle is not None
+    assert not idle.needs_reference
+    assert not idle.pairs
+    assert StepTerms(NPO(), roles, StepTotals()).rule(forgets=True) is not None
+    # whose declared term would be that of NPO
+    assert StepTerms(Doubled(), roles, StepTotals()).rule(forgets=True) is None
+    assert StepTerms(FunctionObjective(function=lambda s: s.sums), roles, StepTotals()).rule(forgets=True) is None
 
 
 def test_ten_lines_make_an_objective(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """What an objective is: per-sequence loss terms, and means that run over the whole optimizer step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from efface.batching.roles import Role, StepTotals
 from efface.objectives.role_loss import DistributionLoss, RoleLoss
-from efface_kernels import Sequences
+from efface_kernels import Kind, SequenceRule, Sequences, Term
 
 RETAIN_LOSS_TYPES = ("NLL", "KL")
 
@@ -52,6 +52,13 @@ class Objective:
             TypeError: the forget loss is no function of log-probabilities.
         """
         raise TypeError(f"{type(self).__name__}: its forget loss is one of {self.reads}; it defines no forget_terms")
+
+    def forget_term(self) -> Term | None:
+        """Return what ``forget_terms`` computes, declared for the Triton backend's one launch; None: a function only.
+
+        Whoever overrides ``forget_terms`` overrides this as well, or is computed by the function.
+        """
+        return None
 
     def forget_loss(self) -> RoleLoss | None:
         """Return what takes the place of ``forget_terms`` where log-probabilities are not enough."""
@@ -132,11 +139,37 @@ class StepTerms:
     def __call__(self, sequences: Sequences) -> Tensor:
         """Weighted terms (s,); their sum over the micro-batches of a step, on all ranks, is the step's loss."""
         roles = sequences.own(self.roles)
-        retain_weight = 1 / max(self.totals.retain_tokens, 1)
-        if self.objective is not None:
-            retain_weight = self.objective.retain_weight(self.totals)
-        terms = torch.where(roles == Role.RETAIN, nll_terms(sequences) * retain_weight, 0)
+        terms = torch.where(roles == Role.RETAIN, nll_terms(sequences) * self._retain_weight, 0)
         if self.objective is not None and self.objective.reads == "logprobs":
             forget = self.objective.forget_terms(sequences) * self.objective.forget_weight(self.totals)
             terms = torch.where(roles == Role.FORGET, forget, terms)
         return terms
+
+    def rule(self, *, forgets: bool) -> SequenceRule | None:
+        """Return the same terms as a rule; None where the objective declares none.
+
+        Args:
+            forgets: whether the batch has forget sequences: without them it needs neither a reference nor pairs.
+        """
+        terms: dict[int, Term] = {Role.RETAIN: Term(Kind.NLL, self._retain_weight)}
+        objective = self.objective
+        if forgets and objective is not None and objective.reads == "logprobs":
+            term = _declared(objective)
+            if term is None:
+                return None
+            terms[Role.FORGET] = replace(term, weight=objective.forget_weight(self.totals))
+            if term.kind == Kind.DPO:
+                terms[Role.ALTERNATE] = Term(Kind.ALTERNATE)
+        return SequenceRule.of(self.roles, terms)
+
+    @property
+    def _retain_weight(self) -> float:
+        if self.objective is None:
+            return 1 / max(self.totals.retain_tokens, 1)
+        return self.objective.retain_weight(self.totals)
+
+
+def _declared(objective: Objective) -> Term | None:
+    """Return the declared term, unless it is of a class whose ``forget_terms`` a subclass has replaced."""
+    author = next(cls for cls in type(objective).__mro__ if "forget_terms" in vars(cls))
+    return objective.forget_term() if "forget_term" in vars(author) else None

@@ -9,7 +9,7 @@ from torch import Tensor
 from efface.batching.roles import StepTotals
 from efface.objectives.base import Objective, check_not_negative
 from efface.objectives.registry import register_objective
-from efface_kernels import Sequences
+from efface_kernels import Kind, Sequences, Term
 
 
 def ceu_terms(sequences: Sequences, *, ignore_first_n_answer_tokens: int = 1) -> Tensor:
@@ -47,6 +47,10 @@ class CEU(Objective):
     def forget_terms(self, sequences: Sequences) -> Tensor:
         """See ``ceu_terms``."""
         return ceu_terms(sequences, ignore_first_n_answer_tokens=self.ignore_first_n_answer_tokens)
+
+    def forget_term(self) -> Term:
+        """See ``ceu_terms``."""
+        return Term(Kind.CEU, ignored=self.ignore_first_n_answer_tokens)
 
     def forget_weight(self, totals: StepTotals) -> float:
         """Gamma divided by the label tokens that count."""

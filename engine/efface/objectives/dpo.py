@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from efface.objectives.base import Objective, check_positive, reference_sums
 from efface.objectives.registry import register_objective
-from efface_kernels import Sequences
+from efface_kernels import Kind, Sequences, Term
 
 
 def dpo_terms(sequences: Sequences, *, beta: float) -> Tensor:
@@ -41,3 +41,7 @@ class DPO(Objective):
     def forget_terms(self, sequences: Sequences) -> Tensor:
         """See ``dpo_terms``."""
         return dpo_terms(sequences, beta=self.beta)
+
+    def forget_term(self) -> Term:
+        """See ``dpo_terms``."""
+        return Term(Kind.DPO, beta=self.beta)

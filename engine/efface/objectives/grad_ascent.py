@@ -7,7 +7,7 @@ from torch import Tensor
 
 from efface.objectives.base import Objective
 from efface.objectives.registry import register_objective
-from efface_kernels import Sequences
+from efface_kernels import Kind, Sequences, Term
 
 
 def grad_ascent_terms(sequences: Sequences) -> Tensor:
@@ -28,6 +28,10 @@ class GradAscent(Objective):
     def forget_terms(self, sequences: Sequences) -> Tensor:
         """See ``grad_ascent_terms``."""
         return grad_ascent_terms(sequences)
+
+    def forget_term(self) -> Term:
+        """See ``grad_ascent_terms``."""
+        return Term(Kind.ASCENT)
 
 
 @register_objective

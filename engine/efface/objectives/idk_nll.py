@@ -7,7 +7,7 @@ from torch import Tensor
 
 from efface.objectives.base import Objective, nll_terms
 from efface.objectives.registry import register_objective
-from efface_kernels import Sequences
+from efface_kernels import Kind, Sequences, Term
 
 
 @register_objective
@@ -22,3 +22,7 @@ class IdkNLL(Objective):
     def forget_terms(self, sequences: Sequences) -> Tensor:
         """−L_s."""
         return nll_terms(sequences)
+
+    def forget_term(self) -> Term:
+        """See ``nll_terms``."""
+        return Term(Kind.NLL)

@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid
 
 from efface.objectives.base import Objective, check_positive, reference_sums
 from efface.objectives.registry import register_objective
-from efface_kernels import Sequences
+from efface_kernels import Kind, Sequences, Term
 
 
 def npo_terms(sequences: Sequences, *, beta: float) -> Tensor:
@@ -33,3 +33,7 @@ class NPO(Objective):
     def forget_terms(self, sequences: Sequences) -> Tensor:
         """See ``npo_terms``."""
         return npo_terms(sequences, beta=self.beta)
+
+    def forget_term(self) -> Term:
+        """See ``npo_terms``."""
+        return Term(Kind.NPO, beta=self.beta)

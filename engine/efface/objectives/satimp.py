@@ -8,7 +8,7 @@ from torch import Tensor
 
 from efface.objectives.base import Objective, check_not_negative
 from efface.objectives.registry import register_objective
-from efface_kernels import Sequences
+from efface_kernels import Kind, Sequences, Term
 
 
 def satimp_terms(sequences: Sequences, *, beta1: float, beta2: float) -> Tensor:
@@ -40,3 +40,7 @@ class SatImp(Objective):
     def forget_terms(self, sequences: Sequences) -> Tensor:
         """See ``satimp_terms``."""
         return satimp_terms(sequences, beta1=self.beta1, beta2=self.beta2)
+
+    def forget_term(self) -> Term:
+        """See ``satimp_terms``."""
+        return Term(Kind.SATIMP, beta1=self.beta1, beta2=self.beta2)

@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid
 
 from efface.objectives.base import Objective, check_positive
 from efface.objectives.registry import register_objective
-from efface_kernels import Sequences
+from efface_kernels import Kind, Sequences, Term
 
 
 def simnpo_terms(sequences: Sequences, *, beta: float, delta: float) -> Tensor:
@@ -34,3 +34,7 @@ class SimNPO(Objective):
     def forget_terms(self, sequences: Sequences) -> Tensor:
         """See ``simnpo_terms``."""
         return simnpo_terms(sequences, beta=self.beta, delta=self.delta)
+
+    def forget_term(self) -> Term:
+        """See ``simnpo_terms``."""
+        return Term(Kind.SIMNPO, beta=self.beta, delta=self.delta)

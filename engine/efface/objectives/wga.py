@@ -8,7 +8,7 @@ from torch import Tensor
 
 from efface.objectives.base import Objective, check_not_negative
 from efface.objectives.registry import register_objective
-from efface_kernels import Sequences
+from efface_kernels import Kind, Sequences, Term
 
 
 def wga_terms(sequences: Sequences, *, beta: float) -> Tensor:
@@ -34,3 +34,7 @@ class WGA(Objective):
     def forget_terms(self, sequences: Sequences) -> Tensor:
         """See ``wga_terms``."""
         return wga_terms(sequences, beta=self.beta)
+
+    def forget_term(self) -> Term:
+        """See ``wga_terms``."""
+        return Term(Kind.WGA, beta=self.beta)
