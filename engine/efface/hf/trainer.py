@@ -196,7 +196,8 @@ class PackedTrainer(CardedTrainer):
         self._watch.check()
         self._bind(*self.callback_handler.callbacks)  # a resumed run may have made some anew
         if "loss" in logs:
-            logs = {**logs, **self.meter.read(lambda figures: self.accelerator.gather(figures[None]))}
+            dual = {} if self._dual is None else self._dual.read()
+            logs = {**logs, **self.meter.read(lambda figures: self.accelerator.gather(figures[None])), **dual}
         super().log(logs, start_time)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
