@@ -279,6 +279,9 @@ class UnlearnTrainer(PackedTrainer):
         if isinstance(objective, RMU):
             find_module(model, objective.module_regex)
             train_only(model, objective.trainable_params_regex)
+            if args.ddp_find_unused_parameters is None:  # what lies behind the module gets no gradient
+                args = copy.copy(args)
+                args.ddp_find_unused_parameters = True
         super().__init__(
             model,
             args,
