@@ -21,6 +21,7 @@ from efface import (
     RMU,
     UNDIAL,
     WGA,
+    FinetuneTrainer,
     FunctionObjective,
     GradAscent,
     GradDiff,
@@ -221,3 +222,22 @@ def test_the_dual_variable_ascends_and_is_resumed(upon: str, tmp_path: Path) -> 
     assert resumed.objective == whole.objective
     for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_pdu_reads_the_retain_set_before_it_weighs_anything(tmp_path: Path) -> None:
+    store = random_store(8, seed=1)
+    objective = PDU(alpha=0.0, dual_warmup_epochs=0)
+    with pytest.raises(ValueError, match="has a retain term"):
+        UnlearnTrainer(tiny_llama(), arguments(tmp_path), forget=store, retain=None, objective=objective)
+    trainer = UnlearnTrainer(tiny_llama(), arguments(tmp_path), forget=store, retain=store, objective=objective)
+    trainer.train()
+    assert trainer.objective is not None
+    assert trainer.objective.alpha > 1
+
+
+def test_compat_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
+    store = random_store(4)
+    with pytest.raises(ValueError, match="is about unlearning; drop it for fine-tuning"):
+        FinetuneTrainer(tiny_llama(), arguments(tmp_path, compat="open-unlearning"), data=store)
+    with pytest.raises(ValueError, match="expected 'open-unlearning' or None, got 'tofu'"):
+        UnlearnTrainer(tiny_llama(), arguments(tmp_path, compat="tofu"), forget=store, retain=store, objective=NPO())

@@ -74,7 +74,7 @@ class PackedTrainer(CardedTrainer):
             workers=max(1, args.dataloader_num_workers),
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         )
-        self._steps = _steps(self._dataset, args, trainer_options.get("processing_class"))
+        self._steps = _steps(self._dataset, args, objective, trainer_options.get("processing_class"))
         # A step arrives whole, so to the trainer's loop there is nothing to accumulate.
         args = copy.copy(args)
         args.steps_per_epoch = self._dataset.pairs / pairs_per_step(args)
@@ -179,7 +179,7 @@ class PackedTrainer(CardedTrainer):
     def _padded_loss(self, model: nn.Module, batch: PaddedPairs, batches: int) -> Tensor:
         """open-unlearning's loss of one of the step's micro-batches."""
         if self.objective is None:
-            raise ValueError("`compat`: is about unlearning; drop it for fine-tuning")
+            raise TypeError("`objective`: expected one, got None")  # refused before
         frozen = self._reference if isinstance(self._reference, ModelReference) else None
         output = padded_loss(self.objective, model, frozen, batch)
         if self._dual is not None:
@@ -263,7 +263,7 @@ class UnlearnTrainer(PackedTrainer):
     ) -> None:
         if not isinstance(objective, Objective):
             objective = FunctionObjective(function=objective)
-        if retain is None and objective.alpha:
+        if retain is None and objective.reads_retain():
             raise ValueError(
                 f"objective {objective.name!r} has a retain term (alpha={objective.alpha}) but no retain set; "
                 "give one, or set alpha to 0"
@@ -272,7 +272,7 @@ class UnlearnTrainer(PackedTrainer):
         forget_store, alternate_store = _forget_stores(
             objective, forget, alternate, processing_class, args, forget_filter
         )
-        keep = retain is not None and objective.alpha != 0
+        keep = retain is not None and objective.reads_retain()
         retain_store = TokenStore.empty()
         if keep:
             retain_store = _tokenised(retain, processing_class, args, "retain", retain_filter)
@@ -422,13 +422,18 @@ def _tokenised(
 
 
 def _steps(
-    packed: PackedSteps, args: UnlearnArguments, tokenizer: PreTrainedTokenizerBase | None
+    packed: PackedSteps,
+    args: UnlearnArguments,
+    objective: Objective | None,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> PackedSteps | PaddedSteps:
     """Return what the trainer's loop runs over."""
     if args.compat is None:
         return packed
     if args.compat != "open-unlearning":
         raise ValueError(f"`compat`: expected 'open-unlearning' or None, got {args.compat!r}")
+    if objective is None:
+        raise ValueError("`compat`: is about unlearning; drop it for fine-tuning")
     if args.world_size > 1:
         raise ValueError(
             f"`compat`: runs on one process, got {args.world_size}; n processes of theirs are n times the "
