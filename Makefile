@@ -18,8 +18,9 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inl bindings/*.cpp csrc/fuzz/*
 demo: $(READY)
 	$(BIN)/efface demo --out $(OUT) --overwrite
 
+# One process a core, one thread each: half the time of one process with all threads.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

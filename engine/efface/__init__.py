@@ -31,6 +31,7 @@ from efface.objectives import (
 if TYPE_CHECKING:
     from efface import evaluate
     from efface.hf.arguments import UnlearnArguments
+    from efface.hf.callbacks import EvaluateCallback, KeepBest, StopUnder
     from efface.hf.trainer import FinetuneTrainer, UnlearnTrainer
 
 __version__ = version("efface")
@@ -43,14 +44,17 @@ __all__ = [
     "RMU",
     "UNDIAL",
     "WGA",
+    "EvaluateCallback",
     "FinetuneTrainer",
     "FunctionObjective",
     "GradAscent",
     "GradDiff",
     "IdkNLL",
+    "KeepBest",
     "Objective",
     "SatImp",
     "SimNPO",
+    "StopUnder",
     "UnlearnArguments",
     "UnlearnTrainer",
     "__version__",
@@ -61,6 +65,9 @@ __all__ = [
 ]
 
 _LAZY = {
+    "EvaluateCallback": "efface.hf.callbacks",
+    "KeepBest": "efface.hf.callbacks",
+    "StopUnder": "efface.hf.callbacks",
     "UnlearnTrainer": "efface.hf.trainer",
     "FinetuneTrainer": "efface.hf.trainer",
     "UnlearnArguments": "efface.hf.arguments",

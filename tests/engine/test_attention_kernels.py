@@ -76,7 +76,12 @@ def expected(query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]) ->
 def attend(states: tuple[Tensor, ...], **call: Any) -> Tensor:
     cu_seqlens = torch.tensor(CU_SEQLENS, dtype=torch.int32)
     out, weights = interface.varlen_attention(
-        torch.nn.Identity(), *states, None, packed_lengths=LENGTHS, cu_seq_lens_q=cu_seqlens, **call
+        torch.nn.Identity(),
+        *states,
+        None,
+        packed_lengths=interface.PackedLengths(LENGTHS),
+        cu_seq_lens_q=cu_seqlens,
+        **call,
     )
     assert weights is None
     assert out.is_contiguous()
@@ -379,9 +384,11 @@ def test_errors_name_what_was_expected() -> None:
         attend(states, s_aux=torch.zeros(4))
     cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"expected one row of 5 tokens .* got query of shape \(1, 4, 18, 8\)"):
-        interface.varlen_attention(torch.nn.Identity(), *states, None, packed_lengths=(5,), cu_seq_lens_q=cu_seqlens)
+        interface.varlen_attention(
+            torch.nn.Identity(), *states, None, packed_lengths=interface.PackedLengths((5,)), cu_seq_lens_q=cu_seqlens
+        )
     with pytest.raises(ValueError, match=r"cu_seq_lens_q None; call with packed_arguments"):
-        interface.varlen_attention(torch.nn.Identity(), *states, None, packed_lengths=LENGTHS)
+        interface.varlen_attention(torch.nn.Identity(), *states, None, packed_lengths=interface.PackedLengths(LENGTHS))
 
 
 def test_kernels_that_are_not_there_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,26 @@ def test_a_process_without_a_share_of_the_last_step_keeps_up(alone: dict[str, An
 
 
 @pytest.mark.slow
+def test_other_objectives_follow_the_run_on_one(tmp_path: Path) -> None:
+    """Pairs, live distributions, logits, activations; 7 rows in steps of 3 leave one of 3 processes without a share."""
+    records = []
+    for processes in (1, 3):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        done = launch(processes, [str(HERE / "distributed_objectives.py"), str(out)])
+        assert done.returncode == 0, done.stderr[-4000:]
+        records.append(json.loads((out / f"rank{processes - 1}.json").read_text()))
+    alone, three = records
+    for objective, record in alone.items():
+        for mine, theirs in zip(record["logs"], three[objective]["logs"], strict=True):
+            for name in {"loss", "forget_loss", "retain_loss", "retain_preference", "mean_log_ratio"} & mine.keys():
+                assert theirs[name] == pytest.approx(mine[name], rel=1e-3, abs=1e-4), (objective, name)
+        for name, weight in record["weights"].items():
+            got = three[objective]["weights"][name]
+            assert flat(got) == pytest.approx(flat(weight), rel=1e-4, abs=2e-4), (objective, name)  # of 0.006 by Adam
+
+
+@pytest.mark.slow
 def test_the_command_on_two_processes_writes_one_model(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")

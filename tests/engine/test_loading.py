@@ -1,5 +1,6 @@
 """Models by name and revision: folders, the Hub's cache, and repositories whose main branch is empty."""
 
+import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,3 +108,10 @@ def test_the_revision_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_path_that_does_not_exist_is_no_name_on_the_hub() -> None:
     with pytest.raises(FileNotFoundError, match=r"model folder './nowhere' does not exist"):
         load_model("./nowhere")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is here")
+def test_eight_bits_need_their_package(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(ImportError, match=r"8-bit models need the package bitsandbytes.*pip install"):
+        load_model(str(tmp_path), load_in_8bit=True)

@@ -1,16 +1,41 @@
 """Objectives: names, defaults, parameters, and one of the user's own."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+import math
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from helpers import arguments, random_store, tiny_llama
 from torch import Tensor
 
-from efface import DPO, NPO, GradAscent, GradDiff, Objective, SimNPO, get_objective, register_objective
+import efface
+from efface import (
+    CEU,
+    DPO,
+    NPO,
+    PDU,
+    RMU,
+    UNDIAL,
+    WGA,
+    FinetuneTrainer,
+    FunctionObjective,
+    GradAscent,
+    GradDiff,
+    Objective,
+    SatImp,
+    SimNPO,
+    UnlearnTrainer,
+    get_objective,
+    register_objective,
+)
 from efface.batching import Role, StepTotals
+from efface.hf.reference import reference_kind
 from efface.objectives import StepTerms, known_objectives, registry
-from efface.objectives.custom import FunctionObjective
+from efface.objectives.npo import npo_terms
 from efface_kernels import Sequences
 
 
@@ -67,26 +92,168 @@ def test_a_rule_needs_no_reference_where_nothing_is_forgotten_and_no_more_than_i
     assert StepTerms(FunctionObjective(function=lambda s: s.sums), roles, StepTotals()).rule(forgets=True) is None
 
 
+README = Path(efface.__file__).parent / "objectives" / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def run(block: str) -> dict[str, Any]:
+    names: dict[str, Any] = {"__name__": "readme"}
+    sys.modules["readme"] = ModuleType("readme")  # where dataclasses look names up
+    exec(compile(block, "README.md", "exec", dont_inherit=True), names)
+    return names
+
+
+def test_a_function_is_an_objective(tmp_path: Path) -> None:
+    names = run(BLOCKS[0])
+    two = Sequences(torch.tensor([-1.0, -5.0]), torch.tensor([0, 1, 2]))
+    assert names["objective"].forget_terms(two).tolist() == [2.0, 0.0]
+    losses = []
+    for objective in (names["objective"], names["hinge"], FunctionObjective(function=npo, reads_reference=True)):
+        trainer = UnlearnTrainer(
+            tiny_llama(),
+            arguments(tmp_path, num_train_epochs=4),
+            forget=random_store(8, seed=1),
+            retain=random_store(8, seed=2),
+            objective=objective,
+        )
+        trainer.train()
+        losses.append([log["forget_loss"] for log in trainer.state.log_history if "forget_loss" in log])
+    assert losses[2][0] == pytest.approx(2 / 0.1 * math.log(2), rel=1e-4)
+    assert losses[2][-1] < losses[2][0]
+
+
+def npo(sequences: Sequences) -> Tensor:
+    return npo_terms(sequences, beta=0.1)
+
+
 def test_ten_lines_make_an_objective(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_OBJECTIVES", dict(known_objectives()))
-
-    @register_objective
-    @dataclass(frozen=True, kw_only=True)
-    class Hinge(Objective):
-        """Push L/n below a margin, and no further."""
-
-        margin: float = 3.0
-        name: ClassVar[str] = "hinge"
-
-        def forget_terms(self, sequences: Sequences) -> Tensor:
-            return (sequences.sums / sequences.lengths + self.margin).clamp(min=0)
-
+    names = run(BLOCKS[1])
+    assert len(BLOCKS[1].strip().splitlines()) <= 18
+    Hinge = names["Hinge"]
+    assert names["objective"] == Hinge(margin=2.0)
     assert get_objective("hinge", margin=2.0).forget_terms(
         Sequences(torch.tensor([-1.0, -5.0]), torch.tensor([0, 1, 2]))
     ).tolist() == [1.0, 0.0]
 
-    class Impostor(Hinge):
+    class Impostor(Hinge):  # type: ignore[misc, valid-type]
         name: ClassVar[str] = "npo"
 
     with pytest.raises(ValueError, match="'npo': already registered"):
         register_objective(Impostor)
+
+
+@pytest.mark.parametrize("objective", known_objectives().values(), ids=lambda o: o.name)
+def test_every_objective_is_in_the_table(objective: type[Objective]) -> None:
+    assert f"`{objective.name}`" in README.read_text(encoding="utf-8")
+
+
+def test_more_defaults_of_open_unlearning() -> None:
+    assert DPO() == DPO(beta=0.1, alpha=1.0, gamma=1.0)
+    assert WGA() == WGA(beta=1.0, alpha=1.0, gamma=1.0)
+    assert SatImp() == SatImp(beta1=5.0, beta2=1.0, gamma=0.1, alpha=1.0)
+    assert UNDIAL() == UNDIAL(beta=10.0, alpha=0.0, gamma=1.0)
+    assert CEU() == CEU(ignore_first_n_answer_tokens=1, alpha=0.0)
+    assert PDU() == PDU(dual_step_size=1.0, dual_warmup_epochs=5, dual_update_upon="step", gamma=1.0, alpha=1.0)
+    assert RMU() == RMU(steering_coeff=2, module_regex=r"model\.layers\.7", retain_loss_type="EMBED_DIFF")
+
+
+@pytest.mark.parametrize(
+    ("cls", "parameters", "message"),
+    [
+        (NPO, {"retain_loss_type": "nll"}, "`retain_loss_type`: expected one of 'NLL', 'KL', got 'nll'"),
+        (PDU, {"retain_loss_type": "KL"}, "expected one of 'NLL', got 'KL'"),
+        (PDU, {"dual_update_upon": "batch"}, "`dual_update_upon`: expected one of 'step', 'epoch'"),
+        (UNDIAL, {"beta": 0}, "`beta`: expected a positive number"),
+        (WGA, {"beta": -1}, "`beta`: expected 0 or a positive number"),
+        (SatImp, {"beta2": -1}, "`beta2`: expected 0 or a positive number"),
+        (CEU, {"ignore_first_n_answer_tokens": -1}, "`ignore_first_n_answer_tokens`: expected 0 or"),
+    ],
+)
+def test_parameters_out_of_range_are_refused(cls: Any, parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cls(**parameters)
+
+
+def test_what_needs_a_model_says_so() -> None:
+    with pytest.raises(TypeError, match="UNDIAL: its forget loss is one of logits; it defines no forget_terms"):
+        UNDIAL().forget_terms(Sequences(torch.zeros(2), torch.tensor([0, 2])))
+    for objective in (UNDIAL(), NPO(retain_loss_type="KL"), RMU()):
+        assert objective.needs_reference_model()
+        with pytest.raises(ValueError, match="which nobody caches; give 'live'"):
+            reference_kind("cached", objective, tiny_llama())
+    assert not RMU(alpha=0.0).needs_reference_model()
+    assert reference_kind("auto", SimNPO(retain_loss_type="KL"), tiny_llama()) == "live"
+    assert reference_kind("auto", NPO(), tiny_llama()) == "cached"
+    assert reference_kind("auto", GradDiff(), tiny_llama()) is None
+
+
+def test_rmu_trains_what_it_is_told(tmp_path: Path) -> None:
+    model = tiny_llama()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    UnlearnTrainer(
+        model,
+        arguments(tmp_path),
+        forget=random_store(8, seed=1),
+        retain=random_store(8, seed=2),
+        objective=RMU(module_regex=r"model\.layers\.1", trainable_params_regex=(r".*layers\.0\.mlp\..*",)),
+    ).train()
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed
+    assert all("layers.0.mlp" in name for name in changed)
+    for settings, message in (
+        ({"module_regex": r"model\.layers\.9"}, r"expected 'model\\.layers\\.9' to match the name of one module"),
+        ({"module_regex": r"model\.layers\.1", "trainable_params_regex": ("nothing",)}, "`trainable_params_regex`"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message) if "match" in message else message):
+            UnlearnTrainer(
+                tiny_llama(),
+                arguments(tmp_path),
+                forget=random_store(3),
+                retain=random_store(3),
+                objective=RMU(**settings),
+            )
+
+
+@pytest.mark.parametrize("upon", ["step", "epoch"])
+def test_the_dual_variable_ascends_and_is_resumed(upon: str, tmp_path: Path) -> None:
+    objective = PDU(alpha=1.0, retain_loss_eps=4.0, dual_step_size=0.5, dual_update_upon=upon, dual_warmup_epochs=1)
+
+    def trainer(**changes: Any) -> UnlearnTrainer:
+        return UnlearnTrainer(
+            tiny_llama(),
+            arguments(tmp_path, num_train_epochs=3, **changes),
+            forget=random_store(8, seed=1),
+            retain=random_store(8, seed=2),
+            objective=objective,
+        )
+
+    whole = trainer(save_strategy="steps", save_steps=3)
+    whole.train()
+    weights = [log["retain_preference"] for log in whole.state.log_history if "retain_preference" in log]
+    assert weights[:2] == [1.0, 1.0]  # the warm-up: an epoch of two steps
+    assert weights[-1] > 1.1
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.objective == whole.objective
+    for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_pdu_reads_the_retain_set_before_it_weighs_anything(tmp_path: Path) -> None:
+    store = random_store(8, seed=1)
+    objective = PDU(alpha=0.0, dual_warmup_epochs=0)
+    with pytest.raises(ValueError, match="has a retain term"):
+        UnlearnTrainer(tiny_llama(), arguments(tmp_path), forget=store, retain=None, objective=objective)
+    trainer = UnlearnTrainer(tiny_llama(), arguments(tmp_path), forget=store, retain=store, objective=objective)
+    trainer.train()
+    assert trainer.objective is not None
+    assert trainer.objective.alpha > 1
+
+
+def test_compat_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
+    store = random_store(4)
+    with pytest.raises(ValueError, match="is about unlearning; drop it for fine-tuning"):
+        FinetuneTrainer(tiny_llama(), arguments(tmp_path, compat="open-unlearning"), data=store)
+    with pytest.raises(ValueError, match="expected 'open-unlearning' or None, got 'tofu'"):
+        UnlearnTrainer(tiny_llama(), arguments(tmp_path, compat="tofu"), forget=store, retain=store, objective=NPO())

@@ -17,7 +17,8 @@ def peak(kind: str) -> float:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident sizes are Linux's")
 def test_a_step_needs_at_most_45_percent_of_the_eager_ones_memory() -> None:
-    """Llama, 8 layers, d = 512, V = 128256, 16 pairs, fp32, NPO: forward, backward and SGD; theirs without SGD."""
-    eager = peak("eager")
-    for reference in ("live", "cached"):
-        assert peak(reference) <= 0.45 * eager
+    """Llama, 8 layers, d = 512, V = 128256, 16 pairs, fp32, NPO: forward, backward and SGD; theirs without SGD.
+
+    Both hold a second model; a cached reference needs less.
+    """
+    assert peak("live") <= 0.45 * peak("eager")

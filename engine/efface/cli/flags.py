@@ -57,6 +57,13 @@ class UnlearnCommand:
         metadata={"help": "cached, live, adapter (of --lora_r, switched off), or auto: cached wherever that will do"},
     )
     reference_model: str | None = field(default=None, metadata={"help": "default: --model as it is before training"})
+    reference_revision: str = field(default="main", metadata={"help": "revision of --reference_model"})
+    reference_device: str | None = field(
+        default=None, metadata={"help": "where a live reference runs, such as cuda:1; default: where the policy does"}
+    )
+    reference_8bit: bool = field(
+        default=False, metadata={"help": "load the reference in 8 bits, by bitsandbytes; all but its head"}
+    )
     revision: str = field(
         default="main",
         metadata={"help": "branch, tag or commit on the Hub; of a folder, a checkpoint in it, as checkpoint-12"},

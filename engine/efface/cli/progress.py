@@ -8,6 +8,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from efface.hf.cached_reference import ReferenceCallback
 
+_QUIET = ("epoch", "time_", "padding_saved", "peak_memory_gib", "npo_weight")
+"""Beginnings of figures that trackers get but a line has no room for."""
+
 
 class ProgressBar(ReferenceCallback):
     """Shows a cached reference being computed, then the steps of training, under a title that can be changed."""
@@ -69,7 +72,8 @@ class ProgressBar(ReferenceCallback):
         """Print the figures of a log, one line."""
         if not self._log:
             return
-        figures = "  ".join(f"{name} {_short(value)}" for name, value in (logs or {}).items() if name != "epoch")
+        shown = {name: value for name, value in (logs or {}).items() if not name.startswith(_QUIET)}
+        figures = "  ".join(f"{name} {_short(value)}" for name, value in shown.items())
         self._console.print(f"step {state.global_step}  {figures}", highlight=False, soft_wrap=True)
 
     def on_train_end(

@@ -65,6 +65,16 @@ def _adapted(model: Any, command: UnlearnCommand, seed: int) -> Any:
     return model
 
 
+def _reference_model(command: UnlearnCommand) -> Any:
+    """Load the reference model, where it is not the policy before training."""
+    if command.reference_model is None and not command.reference_8bit:
+        return None
+    name, revision = command.model, command.revision
+    if command.reference_model is not None:
+        name, revision = command.reference_model, command.reference_revision
+    return load_model(name, revision=revision, dtype=command.dtype, load_in_8bit=command.reference_8bit)
+
+
 def make_trainer(
     command: UnlearnCommand, args: UnlearnArguments, objective: Objective, bar: ProgressBar
 ) -> tuple[UnlearnTrainer, dict[str, str | None]]:
@@ -76,9 +86,8 @@ def make_trainer(
     args.disable_tqdm = True
     model = load_model(command.model, revision=command.revision, dtype=command.dtype)
     models: dict[str, str | None] = {"weights": fingerprint(model).hex(), "reference_weights": None}
-    reference_model = None
-    if command.reference_model is not None:
-        reference_model = load_model(command.reference_model, revision=command.revision, dtype=command.dtype)
+    reference_model = _reference_model(command)
+    if reference_model is not None:
         models["reference_weights"] = fingerprint(reference_model).hex()
     trainer = UnlearnTrainer(
         _adapted(model, command, args.seed),
@@ -90,6 +99,7 @@ def make_trainer(
         objective=objective,
         reference=command.reference,
         reference_model=reference_model,
+        reference_device=command.reference_device,
         processing_class=load_tokenizer(command.model, revision=command.revision),
         callbacks=[bar],
     )

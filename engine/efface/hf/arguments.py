@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from efface.hf.preflight import check_optimizer
 from efface.hf.templates import AUTO, TEMPLATES
 
 
@@ -48,6 +49,9 @@ class UnlearnArguments(TrainingArguments):
     )
     token_budget: int = field(
         default=4096, metadata={"help": "most tokens of a forward pass; a step with more of them takes several"}
+    )
+    warmup_epochs: float | None = field(
+        default=None, metadata={"help": "warm the learning rate up over so many epochs, in whole steps rounded down"}
     )
     retain_sampling: str = field(
         default="random",
@@ -105,15 +109,26 @@ class UnlearnArguments(TrainingArguments):
         default="auto", metadata={"help": "implementation of the loss: auto, native, triton or torch"}
     )
 
+    # Pairs of an epoch / pairs of a step; the trainer sets it, because it knows the data.
+    steps_per_epoch: float | None = field(default=None, init=False, repr=False)
+
     def __post_init__(self) -> None:
+        """Check what transformers does not.
+
+        Raises:
+            ImportError: an optimizer whose package is not installed.
+            ValueError: settings that contradict one another.
+        """
         self._schedule_saves()
         super().__post_init__()  # type: ignore[no-untyped-call]
+        check_optimizer(str(getattr(self.optim, "value", self.optim)))
         if self.revision_per_checkpoint and not self.push_to_hub:
             raise ValueError("`revision_per_checkpoint`: pushes to the Hub, so it needs --push_to_hub too")
         if self.revision_per_checkpoint and self.save_strategy == SaveStrategy.NO:
             raise ValueError(
                 "`revision_per_checkpoint`: no checkpoint is written; set --save_schedule epoch or a number"
             )
+        self._check_warmup()
 
     def _schedule_saves(self) -> None:
         """Turn ``save_schedule`` into transformers' own two settings."""
@@ -134,3 +149,24 @@ class UnlearnArguments(TrainingArguments):
         self.save_strategy = strategy
         if every:
             self.save_steps = every
+
+    def _check_warmup(self) -> None:
+        if self.warmup_epochs is None:
+            return
+        others = [name for name in ("warmup_steps", "warmup_ratio") if getattr(self, name, None)]
+        if others:
+            raise ValueError(f"`warmup_epochs`: expected it alone, got `{others[0]}` too; give one of them")
+        if not self.warmup_epochs >= 0:
+            raise ValueError(f"`warmup_epochs`: expected at least 0, got {self.warmup_epochs}")
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Return the steps of the warm-up; at least one where any is asked for, as open-unlearning and TOFU do.
+
+        Raises:
+            ValueError: ``warmup_epochs`` outside a trainer, where nobody knows how long an epoch is.
+        """
+        if self.warmup_epochs is None:
+            return int(super().get_warmup_steps(num_training_steps))
+        if self.steps_per_epoch is None:
+            raise ValueError("`warmup_epochs`: only a trainer knows the steps of an epoch; give `warmup_steps`")
+        return max(1, int(self.warmup_epochs * self.steps_per_epoch)) if self.warmup_epochs else 0

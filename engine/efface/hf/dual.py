@@ -82,11 +82,9 @@ class DualVariable(TrainerCallback, ExportableState):
     def _ascend(self, retain_loss: float) -> None:
         self._trainer.objective = self._objective.ascend(retain_loss)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the weight to what is logged."""
-        logs = kwargs.get("logs")
-        if logs is not None and "loss" in logs:
-            logs["retain_preference"] = self._objective.alpha
+    def read(self) -> dict[str, float]:
+        """Return what is logged, under open-unlearning's name."""
+        return {"retain_preference": self._objective.alpha}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

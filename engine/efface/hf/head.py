@@ -16,8 +16,9 @@ from efface.batching import PackedBatch
 from efface.hf.activations import ActivationLoss, watched
 from efface.hf.adapted_head import base_of, head_linears, serve_head
 from efface.hf.attention import packed_arguments, use_packed_attention
+from efface.hf.compiling import uncompiled, uncompiled_frame
 from efface.hf.head_loss import HeadLoss, StepOutput, joined
-from efface.hf.refusals import check_packable, check_trainable
+from efface.hf.refusals import check_packable, check_servable
 from efface_kernels import Head, linear_logprob
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -58,16 +59,33 @@ class _FusedModel:
     ) -> Any:
         if batch is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        model: Any = self
-        head = serve_head(model.get_output_embeddings(), PLAIN)
-        if not isinstance(loss, ActivationLoss):
-            return head.linear(packed_hidden(model, batch), batch, loss, head.weight)
-        with watched(model, loss.objective.module_regex) as watch:
-            hidden = packed_hidden(model, batch)
-        outputs = loss(watch.output()[0], batch)
-        if loss.retain is not None and (retain := batch.retain_part()).lengths:
-            outputs.append(head.linear(hidden[batch.forget_rows :], retain, loss.retain, head.weight))
-        return joined(outputs)
+        return _packed_forward(self, batch, loss)
+
+
+# torch.compile takes the decoder that this calls; lengths and losses, which change with every batch, stay out of it.
+@uncompiled_frame
+def _packed_forward(model: Any, batch: PackedBatch, loss: HeadLoss | ActivationLoss | None) -> Any:
+    if not isinstance(loss, ActivationLoss):
+        return _loss_of(model, packed_hidden(model, batch), batch, loss)
+    with watched(model, loss.objective.module_regex) as watch:
+        hidden = packed_hidden(model, batch)
+    return _activation_loss_of(model, hidden, watch.output()[0], batch, loss)
+
+
+@uncompiled
+def _loss_of(model: Any, hidden: Tensor, batch: PackedBatch, loss: HeadLoss | None) -> Any:
+    head = serve_head(model.get_output_embeddings(), PLAIN)
+    return head.linear(hidden, batch, loss, head.weight)
+
+
+@uncompiled
+def _activation_loss_of(
+    model: Any, hidden: Tensor, activations: Tensor, batch: PackedBatch, loss: ActivationLoss
+) -> StepOutput:
+    outputs = loss(activations, batch)
+    if loss.retain is not None and (retain := batch.retain_part()).lengths:
+        outputs.append(_loss_of(model, hidden[batch.forget_rows :], retain, loss.retain))
+    return joined(outputs)
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
@@ -78,6 +96,7 @@ def decoder_of(model: PreTrainedModel) -> Any:
     return decoder
 
 
+@uncompiled_frame
 def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """Return the final hidden states (N, D) of the batch's label rows, scaled as the model scales its logits.
 
@@ -85,12 +104,13 @@ def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """
     model = base_of(model)
     hidden: Tensor = decoder_of(model)(**packed_arguments(model, batch)).last_hidden_state  # (1, T, D)
-    return _at_the_head(model, hidden[0].index_select(0, batch.label_rows))
+    return _at_the_head(model, hidden[0], batch.label_rows)
 
 
-def _at_the_head(model: PreTrainedModel, rows: Tensor) -> Tensor:
-    """Return hidden states as the head takes them."""
-    rows = serve_head(model.get_output_embeddings(), PLAIN).widen(rows)
+@uncompiled
+def _at_the_head(model: PreTrainedModel, hidden: Tensor, label_rows: Tensor) -> Tensor:
+    """Return hidden states (T, D) as the head takes them, (N, D)."""
+    rows = serve_head(model.get_output_embeddings(), PLAIN).widen(hidden.index_select(0, label_rows))
     scale = _logit_scale(model)
     return rows if scale == 1 else rows * scale  # (s h) Wᵀ = s (h Wᵀ): the head itself need not know
 
@@ -126,7 +146,7 @@ def fuse(model: Model, *, attention: str | None = None) -> Model:
     """
     base = base_of(model)
     head = head_of(base)
-    check_trainable(model, base)
+    check_servable(model, base)
     check_packable(base)
     if not isinstance(base, _FusedModel):
         _check_logits(base, head)
@@ -156,7 +176,8 @@ def _check_logits(model: PreTrainedModel, head: Head) -> None:
     model.eval()
     try:
         ids = torch.arange(2, device=model.device)[None]
-        hidden = _at_the_head(model, decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0])
+        hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+        hidden = _at_the_head(model, hidden, ids[0])
         expected = model(input_ids=ids, use_cache=False).logits[0].float()
     finally:
         for module, mode in modes:

@@ -1,11 +1,12 @@
 """Models and tokenizers by name and revision, from folders and from the Hub."""
 
+import importlib.util
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from huggingface_hub import HfApi
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 MAIN = "main"
 _WEIGHTS = (".safetensors", ".bin")
@@ -23,24 +24,43 @@ class HubFiles(Protocol):
         """Return the names of the files of a revision."""
 
 
-def load_model(name: str, *, revision: str = MAIN, dtype: str = "auto", client: HubFiles | None = None) -> Any:
+def load_model(
+    name: str,
+    *,
+    revision: str = MAIN,
+    dtype: str = "auto",
+    load_in_8bit: bool = False,
+    client: HubFiles | None = None,
+) -> Any:
     """Load a causal language model.
 
     Args:
         name: a folder, or a name on the Hub.
         revision: a branch, tag or commit; of a folder, a checkpoint in it, such as "checkpoint-12".
         dtype: auto (as saved), float32, bfloat16 or float16.
+        load_in_8bit: quantise all linear layers but the head, by bitsandbytes; for models that are not trained.
         client: the Hub; None is the real one.
 
     Raises:
+        ImportError: ``load_in_8bit`` without bitsandbytes.
         FileNotFoundError: no such folder, or no weights in this revision; lists the revisions that there are.
         OSError: whatever else the Hub says.
     """
 
     def load(source: str | Path, **options: Any) -> Any:
+        if load_in_8bit:
+            options["quantization_config"] = _in_8bit()
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
 
     return _load(load, name, revision, client)
+
+
+def _in_8bit() -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(
+            "8-bit models need the package bitsandbytes, which is not installed; pip install 'efface[bitsandbytes]'"
+        )
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", "embed_out"])
 
 
 def load_tokenizer(name: str, *, revision: str = MAIN, client: HubFiles | None = None) -> Any:

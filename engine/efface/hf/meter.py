@@ -1,5 +1,6 @@
 """What a run measures about itself, summed on the device and read only when it is logged."""
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +10,32 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from efface.batching import PackedBatch, Role
+from efface.hf.head_loss import StepOutput
+from efface.hf.phases import PHASES, PhaseClock
+from efface.objectives import NPO, Objective
+
+Gather = Callable[[Tensor], Tensor]
+"""(k,) of this rank -> (ranks, k)."""
 
 
 class StepMeter(TrainerCallback):
-    """Sums forget loss, retain loss, tokens and seconds of the optimizer steps since the last log."""
+    """Sums figures of the optimizer steps since the last log; each is a mean over what it names.
+
+    - ``forget_loss``, ``retain_loss``: the loss's two terms, before gamma and alpha; over steps.
+    - ``forget_probability``, ``retain_probability``: exp(L / n), TOFU's Probability; over sequences.
+    - ``mean_log_ratio``: L − L_ref; over forget sequences, where there is a reference.
+    - ``npo_weight``: 2 σ(β (L − L_ref)), what NPO multiplies gradient ascent by; over forget sequences.
+    - ``tokens_per_second`` of all ranks together, and ``time_forward``, ``time_backward``, ``time_optimizer``,
+      ``time_data``: shares of the four in their sum. Data is the time that a step waited for its batches.
+    - ``padding_saved``: share of the tokens that padding would have added, had each micro-batch been a padded forget
+      batch and a padded retain batch.
+    - ``peak_memory_gib``: of the rank with most: the device's allocations, or on the CPU the process's resident memory.
+    """
 
     def __init__(self) -> None:
         self.tokens = 0  # of the whole run
         self.seconds = 0.0  # of the whole run, inside optimizer steps
+        self.clock = PhaseClock()
         self._reset()
         self._began: float | None = None
 
@@ -24,6 +43,7 @@ class StepMeter(TrainerCallback):
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self._tokens = 0
+        self._padded = 0
         self._seconds = 0.0
 
     def on_step_begin(
@@ -31,9 +51,11 @@ class StepMeter(TrainerCallback):
     ) -> None:
         """Start the clock; evaluation and checkpoints between steps are not counted."""
         self._began = time.perf_counter()
+        self.clock.begin(args.device)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the clock."""
+        self.clock.end("optimizer")
         if self._began is not None:
             elapsed = time.perf_counter() - self._began
             self._seconds += elapsed
@@ -42,45 +64,106 @@ class StepMeter(TrainerCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: a resumed run goes on with the sums that it had."""
-        return {name: value for name, value in vars(self).items() if name != "_began"}
+        return {name: value for name, value in vars(self).items() if name not in ("_began", "clock")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what ``state_dict`` returned."""
         vars(self).update(state)
 
-    def add(self, batch: PackedBatch, terms: Tensor, weights: dict[str, float]) -> None:
-        """Add a micro-batch: its weighted terms (S,), and the weights that forget and retain losses enter with."""
-        self._tokens += batch.tokens
-        self.tokens += batch.tokens
-        for name, role in (("forget", Role.FORGET), ("retain", Role.RETAIN)):
+    @torch.no_grad()
+    def add(self, batch: PackedBatch, output: StepOutput, objective: Objective | None) -> None:
+        """Add a micro-batch's output. What is added depends on the objective alone, or ranks would not agree."""
+        self._count_tokens(batch.tokens, padded_tokens(batch))
+        forget = batch.roles == Role.FORGET
+        weights = {"retain": 1.0} if objective is None else {"forget": objective.gamma, "retain": objective.alpha}
+        lengths = torch.tensor(batch.row_offsets).diff().to(output.terms, non_blocking=True)
+        probability = (output.sequence_logprobs / lengths).exp()
+        for name, mask in (("forget", forget), ("retain", batch.roles == Role.RETAIN)):
             if weights.get(name):
-                value = torch.where(batch.roles == role, terms, 0).sum() / weights[name]
-                key = f"{name}_loss"
-                self._sums[key] = self._sums[key].to(value.device) + value if key in self._sums else value
+                self._add(f"{name}_loss", torch.where(mask, output.terms, 0).sum() / weights[name])
+                self._add_mean(f"{name}_probability", probability, mask)
+        if objective is not None and objective.needs_reference:
+            reference = torch.zeros_like(output.terms) if output.reference_sums is None else output.reference_sums
+            ratio = output.sequence_logprobs - reference
+            self._add_mean("mean_log_ratio", ratio, forget)
+            if isinstance(objective, NPO):
+                self._add_mean("npo_weight", 2 * torch.sigmoid(objective.beta * ratio), forget)
 
     def add_losses(self, tokens: int, **losses: Tensor) -> None:
         """Add a padded micro-batch's share of the means of the step."""
+        self._count_tokens(tokens, tokens)
+        for name, loss in losses.items():
+            self._add(f"{name}_loss", loss)
+
+    def _count_tokens(self, tokens: int, padded: int) -> None:
         self._tokens += tokens
         self.tokens += tokens
-        for name, loss in losses.items():
-            key = f"{name}_loss"
-            self._sums[key] = self._sums[key] + loss if key in self._sums else loss
+        self._padded += padded
 
-    def read(self, over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name].to(value.device) + value if name in self._sums else value
+
+    def _add_mean(self, name: str, values: Tensor, mask: Tensor) -> None:
+        mask = mask & ~values.isnan()  # of sequences whose loss reads no log-probabilities
+        self._add(name, torch.where(mask, values, 0).sum())
+        self._add(_count(name), mask.sum())
+
+    def read(self, gather: Gather = lambda figures: figures[None]) -> dict[str, float]:
         """Return the means over the steps since the last call, and start anew. Reads the device.
 
-        ``over_ranks`` adds a vector over all ranks, each of which has to call this.
+        With several ranks all have to call this, with the ``gather`` that shows each the others' figures.
         """
         if not self._steps:
             return {}
         names = sorted(self._sums)
-        tokens = torch.tensor(float(self._tokens), device=self._sums[names[0]].device if names else None)
-        sums = over_ranks(torch.stack([tokens, *(self._sums[name].float() for name in names)])).tolist()
-        means = {name: value / self._steps for name, value in zip(names, sums[1:], strict=True)}
+        device = self._sums[names[0]].device if names else torch.device("cpu")
+        phases = self.clock.read()
+        host = [float(self._tokens), float(self._padded), peak_memory_gib(device), *(phases[name] for name in PHASES)]
+        device_sums = [self._sums[name].float() for name in names]
+        figures = torch.cat([torch.tensor(host, device=device), *(value[None] for value in device_sums)])
+        ranks = gather(figures).double().cpu()
+        tokens, padded, _, *times = (float(x) for x in ranks[:, : len(host)].sum(0))
+        sums = dict(zip(names, ranks[:, len(host) :].sum(0).tolist(), strict=True))
+        means: dict[str, float] = {}
+        for name in names:
+            if name.endswith("_loss"):
+                means[name] = sums[name] / self._steps
+            elif sums.get(_count(name)):
+                means[name] = sums[name] / sums[_count(name)]
         if self._seconds > 0:
-            means["tokens_per_second"] = round(sums[0] / self._seconds, 1)
+            means["tokens_per_second"] = round(tokens / self._seconds, 1)
+        if padded:
+            means["padding_saved"] = round(1 - tokens / padded, 4)
+        if peak := float(ranks[:, 2].max()):
+            means["peak_memory_gib"] = round(peak, 3)
+        total = sum(times)
+        if total > 0:
+            means |= {f"time_{name}": round(value / total, 4) for name, value in zip(PHASES, times, strict=True)}
         self._reset()
         return means
+
+
+def _count(name: str) -> str:
+    return f"{name} count"
+
+
+def padded_tokens(batch: PackedBatch) -> int:
+    """Tokens of the batch as a padded batch of what is compared and a padded batch of what is retained."""
+    count = batch.forget_sequences
+    parts = (batch.lengths[:count], batch.lengths[count:])
+    return sum(len(part) * max(part) for part in parts if part)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held at once: the device's allocations since it was last reset, or the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        return 0.0  # the standard library does not say
+    import resource  # noqa: PLC0415 - Windows has none
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class LossWatch:

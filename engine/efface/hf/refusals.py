@@ -27,7 +27,7 @@ def check_packable(model: Any) -> None:
         )
 
 
-def check_trainable(model: Any, base: Any) -> None:
+def check_servable(model: Any, base: Any) -> None:
     """Raise ValueError for adapters that need a batch axis, and for a loss with a term that the head does not know.
 
     Args:

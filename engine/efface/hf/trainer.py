@@ -14,8 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from efface.batching import Role, Step, TokenStore
 from efface.hf.activations import find_module, train_only
+from efface.hf.adapted_head import base_of
 from efface.hf.arguments import UnlearnArguments
 from efface.hf.cached_reference import CachedReference, ReferenceCallback
+from efface.hf.callbacks import TrainerBound
 from efface.hf.carded import CardedTrainer
 from efface.hf.data import QuestionAnswers, Refusals, token_store
 from efface.hf.dataset import PackedSteps
@@ -24,6 +26,7 @@ from efface.hf.head import fuse
 from efface.hf.live_reference import ModelReference
 from efface.hf.meter import LossWatch, StepMeter
 from efface.hf.open_unlearning import PaddedPairs, PaddedSteps, padded_loss
+from efface.hf.preflight import check_gradients, check_loss, check_trainable, prepare_checkpointing
 from efface.hf.recipe import DataFacts
 from efface.hf.reference import make_reference, reference_kind
 from efface.hf.rows import Conditions
@@ -50,6 +53,7 @@ class PackedTrainer(CardedTrainer):
         if args.n_gpu > 1:
             # transformers would wrap the model in DataParallel, which splits tensors along a batch axis we do not have
             args._n_gpu = 1  # noqa: SLF001
+        check_trainable(model)
         for name, store in (("forget", forget), ("retain", retain), ("alternate", alternate)):
             if store is not None:
                 check_store(model, store, name)
@@ -70,17 +74,32 @@ class PackedTrainer(CardedTrainer):
             workers=max(1, args.dataloader_num_workers),
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         )
-        self._steps = _steps(self._dataset, args, trainer_options.get("processing_class"))
+        self._steps = _steps(self._dataset, args, objective, trainer_options.get("processing_class"))
         # A step arrives whole, so to the trainer's loop there is nothing to accumulate.
         args = copy.copy(args)
+        args.steps_per_epoch = self._dataset.pairs / pairs_per_step(args)
         args.gradient_accumulation_steps = 1
-        super().__init__(model=fuse(model), args=args, train_dataset=self._steps, **trainer_options)
         self.meter = StepMeter()
         self._watch = LossWatch()
         self._dual: DualVariable | None = None
-        self.add_callback(self.meter)
+        self._gradients_seen = False
+        # The meter comes first: what later callbacks do between two steps is no part of a step.
+        trainer_options["callbacks"] = [self.meter, *(trainer_options.get("callbacks") or ())]
+        super().__init__(model=fuse(model), args=args, train_dataset=self._steps, **trainer_options)
+        prepare_checkpointing(model, base_of(model), args)
+        self._bind(*self.callback_handler.callbacks)
         # The loss is the mean over the whole step already; the trainer must not divide it by the micro-batches.
         self.model_accepts_loss_kwargs = True
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback; those that work with the trainer are told which."""
+        super().add_callback(callback)
+        self._bind(*self.callback_handler.callbacks)
+
+    def _bind(self, *callbacks: Any) -> None:
+        for callback in callbacks:
+            if isinstance(callback, TrainerBound):
+                callback.trainer = self
 
     def get_train_dataloader(self) -> DataLoader[Step]:
         """Return a loader whose items are this rank's optimizer steps; the plan has shared them out already."""
@@ -94,7 +113,10 @@ class PackedTrainer(CardedTrainer):
     ) -> tuple[list[Step], None]:
         """Return the next step. What transformers counts here, its means' denominators, a step carries along."""
         self._dataset.begin_epoch(int(self.state.epoch or 0))
-        return list(itertools.islice(epoch_iterator, num_batches)), None
+        self.meter.clock.begin(device)
+        steps = list(itertools.islice(epoch_iterator, num_batches))
+        self.meter.clock.end("data")
+        return steps, None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -115,8 +137,13 @@ class PackedTrainer(CardedTrainer):
             with self.accelerator.no_sync(model) if waiting else contextlib.nullcontext():
                 inputs_of_one = {"batch": batch, "totals": step.totals, "batches": len(step.batches)}
                 losses.append(super().training_step(model, inputs_of_one))
+                self.meter.clock.end("backward")
         total = torch.stack(losses).sum()
         self._watch.see(total, self.state.global_step + 1)
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # no rank has all gradients to look at
+        if not self._gradients_seen and not sharded:
+            check_gradients(model)
+            self._gradients_seen = True
         return total
 
     def compute_loss(
@@ -140,17 +167,19 @@ class PackedTrainer(CardedTrainer):
             backend=self._options.loss_backend,
         )
         output = model(batch=batch, loss=loss)
-        self.meter.add(batch, output.terms, self._term_weights())
+        check_loss(output.loss)
+        self.meter.add(batch, output, self.objective)
         if self._dual is not None:
             self._dual.see(batch, output, inputs["totals"])
         # The step's loss is the sum of the ranks' shares, and what exchanges gradients takes their mean.
         share = output.loss * self.args.world_size
+        self.meter.clock.end("forward")
         return (share, output) if return_outputs else share
 
     def _padded_loss(self, model: nn.Module, batch: PaddedPairs, batches: int) -> Tensor:
         """open-unlearning's loss of one of the step's micro-batches."""
         if self.objective is None:
-            raise ValueError("`compat`: is about unlearning; drop it for fine-tuning")
+            raise TypeError("`objective`: expected one, got None")  # refused before
         frozen = self._reference if isinstance(self._reference, ModelReference) else None
         output = padded_loss(self.objective, model, frozen, batch)
         if self._dual is not None:
@@ -162,16 +191,13 @@ class PackedTrainer(CardedTrainer):
     def _options(self) -> UnlearnArguments:
         return self.args  # type: ignore[return-value]
 
-    def _term_weights(self) -> dict[str, float]:
-        if self.objective is None:
-            return {"retain": 1.0}
-        return {"forget": self.objective.gamma, "retain": self.objective.alpha}
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with forget loss, retain loss and tokens per second beside the trainer's own figures."""
+        """Log, with the meter's figures beside the trainer's own."""
         self._watch.check()
+        self._bind(*self.callback_handler.callbacks)  # a resumed run may have made some anew
         if "loss" in logs:
-            logs = {**logs, **self.meter.read(self.accelerator.reduce)}
+            dual = {} if self._dual is None else self._dual.read()
+            logs = {**logs, **self.meter.read(lambda figures: self.accelerator.gather(figures[None])), **dual}
         super().log(logs, start_time)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -237,7 +263,7 @@ class UnlearnTrainer(PackedTrainer):
     ) -> None:
         if not isinstance(objective, Objective):
             objective = FunctionObjective(function=objective)
-        if retain is None and objective.alpha:
+        if retain is None and objective.reads_retain():
             raise ValueError(
                 f"objective {objective.name!r} has a retain term (alpha={objective.alpha}) but no retain set; "
                 "give one, or set alpha to 0"
@@ -246,13 +272,16 @@ class UnlearnTrainer(PackedTrainer):
         forget_store, alternate_store = _forget_stores(
             objective, forget, alternate, processing_class, args, forget_filter
         )
-        keep = retain is not None and objective.alpha != 0
+        keep = retain is not None and objective.reads_retain()
         retain_store = TokenStore.empty()
         if keep:
             retain_store = _tokenised(retain, processing_class, args, "retain", retain_filter)
         if isinstance(objective, RMU):
             find_module(model, objective.module_regex)
             train_only(model, objective.trainable_params_regex)
+            if args.ddp_find_unused_parameters is None:  # what lies behind the module gets no gradient
+                args = copy.copy(args)
+                args.ddp_find_unused_parameters = True
         super().__init__(
             model,
             args,
@@ -393,13 +422,18 @@ def _tokenised(
 
 
 def _steps(
-    packed: PackedSteps, args: UnlearnArguments, tokenizer: PreTrainedTokenizerBase | None
+    packed: PackedSteps,
+    args: UnlearnArguments,
+    objective: Objective | None,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> PackedSteps | PaddedSteps:
     """Return what the trainer's loop runs over."""
     if args.compat is None:
         return packed
     if args.compat != "open-unlearning":
         raise ValueError(f"`compat`: expected 'open-unlearning' or None, got {args.compat!r}")
+    if objective is None:
+        raise ValueError("`compat`: is about unlearning; drop it for fine-tuning")
     if args.world_size > 1:
         raise ValueError(
             f"`compat`: runs on one process, got {args.world_size}; n processes of theirs are n times the "

@@ -68,6 +68,10 @@ class Objective:
         """Return what takes the place of the retain NLL."""
         return DistributionLoss() if self.retain_loss_type == "KL" and self.alpha else None
 
+    def reads_retain(self) -> bool:
+        """Whether there is a retain term."""
+        return self.alpha != 0
+
     def reads_forget_reference(self) -> bool:
         """Whether the forget terms compare with a frozen model."""
         return self.needs_reference or isinstance(self.forget_loss(), DistributionLoss)

@@ -42,6 +42,10 @@ class PDU(Objective):
         """(max z − mean z)² of every label row."""
         return MarginLoss()
 
+    def reads_retain(self) -> bool:
+        """Whether there is a retain term; with alpha 0 one may grow."""
+        return self.primal_dual or super().reads_retain()
+
     def ascend(self, retain_loss: float) -> "PDU":
         """Return the objective after a dual step."""
         return replace(self, alpha=max(0.0, self.alpha + self.dual_step_size * (retain_loss - self.retain_loss_eps)))

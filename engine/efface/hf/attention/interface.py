@@ -4,6 +4,7 @@ Without packed keyword arguments (generation, padded batches) it is transformers
 scores, which that has not, are computed here.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from efface.batching import PackedBatch
 from efface.hf.attention import flash_attn, torch_varlen
 from efface.hf.attention.choice import AttentionCall, Installed, choose_kernel
 from efface.hf.attention.segments import segment_attention, soft_capped_attention
+from efface.hf.compiling import uncompiled
 from efface.hf.refusals import check_packable
 
 NAME = "efface_varlen"
@@ -24,6 +26,16 @@ UNKNOWN_TERMS = ("s_aux", "position_bias")
 """What other models add to their scores: sinks (GPT-OSS), learned distances (T5)."""
 
 LAYER_KINDS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class PackedLengths:
+    """The tokens of each packed sequence, on the host.
+
+    An object, because torch.compile makes another graph for every number of sequences in a bare tuple.
+    """
+
+    tokens: tuple[int, ...]
 
 
 def varlen_attention(
@@ -36,7 +48,7 @@ def varlen_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    packed_lengths: tuple[int, ...] | None = None,
+    packed_lengths: PackedLengths | None = None,
     cu_seq_lens_q: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -74,14 +86,42 @@ def varlen_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if cu_seq_lens_q is None or query.shape[0] != 1 or sum(packed_lengths) != query.shape[2]:
+    return _packed_attention(
+        query,
+        key,
+        value,
+        packed_lengths,
+        cu_seq_lens_q,
+        dropout=dropout,
+        scaling=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    ), None
+
+
+# Left out by torch.compile, which would make a graph for the lengths of every batch.
+@uncompiled
+def _packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed_lengths: PackedLengths,
+    cu_seq_lens_q: Tensor | None,
+    *,
+    dropout: float,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    lengths = packed_lengths.tokens
+    if cu_seq_lens_q is None or query.shape[0] != 1 or sum(lengths) != query.shape[2]:
         raise ValueError(
-            f"{NAME!r} attention: expected one row of {sum(packed_lengths)} tokens and cu_seq_lens_q, as "
+            f"{NAME!r} attention: expected one row of {sum(lengths)} tokens and cu_seq_lens_q, as "
             f"packed_lengths says, got query of shape {tuple(query.shape)} and cu_seq_lens_q "
             f"{None if cu_seq_lens_q is None else tuple(cu_seq_lens_q.shape)}; call with packed_arguments(model, batch)"
         )
     query, key, value = _autocast(query, key, value)
-    longest = max(packed_lengths)
+    longest = max(lengths)
     window = None if sliding_window is None or sliding_window >= longest else sliding_window
     call = AttentionCall(
         device=query.device.type,
@@ -97,8 +137,8 @@ def varlen_attention(
     kernel = choose_kernel(call, _installed(query.device))
     if kernel == "segments":
         return segment_attention(
-            query, key, value, packed_lengths, scale=scaling, window=window, softcap=softcap, dropout=dropout
-        ), None
+            query, key, value, lengths, scale=scaling, window=window, softcap=softcap, dropout=dropout
+        )
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, H, d)
     if kernel == "flash_attn":
         out = flash_attn.flash_attention(
@@ -116,7 +156,7 @@ def varlen_attention(
         out = torch_varlen.torch_varlen_attention(
             query, key, value, cu_seq_lens_q, longest, scale=scaling, window=window
         )
-    return out[None], None
+    return out[None]
 
 
 def _autocast(*states: Tensor) -> tuple[Tensor, ...]:
@@ -172,6 +212,7 @@ def use_packed_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation(NAME)
 
 
+@uncompiled
 def packed_arguments(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
     """Return the keyword arguments with which ``model``'s decoder reads a packed batch."""
     longest = max(batch.lengths)
@@ -188,7 +229,7 @@ def packed_arguments(model: PreTrainedModel, batch: PackedBatch) -> dict[str, An
     if model.config._attn_implementation == NAME:  # noqa: SLF001 - the only place that knows the choice
         # A 4-D mask is handed through as it is: with an empty one, transformers does not build its own (T, T).
         arguments["attention_mask"] = batch.input_ids.new_empty(1, 1, 0, 0)
-        arguments["packed_lengths"] = batch.lengths
+        arguments["packed_lengths"] = PackedLengths(batch.lengths)
     return arguments
 
 
