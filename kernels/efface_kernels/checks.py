@@ -67,8 +67,8 @@ def check_softcap(softcap: float | None) -> None:
 def resolve_backend(backend: str, device: torch.device) -> str:
     """Return the implementation, ``"triton"``, ``"native"`` or ``"torch"``, that ``backend`` names on ``device``.
 
-    "auto" is native on the CPU and torch elsewhere: the Triton passes have run in its interpreter only, and no device
-    gets them unasked before a GPU has tested them. Where the extension is missing the CPU gets torch, with one warning.
+    "auto" is native on the CPU, or torch where the extension is missing; Triton on GPUs, where on its first use it gave
+    what torch gives (``trial.agrees``); torch elsewhere. What falls back says so in one warning.
 
     Raises:
         ValueError: an unknown name, or a backend that this build or device does not have.
@@ -78,6 +78,10 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     if backend == "triton":
         _check_triton(device)
         return "triton"
+    if backend == "auto" and device.type in triton_launch.DEVICES and triton_launch.IMPORTABLE:
+        from efface_kernels import trial  # noqa: PLC0415 - it imports the passes, which import this
+
+        return "triton" if trial.agrees(device) else "torch"
     if backend == "torch" or (backend == "auto" and device.type != "cpu"):
         return "torch"
     if device.type != "cpu":

@@ -1,0 +1,105 @@
+"""A device's first use of Triton: every pass once, against plain torch, before "auto" chooses them there."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from efface_kernels.distribution_pass.op import distribution_pass_triton
+from efface_kernels.distribution_pass.reference import distribution_pass_torch
+from efface_kernels.linear_loss.sequences import Sequences
+from efface_kernels.logits import Logits
+from efface_kernels.row_pass.op import row_pass_triton
+from efface_kernels.row_pass.reference import row_pass_torch
+from efface_kernels.sequence_loss import Kind, SequenceRule, Term
+from efface_kernels.sequence_loss.op import sequence_loss_torch, sequence_loss_triton
+
+_VOCABULARY = 50257  # several blocks of every configuration, and a ragged end
+_ROWS = 6
+_LENGTHS = (2, 1, 3)
+
+_known: dict[torch.device, bool] = {}
+
+
+def agrees(device: torch.device) -> bool:
+    """Whether the Triton passes give on ``device`` what the torch passes give; found out once, and warned about if not.
+
+    False, without an answer for later, while a CUDA graph is captured or where the device is out of memory.
+    """
+    if device not in _known:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
+        try:
+            fault = disagreement(device)
+        except torch.OutOfMemoryError:
+            return False
+        if fault is not None:
+            warnings.warn(
+                f"the Triton passes are not used on {device}: {fault}; the loss runs on plain torch, more slowly. "
+                "Please report this with the versions of torch, triton and the driver.",
+                stacklevel=4,
+            )
+        _known[device] = fault is None
+    return _known[device]
+
+
+def disagreement(
+    device: torch.device, dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32), vocabulary: int = _VOCABULARY
+) -> str | None:
+    """Return what differs, None where nothing does. Some milliseconds, and the compilation of the kernels."""
+    try:
+        for dtype in dtypes:
+            for name, ours, theirs in _results(device, dtype, vocabulary):
+                # An ulp of the stored dtype: the passes add up in another order, and one of them may round up.
+                rtol = max(torch.finfo(ours.dtype).eps, 1e-5)
+                if not torch.allclose(ours.float(), theirs.float(), rtol=rtol, atol=1e-5):
+                    worst = (ours.float() - theirs.float()).abs().max().item()
+                    return f"{name} in {dtype} differs from torch by up to {worst:.3g}"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever Triton's compiler and the driver raise
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _results(device: torch.device, dtype: torch.dtype, vocabulary: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield each result of a pass, by Triton and by torch."""
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def random(rows: int) -> Tensor:
+        return (3 * torch.randn(rows, vocabulary, generator=generator, device="cpu")).to(dtype).to(device)
+
+    logits = random(_ROWS)
+    frozen = (logits + random(_ROWS) / 32)[: -_LENGTHS[-1]]  # another model, not another language
+    targets = torch.randint(vocabulary, (_ROWS,), generator=generator, device="cpu")
+    logits[0, targets[0]] = 30.0  # memorised
+    targets = targets.to(device)
+    policies = logits, logits.clone()
+    rows = [
+        run(Logits(policy), targets, Logits(frozen), True)
+        for run, policy in zip((row_pass_triton, row_pass_torch), policies, strict=True)
+    ]
+    names = ("the row pass's log-probabilities", "the row pass's reference log-probabilities")
+    yield from zip(names, *rows, strict=True)
+    yield "the row pass's derivative", *policies
+
+    roles = torch.arange(len(_LENGTHS), dtype=torch.int8, device=device)
+    kinds = Term(Kind.NPO, beta=0.1), Term(Kind.SIMNPO, beta=2.5), Term(Kind.NLL)
+    rule = SequenceRule.of(roles, dict(enumerate(kinds)))
+    offsets = torch.tensor([0, *_LENGTHS], device=device).cumsum(0)
+    logprobs, reference = rows[1]
+    triton, plain = (
+        run(Sequences(logprobs, offsets), rule, reference) for run in (sequence_loss_triton, sequence_loss_torch)
+    )
+    yield "the sequence loss", triton.terms, plain.terms
+    yield "the sequence loss's derivative", triton.coefficients, plain.coefficients
+
+    first, second = random(_ROWS).float(), random(_ROWS).float()
+    pair = first, first.clone()
+    divergences = [
+        run(Logits(policy), Logits(second), targets, 0.0, True)
+        for run, policy in zip((distribution_pass_triton, distribution_pass_torch), pair, strict=True)
+    ]
+    yield from zip(("the divergence", "the entropy"), *divergences, strict=True)
+    yield "the divergence's derivative", *pair

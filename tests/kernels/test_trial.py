@@ -1,0 +1,107 @@
+"""A device gets Triton unasked only where it agreed with torch."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from efface_kernels import trial, triton_launch
+from efface_kernels.checks import resolve_backend
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "_known", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # −∞ − −∞ of idle lanes, by NumPy
+def test_the_passes_agree_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    if not triton_launch.INTERPRETED:
+        pytest.skip("these tensors are on the CPU, where Triton runs under TRITON_INTERPRET=1 alone")
+    assert trial.disagreement(torch.device("cpu"), (torch.float16, torch.float32), vocabulary=9001) is None
+
+
+@pytest.mark.gpu
+def test_the_passes_agree_on_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    assert trial.disagreement(torch.device("cuda", torch.cuda.current_device())) is None
+
+
+def _torch_in_place_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("row_pass", "sequence_loss", "distribution_pass"):
+        monkeypatch.setattr(trial, f"{name}_triton", getattr(trial, f"{name}_torch"))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("row_pass", "log-probabilities"), ("sequence_loss", "the sequence loss"), ("distribution_pass", "divergence")],
+)
+def test_each_pass_is_compared(monkeypatch: pytest.MonkeyPatch, name: str, said: str) -> None:
+    _torch_in_place_of_triton(monkeypatch)
+    device, right = torch.device("cpu"), getattr(trial, f"{name}_torch")
+    assert trial.disagreement(device, vocabulary=101) is None
+
+    def wrong(*arguments: Any) -> Any:
+        out = right(*arguments)
+        first = out[0] if isinstance(out, tuple) else out.terms
+        first[-1] += 1e-3
+        return out
+
+    monkeypatch.setattr(trial, f"{name}_triton", wrong)
+    fault = trial.disagreement(device, vocabulary=101)
+    assert fault is not None
+    assert said in fault
+
+    def refused(*arguments: Any) -> Any:
+        raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(trial, f"{name}_triton", refused)
+    assert "PassManager::run failed" in str(trial.disagreement(device, vocabulary=101))
+
+
+def test_what_agrees_is_used_and_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(trial, "disagreement", asked.append)
+    monkeypatch.setattr(triton_launch, "IMPORTABLE", True)
+    assert [resolve_backend("auto", GPU) for _ in range(2)] == ["triton"] * 2
+    assert asked == [GPU]
+    assert resolve_backend("torch", GPU) == "torch"
+
+
+def test_what_differs_is_left_alone_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "disagreement", lambda _: "the row pass differs")
+    monkeypatch.setattr(triton_launch, "IMPORTABLE", True)
+    with pytest.warns(UserWarning, match="not used on cuda:0: the row pass differs"):
+        assert resolve_backend("auto", GPU) == "torch"
+    assert resolve_backend("auto", GPU) == "torch"
+
+
+def test_a_full_or_a_capturing_device_is_asked_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: torch.device) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(triton_launch, "IMPORTABLE", True)
+    monkeypatch.setattr(trial, "disagreement", full)
+    assert resolve_backend("auto", GPU) == "torch"
+    monkeypatch.setattr(trial, "disagreement", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert resolve_backend("auto", GPU) == "torch"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert resolve_backend("auto", GPU) == "triton"
+
+
+def test_without_triton_a_gpu_gets_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_launch, "IMPORTABLE", False)
+    assert resolve_backend("auto", GPU) == "torch"
+
+
+def test_it_imports_no_triton() -> None:
+    code = "import sys, efface_kernels.trial; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
