@@ -1,5 +1,6 @@
 # make demo   teach a small model, make it forget, measure it         (the main job)
 # make test   all tests
+# make docs   the pages of docs/, into build/docs
 # make lint   formatting, lints, types
 # make sanitize   the native tests under AddressSanitizer and UndefinedBehaviorSanitizer, and `make fuzz`
 #
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inl bindings/*.cpp csrc/fuzz/*.cpp csrc/fuzz/*.hpp)
 
-.PHONY: demo test lint format sanitize fuzz clean
+.PHONY: demo test docs lint format sanitize fuzz clean
 
 demo: $(READY)
 	$(BIN)/efface demo --out $(OUT) --overwrite
@@ -21,6 +22,10 @@ demo: $(READY)
 # One process a core, one thread each: half the time of one process with all threads.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+docs: $(READY)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo build/docs/index.html
 
 lint: $(READY)
 	$(BIN)/ruff check .

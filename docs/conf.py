@@ -1,0 +1,36 @@
+"""Sphinx: MyST pages, furo, the API from docstrings; pictures and the commands' help are made when it starts."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import made  # noqa: E402 - beside this file
+
+import efface  # noqa: E402 - installed
+
+project = "efface"
+author = "the efface authors"
+version = release = efface.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+exclude_patterns = ["_made/*.txt"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings say shapes and units beside the types
+autodoc_class_signature = "mixed"
+napoleon_use_rtype = False
+
+html_theme = "furo"
+html_title = f"efface {release}"
+html_show_sourcelink = False
+nitpicky = False
+
+
+def setup(_app: object) -> None:
+    """Make what pages include."""
+    made.pictures(HERE / "_made")
+    made.command_help(HERE / "_made")

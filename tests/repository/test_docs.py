@@ -1,0 +1,76 @@
+"""The pages of docs/ say what is true: they build without a warning, and every block of code runs."""
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import TEXTS, tiny_llama, tiny_tokenizer
+
+from efface.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_made" not in path.parts)
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [code for name, code in BLOCK.findall(page.read_text(encoding="utf-8")) if name == language]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the pages take for granted: a model, and files of rows."""
+    tokenizer = tiny_tokenizer()
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    for name, rows in (("forget10", TEXTS[:4]), ("retain90", TEXTS)):
+        (tmp_path / f"{name}.json").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setenv("EFFACE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: str(page.relative_to(ROOT / "docs"))
+)
+def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, folder: Path) -> None:
+    # in this process, because a new one would spend seconds on imports
+    exec(compile("\n".join(blocks(page, "python")), str(page), "exec"), {"__name__": "__main__"})
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command line; a launcher of processes left out."""
+    lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line[line.index("efface") + 1 :] for line in words if "efface" in line]
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if commands(page)], ids=lambda page: str(page.relative_to(ROOT / "docs"))
+)
+def test_the_commands_of_a_page_run(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for words in commands(page):
+        assert main(words) == 0, words
+
+
+def test_every_sh_line_is_a_command_of_efface() -> None:
+    for page in PAGES:
+        lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+        for line in filter(str.strip, lines):
+            assert "efface " in line, f"{page}: {line}"
+
+
+@pytest.mark.slow
+def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
+    if importlib.util.find_spec("sphinx") is None:
+        pytest.skip("needs sphinx: pip install 'efface[docs]'")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", ROOT / "docs", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "index.html").is_file()
