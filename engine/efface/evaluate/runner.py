@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-import efface
 from efface.evaluate.row_store import RowStore
 from efface.evaluate.task import RowResult, Task
 from efface.hf.callbacks import undisturbed
@@ -78,7 +78,7 @@ def run_tasks(
 
 def model_key(model: PreTrainedModel) -> bytes:
     """Return what results depend on beside a task's keys: the model as it is now, and who computed them."""
-    return hashlib.blake2b(fingerprint(model) + efface.__version__.encode(), digest_size=16).digest()
+    return hashlib.blake2b(fingerprint(model) + version("efface").encode(), digest_size=16).digest()
 
 
 class _Known:
