@@ -1,8 +1,22 @@
 """Evaluation: what a model still knows, and the two numbers by which unlearning is judged."""
 
+from efface.evaluate.generation import GenerationTask
 from efface.evaluate.likelihood import answer_logprobs, score_rows
 from efface.evaluate.logs import EvalLog, SplitLog, read_log
 from efface.evaluate.quality import forget_quality
+from efface.evaluate.rouge import rouge_recall
+from efface.evaluate.sampling import Sampling
 from efface.evaluate.utility import model_utility
 
-__all__ = ["EvalLog", "SplitLog", "answer_logprobs", "forget_quality", "model_utility", "read_log", "score_rows"]
+__all__ = [
+    "EvalLog",
+    "GenerationTask",
+    "Sampling",
+    "SplitLog",
+    "answer_logprobs",
+    "forget_quality",
+    "model_utility",
+    "read_log",
+    "rouge_recall",
+    "score_rows",
+]
