@@ -95,20 +95,13 @@ class TofuEvaluation:
         self._likelihoods: list[Task] = []
         self._generations: list[Task] = []
         options: dict[str, Any] = {"template": self.template, "token_budget": token_budget}
+        options["max_length"] = self.protocol.max_length
+        length = self.protocol.max_new_tokens
         for name, rows in self.rows.items():
-            self._likelihoods.append(
-                AnswerTask(
-                    tokenizer,
-                    rows.questions,
-                    rows.candidates(),
-                    max_length=self.protocol.max_length,
-                    name=f"{name} answers",
-                    **options,
-                )
-            )
-            limits = {"max_new_tokens": self.protocol.max_new_tokens, "max_length": self.protocol.max_length}
+            questions, answers = rows.questions, rows.candidates()
+            self._likelihoods.append(AnswerTask(tokenizer, questions, answers, name=f"{name} answers", **options))
             self._generations.append(
-                GenerationTask(tokenizer, rows.questions, name=f"{name} generations", **limits, **options)
+                GenerationTask(tokenizer, questions, name=f"{name} generations", max_new_tokens=length, **options)
             )
 
     def __call__(self, model: Any) -> dict[str, float]:
