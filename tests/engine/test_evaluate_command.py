@@ -25,7 +25,6 @@ def folder(tofu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = tokenizer_of(write_rows(tofu, folder / "tofu", COUNTS))
     for seed, name in enumerate(("full", "retain")):
         model = model_of(tokenizer, seed)
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return folder
@@ -138,12 +137,17 @@ def test_a_killed_evaluation_goes_on_where_it_was(folder: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same_bytes_as_one(folder: Path, tmp_path: Path) -> None:
+def test_several_processes_share_the_work_and_write_the_same_bytes_as_one(folder: Path, tmp_path: Path) -> None:
+    begun: dict[int, list[int]] = {}
     for processes in (1, 2, 3):
-        more = ["--retain-model", str(folder / "retain"), "--token-budget", "1000"]
-        command = words(folder, *more, "--output", str(tmp_path / str(processes)))
-        done = launch(processes, ["-m", "efface", *command])
+        out = tmp_path / str(processes)
+        more = ["--retain-model", str(folder / "retain"), "--token-budget", "1000", "--output", str(out)]
+        done = launch(processes, [str(HERE / "killed_evaluation.py"), str(tmp_path), json.dumps(words(folder, *more))])
         assert done.returncode == 0, done.stderr[-4000:]
+        begun[processes] = [int((tmp_path / f"rank{rank}.note").read_text()) for rank in range(processes)]
+        assert sum(begun[processes]) == begun[1][0]
+        assert (
+            max(begun[processes]) < begun[1][0] / processes + 3
+        )  # two models, of which each may end on a part of a turn
         for name in (*RESULTS[1:], *(f"retain_model/{name}" for name in RESULTS[1:])):
-            mine, first = ((tmp_path / str(count) / name).read_bytes() for count in (processes, 1))
-            assert mine == first, f"{name} on {processes} processes"
+            assert (out / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), f"{name} on {processes} processes"
