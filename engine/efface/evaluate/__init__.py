@@ -1,6 +1,6 @@
 """Evaluation: what a model still knows, and the two numbers by which unlearning is judged."""
 
-from efface.evaluate.likelihood import answer_logprobs, score_rows
+from efface.evaluate.likelihood import AnswerTask, answer_logprobs, mean_logprobs, score_rows, sum_logprobs
 from efface.evaluate.logs import EvalLog, SplitLog, read_log
 from efface.evaluate.quality import forget_quality
 from efface.evaluate.runner import run_tasks
@@ -8,14 +8,17 @@ from efface.evaluate.task import RowResult, Task
 from efface.evaluate.utility import model_utility
 
 __all__ = [
+    "AnswerTask",
     "EvalLog",
     "RowResult",
     "SplitLog",
     "Task",
     "answer_logprobs",
     "forget_quality",
+    "mean_logprobs",
     "model_utility",
     "read_log",
     "run_tasks",
     "score_rows",
+    "sum_logprobs",
 ]
