@@ -1,9 +1,9 @@
 """Languages of question-answer rows: their function words, and how their words are stemmed."""
 
-import importlib
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+
+from nltk.stem.snowball import SnowballStemmer
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,5 @@ def stem(word: str, language: Language) -> str:
 
 
 @lru_cache
-def _stemmer(name: str) -> Any:
-    # nltk takes a second to import; what only wants an evaluation's other numbers need not wait for it.
-    return importlib.import_module("nltk.stem.snowball").SnowballStemmer(name)
+def _stemmer(name: str) -> SnowballStemmer:
+    return SnowballStemmer(name)
