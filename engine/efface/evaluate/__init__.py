@@ -9,6 +9,7 @@ from efface.evaluate.rouge import rouge_recall
 from efface.evaluate.runner import run_tasks
 from efface.evaluate.sampling import Sampling
 from efface.evaluate.task import RowResult, Task
+from efface.evaluate.tofu_evaluation import TofuEvaluation, TofuResult, tofu
 from efface.evaluate.utility import model_utility
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "Sampling",
     "SplitLog",
     "Task",
+    "TofuEvaluation",
+    "TofuResult",
     "answer_logprobs",
     "audit",
     "forget_quality",
@@ -29,4 +32,5 @@ __all__ = [
     "run_tasks",
     "score_rows",
     "sum_logprobs",
+    "tofu",
 ]
