@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", default=MAIN, help="revision of --model")
     parser.add_argument("--tokenizer", help="default: each model's own")
     parser.add_argument("--data", required=True, help="a file of rows, a folder of TOFU's files, or a Hub data set")
-    parser.add_argument("--split", help="of a folder or a Hub data set: forget01, forget05 or forget10")
+    parser.add_argument("--split", help="of a folder or a Hub data set: forget01, forget05, forget10 (default)")
     parser.add_argument(
         "--views", default=",".join(VIEWS), help=f"of {', '.join(VIEWS)}, with commas between; default: all"
     )
@@ -79,7 +79,7 @@ def audit_data(data: str, split: str | None) -> Rows:
 
     Raises:
         FileNotFoundError: no such file, or no file of the split in the folder.
-        ValueError: a folder or a name on the Hub without a split, a file with one.
+        ValueError: a file of another split.
     """
     folder = Path(data).expanduser()
     if folder.is_file() or folder.suffix in (".json", ".jsonl", ".csv", ".parquet"):
@@ -88,8 +88,7 @@ def audit_data(data: str, split: str | None) -> Rows:
                 f"--split {split}: {data!r} is a file, of one split; leave --split out, or name the folder"
             )
         return load_rows(folder)
-    if split is None:
-        raise ValueError("--split: expected forget01, forget05 or forget10, because --data is no file; got none")
+    split = split or "forget10"
     if not folder.is_dir():
         return load_rows(f"{data}:{split}_perturbed" if ":" not in data else data)
     for name in (f"{split}_perturbed.json", f"{split}.json"):
@@ -146,10 +145,10 @@ def model_names(options: argparse.Namespace) -> dict[str, str]:
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     options = _parser().parse_args(argv)
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # without which torchrun's are not seen on CPUs
     console = Console(quiet=not state.is_main_process)
     if not console.is_terminal:
-        console = Console(width=120, quiet=not state.is_main_process)
+        console = Console(width=120, quiet=not state.is_main_process)  # a pipe has no width; 80 would cut the table
     output: Path = options.output
     if (output / JSON_NAME).exists() and not options.overwrite:
         raise FileExistsError(
@@ -169,7 +168,11 @@ def run(argv: Sequence[str]) -> int:
     for line in table:
         shown.add_row(*line)
     console.print(shown)
-    console.print(f"prompts, generations and scores: {output / JSON_NAME}", soft_wrap=True)
+    console.print(f"prompts, generations and scores: {output / JSON_NAME}", highlight=False, soft_wrap=True)
+    if state.num_processes > 1:
+        # A process that leaves without a word may tear connections that others still read from.
+        state.wait_for_everyone()
+        state.destroy_process_group()
     return 0
 
 

@@ -117,5 +117,6 @@ class Relearn(View):
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
+            ddp_find_unused_parameters=False,
             use_cpu=exam.model.device.type == "cpu",
         )
