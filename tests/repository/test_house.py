@@ -25,7 +25,7 @@ FLOORS: dict[str, set[str]] = {
     "engine/efface/evaluate": {
         *BASE,
         *("efface.batching", "efface.hf", "efface.reference", "efface.evaluate"),
-        *("accelerate", "transformers", "scipy", "rouge_score"),
+        *("accelerate", "transformers", "scipy", "rouge_score", "nltk"),
     },
     "engine/efface/cli": {
         *BASE,

@@ -1,5 +1,6 @@
 """Evaluation: what a model still knows, and the two numbers by which unlearning is judged."""
 
+from efface.evaluate.audit import audit
 from efface.evaluate.generation import GenerationTask
 from efface.evaluate.likelihood import AnswerTask, answer_logprobs, mean_logprobs, score_rows, sum_logprobs
 from efface.evaluate.logs import EvalLog, SplitLog, read_log
@@ -22,6 +23,7 @@ __all__ = [
     "TofuEvaluation",
     "TofuResult",
     "answer_logprobs",
+    "audit",
     "forget_quality",
     "mean_logprobs",
     "model_utility",
