@@ -1,0 +1,253 @@
+"""The pictures of a report, as SVG that is the same, byte for byte, for the same figures."""
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from efface.evaluate.logs import FloatArray
+from efface.evaluate.report.ks import ecdf, largest_gap
+from efface.evaluate.report.runs import Curve, Run
+
+SIGNIFICANT = 0.05  # the p-value under which two models are told apart
+COLOURED = 8  # runs with a colour and a place in the legend; the others are grey
+_LOWEST_QUALITY = 1e-30  # what is lower is drawn here
+_POINTS = 200  # of a curve, at most
+_RATIOS = (1e-4, 1e4)  # what lies outside is drawn at the edge
+
+_COLOURS = ("#1b6ca8", "#c8553d", "#2a7f62", "#8d5a97", "#b8860b", "#46707e", "#a23b72", "#5b6c1f")
+_GREY, _DARK, _RETAIN = "#b5b5b5", "#333333", "#777777"
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text: small, searchable
+    "text.parse_math": False,  # a run may be called $x$
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.edgecolor": _DARK,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+
+
+def quality_against_utility(
+    runs: Sequence[Run], full: Mapping[str, float], retain: Mapping[str, float], least_utility: float | None
+) -> str | None:
+    """Draw Forget Quality over Model Utility of ranked runs; None without a run that has both."""
+    points = [
+        (place, run, run.figures["model_utility"], run.figures["forget_quality"])
+        for place, run in enumerate(runs, start=1)
+        if {"model_utility", "forget_quality"} <= run.figures.keys()
+    ]
+    if not points:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for place, _, utility, quality in reversed(points):
+            colour = _colour(place - 1)
+            axes.plot(utility, max(quality, _LOWEST_QUALITY), "o", color=colour, markersize=6)
+            if place <= COLOURED:
+                _mark(axes, str(place), (utility, max(quality, _LOWEST_QUALITY)), colour)
+        # against itself the retain model's p-value is 1
+        for name, figures, quality in (
+            ("full", full, full.get("forget_quality")),
+            ("retain (1 by definition)", retain, 1.0),
+        ):
+            if "model_utility" in figures and quality is not None:
+                place_of = (figures["model_utility"], max(quality, _LOWEST_QUALITY))
+                axes.plot(*place_of, "D", color=_DARK, markersize=6, markerfacecolor="white")
+                _mark(axes, name, place_of, _DARK)
+        _logarithmic(axes, "y")
+        lowest = min([quality for *_, quality in points] + [full.get("forget_quality", 1.0), SIGNIFICANT])
+        axes.set_ylim(max(lowest, _LOWEST_QUALITY) ** 1.08 / 2, 4)
+        axes.margins(x=0.12)
+        _significance(axes)
+        if least_utility is not None:
+            axes.axvline(least_utility, color=_RETAIN, linestyle=":", linewidth=1)
+            axes.annotate(
+                "utility floor",
+                (least_utility, 0.02),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, 0),
+                textcoords="offset points",
+                color=_RETAIN,
+                fontsize=8,
+            )
+        axes.set(xlabel="Model Utility", ylabel="Forget Quality (KS p-value)")
+        _legend(figure, [(place - 1, run) for place, run, *_ in points], marker="o", linestyle="")
+
+    return _svg("scatter", (7.2, 4.4), draw)
+
+
+def curves(
+    runs: Sequence[Run], names: Sequence[str], full: Mapping[str, float], retain: Mapping[str, float]
+) -> str | None:
+    """Draw each named figure over the steps of ranked runs, a panel each; None where no run has curves."""
+    drawn = [name for name in names if any(name in run.curves for run in runs)]
+    if not drawn:
+        return None
+    columns = min(len(drawn), 3)
+    rows = math.ceil(len(drawn) / columns)
+
+    def draw(figure: Figure) -> None:
+        panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
+        for axes in panels[len(drawn) :]:
+            axes.set_visible(False)
+        for axes, name in zip(panels, drawn, strict=False):
+            for place, run in reversed(list(enumerate(runs))):
+                if name in run.curves:
+                    _line(axes, run.curves[name], place, name)
+            for figures, style in ((full, "--"), (retain, ":")):
+                if name in figures and name != "forget_quality":
+                    axes.axhline(figures[name], color=_DARK, linestyle=style, linewidth=0.8)
+            if name == "forget_quality":
+                _logarithmic(axes, "y")
+                _significance(axes)
+            axes.set_title(name)
+            axes.set_xlabel("optimizer step")
+        _legend(figure, [(place, run) for place, run in enumerate(runs) if run.curves], marker=".")
+
+    return _svg("curves", (3.1 * columns + 0.4, 2.5 * rows + 0.5), draw)
+
+
+def distribution(ratios: FloatArray, retain: FloatArray | None, name: str) -> str:
+    """Draw the truth ratios of the forget rows: histogram, and distribution function with the largest gap to retain."""
+    low, high = _limits(ratios if retain is None else np.concatenate([ratios, retain]))
+    bins = np.geomspace(low, high, 41)
+
+    def draw(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2)
+        left.hist(np.clip(ratios, low, high), bins, color=_COLOURS[0], alpha=0.55, label="this run")
+        if retain is not None:
+            weights = np.full(len(retain), len(ratios) / len(retain))  # as many rows, where the logs differ
+            left.hist(
+                np.clip(retain, low, high), bins, weights=weights, histtype="step", color=_DARK, label="retain model"
+            )
+        left.set(ylabel="forget rows", title="histogram")
+        left.legend(loc="upper left")
+        _steps(right, np.clip(ratios, low, high), _COLOURS[0])
+        right.set(ylabel="share of rows at most R", ylim=(0, 1.03), title="distribution function")
+        if retain is not None:
+            _steps(right, np.clip(retain, low, high), _DARK)
+            gap = largest_gap(ratios, retain)
+            at = min(max(gap.location, low), high)
+            right.plot([at, at], gap.heights, color=_COLOURS[1], linewidth=2, marker="_", markersize=7)
+            near = at > 1
+            right.annotate(
+                f"D = {gap.statistic:.3f}\np = {gap.pvalue:.3g}",
+                (at, sum(gap.heights) / 2),
+                xytext=(-7 if near else 7, 0),
+                textcoords="offset points",
+                ha="right" if near else "left",
+                va="center",
+                color=_COLOURS[1],
+            )
+        for axes in (left, right):
+            _logarithmic(axes, "x")
+            axes.set(xlim=(low, high), xlabel="truth ratio R")
+            axes.axvline(1, color=_RETAIN, linestyle=":", linewidth=0.8)
+
+    return _svg(f"distribution {name}", (7.2, 2.5), draw)
+
+
+def _limits(ratios: FloatArray) -> tuple[float, float]:
+    """Return powers of ten that hold 99 % of the rows, or ``_RATIOS``."""
+    low, high = np.quantile(ratios, (0.005, 0.995))
+    return (
+        10.0 ** math.floor(math.log10(min(max(low, _RATIOS[0]), 0.1))),
+        10.0 ** math.ceil(math.log10(max(min(high, _RATIOS[1]), 10))),
+    )
+
+
+def _steps(axes: Any, values: FloatArray, colour: str) -> None:
+    at = np.unique(values)
+    axes.step([at[0], *at], [0, *ecdf(values, at)], where="post", color=colour, linewidth=1.3)
+
+
+def _line(axes: Any, curve: Curve, place: int, name: str) -> None:
+    chosen = np.unique(np.linspace(0, len(curve) - 1, _POINTS).round().astype(int))
+    steps, values = np.array(list(curve))[chosen], np.array(list(curve.values()))[chosen]
+    if name == "forget_quality":
+        values = np.maximum(values, _LOWEST_QUALITY)
+    coloured = place < COLOURED
+    marker = "." if coloured and len(chosen) <= 40 else ""
+    axes.plot(steps, values, color=_colour(place), linewidth=1.3, marker=marker, zorder=3 if coloured else 2)
+
+
+def _logarithmic(axes: Any, direction: str) -> None:
+    axes.set(**{f"{direction}scale": "log"})
+    axis = getattr(axes, f"{direction}axis")
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure, ranked: Sequence[tuple[int, Run]], **style: Any) -> None:
+    """Name the runs that have a colour, and count the others."""
+    handles = [Line2D([], [], color=_colour(place), **style) for place, _ in ranked if place < COLOURED]
+    labels = [f"{place + 1} {_short(run.name)}" for place, run in ranked if place < COLOURED]
+    if len(ranked) > len(labels):
+        handles.append(Line2D([], [], color=_GREY, **style))
+        labels.append(f"{len(ranked) - len(labels)} more")
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3))
+
+
+def _significance(axes: Any) -> None:
+    axes.axhline(SIGNIFICANT, color=_RETAIN, linestyle="--", linewidth=1)
+    axes.annotate(
+        f"p = {SIGNIFICANT}",
+        (1, SIGNIFICANT),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        color=_RETAIN,
+        fontsize=8,
+    )
+
+
+def _mark(axes: Any, text: str, place: tuple[float, float], colour: str) -> None:
+    axes.annotate(text, place, xytext=(6, 4), textcoords="offset points", color=colour, fontsize=8)
+
+
+def _colour(place: int) -> str:
+    return _COLOURS[place] if place < COLOURED else _GREY
+
+
+def _short(name: str, limit: int = 34) -> str:
+    return name if len(name) <= limit else f"…{name[1 - limit :]}"
+
+
+def _svg(salt: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
+    """Return the drawing as an element that may stand in a page, beside others."""
+    file = io.StringIO()
+    # the salt decides the names of shapes, which must differ between the drawings of a page
+    with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE, "svg.hashsalt": salt}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's fonts show the text
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # names that nothing refers to, equal in all drawings
+    return re.sub(r' d="[^"]*"', _rounded, svg)
+
+
+def _rounded(path: re.Match[str]) -> str:
+    return re.sub(r"(\.\d\d)\d+", r"\1", path[0])
