@@ -3,6 +3,16 @@
 from efface.evaluate.likelihood import answer_logprobs, score_rows
 from efface.evaluate.logs import EvalLog, SplitLog, read_log
 from efface.evaluate.quality import forget_quality
+from efface.evaluate.report import report
 from efface.evaluate.utility import model_utility
 
-__all__ = ["EvalLog", "SplitLog", "answer_logprobs", "forget_quality", "model_utility", "read_log", "score_rows"]
+__all__ = [
+    "EvalLog",
+    "SplitLog",
+    "answer_logprobs",
+    "forget_quality",
+    "model_utility",
+    "read_log",
+    "report",
+    "score_rows",
+]

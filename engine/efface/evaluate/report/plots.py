@@ -72,10 +72,11 @@ def quality_against_utility(
             if "model_utility" in figures and quality is not None:
                 place_of = (figures["model_utility"], max(quality, _LOWEST_QUALITY))
                 axes.plot(*place_of, "D", color=_DARK, markersize=6, markerfacecolor="white")
-                _mark(axes, name, place_of, _DARK)
+                _mark(axes, name, place_of, _DARK, (0, -13 if quality < SIGNIFICANT else 6))
         _logarithmic(axes, "y")
         lowest = min([quality for *_, quality in points] + [full.get("forget_quality", 1.0), SIGNIFICANT])
-        axes.set_ylim(max(lowest, _LOWEST_QUALITY) ** 1.08 / 2, 4)
+        lowest = max(lowest, _LOWEST_QUALITY)
+        axes.set_ylim(lowest**1.08 / 2, lowest**-0.08 * 2)  # room for names
         axes.margins(x=0.12)
         _significance(axes)
         if least_utility is not None:
@@ -221,8 +222,9 @@ def _significance(axes: Any) -> None:
     )
 
 
-def _mark(axes: Any, text: str, place: tuple[float, float], colour: str) -> None:
-    axes.annotate(text, place, xytext=(6, 4), textcoords="offset points", color=colour, fontsize=8)
+def _mark(axes: Any, text: str, place: tuple[float, float], colour: str, offset: tuple[int, int] = (6, 4)) -> None:
+    ha = "left" if offset[0] else "center"
+    axes.annotate(text, place, xytext=offset, textcoords="offset points", ha=ha, color=colour, fontsize=8)
 
 
 def _colour(place: int) -> str:
