@@ -8,7 +8,7 @@ from efface.evaluate.logs import EvalLog, FloatArray, read_log
 from efface.evaluate.report import plots
 from efface.evaluate.report.audits import AuditedModel, read_audit
 from efface.evaluate.report.figures import UTILITY, read_evaluation
-from efface.evaluate.report.find import find_log, find_runs
+from efface.evaluate.report.find import Found, find_log, find_runs
 from efface.evaluate.report.leaks import Leak, read_rows, worst
 from efface.evaluate.report.runs import Run, ranked, read_run
 from efface.evaluate.report.tables import Table, audit_table, in_words, remarks, runs_table, shown_name
@@ -21,8 +21,8 @@ _CURVES = (
     *("forget_probability", "retain_probability", "forget_loss", "retain_loss", "loss"),
 )
 _RETAIN_LOG = (
-    "Forget Quality compares a model with one that never saw the forget set. No log of such a model was given, so it is "
-    "{instead}. To make one: train on the retain set alone, or take a published model of that kind, then "
+    "Forget Quality compares a model with one that never saw the forget set. No log of such a model was given, so it "
+    "is {instead}. To make one: train on the retain set alone, or take a published model of that kind, then "
     "`efface evaluate --model RETAIN_MODEL --split SPLIT --output retain`, and give `--retain-log "
     "retain/TOFU_EVAL.json` here."
 )
@@ -99,12 +99,13 @@ def gather(
         raise ValueError("expected runs beside the full and the retain model, got none; name their folders")
     retain = read_retain(baselines["retain"]) if "retain" in baselines else None
     against = None if retain is None else retain.log
-    full_figures = read_evaluation(baselines["full"], against).figures if "full" in baselines else {}
+    full_evaluation = read_evaluation(baselines["full"], against) if "full" in baselines else None
+    full_figures = {} if full_evaluation is None else full_evaluation.figures
     known_utility = full_figures.get("model_utility")
     least = None if known_utility is None or not floor else floor * known_utility
-    runs = ranked([read_run(each, against) for each in found], least)
+    runs = ranked([read_run(each, against) for each in found if each.is_run], least)
     retain_figures = {} if retain is None else retain.figures
-    audited, failures = _audits(runs)
+    audited, failures = _audits(found)
     shown = {}
     if "full" in baselines:
         shown["full model"] = full_figures
@@ -121,7 +122,11 @@ def gather(
         curves=plots.curves(runs, names[:PANELS], full_figures, retain_figures),
         details=tuple(_detail(run, retain) for run in runs[:details] if run.evaluation is not None),
         audit=audit_table(audited) if audited else None,
-        remarks=(*failures, *remarks(runs)),
+        remarks=(
+            *failures,
+            *((note, "full model") for note in (full_evaluation.notes if full_evaluation else ())),
+            *remarks(runs),
+        ),
     )
 
 
@@ -133,6 +138,8 @@ def _sentences(
     full_utility: float | None,
     floor: float,
 ) -> list[str]:
+    if not runs:
+        return ["Leak audits; no evaluated runs."]
     judged = sum("forget_quality" in run.figures for run in runs)
     count = f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
     said = [f"{count}, {judged} with Forget Quality, best first; among equals by Model Utility."]
@@ -160,17 +167,19 @@ def _detail(run: Run, retain: Retain | None) -> Detail:
     distribution = None
     if run.evaluation is not None:
         if run.evaluation.ratios is not None:
-            distribution = plots.distribution(run.evaluation.ratios, None if retain is None else retain.ratios, run.name)
+            distribution = plots.distribution(
+                run.evaluation.ratios, None if retain is None else retain.ratios, run.name
+            )
         leaks = tuple(worst(read_rows(run.evaluation.path), {} if retain is None else retain.rows, LEAKS))
     compared = any(leak.retain_recall is not None for leak in leaks)
     return Detail(shown_name(run), in_words(run.settings), distribution, leaks, compared)
 
 
-def _audits(runs: Sequence[Run]) -> tuple[list[AuditedModel], list[tuple[str, str]]]:
+def _audits(found: Sequence[Found]) -> tuple[list[AuditedModel], list[tuple[str, str]]]:
     """Return audited models, the full and the retain model of several audits once; and what could not be read."""
     audited: list[AuditedModel] = []
     failures = []
-    for run in runs:
+    for run in found:
         if run.audit is None:
             continue
         try:
@@ -178,6 +187,6 @@ def _audits(runs: Sequence[Run]) -> tuple[list[AuditedModel], list[tuple[str, st
         except (OSError, ValueError) as error:
             failures.append((f"could not be read: {error}", run.name))
             continue
-        known = [(model.name, model.figures) for model in audited]
+        known = [(model.name, model.figures) for model in audited if model.name in ("full", "retain")]
         audited += [model for model in models if (model.name, model.figures) not in known]
     return audited, failures

@@ -86,9 +86,7 @@ def read_evaluation(path: Path, retain_log: EvalLog | None = None) -> Evaluation
 def stored_figures(path: Path) -> tuple[dict[str, float], list[str]]:
     """Return the means that an evaluation stored about itself, and notes on those that are no numbers."""
     beside = path.with_name(SUMMARY)
-    content = _json(beside if path.name in LOGS and beside.is_file() else path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r}: expected a JSON object of metrics, got {type(content).__name__}")
+    content = _metrics(beside if path.name in LOGS and beside.is_file() else path)
     figures, notes = {}, []
     for name, metric in content.items():
         value = metric.get("agg_value") if isinstance(metric, dict) else metric
@@ -152,8 +150,13 @@ def _rows_of(log: EvalLog, split: str, metric: str) -> FloatArray | None:
     return values
 
 
-def _json(path: Path) -> Any:
+def _metrics(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r}: expected a JSON file, got something else ({error}); evaluate again") from error
+        raise ValueError(
+            f"{str(path)!r}: expected a JSON file, got something else ({error}); evaluate again"
+        ) from error
+    if isinstance(content, dict):
+        return content
+    raise ValueError(f"{str(path)!r}: expected a JSON object of metrics, got {type(content).__name__}; evaluate again")

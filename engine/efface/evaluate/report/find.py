@@ -35,6 +35,11 @@ class Found:
     histories: dict[int | None, Path] = field(default_factory=dict)
 
     @property
+    def is_run(self) -> bool:
+        """Whether there is more than an audit, which may be of several models."""
+        return bool(self.logs or self.histories)
+
+    @property
     def history(self) -> Path | None:
         """The training log that knows most."""
         if None in self.histories or not self.histories:
@@ -136,11 +141,11 @@ def _evaluation(log: Path) -> Path:
 
 
 def _name(runs: Sequence[Found]) -> None:
-    if not runs:
-        return
-    common = Path(os.path.commonpath([run.folder.parent for run in runs]))
+    """Name runs by their folders, from where these part; what is only an audit does not count there."""
+    common = [run.folder.parent for run in runs if run.is_run] or [run.folder.parent for run in runs]
+    base = Path(os.path.commonpath(common)) if common else Path()
     for run in runs:
-        name = run.folder.relative_to(common).as_posix()
+        name = run.folder.relative_to(base).as_posix() if base in run.folder.parents else run.folder.name
         name = name.removesuffix(".json") if run.folder.is_file() else name
         run.name = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
 

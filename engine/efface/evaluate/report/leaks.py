@@ -67,7 +67,9 @@ def _original(metrics: Mapping[str, Any]) -> dict[str, Leak]:
 
 
 def _open_unlearning(content: Mapping[str, Any]) -> dict[str, Leak]:
-    metric = next((value for name, value in content.items() if name.lower() == "forget_q_a_rouge"), {})
+    metric: Mapping[str, Any] = next(
+        (value for name, value in content.items() if name.lower() == "forget_q_a_rouge"), {}
+    )
     return {
         index: Leak(
             index, str(row["input"]), str(row["ground_truth"]), str(row["generation"]), float(row["rougeL_recall"])

@@ -21,8 +21,10 @@ def to_markdown(content: Content, pictures: str) -> tuple[str, dict[str, str]]:
         drawn[f"{name}.svg"] = svg
         return f"![{_escaped(meaning)}](<{pictures}/{name}.svg>)"
 
-    parts = ["# Unlearning report", *map(_words, content.sentences), "## Runs", _table(content.runs)]
-    if content.runs.has_more:
+    parts = ["# Unlearning report", *map(_words, content.sentences)]
+    if content.runs.lines:
+        parts += ["## Runs", _table(content.runs)]
+    if content.runs.lines and content.runs.has_more:
         parts += ["### All figures", _table(content.runs, on_demand=True)]
     if content.scatter:
         parts += ["## Forget Quality against Model Utility", picture("scatter", content.scatter, "scatter plot")]
@@ -78,9 +80,7 @@ def _grid(titles: Sequence[str], numeric: Sequence[bool], lines: Sequence[Sequen
 
 def _words(text: str) -> str:
     """Escape a sentence, but for code between backticks."""
-    return "".join(
-        part if index % 2 else _escaped(part) for index, part in enumerate(re.split(r"(`[^`\n]*`)", text))
-    )
+    return "".join(part if index % 2 else _escaped(part) for index, part in enumerate(re.split(r"(`[^`\n]*`)", text)))
 
 
 def _escaped(text: str) -> str:

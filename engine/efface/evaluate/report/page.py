@@ -22,7 +22,7 @@ def to_html(content: Content) -> str:
     templates = Environment(loader=FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return templates.get_template("report.html.jinja").render(
         content=content,
-        svg=Markup,  # noqa: S704 - matplotlib escapes the texts in its drawings
+        svg=Markup,  # matplotlib escapes the texts in its drawings
         words=_words,
         short=shortened,
         script=Markup(script),  # noqa: S704

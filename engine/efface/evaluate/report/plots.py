@@ -1,48 +1,28 @@
-"""The pictures of a report, as SVG that is the same, byte for byte, for the same figures."""
+"""The pictures of a report."""
 
-import io
 import math
-import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from efface.evaluate.logs import FloatArray
 from efface.evaluate.report.ks import ecdf, largest_gap
 from efface.evaluate.report.runs import Curve, Run
+from efface.evaluate.report.svg import DARK, svg
 
 SIGNIFICANT = 0.05  # the p-value under which two models are told apart
 COLOURED = 8  # runs with a colour and a place in the legend; the others are grey
 _LOWEST_QUALITY = 1e-30  # what is lower is drawn here
 _POINTS = 200  # of a curve, at most
 _RATIOS = (1e-4, 1e4)  # what lies outside is drawn at the edge
+_PANELS = {"left": 0.07, "right": 0.99, "bottom": 0.2, "top": 0.9, "wspace": 0.2}
 
 _COLOURS = ("#1b6ca8", "#c8553d", "#2a7f62", "#8d5a97", "#b8860b", "#46707e", "#a23b72", "#5b6c1f")
-_GREY, _DARK, _RETAIN = "#b5b5b5", "#333333", "#777777"
-_STYLE = {
-    "svg.fonttype": "none",  # text stays text: small, searchable
-    "text.parse_math": False,  # a run may be called $x$
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.edgecolor": _DARK,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-}
+_GREY, _RETAIN = "#b5b5b5", "#777777"
 
 
 def quality_against_utility(
@@ -59,22 +39,22 @@ def quality_against_utility(
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for place, _, utility, quality in reversed(points):
+        for place, _, x, y in reversed(points):
             colour = _colour(place - 1)
-            axes.plot(utility, max(quality, _LOWEST_QUALITY), "o", color=colour, markersize=6)
+            axes.plot(x, max(y, _LOWEST_QUALITY), "o", color=colour, markersize=6)
             if place <= COLOURED:
-                _mark(axes, str(place), (utility, max(quality, _LOWEST_QUALITY)), colour)
+                _mark(axes, str(place), (x, max(y, _LOWEST_QUALITY)), colour)
         # against itself the retain model's p-value is 1
-        for name, figures, quality in (
-            ("full", full, full.get("forget_quality")),
-            ("retain (1 by definition)", retain, 1.0),
+        for name, utility, quality in (
+            ("full", full.get("model_utility"), full.get("forget_quality")),
+            ("retain (1 by definition)", retain.get("model_utility"), 1.0),
         ):
-            if "model_utility" in figures and quality is not None:
-                place_of = (figures["model_utility"], max(quality, _LOWEST_QUALITY))
-                axes.plot(*place_of, "D", color=_DARK, markersize=6, markerfacecolor="white")
-                _mark(axes, name, place_of, _DARK, (0, -13 if quality < SIGNIFICANT else 6))
+            if utility is not None and quality is not None:
+                at = (utility, max(quality, _LOWEST_QUALITY))
+                axes.plot(*at, "D", color=DARK, markersize=6, markerfacecolor="white")
+                _mark(axes, name, at, DARK, (0, -13 if quality < SIGNIFICANT else 6))
         _logarithmic(axes, "y")
-        lowest = min([quality for *_, quality in points] + [full.get("forget_quality", 1.0), SIGNIFICANT])
+        lowest = min([y for *_, y in points] + [full.get("forget_quality", 1.0), SIGNIFICANT])
         lowest = max(lowest, _LOWEST_QUALITY)
         axes.set_ylim(lowest**1.08 / 2, lowest**-0.08 * 2)  # room for names
         axes.margins(x=0.12)
@@ -93,7 +73,7 @@ def quality_against_utility(
         axes.set(xlabel="Model Utility", ylabel="Forget Quality (KS p-value)")
         _legend(figure, [(place - 1, run) for place, run, *_ in points], marker="o", linestyle="")
 
-    return _svg("scatter", (7.2, 4.4), draw)
+    return svg("scatter", (7.2, 4.4), draw)
 
 
 def curves(
@@ -116,7 +96,7 @@ def curves(
                     _line(axes, run.curves[name], place, name)
             for figures, style in ((full, "--"), (retain, ":")):
                 if name in figures and name != "forget_quality":
-                    axes.axhline(figures[name], color=_DARK, linestyle=style, linewidth=0.8)
+                    axes.axhline(figures[name], color=DARK, linestyle=style, linewidth=0.8)
             if name == "forget_quality":
                 _logarithmic(axes, "y")
                 _significance(axes)
@@ -124,7 +104,7 @@ def curves(
             axes.set_xlabel("optimizer step")
         _legend(figure, [(place, run) for place, run in enumerate(runs) if run.curves], marker=".")
 
-    return _svg("curves", (3.1 * columns + 0.4, 2.5 * rows + 0.5), draw)
+    return svg("curves", (3.1 * columns + 0.4, 2.5 * rows + 0.5), draw)
 
 
 def distribution(ratios: FloatArray, retain: FloatArray | None, name: str) -> str:
@@ -133,19 +113,20 @@ def distribution(ratios: FloatArray, retain: FloatArray | None, name: str) -> st
     bins = np.geomspace(low, high, 41)
 
     def draw(figure: Figure) -> None:
-        left, right = figure.subplots(1, 2)
+        # the same place in every run's drawing, and half the time of a layout that measures its texts
+        left, right = figure.subplots(1, 2, gridspec_kw=_PANELS)
         left.hist(np.clip(ratios, low, high), bins, color=_COLOURS[0], alpha=0.55, label="this run")
         if retain is not None:
             weights = np.full(len(retain), len(ratios) / len(retain))  # as many rows, where the logs differ
             left.hist(
-                np.clip(retain, low, high), bins, weights=weights, histtype="step", color=_DARK, label="retain model"
+                np.clip(retain, low, high), bins, weights=weights, histtype="step", color=DARK, label="retain model"
             )
         left.set(ylabel="forget rows", title="histogram")
         left.legend(loc="upper left")
         _steps(right, np.clip(ratios, low, high), _COLOURS[0])
         right.set(ylabel="share of rows at most R", ylim=(0, 1.03), title="distribution function")
         if retain is not None:
-            _steps(right, np.clip(retain, low, high), _DARK)
+            _steps(right, np.clip(retain, low, high), DARK)
             gap = largest_gap(ratios, retain)
             at = min(max(gap.location, low), high)
             right.plot([at, at], gap.heights, color=_COLOURS[1], linewidth=2, marker="_", markersize=7)
@@ -164,7 +145,7 @@ def distribution(ratios: FloatArray, retain: FloatArray | None, name: str) -> st
             axes.set(xlim=(low, high), xlabel="truth ratio R")
             axes.axvline(1, color=_RETAIN, linestyle=":", linewidth=0.8)
 
-    return _svg(f"distribution {name}", (7.2, 2.5), draw)
+    return svg(f"distribution {name}", (7.2, 2.5), draw, layout=None)
 
 
 def _limits(ratios: FloatArray) -> tuple[float, float]:
@@ -195,7 +176,7 @@ def _logarithmic(axes: Any, direction: str) -> None:
     axes.set(**{f"{direction}scale": "log"})
     axis = getattr(axes, f"{direction}axis")
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def _legend(figure: Figure, ranked: Sequence[tuple[int, Run]], **style: Any) -> None:
@@ -233,23 +214,3 @@ def _colour(place: int) -> str:
 
 def _short(name: str, limit: int = 34) -> str:
     return name if len(name) <= limit else f"…{name[1 - limit :]}"
-
-
-def _svg(salt: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
-    """Return the drawing as an element that may stand in a page, beside others."""
-    file = io.StringIO()
-    # the salt decides the names of shapes, which must differ between the drawings of a page
-    with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE, "svg.hashsalt": salt}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's fonts show the text
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # names that nothing refers to, equal in all drawings
-    return re.sub(r' d="[^"]*"', _rounded, svg)
-
-
-def _rounded(path: re.Match[str]) -> str:
-    return re.sub(r"(\.\d\d)\d+", r"\1", path[0])

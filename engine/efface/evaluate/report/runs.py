@@ -33,7 +33,6 @@ class Run:
         step: of the checkpoint that was evaluated; None is the final model.
         curves: every figure that is known at more than one step.
         settings: ``objective`` and its parameters, as text.
-        audit: path of the leak audit.
         notes: what is missing or doubtful.
         errors: files that could not be read, and why.
     """
@@ -45,7 +44,6 @@ class Run:
     step: int | None = None
     curves: Mapping[str, Curve] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
-    audit: Path | None = None
     notes: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
 
@@ -56,10 +54,9 @@ def read_run(found: Found, retain_log: EvalLog | None = None) -> Run:
     errors: list[str] = []
     evaluations: dict[int | None, Evaluation] = {}
     for step, path in found.logs.items():
-        try:
-            evaluations[step] = read_evaluation(path, retain_log)
-        except (OSError, ValueError, ArithmeticError) as error:
-            errors.append(str(error))
+        evaluation = _evaluation(path, retain_log, errors)
+        if evaluation is not None:
+            evaluations[step] = evaluation
     curves, last_step = _history(found.history, errors)
     for step, evaluation in evaluations.items():
         place = last_step if step is None else step
@@ -85,11 +82,24 @@ def read_run(found: Found, retain_log: EvalLog | None = None) -> Run:
         evaluation=final,
         step=step,
         curves={name: dict(sorted(curve.items())) for name, curve in curves.items() if len(curve) > 1},
-        settings=read_settings(found.folder if found.folder.is_dir() else found.folder.parent),
-        audit=found.audit,
+        settings=_settings_of(found, final),
         notes=tuple(notes),
         errors=tuple(errors),
     )
+
+
+def _evaluation(path: Path, retain_log: EvalLog | None, errors: list[str]) -> Evaluation | None:
+    try:
+        return read_evaluation(path, retain_log)
+    except (OSError, ValueError, ArithmeticError) as error:
+        errors.append(str(error))
+        return None
+
+
+def _settings_of(found: Found, final: Evaluation | None) -> dict[str, str]:
+    if not found.folder.is_dir():  # a log that was named itself; what lies beside it may be of another run
+        return {}
+    return read_settings(found.folder, None if final is None else final.path.parent)
 
 
 def _history(path: Path | None, errors: list[str]) -> tuple[dict[str, Curve], int | None]:
@@ -102,9 +112,9 @@ def _history(path: Path | None, errors: list[str]) -> tuple[dict[str, Curve], in
         curves: dict[str, Curve] = {}
         for entry in entries:
             for name, value in entry.items():
-                if name in _WATCHING or name.startswith(_WATCHING_PREFIXES) or not isinstance(value, (int, float)):
+                if name in _WATCHING or name.startswith(_WATCHING_PREFIXES):
                     continue
-                if math.isfinite(value):
+                if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
                     curves.setdefault(name, {})[int(entry["step"])] = float(value)
         return curves, int(content["global_step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
