@@ -25,7 +25,7 @@ FLOORS: dict[str, set[str]] = {
     "engine/efface/evaluate": {
         *BASE,
         *("efface.batching", "efface.hf", "efface.reference", "efface.evaluate"),
-        *("accelerate", "transformers", "scipy"),
+        *("accelerate", "transformers", "scipy", "rouge_score"),
         *("jinja2", "markupsafe", "matplotlib", "yaml"),  # reports
     },
     "engine/efface/cli": {

@@ -1,23 +1,36 @@
 """Evaluation: what a model still knows, and the two numbers by which unlearning is judged."""
 
-from efface.evaluate.likelihood import answer_logprobs, score_rows
+from efface.evaluate.generation import GenerationTask
+from efface.evaluate.likelihood import AnswerTask, answer_logprobs, mean_logprobs, score_rows, sum_logprobs
 from efface.evaluate.logs import EvalLog, SplitLog, read_log
 from efface.evaluate.quality import forget_quality
 from efface.evaluate.report import report
+from efface.evaluate.rouge import rouge_recall
 from efface.evaluate.runner import run_tasks
+from efface.evaluate.sampling import Sampling
 from efface.evaluate.task import RowResult, Task
+from efface.evaluate.tofu_evaluation import TofuEvaluation, TofuResult, tofu
 from efface.evaluate.utility import model_utility
 
 __all__ = [
+    "AnswerTask",
     "EvalLog",
+    "GenerationTask",
     "RowResult",
+    "Sampling",
     "SplitLog",
     "Task",
+    "TofuEvaluation",
+    "TofuResult",
     "answer_logprobs",
     "forget_quality",
+    "mean_logprobs",
     "model_utility",
     "read_log",
     "report",
+    "rouge_recall",
     "run_tasks",
     "score_rows",
+    "sum_logprobs",
+    "tofu",
 ]

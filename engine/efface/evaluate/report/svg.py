@@ -41,11 +41,11 @@ def svg(salt: str, size: tuple[float, float], draw: Callable[[Figure], None], *,
         figure = Figure(figsize=size, layout=layout)
         draw(figure)
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # names that nothing refers to, equal in all drawings
-    return re.sub(r' d="[^"]*"', _rounded, svg)
+    drawing = file.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    drawing = re.sub(r"<metadata>.*?</metadata>\s*", "", drawing, flags=re.DOTALL)
+    drawing = re.sub(r'<g id="[^"]*">', "<g>", drawing)  # names that nothing refers to, equal in all drawings
+    return re.sub(r' d="[^"]*"', _rounded, drawing)
 
 
 def _rounded(path: re.Match[str]) -> str:
