@@ -202,6 +202,18 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert "against a retain log that may be another" in page.text
 
 
+def test_the_retain_model_that_was_evaluated_with_a_run_is_found(tmp_path: Path) -> None:
+    log = write_evaluation(tmp_path / "run" / "evaluation", evaluation(1))
+    retain = write_evaluation(tmp_path / "run" / "evaluation" / "retain_model", evaluation(2))
+    page = Page(report(tmp_path / "run", tmp_path / "r.html"))
+    assert page.order == ["run"]
+    assert float(page.figures("run")["Forget Quality"]) == forget_quality(read_log(log), read_log(retain))
+    assert f"Forget Quality compares with {retain}" in page.text
+    other = write_evaluation(tmp_path / "retain", evaluation(3))
+    page = Page(report(tmp_path / "run", tmp_path / "r.html", retain_log=other))
+    assert float(page.figures("run")["Forget Quality"]) == forget_quality(read_log(log), read_log(other))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_no_number_is_not_shown_as_one(value: float, tmp_path: Path) -> None:
     content = evaluation(1)
@@ -227,7 +239,7 @@ def test_a_broken_run_does_not_sink_the_others(tmp_path: Path) -> None:
     (folder / "cut" / "TOFU_EVAL.json").write_text('{"forget_truth_ratio": {')
     write(folder / "list" / "TOFU_EVAL.json", [1])
     write(folder / "other" / "TOFU_EVAL.json", {"accuracy": 1})
-    write(folder / "odd" / "TOFU_EVAL.json", {"forget_truth_ratio": {"value_by_index": {"0": {"wrong": 1}}}})
+    write(folder / "odd" / "TOFU_EVAL.json", {"forget_truth_ratio": {"value_by_index": {"0": 3}}})
     write(folder / "empty" / "TOFU_SUMMARY.json", {})
     write(folder / "state" / "trainer_state.json", {"log_history": 3, "global_step": 1})
     write(folder / "audit" / "AUDIT.json", {"models": 3})

@@ -1,5 +1,6 @@
 """What a report says, before it is a page or a Markdown file."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,8 @@ from pathlib import Path
 from efface.evaluate.logs import EvalLog, FloatArray, read_log
 from efface.evaluate.report import plots
 from efface.evaluate.report.audits import AuditedModel, read_audit
-from efface.evaluate.report.figures import UTILITY, read_evaluation
-from efface.evaluate.report.find import Found, find_log, find_runs
+from efface.evaluate.report.figures import read_evaluation
+from efface.evaluate.report.find import Found, find_log, find_retain_log, find_runs
 from efface.evaluate.report.leaks import Leak, read_rows, worst
 from efface.evaluate.report.runs import Run, ranked, read_run
 from efface.evaluate.report.tables import Table, audit_table, in_words, remarks, runs_table, shown_name
@@ -20,6 +21,7 @@ _CURVES = (
     *("forget_quality", "model_utility", "forget_Q_A_Prob", "forget_Q_A_ROUGE", "forget_truth_ratio"),
     *("forget_probability", "retain_probability", "forget_loss", "retain_loss", "loss"),
 )
+_PARTS = re.compile("^(retain|ra|wf)_|_(PARA|PERT)_")  # what others of the figures are made of
 _RETAIN_LOG = (
     "Forget Quality compares a model with one that never saw the forget set. No log of such a model was given, so it "
     "is {instead}. To make one: train on the retain set alone, or take a published model of that kind, then "
@@ -93,7 +95,9 @@ def gather(
     details: int,
 ) -> Content:
     """Read the runs and say what there is to say. For arguments and errors see ``efface.evaluate.report``."""
-    baselines = {name: find_log(path) for name, path in (("full", full), ("retain", retain_log)) if path is not None}
+    beside = find_retain_log(folders) if retain_log is None else None
+    given = {"full": full, "retain": retain_log or beside}
+    baselines = {name: find_log(path) for name, path in given.items() if path is not None}
     found = find_runs(folders, without=baselines.values())
     if not found:
         raise ValueError("expected runs beside the full and the retain model, got none; name their folders")
@@ -114,9 +118,9 @@ def gather(
     table, shared = runs_table(runs, shown, least)
     has_curves = {name for run in runs for name in run.curves}
     names = [name for name in _CURVES if name in has_curves]
-    names += sorted(has_curves - set(_CURVES) - set(UTILITY))
+    names += sorted(name for name in has_curves.difference(_CURVES) if not _PARTS.search(name))
     return Content(
-        sentences=tuple(_sentences(runs, shared, retain, "full" in baselines, known_utility, floor)),
+        sentences=tuple(_sentences(runs, shared, retain, beside, "full" in baselines, known_utility, floor)),
         runs=table,
         scatter=plots.quality_against_utility(runs, full_figures, retain_figures, least),
         curves=plots.curves(runs, names[:PANELS], full_figures, retain_figures),
@@ -134,6 +138,7 @@ def _sentences(
     runs: Sequence[Run],
     shared: Mapping[str, str],
     retain: Retain | None,
+    beside: Path | None,
     has_full: bool,
     full_utility: float | None,
     floor: float,
@@ -147,6 +152,8 @@ def _sentences(
         said.append(f"All runs: {in_words(shared)}.")
     if retain is None:
         said.append(_RETAIN_LOG.format(instead="what the evaluations stored" if judged else "missing"))
+    elif beside is not None:
+        said.append(f"Forget Quality compares with `{beside}`, which was evaluated with the runs.")
     if floor and full_utility is not None:
         said.append(
             f"Runs with less Model Utility than {floor:g} times that of the full model ({full_utility:.4f}) come after "

@@ -2,7 +2,6 @@
 
 import json
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from scipy.stats import hmean
 
-from efface.evaluate.logs import EvalLog, FloatArray, read_log
+from efface.evaluate.logs import EvalLog, FloatArray, log_of
 from efface.evaluate.quality import forget_quality
 from efface.evaluate.report.find import LOGS
 from efface.evaluate.utility import mean_of
@@ -64,7 +63,8 @@ def read_evaluation(path: Path, retain_log: EvalLog | None = None) -> Evaluation
         OSError: a file that cannot be read.
         ValueError: a file that is neither.
     """
-    figures, notes = stored_figures(path)
+    content = _metrics(path)
+    figures, notes = _stored(content)
     stored = figures.get("forget_quality")
     if path.name == SUMMARY:
         if not figures:
@@ -72,7 +72,7 @@ def read_evaluation(path: Path, retain_log: EvalLog | None = None) -> Evaluation
         notes.append("a summary without rows: no distributions, no leaks")
     ratios = None
     if path.name != SUMMARY:
-        log = _log(path)
+        log = _log(content, path)
         _from_rows(figures, log, notes)
         if _rows_of(log, "forget", "truth_ratio") is not None and "forget_truth_ratio" in figures:
             ratios = log.rows("forget", "truth_ratio")
@@ -83,10 +83,8 @@ def read_evaluation(path: Path, retain_log: EvalLog | None = None) -> Evaluation
     return Evaluation(path, figures, ratios, tuple(notes))
 
 
-def stored_figures(path: Path) -> tuple[dict[str, float], list[str]]:
+def _stored(content: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
     """Return the means that an evaluation stored about itself, and notes on those that are no numbers."""
-    beside = path.with_name(SUMMARY)
-    content = _metrics(beside if path.name in LOGS and beside.is_file() else path)
     figures, notes = {}, []
     for name, metric in content.items():
         value = metric.get("agg_value") if isinstance(metric, dict) else metric
@@ -123,21 +121,18 @@ def _from_rows(figures: dict[str, float], log: EvalLog, notes: list[str]) -> Non
 
 def _compare(figures: dict[str, float], log: EvalLog, retain_log: EvalLog, notes: list[str]) -> None:
     stored = figures.pop("forget_quality", None)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            figures["forget_quality"] = forget_quality(log, retain_log)
-        except ValueError as error:
-            notes.append(str(error))
-            return
-    notes.extend(str(warning.message) for warning in caught)
+    try:
+        figures["forget_quality"] = forget_quality(log, retain_log)
+    except ValueError as error:
+        notes.append(str(error))
+        return
     if stored is not None and not math.isclose(stored, figures["forget_quality"], rel_tol=1e-6):
         notes.append(f"its evaluation stored a forget quality of {stored:.3g}, against another retain log")
 
 
-def _log(path: Path) -> EvalLog:
+def _log(content: Mapping[str, Any], path: Path) -> EvalLog:
     try:
-        return read_log(path)
+        return log_of(content, str(path))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
             f"{str(path)!r}: expected rows as TOFU or open-unlearning write them, got other ones "

@@ -12,6 +12,8 @@ AUDIT = "AUDIT.json"
 HISTORY = "trainer_state.json"
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# Where `efface evaluate --retain-model` puts what it compares with: no run.
+RETAIN = "retain_model"
 # Folders that hold what was found out about the model beside them, not a model: those of efface, open-unlearning, TOFU.
 _INSIDE = re.compile(r"evals?|evaluation|eval_results|audits?|ds_size\d+")
 
@@ -101,9 +103,19 @@ def find_log(path: str | Path) -> Path:
     raise FileNotFoundError(f"{str(path)!r}: expected an evaluation log, or a folder with one of {', '.join(LOGS)}")
 
 
+def find_retain_log(paths: Iterable[str | Path]) -> Path | None:
+    """Return the log of a retain model that was evaluated with runs in the folders; the first of several."""
+    for root in map(Path, paths):
+        for folder, folders, names in os.walk(root):
+            folders.sort()
+            if Path(folder).name == RETAIN and LOGS[0] in names:
+                return Path(folder, LOGS[0])
+    return None
+
+
 def _files(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != RETAIN)
         yield from (Path(folder, name) for name in (*LOGS, AUDIT, HISTORY) if name in names)
 
 

@@ -29,8 +29,8 @@ def report(
         output: the HTML file; replaced if it is there.
         markdown: also write the report as Markdown, its pictures in a folder ``<name>-pictures`` beside it.
         full: log, or folder with the log, of the model before unlearning.
-        retain_log: the same of a model trained on the retain set alone. Without it Forget Quality is what the
-            evaluations stored.
+        retain_log: the same of a model trained on the retain set alone. Without it, what ``efface evaluate
+            --retain-model`` left beside a run; without that, Forget Quality is what the evaluations stored.
         floor: runs with less Model Utility than so many times that of the full model are ranked after the others; 0
             ranks all alike.
         details: how many of the best runs are shown row by row.
