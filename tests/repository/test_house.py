@@ -26,6 +26,7 @@ FLOORS: dict[str, set[str]] = {
         *BASE,
         *("efface.batching", "efface.hf", "efface.reference", "efface.evaluate"),
         *("accelerate", "transformers", "scipy", "rouge_score", "nltk"),
+        *("jinja2", "markupsafe", "matplotlib", "yaml"),  # reports
     },
     "engine/efface/cli": {
         *BASE,

@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": ("efface.cli.demo.command", "teach a small model, make it forget, and measure it"),
     "evaluate": ("efface.cli.evaluate", "measure what a model forgot and what it can still do: TOFU's evaluation"),
     "plan": ("efface.cli.plan", "show what an epoch holds: steps, forward passes, tokens"),
+    "report": ("efface.cli.report", "show evaluated runs side by side, on one page"),
     "unlearn": ("efface.cli.unlearn", "make a checkpoint forget a data set"),
 }
 

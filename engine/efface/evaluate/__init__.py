@@ -5,6 +5,7 @@ from efface.evaluate.generation import GenerationTask
 from efface.evaluate.likelihood import AnswerTask, answer_logprobs, mean_logprobs, score_rows, sum_logprobs
 from efface.evaluate.logs import EvalLog, SplitLog, read_log
 from efface.evaluate.quality import forget_quality
+from efface.evaluate.report import report
 from efface.evaluate.rouge import rouge_recall
 from efface.evaluate.runner import run_tasks
 from efface.evaluate.sampling import Sampling
@@ -28,6 +29,7 @@ __all__ = [
     "mean_logprobs",
     "model_utility",
     "read_log",
+    "report",
     "rouge_recall",
     "run_tasks",
     "score_rows",
