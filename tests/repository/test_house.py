@@ -25,7 +25,7 @@ FLOORS: dict[str, set[str]] = {
     "engine/efface/evaluate": {
         *BASE,
         *("efface.batching", "efface.hf", "efface.reference", "efface.evaluate"),
-        *("accelerate", "transformers", "scipy"),
+        *("accelerate", "transformers", "scipy", "rouge_score"),
     },
     "engine/efface/cli": {
         *BASE,
