@@ -84,8 +84,14 @@ def test_rows_of_another_model_are_never_taken(tmp_path: Path) -> None:
         next(other.parameters()).flatten()[0] += 1e-7
     assert run_tasks(other, [task], store=path)[0][0]["sum"] == bias_of(other) + 1
     assert task.ran
-    # nor those that another version of efface computed
-    assert model_key(tiny_llama()) != model_key(other)
+
+
+def test_the_key_of_a_model_is_its_content_and_what_ends_its_answers() -> None:
+    model, same = tiny_llama(), tiny_llama()
+    assert model_key(model) == model_key(same)
+    same.generation_config.eos_token_id = [1, 2]
+    assert model_key(model) != model_key(same)
+    assert model_key(model) != model_key(tiny_llama(seed=1))
 
 
 def test_what_a_failing_evaluation_finished_is_kept(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import efface
 COMMANDS = {
     "cache-reference": ("efface.cli.cache_reference", "compute the reference of a forget set once for all runs"),
     "demo": ("efface.cli.demo.command", "teach a small model, make it forget, and measure it"),
+    "evaluate": ("efface.cli.evaluate", "measure what a model forgot and what it can still do: TOFU's evaluation"),
     "plan": ("efface.cli.plan", "show what an epoch holds: steps, forward passes, tokens"),
     "unlearn": ("efface.cli.unlearn", "make a checkpoint forget a data set"),
 }

@@ -8,6 +8,7 @@ from efface.evaluate.rouge import rouge_recall
 from efface.evaluate.runner import run_tasks
 from efface.evaluate.sampling import Sampling
 from efface.evaluate.task import RowResult, Task
+from efface.evaluate.tofu_evaluation import TofuEvaluation, TofuResult, tofu
 from efface.evaluate.utility import model_utility
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "Sampling",
     "SplitLog",
     "Task",
+    "TofuEvaluation",
+    "TofuResult",
     "answer_logprobs",
     "forget_quality",
     "mean_logprobs",
@@ -27,4 +30,5 @@ __all__ = [
     "run_tasks",
     "score_rows",
     "sum_logprobs",
+    "tofu",
 ]

@@ -77,8 +77,10 @@ def run_tasks(
 
 
 def model_key(model: PreTrainedModel) -> bytes:
-    """Return what results depend on beside a task's keys: the model as it is now, and who computed them."""
-    return hashlib.blake2b(fingerprint(model) + version("efface").encode(), digest_size=16).digest()
+    """Return what results depend on beside a task's keys: the model as it is now, what ends its answers, and efface."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    known = [fingerprint(model).hex(), ends, version("efface")]
+    return hashlib.blake2b(json.dumps(known).encode(), digest_size=16).digest()
 
 
 class _Known:
