@@ -3,6 +3,7 @@
 from efface.evaluate.generation import GenerationTask
 from efface.evaluate.likelihood import AnswerTask, answer_logprobs, mean_logprobs, score_rows, sum_logprobs
 from efface.evaluate.logs import EvalLog, SplitLog, read_log
+from efface.evaluate.metrics import evaluate_metrics, fame, get_metric, known_metrics, qa_rouge, register_metric
 from efface.evaluate.quality import forget_quality
 from efface.evaluate.rouge import rouge_recall
 from efface.evaluate.runner import run_tasks
@@ -22,10 +23,16 @@ __all__ = [
     "TofuEvaluation",
     "TofuResult",
     "answer_logprobs",
+    "evaluate_metrics",
+    "fame",
     "forget_quality",
+    "get_metric",
+    "known_metrics",
     "mean_logprobs",
     "model_utility",
+    "qa_rouge",
     "read_log",
+    "register_metric",
     "rouge_recall",
     "run_tasks",
     "score_rows",
