@@ -4,6 +4,7 @@ from efface.evaluate.audit import audit
 from efface.evaluate.generation import GenerationTask
 from efface.evaluate.likelihood import AnswerTask, answer_logprobs, mean_logprobs, score_rows, sum_logprobs
 from efface.evaluate.logs import EvalLog, SplitLog, read_log
+from efface.evaluate.metrics import evaluate_metrics, fame, get_metric, known_metrics, qa_rouge, register_metric
 from efface.evaluate.quality import forget_quality
 from efface.evaluate.report import report
 from efface.evaluate.rouge import rouge_recall
@@ -25,10 +26,16 @@ __all__ = [
     "TofuResult",
     "answer_logprobs",
     "audit",
+    "evaluate_metrics",
+    "fame",
     "forget_quality",
+    "get_metric",
+    "known_metrics",
     "mean_logprobs",
     "model_utility",
+    "qa_rouge",
     "read_log",
+    "register_metric",
     "report",
     "rouge_recall",
     "run_tasks",

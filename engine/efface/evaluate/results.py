@@ -80,10 +80,16 @@ def summary_of(content: Mapping[str, Metric]) -> dict[str, float]:
     return {name: metric["agg_value"] for name, metric in content.items() if metric["agg_value"] is not None}
 
 
-def write_results(folder: Path, content: Mapping[str, Metric], config: Mapping[str, Any]) -> None:
-    """Write the three files; each is there whole or as it was, also when the process is killed."""
+def write_results(
+    folder: Path, content: Mapping[str, Metric], config: Mapping[str, Any], *, benchmark: str = "TOFU"
+) -> None:
+    """Write the three files; each is there whole or as it was, also when the process is killed.
+
+    Those of another ``benchmark`` have its name for TOFU's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, value in ((EVAL, content), (SUMMARY, summary_of(content)), (CONFIG, config)):
+    files = (EVAL.replace("TOFU", benchmark), content), (SUMMARY.replace("TOFU", benchmark), summary_of(content))
+    for name, value in (*files, (CONFIG, config)):
         partial = folder / f"{PARTIAL}{os.getpid()}-{name}"  # another evaluation may be at it too
         with partial.open("w", encoding="utf-8") as file:
             json.dump(value, file, indent=4, sort_keys=name != CONFIG, allow_nan=False)
