@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.evaluate import suite as evaluate
 from benchmarks.loss import suite as loss
 from benchmarks.packing import suite as packing
 from benchmarks.report import Report
@@ -13,7 +14,7 @@ from benchmarks.step import suite as step
 
 # A suite has SHAPES (the one called "smoke" only on demand), ROUNDS, add_arguments(parser) and run(options, report);
 # where the shapes depend on the options, default_shapes(options).
-SUITES = {"loss": loss, "pack": packing, "step": step}
+SUITES = {"evaluate": evaluate, "loss": loss, "pack": packing, "step": step}
 
 
 def main() -> int:
