@@ -117,7 +117,7 @@ def test_bad_logs_are_refused(tmp_path: Path) -> None:
         forget_quality(one_split([0.1, float("nan"), 0.2]), one_split([0.1]))
     with pytest.raises(ValueError, match="has no rows"):
         forget_quality(one_split([]), one_split([0.1]))
-    with pytest.raises(ValueError, match="has no truth_ratio for the retain split"):
+    with pytest.raises(ValueError, match="has no probability for the retain split"):
         model_utility(one_split([0.1]))
 
 
