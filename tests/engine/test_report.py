@@ -205,12 +205,14 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 def test_the_retain_model_that_was_evaluated_with_a_run_is_found(tmp_path: Path) -> None:
     log = write_evaluation(tmp_path / "run" / "evaluation", evaluation(1))
     retain = write_evaluation(tmp_path / "run" / "evaluation" / "retain_model", evaluation(2))
-    page = Page(report(tmp_path / "run", tmp_path / "r.html"))
+    page = Page(report(tmp_path / "run", tmp_path / "r.html", markdown=tmp_path / "r.md"))
     assert page.order == ["run"]
     assert float(page.figures("run")["Forget Quality"]) == forget_quality(read_log(log), read_log(retain))
+    assert f"compares with `{retain}`, which" in (tmp_path / "r.md").read_text()
     assert f"Forget Quality compares with {retain}" in page.text
     other = write_evaluation(tmp_path / "retain", evaluation(3))
     page = Page(report(tmp_path / "run", tmp_path / "r.html", retain_log=other))
+    assert page.order == ["run"]
     assert float(page.figures("run")["Forget Quality"]) == forget_quality(read_log(log), read_log(other))
 
 

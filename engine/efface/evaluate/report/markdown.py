@@ -85,6 +85,6 @@ def _words(text: str) -> str:
 
 def _escaped(text: str) -> str:
     """Return text that Markdown shows as it is, in one line: no HTML, no markup, no end of a cell."""
-    text = " ".join(text.split())
+    text = re.sub(r"\s+", " ", text)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~#$!])", r"\\\1", text)

@@ -102,6 +102,7 @@ def curves(
                 _significance(axes)
             axes.set_title(name)
             axes.set_xlabel("optimizer step")
+            axes.xaxis.get_major_locator().set_params(integer=True)
         _legend(figure, [(place, run) for place, run in enumerate(runs) if run.curves], marker=".")
 
     return svg("curves", (3.1 * columns + 0.4, 2.5 * rows + 0.5), draw)
