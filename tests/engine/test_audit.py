@@ -168,6 +168,7 @@ def test_relearning_leaves_the_model_as_it_was(
     model.train()
     model.model.layers[0].eval()
     model.model.norm.weight.requires_grad_(False)
+    grad = model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     before = {name: (value.clone(), value.data_ptr()) for name, value in tensors(model)}
     modules = [(name, type(module), module.training) for name, module in model.named_modules()]
     flags = [weight.requires_grad for weight in model.parameters()]
@@ -187,7 +188,9 @@ def test_relearning_leaves_the_model_as_it_was(
             assert torch.equal(now[name], value), name
             assert now[name].data_ptr() == place, name
         assert [weight.requires_grad for weight in model.parameters()] == flags
-        assert all(weight.grad is None for weight in model.parameters())
+        assert model.lm_head.weight.grad is grad
+        assert torch.equal(grad, torch.ones_like(grad))
+        assert sum(weight.grad is not None for weight in model.parameters()) == 1
         assert set(vars(model)) == attributes
         assert model.config._attn_implementation == attention
         assert torch.equal(torch.get_rng_state(), noise)
