@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from efface.batching import TokenStore, token_tree, tree_tokens
 from efface.evaluate.logs import FloatArray, SplitLog, truth_ratios
-from efface.evaluate.task import RowResult
+from efface.evaluate.task import RowResult, Task
 from efface.hf.attention import NAME
 from efface.hf.head import head_of, packed_hidden
 from efface.hf.rows import column
@@ -23,7 +23,7 @@ from efface.reference.keys import KEY_BYTES, sequence_keys
 from efface_kernels import linear_logprob
 
 
-class AnswerTask:
+class AnswerTask(Task):
     """Log-probabilities of answers, given their questions: a ``Task``, one row a question with its answers.
 
     A row's result is ``{"logprobs": [[…], …]}``: for every answer, log p of each of its tokens and of the end of

@@ -84,7 +84,7 @@ def write_results(folder: Path, content: Mapping[str, Metric], config: Mapping[s
     """Write the three files; each is there whole or as it was, also when the process is killed."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in ((EVAL, content), (SUMMARY, summary_of(content)), (CONFIG, config)):
-        partial = folder / f"{PARTIAL}{name}"
+        partial = folder / f"{PARTIAL}{os.getpid()}-{name}"  # another evaluation may be at it too
         with partial.open("w", encoding="utf-8") as file:
             json.dump(value, file, indent=4, sort_keys=name != CONFIG, allow_nan=False)
             file.write("\n")
