@@ -15,7 +15,7 @@ from efface.cli.demo.authors import ROWS_PER_AUTHOR, make_authors
 from efface.cli.demo.tokenizer import train_tokenizer
 from efface.cli.main import main
 from efface.evaluate.audit import VIEWS, AuditResult, BestOf, Clues, Relearn, Translated, View, audit, side_by_side
-from efface.evaluate.audit.table import cells, markdown
+from efface.evaluate.audit.document import cells, markdown
 from efface.evaluate.audit.unchanged import unchanged
 from efface.hf.adapters import add_lora
 from efface.hf.loading import load_model
@@ -114,7 +114,7 @@ def test_figures_of_views(audits: dict[str, AuditResult], forget: list[Row]) -> 
 
 
 def test_the_table(audits: dict[str, AuditResult]) -> None:
-    headings, lines = cells({**audits, "again": audits["full"]}, full="full", retain="retain")
+    headings, lines = cells({**audits, "again": audits["full"]})
     assert headings == ["view", "full", "retain", "again", "kept"]
     assert [line[0] for line in lines if ", " not in line[0]] == [*VIEWS]
     assert lines[0][-1] == "100 %"
