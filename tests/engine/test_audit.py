@@ -15,7 +15,7 @@ from efface.cli.demo.authors import ROWS_PER_AUTHOR, make_authors
 from efface.cli.demo.tokenizer import train_tokenizer
 from efface.cli.main import main
 from efface.evaluate.audit import VIEWS, AuditResult, BestOf, Clues, Relearn, Translated, View, audit, side_by_side
-from efface.evaluate.audit.table import cells, markdown
+from efface.evaluate.audit.document import cells, markdown
 from efface.evaluate.audit.unchanged import unchanged
 from efface.hf.adapters import add_lora
 from efface.hf.loading import load_model
@@ -114,7 +114,7 @@ def test_figures_of_views(audits: dict[str, AuditResult], forget: list[Row]) -> 
 
 
 def test_the_table(audits: dict[str, AuditResult]) -> None:
-    headings, lines = cells({**audits, "again": audits["full"]}, full="full", retain="retain")
+    headings, lines = cells({**audits, "again": audits["full"]})
     assert headings == ["view", "full", "retain", "again", "kept"]
     assert [line[0] for line in lines if ", " not in line[0]] == [*VIEWS]
     assert lines[0][-1] == "100 %"
@@ -168,6 +168,7 @@ def test_relearning_leaves_the_model_as_it_was(
     model.train()
     model.model.layers[0].eval()
     model.model.norm.weight.requires_grad_(False)
+    grad = model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     before = {name: (value.clone(), value.data_ptr()) for name, value in tensors(model)}
     modules = [(name, type(module), module.training) for name, module in model.named_modules()]
     flags = [weight.requires_grad for weight in model.parameters()]
@@ -187,7 +188,9 @@ def test_relearning_leaves_the_model_as_it_was(
             assert torch.equal(now[name], value), name
             assert now[name].data_ptr() == place, name
         assert [weight.requires_grad for weight in model.parameters()] == flags
-        assert all(weight.grad is None for weight in model.parameters())
+        assert model.lm_head.weight.grad is grad
+        assert torch.equal(grad, torch.ones_like(grad))
+        assert sum(weight.grad is not None for weight in model.parameters()) == 1
         assert set(vars(model)) == attributes
         assert model.config._attn_implementation == attention
         assert torch.equal(torch.get_rng_state(), noise)

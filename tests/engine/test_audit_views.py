@@ -92,6 +92,23 @@ def test_choice_is_between_answers_worded_alike(forget10: list[AuditRow]) -> Non
     assert probes[0].reference == "Hsiao Yun-Hwa is the complete name of the writer."
 
 
+def test_a_choice_is_the_likeliest_and_a_tie_no_leak() -> None:
+    class Scores:
+        def __init__(self, *scores: list[float]) -> None:
+            self.mean_logprobs = lambda questions, answers: list(scores)
+
+    each = row("Who?", "Ada Red.", paraphrased_answer="It is Ada Red.", perturbed_answer=["It is Bo Red.", "It is Cy."])
+    exam: Any = Scores([-1.0, -2.0, -3.0], [-1.0, -1.0, -3.0], [-3.0, -2.0, -1.0])
+    records = Choice().run(exam, [each, each, each])
+    # "red" and "ada" are novel; the options have nothing in common that is
+    assert [record["generations"] for record in records] == [["It is Ada Red."], ["It is Bo Red."], ["It is Cy."]]
+    assert [record["novel_recall"] for record in records] == [[1.0], [0.5], [0.0]]
+    assert [record["correct"] for record in records] == [True, False, False]
+    figures = Choice().figures(records)
+    assert figures["accuracy"] == figures["chance_accuracy"] == pytest.approx(1 / 3)
+    assert figures["mean"] == figures["chance_mean"] == pytest.approx(0.5)
+
+
 def test_translated_frames(forget10: list[AuditRow]) -> None:
     probes = Translated().probes(forget10)
     assert [probe.label for probe in probes[::400]] == ["de", "fr", "es", "it"]

@@ -2,25 +2,23 @@
 
 import argparse
 import gc
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 from rich import box
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from efface.cli.output import written_whole
 from efface.evaluate.audit import VIEWS, AuditResult, BestOf, Clues, Relearn, View, audit
+from efface.evaluate.audit.document import AROUND, Document, cells
 from efface.evaluate.audit.rows import TOFU_GROUP
-from efface.evaluate.audit.table import cells, markdown
 from efface.evaluate.audit.views import get_view
+from efface.evaluate.runner import processes
 from efface.hf.loading import MAIN, load_model, load_tokenizer
 from efface.hf.rows import Rows, load_rows
 from efface.hf.templates import AUTO
@@ -132,20 +130,20 @@ def model_names(options: argparse.Namespace) -> dict[str, str]:
         ValueError: the same model twice.
     """
     unlearned = list(options.model)
-    if len({Path(place).name for place in unlearned} | {"full", "retain"}) == len(unlearned) + 2:
+    if len({Path(place).name for place in unlearned} | set(AROUND)) == len(unlearned) + len(AROUND):
         named = {Path(place).name: place for place in unlearned}
     else:
         named = {place: place for place in unlearned}
     if len(named) != len(unlearned):
         raise ValueError(f"--model: expected each model once, got {' '.join(unlearned)}")
-    around = {name: place for name in ("full", "retain") if (place := getattr(options, name)) is not None}
-    return {**({"full": around.pop("full")} if "full" in around else {}), **named, **around}
+    full, retain = ({name: place} if (place := getattr(options, name)) else {} for name in AROUND)
+    return {**full, **named, **retain}
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     options = _parser().parse_args(argv)
-    state = PartialState(cpu=not torch.accelerator.is_available())  # without which torchrun's are not seen on CPUs
+    state = processes()
     console = Console(quiet=not state.is_main_process)
     if not console.is_terminal:
         console = Console(width=120, quiet=not state.is_main_process)  # a pipe has no width; 80 would cut the table
@@ -155,19 +153,37 @@ def run(argv: Sequence[str]) -> int:
             f"{str(output / JSON_NAME)!r} is there already; choose another --output, or add --overwrite"
         )
     views, models, rows = chosen_views(options), model_names(options), audit_data(options.data, options.split)
+    # The tokenizers first: a name that is not there shows before anything is computed.
+    tokenizers = {
+        name: load_tokenizer(
+            options.tokenizer or place, revision=MAIN if options.tokenizer else _revision(name, options)
+        )
+        for name, place in models.items()
+    }
     transformers.logging.disable_progress_bar()
     output.mkdir(parents=True, exist_ok=True)
-    audits = {name: _audited(name, place, rows, views, options, state, console) for name, place in models.items()}
-    headings, table = cells(audits, full="full" if options.full else None, retain="retain" if options.retain else None)
+    audits = {
+        name: _audited(name, place, tokenizers[name], rows, views, options, console) for name, place in models.items()
+    }
+    found = Document(
+        source=options.data if options.split is None else f"{options.data}, {options.split}",
+        models=models,
+        audits=audits,
+        settings={
+            name: getattr(options, name) for name in ("template", "max_new_tokens", "group_column", "group_size")
+        },
+    )
     with written_whole(output, writes=state.is_main_process) as partial:
         if state.is_main_process:
-            _write(partial, options, views, models, audits, headings, table)
-    shown = Table(title=f"novel recall, {len(rows)} rows", box=box.SIMPLE_HEAD, padding=(0, 1))
+            (partial / JSON_NAME).write_text(found.json_text(), encoding="utf-8")
+            (partial / MARKDOWN_NAME).write_text(found.markdown_text(), encoding="utf-8")
+    headings, lines = cells(audits)
+    table = Table(title=f"novel recall, {len(rows)} rows", box=box.SIMPLE_HEAD, padding=(0, 1))
     for i, heading in enumerate(headings):
-        shown.add_column(heading, justify="right" if i else "left")
-    for line in table:
-        shown.add_row(*line)
-    console.print(shown)
+        table.add_column(heading, justify="right" if i else "left")
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
     console.print(f"prompts, generations and scores: {output / JSON_NAME}", highlight=False, soft_wrap=True)
     if state.num_processes > 1:
         # A process that leaves without a word may tear connections that others still read from.
@@ -176,21 +192,23 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+def _revision(name: str, options: argparse.Namespace) -> str:
+    return MAIN if name in AROUND else str(options.revision)
+
+
 def _audited(
     name: str,
     place: str,
+    tokenizer: Any,
     rows: Rows,
     views: Sequence[View],
     options: argparse.Namespace,
-    state: PartialState,
     console: Console,
 ) -> AuditResult:
     """Load a model, audit it, and let go of it."""
-    revision = options.revision if place in options.model else MAIN
-    tokenizer = load_tokenizer(options.tokenizer or place, revision=MAIN if options.tokenizer else revision)
-    model = load_model(place, revision=revision, dtype=options.dtype).to(state.device)
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    model = load_model(place, revision=_revision(name, options), dtype=options.dtype).to(processes().device)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name)
         result = audit(
             model,
@@ -212,46 +230,3 @@ def _audited(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return result
-
-
-def _write(
-    folder: Path,
-    options: argparse.Namespace,
-    views: Sequence[View],
-    models: Mapping[str, str],
-    audits: Mapping[str, AuditResult],
-    headings: Sequence[str],
-    table: Sequence[Sequence[str]],
-) -> None:
-    settings = {
-        "views": {view.name: asdict(view) for view in views},
-        "template": options.template,
-        "max_new_tokens": options.max_new_tokens,
-        "group_column": options.group_column,
-        "group_size": options.group_size,
-    }
-    rows = next(iter(audits.values())).rows
-    record = {
-        "data": str(options.data),
-        "split": options.split,
-        "rows": rows,
-        "settings": settings,
-        "models": {name: {"path": models[name], "views": found.to_json()} for name, found in audits.items()},
-    }
-    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / JSON_NAME).write_text(text + "\n", encoding="utf-8")
-    source = options.data if options.split is None else f"{options.data}, {options.split}"
-    notes = (
-        f"# Leak audit\n\n{source}: {rows} rows. Means over rows of novel recall: the share of the answer's content "
-        "words, beyond those of the prompt, that the model says.\n"
-    )
-    if options.full and options.retain:
-        notes += "kept = (model - retain) / (full - retain): 0 % as if never learnt, 100 % as if never unlearned.\n"
-    left_out = {
-        name: max(found.views[name].figures["left_out"] for found in audits.values())
-        for name in next(iter(audits.values())).views
-    }
-    if any(left_out.values()):
-        listed = ", ".join(f"{count} of {name}" for name, count in left_out.items() if count)
-        notes += f"Rows left out, because their answers say nothing that their prompts did not: {listed}.\n"
-    (folder / MARKDOWN_NAME).write_text(f"{notes}\n{markdown(headings, table)}", encoding="utf-8")
