@@ -105,7 +105,7 @@ def decode(
                 break
             cache.batch_select_indices(left)
             rows, done, token, mask, positions = (part[left] for part in (rows, done, token, mask, positions))
-        positions = positions + 1
+        positions = positions + (~done)[:, None]  # ended rows that are still there stay within the model's positions
         logits = forward(token[:, None], longest + step + 1)
     each = [limit for limit in limits for _ in range(repeats)]
     return [
@@ -176,9 +176,9 @@ def _answer(tokens: list[int], ends: Sequence[int], finite: bool) -> Answer:
 
 
 def _accepted(model: Any) -> set[str]:
-    """Return the arguments of the model's own forward; the fused model's hides them behind ``**kwargs``."""
-    owners = [owner for owner in type(model).__mro__ if "forward" in vars(owner)]
-    return {name for owner in owners for name in _parameters(owner.forward)}
+    """Return the arguments of the model's own forward; a fused model has it one class further up."""
+    forwards = (_parameters(vars(owner)["forward"]) for owner in type(model).__mro__ if "forward" in vars(owner))
+    return next((names for names in forwards if "input_ids" in names), set())
 
 
 def _parameters(function: Any) -> set[str]:

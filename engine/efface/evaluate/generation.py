@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,7 +139,8 @@ class GenerationTask(Task):
 
     def _check(self, model: PreTrainedModel, rows: NDArray[np.int64]) -> None:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        embeddings: Any = model.get_input_embeddings()
+        vocabulary = embeddings.weight.shape[0]
         for row in rows.tolist():
             length = len(self._prompts[row]) + int(self._limits[row])
             if positions is not None and length > positions:
