@@ -29,6 +29,7 @@ FAMILIES = {
     "Qwen2Config": {},
     "MistralConfig": {"sliding_window": 24},
     "GPTNeoXConfig": {},
+    "GPT2Config": {},  # its positions are absolute: padding that moved a prompt would show
 }
 
 
@@ -289,6 +290,7 @@ def test_draws_follow_the_distribution() -> None:
     assert draw(logits, edges, Sampling(temperature=2, top_p=0.5)).tolist() == [3, 3, 3, 3]
     assert draw(logits, edges, Sampling(temperature=2, top_p=0.75)).tolist() == [3, 2, 2, 2]
     chances = torch.from_numpy(uniforms(Sampling(n=400), b"row", 50)).flatten()
+    assert len({number for row in (b"row", b"other") for number in uniforms(SAMPLED, row, 9).flat}) == 2 * 3 * 9
     counts = draw(logits[:1].expand(20000, 4), chances, Sampling(temperature=2)).bincount(minlength=4) / 20000
     assert counts.tolist() == pytest.approx(probabilities.tolist(), abs=0.012)
 
