@@ -1,4 +1,4 @@
-"""Exact memorisation: the share of a text's tokens that the model would write (arXiv 2305.14788)."""
+"""Exact memorisation: the share of a text's tokens that the model would write (arXiv 2205.10770)."""
 
 from dataclasses import dataclass
 from typing import ClassVar

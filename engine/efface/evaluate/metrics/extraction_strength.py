@@ -1,4 +1,4 @@
-"""Extraction strength: how little of a text has to be shown for the rest to come out (arXiv 2208.03320)."""
+"""Extraction strength: how little of a text has to be shown for the rest to come out (arXiv 2012.07805, 2506.12618)."""
 
 from dataclasses import dataclass
 from typing import ClassVar

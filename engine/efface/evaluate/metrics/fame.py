@@ -69,7 +69,8 @@ def fame(
     reading = reading or Reading()
     check_columns(rows, groups, "rows")
     labels = {name: column(rows, name, "rows") for name in groups}
-    false, paraphrases = (_optional(rows, name) for name in (perturbed_column, paraphrased_column))
+    false = [_false_answers(value, row) for row, value in enumerate(_optional(rows, perturbed_column))]
+    paraphrases = _optional(rows, paraphrased_column)
     sides = []
     for name, numbers in _split(rows, forget_filter, retain_filter).items():
         chosen = numbers.tolist()
@@ -171,6 +172,16 @@ def _optional(rows: Rows, name: str) -> list[Any]:
     if any(name in row for row in islice(rows, 1)):
         return column(rows, name, "rows")
     return [None] * len(rows)
+
+
+def _false_answers(value: Any, row: int) -> list[str]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
+        raise ValueError(
+            f"row {row}: expected a list of false answers, or none, got {value!r}; correct or drop the row"
+        )
+    return value
 
 
 def _grouped(by_row: Mapping[int, RowResult], mean: Mean, labels: Mapping[str, Sequence[Any]]) -> MetricResult:

@@ -18,7 +18,7 @@ _EPSILON = 1e-10
 @register_metric
 @dataclass(frozen=True)
 class PrivLeak(Metric):
-    """100 · ((1 − AUC) − (1 − AUC_retain)) / ((1 − AUC_retain) + 1e-10) (arXiv 2407.06460, equation 3).
+    """100 · ((1 − AUC) − (1 − AUC_retain)) / ((1 − AUC_retain) + 1e-10) (arXiv 2407.06460).
 
     1 − AUC is MUSE's AUC, as open-unlearning has it: ``Attack`` counts the other way round. 0 is best: the attack does
     as well as on a model trained on the retain set alone. Below 0 the forget set still shows (under-unlearning; −100

@@ -81,7 +81,7 @@ def _of_logits(logits: Logits, targets: Tensor) -> tuple[Tensor, Tensor, Tensor,
         logp.clamp_(min=_NO_PROBABILITY)
         p = logp.exp()
         mean[block] = (p * logp).sum(-1)
-        # Two passes: E[x²] − E[x]² would cancel where one token has nearly all probability, as memorised ones do.
+        # Two passes: E[x²] − E[x]² would cancel where the distribution is nearly uniform, as in a ruined model.
         std[block] = (p * (logp - mean[block, None]).square_()).sum(-1).sqrt_()
     return logprobs, first, mean, std
 
