@@ -24,8 +24,8 @@ FLOORS: dict[str, set[str]] = {
     },
     "engine/efface/evaluate": {
         *BASE,
-        *("efface.batching", "efface.hf", "efface.evaluate"),
-        *("transformers", "scipy", "rouge_score"),
+        *("efface.batching", "efface.hf", "efface.reference", "efface.evaluate"),
+        *("accelerate", "transformers", "scipy", "rouge_score"),
     },
     "engine/efface/cli": {
         *BASE,
