@@ -1,8 +1,8 @@
-"""TOFU's evaluation of a Llama with random weights: log-likelihoods of all answers, padded against shared."""
+"""TOFU's evaluation of a Llama with random weights: log-likelihoods of all answers, greedy answers."""
 
 import argparse
 
-from benchmarks.evaluate import likelihood
+from benchmarks.evaluate import generation, likelihood
 from benchmarks.evaluate.shapes import SHAPES
 from benchmarks.report import Report
 
@@ -12,7 +12,7 @@ ROUNDS = 5
 QUICK_ROUNDS = 2
 
 # A part has run(shapes, rounds, report).
-PARTS = {"likelihood": likelihood}
+PARTS = {"likelihood": likelihood, "generation": generation}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
