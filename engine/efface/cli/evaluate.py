@@ -2,9 +2,10 @@
 
 import argparse
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from rich import box
@@ -12,10 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from efface.cli.metrics_flags import Results, add_metrics_flags, run_fame, run_metrics
 from efface.evaluate import EvalLog, TofuResult, tofu
 from efface.evaluate.logs import PREFIXES, SPLITS
 from efface.evaluate.protocol import PROTOCOLS
+from efface.evaluate.results import model_facts, write_results
 from efface.evaluate.runner import processes
+from efface.evaluate.tofu_evaluation import ROWS
 from efface.hf.loading import MAIN, load_model, load_tokenizer
 from efface.hf.templates import AUTO
 
@@ -24,11 +28,15 @@ examples:
   efface evaluate --model ./unlearned --retain-log retain90/TOFU_EVAL.json
   efface evaluate --model ./unlearned --retain-model ./retain90 --data ./tofu --split forget05 --output results
   torchrun --nproc-per-node 8 -m efface evaluate --model ./unlearned --retain-log retain90/TOFU_EVAL.json
+  efface evaluate --model ./unlearned --metrics extraction_strength,mia_min_k --forget forget.csv --holdout new.csv
+  efface evaluate --model ./unlearned --benchmark fame --data fame.csv --forget-filter topic_id=3
 
 Forget Quality compares with a model that was trained on the retain set alone: with its TOFU_EVAL.json (--retain-log),
 or with the model itself (--retain-model), which is then evaluated first. An evaluation that was stopped or killed goes
 on where it was when the same command is given again.
 """
+T = TypeVar("T")
+
 _TITLES = {"forget": "forget", "retain": "retain", "real_authors": "real authors", "world_facts": "world facts"}
 
 
@@ -36,13 +44,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="efface evaluate",
         description="TOFU's evaluation: probability, ROUGE-L recall and truth ratio on four splits, Model Utility and "
-        "Forget Quality. Writes TOFU_EVAL.json and TOFU_SUMMARY.json as open-unlearning does.",
+        "Forget Quality. Writes TOFU_EVAL.json and TOFU_SUMMARY.json as open-unlearning does. Or FAME's, or other "
+        "metrics of any rows: FAME_EVAL.json, METRICS_EVAL.json.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub name")
     parser.add_argument("--revision", default=MAIN, help="branch, tag or commit; of a folder, a checkpoint in it")
-    parser.add_argument("--data", help="folder with TOFU's files, or a Hub data set (default: locuslab/TOFU)")
+    parser.add_argument(
+        "--benchmark", choices=("tofu", "fame"), help="(default: tofu; with --metrics nothing but those)"
+    )
+    parser.add_argument(
+        "--data", help="folder with TOFU's files, or a Hub data set (default: locuslab/TOFU); FAME's file"
+    )
     parser.add_argument("--split", default="forget10", help="forget split: forget01, forget05, forget10 (default)")
     parser.add_argument(
         "--splits", nargs="+", choices=SPLITS, default=SPLITS, metavar="NAME", help=f"of {', '.join(SPLITS)}: some only"
@@ -64,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "--token-budget", type=int, default=8192, help="most tokens of a forward pass (default: %(default)s)"
     )
     parser.add_argument("--dtype", default="auto", help="dtype to load models in: auto, float32, bfloat16, float16")
+    add_metrics_flags(parser)
     return parser
 
 
@@ -96,21 +111,46 @@ def run(argv: Sequence[str]) -> int:
     state = processes()
     console = Console(stderr=True, quiet=not state.is_main_process)
     output = options.output or _default_output(options.model)
-    retain_log = options.retain_log
-    if options.retain_model is not None:
-        folder = output / "retain_model"
-        retain_log = _evaluate(options, options.retain_model, options.retain_revision, folder, None, console).log
-    result = _evaluate(options, options.model, options.revision, output, retain_log, console)
-    if state.is_main_process:
-        Console().print(results_table(result, f"{Path(options.model).name} on {options.split}, {options.protocol}"))
-        for note in _notes(result, options):
-            console.print(note, highlight=False, soft_wrap=True)
-        console.print(f"wrote {output}", highlight=False, soft_wrap=True)
+    benchmark = options.benchmark or (None if options.metrics else "tofu")
+    if benchmark == "tofu":
+        _judge_by_tofu(options, output, console)
+    if benchmark == "fame":
+        _judge_rows(options, output, console, "FAME", run_fame)
+    if options.metrics:
+        _judge_rows(options, output, console, "METRICS", run_metrics)
+    console.print(f"wrote {output}", highlight=False, soft_wrap=True)
     if state.num_processes > 1:
         # A process that leaves without a word may tear connections that others still read from.
         state.wait_for_everyone()
         state.destroy_process_group()
     return 0
+
+
+def _judge_by_tofu(options: argparse.Namespace, output: Path, console: Console) -> None:
+    retain_log: str | EvalLog | None = options.retain_log
+    if options.retain_model is not None:
+        folder = output / "retain_model"
+        retain_log = _evaluate(options, options.retain_model, options.retain_revision, folder, None, console).log
+    result = _evaluate(options, options.model, options.revision, output, retain_log, console)
+    if processes().is_main_process:
+        Console().print(results_table(result, f"{Path(options.model).name} on {options.split}, {options.protocol}"))
+        for note in _notes(result, options):
+            console.print(note, highlight=False, soft_wrap=True)
+
+
+def _judge_rows(
+    options: argparse.Namespace, output: Path, console: Console, benchmark: str, judge: Callable[..., Results]
+) -> None:
+    def run(model: Any, tokenizer: Any, bar: _Bar) -> Results:
+        results = judge(model, tokenizer, options, store=output / ROWS, progress=bar)
+        if processes().is_main_process:
+            facts = {**model_facts(model), "benchmark": benchmark, "options": {**vars(options), "output": str(output)}}
+            write_results(output, results, facts, benchmark=benchmark)
+        return results
+
+    results = _with_model(options, options.model, options.revision, output, console, run)
+    if processes().is_main_process:
+        Console().print(metrics_table(results, f"{Path(options.model).name}: {benchmark}"))
 
 
 def _evaluate(
@@ -121,24 +161,39 @@ def _evaluate(
     retain_log: str | EvalLog | None,
     console: Console,
 ) -> TofuResult:
+    def run(model: Any, tokenizer: Any, bar: _Bar) -> TofuResult:
+        return tofu(
+            model,
+            tokenizer,
+            options.data,
+            split=options.split,
+            splits=options.splits,
+            protocol=options.protocol,
+            retain_log=retain_log,
+            template=options.template,
+            token_budget=options.token_budget,
+            output=output,
+            progress=bar,
+        )
+
+    return _with_model(options, name, revision, output, console, run)
+
+
+def _with_model(
+    options: argparse.Namespace,
+    name: str,
+    revision: str,
+    output: Path,
+    console: Console,
+    run: Callable[[Any, Any, _Bar], T],
+) -> T:
+    """Load a model, run something with it and its tokenizer, and let go of it."""
     bar = _Bar(console, Path(name).name)
     with closing(bar):
         try:
             tokenizer = load_tokenizer(name, revision=revision)
             model = load_model(name, revision=revision, dtype=options.dtype).to(processes().device)
-            return tofu(
-                model,
-                tokenizer,
-                options.data,
-                split=options.split,
-                splits=options.splits,
-                protocol=options.protocol,
-                retain_log=retain_log,
-                template=options.template,
-                token_budget=options.token_budget,
-                output=output,
-                progress=bar,
-            )
+            return run(model, tokenizer, bar)
         except KeyboardInterrupt:
             kept = f"{bar.done} of {bar.rows} rows are kept in {output}"
             console.print(f"stopped; run the same command again to continue: {kept}", highlight=False, soft_wrap=True)
@@ -148,6 +203,23 @@ def _evaluate(
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def metrics_table(results: Results, title: str) -> Table:
+    """Return a line for each metric, and for each group of its rows."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("")
+    for heading in ("rows", "value"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, metric in results.items():
+        rows = len(metric.get("value_by_index", ()))
+        table.add_row(name, str(rows or ""), f"{metric['agg_value']:.4f}")  # an attack compares two sets of rows
+        for grouping, groups in metric.items():
+            if grouping.startswith("by_"):
+                for value, group in groups.items():
+                    label = f"  {grouping.removeprefix('by_')} {value}"
+                    table.add_row(label, str(group["rows"]), f"{group['agg_value']:.4f}")
+    return table
 
 
 def _default_output(model: str) -> Path:

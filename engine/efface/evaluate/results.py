@@ -17,6 +17,8 @@ from efface.evaluate.protocol import Protocol
 from efface.evaluate.task import RowResult
 from efface.evaluate.tofu_rows import TofuRows
 from efface.hf.checkpoints import PARTIAL
+from efface.hf.fingerprint import fingerprint
+from efface.hf.recipe import versions
 
 EVAL, SUMMARY, CONFIG = "TOFU_EVAL.json", "TOFU_SUMMARY.json", "EVAL_CONFIG.json"
 
@@ -80,19 +82,31 @@ def summary_of(content: Mapping[str, Metric]) -> dict[str, float]:
     return {name: metric["agg_value"] for name, metric in content.items() if metric["agg_value"] is not None}
 
 
+def model_facts(model: Any) -> dict[str, Any]:
+    """Return which model the results are of, and what computed them, as JSON."""
+    return {
+        "model": str(model.config._name_or_path),  # noqa: SLF001 - transformers keeps it nowhere else
+        "fingerprint": fingerprint(model).hex(),
+        "dtype": str(model.dtype),
+        "versions": versions(),
+    }
+
+
 def write_results(
     folder: Path, content: Mapping[str, Metric], config: Mapping[str, Any], *, benchmark: str = "TOFU"
 ) -> None:
     """Write the three files; each is there whole or as it was, also when the process is killed.
 
-    Those of another ``benchmark`` have its name for TOFU's.
+    Those of another ``benchmark`` begin with its name.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = (EVAL.replace("TOFU", benchmark), content), (SUMMARY.replace("TOFU", benchmark), summary_of(content))
-    for name, value in (*files, (CONFIG, config)):
+    names = [EVAL, SUMMARY, CONFIG]
+    if benchmark != "TOFU":
+        names = [f"{benchmark}_{name.partition('_')[2]}" for name in names]
+    for name, value in zip(names, (content, summary_of(content), config), strict=True):
         partial = folder / f"{PARTIAL}{os.getpid()}-{name}"  # another evaluation may be at it too
         with partial.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=4, sort_keys=name != CONFIG, allow_nan=False)
+            json.dump(value, file, indent=4, sort_keys=value is not config, allow_nan=False)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())

@@ -1,6 +1,6 @@
 """TOFU's evaluation (arXiv 2401.06121): Model Utility, Forget Quality, and the numbers behind them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,12 @@ from efface.evaluate.likelihood import AnswerTask, mean_logprobs
 from efface.evaluate.logs import SPLITS, EvalLog, SplitLog, log_of, read_log
 from efface.evaluate.protocol import Protocol, get_protocol
 from efface.evaluate.quality import check_same_rows, forget_quality
-from efface.evaluate.results import EVAL, Metric, split_metrics, summary_of, write_results
+from efface.evaluate.results import EVAL, Metric, model_facts, split_metrics, summary_of, write_results
 from efface.evaluate.rouge import empty_texts, rouge_recall
 from efface.evaluate.runner import Progress, processes, run_tasks
 from efface.evaluate.task import RowResult, Task
 from efface.evaluate.tofu_rows import HUB, TofuRows, load_split
 from efface.evaluate.utility import model_utility
-from efface.hf.fingerprint import fingerprint
-from efface.hf.recipe import versions
 from efface.hf.templates import AUTO, Template, get_template
 
 ROWS = ".rows.sqlite"
@@ -214,21 +212,11 @@ def tofu(
     folder = Path(output).expanduser()
     result = evaluation.evaluate(model, store=folder / ROWS, progress=progress, source=str(folder / EVAL))
     if processes().is_main_process:
-        write_results(folder, result.content, {**_model_facts(model), **evaluation.facts(), **_notes(result)})
+        write_results(
+            folder, result.content, {**model_facts(model), **evaluation.facts(), "empty_generations": result.empty}
+        )
     return result
 
 
 def _scored(question: str, answer: str, text: str) -> RowResult:
     return {**rouge_recall(text, answer), "input": question, "generation": text.strip()}
-
-
-def _model_facts(model: Any) -> dict[str, Any]:
-    return {
-        "model": str(model.config._name_or_path),  # noqa: SLF001 - transformers keeps it nowhere else
-        "fingerprint": fingerprint(model).hex(),
-        "dtype": str(model.dtype),
-    }
-
-
-def _notes(result: TofuResult) -> Mapping[str, Any]:
-    return {"empty_generations": result.empty, "versions": versions()}
