@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.evaluate import suite as evaluate
 from benchmarks.loss import suite as loss
 from benchmarks.packing import suite as packing
 from benchmarks.report import Report
 from benchmarks.step import suite as step
 
 # A suite has SHAPES (the one called "smoke" only on demand), ROUNDS, add_arguments(parser) and run(options, report).
-SUITES = {"loss": loss, "pack": packing, "step": step}
+SUITES = {"evaluate": evaluate, "loss": loss, "pack": packing, "step": step}
 
 
 def main() -> int:

@@ -1,7 +1,8 @@
 """Evaluations that are killed and given again; imports once, then every run is a process of its own.
 
 ``python killed_evaluation.py <folder> <words of the command as JSON>`` prints a JSON record: of how many batches each
-process finished, before it sent itself SIGKILL, which nothing in it can catch, or came to its end.
+process finished, before it sent itself SIGKILL, which nothing in it can catch, or came to its end. Started by torchrun,
+each process notes how many batches it began, in ``rank<n>.note``, and comes to its end.
 """
 
 import json
@@ -64,4 +65,7 @@ def drive(folder: Path, words: list[str]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if "RANK" in os.environ:
+        count_batches(Path(sys.argv[1], f"rank{os.environ['RANK']}.note"), None)
+        sys.exit(main(json.loads(sys.argv[2])))
     print(json.dumps(drive(Path(sys.argv[1]), json.loads(sys.argv[2]))))

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_distributed import HERE, ROOT, launch
 from tofu_helpers import model_of, tokenizer_of, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from efface.cli.main import main
 from efface.evaluate import forget_quality, read_log
+from efface.hf.adapters import add_lora, merged
 
 COUNTS = {"forget": 6, "retain": 5, "real_authors": 5, "world_facts": 4}
 RESULTS = ("EVAL_CONFIG.json", "TOFU_EVAL.json", "TOFU_SUMMARY.json")
@@ -25,7 +28,6 @@ def folder(tofu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = tokenizer_of(write_rows(tofu, folder / "tofu", COUNTS))
     for seed, name in enumerate(("full", "retain")):
         model = model_of(tokenizer, seed)
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return folder
@@ -74,6 +76,27 @@ def test_the_output_folder_is_the_models_by_default(folder: Path) -> None:
     assert config["model"] == str(folder / "retain")
     assert config["dtype"] == "torch.bfloat16"
     assert config["rows"] == {"world_facts": 4}
+
+
+def test_an_adapter_is_a_model(folder: Path, tmp_path: Path) -> None:
+    """What `efface unlearn --lora_r` writes: the numbers are those of the adapter merged into its model."""
+    pytest.importorskip("peft")
+    summaries = []
+    torch.manual_seed(0)
+    model = add_lora(AutoModelForCausalLM.from_pretrained(folder / "full"), r=4)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    merged(model).save_pretrained(tmp_path / "merged")
+    for name in ("adapter", "merged"):
+        AutoTokenizer.from_pretrained(folder / "full").save_pretrained(tmp_path / name)
+        command = ["evaluate", "--model", str(tmp_path / name), "--data", str(folder / "tofu"), "--splits", "forget"]
+        assert main(command) == 0
+        summaries.append(json.loads((tmp_path / name / "evaluation" / "TOFU_SUMMARY.json").read_text()))
+    assert summaries[0] == pytest.approx(summaries[1], rel=1e-4)
+    assert summaries[0]["forget_Q_A_Prob"] > 0
 
 
 def test_errors_of_use_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,12 +161,17 @@ def test_a_killed_evaluation_goes_on_where_it_was(folder: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same_bytes_as_one(folder: Path, tmp_path: Path) -> None:
+def test_several_processes_share_the_work_and_write_the_same_bytes_as_one(folder: Path, tmp_path: Path) -> None:
+    begun: dict[int, list[int]] = {}
     for processes in (1, 2, 3):
-        more = ["--retain-model", str(folder / "retain"), "--token-budget", "1000"]
-        command = words(folder, *more, "--output", str(tmp_path / str(processes)))
-        done = launch(processes, ["-m", "efface", *command])
+        out = tmp_path / str(processes)
+        more = ["--retain-model", str(folder / "retain"), "--token-budget", "1000", "--output", str(out)]
+        done = launch(processes, [str(HERE / "killed_evaluation.py"), str(tmp_path), json.dumps(words(folder, *more))])
         assert done.returncode == 0, done.stderr[-4000:]
+        begun[processes] = [int((tmp_path / f"rank{rank}.note").read_text()) for rank in range(processes)]
+        assert sum(begun[processes]) == begun[1][0]
+        assert (
+            max(begun[processes]) < begun[1][0] / processes + 3
+        )  # two models, of which each may end on a part of a turn
         for name in (*RESULTS[1:], *(f"retain_model/{name}" for name in RESULTS[1:])):
-            mine, first = ((tmp_path / str(count) / name).read_bytes() for count in (processes, 1))
-            assert mine == first, f"{name} on {processes} processes"
+            assert (out / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), f"{name} on {processes} processes"

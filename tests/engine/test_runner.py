@@ -13,7 +13,9 @@ import pytest
 import torch
 from helpers import tiny_llama
 from numpy.typing import NDArray
+from test_distributed import HERE, launch
 from torch import nn
+from transformers import PreTrainedModel
 
 from efface.evaluate import RowResult, run_tasks
 from efface.evaluate.row_store import RowStore
@@ -153,3 +155,24 @@ def test_a_model_spread_over_processes_is_refused() -> None:
     next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="expected a whole model on every process.*efface evaluate"):
         run_tasks(model, [Sums([1], 1)])
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_raised_on_all_and_finished_rows_are_kept(tmp_path: Path) -> None:
+    done = launch(2, [str(HERE / "failing_rank.py"), str(tmp_path)])
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "rank1.txt").read_text() == "row 3 is too long"
+    assert "process 1 of the evaluation: ValueError('row 3 is too long')" in (tmp_path / "rank0.txt").read_text()
+    with closing(RowStore(tmp_path / "rows.sqlite")) as store:
+        found = store.get(model_key(tiny_llama()), [b"0", b"1", b"2", b"3"])
+    assert found == [{"row": 0}, {"row": 1}, None, None]
+
+
+def test_a_wrapped_model_is_unwrapped() -> None:
+    class Plain(Sums):
+        def run(self, model: Any, rows: NDArray[np.int64]) -> list[RowResult]:
+            assert isinstance(model, PreTrainedModel)
+            return super().run(model, rows)
+
+    model = tiny_llama()
+    assert run_tasks(nn.DataParallel(model), [Plain([1], 1)])[0][0]["sum"] == bias_of(model) + 1

@@ -101,7 +101,8 @@ def test_every_number_of_the_whole_files_equals_one_row_at_a_time(name: str, tof
     folder = write_rows(tofu, tmp_path / "tofu", dict.fromkeys(FILES))
     tokenizer = tokenizer_of(folder, 4000)
     model = model_of(tokenizer)
-    short = replace(PROTOCOLS[name], max_new_tokens=4) if name == "open-unlearning" else replace(PROTOCOLS[name])
+    model.lm_head.weight.data[tokenizer.eos_token_id] *= 2  # the naive way of generating takes its time
+    short = replace(PROTOCOLS[name], max_new_tokens=8) if name == "open-unlearning" else PROTOCOLS[name]
     result = evaluate(model, tokenizer, folder, short)
     expected = naive(model, tokenizer, folder, **settings(short))
     assert same(result.content, expected, 1e-5) > 10_000

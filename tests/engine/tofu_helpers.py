@@ -55,6 +55,7 @@ def model_of(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausa
     ).eval()
     with torch.no_grad():
         model.lm_head.weight[tokenizer.eos_token_id] *= 2
+    model.generation_config.eos_token_id = tokenizer.eos_token_id  # Llama's own would be another token here
     return model
 
 

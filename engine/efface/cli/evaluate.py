@@ -7,7 +7,6 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -16,6 +15,7 @@ from rich.table import Table
 from efface.evaluate import EvalLog, TofuResult, tofu
 from efface.evaluate.logs import PREFIXES, SPLITS
 from efface.evaluate.protocol import PROTOCOLS
+from efface.evaluate.runner import processes
 from efface.hf.loading import MAIN, load_model, load_tokenizer
 from efface.hf.templates import AUTO
 
@@ -93,7 +93,7 @@ class _Bar:
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     options = _parser().parse_args(argv)
-    state = PartialState()
+    state = processes()
     console = Console(stderr=True, quiet=not state.is_main_process)
     output = options.output or _default_output(options.model)
     retain_log = options.retain_log
@@ -125,7 +125,7 @@ def _evaluate(
     with closing(bar):
         try:
             tokenizer = load_tokenizer(name, revision=revision)
-            model = load_model(name, revision=revision, dtype=options.dtype).to(PartialState().device)
+            model = load_model(name, revision=revision, dtype=options.dtype).to(processes().device)
             return tofu(
                 model,
                 tokenizer,

@@ -13,9 +13,6 @@ from transformers.cache_utils import DynamicLayer
 Pick = Callable[[Tensor, Tensor, int], Tensor]
 """Takes the logits (b, V), the answers that they are of (b,) and the number of the token; returns tokens (b,)."""
 
-# Asking which rows have ended makes the host wait for a GPU; so long may ended rows stay in the batch there.
-_CHECK_EVERY = 8
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -94,7 +91,7 @@ def decode(
     written = torch.full((len(logits), count), ends[0], device=device)
     finite = torch.ones(len(logits), dtype=torch.bool, device=device)
     done = ~finite
-    every = 1 if device.type == "cpu" else _CHECK_EVERY
+    every = _check_every(device)
     for step in range(count):
         sound = logits.amax(-1).isfinite()
         token = pick(logits, rows, step)
@@ -108,7 +105,7 @@ def decode(
                 break
             cache.batch_select_indices(left)
             rows, done, token, mask, positions = (part[left] for part in (rows, done, token, mask, positions))
-        positions = positions + 1
+        positions = positions + (~done)[:, None]  # ended rows that are still there stay within the model's positions
         logits = forward(token[:, None], longest + step + 1)
     each = [limit for limit in limits for _ in range(repeats)]
     return [
@@ -121,17 +118,11 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int]
     """As ``decode``, by ``model.generate``: for models whose cache cannot drop rows."""
     longest, count = max(map(len, prompts)), max(limits)
     ids, mask = _left_padded(prompts, longest, 0)
-    # Values that a model's own generation_config must not change stand here, though they are the defaults.
-    config = GenerationConfig(
-        max_new_tokens=count, do_sample=False, num_beams=1, eos_token_id=list(ends), pad_token_id=ends[0]
-    )
-    options = {"use_model_defaults": False} if "use_model_defaults" in _parameters(model.generate) else {}
-    own = model.generation_config
-    model.generation_config = config
+    config = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=list(ends), pad_token_id=ends[0])
+    # What is not set in a configuration comes from the model's own: its penalties, its beams.
+    own, model.generation_config = model.generation_config, config
     try:
-        out = model.generate(
-            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config, **options
-        )
+        out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
     finally:
         model.generation_config = own
     new = out[:, longest:].tolist()
@@ -164,6 +155,11 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
     return ends
 
 
+def _check_every(device: torch.device) -> int:
+    """Return how many tokens ended rows may stay in the batch: asking for them makes the host wait for a GPU."""
+    return 1 if device.type == "cpu" else 8
+
+
 def _left_padded(prompts: Sequence[Sequence[int]], longest: int, more: int) -> tuple[Tensor, Tensor]:
     """Return ids (B, longest), and a mask (B, longest + more) that sees the prompt and all that follows it."""
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -180,9 +176,9 @@ def _answer(tokens: list[int], ends: Sequence[int], finite: bool) -> Answer:
 
 
 def _accepted(model: Any) -> set[str]:
-    """Return the arguments of the model's own forward; the fused model's hides them behind ``**kwargs``."""
-    owners = [owner for owner in type(model).__mro__ if "forward" in vars(owner)]
-    return {name for owner in owners for name in _parameters(owner.forward)}
+    """Return the arguments of the model's own forward; a fused model has it one class further up."""
+    forwards = (_parameters(vars(owner)["forward"]) for owner in type(model).__mro__ if "forward" in vars(owner))
+    return next((names for names in forwards if "input_ids" in names), set())
 
 
 def _parameters(function: Any) -> set[str]:

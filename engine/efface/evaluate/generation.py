@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from efface.evaluate.decoding import Answer, decode, end_ids, generate, greedy, has_selectable_cache
+from efface.evaluate.decoding import Answer, decode, end_ids, generate, has_selectable_cache
 from efface.evaluate.sampling import Sampling, draw, uniforms
 from efface.evaluate.task import RowResult, Task
 from efface.hf.adapted_head import base_of
@@ -36,7 +37,7 @@ class GenerationTask(Task):
 
     Args:
         tokenizer: see ``prompt_ids``.
-        conversations: questions, or chats.
+        questions: one a row; or chats, see ``prompt_ids``.
         template: see ``prompt_ids``.
         max_new_tokens: the most tokens of an answer; None is 200, unless ``max_length`` is given.
         max_length: the most tokens of prompt and answer together, in place of ``max_new_tokens``. The prompt counts
@@ -52,7 +53,7 @@ class GenerationTask(Task):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        conversations: Sequence[Conversation],
+        questions: Sequence[Conversation],
         *,
         template: str | Template = AUTO,
         max_new_tokens: int | None = None,
@@ -63,7 +64,7 @@ class GenerationTask(Task):
     ) -> None:
         self.name = name
         self._tokenizer, self._sampling = tokenizer, sampling
-        self._prompts = prompt_ids(tokenizer, conversations, template=template)
+        self._prompts = prompt_ids(tokenizer, questions, template=template)
         lengths = np.array([len(prompt) for prompt in self._prompts], dtype=np.int64)
         self._limits = _limits(lengths, max_new_tokens, max_length)
         self.batches = _batches(lengths, self._limits, token_budget, 1 if sampling is None else sampling.n)
@@ -138,7 +139,8 @@ class GenerationTask(Task):
 
     def _check(self, model: PreTrainedModel, rows: NDArray[np.int64]) -> None:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        embeddings: Any = model.get_input_embeddings()
+        vocabulary = embeddings.weight.shape[0]
         for row in rows.tolist():
             length = len(self._prompts[row]) + int(self._limits[row])
             if positions is not None and length > positions:
@@ -157,7 +159,7 @@ def _limits(lengths: NDArray[np.int64], max_new_tokens: int | None, max_length: 
     """Return how many tokens each row's answer may have."""
     if max_new_tokens is not None and max_length is not None:
         raise ValueError(
-            f"expected `max_new_tokens` or `max_length`, got both ({max_new_tokens}, {max_length}); `max_length` counts "
+            f"expected `max_new_tokens` or `max_length`, got both ({max_new_tokens}, {max_length}); the second counts "
             "the prompt too"
         )
     if max_length is None:

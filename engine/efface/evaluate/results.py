@@ -90,7 +90,7 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     files = (EVAL.replace("TOFU", benchmark), content), (SUMMARY.replace("TOFU", benchmark), summary_of(content))
     for name, value in (*files, (CONFIG, config)):
-        partial = folder / f"{PARTIAL}{name}"
+        partial = folder / f"{PARTIAL}{os.getpid()}-{name}"  # another evaluation may be at it too
         with partial.open("w", encoding="utf-8") as file:
             json.dump(value, file, indent=4, sort_keys=name != CONFIG, allow_nan=False)
             file.write("\n")

@@ -49,7 +49,7 @@ def run_tasks(
         ValueError: a model whose weights are spread over processes; a damaged store; whatever a task refuses.
         OSError: a store that cannot be read or written.
     """
-    state = PartialState()
+    state = processes()
     policy = _whole(model)
     results: list[list[RowResult | None]] = [[None] * len(task.keys) for task in tasks]
     rows = sum(map(len, results))
@@ -74,6 +74,12 @@ def run_tasks(
         if progress is not None and rows:
             progress(tasks[-1].name, _done(results), rows)
     return [_complete(task, part) for task, part in zip(tasks, results, strict=True)]
+
+
+def processes() -> PartialState:
+    """Return what ``accelerate`` knows of the processes that evaluate together."""
+    # Unless told that there is no accelerator it does not look for other processes on CPUs.
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def model_key(model: PreTrainedModel) -> bytes:

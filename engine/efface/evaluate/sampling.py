@@ -61,7 +61,8 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
         sampling: temperature and top_p.
     """
     # float32 would lose what a vocabulary of 128k sums up to.
-    probabilities, tokens = torch.softmax(logits.double() / sampling.temperature, -1).sort(-1, True, stable=True)
+    probabilities = torch.softmax(logits.double() / sampling.temperature, -1)
+    probabilities, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
     cumulative = probabilities.cumsum(-1)
     kept = (cumulative - probabilities < sampling.top_p).sum(-1, keepdim=True)  # at least the first
     total = cumulative.gather(-1, kept - 1)

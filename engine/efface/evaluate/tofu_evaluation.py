@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from efface.evaluate.generation import GenerationTask
@@ -15,7 +14,7 @@ from efface.evaluate.protocol import Protocol, get_protocol
 from efface.evaluate.quality import check_same_rows, forget_quality
 from efface.evaluate.results import EVAL, Metric, split_metrics, summary_of, write_results
 from efface.evaluate.rouge import empty_texts, rouge_recall
-from efface.evaluate.runner import Progress, run_tasks
+from efface.evaluate.runner import Progress, processes, run_tasks
 from efface.evaluate.task import RowResult, Task
 from efface.evaluate.tofu_rows import HUB, TofuRows, load_split
 from efface.evaluate.utility import model_utility
@@ -214,7 +213,7 @@ def tofu(
         return evaluation.evaluate(model, progress=progress)
     folder = Path(output).expanduser()
     result = evaluation.evaluate(model, store=folder / ROWS, progress=progress, source=str(folder / EVAL))
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         write_results(folder, result.content, {**_model_facts(model), **evaluation.facts(), **_notes(result)})
     return result
 

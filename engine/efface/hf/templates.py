@@ -1,6 +1,6 @@
 """Templates: how a question and its answer become tokens, and which of them are labels."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, TypeAlias
@@ -16,7 +16,7 @@ from efface.batching.store import Chunk
 Batch = tuple[Sequence[int], Sequence[str], Sequence[str]]
 
 # What {"role": "user" or "assistant", "content": text} says, as in transformers' conversations.
-Turn: TypeAlias = Mapping[str, str]
+Turn: TypeAlias = dict[str, str]
 # A question, or a chat that ends with one: user and assistant in turn, the user first and last.
 Conversation: TypeAlias = str | Sequence[Turn]
 
