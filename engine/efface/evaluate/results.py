@@ -100,15 +100,10 @@ def write_results(
     Those of another ``benchmark`` begin with its name.
     """
     folder.mkdir(parents=True, exist_ok=True)
-<<<<<<< HEAD
     names = [EVAL, SUMMARY, CONFIG]
     if benchmark != "TOFU":
         names = [f"{benchmark}_{name.partition('_')[2]}" for name in names]
     for name, value in zip(names, (content, summary_of(content), config), strict=True):
-=======
-    files = (EVAL.replace("TOFU", benchmark), content), (SUMMARY.replace("TOFU", benchmark), summary_of(content))
-    for name, value in (*files, (CONFIG, config)):
->>>>>>> ed
         partial = folder / f"{PARTIAL}{os.getpid()}-{name}"  # another evaluation may be at it too
         with partial.open("w", encoding="utf-8") as file:
             json.dump(value, file, indent=4, sort_keys=value is not config, allow_nan=False)
