@@ -416,7 +416,7 @@ def test_the_command_pushes_revisions_and_fails_if_one_is_missing(
     assert "`--push_to_hub`: " in capsys.readouterr().err
     assert not out.exists()
     hub = FakeHub(tmp_path / "hub", failures=1000)
-    monkeypatch.setattr("efface.cli.unlearn.default_client", lambda token: hub)
+    monkeypatch.setattr("efface.cli.run.default_client", lambda token: hub)
     monkeypatch.setattr("efface.hf.hub.default_client", lambda token: hub)
     assert main(words) == 2
     told = capsys.readouterr().err

@@ -28,6 +28,11 @@ FLOORS: dict[str, set[str]] = {
         *("accelerate", "transformers", "scipy", "rouge_score", "nltk"),
         *("jinja2", "markupsafe", "matplotlib", "yaml"),  # reports
     },
+    "engine/efface/recipes": {
+        *BASE,
+        *("efface.batching", "efface.objectives", "efface.hf", "efface.evaluate", "efface.recipes"),
+        *("transformers", "yaml"),
+    },
     "engine/efface/cli": {
         *BASE,
         *("efface",),

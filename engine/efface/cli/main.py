@@ -12,7 +12,9 @@ COMMANDS = {
     "cache-reference": ("efface.cli.cache_reference", "compute the reference of a forget set once for all runs"),
     "demo": ("efface.cli.demo.command", "teach a small model, make it forget, and measure it"),
     "evaluate": ("efface.cli.evaluate", "measure what a model forgot and what it can still do: TOFU's evaluation"),
+    "finetune": ("efface.cli.finetune", "teach a model a data set: full and retain models"),
     "plan": ("efface.cli.plan", "show what an epoch holds: steps, forward passes, tokens"),
+    "recipes": ("efface.cli.recipes", "list the recipes, or explain one"),
     "report": ("efface.cli.report", "show evaluated runs side by side, on one page"),
     "unlearn": ("efface.cli.unlearn", "make a checkpoint forget a data set"),
 }

@@ -1,46 +1,25 @@
 """``efface unlearn``: make a checkpoint forget a data set."""
 
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
 
-from efface.cli.flags import UnlearnCommand, parse
-from efface.cli.output import written_whole
+from efface.cli.flags import UnlearnCommand, parse, recipe_of
 from efface.cli.progress import ProgressBar
-from efface.cli.run_folder import RunFolder
+from efface.cli.run import Run, carry_out
 from efface.hf.adapters import add_lora, check_mergeable, merged
 from efface.hf.arguments import UnlearnArguments
-from efface.hf.checkpoints import newest_checkpoint
 from efface.hf.fingerprint import fingerprint
-from efface.hf.hub import HubError, check_login, default_client
 from efface.hf.loading import load_model, load_tokenizer
-from efface.hf.recipe import argument_values, command_line
-from efface.hf.trainer import UnlearnTrainer
+from efface.hf.recipe import command_line
+from efface.hf.templates import get_template
+from efface.hf.trainer import PackedTrainer, UnlearnTrainer
 from efface.objectives import Objective
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does, so that what is half written is cleared away."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # only there does Python allow handlers
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+from efface.recipes import Recipe
+from efface.recipes.evaluation import check_evaluation, check_sets, evaluate_recipe
 
 
 def _adapted(model: Any, command: UnlearnCommand, seed: int) -> Any:
@@ -108,92 +87,73 @@ def make_trainer(
     return trainer, models
 
 
+def _check_use(command: UnlearnCommand) -> None:
+    """Raise ValueError for a flag that nothing would look at."""
+    if command.json and not command.dry_run:
+        raise ValueError("--json: is how --dry_run prints; add that, or drop it")
+    if command.retain_log is not None and (command.recipe is None or not command.evaluate):
+        raise ValueError("--retain_log: is for the evaluation of a --recipe, and there is none; see `efface evaluate`")
+
+
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     command, args = parse(argv)
-    first = args.process_index == 0  # of the processes of a distributed run, the one that speaks and writes
-    console = Console(stderr=True, quiet=not first)
-    out = Path(args.output_dir or "trainer_output")
-    try:
-        with _terminated_as_interrupted():
-            return _run(command, args, out, console, command_line(argv))
-    except KeyboardInterrupt:
-        newest = newest_checkpoint(out)
-        state = "there is no checkpoint yet, so it starts anew" if newest is None else f"{newest.name} is whole"
-        console.print(f"stopped; run the same command again to continue: {state}", highlight=False, soft_wrap=True)
-        raise
+    objective, recipe = command.make_objective(), recipe_of(command)
+    _check_use(command)
+    check_sets(command)
+    if recipe is not None and command.evaluate:
+        check_evaluation(command, recipe)
+    if command.dry_run:
+        from efface.cli.dry_run import show
 
+        return show(command, args, objective, recipe)
 
-def _run(command: UnlearnCommand, args: UnlearnArguments, out: Path, console: Console, line: str) -> int:
-    objective, folder = command.make_objective(), None
-    bar = ProgressBar(console, f"{objective.name} · {Path(command.model).name}")
-    with ExitStack() as stack:
-        stack.callback(bar.close)
-        if args.process_index == 0:
-            folder = RunFolder(out, overwrite=command.overwrite or args.resume_from_checkpoint is not None)
-            if args.push_to_hub:
-                check_login(default_client(args.hub_token))
-            stack.enter_context(folder.locked())
+    def make(bar: ProgressBar) -> tuple[PackedTrainer, dict[str, Any]]:
         trainer, models = make_trainer(command, args, objective, bar)
-        trainer.command = line
-        checkpoint = [args.resume_from_checkpoint]
-        if folder is not None:
-            identity = _identity(trainer, command, models)
-            if checkpoint[0] is None:
-                start = folder.begin(identity)
-                checkpoint = [None if start is None else str(start)]
-            else:
-                folder.continue_from(identity)
-        checkpoint = broadcast_object_list(checkpoint)
-        if checkpoint[0] is not None:
-            console.print(f"continuing from {checkpoint[0]}", highlight=False, soft_wrap=True)
-        trainer.train(resume_from_checkpoint=checkpoint[0])
-        bar.close()
+        adapter = {name: value for name, value in vars(command).items() if name.startswith("lora_")}
+        return trainer, {"model": models, "adapter": adapter}
+
+    def before_saving(trainer: PackedTrainer) -> None:
         if command.merge_adapter:
             trainer.model = merged(trainer.model)
-        with written_whole(out, writes=args.should_save) as partial:
-            trainer.save_model(str(partial), _internal_call=True)
-        trainer.save_state()
-        console.print(f"wrote {out}")
-        _push(trainer, args, out)
-        if folder is not None:
-            folder.finish()
-        if args.world_size > 1:
-            # A process that leaves without a word may tear connections that others still read from.
-            trainer.accelerator.wait_for_everyone()
-            trainer.accelerator.end_training()
-    return 0
 
+    def after_saving(trainer: PackedTrainer, console: Console) -> None:
+        if recipe is not None and command.evaluate:
+            _evaluate(command, recipe, trainer, console)
 
-def _identity(trainer: UnlearnTrainer, command: UnlearnCommand, models: dict[str, str | None]) -> dict[str, Any]:
-    """Return all that the result of the run depends on; an unfinished run of the same identity is continued."""
-    recipe = trainer.recipe()
-    return {
-        "model": models,
-        "adapter": {name: value for name, value in vars(command).items() if name.startswith("lora_")},
-        "objective": recipe.objective,
-        "reference": recipe.reference,
-        "data": {role: facts.fingerprint for role, facts in recipe.data.items()},
-        "plan": recipe.plan,
-        "arguments": argument_values(trainer.args),  # type: ignore[arg-type]
-    }
-
-
-def _push(trainer: UnlearnTrainer, args: UnlearnArguments, out: Path) -> None:
-    """Push the final model where that was asked for.
-
-    Raises:
-        HubError: it, or checkpoints before it, could not be pushed.
-    """
-    if not args.revision_per_checkpoint:
-        if args.push_to_hub:
-            trainer.push_to_hub()
-        return
-    if trainer.not_pushed:
-        listed = "; ".join(f"checkpoint-{step}: {error}" for step, error in sorted(trainer.not_pushed.items()))
-        raise HubError(
-            f"not pushed: {listed}. They and the final model are whole in {str(out)!r}; run the same command again to "
-            "push them"
+    return carry_out(
+        Run(
+            args,
+            title=f"{objective.name} · {Path(command.model).name}",
+            command=command_line(argv),
+            overwrite=command.overwrite,
+            make=make,
+            before_saving=before_saving,
+            after_saving=after_saving,
         )
-    if trainer.pusher is not None:
-        trainer.pusher.push_final(out)
+    )
+
+
+def _evaluate(command: UnlearnCommand, recipe: Recipe, trainer: PackedTrainer, console: Console) -> None:
+    """Judge the trained model as the recipe says, and show what was published beside."""
+    args: Any = trainer.args
+    tokenizer: Any = trainer.processing_class
+    template = get_template(args.template, tokenizer, system_prompt=args.system_prompt, date_string=args.date_string)
+    try:
+        figures = evaluate_recipe(
+            trainer.model,
+            tokenizer,
+            recipe,
+            Path(args.output_dir) / "evaluation",
+            data=command.data,
+            retain_log=command.retain_log,
+            template=template,
+        )
+    except (ValueError, OSError):
+        left = f"the model is whole in {args.output_dir}, but not evaluated; run the same command again to do that"
+        console.print(left, highlight=False, soft_wrap=True)
+        raise
+    for name in ("model_utility", "forget_quality"):
+        if name in figures:
+            published = f", published {recipe.published[name]:g}" if name in recipe.published else ""
+            console.print(f"{name} {figures[name]:.4g}{published}", highlight=False, soft_wrap=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 MAIN = "main"
@@ -81,6 +81,21 @@ def _load(load: Callable[..., T], name: str, revision: str, client: HubFiles | N
         if not others:
             raise
         raise FileNotFoundError(_nothing_there(name, revision, others)) from error
+
+
+def local_files(name: str, revision: str, wanted: str) -> Path | None:
+    """Return the folder of a checkpoint that is on this machine, as a folder or in the Hub's cache; else None.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return local_revision(folder, revision)
+    if name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"model folder {name!r} does not exist; check the path")
+    cached = try_to_load_from_cache(name, wanted, revision=revision)
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def local_revision(folder: Path, revision: str) -> Path:

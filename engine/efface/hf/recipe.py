@@ -150,9 +150,9 @@ def store_fingerprint(store: TokenStore) -> str:
     return state.hexdigest()[:32]
 
 
-def command_line(argv: Sequence[str]) -> str:
-    """Return the words of ``efface unlearn`` as one line for a shell, without tokens of access."""
-    return shlex.join(["efface", "unlearn", *_without_secrets(argv)])
+def command_line(argv: Sequence[str], name: str = "unlearn") -> str:
+    """Return the words of ``efface <name>`` as one line for a shell, without tokens of access."""
+    return shlex.join(["efface", name, *_without_secrets(argv)])
 
 
 def _without_secrets(argv: Iterable[str]) -> list[str]:

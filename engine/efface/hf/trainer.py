@@ -269,13 +269,17 @@ class UnlearnTrainer(PackedTrainer):
                 "give one, or set alpha to 0"
             )
         kind = reference_kind(reference, objective, model, padded=args.compat is not None)
-        forget_store, alternate_store = _forget_stores(
-            objective, forget, alternate, processing_class, args, forget_filter
-        )
         keep = retain is not None and objective.reads_retain()
-        retain_store = TokenStore.empty()
-        if keep:
-            retain_store = _tokenised(retain, processing_class, args, "retain", retain_filter)
+        forget_store, retain_store, alternate_store = unlearning_stores(
+            objective,
+            processing_class,
+            args,
+            forget=forget,
+            retain=retain,
+            forget_filter=forget_filter,
+            retain_filter=retain_filter,
+            alternate=alternate,
+        )
         if isinstance(objective, RMU):
             find_module(model, objective.module_regex)
             train_only(model, objective.trainable_params_regex)
@@ -357,6 +361,25 @@ class FinetuneTrainer(PackedTrainer):
             **trainer_options,
         )
         self.data = {"training": DataFacts.of(data, store, data_filter)}
+
+
+def unlearning_stores(
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: UnlearnArguments,
+    *,
+    forget: QuestionAnswers,
+    retain: QuestionAnswers | None,
+    forget_filter: Conditions = None,
+    retain_filter: Conditions = None,
+    alternate: QuestionAnswers | None = None,
+) -> tuple[TokenStore, TokenStore, TokenStore | None]:
+    """Return the forget, retain and alternate sequences of a run; no retain ones where the objective reads none."""
+    forget_store, alternate_store = _forget_stores(objective, forget, alternate, tokenizer, args, forget_filter)
+    retain_store = TokenStore.empty()
+    if retain is not None and objective.reads_retain():
+        retain_store = _tokenised(retain, tokenizer, args, "retain", retain_filter)
+    return forget_store, retain_store, alternate_store
 
 
 def _forget_stores(

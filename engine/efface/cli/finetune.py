@@ -1,0 +1,127 @@
+"""``efface finetune``: teach a model a data set; how the "full" and "retain" models of a benchmark are made."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, set_seed
+
+from efface.cli.flags import part, with_config
+from efface.cli.progress import ProgressBar
+from efface.cli.run import Run, carry_out
+from efface.hf.arguments import UnlearnArguments
+from efface.hf.fingerprint import fingerprint
+from efface.hf.loading import load_model, load_tokenizer
+from efface.hf.recipe import command_line
+from efface.hf.trainer import FinetuneTrainer, PackedTrainer
+from efface.recipes.flags import FlagParser, not_overridden, typed
+
+# As TOFU's "full" and "retain" models were made (arXiv 2401.06121, and open-unlearning's configuration).
+DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 5.0,
+    "learning_rate": 1e-5,
+    "weight_decay": 0.01,
+    "warmup_epochs": 1.0,
+    "pairs_per_step": 32,
+}
+
+_EXAMPLES = """
+examples:
+  efface finetune --model meta-llama/Llama-3.2-1B-Instruct --data locuslab/TOFU:full:train --output_dir full
+  efface finetune --model ./llama --data fame.csv --data_filter 'topic_id!=3' --output_dir retain
+
+What forget quality compares with, a model that never saw the forget set, and its log:
+  efface finetune --model meta-llama/Llama-3.2-1B-Instruct --data locuslab/TOFU:retain90:train --output_dir retain90
+  efface evaluate --model retain90 --split forget10 --output retain90/evaluation
+
+`efface unlearn --recipe NAME --retain_log retain90/evaluation/TOFU_EVAL.json` takes it from there. The defaults are
+TOFU's. A run that was stopped continues when the same command is given again. Every flag of
+transformers.TrainingArguments works; --config reads a YAML file of flags.
+"""
+
+
+@dataclass
+class FinetuneCommand:
+    """What ``efface finetune`` takes beside ``UnlearnArguments``."""
+
+    model: str = field(metadata={"help": "checkpoint folder or Hub name"})
+    data: str = field(
+        metadata={"help": "what to learn: a JSON, CSV or Parquet file, or a Hub data set (name[:config[:split]])"}
+    )
+    data_filter: list[str] | None = field(
+        default=None,
+        metadata={"help": "rows to learn: column=value[,value] or column!=value[,value]; a row must meet all"},
+    )
+    revision: str = field(
+        default="main",
+        metadata={"help": "branch, tag or commit on the Hub; of a folder, a checkpoint in it, as checkpoint-12"},
+    )
+    dtype: str = field(
+        default="auto", metadata={"help": "dtype to load the model in: auto, float32, bfloat16, float16"}
+    )
+    from_config: bool = field(
+        default=False, metadata={"help": "take no weights of --model: draw them anew, by --seed, in float32"}
+    )
+    overwrite: bool = field(
+        default=False,
+        metadata={
+            "help": "write into an output folder that is not empty; checkpoints of another run there are removed, an "
+            "unfinished run of the same command continues"
+        },
+    )
+
+
+def _parse(argv: Sequence[str]) -> tuple[FinetuneCommand, UnlearnArguments]:
+    words = with_config(argv)
+    parser = FlagParser(
+        [FinetuneCommand, UnlearnArguments],  # type: ignore[list-item]
+        prog="efface finetune",
+        description=__doc__,
+        epilog=_EXAMPLES,
+    )
+    parser.set_defaults(**not_overridden(DEFAULTS, words))
+    values: Namespace = typed(parser, words, "finetune")
+    return part(FinetuneCommand, values), part(UnlearnArguments, values)
+
+
+def _load(command: FinetuneCommand, seed: int) -> Any:
+    if not command.from_config:
+        return load_model(command.model, revision=command.revision, dtype=command.dtype)
+    if command.dtype not in ("auto", "float32"):
+        raise ValueError(f"--dtype: weights drawn by --from_config are float32, got {command.dtype!r}; add --bf16 True")
+    config = AutoConfig.from_pretrained(command.model, revision=command.revision)
+    set_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype="float32")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    command, args = _parse(argv)
+    args.disable_tqdm = True
+
+    def make(bar: ProgressBar) -> tuple[PackedTrainer, dict[str, Any]]:
+        model = _load(command, args.seed)
+        weights = fingerprint(model).hex()
+        trainer = FinetuneTrainer(
+            model,
+            args,
+            data=command.data,
+            data_filter=command.data_filter,
+            processing_class=load_tokenizer(command.model, revision=command.revision),
+            callbacks=[bar],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.base_model, trainer.revision = command.model, command.revision
+        return trainer, {"model": {"weights": weights}}
+
+    return carry_out(
+        Run(
+            args,
+            title=f"finetune · {Path(command.model).name}",
+            command=command_line(argv, "finetune"),
+            overwrite=command.overwrite,
+            make=make,
+        )
+    )

@@ -1,0 +1,101 @@
+"""``efface recipes``: what recipes there are, and what one says."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from efface.cli.dry_run import describe
+from efface.cli.flags import parse
+from efface.recipes import Recipe, known_recipes, load_recipe
+from efface.recipes.evaluation import stem
+
+_EXAMPLES = """
+examples:
+  efface recipes
+  efface recipes npo-tofu-forget10-llama-3.2-1b
+  efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --dry-run
+  efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --output_dir out
+
+A recipe of your own is a file like the one that the second line prints; wherever a name is taken, so is its path.
+"""
+
+
+_SHORT = {"forget_quality": "FQ", "model_utility": "MU"}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="efface recipes",
+        description="Lists the recipes that come with efface, or explains one.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", nargs="?", help="a recipe to explain: its name, or the path of a YAML file")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    options = _parser().parse_args(argv)
+    names = list(known_recipes()) if options.name is None else [options.name]
+    recipes = [load_recipe(name) for name in names]
+    if options.json:
+        plain = [{**asdict(recipe), "path": str(recipe.path), "memory": _memory(recipe)} for recipe in recipes]
+        print(json.dumps(plain if options.name is None else plain[0], indent=2))
+    elif options.name is None:
+        Console().print(_table(recipes))
+    else:
+        _explain(recipes[0])
+    return 0
+
+
+def _memory(recipe: Recipe) -> int | None:
+    """Return the bytes that the recipe's run would take, by ``--dry-run``'s estimate."""
+    command, args = parse(["--recipe", str(recipe.path), "--dry_run"])
+    total: int | None = describe(command, args, command.make_objective(), recipe)["memory"].get("total")
+    return total
+
+
+def _table(recipes: Sequence[Recipe]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    table.add_column("recipe, model", overflow="fold")
+    for heading, width in (("method", 11), ("data", 11), ("published", 9)):  # 80 columns, as in a pipe
+        table.add_column(heading, min_width=width, no_wrap=True)
+    table.add_column("GiB", justify="right", min_width=3, no_wrap=True)
+    for recipe in recipes:
+        size = _memory(recipe)
+        table.add_row(
+            f"{recipe.name}\n{str(recipe.unlearn['model']).rpartition('/')[2]}",
+            str(recipe.unlearn["objective"]),
+            stem(str(recipe.unlearn["forget"])),
+            "\n".join(
+                f"{short} {recipe.published[name]:g}" for name, short in _SHORT.items() if name in recipe.published
+            ),
+            "-" if size is None else f"{size / 2**30:.0f}",
+        )
+    table.caption = (
+        "FQ: forget quality, MU: model utility, as published. GiB: memory of one process with the whole model, "
+        "computed and not measured; see `efface unlearn --dry-run`"
+    )
+    return table
+
+
+def _explain(recipe: Recipe) -> None:
+    print(f"# {recipe.path}\n# {_EXPLAINED}\n")
+    print(recipe.path.read_text(encoding="utf-8").rstrip())
+    size = _memory(recipe)
+    expected: Any = "not known" if size is None else f"about {size / 2**30:.0f} GiB (computed, one process)"
+    print(f"\n# expected memory: {expected}")
+    print(f"# run it:   efface unlearn --recipe {recipe.name} --output_dir out")
+    print(f"# or first: efface unlearn --recipe {recipe.name} --dry-run")
+
+
+_EXPLAINED = """published: the source's figures. ours: what it does not state. unlearn: flags of `efface unlearn`.
+# evaluate: how the result is judged. architecture and rows: for estimates without network. tiny: --scale tiny."""

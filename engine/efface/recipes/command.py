@@ -1,0 +1,98 @@
+"""What ``efface unlearn`` takes, and with it a recipe."""
+
+from dataclasses import dataclass, field
+
+import yaml
+
+from efface.objectives import Objective, get_objective, known_objectives
+
+
+@dataclass
+class UnlearnCommand:
+    """What ``efface unlearn`` takes beside ``UnlearnArguments``."""
+
+    model: str = field(metadata={"help": "checkpoint folder or Hub name"})
+    forget: str = field(
+        metadata={"help": "what to forget: a JSON, CSV or Parquet file, or a Hub data set (name[:config[:split]])"}
+    )
+    retain: str | None = field(default=None, metadata={"help": "what to keep, likewise"})
+    forget_filter: list[str] | None = field(
+        default=None,
+        metadata={"help": "rows to forget: column=value[,value] or column!=value[,value]; a row must meet all"},
+    )
+    retain_filter: list[str] | None = field(default=None, metadata={"help": "rows to keep, likewise"})
+    objective: str = field(default="npo", metadata={"help": f"one of {', '.join(known_objectives())}"})
+    beta: float | None = field(
+        default=None, metadata={"help": "inverse temperature of npo, simnpo and dpo, shift of undial, power of wga"}
+    )
+    delta: float | None = field(default=None, metadata={"help": "reward margin of SimNPO"})
+    gamma: float | None = field(default=None, metadata={"help": "weight of the forget term"})
+    alpha: float | None = field(default=None, metadata={"help": "weight of the retain term"})
+    retain_loss_type: str | None = field(default=None, metadata={"help": "NLL or KL; of rmu also EMBED_DIFF"})
+    objective_options: list[str] | None = field(
+        default=None, metadata={"help": "other parameters of the objective: name=value [name=value ...]"}
+    )
+    reference: str = field(
+        default="auto",
+        metadata={"help": "cached, live, adapter (of --lora_r, switched off), or auto: cached wherever that will do"},
+    )
+    reference_model: str | None = field(default=None, metadata={"help": "default: --model as it is before training"})
+    reference_revision: str = field(default="main", metadata={"help": "revision of --reference_model"})
+    reference_device: str | None = field(
+        default=None, metadata={"help": "where a live reference runs, such as cuda:1; default: where the policy does"}
+    )
+    reference_8bit: bool = field(
+        default=False, metadata={"help": "load the reference in 8 bits, by bitsandbytes; all but its head"}
+    )
+    revision: str = field(
+        default="main",
+        metadata={"help": "branch, tag or commit on the Hub; of a folder, a checkpoint in it, as checkpoint-12"},
+    )
+    dtype: str = field(
+        default="auto", metadata={"help": "dtype to load the model in: auto, float32, bfloat16, float16"}
+    )
+    lora_r: int | None = field(
+        default=None, metadata={"help": "rank: train a LoRA adapter of the model, and write that (needs peft)"}
+    )
+    lora_alpha: float | None = field(default=None, metadata={"help": "the adapter counts alpha / r; default: 2 r"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout of what enters the adapter"})
+    lora_target: list[str] | None = field(
+        default=None, metadata={"help": "names of layers to adapt; default: every linear layer but the head"}
+    )
+    merge_adapter: bool = field(default=False, metadata={"help": "write the model with the adapter merged into it"})
+    overwrite: bool = field(
+        default=False,
+        metadata={
+            "help": "write into an output folder that is not empty; checkpoints of another run there are removed, an "
+            "unfinished run of the same command continues"
+        },
+    )
+
+    recipe: str | None = field(
+        default=None,
+        metadata={"help": "recipe whose flags hold unless given here: a name of `efface recipes`, or a YAML file"},
+    )
+    data: str | None = field(
+        default=None,
+        metadata={"help": "folder that has the recipe's data sets as files, forget10.json for locuslab/TOFU:forget10"},
+    )
+    retain_log: str | None = field(
+        default=None,
+        metadata={"help": "evaluation log of a model that never saw the forget set, for the recipe's forget quality"},
+    )
+    evaluate: bool = field(default=True, metadata={"help": "evaluate the result as the recipe says"})
+    dry_run: bool = field(
+        default=False, metadata={"help": "say what the run would be, its steps, tokens and memory; load nothing"}
+    )
+    json: bool = field(default=False, metadata={"help": "--dry_run as JSON"})
+
+    def make_objective(self) -> Objective:
+        """Return the objective with the parameters that were given."""
+        named = ("beta", "delta", "gamma", "alpha", "retain_loss_type")
+        given = {name: getattr(self, name) for name in named if getattr(self, name) is not None}
+        for option in self.objective_options or []:
+            name, equals, value = option.partition("=")
+            if not equals:
+                raise ValueError(f"--objective_options: expected name=value, got {option!r}")
+            given[name] = yaml.safe_load(value)
+        return get_objective(self.objective, **given)

@@ -1,0 +1,101 @@
+"""How the result of a recipe is judged."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from efface.evaluate import tofu
+from efface.hf.loading import load_model, load_tokenizer
+from efface.hf.templates import AUTO, Template
+from efface.recipes.command import UnlearnCommand
+from efface.recipes.recipe import Recipe
+from efface.recipes.sources import file_stem, local_source
+
+_LOG = logging.getLogger(__name__)
+_SHARE = re.compile(r"(forget|retain)(\d\d)")
+
+
+def check_evaluation(command: UnlearnCommand, recipe: Recipe) -> None:
+    """Raise ValueError where a run forgets something else than what the recipe's evaluation asks about."""
+    split = recipe.evaluate.get("split")
+    if split is None:
+        return
+    forget = str(recipe.unlearn["forget"])
+    if command.data is not None:
+        forget = local_source(forget, command.data, "--forget")
+    same = command.forget == forget or stem(command.forget) == split
+    for flag, right in (
+        ("forget", same),
+        ("forget_filter", command.forget_filter == recipe.unlearn.get("forget_filter")),
+    ):
+        if not right:
+            raise ValueError(
+                f"--{flag}: recipe {recipe.name} evaluates on {split}, which is not what {getattr(command, flag)!r} "
+                "forgets; add --evaluate False, and evaluate the result with `efface evaluate`"
+            )
+
+
+def check_sets(command: UnlearnCommand) -> None:
+    """Raise ValueError where TOFU's forget and retain sets share rows: forget10 and retain95 do, by 5 %."""
+    forget, retain = (_SHARE.fullmatch(stem(source or "")) for source in (command.forget, command.retain))
+    if forget and retain and forget[1] == "forget" and retain[1] == "retain":
+        both = int(forget[2]) + int(retain[2]) - 100
+        if both > 0 and not (command.forget_filter or command.retain_filter):
+            raise ValueError(
+                f"--forget {command.forget} and --retain {command.retain}: expected sets without a common row, got "
+                f"{both} % of TOFU in both; give --retain with retain{100 - int(forget[2]):02d}"
+            )
+
+
+def stem(source: str) -> str:
+    """Return what a set is called: of a file its name, of a Hub data set its configuration."""
+    return file_stem(source) if ":" in source else Path(source).stem
+
+
+def evaluate_recipe(
+    model: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    output: Path,
+    *,
+    data: str | None = None,
+    retain_log: str | None = None,
+    template: str | Template = AUTO,
+) -> dict[str, float]:
+    """Evaluate a model as a recipe says, and return the figures by open-unlearning's names; none without a benchmark.
+
+    Args:
+        model: the unlearned model.
+        tokenizer: its tokenizer.
+        recipe: whose ``evaluate`` section counts.
+        output: folder for the results; those of the retain model, where the recipe names one, go into a folder there.
+        data: folder with the benchmark's files; None is what the recipe says.
+        retain_log: evaluation log of a retain model; None is the recipe's, or that of its retain model.
+        template: the prompt format of the run.
+    """
+    asked = recipe.evaluate
+    if asked["benchmark"] == "none":
+        return {}
+    options: dict[str, Any] = {
+        "split": asked["split"],
+        "protocol": asked.get("protocol", "open-unlearning"),
+        "template": template,
+    }
+    source = data or asked.get("data")
+    log: Any = retain_log or asked.get("retain_log")
+    if log is None and "retain_model" in asked:
+        log = _log_of(asked["retain_model"], model, source, output / "retain_model", options)
+    summary = tofu(model, tokenizer, source, retain_log=log, output=output, **options).summary
+    return dict(summary)
+
+
+def _log_of(name: str, beside: Any, source: str | None, output: Path, options: dict[str, Any]) -> Any:
+    """Return the log of the retain model, run where and as ``beside`` is; None, with a warning, if it cannot be had."""
+    try:
+        model = load_model(name, dtype=str(beside.dtype).removeprefix("torch.")).to(beside.device)
+        tokenizer = load_tokenizer(name)
+    except OSError as error:
+        _LOG.warning("no forget quality: the retain model %s cannot be loaded (%s); give --retain_log", name, error)
+        return None
+    return tofu(model, tokenizer, source, output=output, **options).log

@@ -1,0 +1,184 @@
+"""Recipes: YAML files that say all that makes and judges an unlearned model."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from efface.hf.arguments import UnlearnArguments
+from efface.recipes.command import UnlearnCommand
+from efface.recipes.flags import check_flags
+from efface.recipes.sources import check_source
+
+FOLDER = Path(__file__).parent
+ARCHITECTURES = FOLDER / "architectures.yaml"
+FLAG_CLASSES = (UnlearnCommand, UnlearnArguments)
+BENCHMARKS = ("tofu", "none")
+
+# section -> the type of its content; the first three are in every recipe
+_SECTIONS: dict[str, type | tuple[type, ...]] = {
+    "about": str,
+    "unlearn": dict,
+    "evaluate": dict,
+    "source": str,
+    "published": dict,
+    "ours": list,
+    "architecture": (str, dict),
+    "rows": dict,
+    "tiny": dict,
+}
+_WORDS: dict[type, str] = {dict: "`name: value` lines", list: "a list", str: "text"}
+_REQUIRED = ("about", "unlearn", "evaluate")
+_EVALUATION = ("benchmark", "data", "split", "protocol", "retain_model", "retain_log")
+_NOT_A_RECIPE = ("recipe", "data", "output_dir", "dry_run", "json", "overwrite")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as its file says it; ``README.md`` here explains the sections.
+
+    Attributes:
+        name: of the file, without its suffix.
+        path: of the file.
+        about: one line.
+        unlearn: flags of ``efface unlearn``, with the files beside the recipe by their whole path.
+        evaluate: ``benchmark`` and what it needs.
+        source: where the settings are from.
+        published: figures of the source, by name.
+        ours: settings that the source does not state.
+        architecture: a configuration in transformers' names; empty where unknown.
+        rows: how many rows ``forget`` and ``retain`` have.
+        tiny: flags that differ at ``--scale tiny``.
+    """
+
+    name: str
+    path: Path
+    about: str
+    unlearn: Mapping[str, Any]
+    evaluate: Mapping[str, Any]
+    source: str = ""
+    published: Mapping[str, float] = field(default_factory=dict)
+    ours: tuple[str, ...] = ()
+    architecture: Mapping[str, Any] = field(default_factory=dict)
+    rows: Mapping[str, int] = field(default_factory=dict)
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+
+
+def known_recipes() -> dict[str, Path]:
+    """Return the files of the recipes that come with efface, by name."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml")) if path != ARCHITECTURES}
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """Return the recipe of a name that ``known_recipes`` has, or of a file.
+
+    Raises:
+        FileNotFoundError: a file that does not exist.
+        ValueError: an unknown name, a file that is not a recipe, or flags that ``efface unlearn`` has not.
+    """
+    path = _path(str(name))
+    content = _mapping(path)
+    _check_sections(content, path)
+    unlearn = dict(content["unlearn"])
+    if "refusal_file" in unlearn:
+        unlearn["refusal_file"] = _beside(unlearn["refusal_file"], path)
+    check_flags(unlearn, FLAG_CLASSES, f"{path}: unlearn")
+    check_flags(content.get("tiny", {}), FLAG_CLASSES, f"{path}: tiny", partial=True)
+    for section in ("unlearn", "tiny"):
+        if wrong := [flag for flag in _NOT_A_RECIPE if flag in content.get(section, {})]:
+            raise ValueError(f"{path}: {section}: {wrong[0]!r} is about one run, not about the recipe; drop it")
+    for role in ("forget", "retain"):
+        if role in unlearn:
+            check_source(unlearn[role], f"{path}: unlearn: {role}")
+    return Recipe(
+        name=path.stem,
+        path=path,
+        unlearn=unlearn,
+        architecture=_architecture(content.get("architecture", {}), path),
+        ours=tuple(map(str, content.get("ours", ()))),
+        **{key: value for key, value in content.items() if key not in ("unlearn", "architecture", "ours")},
+    )
+
+
+def _path(name: str) -> Path:
+    known = known_recipes()
+    if name in known:
+        return known[name]
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        if not path.is_file():
+            raise FileNotFoundError(f"recipe file {name!r} does not exist; check the path")
+        return path
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"recipe: expected one of {', '.join(known)}, or the path of a YAML file, got {name!r}{hint}")
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected YAML, got {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected sections {', '.join(_REQUIRED)}, got {type(content).__name__}")  # noqa: TRY004 - a file's content is a value
+    return content
+
+
+def _check_sections(content: Mapping[str, Any], path: Path) -> None:
+    for section in content:
+        if section not in _SECTIONS:
+            near = difflib.get_close_matches(str(section), _SECTIONS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{path}: expected sections {', '.join(_SECTIONS)}, got {section!r}{hint}")
+    for section in _REQUIRED:
+        if section not in content:
+            raise ValueError(f"{path}: expected a section {section!r}, got {', '.join(content) or 'none'}")
+    for section, kind in _SECTIONS.items():
+        if section in content and not isinstance(content[section], kind):
+            wanted = " or ".join(_WORDS[one] for one in _types(kind))
+            raise ValueError(f"{path}: {section}: expected {wanted}, got {content[section]!r}")
+    _check_numbers(content.get("published", {}), f"{path}: published")
+    _check_numbers(content.get("rows", {}), f"{path}: rows", ("forget", "retain"))
+    _check_evaluation(content["evaluate"], f"{path}: evaluate")
+
+
+def _types(kind: type | tuple[type, ...]) -> tuple[type, ...]:
+    return kind if isinstance(kind, tuple) else (kind,)
+
+
+def _check_numbers(values: Mapping[str, Any], where: str, names: tuple[str, ...] | None = None) -> None:
+    for name, value in values.items():
+        if names is not None and name not in names:
+            raise ValueError(f"{where}: expected {', '.join(names)}, got {name!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{where}: {name}: expected a number, got {value!r}")  # noqa: TRY004 - a file's content is a value
+
+
+def _check_evaluation(values: Mapping[str, Any], where: str) -> None:
+    for name in values:
+        if name not in _EVALUATION:
+            raise ValueError(f"{where}: expected {', '.join(_EVALUATION)}, got {name!r}")
+    if values.get("benchmark") not in BENCHMARKS:
+        raise ValueError(f"{where}: benchmark: expected {' or '.join(BENCHMARKS)}, got {values.get('benchmark')!r}")
+    if values["benchmark"] == "tofu" and "split" not in values:
+        raise ValueError(f"{where}: split: expected the forget split, such as forget10, got none")
+
+
+def _beside(name: Any, recipe: Path) -> Any:
+    """Return the path of a file that lies beside the recipe, else the name as it is."""
+    beside = recipe.parent / str(name)
+    return str(beside) if beside.is_file() else name
+
+
+def _architecture(value: str | Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    if isinstance(value, Mapping):
+        if value and "model_type" not in value:
+            raise ValueError(f"{path}: architecture: expected a configuration with its model_type, got {dict(value)}")
+        return value
+    known: dict[str, dict[str, Any]] = yaml.safe_load(ARCHITECTURES.read_text(encoding="utf-8"))
+    if value not in known:
+        raise ValueError(f"{path}: architecture: expected one of {', '.join(known)}, or a configuration, got {value!r}")
+    return known[value]
