@@ -36,7 +36,7 @@ FLOORS: dict[str, set[str]] = {
     "engine/efface/cli": {
         *BASE,
         *("efface",),
-        *("accelerate", "transformers", "datasets", "tokenizers", "rich", "matplotlib", "yaml"),
+        *("accelerate", "transformers", "datasets", "tokenizers", "rich", "shtab", "matplotlib", "yaml"),
     },
 }
 

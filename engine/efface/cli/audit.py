@@ -35,41 +35,42 @@ the model says. `kept` is (model - retain) / (full - retain). The command, given
 """
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's flags."""
+    flags = argparse.ArgumentParser(
         prog="efface audit",
         description="Asks models for what they should have forgotten in several ways, and scores what they give away.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", nargs="+", required=True, help="unlearned checkpoints: folders or Hub names")
-    parser.add_argument("--full", help="the model before unlearning")
-    parser.add_argument("--retain", help="a model that never learnt what was to be forgotten")
-    parser.add_argument("--revision", default=MAIN, help="revision of --model")
-    parser.add_argument("--tokenizer", help="default: each model's own")
-    parser.add_argument("--data", required=True, help="a file of rows, a folder of TOFU's files, or a Hub data set")
-    parser.add_argument("--split", help="of a folder or a Hub data set: forget01, forget05, forget10 (default)")
-    parser.add_argument(
+    flags.add_argument("--model", nargs="+", required=True, help="unlearned checkpoints: folders or Hub names")
+    flags.add_argument("--full", help="the model before unlearning")
+    flags.add_argument("--retain", help="a model that never learnt what was to be forgotten")
+    flags.add_argument("--revision", default=MAIN, help="revision of --model")
+    flags.add_argument("--tokenizer", help="default: each model's own")
+    flags.add_argument("--data", required=True, help="a file of rows, a folder of TOFU's files, or a Hub data set")
+    flags.add_argument("--split", help="of a folder or a Hub data set: forget01, forget05, forget10 (default)")
+    flags.add_argument(
         "--views", default=",".join(VIEWS), help=f"of {', '.join(VIEWS)}, with commas between; default: all"
     )
-    parser.add_argument("--group-column", help="column that tells whom a row is about (default: --group-size rows)")
-    parser.add_argument("--group-size", type=int, default=TOFU_GROUP, help="rows of an author (default: 20)")
-    parser.add_argument("--samples", type=int, default=BestOf.samples, help="N of best-of-n (default: 8)")
-    parser.add_argument("--temperature", type=float, default=BestOf.temperature, help="of best-of-n (default: 1)")
-    parser.add_argument("--top-p", type=float, default=BestOf.top_p, help="of best-of-n (default: 1, all tokens)")
-    parser.add_argument("--clues", type=int, nargs="+", default=Clues.clues, help="rows revealed (default: 1 3 5)")
-    parser.add_argument("--relearn-share", type=float, default=Relearn.share, help="of the rows (default: 0.1)")
-    parser.add_argument("--relearn-steps", type=int, default=Relearn.steps, help="default: 20")
-    parser.add_argument("--relearn-lr", type=float, default=Relearn.learning_rate, help="default: 2e-5")
-    parser.add_argument("--relearn-lora-r", type=int, help="relearn with a LoRA adapter of this rank (needs peft)")
-    parser.add_argument("--seed", type=int, default=0, help="of samples and relearning")
-    parser.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="of a generation (default: 200)")
-    parser.add_argument("--token-budget", type=int, default=8192, help="tokens of a forward pass (default: 8192)")
-    parser.add_argument("--dtype", default="auto", help="dtype to load models in: auto, float32, bfloat16, float16")
-    parser.add_argument("--output", type=Path, required=True, help="folder for AUDIT.json and AUDIT.md")
-    parser.add_argument("--overwrite", action="store_true", help="replace an audit that is already there")
-    return parser
+    flags.add_argument("--group-column", help="column that tells whom a row is about (default: --group-size rows)")
+    flags.add_argument("--group-size", type=int, default=TOFU_GROUP, help="rows of an author (default: 20)")
+    flags.add_argument("--samples", type=int, default=BestOf.samples, help="N of best-of-n (default: 8)")
+    flags.add_argument("--temperature", type=float, default=BestOf.temperature, help="of best-of-n (default: 1)")
+    flags.add_argument("--top-p", type=float, default=BestOf.top_p, help="of best-of-n (default: 1, all tokens)")
+    flags.add_argument("--clues", type=int, nargs="+", default=Clues.clues, help="rows revealed (default: 1 3 5)")
+    flags.add_argument("--relearn-share", type=float, default=Relearn.share, help="of the rows (default: 0.1)")
+    flags.add_argument("--relearn-steps", type=int, default=Relearn.steps, help="default: 20")
+    flags.add_argument("--relearn-lr", type=float, default=Relearn.learning_rate, help="default: 2e-5")
+    flags.add_argument("--relearn-lora-r", type=int, help="relearn with a LoRA adapter of this rank (needs peft)")
+    flags.add_argument("--seed", type=int, default=0, help="of samples and relearning")
+    flags.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
+    flags.add_argument("--max-new-tokens", type=int, default=200, help="of a generation (default: 200)")
+    flags.add_argument("--token-budget", type=int, default=8192, help="tokens of a forward pass (default: 8192)")
+    flags.add_argument("--dtype", default="auto", help="dtype to load models in: auto, float32, bfloat16, float16")
+    flags.add_argument("--output", type=Path, required=True, help="folder for AUDIT.json and AUDIT.md")
+    flags.add_argument("--overwrite", action="store_true", help="replace an audit that is already there")
+    return flags
 
 
 def audit_data(data: str, split: str | None) -> Rows:
@@ -142,7 +143,7 @@ def model_names(options: argparse.Namespace) -> dict[str, str]:
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     state = processes()
     console = Console(quiet=not state.is_main_process)
     if not console.is_terminal:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from efface.cli.flags import parse
+from efface.cli.flags import parse, unlearn_parser
 from efface.cli.progress import ProgressBar
 from efface.cli.unlearn import make_trainer
 from efface.hf.cached_reference import NO_FILE, CachedReference
+from efface.recipes.flags import FlagParser
 
 _EXAMPLES = """
 examples:
@@ -21,6 +22,11 @@ examples:
 Takes the flags of `efface unlearn`, and a run's file of them. What decides about a log-probability has to be the same
 in both: the model, the forget set and its template, --dtype and --bf16. Training settings have no part in it.
 """
+
+
+def parser() -> FlagParser:
+    """Return the parser of the command's flags."""
+    return unlearn_parser("cache-reference", __doc__, _EXAMPLES)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -40,8 +40,9 @@ T = TypeVar("T")
 _TITLES = {"forget": "forget", "retain": "retain", "real_authors": "real authors", "world_facts": "world facts"}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's flags."""
+    flags = argparse.ArgumentParser(
         prog="efface evaluate",
         description="TOFU's evaluation: probability, ROUGE-L recall and truth ratio on four splits, Model Utility and "
         "Forget Quality. Writes TOFU_EVAL.json and TOFU_SUMMARY.json as open-unlearning does. Or FAME's, or other "
@@ -49,37 +50,37 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="checkpoint folder or Hub name")
-    parser.add_argument("--revision", default=MAIN, help="branch, tag or commit; of a folder, a checkpoint in it")
-    parser.add_argument(
+    flags.add_argument("--model", required=True, help="checkpoint folder or Hub name")
+    flags.add_argument("--revision", default=MAIN, help="branch, tag or commit; of a folder, a checkpoint in it")
+    flags.add_argument(
         "--benchmark", choices=("tofu", "fame"), help="(default: tofu; with --metrics nothing but those)"
     )
-    parser.add_argument(
+    flags.add_argument(
         "--data", help="folder with TOFU's files, or a Hub data set (default: locuslab/TOFU); FAME's file"
     )
-    parser.add_argument("--split", default="forget10", help="forget split: forget01, forget05, forget10 (default)")
-    parser.add_argument(
+    flags.add_argument("--split", default="forget10", help="forget split: forget01, forget05, forget10 (default)")
+    flags.add_argument(
         "--splits", nargs="+", choices=SPLITS, default=SPLITS, metavar="NAME", help=f"of {', '.join(SPLITS)}: some only"
     )
-    parser.add_argument(
+    flags.add_argument(
         "--protocol", choices=PROTOCOLS, default="open-unlearning", help="whose numbers (default: %(default)s)"
     )
-    retain = parser.add_mutually_exclusive_group()
+    retain = flags.add_mutually_exclusive_group()
     retain.add_argument("--retain-log", help="evaluation log of a model trained on the retain set alone")
     retain.add_argument("--retain-model", help="such a model: evaluated first, into OUTPUT/retain_model")
-    parser.add_argument("--retain-revision", default=MAIN, help="revision of --retain-model")
-    parser.add_argument(
+    flags.add_argument("--retain-revision", default=MAIN, help="revision of --retain-model")
+    flags.add_argument(
         "--output",
         type=Path,
         help="folder for the results (default: MODEL/evaluation; of a Hub model ./evaluation/NAME)",
     )
-    parser.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
-    parser.add_argument(
+    flags.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
+    flags.add_argument(
         "--token-budget", type=int, default=8192, help="most tokens of a forward pass (default: %(default)s)"
     )
-    parser.add_argument("--dtype", default="auto", help="dtype to load models in: auto, float32, bfloat16, float16")
-    add_metrics_flags(parser)
-    return parser
+    flags.add_argument("--dtype", default="auto", help="dtype to load models in: auto, float32, bfloat16, float16")
+    add_metrics_flags(flags)
+    return flags
 
 
 class _Bar:
@@ -107,7 +108,7 @@ class _Bar:
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     state = processes()
     console = Console(stderr=True, quiet=not state.is_main_process)
     output = options.output or _default_output(options.model)

@@ -73,16 +73,21 @@ class FinetuneCommand:
     )
 
 
-def _parse(argv: Sequence[str]) -> tuple[FinetuneCommand, UnlearnArguments]:
-    words = with_config(argv)
-    parser = FlagParser(
+def parser() -> FlagParser:
+    """Return the parser of the command's flags."""
+    return FlagParser(
         [FinetuneCommand, UnlearnArguments],  # type: ignore[list-item]
         prog="efface finetune",
         description=__doc__,
         epilog=_EXAMPLES,
     )
-    parser.set_defaults(**not_overridden(DEFAULTS, words))
-    values: Namespace = typed(parser, words, "finetune")
+
+
+def _parse(argv: Sequence[str]) -> tuple[FinetuneCommand, UnlearnArguments]:
+    words = with_config(argv)
+    flags = parser()
+    flags.set_defaults(**not_overridden(DEFAULTS, words))
+    values: Namespace = typed(flags, words, "finetune")
     return part(FinetuneCommand, values), part(UnlearnArguments, values)
 
 

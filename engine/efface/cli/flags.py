@@ -74,6 +74,16 @@ def with_config(argv: Sequence[str]) -> list[str]:
     return [*flag_words(not_overridden(config_flags(config), words)), *words]
 
 
+def unlearn_parser(name: str = "unlearn", description: str | None = __doc__, epilog: str = _EXAMPLES) -> FlagParser:
+    """Return the parser of ``efface <name>``, which takes the flags of ``efface unlearn``."""
+    return FlagParser(
+        [UnlearnCommand, UnlearnArguments],  # type: ignore[list-item]
+        prog=f"efface {name}",
+        description=description,
+        epilog=epilog,
+    )
+
+
 def parse(
     argv: Sequence[str], *, name: str = "unlearn", description: str | None = __doc__, epilog: str = _EXAMPLES
 ) -> tuple[UnlearnCommand, UnlearnArguments]:
@@ -87,13 +97,7 @@ def parse(
     chosen, _ = taken(words, "recipe", "a name of `efface recipes`, or the path of a YAML file")
     if chosen is not None:
         words = [*flag_words(not_overridden(load_recipe(chosen).unlearn, words)), *words]
-    parser = FlagParser(
-        [UnlearnCommand, UnlearnArguments],  # type: ignore[list-item]
-        prog=f"efface {name}",
-        description=description,
-        epilog=epilog,
-    )
-    values = typed(parser, words, name)
+    values = typed(unlearn_parser(name, description, epilog), words, name)
     command = part(UnlearnCommand, values)
     if command.data is not None:
         command.forget = local_source(command.forget, command.data, "--forget")

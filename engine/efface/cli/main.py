@@ -9,7 +9,9 @@ import efface
 # command -> module and what it does; the modules are imported only when their command is called
 COMMANDS = {
     "audit": ("efface.cli.audit", "ask models in many ways for what they should have forgotten"),
+    "bench": ("efface.cli.bench", "measure speed and memory against rivals; needs the repository"),
     "cache-reference": ("efface.cli.cache_reference", "compute the reference of a forget set once for all runs"),
+    "completion": ("efface.cli.completion", "print what completes commands in bash, zsh or tcsh"),
     "demo": ("efface.cli.demo.command", "teach a small model, make it forget, and measure it"),
     "evaluate": ("efface.cli.evaluate", "measure what a model forgot and what it can still do: TOFU's evaluation"),
     "finetune": ("efface.cli.finetune", "teach a model a data set: full and retain models"),

@@ -22,35 +22,34 @@ example:
 """
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's flags."""
+    flags = argparse.ArgumentParser(
         prog="efface plan",
         description="Tokenises the data and plans an epoch: optimizer steps, micro-batches, tokens, and what padding "
         "would have added. Loads no model.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--tokenizer", required=True, help="folder or Hub name of the checkpoint whose tokenizer to use"
-    )
-    parser.add_argument("--forget", required=True, help="what to forget: a file or Hub data set, as for efface unlearn")
-    parser.add_argument("--retain", help="what to keep, likewise")
-    parser.add_argument("--pairs-per-step", type=int, default=32, help="pairs of an optimizer step (default: 32)")
-    parser.add_argument(
+    flags.add_argument("--tokenizer", required=True, help="folder or Hub name of the checkpoint whose tokenizer to use")
+    flags.add_argument("--forget", required=True, help="what to forget: a file or Hub data set, as for efface unlearn")
+    flags.add_argument("--retain", help="what to keep, likewise")
+    flags.add_argument("--pairs-per-step", type=int, default=32, help="pairs of an optimizer step (default: 32)")
+    flags.add_argument(
         "--token-budget", type=int, default=UnlearnArguments.token_budget, help="most tokens of a forward pass"
     )
-    parser.add_argument("--processes", type=int, nargs="+", default=[1], help="numbers of processes to plan for")
-    parser.add_argument("--retain-sampling", choices=["random", "cycle", "paired"], default="random")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--epoch", type=int, default=0)
-    parser.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
-    parser.add_argument("--max-length", type=int, help="cut sequences to so many tokens; default: never")
-    parser.add_argument("--question-column", help="column that holds the prompt")
-    parser.add_argument("--answer-column", help="column that holds the answer")
-    parser.add_argument("--forget-filter", nargs="+", metavar="CONDITION", help="rows, as for efface unlearn")
-    parser.add_argument("--retain-filter", nargs="+", metavar="CONDITION", help="likewise")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    return parser
+    flags.add_argument("--processes", type=int, nargs="+", default=[1], help="numbers of processes to plan for")
+    flags.add_argument("--retain-sampling", choices=["random", "cycle", "paired"], default="random")
+    flags.add_argument("--seed", type=int, default=42)
+    flags.add_argument("--epoch", type=int, default=0)
+    flags.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
+    flags.add_argument("--max-length", type=int, help="cut sequences to so many tokens; default: never")
+    flags.add_argument("--question-column", help="column that holds the prompt")
+    flags.add_argument("--answer-column", help="column that holds the answer")
+    flags.add_argument("--forget-filter", nargs="+", metavar="CONDITION", help="rows, as for efface unlearn")
+    flags.add_argument("--retain-filter", nargs="+", metavar="CONDITION", help="likewise")
+    flags.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return flags
 
 
 def padded_tokens(plan: EpochPlan, forget: TokenStore, retain: TokenStore) -> int:
@@ -81,7 +80,7 @@ def summary(plan: EpochPlan, forget: TokenStore, retain: TokenStore) -> dict[str
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     names = ("template", "max_length", "question_column", "answer_column")
     settings = {name: getattr(options, name) for name in names}

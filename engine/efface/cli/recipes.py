@@ -29,21 +29,22 @@ A recipe of your own is a file like the one that the second line prints; whereve
 _SHORT = {"forget_quality": "FQ", "model_utility": "MU"}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's flags."""
+    flags = argparse.ArgumentParser(
         prog="efface recipes",
         description="Lists the recipes that come with efface, or explains one.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", nargs="?", help="a recipe to explain: its name, or the path of a YAML file")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
+    flags.add_argument("name", nargs="?", help="a recipe to explain: its name, or the path of a YAML file")
+    flags.add_argument("--json", action="store_true", help="print JSON")
+    return flags
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     names = list(known_recipes()) if options.name is None else [options.name]
     recipes = [load_recipe(name) for name in names]
     if options.json:

@@ -17,34 +17,35 @@ trainer_state.json. What lies in checkpoint-N folders becomes curves over steps.
 """
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's flags."""
+    flags = argparse.ArgumentParser(
         prog="efface report",
         description="Writes one HTML file about evaluated runs: a ranked table, Forget Quality against Model Utility, "
         "curves over steps, truth ratios of the forget rows, leak audits, and the worst leaks.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="a run, a folder of runs, or an evaluation log")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="(default: report.html)")
-    parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="also write the report as Markdown")
-    parser.add_argument("--full", metavar="DIR", help="evaluation of the model before unlearning")
-    parser.add_argument("--retain-log", metavar="FILE", help="evaluation of a model trained on the retain set alone")
-    parser.add_argument(
+    flags.add_argument("folders", nargs="+", metavar="DIR", help="a run, a folder of runs, or an evaluation log")
+    flags.add_argument("--output", type=Path, default=Path("report.html"), help="(default: report.html)")
+    flags.add_argument("--markdown", type=Path, metavar="FILE.md", help="also write the report as Markdown")
+    flags.add_argument("--full", metavar="DIR", help="evaluation of the model before unlearning")
+    flags.add_argument("--retain-log", metavar="FILE", help="evaluation of a model trained on the retain set alone")
+    flags.add_argument(
         "--floor",
         type=float,
         default=0.9,
         help="rank runs with less Model Utility than so many times the full model's after the others (default: 0.9)",
     )
-    parser.add_argument(
+    flags.add_argument(
         "--details", type=int, default=12, metavar="N", help="show the forget rows of the N best runs (default: 12)"
     )
-    return parser
+    return flags
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     from efface.evaluate import report
 
     path = report(

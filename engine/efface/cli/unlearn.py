@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
 
-from efface.cli.flags import UnlearnCommand, parse, recipe_of
+from efface.cli.flags import UnlearnCommand, parse, recipe_of, unlearn_parser
 from efface.cli.progress import ProgressBar
 from efface.cli.run import Run, carry_out
 from efface.hf.adapters import add_lora, check_mergeable, merged
@@ -20,6 +20,8 @@ from efface.hf.trainer import PackedTrainer, UnlearnTrainer
 from efface.objectives import Objective
 from efface.recipes import Recipe
 from efface.recipes.evaluation import check_evaluation, check_sets, evaluate_recipe
+
+parser = unlearn_parser
 
 
 def _adapted(model: Any, command: UnlearnCommand, seed: int) -> Any:

@@ -29,21 +29,22 @@ _DEFAULT_AUTHORS = {"default": (24, 2), "smoke": (4, 1)}
 _DEFAULT_TOFU_AUTHORS = {"default": (20, 2), "smoke": (4, 2)}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's flags."""
+    flags = argparse.ArgumentParser(
         prog="efface demo",
         description="Trains a small Llama on fictitious authors (full) and another without some of them (retain); "
         "makes full forget those with NPO, SimNPO and GradDiff; compares with retain.",
         epilog="example: efface demo --data tofu/ --authors 20 --out demo-tofu",
     )
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="output folder (default: demo-out)")
-    parser.add_argument("--data", type=Path, help="folder with TOFU's JSON files; default: made-up authors")
-    parser.add_argument("--authors", type=int, help="how many authors in all (default: 24; TOFU: 20)")
-    parser.add_argument("--forget-authors", type=int, help="how many of them to forget (default: 2; smoke: 1)")
-    parser.add_argument("--scale", choices=sorted(SCALES), default="default", help="smoke ends within a minute")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite", action="store_true", help="write into an output folder that is not empty")
-    return parser
+    flags.add_argument("--out", type=Path, default=Path("demo-out"), help="output folder (default: demo-out)")
+    flags.add_argument("--data", type=Path, help="folder with TOFU's JSON files; default: made-up authors")
+    flags.add_argument("--authors", type=int, help="how many authors in all (default: 24; TOFU: 20)")
+    flags.add_argument("--forget-authors", type=int, help="how many of them to forget (default: 2; smoke: 1)")
+    flags.add_argument("--scale", choices=sorted(SCALES), default="default", help="smoke ends within a minute")
+    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--overwrite", action="store_true", help="write into an output folder that is not empty")
+    return flags
 
 
 def _data(options: argparse.Namespace) -> DemoData:
@@ -139,7 +140,7 @@ def _json_safe(value: Any) -> Any:
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     out = check_output(options.out, overwrite=options.overwrite)
     data = _data(options)
     # the demo tells its own story; the libraries' progress lines would cut through its bars
