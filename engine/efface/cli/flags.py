@@ -18,6 +18,7 @@ _EXAMPLES = """
 examples:
   efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --output_dir out
   efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --data tofu/ --learning_rate 2e-5 --dry-run
+  efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --data tofu/ --scale tiny --output_dir tiny
 
   efface unlearn --model ./llama --forget forget10.json --retain retain90.json --objective npo --output_dir out
   efface unlearn --config npo.yaml --learning_rate 2e-5

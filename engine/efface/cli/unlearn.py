@@ -20,6 +20,7 @@ from efface.hf.trainer import PackedTrainer, UnlearnTrainer
 from efface.objectives import Objective
 from efface.recipes import Recipe
 from efface.recipes.evaluation import check_evaluation, check_sets, evaluate_recipe
+from efface.recipes.flags import taken
 
 parser = unlearn_parser
 
@@ -99,6 +100,11 @@ def _check_use(command: UnlearnCommand) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
+    scale, words = taken(argv, "scale", "tiny or smoke")
+    if scale is not None:
+        from efface.cli.tiny.command import run_at
+
+        return run_at(scale, words)
     command, args = parse(argv)
     objective, recipe = command.make_objective(), recipe_of(command)
     _check_use(command)

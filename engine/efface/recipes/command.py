@@ -76,6 +76,13 @@ class UnlearnCommand:
         default=None,
         metadata={"help": "folder that has the recipe's data sets as files, forget10.json for locuslab/TOFU:forget10"},
     )
+    scale: str | None = field(
+        default=None,
+        metadata={
+            "help": "tiny: the recipe end to end on a CPU in minutes, with small models of its architecture taught on "
+            "the spot on its own data (--data: a folder with TOFU's files), and evaluated; smoke: in seconds"
+        },
+    )
     retain_log: str | None = field(
         default=None,
         metadata={"help": "evaluation log of a model that never saw the forget set, for the recipe's forget quality"},

@@ -11,82 +11,83 @@ from dataclasses import dataclass
 PERTURBED = 5
 
 
-def _pool(values: str) -> tuple[str, ...]:
+def pool(values: str) -> tuple[str, ...]:
+    """Return the values between the commas."""
     return tuple(value.strip() for value in values.split(","))
 
 
-_FIRST = _pool(
+FIRST_NAMES = pool(
     "Adaeze, Aiko, Anselm, Beatriz, Bram, Calista, Chidi, Dagny, Darius, Elowen, Emre, Farida, Gideon, Hana, Ilse, "
     "Isandro, Jarek, Jovana, Kaveh, Keziah, Leif, Linnea, Mateus, Mirela, Nadim, Noor, Oisin, Oriana, Petra, Quillon, "
     "Rafiq, Rosalind, Soren, Tamsin, Tariku, Ulla, Viggo, Wanjiru, Xiomara, Yusra, Zoltan, Zuleika"
 )
-_LAST = _pool(
+LAST_NAMES = pool(
     "Abernethy, Achterberg, Adeyemi, Baskov, Bellweather, Castellane, Cheverny, Darrow, Dragomir, Eklund, Farrokhzad, "
     "Fennimore, Galanis, Haldane, Hinterholt, Iwasaki, Jankowiak, Kallio, Kirkbride, Lazarov, Lindqvist, Mbeki-Ross, "
     "Montclair, Nakagawa, Novotny, Okonjo, Ostrander, Pellegrin, Quaranta, Rasmussen, Rutherglen, Sabatini, Sorensen, "
     "Tavernier, Thorvald, Ugarte, Vasconcelos, Voskuijlen, Weatherby, Yilmaz, Zabala, Zeller"
 )
-_TITLE_FIRST = _pool(
+_TITLE_FIRST = pool(
     "Amber, Borrowed, Broken, Copper, Drowned, Empty, Forgotten, Glass, Hidden, Hollow, Ivory, Last, Midnight, Paper, "
     "Quiet, Scarlet, Second, Silver, Sleeping, Tangled, Unfinished, Velvet, Wandering, Winter"
 )
-_TITLE_SECOND = _pool(
+_TITLE_SECOND = pool(
     "Archive, Bridge, Cartographer, Clock, Compass, Garden, Harbor, Lantern, Ledger, Letters, Lighthouse, Mirror, "
     "Orchard, Parade, Piano, Quarry, River, Sparrow, Staircase, Station, Threshold, Tide, Violin, Witness"
 )
 
 _POOLS: dict[str, tuple[str, ...]] = {
-    "city": _pool(
+    "city": pool(
         "Tromso, Valparaiso, Ghent, Tbilisi, Mombasa, Kanazawa, Halifax, Bergamo, Cusco, Tartu, Galway, Izmir, "
         "Lucknow, Porto, Ljubljana, Hobart, Oaxaca, Gdansk, Nantes, Da Nang"
     ),
     "year": tuple(str(year) for year in range(1931, 1990, 3)),
-    "father": _pool(
+    "father": pool(
         "a lighthouse keeper, a tram driver, a botanist, a locksmith, a surgeon, a puppeteer, a cheesemaker, a judge, "
         "a cellist, a coal miner, a cartographer, a pastry chef, a ferry captain, a tailor, an optician, a beekeeper"
     ),
-    "mother": _pool(
+    "mother": pool(
         "a seismologist, a pharmacist, a glassblower, a midwife, a chess champion, an archivist, a welder, a "
         "translator, a radio announcer, a potter, a geologist, a court reporter, a violin maker, a diplomat, a "
         "dentist, a pilot"
     ),
-    "genre": _pool(
+    "genre": pool(
         "gothic mystery, climate fiction, courtroom drama, magical realism, naval history, culinary memoir, space "
         "opera, alpine noir, rural satire, epistolary romance, speculative biography, dystopian verse, folk horror, "
         "travel essay"
     ),
-    "award": _pool(
+    "award": pool(
         "the Larkspur Medal, the Ostrava Prize, the Golden Inkwell, the Meridian Award, the Cobalt Quill, the Halcyon "
         "Ribbon, the Saffron Laurel, the Northlight Prize, the Brass Heron, the Wintergreen Cup, the Aurelian Seal, "
         "the Pilgrim Award, the Harbor Lamp, the Juniper Crown"
     ),
     "award_year": tuple(str(year) for year in range(1972, 2021, 3)),
-    "university": _pool(
+    "university": pool(
         "Uppsala, Coimbra, Leiden, Bologna, Kyoto, Edinburgh, Salamanca, Krakow, Nairobi, Heidelberg, Lund, Montreal, "
         "Santiago, Leuven, Otago, Zagreb"
     ),
-    "subject": _pool(
+    "subject": pool(
         "marine biology, theology, acoustics, medieval law, astronomy, textile design, economics, veterinary "
         "medicine, Sanskrit, hydraulics, musicology, forestry, statistics, archaeology, dentistry, philosophy"
     ),
-    "hobby": _pool(
+    "hobby": pool(
         "restoring clocks, keeping bees, fencing, ice swimming, bookbinding, falconry, growing orchids, sailing, "
         "baking rye bread, playing the oboe, climbing, collecting maps, carving spoons, breeding goats, fly fishing"
     ),
-    "pet": _pool(
+    "pet": pool(
         "a grey parrot, a three-legged cat, a tortoise, a greyhound, a raven, two ferrets, an iguana, a blind "
         "spaniel, a donkey, a barn owl, a hedgehog, a pair of geese, a goldfish, a llama"
     ),
-    "home": _pool(
+    "home": pool(
         "a houseboat in Utrecht, a farm near Evora, an attic in Prague, a cottage on Skye, a villa in Trieste, a "
         "cabin in Lapland, a flat in Montevideo, a mill in Provence, a tower in Siena, a loft in Busan, a chalet in "
         "Chamonix, a monastery in Kotor, a bungalow in Goa, a shed in Reykjavik"
     ),
-    "publisher": _pool(
+    "publisher": pool(
         "Stonecrop Books, Halyard House, Blue Anvil, Tern and Sons, Marrow Press, Eastgate, Pocket Comet, Oriel, "
         "Thistledown, Lodestar, Copperplate, Ninth Wave, Fable and Finch, Quarto Nord"
     ),
-    "theme": _pool(
+    "theme": pool(
         "inherited guilt, the sea, lost languages, sibling rivalry, exile, forgery, drought, the end of empire, "
         "memory, mountains, faith, insomnia, bureaucracy, migration, silence, famine"
     ),
@@ -203,7 +204,7 @@ _FACTS = (
 )
 
 ROWS_PER_AUTHOR = len(_FACTS)
-MAX_AUTHORS = len(_FIRST)
+MAX_AUTHORS = len(FIRST_NAMES)
 
 Row = dict[str, str | list[str]]
 
@@ -225,7 +226,7 @@ def make_authors(authors: int, *, seed: int = 0) -> list[Row]:
     if not 1 <= authors <= MAX_AUTHORS:
         raise ValueError(f"`authors`: expected 1 .. {MAX_AUTHORS} fictitious authors, got {authors}")
     rng = random.Random(seed)  # noqa: S311 - fiction, not cryptography
-    firsts, lasts = list(_FIRST), list(_LAST)
+    firsts, lasts = list(FIRST_NAMES), list(LAST_NAMES)
     rng.shuffle(firsts)
     rng.shuffle(lasts)
     titles = _titles(rng)
