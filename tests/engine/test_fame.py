@@ -177,7 +177,7 @@ def test_the_flags(tmp_path: Path, found: dict[str, Any]) -> None:
     retain = tmp_path / "retain"
     write_results(retain, {"mia_min_k": {"agg_value": 0.25, "value_by_index": {}}}, {}, benchmark="METRICS")
     assert sorted(path.name for path in retain.iterdir()) == [
-        *("EVAL_CONFIG.json", "METRICS_EVAL.json", "METRICS_SUMMARY.json"),
+        *("METRICS_CONFIG.json", "METRICS_EVAL.json", "METRICS_SUMMARY.json"),
     ]
     assert (
         read_values(retain / "METRICS_EVAL.json") == read_values(retain / "METRICS_SUMMARY.json") == {"mia_min_k": 0.25}
