@@ -1,4 +1,4 @@
-"""Sweeps: what is varied, each trial once whatever is killed, the reference once, the ranking, what stays on the disk."""
+"""Sweeps: what is varied, each trial once whatever is killed, the reference once, the ranking, what stays."""
 
 import csv
 import json
@@ -110,6 +110,7 @@ def good(given: Mapping[str, str]) -> dict[str, float]:
 
 
 GRID = ("--grid", "learning_rate=1e-5,2e-5,5e-5", "beta=.05,.1,.5,.9")
+SMALL = ("--grid", "learning_rate=1e-5", "beta=.05,.1,.5,.9")
 
 
 def test_the_grid_of_the_audit() -> None:
@@ -152,7 +153,7 @@ def test_names_of_points_differ_and_are_fit_for_folders() -> None:
         (["--grid", "beta=.1", "--floor", "2"], "--floor: expected a share"),
         (["--grid", "beta=.1", "--push_to_hub", "True"], "push the best model"),
         (["--grid", "beta=.1", "--evaluation", "--split forget10"], "the recipe says how trials are judged"),
-        (["--grid", "beta=.1", "--nonsense", "1"], "unknown arguments --nonsense=1"),
+        (["--grid", "beta=.1", "--nonsense", "1"], "unknown arguments --nonsense 1"),
         ([], "expected one of --grid, --preset and --space"),
         (["--preset", "audit-55"], "did you mean 'audit-54'?"),
         (["--space", "beta=log:0:1", "--trials", "3"], "expected 0 < LOW < HIGH, got 0:1"),
@@ -191,8 +192,7 @@ def test_twelve_trials_killed_twice_are_each_done_once(tmp_path: Path) -> None:
     found = rows(tmp_path)
     assert len(found) == 12
     assert [row["rank"] for row in found] == [str(k) for k in range(1, 13)]
-    # all are above the floor but those of the greatest learning rate or none: by beta, then by utility
-    assert [float(row["beta"]) for row in found if float(row["model_utility"]) >= 0.9 * 0.59][:3] == [0.9] * 3
+    assert [float(row["beta"]) for row in found[:3]] == [0.9] * 3
     assert sweep(tmp_path, launch, *GRID, fill=fill) == 0
     assert len(launch.started) == 14
     assert len(fill.calls) == 1
@@ -225,11 +225,11 @@ def test_killed_between_the_steps_of_the_books(where: str, tmp_path: Path, monke
     with monkeypatch.context() as patched:
         patched.setattr(target, name, at_third(getattr(target, name), after=where == "after ask"))
         with pytest.raises(Killed):
-            sweep(tmp_path, launch, *GRID)
-    assert sweep(tmp_path, launch, *GRID) == 0
+            sweep(tmp_path, launch, *SMALL)
+    assert sweep(tmp_path, launch, *SMALL) == 0
     repeated = 1 if where == "before finish" else 0  # its process had ended, and `unlearn` itself sees that it is whole
-    assert len(launch.finished) == 12 + repeated
-    assert len(set(launch.finished)) == len(rows(tmp_path)) == 12
+    assert len(launch.finished) == 4 + repeated
+    assert len(set(launch.finished)) == len(rows(tmp_path)) == 4
     assert {row["state"] for row in rows(tmp_path)} == {"complete"}
 
 
@@ -259,7 +259,7 @@ def test_failures_are_kept_and_tried_again_when_asked(tmp_path: Path, capsys: py
 
 
 def test_a_sweep_in_which_all_fail_says_so(tmp_path: Path) -> None:
-    assert sweep(tmp_path, Quick(lambda given: -9), *GRID) == 1
+    assert sweep(tmp_path, Quick(lambda given: -9), *SMALL) == 1
     assert {row["exit_code"] for row in rows(tmp_path)} == {"-9"}
     assert not (tmp_path / "best.json").exists()
 
@@ -311,7 +311,7 @@ def test_ranking_by_quality_above_the_floor() -> None:
     ]
     assert [each.number for each in ranked(trials, Floor(0.9))] == [2, 1, 4, 0, 3, 6, 5]
     assert [each.number for each in ranked(trials, Floor(0.9, full=0.65))][:2] == [1, 4]  # 0.55 < 0.585
-    assert [each.number for each in ranked(trials, Floor(least=0.05))][0] == 0
+    assert ranked(trials, Floor(least=0.05))[0].number == 0
     best = best_of(trials, Floor(0.9))
     assert best is not None
     assert best.number == 2
@@ -460,7 +460,7 @@ def test_trials_in_work_go_on_from_their_checkpoints(folder: Path, monkeypatch: 
     step = UnlearnTrainer.training_step
 
     def counted(trainer: UnlearnTrainer, *args: Any, **options: Any) -> Any:
-        if len(steps) in (6, 19):
+        if len(steps) in (2, 8):
             steps.append("killed")
             raise Killed
         steps.append(str(trainer.args.output_dir))
@@ -476,15 +476,15 @@ def test_trials_in_work_go_on_from_their_checkpoints(folder: Path, monkeypatch: 
         said.append(str(log))
         return main(["cache-reference", *words])
 
-    grid = ["--grid", "learning_rate=1e-4,1e-3", "beta=.1,.2,.5"]
+    grid = ["--grid", "beta=.1,.2,.5"]
     for _ in range(2):
         with pytest.raises(Killed):
             sweep_command.carry_out(parse_sweep([*flags(folder), *grid]), launch, fill, Console(quiet=True))
     assert sweep_command.carry_out(parse_sweep([*flags(folder), *grid]), launch, fill, Console(quiet=True)) == 0
     assert steps.count("killed") == 2
-    assert len(steps) - 2 == 6 * 4  # two epochs of two rows each, and no step twice
+    assert len(steps) - 2 == 3 * 4  # two epochs of two rows each, and no step twice
     assert len(said) == 1
-    assert len(rows(folder / "out")) == 6
+    assert len(rows(folder / "out")) == 3
     assert {row["state"] for row in rows(folder / "out")} == {"complete"}
 
 

@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 
 from efface.cli.flags import config_flags, parse, recipe_of
 from efface.hf.arguments import UnlearnArguments
-from efface.hf.recipe import argument_values
+from efface.hf.recipe import argument_values, plan_values
+from efface.hf.trainer import pairs_per_step
 from efface.recipes import Recipe
 from efface.recipes.command import UnlearnCommand
 from efface.recipes.evaluation import check_evaluation, check_sets
@@ -94,9 +95,10 @@ class SweepCommand:
         return {
             "sampler": self.sampler,
             "space": {parameter.name: parameter.described() for parameter in self.space},
-            "evaluation": self.evaluation,
+            "evaluation": self.evaluation or (None if self.recipe is None else dict(self.recipe.evaluate)),
             "command": {name: value for name, value in vars(self.command).items() if name not in mine},
             "arguments": argument_values(self.args),
+            "plan": plan_values(self.args, pairs_per_step(self.args)),
         }
 
 
