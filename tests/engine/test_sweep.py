@@ -488,6 +488,21 @@ def test_trials_in_work_go_on_from_their_checkpoints(folder: Path, monkeypatch: 
     assert {row["state"] for row in rows(folder / "out")} == {"complete"}
 
 
+def test_a_trial_of_plain_flags_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that was killed between the two; one that failed is not."""
+    called: list[list[str]] = []
+    monkeypatch.setattr("efface.cli.sweep.trial.main", lambda words: called.append(words) or int("bad" in words))
+    words, out = [f"--output_dir={tmp_path}"], tmp_path / "evaluation"
+    evaluation = ["evaluate", f"--model={tmp_path}", f"--output={out}", "--split", "forget05"]
+    assert carry_out_trial(words, evaluation[3:]) == 0
+    assert called == [["unlearn", *words], evaluation]
+    assert carry_out_trial(["bad", *words], evaluation[3:]) == 1
+    assert called[2:] == [["unlearn", "bad", *words]]
+    (tmp_path / "run.json").write_text(json.dumps({"finished": True}))
+    assert carry_out_trial(words, evaluation[3:]) == 0
+    assert called[3:] == [evaluation]
+
+
 @pytest.mark.slow
 def test_the_real_command_killed_and_given_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Processes: SIGKILL of the sweep stops its trial, and the same command goes on."""

@@ -84,7 +84,6 @@ def ranked(trials: Sequence[Trial], floor: Floor) -> list[Trial]:
         return (
             order.index(trial.state),
             quality is None,
-            utility is not None and utility < least,
             -objective(trial.metrics, least),
             -(utility or 0.0),
             trial.number,
