@@ -33,6 +33,7 @@ FLOORS: dict[str, set[str]] = {
         *("efface.batching", "efface.objectives", "efface.hf", "efface.evaluate", "efface.recipes"),
         *("transformers", "yaml"),
     },
+    "engine/efface/sweep": {"efface.hf", "efface.recipes", "efface.sweep", "optuna", "yaml"},
     "engine/efface/cli": {
         *BASE,
         *("efface",),

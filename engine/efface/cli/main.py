@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": ("efface.cli.plan", "show what an epoch holds: steps, forward passes, tokens"),
     "recipes": ("efface.cli.recipes", "list the recipes, or explain one"),
     "report": ("efface.cli.report", "show evaluated runs side by side, on one page"),
+    "sweep": ("efface.cli.sweep.command", "run a recipe with many settings, and rank the results"),
     "unlearn": ("efface.cli.unlearn", "make a checkpoint forget a data set"),
 }
 

@@ -50,7 +50,7 @@ class Run:
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
+def terminated_as_interrupted() -> Iterator[None]:
     """Let SIGTERM end the run as Ctrl-C does, so that what is half written is cleared away."""
 
     def interrupt(*_: object) -> None:
@@ -71,7 +71,7 @@ def carry_out(run: Run) -> int:
     # Of the processes of a distributed run, the first is the one that speaks and writes.
     console = Console(stderr=True, quiet=run.args.process_index != 0)
     try:
-        with _terminated_as_interrupted():
+        with terminated_as_interrupted():
             _carry_out(run, console)
     except KeyboardInterrupt:
         newest = newest_checkpoint(run.out)

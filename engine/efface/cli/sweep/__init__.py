@@ -1,0 +1,1 @@
+"""``efface sweep``: a recipe with many settings, as one study of trials."""

@@ -1,0 +1,243 @@
+"""The study: which trials there are, who works on them, and how they ended; kept by Optuna's storage.
+
+A trial is claimed by Optuna's own exchange of WAITING for RUNNING, which one process of all wins. A trial whose worker
+is gone fails, and a successor of the same name takes its place, so in the same folder it goes on where it was. What two
+processes did at once shows as a second trial of one point or a second successor: the first counts, by number.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from efface.sweep.ranking import Floor, Trial, objective
+from efface.sweep.results import Place, Result, alone
+from efface.sweep.space import Point, Space, point_name, points
+
+if TYPE_CHECKING:
+    import optuna
+
+SAMPLERS = ("grid", "tpe", "random")
+NAME, POINT, WORKER, BEAT, AFTER, SURPLUS, RESULT = "name", "point", "worker", "beat", "after", "surplus", "result"
+_SETTINGS = "sweep"
+GRACE = 300.0  # seconds without a beat after which another machine's worker is taken for gone
+
+
+def optuna_module() -> Any:
+    """Import Optuna.
+
+    Raises:
+        ImportError: it is not there.
+    """
+    try:
+        import optuna  # noqa: PLC0415 - an optional package
+    except ImportError as error:
+        raise ImportError("sweeps need Optuna; pip install 'efface[sweep]'") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+@dataclass
+class Claim:
+    """A trial that this process works on."""
+
+    number: int
+    name: str
+    point: Point
+    place: Place
+    lock: int | None = None  # file descriptor; None while another process has the same folder
+
+
+class Ledger:
+    """A study in a storage.
+
+    Args:
+        out: folder of the sweep on this machine.
+        storage: URL of a database that machines share; None is ``study.db`` in the folder.
+        study: its name in the storage.
+        space: what is varied.
+        sampler: "grid", "tpe" or "random".
+        count: how many trials "tpe" and "random" draw.
+        settings: all that results depend on, as JSON values.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        storage: str | None,
+        study: str,
+        *,
+        space: Space,
+        sampler: str,
+        count: int,
+        settings: Mapping[str, Any],
+    ) -> None:
+        library = optuna_module()
+        self.out, self.space, self.count = out, space, count
+        self.grid, self.local = sampler == "grid", storage is None
+        self._states = library.trial.TrialState
+        out.mkdir(parents=True, exist_ok=True)
+        url = storage or f"sqlite:///{out.resolve() / 'study.db'}"
+        wait = {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+        drawn = library.samplers.TPESampler() if sampler == "tpe" else library.samplers.RandomSampler()
+        self._worker = f"{socket.gethostname()}:{out.resolve()}"
+        self._seen: dict[int, tuple[Any, float]] = {}  # trial -> its last beat, and when we saw it first
+        with self._alone():
+            self._study: optuna.Study = library.create_study(
+                storage=library.storages.RDBStorage(url, engine_kwargs=wait),
+                study_name=study,
+                direction="maximize",
+                sampler=drawn,
+                load_if_exists=True,
+            )
+            before = self._study.user_attrs.get(_SETTINGS)
+            if before is None:
+                self._study.set_user_attr(_SETTINGS, json.loads(json.dumps(settings, default=str)))
+        self.before: dict[str, Any] | None = before
+
+    def _alone(self) -> Any:
+        return alone(self.out / "study.lock")
+
+    def plan(self) -> None:
+        """Let every point of a grid wait that is not there yet."""
+        if not self.grid:
+            return
+        with self._alone():
+            there = {trial.user_attrs.get(NAME) for trial in self._counted()}
+            for point in points(self.space):
+                if (name := point_name(point)) not in there:
+                    self._study.enqueue_trial(dict(point), user_attrs={NAME: name, POINT: point})
+
+    def retry_failed(self) -> int:
+        """Let failed trials wait again; return how many."""
+        with self._alone():
+            failed = [trial for trial in self._counted() if trial.state == self._states.FAIL]
+            for trial in failed:
+                Place(self.out, trial.user_attrs[NAME]).forget()
+                self._succeed(trial)
+            return len(failed)
+
+    def claim(self) -> Claim | None:
+        """Return a trial to work on, or None if all are done or in work."""
+        with self._alone():
+            self._take_over()
+            counted = self._counted()
+            waiting = any(trial.state == self._states.WAITING for trial in counted)
+            if not waiting and (self.grid or len(counted) >= self.count):
+                return None
+            trial = self._study.ask()
+            if trial.number not in {each.number for each in self._counted()}:
+                # another machine was faster; numbers say who came first
+                trial.set_user_attr(SURPLUS, True)
+                self._study.tell(trial, state=self._states.FAIL)
+                return None
+            point = {parameter.name: parameter.suggest(trial) for parameter in self.space}
+            name = trial.user_attrs.get(NAME) or point_name(point)
+            for key, value in ((POINT, point), (WORKER, self._worker), (NAME, name)):
+                trial.set_user_attr(key, value)
+            predecessor = trial.user_attrs.get(AFTER)
+            if predecessor is not None:  # its worker was gone before it could be failed
+                self._study.tell(predecessor, state=self._states.FAIL, skip_if_finished=True)
+            place = Place(self.out, name)
+            return Claim(trial.number, name, point, place, place.lock())
+
+    def beat(self, claims: Sequence[Claim]) -> None:
+        """Show other machines that these trials are worked on."""
+        for trial in self._open(claims):
+            trial.set_user_attr(BEAT, time.time())
+
+    def tell(self, claim: Claim, result: Result, floor: Floor) -> None:
+        """Note how a trial ended."""
+        for trial in self._open([claim]):
+            trial.set_user_attr(RESULT, vars(result))
+        metrics = [trial.metrics for trial in self.trials()]
+        if result.error:
+            self._study.tell(claim.number, state=self._states.FAIL, skip_if_finished=True)
+        else:
+            value = objective(result.metrics, floor.of([*metrics, result.metrics]))
+            self._study.tell(claim.number, value, skip_if_finished=True)
+
+    def trials(self) -> list[Trial]:
+        """Return the trials that count, by number."""
+        words = {self._states.COMPLETE: "complete", self._states.FAIL: "failed", self._states.WAITING: "waiting"}
+        shown = []
+        for trial in self._counted():
+            if NAME not in trial.user_attrs:
+                continue
+            result = trial.user_attrs.get(RESULT, {})
+            shown.append(
+                Trial(
+                    number=trial.number,
+                    name=trial.user_attrs[NAME],
+                    point=trial.user_attrs[POINT],
+                    state=words.get(trial.state, "running"),
+                    metrics=result.get("metrics", {}),
+                    error=result.get("error", ""),
+                    exit_code=result.get("exit_code"),
+                    seconds=result.get("seconds"),
+                )
+            )
+        return shown
+
+    def unfinished(self) -> bool:
+        """Return whether a trial waits or is worked on, here or elsewhere, or is still to be drawn."""
+        counted = self._counted()
+        left = not self.grid and len(counted) < self.count
+        return left or any(not trial.state.is_finished() for trial in counted)
+
+    def _open(self, claims: Sequence[Claim]) -> "list[optuna.Trial]":
+        """Return the trials of claims that are still running: another machine may have failed them."""
+        optuna = optuna_module()
+        numbers = {claim.number for claim in claims}
+        running = self._study.get_trials(deepcopy=False, states=(self._states.RUNNING,))
+        return [optuna.Trial(self._study, trial._trial_id) for trial in running if trial.number in numbers]  # noqa: SLF001 - a Trial is made of it, and has no other name
+
+    def _counted(self) -> "list[optuna.trial.FrozenTrial]":
+        """Return the trials but those that have a successor, or came second."""
+        trials = self._study.get_trials(deepcopy=False)
+        succeeded = {trial.user_attrs.get(AFTER) for trial in trials}
+        counted: list[optuna.trial.FrozenTrial] = []
+        taken: set[Any] = set()
+        for trial in trials:
+            attributes = trial.user_attrs
+            nameless = NAME not in attributes
+            if trial.number in succeeded or attributes.get(SURPLUS) or (nameless and trial.state.is_finished()):
+                continue
+            key = attributes.get(NAME) if self.grid else attributes.get(AFTER)
+            if (key is not None and key in taken) or (self.grid and nameless):
+                continue
+            taken.add(key)
+            if self.grid or len(counted) < self.count:
+                counted.append(trial)
+        return counted
+
+    def _take_over(self) -> None:
+        """Let trials wait again whose workers are gone."""
+        for trial in self._study.get_trials(deepcopy=False, states=(self._states.RUNNING,)):
+            if not self._abandoned(trial):
+                continue
+            if NAME in trial.user_attrs and trial.number in {each.number for each in self._counted()}:
+                self._succeed(trial)
+            self._study.tell(trial.number, state=self._states.FAIL, skip_if_finished=True)
+
+    def _succeed(self, trial: "optuna.trial.FrozenTrial") -> None:
+        point, name = trial.user_attrs[POINT], trial.user_attrs[NAME]
+        self._study.enqueue_trial(point, user_attrs={NAME: name, POINT: point, AFTER: trial.number})
+
+    def _abandoned(self, trial: "optuna.trial.FrozenTrial") -> bool:
+        """Return whether nobody works on a running trial; on this machine its lock tells, else its beats."""
+        name, worker = trial.user_attrs.get(NAME), trial.user_attrs.get(WORKER)
+        if worker == self._worker or (self.local and worker is None):
+            handle = Place(self.out, name).lock() if name is not None else None
+            if handle is not None:
+                os.close(handle)
+            return name is None or handle is not None
+        # A count of our own seconds: clocks of machines differ.
+        beat, now = trial.user_attrs.get(BEAT), time.monotonic()
+        if trial.number not in self._seen or self._seen[trial.number][0] != beat:
+            self._seen[trial.number] = (beat, now)
+        return now - self._seen[trial.number][1] > GRACE

@@ -1,0 +1,142 @@
+"""What a trial left on the disk: its folder, its record, its lock, and the weights that may go."""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from efface.hf.checkpoints import PARTIAL, checkpoints, remove_whole
+
+SUMMARY = "TOFU_SUMMARY.json"
+RETAIN_LOG = Path("retain_model", "TOFU_EVAL.json")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.index.json")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a trial ended.
+
+    Attributes:
+        metrics: of its evaluation, by open-unlearning's names; finite ones alone.
+        error: the last lines of its log, or why there are no metrics; empty if it is whole.
+        exit_code: of its process; 3 has diverged, below 0 is a signal.
+        seconds: of its last process.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+    exit_code: int = 0
+    seconds: float = 0.0
+
+
+class Place:
+    """Where a trial writes: ``trials/NAME/``, and beside it its log, its record and its lock."""
+
+    def __init__(self, out: Path, name: str) -> None:
+        trials = out / "trials"
+        self.folder = trials / name
+        self.log, self._record, self._lock = (trials / f"{name}.{end}" for end in ("log", "json", "lock"))
+
+    def result(self) -> Result | None:
+        """Return how the trial ended, or None while it has not."""
+        try:
+            return Result(**json.loads(self._record.read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+    def finish(self, result: Result) -> None:
+        """Note how the trial ended."""
+        write_whole(self._record, json.dumps(asdict(result), indent=2))
+
+    def forget(self) -> None:
+        """Forget how the trial ended, so that it is tried again."""
+        self._record.unlink(missing_ok=True)
+
+    def lock(self) -> int | None:
+        """Return a file descriptor that holds the trial's lock as long as any process has it; None if one has."""
+        self._lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        return handle
+
+    def read(self, exit_code: int, seconds: float, *, evaluated: bool) -> Result:
+        """Return how the trial ended, out of what its process left."""
+        if exit_code:
+            return Result({}, last_lines(self.log) or _died(exit_code), exit_code, seconds)
+        if not evaluated:
+            return Result({}, "", 0, seconds)
+        path = self.folder / "evaluation" / SUMMARY
+        try:
+            content: Any = json.loads(path.read_text(encoding="utf-8"))
+            numbers = {name: float(value) for name, value in content.items() if isinstance(value, (int, float))}
+        except (OSError, ValueError, AttributeError) as error:
+            return Result({}, f"no evaluation: {error}", 0, seconds)
+        metrics = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        return Result(metrics, "" if metrics else f"no finite figure in {path}", 0, seconds)
+
+    def has_weights(self) -> bool:
+        """Whether the model is there."""
+        return any(path for pattern in _WEIGHTS for path in self.folder.glob(pattern))
+
+    def remove_weights(self) -> None:
+        """Remove the model and its checkpoints; what was measured stays."""
+        for path in checkpoints(self.folder).values():
+            remove_whole(path)
+        for pattern in _WEIGHTS:
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
+
+    def share_retain_log(self, out: Path) -> None:
+        """Let later trials use the retain model's evaluation that this one made."""
+        own, shared = self.folder / "evaluation" / RETAIN_LOG, out / RETAIN_LOG
+        if own.is_file() and not shared.is_file():
+            shared.parent.mkdir(parents=True, exist_ok=True)
+            partial = shared.with_name(f"{PARTIAL}{os.getpid()}")
+            shutil.copyfile(own, partial)
+            partial.replace(shared)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Wait for a lock file of this machine, and hold it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def last_lines(log: Path, count: int = 5, most: int = 1000) -> str:
+    """Return the last lines of a log, without the empty ones."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 16 * most))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    return "\n".join(lines[-count:])[-most:]
+
+
+def _died(exit_code: int) -> str:
+    return f"ended by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"

@@ -1,0 +1,216 @@
+"""What a sweep varies: flags of ``efface unlearn``, each over a list of values or a range."""
+
+import difflib
+import functools
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from efface.hf.arguments import UnlearnArguments
+from efface.recipes.command import UnlearnCommand
+from efface.recipes.flags import FlagParser, flag_names
+
+if TYPE_CHECKING:
+    import optuna
+
+Value = bool | int | float | str
+Point = dict[str, Value]
+
+_CLASSES = (UnlearnCommand, UnlearnArguments)
+PRESETS = Path(__file__).parents[1] / "recipes" / "presets"
+# About one run, about where it is written, or about how it is judged: nothing to choose the best of.
+NOT_SWEPT = {"recipe", "data", "output_dir", "dry_run", "json", "overwrite", "evaluate", "retain_log"}
+_RANGES = ("float", "log", "int")
+_LONGEST_NAME = 120
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A flag and its values.
+
+    Attributes:
+        name: of the flag.
+        kind: "choice" of ``values``; "float", "log" (uniform in the logarithm) or "int" from ``low`` to ``high``.
+        values: of a choice.
+        low: least value of a range.
+        high: greatest value of a range.
+    """
+
+    name: str
+    kind: str
+    values: tuple[Value, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+
+    def suggest(self, trial: "optuna.Trial") -> Value:
+        """Return the trial's value, drawn by the study's sampler unless it is there."""
+        if self.kind == "choice":
+            return self.values[self.values.index(trial.suggest_categorical(self.name, self.values))]
+        if self.kind == "int":
+            return trial.suggest_int(self.name, int(self.low), int(self.high))
+        return trial.suggest_float(self.name, self.low, self.high, log=self.kind == "log")
+
+    def described(self) -> Any:
+        """Return it as JSON."""
+        return list(self.values) if self.kind == "choice" else f"{self.kind}:{self.low:g}:{self.high:g}"
+
+    def some(self) -> tuple[Value, ...]:
+        """Return values that between them show what may be wrong: all of a choice, the ends of a range."""
+        if self.kind == "choice":
+            return self.values
+        return (int(self.low), int(self.high)) if self.kind == "int" else (self.low, self.high)
+
+
+Space = tuple[Parameter, ...]
+
+
+def parse_grid(words: Sequence[str], where: str = "--grid") -> Space:
+    """Return the parameters of ``["learning_rate=1e-5,2e-5", "beta=.1"]``.
+
+    Raises:
+        ValueError: a flag that is not known, or is not swept; a value that is not of its type; a value twice.
+    """
+    parsed = _split(words, where, "learning_rate=1e-5,2e-5")
+    return tuple(_choice(name, values.split(","), where) for name, values in parsed.items())
+
+
+def parse_space(words: Sequence[str], where: str = "--space") -> Space:
+    """Return the parameters of ``["learning_rate=log:1e-6:1e-4", "alpha=choice:1,2"]``; errors as ``parse_grid``."""
+    space = []
+    for name, value in _split(words, where, "learning_rate=log:1e-6:1e-4").items():
+        kind, _, rest = value.partition(":")
+        if kind == "choice":
+            space.append(_choice(name, rest.split(","), where))
+        elif kind in _RANGES:
+            space.append(_range(name, kind, rest, where))
+        else:
+            raise ValueError(
+                f"{where} {name}: expected float:LOW:HIGH, log:LOW:HIGH, int:LOW:HIGH or choice:A,B, got {value!r}"
+            )
+    return tuple(space)
+
+
+def known_presets() -> dict[str, Path]:
+    """Return the files of the presets that come with efface, by name."""
+    return {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
+
+
+def load_preset(name: str) -> Space:
+    """Return the grid of a preset, by its name or the path of such a file.
+
+    Raises:
+        ValueError: an unknown name, a file without a ``grid``; as ``parse_grid``.
+    """
+    path = known_presets().get(name, Path(name))
+    if not path.is_file():
+        near = difflib.get_close_matches(name, known_presets(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"--preset: expected one of {', '.join(known_presets())}, or the path of a YAML file, got {name!r}{hint}"
+        )
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    grid = content.get("grid") if isinstance(content, dict) else None
+    if not isinstance(grid, dict) or not all(isinstance(values, list) for values in grid.values()):
+        raise ValueError(f"{path}: expected a section `grid` of `flag: [value, value]` lines, got {grid!r}")
+    _check_names(grid, str(path))
+    return tuple(_choice(name, list(map(str, values)), str(path)) for name, values in grid.items())
+
+
+def points(space: Space) -> Iterator[Point]:
+    """Yield the product of the choices, the last parameter fastest."""
+    for values in itertools.product(*(parameter.values for parameter in space)):
+        yield {parameter.name: value for parameter, value in zip(space, values, strict=True)}
+
+
+def point_name(point: Mapping[str, Value]) -> str:
+    """Return ``learning_rate=1e-05,beta=0.1``: the same for equal points, another for others, fit for a folder."""
+    short = {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in point.items()}
+    name = ",".join(f"{name}={value}" for name, value in short.items())
+    plain = "".join(letter if letter.isalnum() or letter in "=,.+-_" else "_" for letter in name)
+    exact = all(float(short[key]) == value for key, value in point.items() if isinstance(value, float))
+    if exact and plain == name and len(name) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(json.dumps(dict(point)).encode()).hexdigest()[:8]
+    return f"{plain[:_LONGEST_NAME]}-{digest}"
+
+
+def _split(words: Sequence[str], where: str, example: str) -> dict[str, str]:
+    given: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not equals or not name or not value:
+            raise ValueError(f"{where}: expected flag=values, such as {example}, got {word!r}")
+        if name in given:
+            raise ValueError(f"{where}: {name} is given twice; put all its values into one")
+        given[name] = value
+    _check_names(given, where)
+    return given
+
+
+def _check_names(names: Mapping[str, Any], where: str) -> None:
+    known = flag_names(*_CLASSES)
+    for name in names:
+        if name in NOT_SWEPT:
+            raise ValueError(f"{where}: {name} is not swept: it is about one run, or about how runs are judged")
+        if name not in known:
+            near = difflib.get_close_matches(name, known - NOT_SWEPT, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "; see `efface unlearn --help`"
+            raise ValueError(f"{where}: expected flags of `efface unlearn`, got {name!r}{hint}")
+
+
+def _choice(name: str, texts: Sequence[str], where: str) -> Parameter:
+    values = [_typed(name, text, where) for text in texts]
+    for k, value in enumerate(values):
+        if value in values[:k]:
+            raise ValueError(f"{where} {name}: expected values that differ, got {value!r} twice")
+    if not values:
+        raise ValueError(f"{where} {name}: expected values, got none")
+    return Parameter(name, "choice", tuple(values))
+
+
+def _range(name: str, kind: str, text: str, where: str) -> Parameter:
+    ends = text.split(":")
+    if len(ends) != 2:
+        raise ValueError(f"{where} {name}: expected {kind}:LOW:HIGH, got {kind}:{text}")
+    try:
+        low, high = (int(end) if kind == "int" else float(end) for end in ends)
+    except ValueError as error:
+        raise ValueError(f"{where} {name}: expected {kind}:LOW:HIGH with numbers, got {kind}:{text}") from error
+    if not (math.isfinite(low) and math.isfinite(high) and low < high and (kind != "log" or low > 0)):
+        least = "0 < LOW < HIGH" if kind == "log" else "LOW < HIGH"
+        raise ValueError(f"{where} {name}: expected {least}, got {text}")
+    for end in (low, high):
+        typed = _typed(name, str(end), where)
+        if isinstance(typed, (bool, str)):
+            raise ValueError(f"{where} {name}: expected choice:A,B for a flag that is no number, got {kind}:{text}")  # noqa: TRY004 - words of a command line are values
+    return Parameter(name, kind, low=low, high=high)
+
+
+@functools.cache
+def _parser() -> FlagParser:
+    parser = FlagParser(_CLASSES)  # type: ignore[arg-type]
+    for action in parser._actions:  # noqa: SLF001 - argparse has no other way to lift a requirement
+        action.required = False
+    return parser
+
+
+def _typed(name: str, text: str, where: str) -> Value:
+    try:
+        value = getattr(_parser().parse_args([f"--{name}={text.strip()}"]), name)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    value = value.value if isinstance(value, Enum) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} {name}: expected finite numbers, got {text!r}")
+    if not isinstance(value, (bool, int, float, str)):
+        raise ValueError(f"{where} {name}: expected a flag with one value, and this takes several")  # noqa: TRY004 - words of a command line are values
+    return value
