@@ -8,11 +8,13 @@ from rich.console import Console
 from efface.cli.run import terminated_as_interrupted
 from efface.cli.run_folder import differences
 from efface.cli.sweep import show
-from efface.cli.sweep.flags import SweepCommand, parse_sweep
+from efface.cli.sweep.flags import SweepCommand, parse_sweep, parser
 from efface.cli.sweep.reference import Fill, fill_in_a_process, fill_reference
 from efface.cli.sweep.trial import Subprocesses
 from efface.sweep import Floor, Launcher, Ledger, Loop
 from efface.sweep.ledger import optuna_module
+
+__all__ = ["carry_out", "parser", "run"]
 
 
 def run(argv: Sequence[str]) -> int:

@@ -102,8 +102,9 @@ class SweepCommand:
         }
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def parser() -> _Parser:
+    """Return the parser of the command's own flags; those of ``efface unlearn`` come beside them."""
+    flags = _Parser(
         prog="efface sweep",
         description="Runs a recipe, or any flags of `efface unlearn`, with many settings, each in a process of its "
         "own, and ranks the results by Forget Quality among those with enough Model Utility. Trials that fail are "
@@ -112,7 +113,7 @@ def _parser() -> _Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add = flags.add_argument
     add("--output_dir", "--output-dir", required=True, metavar="DIR", help="study, trials and results; see the guide")
     add("--grid", nargs="+", metavar="FLAG=A,B", help="every combination of these values, each once")
     add("--preset", metavar="NAME", help=f"a grid by its name: {', '.join(known_presets())}; or a YAML file")
@@ -131,7 +132,7 @@ def _parser() -> _Parser:
     add("--evaluation", metavar="WORDS", help="flags of `efface evaluate` for each trial, quoted; a recipe has its own")
     add("--retry_failed", "--retry-failed", action="store_true", help="try failed trials again")
     add("--dry_run", "--dry-run", action="store_true", help="list the trials, their steps and tokens; run nothing")
-    return parser
+    return flags
 
 
 def parse_sweep(argv: Sequence[str]) -> SweepCommand:
@@ -141,7 +142,7 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
         FileNotFoundError: a recipe, a file or a folder that does not exist.
         ValueError: flags or values that are not known or do not go together.
     """
-    options, words = _parser().parse_known_args(list(argv))
+    options, words = parser().parse_known_args(list(argv))
     space, sampler = _space(options)
     _check_numbers(options)
     config, _ = taken(words, "config", "the path of a YAML file")
