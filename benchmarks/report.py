@@ -46,7 +46,7 @@ class Report:
     def save(self, **figures: object) -> None:
         """Add entries to the record and write it."""
         self._record.update(figures)
-        self._record["load_average_at_end"] = list(os.getloadavg())
+        self._record["load_average_at_end"] = os.getloadavg()[0]
         if self._path is not None:
             self._path.write_text(json.dumps(self._record, indent=2) + "\n", encoding="utf-8")
 
@@ -59,7 +59,7 @@ def machine() -> dict[str, object]:
         "processor": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "load_average": list(os.getloadavg()),
+        "load_average": os.getloadavg()[0],  # of the minute before
         "rivals": _versions(),
         "python": platform.python_version(),
         "torch": torch.__version__,

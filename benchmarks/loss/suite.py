@@ -30,7 +30,9 @@ _1B, _3B, _7B, _PHI, _GEMMA = (2048, 128256), (3072, 128256), (4096, 32000), (20
 _SMALL = (1024, 32000)  # Llama-2's vocabulary, D that a CPU can do in a second
 
 
-def _gpu(n: int, head: tuple[int, int], objective: str = "NPO", modes: tuple[str, ...] = ("live",), **more: object) -> Shape:
+def _gpu(
+    n: int, head: tuple[int, int], objective: str = "NPO", modes: tuple[str, ...] = ("live",), **more: object
+) -> Shape:
     return Shape(n, *head, _HALF, objective, modes, device="cuda", **more)  # type: ignore[arg-type]
 
 
@@ -315,7 +317,17 @@ def run(options: argparse.Namespace, report: Report) -> None:
         rounds = measured[0].rounds if measured else 0
         report.table(
             f"{name}: {shape.objective}, N {shape.n}, D {shape.d}, V {shape.v}, {shape.dtype}, {rounds} rounds",
-            ("provider", "GEMMs", "median ms", "quartiles", "x floor", "% of floor", "error dh", "error dW", "peak GiB"),
+            (
+                "provider",
+                "GEMMs",
+                "median ms",
+                "quartiles",
+                "x floor",
+                "% of floor",
+                "error dh",
+                "error dW",
+                "peak GiB",
+            ),
             [_cells(row) for row in measured],
         )
         report.save(loss=[asdict(row) for row in rows], not_measured=sorted(notes))

@@ -62,7 +62,9 @@ def filled(text: str, found: Sequence[Result]) -> str:
         suite, _, device = match[2].partition(" ")
         result = newest(list(found), suite, gpu=device == "gpu")
         if suite not in BLOCKS or result is None:
-            raise ValueError(f"`<!-- benchmarks:{match[2]} -->`: expected a suite with results, one of {sorted(BLOCKS)}")
+            raise ValueError(
+                f"`<!-- benchmarks:{match[2]} -->`: expected a suite with results, one of {sorted(BLOCKS)}"
+            )
         return f"{match[1]}{BLOCKS[suite](result)}{match[3]}"
 
     return _BLOCK.sub(block, text)
@@ -76,7 +78,7 @@ def page(found: Sequence[Result], drawn: Mapping[str, Sequence[str]]) -> str:
     parts = [
         "# Benchmarks\n\n"
         "Made by `python -m benchmarks report` from `benchmarks/results/*.json`. Providers are interleaved in one run; "
-        "times are medians. \"x floor\" is the ratio to the bare matrix products, timed in the same rounds. Errors are "
+        'times are medians. "x floor" is the ratio to the bare matrix products, timed in the same rounds. Errors are '
         f"relative to fp64. Where a rival's median is below efface's, its row says {tables.FASTER}."
     ]
     if not any(result.on_gpu for result in found):

@@ -53,7 +53,7 @@ def _against_n(key: str, label: str) -> Callable[[Result], Iterator[tuple[str, F
                 axes.plot(*zip(*points, strict=True), marker="o", label=who, lw=2 if tables.is_ours(own[0]) else 1)
             axes.set(xscale="log", yscale="log", xlabel="N, rows", ylabel=label, title=f"NPO, D {d}, V {v}")
             axes.legend(fontsize=7)
-            yield f"{label.split(',')[0]}-d{d}-v{v}", figure
+            yield f"{label.split(',', maxsplit=1)[0]}-d{d}-v{v}", figure
 
     return draw
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 # a suite's name and where its rows are in the file
-ROWS = {"loss": "loss", "step": "step", "pack": "packing", "evaluate": "evaluate", "start-up": "startup"}
+ROWS = {"loss": "loss", "step": "step", "pack": "packing", "evaluate": "evaluate", "start": "start"}
 NAME = re.compile(r"(?P<device>[\w-]+?)-(?P<date>\d{4}-\d\d-\d\d)(?:-(?P<suite>[a-z-]+))?")
 
 
@@ -45,8 +45,8 @@ class Result:
         said = [device, f"torch {m['torch']}"]
         said += [f"{name} {version}" for name, version in m.get("rivals", {}).items()]
         if "load_average" in m:
-            loads = (m["load_average"][0], self.record.get("load_average_at_end", m["load_average"])[0])
-            said.append(f"load average {loads[0]:.1f} at the start, {loads[1]:.1f} at the end")
+            end = self.record.get("load_average_at_end", m["load_average"])
+            said.append(f"load average {m['load_average']:.1f} at the start, {end:.1f} at the end")
         return f"{', '.join(said)}, {m['date']}, commit {m['commit'][:12]}. `{m['command']}`"
 
 

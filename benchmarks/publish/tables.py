@@ -33,14 +33,16 @@ def mode(row: dict[str, Any]) -> str:
     return str(row.get("mode") or row["provider"].partition(", ")[2])
 
 
+def _work(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What two rows must have in common to be compared."""
+    return row.get("training"), row.get("reference"), row.get("task"), mode(row) if "gemms" in row else None
+
+
 def beaten(row: dict[str, Any], rows: Rows) -> bool:
     """Whether a rival's median is below that of efface's best for the same work; the bare GEMMs are no rival."""
     if is_ours(row) or row["provider"].startswith("bare") or row.get("median_ms") is None:
         return False
-    key: Callable[[dict[str, Any]], Any] = lambda each: (each.get("training"), each.get("reference"), mode(each))  # noqa: E731
-    if "gemms" not in row:
-        key = lambda each: (each.get("training"), each.get("reference"), each.get("task"))  # noqa: E731
-    own = [each["median_ms"] for each in rows if is_ours(each) and key(each) == key(row) and each.get("median_ms")]
+    own = [each["median_ms"] for each in rows if is_ours(each) and _work(each) == _work(row) and each.get("median_ms")]
     return bool(own) and row["median_ms"] < min(own)
 
 
@@ -59,7 +61,17 @@ def loss(result: Result) -> str:
         first = rows[0]
         size = f": {first['objective']}, N {first['n']}, D {first['d']}, V {first['v']}" if "n" in first else ""
         more = f", {first['dtype']}, {first['state']}, {first['rounds']} rounds" if "n" in first else ""
-        headings = ["provider", "GEMMs", "median ms", "quartiles", "x floor", "% of floor", "error dh", "error dW", "GiB"]
+        headings = [
+            "provider",
+            "GEMMs",
+            "median ms",
+            "quartiles",
+            "x floor",
+            "% of floor",
+            "error dh",
+            "error dW",
+            "GiB",
+        ]
         cells = []
         for row in rows:
             low, high = row.get("quarter_ms", row["low_ms"]), row.get("three_quarters_ms", row["high_ms"])
@@ -113,7 +125,7 @@ def step_table(rows: Rows) -> str:
 def pack(result: Result) -> str:
     """A table a task."""
     parts = []
-    for (task,), rows in grouped(result.rows, "task").items():
+    for (_, task), rows in grouped(result.rows, "shape", "task").items():
         cells = [[_name(r, rows), f"{r['median_ms']:.3g}", f"{r['against_efface']:.3g}"] for r in rows]
         parts.append(f"### {task}\n\n{markdown(['provider', 'median ms', 'x efface'], cells)}")
     return "\n\n".join(parts)
@@ -124,7 +136,8 @@ def plain(result: Result) -> str:
     rows = [{k: v for k, v in row.items() if not isinstance(v, list | dict)} for row in result.rows]
     headings = list(dict.fromkeys(key for row in rows for key in row))
     cells = [
-        [f"{row.get(k):.4g}" if isinstance(row.get(k), float) else str(row.get(k, "")) for k in headings] for row in rows
+        [f"{row.get(k):.4g}" if isinstance(row.get(k), float) else str(row.get(k, "")) for k in headings]
+        for row in rows
     ]
     return markdown(headings, cells)
 

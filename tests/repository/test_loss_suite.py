@@ -75,9 +75,7 @@ def test_a_provider_with_another_gradient_is_not_timed(monkeypatch: pytest.Monke
 def test_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "providers", quick)
     path, threads = tmp_path / "figures.json", torch.get_num_threads()
-    monkeypatch.setattr(
-        sys, "argv", ["benchmarks", "loss", "--shape", "smoke", "--rounds", "3", "--json", str(path)]
-    )
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "loss", "--shape", "smoke", "--rounds", "3", "--json", str(path)])
     try:
         with pytest.raises(SystemExit, match="0"):
             runpy.run_module("benchmarks", run_name="__main__")
@@ -85,7 +83,7 @@ def test_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.set_num_threads(threads)
     record: dict[str, Any] = json.loads(path.read_text())
     assert record["not_measured"] == ["another: absent"]
-    assert len(record["machine"]["load_average"]) == len(record["load_average_at_end"]) == 3
+    assert min(record["machine"]["load_average"], record["load_average_at_end"]) >= 0
     for row in record["loss"]:
         assert 0 < row["low_ms"] <= row["quarter_ms"] <= row["median_ms"] <= row["three_quarters_ms"] <= row["high_ms"]
         assert row["provider"] == f"{row['who']}, {row['mode']}"
@@ -142,7 +140,9 @@ def test_shapes_are_those_that_must_hold() -> None:
         assert got == {"NPO", "SimNPO", "DPO", "NLL", "GradDiff", "KL retain"}
 
 
-@pytest.mark.parametrize(("n", "d", "v"), [(8192, 2048, 128256), (8192, 4096, 32000), (64, 2048, 128256), (32768, 2048, 128256)])
+@pytest.mark.parametrize(
+    ("n", "d", "v"), [(8192, 2048, 128256), (8192, 4096, 32000), (64, 2048, 128256), (32768, 2048, 128256)]
+)
 def test_ligers_chunks_are_tuned_to_2048_rows(n: int, d: int, v: int) -> None:
     pieces = -(-v // (liger.budget(n, d, v) * d))  # as its source has it
     rows = min(n, 1 << (-(-n // pieces) - 1).bit_length())

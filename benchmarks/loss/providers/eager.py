@@ -43,9 +43,7 @@ def _of(who: str, computes: str, shape: Shape, wrap: Callable[[Callable[..., Ten
 def _kl(divergence: Callable[..., Tensor]) -> Callable[[LossInputs, str], Gradients]:
     def run(inputs: LossInputs, _mode: str) -> Gradients:
         with torch.no_grad():
-            reference = _logits(
-                inputs.reference_hidden, inputs.reference_weight, detached(inputs.bias), inputs.softcap
-            )
+            reference = _logits(inputs.reference_hidden, inputs.reference_weight, detached(inputs.bias), inputs.softcap)
         logits = _logits(inputs.hidden, inputs.weight, inputs.bias, inputs.softcap)
         return gradients(divergence(logits, reference), inputs)
 
