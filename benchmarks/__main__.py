@@ -1,4 +1,4 @@
-"""``python -m benchmarks SUITE``: print a suite's tables, and write its figures as JSON; ``report``: tables and plots of them all."""
+"""``python -m benchmarks SUITE``: a suite's tables, and its figures as JSON. ``report``: pages and plots of all."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import publish
+from benchmarks.evaluate import suite as evaluate
 from benchmarks.loss import suite as loss
 from benchmarks.packing import suite as packing
 from benchmarks.report import Report
@@ -14,7 +15,7 @@ from benchmarks.step import suite as step
 
 # A suite has SHAPES (the one called "smoke" only on demand), ROUNDS, add_arguments(parser) and run(options, report);
 # where the shapes depend on the options, default_shapes(options).
-SUITES = {"loss": loss, "pack": packing, "step": step}
+SUITES = {"evaluate": evaluate, "loss": loss, "pack": packing, "step": step}
 
 
 def main() -> int:

@@ -90,13 +90,8 @@ def _gpu() -> dict[str, object]:
 
 def _versions() -> dict[str, str]:
     """Return the versions of the packages that providers come from."""
-    found = {}
-    for name in ("transformers", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "trl"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    names = ("transformers", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "trl")
+    return {name: found.version for name in names for found in importlib.metadata.distributions(name=name)}
 
 
 def _processor() -> str:

@@ -20,6 +20,7 @@ _CALLS = [
 
 @pytest.mark.parametrize(("objective", "provider"), _CALLS)
 def test_loss(objective: str, provider: Provider, benchmark: BenchmarkFixture) -> None:
+    """One provider."""
     benchmark.group = f"{objective}, {provider.mode}"
     inputs = make_inputs(replace(_SHAPES[objective], bias=False)).of(provider.mode)
     benchmark.pedantic(provider.run, (inputs,), rounds=5, warmup_rounds=1)

@@ -14,6 +14,7 @@ _FORGET, _RETAIN, _PAIRS, _BUDGET = SHAPES["smoke"]
 
 @pytest.mark.parametrize("provider", ["efface plan_epoch", "NumPy and Python"])
 def test_plan(provider: str, benchmark: BenchmarkFixture) -> None:
+    """One provider."""
     benchmark.group = "plan an epoch"
     forget, retain = lengths(_FORGET, 1), lengths(_RETAIN, 2)
     calls: dict[str, Callable[[], object]] = {
@@ -27,6 +28,7 @@ def test_plan(provider: str, benchmark: BenchmarkFixture) -> None:
 
 @pytest.mark.parametrize("provider", ["efface pack_items", "NumPy and Python"])
 def test_assemble(provider: str, benchmark: BenchmarkFixture) -> None:
+    """One provider."""
     benchmark.group = f"assemble a batch of {BATCH_TOKENS} tokens"
     stores = (store(400, 1), store(400, 2))
     plan = plan_epoch(*(s.lengths for s in stores), pairs_per_step=400, token_budget=BATCH_TOKENS, seed=0, epoch=0)

@@ -28,6 +28,7 @@ def _step() -> Step:
 
 @pytest.mark.parametrize("kind", [Eager, EagerCached, EffaceLive, EffaceCached], ids=lambda kind: kind.name)
 def test_step(kind: type[Eager], benchmark: BenchmarkFixture) -> None:
+    """One provider."""
     benchmark.group = "forward and backward of a step"
     provider = kind(_model(0), _model(1))
     benchmark.pedantic(provider.gradients, (_step(),), rounds=5, warmup_rounds=1)

@@ -43,7 +43,7 @@ def simnpo(logprobs: Tensor, offsets: Tensor, _reference: Tensor) -> Tensor:
 
 @_named("DPO")
 def dpo(logprobs: Tensor, offsets: Tensor, reference: Tensor) -> Tensor:
-    """Mean over pairs, a forget sequence and its alternate after it, of −(2/β) log σ(β (their log-ratios' distance))."""
+    """Mean over pairs (a forget sequence, its alternate) of −(2/β) log σ(β (the alternate's log-ratio − its own))."""
     ratio = segment_sums(logprobs, offsets) - reference
     return -2 / BETA * F.logsigmoid(BETA * (ratio[1::2] - ratio[::2])).mean()
 

@@ -1,4 +1,4 @@
-"""Resident memory of one provider on the CPU, in a process of its own: ``python -m benchmarks.loss.peak SHAPE PROVIDER``.
+"""Resident memory of one provider on the CPU: ``python -m benchmarks.loss.peak SHAPE PROVIDER``, a process for each.
 
 Prints the peak above inputs and gradients, in GiB. A small batch comes first: libraries, thread stacks, compilation.
 """

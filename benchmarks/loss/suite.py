@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -53,16 +53,16 @@ SHAPES = {
     "GPU: Llama-3.2-1B": _gpu(8192, _1B, modes=_NPO),
     "GPU: Llama-3.2-3B": _gpu(8192, _3B, modes=_NPO),
     "GPU: Llama-2-7B": _gpu(8192, _7B, modes=_NPO),
-    "GPU: Phi-1.5, with its bias": _gpu(8192, _PHI, modes=_NPO, bias=True),
+    "GPU: Phi-1.5, with its bias": replace(_gpu(8192, _PHI, modes=_NPO), bias=True),
     "GPU: Phi-1.5, without": _gpu(8192, _PHI),  # for rivals that have no bias
-    "GPU: Gemma-2-2B, soft-cap": _gpu(4096, _GEMMA, softcap=30.0),
+    "GPU: Gemma-2-2B, soft-cap": replace(_gpu(4096, _GEMMA), softcap=30.0),
     # Time and memory against N: launches decide at one end, memory at the other.
     "GPU: Llama-3.2-1B, 64 rows": _gpu(64, _1B),
     "GPU: Llama-3.2-1B, 256 rows": _gpu(256, _1B),
     "GPU: Llama-3.2-1B, 1024 rows": _gpu(1024, _1B),
     "GPU: Llama-3.2-1B, 32768 rows": _gpu(32768, _1B),
     # Filters and rounding depend on the softmax, and objectives on what a rival's op can form in its forward call.
-    "GPU: Llama-3.2-1B, after unlearning": _gpu(8192, _1B, unlearned=True),
+    "GPU: Llama-3.2-1B, after unlearning": replace(_gpu(8192, _1B), unlearned=True),
     "GPU: SimNPO": _gpu(8192, _1B, "SimNPO", _FREE),
     "GPU: DPO": _gpu(8192, _1B, "DPO", ("live", "cached")),
     "GPU: NLL": _gpu(8192, _1B, "NLL", ("no reference",)),

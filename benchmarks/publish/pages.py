@@ -70,17 +70,17 @@ def filled(text: str, found: Sequence[Result]) -> str:
     return _BLOCK.sub(block, text)
 
 
+_TOP = """# Benchmarks
+
+Made by `python -m benchmarks report` from `benchmarks/results/*.json`. Providers are interleaved in one run; times are
+medians. "x floor" is the ratio to the bare matrix products, timed in the same rounds. Errors are relative to fp64.
+Where a rival's median is below efface's, its row says {faster}."""
 _TITLES = {"loss": "Loss at the head", "step": "Training step", "pack": "Planning and packing"}
 
 
 def page(found: Sequence[Result], drawn: Mapping[str, Sequence[str]]) -> str:
     """Return docs/benchmarks.md: every file of results, its conditions, plots and tables."""
-    parts = [
-        "# Benchmarks\n\n"
-        "Made by `python -m benchmarks report` from `benchmarks/results/*.json`. Providers are interleaved in one run; "
-        'times are medians. "x floor" is the ratio to the bare matrix products, timed in the same rounds. Errors are '
-        f"relative to fp64. Where a rival's median is below efface's, its row says {tables.FASTER}."
-    ]
+    parts = [_TOP.format(faster=tables.FASTER)]
     if not any(result.on_gpu for result in found):
         parts.append("No figure of a GPU has been measured yet; `benchmarks/on_gpu.sh` measures them.")
     for result in found:

@@ -1,4 +1,4 @@
-"""PNG plots of results: time and memory against N, share of the floor, the parts of a step. The same bytes each time."""
+"""PNG plots: time and memory against N, share of the floor, the parts of a step. The same bytes each time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

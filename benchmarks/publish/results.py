@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 # a suite's name and where its rows are in the file
-ROWS = {"loss": "loss", "step": "step", "pack": "packing", "evaluate": "evaluate", "start": "start"}
+ROWS = {
+    "loss": ("loss",),
+    "step": ("step",),
+    "pack": ("packing",),
+    "evaluate": ("likelihood", "generation"),
+    "start": ("start",),
+}
 NAME = re.compile(r"(?P<device>[\w-]+?)-(?P<date>\d{4}-\d\d-\d\d)(?:-(?P<suite>[a-z-]+))?")
 
 
@@ -22,9 +28,7 @@ class Result:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """What was measured."""
-        key = ROWS[self.suite]
-        rows: list[dict[str, Any]] = self.record.get(key) or self.record.get(self.suite) or []
-        return rows
+        return [row for key in ROWS[self.suite] for row in self.record.get(key, [])]
 
     @property
     def machine(self) -> dict[str, Any]:
@@ -61,9 +65,8 @@ def read(folder: Path) -> list[Result]:
         if NAME.fullmatch(path.stem) is None:
             raise ValueError(f"`{path.name}`: expected <device>-<date>[-suite].json; rename the file")
         record = json.loads(path.read_text(encoding="utf-8"))
-        found += [
-            Result(path.name, suite, record) for suite, key in ROWS.items() if record.get(key) or record.get(suite)
-        ]
+        every = (Result(path.name, suite, record) for suite in ROWS)
+        found += [result for result in every if result.rows]
     return sorted(found, key=lambda result: (result.machine["date"], result.file))
 
 

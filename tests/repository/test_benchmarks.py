@@ -20,9 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def _benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Importable, and without TOFU: the same tokens on every machine, and no tokenizer to train."""
     monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.evaluate import data as evaluation
     from benchmarks.step import data
 
-    monkeypatch.setattr(data, "TOFU", tmp_path / "absent")
+    for source in (data, evaluation):
+        monkeypatch.setattr(source, "TOFU", tmp_path / "absent")
 
 
 def smoke(suite: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -101,6 +103,31 @@ def test_a_provider_with_another_loss_is_not_timed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(EffaceCached, "loss", lambda self, step: 1.001 * loss(self, step))
     with pytest.raises(ArithmeticError, match="'efface, cached' is not timed"):
         measure("smoke", 1)
+
+
+def test_the_likelihood_part_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.evaluate.scorers import SCORERS
+
+    rows = smoke("evaluate", tmp_path, monkeypatch)["likelihood"]
+    assert [row["scorer"] for row in rows] == [scorer.name for scorer in SCORERS]
+    assert all(row["error"] <= 1e-5 and len(row["rounds_ms"]) == 2 for row in rows)
+    padded, _, ours = rows
+    assert 2 * ours["tokens"] < padded["tokens"]
+
+
+def test_a_scorer_with_other_scores_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.evaluate.likelihood import measure
+    from benchmarks.evaluate.scorers import Efface
+    from benchmarks.evaluate.shapes import SHAPES
+
+    scores = Efface.scores
+    monkeypatch.setattr(
+        Efface,
+        "scores",
+        lambda self, model: [[[1.001 * mean for mean in row] for row in split] for split in scores(self, model)],
+    )
+    with pytest.raises(ArithmeticError, match="'efface' is not timed"):
+        measure("smoke", SHAPES["smoke"], 1)
 
 
 def test_the_synthetic_lengths_are_those_of_tofu() -> None:

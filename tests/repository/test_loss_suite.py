@@ -23,6 +23,7 @@ from benchmarks.loss.providers import base, eager, gemms, liger, ours  # noqa: E
 from benchmarks.loss.providers.base import Head, from_mean, from_nll  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 
+_1B = (2048, 128256)
 NAMES = [f"{shape.objective}-{i}" for i, shape in enumerate(suite.CHECKS)]
 
 
@@ -140,9 +141,7 @@ def test_shapes_are_those_that_must_hold() -> None:
         assert got == {"NPO", "SimNPO", "DPO", "NLL", "GradDiff", "KL retain"}
 
 
-@pytest.mark.parametrize(
-    ("n", "d", "v"), [(8192, 2048, 128256), (8192, 4096, 32000), (64, 2048, 128256), (32768, 2048, 128256)]
-)
+@pytest.mark.parametrize(("n", "d", "v"), [(8192, *_1B), (8192, 4096, 32000), (64, *_1B), (32768, *_1B)])
 def test_ligers_chunks_are_tuned_to_2048_rows(n: int, d: int, v: int) -> None:
     pieces = -(-v // (liger.budget(n, d, v) * d))  # as its source has it
     rows = min(n, 1 << (-(-n // pieces) - 1).bit_length())

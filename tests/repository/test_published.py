@@ -26,24 +26,12 @@ MACHINE = {
 
 
 def row(provider: str, median: float, **more: Any) -> dict[str, Any]:
-    return {"shape": "a", "provider": provider, "gemms": 4, "median_ms": median, "against_floor": median / 10} | {
-        "objective": "NPO",
-        "mode": "live",
-        "who": provider.split(",", maxsplit=1)[0],
-        "state": "memorised",
-        "dtype": "bfloat16",
-        "n": 64,
-        "d": 8,
-        "v": 99,
-        "rounds": 5,
-        "quarter_ms": median,
-        "three_quarters_ms": median,
-        "low_ms": median,
-        "high_ms": median,
-        "of_floor_percent": 1000 / median,
-        "errors": {"dh": 1e-3},
-        **more,
-    }
+    given = {"shape": "a", "objective": "NPO", "mode": "live", "state": "memorised", "dtype": "bfloat16"}
+    size = {"n": 64, "d": 8, "v": 99, "rounds": 5, "gemms": 4, "errors": {"dh": 1e-3}}
+    times = dict.fromkeys(("median_ms", "quarter_ms", "three_quarters_ms", "low_ms", "high_ms"), median)
+    ratios = {"against_floor": median / 10, "of_floor_percent": 1000 / median}
+    who = provider.partition(",")[0]
+    return {"provider": provider, "who": who, **given, **size, **times, **ratios, **more}
 
 
 def loss_of(*rows: dict[str, Any]) -> results.Result:
