@@ -1,4 +1,4 @@
-"""``python -m benchmarks SUITE``: print a suite's tables, and write its figures as JSON."""
+"""``python -m benchmarks SUITE``: a suite's tables, and its figures as JSON. ``report``: pages and plots of all."""
 
 import argparse
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import publish
 from benchmarks.evaluate import suite as evaluate
 from benchmarks.loss import suite as loss
 from benchmarks.packing import suite as packing
@@ -21,6 +22,7 @@ def main() -> int:
     """Run a suite."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(dest="suite", required=True)
+    commands.add_parser("report", description=publish.__doc__)
     for name, suite in SUITES.items():
         command = commands.add_parser(name, description=suite.__doc__)
         command.add_argument("--shape", action="append", choices=list(suite.SHAPES), help="default: all but smoke")
@@ -28,6 +30,9 @@ def main() -> int:
         command.add_argument("--json", type=Path, help="write the figures here")
         suite.add_arguments(command)
     options = parser.parse_args()
+    if options.suite == "report":
+        publish.everything()
+        return 0
     suite = SUITES[options.suite]
     if not options.shape:
         default_shapes = getattr(suite, "default_shapes", None)
