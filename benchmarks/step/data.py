@@ -27,6 +27,10 @@ class Padded:
     labels: Tensor  # -100 on prompts and padding
     attention_mask: Tensor
 
+    def to(self, device: torch.device) -> "Padded":
+        """Return a copy on the device."""
+        return Padded(self.input_ids.to(device), self.labels.to(device), self.attention_mask.to(device))
+
 
 @dataclass(frozen=True)
 class Step:
@@ -82,13 +86,16 @@ def padded(store: TokenStore, index: list[int]) -> Padded:
 def make_steps(
     forget: TokenStore, retain: TokenStore, reference: PreTrainedModel, *, pairs: int, count: int
 ) -> list[Step]:
-    """Return the first ``count`` steps that the trainer would take with seed 0."""
+    """Return the first ``count`` steps that the trainer would take with seed 0, on the reference's device."""
     plan = plan_epoch(forget.lengths, retain.lengths, pairs_per_step=pairs, token_budget=8192, seed=0, epoch=0)
     assembler, cached = Assembler(plan, (forget, retain)), CachedReference(reference, {Role.FORGET: forget})
     steps = []
     for number in range(count):
-        (batch,), totals = assembler[number].batches, assembler.totals(number)
+        (batch,), totals = assembler[number].to(reference.device).batches, assembler.totals(number)
         pairs_of_step = [index.tolist() for index in plan.pairs(number)]
-        padded_pairs = [padded(store, index) for store, index in zip((forget, retain), pairs_of_step, strict=True)]
+        padded_pairs = [
+            padded(store, index).to(reference.device)
+            for store, index in zip((forget, retain), pairs_of_step, strict=True)
+        ]
         steps.append(Step(batch, totals, cached.sums(batch), *padded_pairs))
     return steps
