@@ -6,14 +6,16 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import cpu
 from benchmarks.loss import suite as loss
 from benchmarks.packing import suite as packing
 from benchmarks.report import Report
+from benchmarks.start import suite as start
 from benchmarks.step import suite as step
 
 # A suite has SHAPES (the one called "smoke" only on demand), ROUNDS, add_arguments(parser) and run(options, report);
 # where the shapes depend on the options, default_shapes(options).
-SUITES = {"loss": loss, "pack": packing, "step": step}
+SUITES = {"loss": loss, "pack": packing, "step": step, "start": start}
 
 
 def main() -> int:
@@ -26,7 +28,10 @@ def main() -> int:
         command.add_argument("--rounds", type=int, default=suite.ROUNDS)
         command.add_argument("--json", type=Path, help="write the figures here")
         suite.add_arguments(command)
+    cpu.add_arguments(commands.add_parser("cpu", description=cpu.__doc__))
     options = parser.parse_args()
+    if options.suite == "cpu":
+        return cpu.run(options, SUITES)
     suite = SUITES[options.suite]
     if not options.shape:
         default_shapes = getattr(suite, "default_shapes", None)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -57,6 +58,7 @@ def machine() -> dict[str, object]:
         "processor": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],  # of the minute before
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit,

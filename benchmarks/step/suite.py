@@ -79,11 +79,11 @@ def rows_of(setting: Setting, outcomes: Mapping[Kind, Outcome]) -> list[Row]:
     part = {k: [sum(p[n] for n in PARTS if n != "update") for p in o.parts] for k, o in outcomes.items()}
     whole = {k: [sum(p[n] for n in PARTS) for p in o.parts] for k, o in outcomes.items()}
     for kind, outcome in outcomes.items():
-        _compare_first_losses(setting, kind, outcome, outcomes.get(EagerLora if kind.lora else Eager))
+        _compare_first_losses(setting, outcome, outcomes.get(EagerLora if kind.lora else Eager))
     return [_row(setting, kind, outcomes, part, whole) for kind in PROVIDERS if kind in outcomes]
 
 
-def _compare_first_losses(setting: Setting, kind: Kind, outcome: Outcome, eager: Outcome | None) -> None:
+def _compare_first_losses(setting: Setting, outcome: Outcome, eager: Outcome | None) -> None:
     """Note a problem where a provider's loss is not the eager step's; both round, so they may be twice as far apart."""
     if eager is None or eager.problem or outcome.problem:
         return
@@ -154,7 +154,7 @@ def measure(
     device: str = "cpu",
     *,
     blocks: bool = False,
-    seen: Callable[[list[Row]], None] | None = None,
+    seen: Callable[[Sequence[Row]], None] = lambda _: None,
 ) -> tuple[list[Row], list[str]]:
     """Check every provider, time those that pass on the shape; return their rows, and why others are left out.
 
@@ -178,8 +178,7 @@ def measure(
         progress = iter([runs.by_rounds(kinds, shape, steps, device, rounds)])
     for outcomes in progress:
         rows = rows_of(setting, outcomes)
-        if seen is not None:
-            seen(rows)
+        seen(rows)
     return rows, [*missing, *refused]
 
 
@@ -198,14 +197,12 @@ def run(options: argparse.Namespace, report: Report) -> None:
     """Measure the chosen shapes."""
     rows: list[Row] = []
     missing: set[str] = set()
+
+    def save(part: Sequence[Row]) -> None:
+        report.save(step=[asdict(row) for row in (*rows, *part)])
+
     for name in options.shape:
-        measured, absent = measure(
-            name,
-            options.rounds,
-            options.device,
-            blocks=options.blocks,
-            seen=lambda part: report.save(step=[asdict(row) for row in (*rows, *part)]),
-        )
+        measured, absent = measure(name, options.rounds, options.device, blocks=options.blocks, seen=save)
         rows += measured
         missing.update(absent)
         _tables(report, name, options, measured)

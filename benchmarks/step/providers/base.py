@@ -13,6 +13,7 @@ from benchmarks.step.stopwatch import Stopwatch
 from efface import NPO
 
 OBJECTIVE = NPO(beta=0.1, alpha=1.0)
+_ONLY_ON = {("cpu",): "a variant for CPUs", ("cuda",): "its kernels are Triton's, which need a GPU"}
 
 
 class Provider(ABC):
@@ -51,7 +52,7 @@ class Provider(ABC):
     def why_not(cls, device: str) -> str | None:
         """Return why it cannot run on the device, None if it can."""
         if device not in cls.devices:
-            return f"{cls.name}: runs on {' and '.join(cls.devices)} only"
+            return f"{cls.name}: {_ONLY_ON[cls.devices]}"
         if cls.needs is not None and importlib.util.find_spec(cls.needs.replace("-", "_")) is None:
             return f"{cls.name}: {cls.needs} is not installed"
         return None

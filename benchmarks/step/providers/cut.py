@@ -16,7 +16,7 @@ class CutCrossEntropy(Eager):
     """
 
     name = "padded, cut-cross-entropy, live"
-    devices = ("cuda",)  # its kernels are Triton's
+    devices = ("cuda",)
     needs = "cut-cross-entropy"
     implementation: ClassVar[str] = "cce"
 

@@ -22,7 +22,7 @@ class Liger(Eager):
     """
 
     name = "padded, Liger, live"
-    devices = ("cuda",)  # its kernels are Triton's
+    devices = ("cuda",)
     needs = "liger-kernel"
 
     def __init__(self, policy: Any, reference: Any = None) -> None:
