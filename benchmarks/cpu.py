@@ -11,7 +11,10 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 
 # What keeps a suite's part of the ten minutes; a suite that is not named here runs as it does by itself.
-ARGUMENTS: dict[str, list[str]] = {"loss": ["--shape", "Llama-2 head, D 1024, bf16", "--errors"]}
+ARGUMENTS: dict[str, list[str]] = {
+    "loss": ["--shape", "Llama-2 head, D 1024, bf16", "--errors"],
+    "step": ["--rounds", "8"],  # every step once
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -41,7 +41,7 @@ class Gold:
 
 
 def check(provider: Provider, steps: Sequence[Step], gold: Gold, tolerance: Tolerance) -> tuple[float, float]:
-    """Compare every step's loss and the first step's gradients with ``gold``; return the two errors.
+    """Compare the steps' losses and the first step's gradients with ``gold``; return the two errors.
 
     Raises:
         ArithmeticError: an error beyond the tolerance. Providers that compute different things are not compared.
