@@ -40,14 +40,12 @@ def only(monkeypatch: pytest.MonkeyPatch, *chosen: Any) -> None:
 
 @pytest.mark.parametrize("blocks", [False, True])
 def test_the_smoke_shape_is_measured(blocks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, threads = tmp_path / "figures.json", torch.get_num_threads()
+    path = tmp_path / "figures.json"
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # tests share the cores
     argv = ["benchmarks", "step", "--shape", "smoke", "--rounds", "2", "--json", str(path)]
     monkeypatch.setattr(sys, "argv", [*argv, *(["--blocks"] if blocks else [])])
-    try:
-        with pytest.raises(SystemExit, match="0"):
-            runpy.run_module("benchmarks", run_name="__main__")
-    finally:
-        torch.set_num_threads(threads)
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("benchmarks", run_name="__main__")
     record = json.loads(path.read_text())
     assert [row["provider"] for row in record["step"]] == [kind.name for kind in kinds()]
     assert "padded, Liger, live: its kernels are Triton's, which need a GPU" in record["not_measured"]
@@ -107,6 +105,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_step_suite_as_a_gpu_runs_it(monkeypatch: pytest.MonkeyPatch, providers: Any, gpu: list[str]) -> None:
     """Blocks in ABBA order, memory, utilisation; what does not fit says what it asked for, the others go on."""
+    from benchmarks.step import run
     from benchmarks.step.suite import measure
 
     built: list[str] = []
@@ -128,11 +127,8 @@ def test_the_step_suite_as_a_gpu_runs_it(monkeypatch: pytest.MonkeyPatch, provid
             raise RuntimeError("no kernel")
 
     chosen = (providers.Eager, Large, providers.EffaceLive, providers.EffaceLora, Broken)
-    for kind in chosen:
-        init = kind.__init__
-        monkeypatch.setattr(
-            kind, "__init__", lambda self, *a, i=init, k=kind: (built.append(k.name), i(self, *a))[1], raising=True
-        )
+    made = run.made
+    monkeypatch.setattr(run, "made", lambda kind, *a: (built.append(kind.name), made(kind, *a))[1])
     only(monkeypatch, *chosen)
     seen: list[int] = []
     rows, missing = measure("smoke", 4, "cuda", seen=lambda rows: seen.append(len(rows)))
@@ -142,8 +138,7 @@ def test_the_step_suite_as_a_gpu_runs_it(monkeypatch: pytest.MonkeyPatch, provid
     assert large.problem == "out of memory: asked for 26.12 GiB"
     assert large.median_ms is None
     assert seen == [1, 2, 3, 4, 4, 4, 4]  # saved block by block; the one that failed has no second block
-    timed = built[-7:]
-    assert timed == [each.provider for each in (eager, large, live, lora, lora, live, eager)]
+    assert built[-7:] == [each.provider for each in (eager, large, live, lora, lora, live, eager)]
     for row in (eager, live, lora):
         assert row.peak_gib == 3.0
         assert len(row.rounds_ms) == 4
