@@ -58,8 +58,7 @@ def test_the_smoke_shape_is_measured(blocks: bool, tmp_path: Path, monkeypatch: 
         assert row["real_tokens"] < row["padded_tokens"]
         assert row["parts_ms"]["forward"] > 0
         assert (row["parts_ms"]["reference"] > 0) == (row["reference"] != "cached")
-        parts = [sum(value for name, value in row["parts_ms"].items() if name != "update"), row["low_ms"]]
-        assert parts[0] == pytest.approx(row["median_ms"], rel=0.5)
+        assert sum(row["parts_ms"].values()) == pytest.approx(row["whole_median_ms"])  # of two rounds, a mean
         assert row["faster_than_live"] > 0
         assert row["faster_than_same"] > 0
 
