@@ -99,7 +99,7 @@ fi
 if [[ " $LEGS " == *" step "* ]]; then
   step=("$PYTHON" -m benchmarks step --json "$OUT/gpu-step.json")
   if [ "$SMOKE" = 1 ]; then
-    leg step 120 "$OUT/gpu-step.txt" "${step[@]}" --shape smoke --rounds 2 --blocks
+    leg step 240 "$OUT/gpu-step.txt" "${step[@]}" --shape smoke --rounds 2 --blocks
   else
     leg step "$STEP_LIMIT" "$OUT/gpu-step.txt" "${step[@]}" --device cuda
   fi

@@ -133,7 +133,7 @@ def test_the_script_for_a_borrowed_gpu(tmp_path: Path) -> None:
     failing = tmp_path / "python"
     failing.write_text(f'#!/bin/sh\ncase "$*" in *"-m pytest"*) exit 3;; *) exec {sys.executable} "$@";; esac\n')
     failing.chmod(0o755)
-    environment |= {"PYTHON": str(failing), "OUT": str(tmp_path / "again")}
+    environment |= {"PYTHON": str(failing), "OUT": str(tmp_path / "again"), "LEGS": "tests bench"}
     done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stdout + done.stderr
     assert "tests: exit 3" in done.stdout
