@@ -88,7 +88,7 @@ if [[ " $LEGS " == *" tests "* ]]; then
 fi
 
 if [[ " $LEGS " == *" bench "* ]]; then
-  bench=("$PYTHON" -m benchmarks loss --errors --json "$OUT/gpu-loss.json")
+  bench=("$PYTHON" -m benchmarks loss --json "$OUT/gpu-loss.json")
   if [ "$SMOKE" = 1 ]; then
     leg bench 120 "$OUT/gpu-loss.txt" "${bench[@]}" --shape smoke --rounds 1
   else

@@ -24,7 +24,7 @@ class Report:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._console = None if Console is None else Console(width=140)
+        self._console = None if Console is None else Console(width=170)
         self._record: dict[str, object] = {"machine": machine()}
 
     def table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -46,6 +46,7 @@ class Report:
     def save(self, **figures: object) -> None:
         """Add entries to the record and write it."""
         self._record.update(figures)
+        self._record["load_average_at_end"] = os.getloadavg()[0]
         if self._path is not None:
             self._path.write_text(json.dumps(self._record, indent=2) + "\n", encoding="utf-8")
 
@@ -59,6 +60,7 @@ def machine() -> dict[str, object]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],  # of the minute before
+        "rivals": _versions(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit,
@@ -84,6 +86,12 @@ def _gpu() -> dict[str, object]:
         "nvidia_smi": dict(zip(fields.split(","), (part.strip() for part in asked.split(",")), strict=False)),
         "triton": importlib.metadata.version("triton"),
     }
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the packages that providers come from."""
+    names = ("transformers", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "trl")
+    return {name: found.version for name in names for found in importlib.metadata.distributions(name=name)}
 
 
 def _processor() -> str:

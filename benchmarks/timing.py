@@ -1,6 +1,7 @@
 """Interleaved timing: every call once a round, so that a slow moment of the machine slows all of them."""
 
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeVar
@@ -51,3 +52,13 @@ def interleaved_on_gpu(
 def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
     """Return the median over rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def gpu_clocks() -> str:
+    """Return the first GPU's clock, power and temperature at this moment, as its tool says them."""
+    fields = "clocks.sm,power.draw,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

@@ -1,47 +1,100 @@
-"""The loss suite: NPO at the head, forward and backward, every provider in turn within one run.
+"""The loss suite: objectives at the head, forward and backward, every provider in turn within one run.
 
-On a GPU (``--device cuda``) with a live reference, a cached one, and a cached one with a frozen head.
+On the CPU, or on a GPU with ``--device cuda``: NPO with a live reference, a cached one, and a cached one with a frozen
+head; SimNPO, DPO, NLL, GradDiff and the KL retain loss. A provider whose gradients are wrong is named, and not timed.
 """
 
 import argparse
 import gc
 import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from benchmarks.loss.inputs import BETA, LossInputs, memorised
-from benchmarks.loss.providers import FLOOR, Gradients, Provider, floors, ours, rivals
+from benchmarks.loss.gold import gold
+from benchmarks.loss.inputs import LossInputs, Shape, make_inputs
+from benchmarks.loss.objectives import KL
+from benchmarks.loss.providers import Provider, gemms, providers
 from benchmarks.report import Report
-from benchmarks.timing import interleaved, interleaved_on_gpu, median_ratio
+from benchmarks.timing import gpu_clocks, interleaved, interleaved_on_gpu, median_ratio
 from efface_kernels import row_pass
 
-_GPU = "GPU: "
+_HALF, _FULL = torch.bfloat16, torch.float32
+_NPO, _FREE = ("live", "cached", "frozen, cached"), ("no reference", "frozen")
+_1B, _3B, _7B, _PHI, _GEMMA = (2048, 128256), (3072, 128256), (4096, 32000), (2048, 51200), (2304, 256000)
+_SMALL = (1024, 32000)  # Llama-2's vocabulary, D that a CPU can do in a second
+
+
+def _gpu(
+    n: int, head: tuple[int, int], objective: str = "NPO", modes: tuple[str, ...] = ("live",), **more: object
+) -> Shape:
+    return Shape(n, *head, _HALF, objective, modes, device="cuda", **more)  # type: ignore[arg-type]
+
+
 SHAPES = {
-    # name: (N, D, V, dtype)
-    "smoke": (64, 64, 512, torch.float32),
-    "Llama-2 head, D 1024, bf16": (1024, 1024, 32000, torch.bfloat16),
-    "Llama-3.2-1B head, bf16": (512, 2048, 128256, torch.bfloat16),
-    "Llama-2 head, D 1024, fp32": (1024, 1024, 32000, torch.float32),
-    "GPU: Llama-3.2-1B": (8192, 2048, 128256, torch.bfloat16),
-    "GPU: Llama-3.2-3B": (8192, 3072, 128256, torch.bfloat16),
-    "GPU: Llama-2-7B": (8192, 4096, 32000, torch.bfloat16),
-    "GPU: Phi-1.5": (8192, 2048, 51200, torch.bfloat16),
-    "GPU: Llama-3.2-1B, 64 rows": (64, 2048, 128256, torch.bfloat16),
-    "GPU: Llama-3.2-1B, 256 rows": (256, 2048, 128256, torch.bfloat16),
-    "GPU: Llama-3.2-1B, 1024 rows": (1024, 2048, 128256, torch.bfloat16),
+    "smoke": Shape(64, 64, 512, _FULL, "NPO", _NPO),
+    # What must hold: NPO at the floor; then what the dtype, a vocabulary of 128256 and the state change.
+    "Llama-2 head, D 1024, bf16": Shape(1024, *_SMALL, _HALF, "NPO", _NPO),
+    "Llama-3.2-1B head, bf16": Shape(512, *_1B, _HALF, "NPO", ("live", "cached")),
+    "Llama-2 head, D 1024, fp32": Shape(1024, *_SMALL, _FULL),
+    "Llama-2 head, 256 rows": Shape(256, *_SMALL, _HALF),
+    "Llama-2 head, 256 rows, after unlearning": Shape(256, *_SMALL, _HALF, unlearned=True),
+    "SimNPO": Shape(256, *_SMALL, _HALF, "SimNPO", _FREE),
+    "DPO": Shape(256, *_SMALL, _HALF, "DPO", ("live", "cached")),
+    "NLL": Shape(256, *_SMALL, _HALF, "NLL", ("no reference",)),
+    "GradDiff": Shape(256, *_SMALL, _HALF, "GradDiff", ("no reference",)),
+    "KL retain": Shape(256, *_SMALL, _HALF, KL),
+    # The models, all modes of NPO: issue 3's bounds.
+    "GPU: Llama-3.2-1B": _gpu(8192, _1B, modes=_NPO),
+    "GPU: Llama-3.2-3B": _gpu(8192, _3B, modes=_NPO),
+    "GPU: Llama-2-7B": _gpu(8192, _7B, modes=_NPO),
+    "GPU: Phi-1.5, with its bias": replace(_gpu(8192, _PHI, modes=_NPO), bias=True),
+    "GPU: Phi-1.5, without": _gpu(8192, _PHI),  # for rivals that have no bias
+    "GPU: Gemma-2-2B, soft-cap": replace(_gpu(4096, _GEMMA), softcap=30.0),
+    # Time and memory against N: launches decide at one end, memory at the other.
+    "GPU: Llama-3.2-1B, 64 rows": _gpu(64, _1B),
+    "GPU: Llama-3.2-1B, 256 rows": _gpu(256, _1B),
+    "GPU: Llama-3.2-1B, 1024 rows": _gpu(1024, _1B),
+    "GPU: Llama-3.2-1B, 32768 rows": _gpu(32768, _1B),
+    # Filters and rounding depend on the softmax, and objectives on what a rival's op can form in its forward call.
+    "GPU: Llama-3.2-1B, after unlearning": replace(_gpu(8192, _1B), unlearned=True),
+    "GPU: SimNPO": _gpu(8192, _1B, "SimNPO", _FREE),
+    "GPU: DPO": _gpu(8192, _1B, "DPO", ("live", "cached")),
+    "GPU: NLL": _gpu(8192, _1B, "NLL", ("no reference",)),
+    "GPU: GradDiff": _gpu(8192, _1B, "GradDiff", ("no reference",)),
+    "GPU: KL retain": _gpu(8192, _1B, KL),
 }
-ROUNDS = 7
-# The rows on which gradients are compared with fp64 on a GPU, where all 8192 would take most of the time.
-_COMPARED_ROWS = 1024
+# Every objective, with a bias, a soft-cap, and after unlearning: what ``--check`` compares, in seconds.
+CHECKS = (
+    Shape(64, 64, 512, _FULL, "NPO", _NPO, bias=True),
+    Shape(64, 64, 512, _FULL, "NPO", softcap=30.0),
+    Shape(64, 64, 512, _FULL, "NPO", unlearned=True),
+    Shape(64, 64, 512, _FULL, "SimNPO", _FREE, bias=True),
+    Shape(64, 64, 512, _FULL, "DPO", ("live", "cached"), bias=True),
+    Shape(64, 64, 512, _FULL, "NLL", ("no reference",)),
+    Shape(64, 64, 512, _FULL, "GradDiff", ("no reference",), softcap=30.0, unlearned=True),
+    Shape(64, 64, 512, _FULL, "GradDiff", ("no reference",)),
+    Shape(64, 64, 512, _FULL, KL, bias=True),
+    Shape(64, 64, 512, _HALF, "NPO", _NPO),
+)
+ROUNDS = 9
+_SECONDS = {"cpu": 40.0, "cuda": 6.0}  # of a row's rounds; at least three are run
+# The rows on which gradients are compared with fp64, where all would take most of the time.
+_COMPARED_ROWS = {"cpu": 256, "cuda": 1024}
+_WITH_PEAK_ON_CPU = ("Llama-2 head, D 1024, bf16", "Llama-3.2-1B head, bf16")
+# How far from fp64 a gradient may be, relative rms, or three times eager's own distance; beyond, it is not timed.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+_NAMES = ("dh", "dw", "db")
 
 
 def default_shapes(options: argparse.Namespace) -> list[str]:
     """Return the shapes that are meant for the device."""
-    return [name for name in SHAPES if name != "smoke" and name.startswith(_GPU) == (options.device == "cuda")]
+    return [name for name, shape in SHAPES.items() if name != "smoke" and shape.device == options.device]
 
 
 @dataclass
@@ -49,51 +102,72 @@ class Row:
     """One provider on one shape. Times in milliseconds; errors relative to rms of the fp64 gradient."""
 
     shape: str
+    objective: str
+    mode: str
+    who: str
     provider: str
+    n: int
+    d: int
+    v: int
+    dtype: str
+    state: str
+    computes: str
     gemms: int
+    rounds: int
     median_ms: float
+    quarter_ms: float
+    three_quarters_ms: float
     low_ms: float
     high_ms: float
     against_floor: float  # median of the ratio to the bare GEMMs of the same round
-    error_dh: float | None = None
-    error_dw: float | None = None
-    peak_gib: float | None = None  # of GPU memory, above inputs and gradients
-
-
-def gold(inputs: LossInputs) -> tuple[Tensor, Tensor]:
-    """NPO's gradients with the live reference in fp64, a block of sequences at a time."""
-    hidden, weight = inputs.hidden.detach().double(), inputs.weight.detach().double()
-    reference_hidden, reference_weight = inputs.reference_hidden.double(), inputs.reference_weight.double()
-    dh, dw = torch.empty_like(hidden), torch.zeros_like(weight)
-    offsets = inputs.row_offsets.host.tolist()
-    sequences = len(offsets) - 1
-    for start, stop in pairwise(offsets):
-        rows, pick = slice(start, stop), inputs.targets[start:stop, None]
-        logprobs = torch.log_softmax(hidden[rows] @ weight.T, 1)
-        reference = torch.log_softmax(reference_hidden[rows] @ reference_weight.T, 1).gather(1, pick).sum()
-        slope = 2 * torch.sigmoid(BETA * (logprobs.gather(1, pick).sum() - reference)) / sequences
-        p = -logprobs.exp()
-        p.scatter_add_(1, pick, torch.ones_like(pick, dtype=torch.float64))
-        dh[rows] = slope * (p @ weight)
-        dw += slope * (p.T @ hidden[rows])
-    return dh, dw
+    of_floor_percent: float  # the same the other way round: what share of the time the products alone would take
+    errors: dict[str, float] = field(default_factory=dict)  # dh, dw, db
+    peak_gib: float | None = None  # above inputs and gradients: of GPU memory, or resident
+    clocks: dict[str, str] = field(default_factory=dict)  # of a GPU, before and after the row
 
 
 def _relative(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt())
 
 
-def _given(provider: Provider, inputs: LossInputs) -> LossInputs:
-    return inputs.frozen() if provider.mode.startswith("frozen") else inputs
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _works(provider: Provider, inputs: LossInputs) -> str | None:
-    """Run a provider once; return what went wrong: one that cannot do a shape leaves the others their figures."""
-    try:
-        provider.run(_given(provider, inputs))
-    except Exception as error:  # noqa: BLE001 - whatever a rival raises
-        return f"{provider.name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return None
+def checked(found: list[Provider], shape: Shape) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Return the errors of the providers whose gradients are right, and why others are not timed.
+
+    Every one runs on a smaller batch of the same head; one that raises leaves the others their figures.
+    """
+    inputs = make_inputs(shape, rows=min(shape.n, _COMPARED_ROWS[shape.device]))
+    errors: dict[str, dict[str, float]] = {}
+    refused = []
+    for mode in shape.modes:
+        exact = gold(inputs, mode)
+        # eager comes first of those that are compared: its own rounding bounds the others'
+        own = sorted((p for p in found if p.mode == mode), key=lambda p: p.who != "eager")
+        allowed = dict.fromkeys(_NAMES, TOLERANCES[shape.dtype])
+        for provider in own:
+            if provider.who == gemms.NAME:
+                errors[provider.name] = {}
+                continue
+            try:
+                got = provider.run(inputs.of(mode))
+            except Exception as error:  # noqa: BLE001 - whatever a rival raises
+                refused.append(f"{provider.name}: {_said(error)}")
+                continue
+            apart = {n: _relative(g, e) for n, g, e in zip(_NAMES, got, exact, strict=False)}
+            if provider.who == "eager":
+                allowed = {n: max(allowed[n], 3 * e) for n, e in apart.items()}
+            wrong = [f"{n} is off by {e:.1e}" for n, e in apart.items() if not e <= allowed[n]]
+            if len(got) != len(exact):
+                wrong.append(f"{len(got)} gradients, expected {len(exact)}")
+            if wrong:
+                refused.append(f"{provider.name}: other gradients than in fp64, {', '.join(wrong)}")
+            else:
+                errors[provider.name] = apart
+        del exact
+    return errors, refused
 
 
 def _peak_gib(provider: Provider, inputs: LossInputs) -> float:
@@ -101,49 +175,87 @@ def _peak_gib(provider: Provider, inputs: LossInputs) -> float:
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    gradients: Gradients = provider.run(_given(provider, inputs))
+    gradients = provider.run(inputs.of(provider.mode))
     torch.cuda.synchronize()
     kept = sum(each.nbytes for each in gradients)
     return (torch.cuda.max_memory_allocated() - before - kept) / (1 << 30)
 
 
+def _resident_gib(name: str, provider: Provider) -> float | None:
+    command = [sys.executable, "-m", "benchmarks.loss.peak", name, provider.name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 and done.stdout.strip() else None
+
+
+def _rounds_for(calls: dict[str, Callable[[int], object]], options: argparse.Namespace, device: str) -> int:
+    """Return the rounds that fit the row's time: after a warm-up round, by the length of another."""
+    for call in calls.values():
+        call(0)
+    begin = time.perf_counter()
+    for call in calls.values():
+        call(0)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return max(min(3, options.rounds), min(options.rounds, int(_SECONDS[device] / (time.perf_counter() - begin))))
+
+
 def measure(name: str, options: argparse.Namespace) -> tuple[list[Row], list[str]]:
-    """Time every provider on a shape, interleaved: one call of each a round."""
-    n, d, v, dtype = SHAPES[name]
-    gpu = options.device == "cuda"
-    inputs = memorised(n, d, v, dtype, device=options.device)
-    others, missing = rivals(options.device)
-    mine = ours(options.device)
-    modes = tuple(mode for mode in FLOOR if any(provider.mode == mode for provider in [*mine, *others]))
-    providers: list[Provider] = []
-    for provider in [*floors(modes), *mine, *others]:
-        problem = _works(provider, inputs)
-        if problem is None:
-            providers.append(provider)
-        else:
-            missing.append(f"{problem} ({name})")
-    calls = {provider.name: (lambda _, p=provider: p.run(_given(p, inputs))) for provider in providers}
-    times = (interleaved_on_gpu if gpu else interleaved)(calls, options.rounds, warm_up=2)
-    compared = memorised(min(n, _COMPARED_ROWS), d, v, dtype, device=options.device) if gpu else inputs
-    exact = gold(compared) if options.errors else None
+    """Check, then time every provider on a shape, interleaved: one call of each a round."""
+    shape = SHAPES[name]
+    gpu = shape.device == "cuda"
+    found, missing = providers(shape)
+    errors, refused = checked(found, shape)
+    missing += [f"{reason} ({name})" for reason in refused]
+    inputs = make_inputs(shape)
+    given = {mode: inputs.of(mode) for mode in shape.modes}
+    timed = []
+    for provider in found:
+        if provider.name in errors:
+            try:
+                provider.run(given[provider.mode])
+            except Exception as error:  # noqa: BLE001 - mostly memory, with all rows
+                missing.append(f"{provider.name}: {_said(error)} ({name})")
+                if gpu:
+                    torch.cuda.empty_cache()
+            else:
+                timed.append(provider)
+    calls = {p.name: (lambda _, p=p: p.run(given[p.mode])) for p in timed}
+    before = gpu_clocks() if gpu else ""
+    rounds = _rounds_for(calls, options, shape.device)
+    times = (interleaved_on_gpu if gpu else interleaved)(calls, rounds)
+    clocks = {"before": before, "after": gpu_clocks()} if gpu else {}
     rows = []
-    for provider in providers:
-        own = times[provider.name]
+    for provider in timed:
+        own, floor = times[provider.name], times[f"{gemms.NAME}, {provider.mode}"]
+        quarters = statistics.quantiles(own, n=4, method="inclusive") if len(own) > 1 else [own[0]] * 3
         row = Row(
-            name,
-            provider.name,
-            provider.gemms,
-            statistics.median(own),
-            min(own),
-            max(own),
-            median_ratio(own, times[f"bare GEMMs, {provider.mode}"]),
+            shape=name,
+            objective=shape.objective,
+            mode=provider.mode,
+            who=provider.who,
+            provider=provider.name,
+            n=shape.n,
+            d=shape.d,
+            v=shape.v,
+            dtype=str(shape.dtype).removeprefix("torch."),
+            state="after unlearning" if shape.unlearned else "memorised",
+            computes=provider.computes,
+            gemms=provider.gemms,
+            rounds=rounds,
+            median_ms=statistics.median(own),
+            quarter_ms=quarters[0],
+            three_quarters_ms=quarters[2],
+            low_ms=min(own),
+            high_ms=max(own),
+            against_floor=median_ratio(own, floor),
+            of_floor_percent=100 * median_ratio(floor, own),
+            errors=errors[provider.name],
+            clocks=clocks,
         )
-        # the cached sums are another loss, the bare GEMMs none
-        if exact is not None and provider.mode == "live" and "GEMM" not in provider.name:
-            dh, dw = provider.run(compared)
-            row.error_dh, row.error_dw = _relative(dh, exact[0]), _relative(dw, exact[1])
-        if gpu and "GEMM" not in provider.name:
+        if provider.who != gemms.NAME and gpu:
             row.peak_gib = _peak_gib(provider, inputs)
+        elif provider.who != gemms.NAME and options.memory and name in _WITH_PEAK_ON_CPU:
+            row.peak_gib = _resident_gib(name, provider)
         rows.append(row)
     return rows, missing
 
@@ -168,21 +280,54 @@ def row_pass_alone(rounds: int) -> dict[str, float]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what only this suite can be asked."""
-    parser.add_argument("--errors", action="store_true", help="also compare every gradient with fp64 (slow)")
+    parser.add_argument("--memory", action="store_true", help="on the CPU, peaks too: a process for each (slow)")
+    parser.add_argument("--check", action="store_true", help="time nothing: compare every provider's gradients")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+
+
+def check(report: Report) -> None:
+    """Compare every provider with fp64 on small shapes of the CPU.
+
+    Raises:
+        ArithmeticError: one of them raises, or has other gradients.
+    """
+    wrong: list[str] = []
+    for shape in CHECKS:
+        found, _ = providers(shape)
+        errors, refused = checked(found, shape)
+        wrong += [f"{reason} ({shape})" for reason in refused]
+        cells = [[name, *(f"{each.get(n, 0):.1e}" for n in _NAMES)] for name, each in errors.items() if each]
+        report.table(str(shape), ("provider", *_NAMES), cells)
+    if wrong:
+        raise ArithmeticError("\n".join(wrong))
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
     """Measure the chosen shapes, then on the CPU the row pass alone."""
-    rows, notes = [], set()
-    for shape in options.shape:
-        n, d, v, dtype = SHAPES[shape]
-        measured, missing = measure(shape, options)
+    if options.check:
+        check(report)
+        return
+    rows: list[Row] = []
+    notes: set[str] = set()
+    for name in options.shape:
+        shape = SHAPES[name]
+        measured, missing = measure(name, options)
         rows += measured
         notes.update(missing)
+        rounds = measured[0].rounds if measured else 0
         report.table(
-            f"{shape}: NPO forward + backward, N {n}, D {d}, V {v}, {dtype}, {options.rounds} rounds",
-            ("provider", "GEMMs", "median ms", "low", "high", "x floor", "error dh", "error dW", "peak GiB"),
+            f"{name}: {shape.objective}, N {shape.n}, D {shape.d}, V {shape.v}, {shape.dtype}, {rounds} rounds",
+            (
+                "provider",
+                "GEMMs",
+                "median ms",
+                "quartiles",
+                "x floor",
+                "% of floor",
+                "error dh",
+                "error dW",
+                "peak GiB",
+            ),
             [_cells(row) for row in measured],
         )
         report.save(loss=[asdict(row) for row in rows], not_measured=sorted(notes))
@@ -196,7 +341,8 @@ def run(options: argparse.Namespace, report: Report) -> None:
 
 
 def _cells(row: Row) -> list[str]:
-    times = [f"{value:.2f}" for value in (row.median_ms, row.low_ms, row.high_ms)]
-    errors = ["" if e is None else f"{e:.1e}" for e in (row.error_dh, row.error_dw)]
+    quartiles = f"{row.quarter_ms:.2f} .. {row.three_quarters_ms:.2f}"
+    errors = [f"{row.errors[n]:.1e}" if n in row.errors else "" for n in ("dh", "dw")]
     peak = "" if row.peak_gib is None else f"{row.peak_gib:.2f}"
-    return [row.provider, str(row.gemms), *times, f"{row.against_floor:.2f}", *errors, peak]
+    ratio = [f"{row.against_floor:.2f}", f"{row.of_floor_percent:.0f}"]
+    return [row.provider, str(row.gemms), f"{row.median_ms:.2f}", quartiles, *ratio, *errors, peak]

@@ -5,11 +5,13 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import separate, tiny_llama, unlabelled
 from torch import Tensor
 
+from efface.batching import TokenTree
 from efface.hf.attention import flash_attn, interface, packed_arguments, torch_varlen, use_packed_attention
 from efface.hf.attention.choice import AttentionCall, Installed, choose_kernel
 from efface.hf.attention.segments import segment_attention
@@ -30,23 +32,29 @@ def looped(
     key: Tensor,
     value: Tensor,
     cu_seqlens: list[int],
+    cu_keys: list[int] | None = None,
     *,
     left: int = -1,
     scale: float | None = None,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Attention (T, H, d) as its definition says, token by token; ``left`` is FlashAttention's."""
+    """Attention (T, H, d) as its definition says, token by token; ``left`` is FlashAttention's.
+
+    The last token of a sequence sees the last key, the one before it the key before that, and so on.
+    """
     group = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(group, dim=1) for states in (key, value))
     rows = []
-    for start, end in itertools.pairwise(cu_seqlens):
+    borders = zip(itertools.pairwise(cu_seqlens), itertools.pairwise(cu_keys or cu_seqlens), strict=True)
+    for (start, end), (start_keys, end_keys) in borders:
         for token in range(start, end):
-            first = start if left < 0 else max(start, token - left)
-            scores = torch.einsum("hd,nhd->hn", query[token], key[first : token + 1])
+            last = end_keys - (end - token)
+            first = start_keys if left < 0 else max(start_keys, last - left)
+            scores = torch.einsum("hd,nhd->hn", query[token], key[first : last + 1])
             scores = scores * (query.shape[2] ** -0.5 if scale is None else scale)
             if softcap:
                 scores = softcap * torch.tanh(scores / softcap)
-            rows.append(torch.einsum("hn,nhd->hd", scores.softmax(-1), value[first : token + 1]))
+            rows.append(torch.einsum("hn,nhd->hd", scores.softmax(-1), value[first : last + 1]))
     return torch.stack(rows)
 
 
@@ -289,6 +297,75 @@ def _flash_by_segments(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Te
 
 def _varlen_by_segments(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return _flash_by_segments(*args), args[0].new_zeros(1)
+
+
+# Three segments on eight tokens: the second goes on from the first's third token, the third from the second's first.
+SEGMENTS, PATHS = (4, 3, 1), ((0, 1, 2, 3), (0, 1, 2, 4, 5, 6), (0, 1, 2, 4, 7))
+
+
+def tree() -> TokenTree:
+    nothing = torch.empty(0, dtype=torch.int64)
+    cu_seqlens, cu_paths = (
+        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) for lengths in (SEGMENTS, map(len, PATHS))
+    )
+    return TokenTree(
+        input_ids=nothing,
+        position_ids=nothing,
+        lengths=SEGMENTS,
+        cu_seqlens=cu_seqlens,
+        paths=torch.tensor([token for path in PATHS for token in path]),
+        path_lengths=tuple(map(len, PATHS)),
+        cu_paths=cu_paths,
+        label_rows=nothing,
+        targets=nothing,
+        labels=np.empty(0, np.int64),
+        label_offsets=np.zeros(1, np.int64),
+    )
+
+
+def _flash_of_paths(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *longest: int, **options: Any
+) -> Tensor:
+    assert longest == (4, 6)
+    assert options["causal"]
+    cap, left = options["softcap"], options["window_size"][0]
+    return looped(q, k, v, cu_q.tolist(), cu_k.tolist(), left=left, scale=options["softmax_scale"], softcap=cap)
+
+
+def _varlen_of_paths(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *longest: int, **options: Any
+) -> tuple[Tensor, Tensor]:
+    assert longest == (4, 6)
+    left, right = options["window_size"]
+    assert right == 0
+    return looped(q, k, v, cu_q.tolist(), cu_k.tolist(), left=left, scale=options["scale"]), q.new_zeros(1)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize("kernel", ["flash_attn", "torch_varlen", "segments"])
+@pytest.mark.parametrize("name", CALLS)
+def test_tokens_see_their_path(name: str, kernel: str, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    call = CALLS[name]
+    if kernel == "torch_varlen" and "softcap" in call:
+        return  # refused, see the rows of the choice
+    monkeypatch.setattr(interface, "choose_kernel", lambda *_: kernel)
+    monkeypatch.setattr(flash_attn, "load", lambda: _flash_of_paths)
+    found = torch_varlen.Varlen(_varlen_of_paths, frozenset(PARAMETERS["2.12"]), "lse")
+    monkeypatch.setattr(torch_varlen, "load", lambda: found)
+    states = attention_inputs((8,), heads=heads[0], key_heads=heads[1])
+    made = tree()
+    lengths = interface.PackedLengths(made.lengths, made)
+    with torch.no_grad():
+        got, _ = interface.varlen_attention(
+            torch.nn.Identity(), *states, None, packed_lengths=lengths, cu_seq_lens_q=made.cu_seqlens, **call
+        )
+        rows: dict[int, Tensor] = {}  # each path alone
+        for path in PATHS:
+            q, k, v = (x[0].transpose(0, 1)[list(path)] for x in states)
+            left, cap = call.get("sliding_window", 0) - 1, call.get("softcap", 0.0)
+            alone = looped(q, k, v, [0, len(path)], left=left, scale=call.get("scaling"), softcap=cap)
+            rows.update(zip(path, alone, strict=True))
+    torch.testing.assert_close(got[0], torch.stack([rows[token] for token in range(8)]), rtol=1e-5, atol=1e-5)
 
 
 H100 = AttentionCall(device="cuda", capability=(9, 0), dtype=torch.bfloat16, head_dim=64, value_dim=64)

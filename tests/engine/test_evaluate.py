@@ -1,6 +1,8 @@
 """Evaluation: the stored logs' published values, and likelihoods against one row at a time."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +27,35 @@ def test_model_utility_of_real_logs(name: str, tofu_eval_logs: Path) -> None:
 
 
 @pytest.mark.parametrize("name", QUALITY)
-@pytest.mark.filterwarnings("ignore:forget quality compares:UserWarning")
 def test_forget_quality_of_real_logs(name: str, tofu_eval_logs: Path) -> None:
+    """The README compares logs of different forget splits too, as TOFU's aggregator did."""
     full, retain = (read_log(tofu_eval_logs / f"llama2-7b_{log}.json") for log in ("full", name))
-    assert forget_quality(full, retain) == pytest.approx(QUALITY[name], rel=5e-4)
+    assert forget_quality(full, retain, strict=name == "retain90") == pytest.approx(QUALITY[name], rel=5e-4)
 
 
-def test_logs_of_different_forget_splits_warn(tofu_eval_logs: Path) -> None:
-    full, retain = (read_log(tofu_eval_logs / f"llama2-7b_{log}.json") for log in ("full", "retain95"))
-    with pytest.warns(UserWarning, match="compares 300 rows of .* with 200 rows"):
-        forget_quality(full, retain)
+@pytest.mark.parametrize("judged", UTILITY)
+@pytest.mark.parametrize("retain", UTILITY)
+def test_forget_quality_of_all_pairs_is_scipys(judged: str, retain: str, tofu_eval_logs: Path) -> None:
+    def ratios(name: str) -> list[float]:
+        rows = json.loads((tofu_eval_logs / f"llama2-7b_{name}.json").read_text())["eval_log_forget.json"]
+        losses = zip(rows["avg_paraphrased_loss"].values(), rows["average_perturb_loss"].values(), strict=True)
+        return [math.exp(true - sum(false) / len(false)) for true, false in losses]
+
+    logs = (read_log(tofu_eval_logs / f"llama2-7b_{name}.json") for name in (judged, retain))
+    expected = ks_2samp(ratios(judged), ratios(retain)).pvalue
+    assert forget_quality(*logs, strict=False) == pytest.approx(expected, rel=1e-6)
+
+
+def test_logs_of_different_forget_splits_are_refused(tofu_eval_logs: Path) -> None:
+    full, retain95 = (read_log(tofu_eval_logs / f"llama2-7b_{log}.json") for log in ("full", "retain95"))
+    with pytest.raises(ValueError, match="one forget split, but .*full.json has 300 of them and .*95.json has 200"):
+        forget_quality(full, retain95)
+    # as many, but of other authors
+    forget = full.splits["forget"]
+    assert forget.truth_ratio is not None
+    cut = EvalLog({"forget": replace(forget, truth_ratio=forget.truth_ratio[:200], index=None)}, source="cut.json")
+    with pytest.raises(ValueError, match="the answer of row 0 is .*Hsiao Yun-Hwa.* in cut.json and .* in .*95.json"):
+        forget_quality(cut, retain95)
 
 
 def open_unlearning(log: EvalLog) -> dict[str, object]:
@@ -96,7 +117,7 @@ def test_bad_logs_are_refused(tmp_path: Path) -> None:
         forget_quality(one_split([0.1, float("nan"), 0.2]), one_split([0.1]))
     with pytest.raises(ValueError, match="has no rows"):
         forget_quality(one_split([]), one_split([0.1]))
-    with pytest.raises(ValueError, match="has no truth_ratio for the retain split"):
+    with pytest.raises(ValueError, match="has no probability for the retain split"):
         model_utility(one_split([0.1]))
 
 

@@ -10,8 +10,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from efface.batching import TokenStore
+from efface.cli.demo.tokenizer import train_tokenizer
 from efface.hf import templates
-from efface.hf.templates import TEMPLATES, Template, encode, get_template
+from efface.hf.templates import TEMPLATES, Template, encode, get_template, prompt_ids
 
 # The chat templates of the models' tokenizers, less their tool calls: for the conversations here they render the same.
 LLAMA_3 = (
@@ -392,3 +393,95 @@ def test_chat_templates_that_do_not_serve(
 
 def test_every_name_is_a_template() -> None:
     assert all(TEMPLATES[template.name] is template for template in TEMPLATES.values())
+
+
+ANSWERS = ["The lighthouse", "Who?", "Ghent", "born in Porto."]
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_a_chats_prompt_is_what_training_puts_before_the_labels(name: str) -> None:
+    template, eos, before, _ = CHATS[name]
+    tokenizer = chat_tokenizer(template, eos)
+    (ids,) = prompt_ids(tokenizer, ["Who?"])
+    assert tokenizer.decode(ids) == before
+    for answer in ANSWERS:
+        store = encode(tokenizer, ["Who?"], [answer])
+        assert ids == store[0][: store.label_starts[0]].tolist()
+    if name == "Qwen3":
+        return  # its generation prompt lacks the think block that its turns have
+    known = get_template("auto", tokenizer)
+    turns = [{"role": "system", "content": known.system_prompt}] if known.system_prompt else []
+    options = {} if known.date_string is None else {"date_string": known.date_string}
+    text = tokenizer.apply_chat_template(
+        [*turns, {"role": "user", "content": "Who?"}], tokenize=False, add_generation_prompt=True, **options
+    )
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def wordy_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE that joins a space with the word behind it, as those of large vocabularies do."""
+    return train_tokenizer([*(f"Answer: {answer}" for answer in ANSWERS), "Who was"] * 20, 400)
+
+
+@pytest.mark.parametrize(
+    ("make", "template"),
+    [
+        (wordy_tokenizer, "question-answer"),
+        (wordy_tokenizer, "llama-2"),
+        (wordy_tokenizer, "completion"),
+        (llama_2_tokenizer, "llama-2"),
+    ],
+)
+def test_a_patterns_prompt_is_what_training_puts_before_the_labels(make: Any, template: str) -> None:
+    tokenizer = make()
+    (ids,) = prompt_ids(tokenizer, ["Who was Aiko?"], template=template)
+    for answer in ANSWERS:
+        store = encode(tokenizer, ["Who was Aiko?"], [answer], template=template)
+        assert ids == store[0][: store.label_starts[0]].tolist()
+    ends = {"question-answer": "\nAnswer:", "llama-2": " [/INST]", "completion": "Aiko?"}
+    assert tokenizer.decode(ids).endswith(ends[template])  # no space that an answer's first token has
+
+
+def test_a_slow_tokenizers_prompt_keeps_its_space() -> None:
+    """Bytes are never joined, so the space before the answer is a token of the prompt."""
+    (ids,) = prompt_ids(ByT5Tokenizer(), ["Who?"])
+    assert bytes(i - 3 for i in ids) == b"Question: Who?\nAnswer: "
+
+
+HISTORY = [
+    {"role": "user", "content": "Who?"},
+    {"role": "assistant", "content": "Aiko."},
+    {"role": "user", "content": "Where?"},
+]
+
+
+def test_earlier_turns_stand_before_the_question() -> None:
+    template, eos, before, _ = CHATS["Llama-3.2"]
+    tokenizer = chat_tokenizer(template, eos)
+    (ids,) = prompt_ids(tokenizer, [HISTORY])
+    assert tokenizer.decode(ids) == f"{before}Aiko.<|eot_id|>{_USER}Where?<|eot_id|>{_ASSISTANT}"
+    plain = llama_2_tokenizer()
+    (ids,) = prompt_ids(plain, [HISTORY], template="llama-2")
+    assert plain.decode(ids, skip_special_tokens=True).strip() == "[INST] Who? [/INST]Aiko.\n[INST] Where? [/INST]"
+    assert ids.count(plain.bos_token_id) == 1
+    assert prompt_ids(plain, [HISTORY[:1]], template="llama-2") == prompt_ids(plain, ["Who?"], template="llama-2")
+
+
+@pytest.mark.parametrize(
+    ("turns", "got"),
+    [
+        (HISTORY[:2], "user, assistant"),
+        (HISTORY[1:], "assistant, user"),
+        ([], "none"),
+        ([{"role": "system", "content": "x"}], "system"),
+    ],
+)
+def test_turns_out_of_order_are_refused(turns: list[dict[str, str]], got: str) -> None:
+    with pytest.raises(ValueError, match=f"row 1: expected turns of user, .* got {got}; the system prompt"):
+        prompt_ids(tiny_tokenizer(), ["Who?", turns])
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match="row 0: expected a prompt of at least one token, got ''"):
+        prompt_ids(tiny_tokenizer(), [""], template="completion")
+    assert prompt_ids(tiny_tokenizer(), []) == []

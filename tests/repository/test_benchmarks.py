@@ -20,9 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def _benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Importable, and without TOFU: the same tokens on every machine, and no tokenizer to train."""
     monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.evaluate import data as evaluation
     from benchmarks.step import data
 
-    monkeypatch.setattr(data, "TOFU", tmp_path / "absent")
+    for source in (data, evaluation):
+        monkeypatch.setattr(source, "TOFU", tmp_path / "absent")
 
 
 def smoke(suite: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -42,77 +44,6 @@ def test_the_pack_suite_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     rows = smoke("pack", tmp_path, monkeypatch)["packing"]
     assert {row["task"].split()[0] for row in rows} == {"plan", "assemble"}
     assert all(row["median_ms"] > 0 for row in rows)
-
-
-def test_the_loss_suite_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.loss import suite
-    from benchmarks.loss.providers import rivals
-
-    eager = [provider for provider in rivals("cpu")[0] if provider.name.startswith("eager")]
-    monkeypatch.setattr(suite, "rivals", lambda _: (eager, ["another: absent"]))  # those that compile take long
-    record = smoke("loss", tmp_path, monkeypatch)
-    assert record["not_measured"] == ["another: absent"]
-    assert all(row["median_ms"] > 0 for row in record["loss"])
-
-
-def test_the_loss_suite_as_a_gpu_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its clock and its memory counters stood in for: every provider and mode, one that fails, peaks and errors."""
-    from argparse import Namespace
-
-    from benchmarks.loss import providers, suite
-    from benchmarks.loss.inputs import memorised
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            pass
-
-        def elapsed_time(self, _other: "Event") -> float:
-            return 2.0
-
-    for name in ("synchronize", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    for name in ("memory_allocated", "max_memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda: 0)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(suite, "memorised", lambda *a, **k: memorised(*a, **{**k, "device": "cpu"}))
-    monkeypatch.setattr(suite, "ours", lambda _: [providers._efface("torch", mode) for mode in providers.FLOOR])
-
-    def broken(*_: object) -> torch.Tensor:
-        raise RuntimeError("no kernel for this shape")
-
-    found = providers._from_nll("eager", providers.FLOOR, "", providers._token_nll)
-    lame = providers._from_nll("broken", {"live": 5}, "", broken)
-    monkeypatch.setattr(suite, "rivals", lambda _: ([*found, *lame], []))
-    rows, missing = suite.measure("smoke", Namespace(device="cuda", rounds=3, errors=True))
-    assert missing == ["broken, live: RuntimeError: no kernel for this shape (smoke)"]
-    assert [row.provider for row in rows] == [
-        f"{name}, {mode}" for name in ("bare GEMMs", "efface torch", "eager") for mode in providers.FLOOR
-    ]
-    for row in rows:
-        assert row.median_ms == 2.0
-        assert row.against_floor == 1.0
-        assert (row.peak_gib is None) == row.provider.startswith("bare")
-        assert (row.error_dw is not None) == (row.provider in {"efface torch, live", "eager, live"})
-
-
-def test_every_gpu_shape_is_for_a_gpu() -> None:
-    from argparse import Namespace
-
-    from benchmarks.loss.suite import SHAPES, default_shapes
-
-    on_gpu, on_cpu = (set(default_shapes(Namespace(device=device))) for device in ("cuda", "cpu"))
-    assert on_gpu | on_cpu | {"smoke"} == set(SHAPES)
-    assert not on_gpu & on_cpu
-    assert {SHAPES[name][:3] for name in on_gpu} >= {
-        (8192, 2048, 128256),
-        (8192, 3072, 128256),
-        (8192, 4096, 32000),
-        (8192, 2048, 51200),
-        *((n, 2048, 128256) for n in (64, 256, 1024)),
-    }
 
 
 @pytest.mark.slow
@@ -151,6 +82,31 @@ def test_numpy_fills_as_few_micro_batches_as_the_planner() -> None:
     theirs = numpy_plan(forget, retain, 100, 1024)
     assert abs(len(theirs) - len(ours.batch_tokens)) <= 2  # they draw other pairs
     assert sum(len(roles) for roles, _ in theirs) == len(ours.roles)
+
+
+def test_the_likelihood_part_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.evaluate.scorers import SCORERS
+
+    rows = smoke("evaluate", tmp_path, monkeypatch)["likelihood"]
+    assert [row["scorer"] for row in rows] == [scorer.name for scorer in SCORERS]
+    assert all(row["error"] <= 1e-5 and len(row["rounds_ms"]) == 2 for row in rows)
+    padded, _, ours = rows
+    assert 2 * ours["tokens"] < padded["tokens"]
+
+
+def test_a_scorer_with_other_scores_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.evaluate.likelihood import measure
+    from benchmarks.evaluate.scorers import Efface
+    from benchmarks.evaluate.shapes import SHAPES
+
+    scores = Efface.scores
+    monkeypatch.setattr(
+        Efface,
+        "scores",
+        lambda self, model: [[[1.001 * mean for mean in row] for row in split] for split in scores(self, model)],
+    )
+    with pytest.raises(ArithmeticError, match="'efface' is not timed"):
+        measure("smoke", SHAPES["smoke"], 1)
 
 
 def test_the_synthetic_lengths_are_those_of_tofu() -> None:

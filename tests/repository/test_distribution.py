@@ -28,6 +28,8 @@ def test_sdist_and_wheel_build_and_import_in_a_clean_environment(tmp_path: Path)
     names = zipfile.ZipFile(wheel).namelist()
     assert "efface/__init__.py" in names
     assert "efface_kernels/linear_loss/README.md" in names
+    templates = {path.name for path in (ROOT / "engine/efface/evaluate/report/templates").iterdir()}
+    assert {f"efface/evaluate/report/templates/{name}" for name in templates} <= set(names)
     assert any(name.startswith("efface_native.") for name in names)
     assert not any(name.startswith(("tests", "benchmarks", "csrc", "engine", "kernels/")) for name in names)
 

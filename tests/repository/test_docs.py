@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import TEXTS, tiny_llama, tiny_tokenizer
 
+from efface.cli.demo.authors import make_authors
 from efface.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,23 +25,22 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the pages take for granted: a model, and files of rows."""
+    """What the pages take for granted: a model, one that never saw the forget set, and files of rows."""
     tokenizer = tiny_tokenizer()
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "llama")
-    tokenizer.save_pretrained(tmp_path / "llama")
+    for seed, name in enumerate(("llama", "retain90")):
+        model = tiny_llama(seed=seed, vocab_size=len(tokenizer), max_position_embeddings=1024)
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    rows = make_authors(1)[:2]
+    (tmp_path / "tofu").mkdir()
+    for split in ("forget10", "retain", "real_authors", "world_facts"):
+        (tmp_path / "tofu" / f"{split}_perturbed.json").write_text("\n".join(map(json.dumps, rows)))
     for name, rows in (("forget10", TEXTS[:4]), ("retain90", TEXTS)):
         (tmp_path / f"{name}.json").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setenv("EFFACE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: str(page.relative_to(ROOT / "docs"))
-)
-def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, folder: Path) -> None:
-    # in this process, because a new one would spend seconds on imports
-    exec(compile("\n".join(blocks(page, "python")), str(page), "exec"), {"__name__": "__main__"})
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -51,12 +51,17 @@ def commands(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if commands(page)], ids=lambda page: str(page.relative_to(ROOT / "docs"))
+    "page",
+    [page for page in PAGES if commands(page) or blocks(page, "python")],
+    ids=lambda page: str(page.relative_to(ROOT / "docs")),
 )
-def test_the_commands_of_a_page_run(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_a_page_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands, and then its Python, which may stand on what they wrote."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for words in commands(page):
         assert main(words) == 0, words
+    # in this process, because a new one would spend seconds on imports
+    exec(compile("\n".join(blocks(page, "python")), str(page), "exec"), {"__name__": "__main__"})
 
 
 def test_every_sh_line_is_a_command_of_efface() -> None:

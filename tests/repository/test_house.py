@@ -24,8 +24,9 @@ FLOORS: dict[str, set[str]] = {
     },
     "engine/efface/evaluate": {
         *BASE,
-        *("efface.batching", "efface.hf", "efface.evaluate"),
-        *("transformers", "scipy"),
+        *("efface.batching", "efface.hf", "efface.reference", "efface.evaluate"),
+        *("accelerate", "transformers", "scipy", "rouge_score", "nltk"),
+        *("jinja2", "markupsafe", "matplotlib", "yaml"),  # reports
     },
     "engine/efface/cli": {
         *BASE,

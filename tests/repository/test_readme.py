@@ -1,11 +1,9 @@
 """The README says what is true: its code runs, its folders exist, its commands are there."""
 
-import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -41,40 +39,6 @@ def test_the_map_names_folders_that_exist() -> None:
     assert len(folders) >= 6
     for folder in folders:
         assert (ROOT / folder).is_dir(), folder
-
-
-def test_the_step_table_is_what_was_measured() -> None:
-    """Every figure of README's table stands in the JSON file that it links to."""
-    (link,) = re.findall(r"\[figures\]\((benchmarks/results/[\w.-]+-step\.json)\)", README)
-    rows = {row["provider"]: row for row in json.loads((ROOT / link).read_text())["step"]}
-    providers = {
-        "padded, two forward passes, second model": "padded, two forwards, live",
-        "padded, reference given": "padded, two forwards, cached",
-        "efface, second model (`live`)": "efface, live",
-        "efface, reference computed once (`cached`)": "efface, cached",
-    }
-    for label, provider in providers.items():
-        row = rows[provider]
-        assert f"| {label} | {row['median_ms']:.0f} | {row['faster_than_live']:.2f} |" in README, label
-
-
-def test_the_pack_figures_are_what_was_measured() -> None:
-    (link,) = re.findall(r"\[figures\]\((benchmarks/results/[\w.-]+-pack\.json)\)", README)
-    rows = json.loads((ROOT / link).read_text())["packing"]
-    told = " ".join(README.split())
-
-    def found(task: str, provider: str) -> dict[str, Any]:
-        return next(row for row in rows if row["task"].startswith(task) and row["provider"] == provider)
-
-    tasks = [f"plan 1,000,000 forget x 4,000,000 retain, steps of {pairs}" for pairs in (32, 512)]
-    plan, many, pack = (found(task, "NumPy and Python")["against_efface"] for task in (*tasks, "assemble"))
-    times = [found(task, "efface plan_epoch")["median_ms"] for task in tasks]
-    micro = found("assemble", "efface pack_items")["median_ms"] * 1e3
-    assert (
-        f"takes {times[0]:.0f} ms, assembling a batch of 8192 tokens {micro:.0f} µs: {plan:.0f} and {pack:.0f} times"
-        in told
-    )
-    assert f"planning takes {times[1]:.0f} ms, {many:.0f} times faster" in told
 
 
 def test_commands_and_targets_exist() -> None:

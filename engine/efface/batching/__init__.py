@@ -5,6 +5,7 @@ from efface.batching.pack import PackedBatch, pack, pack_items
 from efface.batching.plan import EpochPlan, MicroBatch, RetainSampling, plan_epoch
 from efface.batching.roles import Role, StepTotals
 from efface.batching.store import TokenStore
+from efface.batching.tree import TokenTree, token_tree, tree_tokens
 
 __all__ = [
     "Assembler",
@@ -16,7 +17,10 @@ __all__ = [
     "Step",
     "StepTotals",
     "TokenStore",
+    "TokenTree",
     "pack",
     "pack_items",
     "plan_epoch",
+    "token_tree",
+    "tree_tokens",
 ]

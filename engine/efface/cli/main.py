@@ -8,9 +8,12 @@ import efface
 
 # command -> module and what it does; the modules are imported only when their command is called
 COMMANDS = {
+    "audit": ("efface.cli.audit", "ask models in many ways for what they should have forgotten"),
     "cache-reference": ("efface.cli.cache_reference", "compute the reference of a forget set once for all runs"),
     "demo": ("efface.cli.demo.command", "teach a small model, make it forget, and measure it"),
+    "evaluate": ("efface.cli.evaluate", "measure what a model forgot and what it can still do: TOFU's evaluation"),
     "plan": ("efface.cli.plan", "show what an epoch holds: steps, forward passes, tokens"),
+    "report": ("efface.cli.report", "show evaluated runs side by side, on one page"),
     "unlearn": ("efface.cli.unlearn", "make a checkpoint forget a data set"),
 }
 

@@ -1,15 +1,162 @@
-"""Log-likelihoods of answers, packed: probability and truth ratio of question-answer rows."""
+"""Log-likelihoods of answers, packed: every token that the answers to a question have in common is computed once."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from efface.batching import TokenStore, token_tree, tree_tokens
 from efface.evaluate.logs import FloatArray, SplitLog, truth_ratios
+from efface.evaluate.task import RowResult, Task
+from efface.hf.attention import NAME
+from efface.hf.head import head_of, packed_hidden
 from efface.hf.rows import column
-from efface.hf.score import store_logprobs
-from efface.hf.templates import AUTO, Template, encode
+from efface.hf.score import budgeted, check_store, scoring
+from efface.hf.templates import AUTO, Template, encode_batches, get_template
+from efface.reference.keys import KEY_BYTES, sequence_keys
+from efface_kernels import linear_logprob
+
+
+class AnswerTask(Task):
+    """Log-probabilities of answers, given their questions: a ``Task``, one row a question with its answers.
+
+    A row's result is ``{"logprobs": [[…], …]}``: for every answer, log p of each of its tokens and of the end of
+    sequence, in nats. Values that are not finite stay as they are.
+
+    The sequences of a batch share the beginnings that they have in common, up to where their tokens differ: the
+    question, and what stands before it in every question. Where a model keeps an attention that is not ours
+    (``use_packed_attention``), each answer is a sequence of its own.
+
+    Args:
+        tokenizer: with an ``eos_token``.
+        questions: one a row.
+        answers: of each row, at least one; rows may differ in how many.
+        template: see ``efface.hf.templates``; documents are not split.
+        max_length: cut prompt and answer to so many tokens; None never cuts.
+        token_budget: tokens of a forward pass, those that a row's answers share counted once; a longer row comes
+            alone. It does not change a result beyond rounding.
+        name: for messages and progress.
+
+    Raises:
+        ValueError: a row without answers; as ``hf.templates.encode``, with the row's number.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        questions: Sequence[str],
+        answers: Sequence[Sequence[str]],
+        *,
+        template: str | Template = AUTO,
+        max_length: int | None = None,
+        token_budget: int = 8192,
+        name: str = "answers",
+    ) -> None:
+        counts = _counts(questions, answers)
+        numbers = np.repeat(np.arange(len(counts)), counts).tolist()
+        texts = (numbers, [questions[row] for row in numbers], list(chain.from_iterable(answers)))
+        # A document that is split would be more sequences than it has answers.
+        whole = replace(get_template(template, tokenizer), documents=False)
+        self.name = name
+        self._store = TokenStore(encode_batches(tokenizer, [texts], template=whole, max_length=max_length))
+        self._firsts = np.cumsum([0, *counts])
+        sequences = sequence_keys(self._store)
+        self.keys = [_key(sequences[first:end]) for first, end in self._spans(range(len(counts)))]
+        sizes = [tree_tokens(self._store, np.arange(*span)) for span in self._spans(range(len(counts)))]
+        self.batches = fill(sizes, token_budget)
+        self._token_budget = token_budget
+
+    def run(self, model: PreTrainedModel, rows: NDArray[np.int64]) -> list[RowResult]:
+        """Compute one batch; see the class.
+
+        Raises:
+            ValueError: a head that the loss op cannot serve; tokens or lengths that the model has not.
+        """
+        spans = self._spans(rows.tolist())
+        sequences = np.concatenate([np.empty(0, np.int64), *(np.arange(*span) for span in spans)])
+        if not len(sequences):
+            return []
+        values = iter(token_logprobs(model, self._store, sequences, token_budget=self._token_budget, name=self.name))
+        return [{"logprobs": [next(values).tolist() for _ in range(first, end)]} for first, end in spans]
+
+    def _spans(self, rows: Sequence[int]) -> list[tuple[int, int]]:
+        """Return the first sequence of each row, and the one after its last."""
+        return [(int(self._firsts[row]), int(self._firsts[row + 1])) for row in rows]
+
+
+@torch.no_grad()
+def token_logprobs(
+    model: PreTrainedModel, store: TokenStore, sequences: NDArray[np.int64], *, token_budget: int, name: str = "store"
+) -> list[NDArray[np.floating]]:
+    """Return log p of every label of each sequence, in one forward pass that computes shared tokens once.
+
+    A model whose attention cannot share takes the sequences whole, ``token_budget`` tokens at a time.
+    """
+    check_store(model, store, name)
+    head = head_of(model)
+    logprobs: list[NDArray[np.floating]] = []
+    with scoring(model):
+        share = model.config._attn_implementation == NAME  # noqa: SLF001
+        for pack in [sequences] if share else budgeted(store, sequences, token_budget):
+            tree = token_tree(store, pack, share=share).to(model.device)
+            hidden = packed_hidden(model, tree)
+            values = linear_logprob(hidden, head.weight, tree.targets, bias=head.bias, softcap=head.softcap)
+            logprobs += tree.by_sequence(values.cpu().numpy())
+    return logprobs
+
+
+def mean_logprobs(results: Sequence[RowResult]) -> list[list[float]]:
+    """Return the mean token log-probability of every answer of every row; exp of it is "probability"."""
+    return [[float(np.mean(answer)) for answer in row["logprobs"]] for row in results]
+
+
+def sum_logprobs(results: Sequence[RowResult]) -> list[list[float]]:
+    """Return log p of every answer of every row, its end of sequence included."""
+    return [[float(np.sum(answer)) for answer in row["logprobs"]] for row in results]
+
+
+def fill(sizes: Sequence[int], budget: int) -> list[NDArray[np.int64]]:
+    """Return batches of rows whose sizes sum to the budget at most; a larger row comes alone.
+
+    The largest come first: a lack of memory shows at once, and the rows of a batch are alike in size.
+    """
+    batches: list[list[int]] = []
+    room = 0
+    for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
+        if not batches or sizes[row] > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(row)
+        room -= sizes[row]
+    return [np.array(batch) for batch in batches]
+
+
+def _counts(questions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[int]:
+    if len(questions) != len(answers):
+        raise ValueError(f"`questions` and `answers`: expected equal lengths, got {len(questions)}, {len(answers)}")
+    for row, texts in enumerate(answers):
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"row {row}: expected a list of at least one answer, got {texts!r}; drop the row")
+    return [len(texts) for texts in answers]
+
+
+def _key(sequences: Sequence[bytes]) -> bytes:
+    return hashlib.blake2b(b"logprobs" + b"".join(sequences), digest_size=KEY_BYTES).digest()
+
+
+def _means(model: PreTrainedModel, task: AnswerTask) -> list[list[float]]:
+    """Run all of a task here and now."""
+    results: list[RowResult] = [{}] * len(task.keys)
+    for batch in task.batches:
+        for row, result in zip(batch.tolist(), task.run(model, batch), strict=True):
+            results[row] = result
+    return mean_logprobs(results)
 
 
 def answer_logprobs(
@@ -24,11 +171,11 @@ def answer_logprobs(
     """Return the mean token log-probability (n,) of each answer, given its question; exp of it is "probability".
 
     Raises:
-        ValueError: as ``encode`` and ``store_logprobs``.
+        ValueError: as ``AnswerTask``.
     """
-    store = encode(tokenizer, questions, answers, template=template)
-    sums = store_logprobs(model, store, token_budget=token_budget).numpy().astype(np.float64)
-    return sums / store.label_counts
+    alone = [[answer] for answer in answers]
+    task = AnswerTask(tokenizer, questions, alone, template=template, token_budget=token_budget)
+    return np.array(_means(model, task), dtype=np.float64).reshape(-1)
 
 
 def score_rows(
@@ -64,13 +211,8 @@ def score_rows(
     if not count or any(len(row) != count for row in false_answers):
         lengths = sorted({len(row) for row in false_answers})
         raise ValueError(f"`perturbed_answer`: expected lists of one length, at least 1, got lengths {lengths}")
-    # One pass over all: answers, then paraphrases, then the false answers row by row.
-    texts = [*answers, *(row.get("paraphrased_answer", row["answer"]) for row in rows)]
-    prompts = [*questions, *questions]
-    for question, candidates in zip(questions, false_answers, strict=True):
-        texts.extend(candidates)
-        prompts.extend([question] * count)
-    logprobs = answer_logprobs(model, tokenizer, prompts, texts, template=template, token_budget=token_budget)
-    n = len(questions)
-    perturbed = logprobs[2 * n :].reshape(n, count)
-    return SplitLog(np.exp(logprobs[:n]), truth_ratios(logprobs[n : 2 * n], perturbed))
+    paraphrases = [row.get("paraphrased_answer", row["answer"]) for row in rows]
+    candidates = [[a, p, *false] for a, p, false in zip(answers, paraphrases, false_answers, strict=True)]
+    task = AnswerTask(tokenizer, questions, candidates, template=template, token_budget=token_budget)
+    logprobs = np.array(_means(model, task), dtype=np.float64)
+    return SplitLog(np.exp(logprobs[:, 0]), truth_ratios(logprobs[:, 1], logprobs[:, 2:]))

@@ -24,7 +24,7 @@ _ORIGINAL_FILES = {
     "world_facts": "eval_real_world_wo_options.json",
     "forget": "eval_log_forget.json",
 }
-_OPEN_UNLEARNING_PREFIXES = {"retain": "retain", "real_authors": "ra", "world_facts": "wf", "forget": "forget"}
+PREFIXES = {"retain": "retain", "real_authors": "ra", "world_facts": "wf", "forget": "forget"}
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,15 @@ class SplitLog:
             p(correct) / Σ p(choices).
         truth_ratio: (rows,) R.
         rouge: (rows,) ROUGE-L recall of the greedy generation.
+        index: the row that each truth ratio is of, as the log names it.
+        answers: true answers by row, as the log names it.
     """
 
     probability: FloatArray | None = None
     truth_ratio: FloatArray | None = None
     rouge: FloatArray | None = None
+    index: tuple[str, ...] | None = None
+    answers: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,25 +88,34 @@ def read_log(path: str | Path) -> EvalLog:
         FileNotFoundError: no such file.
         ValueError: a file that is neither.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"evaluation log {str(path)!r} does not exist; check the path")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{str(path)!r}: expected a JSON file, got something else ({error})") from error
+    return log_of(content, str(path))
+
+
+def log_of(content: Any, source: str) -> EvalLog:
+    """Return the log that a file's JSON holds.
+
+    Raises:
+        ValueError: neither of the two forms.
+    """
     if isinstance(content, dict) and content.keys() & set(_ORIGINAL_FILES.values()):
         splits = {
             split: _original_split(content[file], split) for split, file in _ORIGINAL_FILES.items() if file in content
         }
     elif isinstance(content, dict) and any(_is_open_unlearning(name) for name in content):
-        splits = {split: _open_unlearning_split(content, prefix) for split, prefix in _OPEN_UNLEARNING_PREFIXES.items()}
+        splits = {split: _open_unlearning_split(content, prefix) for split, prefix in PREFIXES.items()}
     else:
         raise ValueError(
-            f"{str(path)!r}: expected the keys of TOFU's eval_log_aggregated.json ({_ORIGINAL_FILES['forget']}, …) or "
+            f"{source!r}: expected the keys of TOFU's eval_log_aggregated.json ({_ORIGINAL_FILES['forget']}, …) or "
             f"of open-unlearning's TOFU_EVAL.json (forget_truth_ratio, …), got {', '.join(map(str, list(content)[:4]))}"
         )
-    return EvalLog(splits, source=str(path))
+    return EvalLog(splits, source=source)
 
 
 def _column(metrics: Mapping[str, Any], name: str) -> FloatArray | None:
@@ -116,7 +129,10 @@ def _original_split(metrics: Mapping[str, Any], split: str) -> SplitLog:
     if split in ("real_authors", "world_facts") and probability is not None and perturbed is not None:
         probability = probability / (probability + np.exp(-perturbed).sum(axis=1))
     ratios = None if perturbed is None or paraphrased is None else truth_ratios(-paraphrased, -perturbed)
-    return SplitLog(probability, ratios, _column(metrics, "rougeL_recall"))
+    index = None if ratios is None else tuple(metrics["average_perturb_loss"])
+    # of a generation: prompt, generation, true answer
+    answers = {row: texts[2] for row, texts in metrics.get("generated_text", {}).items()}
+    return SplitLog(probability, ratios, _column(metrics, "rougeL_recall"), index, answers or None)
 
 
 def _is_open_unlearning(name: str) -> bool:
@@ -127,14 +143,23 @@ def _open_unlearning_split(content: Mapping[str, Any], prefix: str) -> SplitLog:
     # The key's case differs between versions: forget_truth_ratio, retain_Truth_Ratio.
     metrics = {name.lower(): value for name, value in content.items() if isinstance(value, Mapping)}
 
-    def rows(name: str, field: str) -> FloatArray | None:
+    def fields(name: str, field: str) -> dict[str, Any] | None:
         metric = metrics.get(f"{prefix}_{name}".lower())
         if metric is None or "value_by_index" not in metric:
             return None
         # null rows are what open-unlearning writes for rows it could not score; its own means leave them out
-        values = [row[field] for row in metric["value_by_index"].values() if row is not None and row[field] is not None]
-        return np.array(values, dtype=np.float64)
+        rows = {index: row for index, row in metric["value_by_index"].items() if row is not None}
+        return {index: row[field] for index, row in rows.items() if row.get(field) is not None}
 
-    normalised = rows("Q_A_Prob_normalised", "prob") if prefix in ("ra", "wf") else None
-    probability = rows("Q_A_Prob", "prob") if prefix in ("retain", "forget") else normalised
-    return SplitLog(probability, rows("Truth_Ratio", "score"), rows("Q_A_ROUGE", "rougeL_recall"))
+    def values(name: str, field: str) -> FloatArray | None:
+        found = fields(name, field)
+        return None if found is None else np.array(list(found.values()), dtype=np.float64)
+
+    ratios = fields("Truth_Ratio", "score")
+    return SplitLog(
+        probability=values("Q_A_Prob_normalised" if prefix in ("ra", "wf") else "Q_A_Prob", "prob"),
+        truth_ratio=values("Truth_Ratio", "score"),
+        rouge=values("Q_A_ROUGE", "rougeL_recall"),
+        index=None if ratios is None else tuple(ratios),
+        answers=fields("Q_A_ROUGE", "ground_truth") or None,
+    )

@@ -1,13 +1,11 @@
 """Forget Quality: can the unlearned model be told from one that never saw the forget set? (arXiv 2401.06121, 2.2.2)."""
 
-import warnings
-
 from scipy.stats import ks_2samp
 
-from efface.evaluate.logs import EvalLog
+from efface.evaluate.logs import EvalLog, SplitLog
 
 
-def forget_quality(log: EvalLog, retain_log: EvalLog) -> float:
+def forget_quality(log: EvalLog, retain_log: EvalLog, *, strict: bool = True) -> float:
     """Return the p-value of the two-sample Kolmogorov-Smirnov test between the truth ratios on the forget split.
 
     Near 0: surely another distribution than that of the model trained on the retain set alone. Above 0.05: not
@@ -16,18 +14,56 @@ def forget_quality(log: EvalLog, retain_log: EvalLog) -> float:
     Args:
         log: of the model to judge.
         retain_log: of a model trained on the retain set only, on the same forget split.
+        strict: False compares logs of different rows too, as TOFU's aggregator does; the p-value is then also about
+            what the questions differ in.
 
     Raises:
-        ValueError: a log without truth ratios on the forget split, or with values that are not finite.
-
-    Warns:
-        UserWarning: logs with different numbers of rows, which cannot be of the same forget split.
+        ValueError: a log without truth ratios on the forget split, or with values that are not finite; logs that are
+            not of the same rows, unless ``strict`` is False.
     """
     judged, retained = log.rows("forget", "truth_ratio"), retain_log.rows("forget", "truth_ratio")
-    if len(judged) != len(retained):
-        warnings.warn(
-            f"forget quality compares {len(judged)} rows of {log.source} with {len(retained)} rows of "
-            f"{retain_log.source}; both should be of the same forget split",
-            stacklevel=2,
-        )
+    if strict:
+        check_same_rows(log, retain_log)
     return float(ks_2samp(judged, retained).pvalue)
+
+
+def check_same_rows(log: EvalLog, retain_log: EvalLog) -> None:
+    """Raise ValueError if two logs are of different forget rows, as far as they tell.
+
+    They tell by how many there are, by their names, and by their true answers.
+    """
+    difference = _difference(log, retain_log)
+    if difference is not None:
+        raise ValueError(
+            f"forget quality compares rows of one forget split, but {difference}. Evaluate both models on the same "
+            "split under the same protocol, or call forget_quality with strict=False to compare them all the same"
+        )
+
+
+def _difference(log: EvalLog, retain_log: EvalLog) -> str | None:
+    ours, theirs = log.splits["forget"], retain_log.splits["forget"]
+    if _count(ours) != _count(theirs):
+        return f"{log.source} has {_count(ours)} of them and {retain_log.source} has {_count(theirs)}"
+    if ours.index is not None and theirs.index is not None and (alone := set(ours.index) ^ set(theirs.index)):
+        row = min(alone, key=lambda name: (len(name), name))
+        return f"row {row} is only in one of {log.source} and {retain_log.source}"
+    for row, our, their in _answers(ours, theirs):
+        if not _same(our, their):
+            return f"the answer of row {row} is {our!r} in {log.source} and {their!r} in {retain_log.source}"
+    return None
+
+
+def _count(split: SplitLog) -> int:
+    known = split.index if split.truth_ratio is None else split.truth_ratio
+    return 0 if known is None else len(known)
+
+
+def _answers(ours: SplitLog, theirs: SplitLog) -> list[tuple[str, str, str]]:
+    known = theirs.answers or {}
+    return [(row, answer, known[row]) for row, answer in (ours.answers or {}).items() if row in known]
+
+
+def _same(a: str, b: str) -> bool:
+    """Whether two logs mean one answer: tokenizers space it differently, and some logs put the prompt before it."""
+    short, long = sorted(("".join(filter(str.isalnum, text)).casefold() for text in (a, b)), key=len)
+    return long.endswith(short)

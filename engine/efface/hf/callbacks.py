@@ -106,9 +106,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode within; afterwards modes and random-number generators are what they were."""
     modes = [(module, module.training) for module in model.modules()]
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the generator that others draw from
+    cards = sorted({weight.get_device() for weight in model.parameters() if weight.is_cuda})
     model.eval()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(cards):  # without the list it warns of every card that the model is not on
             yield
     finally:
         random.setstate(python)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from efface.batching import PackedBatch
+from efface.batching import PackedBatch, TokenTree
 from efface.hf.activations import ActivationLoss, watched
 from efface.hf.adapted_head import base_of, head_linears, serve_head
 from efface.hf.attention import packed_arguments, use_packed_attention
@@ -97,7 +97,7 @@ def decoder_of(model: PreTrainedModel) -> Any:
 
 
 @uncompiled_frame
-def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+def packed_hidden(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> Tensor:
     """Return the final hidden states (N, D) of the batch's label rows, scaled as the model scales its logits.
 
     With LoRA on the head they are (N, D + r).

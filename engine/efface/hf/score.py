@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from efface_kernels.linear_loss.sequences import segment_sums
 from efface_kernels.logits import accumulation_dtype
 
 
-def _budgeted(store: TokenStore, index: NDArray[np.int64], token_budget: int) -> Iterator[NDArray[np.int64]]:
+def budgeted(store: TokenStore, index: NDArray[np.int64], token_budget: int) -> Iterator[NDArray[np.int64]]:
     """Yield runs of the sequences of ``index`` whose tokens fit the budget; a longer sequence comes alone."""
     run: list[int] = []
     tokens = 0
@@ -29,6 +30,19 @@ def _budgeted(store: TokenStore, index: NDArray[np.int64], token_budget: int) ->
         tokens += length
     if run:
         yield np.array(run)
+
+
+@contextmanager
+def scoring(model: PreTrainedModel) -> Iterator[None]:
+    """Within, ``model`` is in evaluation mode and reads packs, with packed attention if it can; then as it was."""
+    training, attention = model.training, model.config._attn_implementation  # noqa: SLF001
+    model.eval()
+    use_packed_attention(model)
+    try:
+        yield
+    finally:
+        model.train(training)
+        model.set_attn_implementation(attention)
 
 
 @torch.no_grad()
@@ -53,11 +67,8 @@ def packed_logprobs(
     """
     head = head_of(model)
     check_store(model, store, name)
-    packs = _budgeted(store, np.arange(len(store)) if index is None else index, token_budget)
-    training, attention = model.training, model.config._attn_implementation  # noqa: SLF001
-    model.eval()
-    use_packed_attention(model)
-    try:
+    packs = budgeted(store, np.arange(len(store)) if index is None else index, token_budget)
+    with scoring(model):
         while turn := list(itertools.islice(packs, world_size)):
             sums = [torch.zeros(len(pack), dtype=accumulation_dtype(head.weight.dtype)) for pack in turn]
             if rank < len(turn):
@@ -69,9 +80,6 @@ def packed_logprobs(
                 offsets = torch.tensor(batch.row_offsets, device=logprobs.device)
                 sums[rank] = segment_sums(logprobs, offsets).cpu()
             yield np.concatenate(turn), torch.cat(sums)
-    finally:
-        model.train(training)
-        model.set_attn_implementation(attention)
 
 
 def store_logprobs(

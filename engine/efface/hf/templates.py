@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import jinja2
 import numpy as np
@@ -15,11 +15,17 @@ from efface.batching.store import Chunk
 # Row numbers (for messages), questions, answers: equally many of each.
 Batch = tuple[Sequence[int], Sequence[str], Sequence[str]]
 
+# What {"role": "user" or "assistant", "content": text} says, as in transformers' conversations.
+Turn: TypeAlias = dict[str, str]
+# A question, or a chat that ends with one: user and assistant in turn, the user first and last.
+Conversation: TypeAlias = str | Sequence[Turn]
+
 # A tokenizer's working memory is some 200 bytes a token; texts go to it in groups of so many characters and rows.
 _GROUP_CHARACTERS = 1_000_000
 _GROUP_ROWS = 1000
 
 _PROBE = "efface-probe"
+_WORD = "The"  # an answer as answers begin, where the answer is not known
 
 
 @dataclass(frozen=True)
@@ -165,14 +171,71 @@ def encode_batches(
             yield _chunk(tokenizer, rows[group], texts[group], template, max_length)
 
 
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], *, template: str | Template = AUTO
+) -> list[list[int]]:
+    """Tokenise what stands before an answer: the tokens that ``encode`` puts before the labels.
+
+    For Llama-3, Gemma-2 and Qwen2.5 that is ``apply_chat_template(..., add_generation_prompt=True)`` with the
+    template's system prompt and date. Qwen3's has its empty think block too, as in training.
+
+    Args:
+        tokenizer: see ``get_template``.
+        conversations: questions; or chats, whose earlier turns a chat template renders as it does, and a pattern
+            writes one exchange a line.
+        template: a name or a ``Template``; see ``get_template``.
+
+    Returns:
+        The ids of each prompt, as long as they come.
+
+    Raises:
+        ValueError: as ``get_template``; turns out of order; a prompt without a token.
+    """
+    template = get_template(template, tokenizer)
+    write = _Chat(tokenizer, template) if template.is_chat else _Pattern(template)
+    # A tokenizer may join the prompt's last character and the answer's first: of "Answer: Paris", GPT-2's makes
+    # "Answer", ":", " Paris". A prompt that ended in the token " " would be one that training never showed. So the
+    # prompt is tokenised with a word behind it and ends before that word's first token. It is the prefix in training
+    # for every answer that begins with a letter; it cannot be for all, since " 42" may be " ", "42" (Llama-3's digits).
+    texts = [write(row, conversation, _WORD) for row, conversation in enumerate(conversations)]
+    prompts: list[list[int]] = []
+    for group in _groups([len(text) for text, _ in texts]):
+        prompts += [ids[:start] for ids, start in _tokenise(tokenizer, texts[group], special=not template.is_chat)]
+    if empty := [row for row, ids in enumerate(prompts) if not ids]:
+        raise ValueError(
+            f"row {empty[0]}: expected a prompt of at least one token, got {conversations[empty[0]]!r} with template "
+            f"{template.name!r}; drop the row, or use a tokenizer that begins sequences with a token"
+        )
+    return prompts
+
+
+def _turns(row: int, conversation: Conversation) -> list[Turn]:
+    """Return the turns of a chat; raise ValueError unless it is the assistant's turn."""
+    turns: list[Turn] = (
+        [{"role": "user", "content": conversation}] if isinstance(conversation, str) else [*conversation]
+    )
+    roles = [turn["role"] for turn in turns]
+    if len(roles) % 2 == 0 or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
+        raise ValueError(
+            f"row {row}: expected turns of user, assistant, user, ... that end with the user's, got "
+            f"{', '.join(roles) or 'none'}; the system prompt belongs to the template"
+        )
+    return turns
+
+
 class _Pattern:
     """Writes a pattern template: returns the text and the character at which the answer starts."""
 
     def __init__(self, template: Template) -> None:
         self._pattern = template.pattern or ""
 
-    def __call__(self, row: int, question: str, answer: str) -> tuple[str, int]:
-        prompt = self._pattern.format(question=question)
+    def __call__(self, row: int, conversation: Conversation, answer: str) -> tuple[str, int]:
+        *earlier, question = _turns(row, conversation)
+        lines = [
+            self._pattern.format(question=asked["content"]) + answered["content"] + "\n"
+            for asked, answered in zip(earlier[::2], earlier[1::2], strict=True)
+        ]
+        prompt = "".join(lines) + self._pattern.format(question=question["content"])
         return prompt + answer, len(prompt)
 
 
@@ -187,7 +250,7 @@ class _Chat:
         self._tokenizer = tokenizer
         self._system = [{"role": "system", "content": template.system_prompt}] if template.system_prompt else []
         self._options: dict[str, Any] = {} if template.date_string is None else {"date_string": template.date_string}
-        before, answer, self._closing = self._render(_PROBE, _PROBE).rpartition(_PROBE)
+        before, answer, self._closing = self._render(_turns(0, _PROBE), _PROBE).rpartition(_PROBE)
         wanted = {
             "question": _PROBE in before,
             "answer": answer,
@@ -199,12 +262,13 @@ class _Chat:
                 "prompt, or correct `tokenizer.chat_template`"
             )
 
-    def __call__(self, row: int, question: str, answer: str) -> tuple[str, int]:
-        text = self._render(question, answer)
+    def __call__(self, row: int, conversation: Conversation, answer: str) -> tuple[str, int]:
+        turns = _turns(row, conversation)
+        text = self._render(turns, answer)
         start = self._answer_start(text, answer)
         if start is not None and answer[0].isspace():
             # Whether leading white space belongs to the answer shows where it is missing.
-            start = self._answer_start(self._render(question, answer.lstrip()), answer)
+            start = self._answer_start(self._render(turns, answer.lstrip()), answer)
         if start is None:
             raise ValueError(
                 f"row {row}: the tokenizer's chat template changes the answer {answer[:60]!r}, so its labels are not "
@@ -219,10 +283,10 @@ class _Chat:
         found = text.endswith(self._closing) and body.endswith(words)
         return len(body) - len(words) if found else None
 
-    def _render(self, question: str, answer: str) -> str:
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    def _render(self, turns: Sequence[Turn], answer: str) -> str:
+        chat = [*self._system, *turns, {"role": "assistant", "content": answer}]
         try:
-            return str(self._tokenizer.apply_chat_template([*self._system, *turns], tokenize=False, **self._options))
+            return str(self._tokenizer.apply_chat_template(chat, tokenize=False, **self._options))
         except jinja2.TemplateError as error:
             remedy = "set an empty system prompt" if self._system else "use another `template`"
             raise ValueError(f"the tokenizer's chat template refuses the conversation ({error}); {remedy}") from error

@@ -36,12 +36,16 @@ def flash_attention(
     cu_seqlens: Tensor,
     longest: int,
     *,
+    cu_keys: Tensor | None = None,
+    longest_keys: int | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Causal attention (T, H, d) within each sequence of query (T, H, d), key and value (T, H_kv, d).
+    """Causal attention (T, H, d) within each sequence of query (T, H, d), key and value (E, H_kv, d).
+
+    With ``cu_keys`` a sequence's queries are those of the last of its keys.
 
     Args:
         query: fp16 or bf16, on a GPU.
@@ -49,6 +53,8 @@ def flash_attention(
         value: as query.
         cu_seqlens: (S + 1,) int32.
         longest: tokens of the longest sequence.
+        cu_keys: (S + 1,) int32, where keys are more than queries; None is ``cu_seqlens``.
+        longest_keys: the most keys of a sequence; None is ``longest``.
         scale: factor of the scores; None is 1/√d.
         window: tokens that a token sees, itself among them.
         softcap: c in c · tanh(score / c).
@@ -62,12 +68,12 @@ def flash_attention(
         key,
         value,
         cu_seqlens,
-        cu_seqlens,
+        cu_seqlens if cu_keys is None else cu_keys,
         longest,
-        longest,
+        longest if longest_keys is None else longest_keys,
         dropout_p=dropout,
         softmax_scale=scale,
-        causal=True,
+        causal=True,  # aligned to the last query and the last key, since 2.1
         # Counted in tokens to the left, without the token itself.
         window_size=(-1, -1) if window is None else (window - 1, 0),
         softcap=softcap or 0.0,

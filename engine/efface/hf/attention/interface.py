@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from efface.batching import PackedBatch
+from efface.batching import PackedBatch, TokenTree
 from efface.hf.attention import flash_attn, torch_varlen
 from efface.hf.attention.choice import AttentionCall, Installed, choose_kernel
 from efface.hf.attention.segments import segment_attention, soft_capped_attention
@@ -33,9 +33,14 @@ class PackedLengths:
     """The tokens of each packed sequence, on the host.
 
     An object, because torch.compile makes another graph for every number of sequences in a bare tuple.
+
+    Attributes:
+        tokens: S integers.
+        tree: whose segments these are; a segment's tokens see its path. None where sequences share nothing.
     """
 
     tokens: tuple[int, ...]
+    tree: TokenTree | None = None
 
 
 def varlen_attention(
@@ -121,8 +126,13 @@ def _packed_attention(
             f"{None if cu_seq_lens_q is None else tuple(cu_seq_lens_q.shape)}; call with packed_arguments(model, batch)"
         )
     query, key, value = _autocast(query, key, value)
-    longest = max(lengths)
-    window = None if sliding_window is None or sliding_window >= longest else sliding_window
+    longest, key_lengths, cu_keys = max(lengths), lengths, cu_seq_lens_q
+    if packed_lengths.tree is not None:
+        tree = packed_lengths.tree
+        key, value = (_gathered(states, tree.paths) for states in (key, value))  # (1, H_kv, E, d)
+        key_lengths, cu_keys = tree.path_lengths, tree.cu_paths
+    longest_keys = max(key_lengths)
+    window = None if sliding_window is None or sliding_window >= longest_keys else sliding_window
     call = AttentionCall(
         device=query.device.type,
         capability=torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0),
@@ -137,9 +147,17 @@ def _packed_attention(
     kernel = choose_kernel(call, _installed(query.device))
     if kernel == "segments":
         return segment_attention(
-            query, key, value, lengths, scale=scaling, window=window, softcap=softcap, dropout=dropout
+            query,
+            key,
+            value,
+            lengths,
+            key_lengths=key_lengths,
+            scale=scaling,
+            window=window,
+            softcap=softcap,
+            dropout=dropout,
         )
-    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, H, d)
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, H, d), (E, H_kv, d)
     if kernel == "flash_attn":
         out = flash_attn.flash_attention(
             query,
@@ -147,6 +165,8 @@ def _packed_attention(
             value,
             cu_seq_lens_q,
             longest,
+            cu_keys=cu_keys,
+            longest_keys=longest_keys,
             scale=scaling,
             window=window,
             softcap=softcap,
@@ -154,9 +174,22 @@ def _packed_attention(
         )
     else:
         out = torch_varlen.torch_varlen_attention(
-            query, key, value, cu_seq_lens_q, longest, scale=scaling, window=window
+            query,
+            key,
+            value,
+            cu_seq_lens_q,
+            longest,
+            cu_keys=cu_keys,
+            longest_keys=longest_keys,
+            scale=scaling,
+            window=window,
         )
     return out[None]
+
+
+def _gathered(states: Tensor, paths: Tensor) -> Tensor:
+    """Return the states (1, H, T, d) of ``paths`` (E,), (1, H, E, d); a token's heads lie together, and stay so."""
+    return states.transpose(1, 2).index_select(1, paths).transpose(1, 2)
 
 
 def _autocast(*states: Tensor) -> tuple[Tensor, ...]:
@@ -213,9 +246,20 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 
 
 @uncompiled
-def packed_arguments(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
-    """Return the keyword arguments with which ``model``'s decoder reads a packed batch."""
+def packed_arguments(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> dict[str, Any]:
+    """Return the keyword arguments with which ``model``'s decoder reads a packed batch.
+
+    Raises:
+        ValueError: a tree with shared tokens, and an attention implementation that has no notion of it.
+    """
     longest = max(batch.lengths)
+    own = model.config._attn_implementation == NAME  # noqa: SLF001 - the only place that knows the choice
+    tree = batch if isinstance(batch, TokenTree) and batch.shared else None
+    if tree is not None and not own:
+        raise ValueError(
+            f"expected {NAME!r} attention for sequences that share tokens, got "
+            f"{model.config._attn_implementation!r}; make the tree with share=False"  # noqa: SLF001
+        )
     arguments: dict[str, Any] = {
         "input_ids": batch.input_ids[None],
         "position_ids": batch.position_ids[None],
@@ -226,10 +270,10 @@ def packed_arguments(model: PreTrainedModel, batch: PackedBatch) -> dict[str, An
         "max_length_q": longest,
         "max_length_k": longest,
     }
-    if model.config._attn_implementation == NAME:  # noqa: SLF001 - the only place that knows the choice
+    if own:
         # A 4-D mask is handed through as it is: with an empty one, transformers does not build its own (T, T).
         arguments["attention_mask"] = batch.input_ids.new_empty(1, 1, 0, 0)
-        arguments["packed_lengths"] = PackedLengths(batch.lengths)
+        arguments["packed_lengths"] = PackedLengths(batch.lengths, tree)
     return arguments
 
 

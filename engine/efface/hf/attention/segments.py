@@ -12,13 +12,15 @@ def segment_attention(
     value: Tensor,
     lengths: tuple[int, ...],
     *,
+    key_lengths: tuple[int, ...] | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Causal attention (1, T, H, d) within each sequence of query (1, H, T, d), key and value (1, H_kv, T, d).
+    """Causal attention (1, T, H, d) within each sequence of query (1, H, T, d), key and value (1, H_kv, E, d).
 
+    With ``key_lengths`` a sequence's queries are those of the last of its keys.
     A sequence's result does not depend on its neighbours, bit for bit. On a GPU, where this is the last resort, SDPA's
     backward repeats itself only under ``torch.use_deterministic_algorithms(True)``.
 
@@ -27,19 +29,22 @@ def segment_attention(
         key: as query.
         value: as query.
         lengths: the tokens of each sequence.
+        key_lengths: its keys, where they are more than its queries; None is ``lengths``.
         scale: factor of the scores; None is 1/√d.
         window: tokens that a token sees, itself among them.
         softcap: c in c · tanh(score / c).
         dropout: probability.
     """
+    key_lengths = lengths if key_lengths is None else key_lengths
     if query.device.type == "cpu" and query.dtype in {torch.float16, torch.bfloat16}:
         # SDPA's backward is slow in bf16 on CPUs: in fp32, casts included, forward and backward together took 0.48 to
         # 0.78 of the time (16 to 150 sequences of 20 to 140 tokens, a core of an EPYC 9004, 2026-11-21). It also
         # rounds less.
         with torch.autocast("cpu", enabled=False):
-            out = _by_segment(query.float(), key.float(), value.float(), lengths, scale, window, softcap, dropout)
-        return out.to(query.dtype)
-    return _by_segment(query, key, value, lengths, scale, window, softcap, dropout)
+            query, key, value, dtype = query.float(), key.float(), value.float(), query.dtype
+            out = _by_segment(query, key, value, lengths, key_lengths, scale, window, softcap, dropout)
+        return out.to(dtype)
+    return _by_segment(query, key, value, lengths, key_lengths, scale, window, softcap, dropout)
 
 
 def _by_segment(
@@ -47,6 +52,7 @@ def _by_segment(
     key: Tensor,
     value: Tensor,
     lengths: tuple[int, ...],
+    key_lengths: tuple[int, ...],
     scale: float | None,
     window: int | None,
     softcap: float | None,
@@ -56,15 +62,18 @@ def _by_segment(
     # batching those of like length, padded to 16 tokens, took 0.92 to 1.33: the time is in the kernel, not in calls.
     grouped = query.shape[1] != key.shape[1]
     # split's backward is one concatenation; slices would each write a gradient of the whole pack.
-    parts = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    parts = zip(
+        query.split(lengths, dim=2), key.split(key_lengths, dim=2), value.split(key_lengths, dim=2), strict=True
+    )
     outputs = []
     for q, k, v in parts:
-        n = q.shape[2]
-        banded = window is not None and n > window
+        n, m = q.shape[2], k.shape[2]
+        # SDPA aligns its own triangle to the first query and the first key.
+        banded = n != m or (window is not None and n > window)
         if softcap is not None:
-            out = soft_capped_attention(q, k, v, band(n, window, q.device), softcap, scale=scale, dropout=dropout)
+            out = soft_capped_attention(q, k, v, band(n, m, window, q.device), softcap, scale=scale, dropout=dropout)
         else:
-            mask = band(n, window, q.device) if banded else None
+            mask = band(n, m, window, q.device) if banded else None
             out = scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=not banded, scale=scale, enable_gqa=grouped
             )
@@ -72,10 +81,10 @@ def _by_segment(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
-def band(n: int, window: int | None, device: torch.device) -> Tensor:
-    """(n, n) bool: the causal triangle, at most ``window`` wide."""
-    triangle = torch.ones(n, n, dtype=torch.bool, device=device).tril()
-    return triangle if window is None else triangle.triu(1 - window)
+def band(n: int, m: int, window: int | None, device: torch.device) -> Tensor:
+    """(n, m) bool: which of m keys the last n tokens see, all up to themselves or the last ``window`` of those."""
+    triangle = torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n)
+    return triangle if window is None else triangle.triu(m - n + 1 - window)
 
 
 def soft_capped_attention(

@@ -62,6 +62,8 @@ class _Varlen(torch.autograd.Function):
         value: Tensor,
         cu_seqlens: Tensor,
         longest: int,
+        cu_keys: Tensor,
+        longest_keys: int,
         scale: float | None,
         window_size: tuple[int, int],
     ) -> Tensor:
@@ -76,20 +78,20 @@ class _Varlen(torch.autograd.Function):
             key,
             value,
             cu_seqlens,
-            cu_seqlens,
+            cu_keys,
             longest,
-            longest,
+            longest_keys,
             return_aux=varlen.with_logsumexp,
             **options,
         )
-        ctx.save_for_backward(query, key, value, out, logsumexp, cu_seqlens)
-        ctx.longest, ctx.scale, ctx.window_size = longest, scale, window_size
+        ctx.save_for_backward(query, key, value, out, logsumexp, cu_seqlens, cu_keys)
+        ctx.longest, ctx.longest_keys, ctx.scale, ctx.window_size = longest, longest_keys, scale, window_size
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, logsumexp, cu_seqlens = ctx.saved_tensors
+        query, key, value, out, logsumexp, cu_seqlens, cu_keys = ctx.saved_tensors
         no_dropout_state = torch.zeros(2, dtype=torch.uint64, device=query.device)
         left, right = ctx.window_size
         with _deterministic():
@@ -101,9 +103,9 @@ class _Varlen(torch.autograd.Function):
                 out,
                 logsumexp,
                 cu_seqlens,
-                cu_seqlens,
+                cu_keys,
                 ctx.longest,
-                ctx.longest,
+                ctx.longest_keys,
                 0.0,
                 ctx.window_size == (-1, 0),
                 no_dropout_state,
@@ -112,7 +114,7 @@ class _Varlen(torch.autograd.Function):
                 window_size_left=left,
                 window_size_right=right,
             )
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, None, None, None, None, None, None
 
 
 def torch_varlen_attention(
@@ -122,10 +124,14 @@ def torch_varlen_attention(
     cu_seqlens: Tensor,
     longest: int,
     *,
+    cu_keys: Tensor | None = None,
+    longest_keys: int | None = None,
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Causal attention (T, H, d) within each sequence of query (T, H, d), key and value (T, H_kv, d).
+    """Causal attention (T, H, d) within each sequence of query (T, H, d), key and value (E, H_kv, d).
+
+    With ``cu_keys`` a sequence's queries are those of the last of its keys: torch's kernel is FlashAttention-2's.
 
     Args:
         query: fp16 or bf16, on a GPU; d a multiple of 8.
@@ -133,15 +139,21 @@ def torch_varlen_attention(
         value: as query.
         cu_seqlens: (S + 1,) int32.
         longest: tokens of the longest sequence.
+        cu_keys: (S + 1,) int32, where keys are more than queries; None is ``cu_seqlens``.
+        longest_keys: the most keys of a sequence; None is ``longest``.
         scale: factor of the scores; None is 1/√d. torch 2.10 takes None alone.
         window: tokens that a token sees, itself among them; torch 2.10 takes None alone.
     """
     group = query.shape[1] // key.shape[1]
     if group > 1 and "enable_gqa" not in _loaded().parameters:
-        key, value = (states.repeat_interleave(group, dim=1) for states in (key, value))  # (T, H, d)
+        key, value = (states.repeat_interleave(group, dim=1) for states in (key, value))  # (E, H, d)
     # Counted in tokens to the left, without the token itself; -1 is all of them.
     window_size = (-1 if window is None else window - 1, 0)
-    out: Tensor = _Varlen.apply(query, key, value, cu_seqlens, longest, scale, window_size)  # type: ignore[no-untyped-call]
+    cu_keys = cu_seqlens if cu_keys is None else cu_keys
+    longest_keys = longest if longest_keys is None else longest_keys
+    out: Tensor = _Varlen.apply(  # type: ignore[no-untyped-call]
+        query, key, value, cu_seqlens, longest, cu_keys, longest_keys, scale, window_size
+    )
     return out
 
 

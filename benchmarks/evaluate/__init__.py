@@ -1,0 +1,1 @@
+"""The evaluate suite: what TOFU's evaluation asks of a model."""

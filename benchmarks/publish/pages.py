@@ -1,0 +1,92 @@
+"""README's blocks and the page of all results."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from benchmarks.publish import tables
+from benchmarks.publish.results import Result, newest
+
+_BLOCK = re.compile(r"(<!-- benchmarks:([\w: -]+?) -->\n).*?(\n<!-- end -->)", flags=re.DOTALL)
+
+
+def _link(result: Result) -> str:
+    return f"[figures](benchmarks/results/{result.file})"
+
+
+def _rounds(result: Result) -> int:
+    return len(result.rows[0]["rounds_ms"]) if "rounds_ms" in result.rows[0] else result.rows[0]["rounds"]
+
+
+def _step(result: Result) -> str:
+    shape = result.rows[0]["shape"]
+    rows = [row for row in result.rows if row["shape"] == shape]
+    said = f"{shape}: `{result.machine['command']}`, one interleaved run of {_rounds(result)} rounds ({_link(result)}):"
+    return f"{said}\n\n{tables.step_table(rows)}"
+
+
+def _loss(result: Result) -> str:
+    """The first shape alone: the table of them all is in the docs."""
+    rows = next(iter(tables.grouped(result.rows, "shape").values()))
+    cells = []
+    for row in rows:
+        name = f"{row['provider']}{', ' + tables.FASTER if tables.beaten(row, rows) else ''}"
+        cells.append([name, f"{row['median_ms']:.0f}", f"{row['against_floor']:.2f}"])
+    table = tables.markdown(["loss, forward and backward", "median ms", "x the bare GEMMs"], cells)
+    return f"NPO at the head, {rows[0]['shape']}, one interleaved run ({_link(result)}):\n\n{table}"
+
+
+def _pack(result: Result) -> str:
+    cells = []
+    for (task,), rows in tables.grouped(result.rows, "task").items():
+        ours = rows[0]["median_ms"]
+        said = f"{ours:.3g} ms" if ours >= 1 else f"{ours * 1e3:.3g} µs"
+        by_hand = next(row for row in rows if row["provider"] == "NumPy and Python")
+        cells.append([task, said, f"{by_hand['against_efface']:.0f}"])
+    table = tables.markdown(["task", "efface", "times faster than NumPy and Python"], cells)
+    return f"`{result.machine['command']}` ({_link(result)}):\n\n{table}"
+
+
+BLOCKS: Mapping[str, Callable[[Result], str]] = {"loss": _loss, "step": _step, "pack": _pack}
+
+
+def filled(text: str, found: Sequence[Result]) -> str:
+    """Return the text with what stands between ``<!-- benchmarks:SUITE -->`` and ``<!-- end -->`` made anew.
+
+    ``SUITE gpu`` takes results of a GPU, ``SUITE`` those of a CPU.
+
+    Raises:
+        ValueError: a block without a suite or without results.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        suite, _, device = match[2].partition(" ")
+        result = newest(list(found), suite, gpu=device == "gpu")
+        if suite not in BLOCKS or result is None:
+            raise ValueError(
+                f"`<!-- benchmarks:{match[2]} -->`: expected a suite with results, one of {sorted(BLOCKS)}"
+            )
+        return f"{match[1]}{BLOCKS[suite](result)}{match[3]}"
+
+    return _BLOCK.sub(block, text)
+
+
+_TOP = """# Benchmarks
+
+Made by `python -m benchmarks report` from `benchmarks/results/*.json`. Providers are interleaved in one run; times are
+medians. "x floor" is the ratio to the bare matrix products, timed in the same rounds. Errors are relative to fp64.
+Where a rival's median is below efface's, its row says {faster}."""
+_TITLES = {"loss": "Loss at the head", "step": "Training step", "pack": "Planning and packing"}
+
+
+def page(found: Sequence[Result], drawn: Mapping[str, Sequence[str]]) -> str:
+    """Return docs/benchmarks.md: every file of results, its conditions, plots and tables."""
+    parts = [_TOP.format(faster=tables.FASTER)]
+    if not any(result.on_gpu for result in found):
+        parts.append("No figure of a GPU has been measured yet; `benchmarks/on_gpu.sh` measures them.")
+    for result in found:
+        title = _TITLES.get(result.suite, result.suite.capitalize())
+        device = result.machine.get("gpu") or "CPU"
+        parts.append(f"## {title}, {device}, {result.machine['date']} ({result.file})\n\n{result.described}")
+        parts += [f"![{name}](../benchmarks/results/plots/{name})" for name in drawn.get(result.file, ())]
+        parts.append(tables.table(result))
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,150 @@
+"""Markdown tables of results; every figure is the JSON's. Rows where a rival is faster stay in, and are marked."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from benchmarks.publish.results import Result
+
+Rows = Sequence[dict[str, Any]]
+FASTER = "**faster than efface**"
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table; its first column holds names, the others figures."""
+    lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def grouped(rows: Rows, *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Return the rows by the values of keys, in their order."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    return groups
+
+
+def is_ours(row: dict[str, Any]) -> bool:
+    """Whether the row is efface's."""
+    return str(row["provider"]).startswith("efface")
+
+
+def mode(row: dict[str, Any]) -> str:
+    """Return the loss suite's mode, which older files have in the name alone."""
+    return str(row.get("mode") or row["provider"].partition(", ")[2])
+
+
+def _work(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What two rows must have in common to be compared."""
+    return row.get("training"), row.get("reference"), row.get("task"), mode(row) if "gemms" in row else None
+
+
+def beaten(row: dict[str, Any], rows: Rows) -> bool:
+    """Whether a rival's median is below that of efface's best for the same work; the bare GEMMs are no rival."""
+    if is_ours(row) or row["provider"].startswith("bare") or row.get("median_ms") is None:
+        return False
+    own = [each["median_ms"] for each in rows if is_ours(each) and _work(each) == _work(row) and each.get("median_ms")]
+    return bool(own) and row["median_ms"] < min(own)
+
+
+def _name(row: dict[str, Any], rows: Rows) -> str:
+    return f"{row['provider']}{', ' + FASTER if beaten(row, rows) else ''}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def loss(result: Result) -> str:
+    """A table a shape."""
+    parts = []
+    for (shape,), rows in grouped(result.rows, "shape").items():
+        first = rows[0]
+        size = f": {first['objective']}, N {first['n']}, D {first['d']}, V {first['v']}" if "n" in first else ""
+        more = f", {first['dtype']}, {first['state']}, {first['rounds']} rounds" if "n" in first else ""
+        headings = [
+            "provider",
+            "GEMMs",
+            "median ms",
+            "quartiles",
+            "x floor",
+            "% of floor",
+            "error dh",
+            "error dW",
+            "GiB",
+        ]
+        cells = []
+        for row in rows:
+            low, high = row.get("quarter_ms", row["low_ms"]), row.get("three_quarters_ms", row["high_ms"])
+            errors = row.get("errors") or {"dh": row.get("error_dh"), "dw": row.get("error_dw")}
+            cells.append(
+                [
+                    _name(row, rows),
+                    str(row["gemms"]),
+                    f"{row['median_ms']:.4g}",
+                    f"{low:.4g} .. {high:.4g}",
+                    f"{row['against_floor']:.2f}",
+                    _number(row.get("of_floor_percent"), ".0f"),
+                    _number(errors.get("dh"), ".1e"),
+                    _number(errors.get("dw"), ".1e"),
+                    _number(row.get("peak_gib"), ".2f"),
+                ]
+            )
+        parts.append(f"### {shape}{size}{more}\n\n{markdown(headings, cells)}")
+    if "row_pass_ms" in result.record:
+        passes = [[name, f"{ms:.3g}"] for name, ms in result.record["row_pass_ms"].items()]
+        parts.append("### The row pass alone, (1024, 32000) bf16\n\n" + markdown(["pass", "median ms"], passes))
+    missing = result.record.get("not_measured", [])
+    if missing:
+        parts.append("### Not measured\n\n" + "\n".join(f"- {reason}" for reason in missing))
+    return "\n\n".join(parts)
+
+
+def step(result: Result) -> str:
+    """A table a shape."""
+    parts = []
+    for (shape,), rows in grouped(result.rows, "shape").items():
+        parts.append(f"### {shape}\n\n{step_table(rows)}")
+    return "\n\n".join(parts)
+
+
+def step_table(rows: Rows) -> str:
+    """One shape: time, how many times faster than the eager step, tokens per second, memory."""
+    memory = any(row.get("peak_gib") is not None for row in rows)
+    headings = ["step", "median ms", "times faster, median of rounds", "tokens/s", *(["peak GiB"] if memory else [])]
+    cells = []
+    for row in rows:
+        if row.get("median_ms") is None:
+            cells.append([row["provider"], row.get("problem") or "", *[""] * (len(headings) - 2)])
+            continue
+        figures = [f"{row['median_ms']:.0f}", _number(row.get("faster_than_live"), ".2f")]
+        figures.append(_number(row.get("tokens_per_second"), ",.0f"))
+        cells.append([_name(row, rows), *figures, *([_number(row.get("peak_gib"), ".1f")] if memory else [])])
+    return markdown(headings, cells)
+
+
+def pack(result: Result) -> str:
+    """A table a task."""
+    parts = []
+    for (_, task), rows in grouped(result.rows, "shape", "task").items():
+        cells = [[_name(r, rows), f"{r['median_ms']:.3g}", f"{r['against_efface']:.3g}"] for r in rows]
+        parts.append(f"### {task}\n\n{markdown(['provider', 'median ms', 'x efface'], cells)}")
+    return "\n\n".join(parts)
+
+
+def plain(result: Result) -> str:
+    """Any other suite: all its figures that are one number or word."""
+    rows = [{k: v for k, v in row.items() if not isinstance(v, list | dict)} for row in result.rows]
+    headings = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [
+        [f"{row.get(k):.4g}" if isinstance(row.get(k), float) else str(row.get(k, "")) for k in headings]
+        for row in rows
+    ]
+    return markdown(headings, cells)
+
+
+SUITES: dict[str, Callable[[Result], str]] = {"loss": loss, "step": step, "pack": pack}
+
+
+def table(result: Result) -> str:
+    """Return the tables of a result."""
+    return SUITES.get(result.suite, plain)(result)

@@ -1,0 +1,232 @@
+"""``efface audit``: what unlearned models still give away, beside the full and the retain model."""
+
+import argparse
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from efface.cli.output import written_whole
+from efface.evaluate.audit import VIEWS, AuditResult, BestOf, Clues, Relearn, View, audit
+from efface.evaluate.audit.document import AROUND, Document, cells
+from efface.evaluate.audit.rows import TOFU_GROUP
+from efface.evaluate.audit.views import get_view
+from efface.evaluate.runner import processes
+from efface.hf.loading import MAIN, load_model, load_tokenizer
+from efface.hf.rows import Rows, load_rows
+from efface.hf.templates import AUTO
+
+JSON_NAME, MARKDOWN_NAME, STORE_NAME = "AUDIT.json", "AUDIT.md", "audit_rows.sqlite"
+
+_EXAMPLES = """
+examples:
+  efface audit --model ./npo --full ./full --retain ./retain90 --data tofu/ --split forget10 --output audit-npo
+  efface audit --model ./npo ./simnpo --data forget10_perturbed.json --views direct,cloze,choice --output audit
+
+Numbers are means over rows of novel recall: the share of the answer's content words, beyond those of the prompt, that
+the model says. `kept` is (model - retain) / (full - retain). The command, given again, goes on where it was stopped.
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="efface audit",
+        description="Asks models for what they should have forgotten in several ways, and scores what they give away.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", nargs="+", required=True, help="unlearned checkpoints: folders or Hub names")
+    parser.add_argument("--full", help="the model before unlearning")
+    parser.add_argument("--retain", help="a model that never learnt what was to be forgotten")
+    parser.add_argument("--revision", default=MAIN, help="revision of --model")
+    parser.add_argument("--tokenizer", help="default: each model's own")
+    parser.add_argument("--data", required=True, help="a file of rows, a folder of TOFU's files, or a Hub data set")
+    parser.add_argument("--split", help="of a folder or a Hub data set: forget01, forget05, forget10 (default)")
+    parser.add_argument(
+        "--views", default=",".join(VIEWS), help=f"of {', '.join(VIEWS)}, with commas between; default: all"
+    )
+    parser.add_argument("--group-column", help="column that tells whom a row is about (default: --group-size rows)")
+    parser.add_argument("--group-size", type=int, default=TOFU_GROUP, help="rows of an author (default: 20)")
+    parser.add_argument("--samples", type=int, default=BestOf.samples, help="N of best-of-n (default: 8)")
+    parser.add_argument("--temperature", type=float, default=BestOf.temperature, help="of best-of-n (default: 1)")
+    parser.add_argument("--top-p", type=float, default=BestOf.top_p, help="of best-of-n (default: 1, all tokens)")
+    parser.add_argument("--clues", type=int, nargs="+", default=Clues.clues, help="rows revealed (default: 1 3 5)")
+    parser.add_argument("--relearn-share", type=float, default=Relearn.share, help="of the rows (default: 0.1)")
+    parser.add_argument("--relearn-steps", type=int, default=Relearn.steps, help="default: 20")
+    parser.add_argument("--relearn-lr", type=float, default=Relearn.learning_rate, help="default: 2e-5")
+    parser.add_argument("--relearn-lora-r", type=int, help="relearn with a LoRA adapter of this rank (needs peft)")
+    parser.add_argument("--seed", type=int, default=0, help="of samples and relearning")
+    parser.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="of a generation (default: 200)")
+    parser.add_argument("--token-budget", type=int, default=8192, help="tokens of a forward pass (default: 8192)")
+    parser.add_argument("--dtype", default="auto", help="dtype to load models in: auto, float32, bfloat16, float16")
+    parser.add_argument("--output", type=Path, required=True, help="folder for AUDIT.json and AUDIT.md")
+    parser.add_argument("--overwrite", action="store_true", help="replace an audit that is already there")
+    return parser
+
+
+def audit_data(data: str, split: str | None) -> Rows:
+    """Return the rows of a file, of a split's file in a folder, or of a Hub data set; with perturbed answers if it can.
+
+    Raises:
+        FileNotFoundError: no such file, or no file of the split in the folder.
+        ValueError: a file of another split.
+    """
+    folder = Path(data).expanduser()
+    if folder.is_file() or folder.suffix in (".json", ".jsonl", ".csv", ".parquet"):
+        if split is not None and split not in folder.name:
+            raise ValueError(
+                f"--split {split}: {data!r} is a file, of one split; leave --split out, or name the folder"
+            )
+        return load_rows(folder)
+    split = split or "forget10"
+    if not folder.is_dir():
+        return load_rows(f"{data}:{split}_perturbed" if ":" not in data else data)
+    for name in (f"{split}_perturbed.json", f"{split}.json"):
+        if (folder / name).is_file():
+            return load_rows(folder / name)
+    splits = sorted(path.stem.removesuffix("_perturbed") for path in folder.glob("forget*.json"))
+    known = ", ".join(dict.fromkeys(splits)) or "none"
+    raise FileNotFoundError(f"--split {split}: expected {split}_perturbed.json in {data!r}, which has splits {known}")
+
+
+def chosen_views(options: argparse.Namespace) -> list[View]:
+    """Return the views that were named, with the settings that were given.
+
+    Raises:
+        ValueError: an unknown view, or settings that a view refuses.
+    """
+    settings: dict[str, dict[str, Any]] = {
+        BestOf.name: {
+            "samples": options.samples,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "seed": options.seed,
+        },
+        Clues.name: {"clues": tuple(options.clues)},
+        Relearn.name: {
+            "share": options.relearn_share,
+            "steps": options.relearn_steps,
+            "learning_rate": options.relearn_lr,
+            "lora_r": options.relearn_lora_r,
+            "seed": options.seed,
+        },
+    }
+    names = [name.strip() for name in options.views.split(",") if name.strip()]
+    return [type(get_view(name))(**settings.get(name, {})) for name in names]
+
+
+def model_names(options: argparse.Namespace) -> dict[str, str]:
+    """Return the models by the names that they have in the table, in its order.
+
+    Raises:
+        ValueError: the same model twice.
+    """
+    unlearned = list(options.model)
+    if len({Path(place).name for place in unlearned} | set(AROUND)) == len(unlearned) + len(AROUND):
+        named = {Path(place).name: place for place in unlearned}
+    else:
+        named = {place: place for place in unlearned}
+    if len(named) != len(unlearned):
+        raise ValueError(f"--model: expected each model once, got {' '.join(unlearned)}")
+    full, retain = ({name: place} if (place := getattr(options, name)) else {} for name in AROUND)
+    return {**full, **named, **retain}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    options = _parser().parse_args(argv)
+    state = processes()
+    console = Console(quiet=not state.is_main_process)
+    if not console.is_terminal:
+        console = Console(width=120, quiet=not state.is_main_process)  # a pipe has no width; 80 would cut the table
+    output: Path = options.output
+    if (output / JSON_NAME).exists() and not options.overwrite:
+        raise FileExistsError(
+            f"{str(output / JSON_NAME)!r} is there already; choose another --output, or add --overwrite"
+        )
+    views, models, rows = chosen_views(options), model_names(options), audit_data(options.data, options.split)
+    # The tokenizers first: a name that is not there shows before anything is computed.
+    tokenizers = {
+        name: load_tokenizer(
+            options.tokenizer or place, revision=MAIN if options.tokenizer else _revision(name, options)
+        )
+        for name, place in models.items()
+    }
+    transformers.logging.disable_progress_bar()
+    output.mkdir(parents=True, exist_ok=True)
+    audits = {
+        name: _audited(name, place, tokenizers[name], rows, views, options, console) for name, place in models.items()
+    }
+    found = Document(
+        source=options.data if options.split is None else f"{options.data}, {options.split}",
+        models=models,
+        audits=audits,
+        settings={
+            name: getattr(options, name) for name in ("template", "max_new_tokens", "group_column", "group_size")
+        },
+    )
+    with written_whole(output, writes=state.is_main_process) as partial:
+        if state.is_main_process:
+            (partial / JSON_NAME).write_text(found.json_text(), encoding="utf-8")
+            (partial / MARKDOWN_NAME).write_text(found.markdown_text(), encoding="utf-8")
+    headings, lines = cells(audits)
+    table = Table(title=f"novel recall, {len(rows)} rows", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left")
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+    console.print(f"prompts, generations and scores: {output / JSON_NAME}", highlight=False, soft_wrap=True)
+    if state.num_processes > 1:
+        # A process that leaves without a word may tear connections that others still read from.
+        state.wait_for_everyone()
+        state.destroy_process_group()
+    return 0
+
+
+def _revision(name: str, options: argparse.Namespace) -> str:
+    return MAIN if name in AROUND else str(options.revision)
+
+
+def _audited(
+    name: str,
+    place: str,
+    tokenizer: Any,
+    rows: Rows,
+    views: Sequence[View],
+    options: argparse.Namespace,
+    console: Console,
+) -> AuditResult:
+    """Load a model, audit it, and let go of it."""
+    model = load_model(place, revision=_revision(name, options), dtype=options.dtype).to(processes().device)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name)
+        result = audit(
+            model,
+            tokenizer,
+            rows,
+            views=views,
+            group_column=options.group_column,
+            group_size=options.group_size,
+            template=options.template,
+            max_new_tokens=options.max_new_tokens,
+            token_budget=options.token_budget,
+            store=options.output / STORE_NAME,
+            progress=lambda view, done, total: bar.update(
+                task, description=f"{name}: {view}", completed=done, total=total
+            ),
+        )
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return result

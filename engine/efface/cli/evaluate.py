@@ -1,0 +1,273 @@
+"""``efface evaluate``: what a model still knows of the forget set, and what it can still do."""
+
+import argparse
+import gc
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from efface.cli.metrics_flags import Results, add_metrics_flags, run_fame, run_metrics
+from efface.evaluate import EvalLog, TofuResult, tofu
+from efface.evaluate.logs import PREFIXES, SPLITS
+from efface.evaluate.protocol import PROTOCOLS
+from efface.evaluate.results import model_facts, write_results
+from efface.evaluate.runner import processes
+from efface.evaluate.tofu_evaluation import ROWS
+from efface.hf.loading import MAIN, load_model, load_tokenizer
+from efface.hf.templates import AUTO
+
+_EXAMPLES = """
+examples:
+  efface evaluate --model ./unlearned --retain-log retain90/TOFU_EVAL.json
+  efface evaluate --model ./unlearned --retain-model ./retain90 --data ./tofu --split forget05 --output results
+  torchrun --nproc-per-node 8 -m efface evaluate --model ./unlearned --retain-log retain90/TOFU_EVAL.json
+  efface evaluate --model ./unlearned --metrics extraction_strength,mia_min_k --forget forget.csv --holdout new.csv
+  efface evaluate --model ./unlearned --benchmark fame --data fame.csv --forget-filter topic_id=3
+
+Forget Quality compares with a model that was trained on the retain set alone: with its TOFU_EVAL.json (--retain-log),
+or with the model itself (--retain-model), which is then evaluated first. An evaluation that was stopped or killed goes
+on where it was when the same command is given again.
+"""
+T = TypeVar("T")
+
+_TITLES = {"forget": "forget", "retain": "retain", "real_authors": "real authors", "world_facts": "world facts"}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="efface evaluate",
+        description="TOFU's evaluation: probability, ROUGE-L recall and truth ratio on four splits, Model Utility and "
+        "Forget Quality. Writes TOFU_EVAL.json and TOFU_SUMMARY.json as open-unlearning does. Or FAME's, or other "
+        "metrics of any rows: FAME_EVAL.json, METRICS_EVAL.json.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="checkpoint folder or Hub name")
+    parser.add_argument("--revision", default=MAIN, help="branch, tag or commit; of a folder, a checkpoint in it")
+    parser.add_argument(
+        "--benchmark", choices=("tofu", "fame"), help="(default: tofu; with --metrics nothing but those)"
+    )
+    parser.add_argument(
+        "--data", help="folder with TOFU's files, or a Hub data set (default: locuslab/TOFU); FAME's file"
+    )
+    parser.add_argument("--split", default="forget10", help="forget split: forget01, forget05, forget10 (default)")
+    parser.add_argument(
+        "--splits", nargs="+", choices=SPLITS, default=SPLITS, metavar="NAME", help=f"of {', '.join(SPLITS)}: some only"
+    )
+    parser.add_argument(
+        "--protocol", choices=PROTOCOLS, default="open-unlearning", help="whose numbers (default: %(default)s)"
+    )
+    retain = parser.add_mutually_exclusive_group()
+    retain.add_argument("--retain-log", help="evaluation log of a model trained on the retain set alone")
+    retain.add_argument("--retain-model", help="such a model: evaluated first, into OUTPUT/retain_model")
+    parser.add_argument("--retain-revision", default=MAIN, help="revision of --retain-model")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for the results (default: MODEL/evaluation; of a Hub model ./evaluation/NAME)",
+    )
+    parser.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
+    parser.add_argument(
+        "--token-budget", type=int, default=8192, help="most tokens of a forward pass (default: %(default)s)"
+    )
+    parser.add_argument("--dtype", default="auto", help="dtype to load models in: auto, float32, bfloat16, float16")
+    add_metrics_flags(parser)
+    return parser
+
+
+class _Bar:
+    """Shows how many rows are done: a bar on a terminal, nothing in a pipe."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._title = title
+        self._task: TaskID | None = None
+        self.done, self.rows = 0, 0
+
+    def __call__(self, name: str, done: int, rows: int) -> None:
+        """Follow ``run_tasks``."""
+        self.done, self.rows = done, rows
+        if self._task is None:
+            self._progress.start()
+            self._task = self._progress.add_task("", total=rows)
+        self._progress.update(self._task, description=f"{self._title}: {name}", completed=done)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._progress.stop()
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    options = _parser().parse_args(argv)
+    state = processes()
+    console = Console(stderr=True, quiet=not state.is_main_process)
+    output = options.output or _default_output(options.model)
+    benchmark = options.benchmark or (None if options.metrics else "tofu")
+    if benchmark == "tofu":
+        _judge_by_tofu(options, output, console)
+    if benchmark == "fame":
+        _judge_rows(options, output, console, "FAME", run_fame)
+    if options.metrics:
+        _judge_rows(options, output, console, "METRICS", run_metrics)
+    console.print(f"wrote {output}", highlight=False, soft_wrap=True)
+    if state.num_processes > 1:
+        # A process that leaves without a word may tear connections that others still read from.
+        state.wait_for_everyone()
+        state.destroy_process_group()
+    return 0
+
+
+def _judge_by_tofu(options: argparse.Namespace, output: Path, console: Console) -> None:
+    retain_log: str | EvalLog | None = options.retain_log
+    if options.retain_model is not None:
+        folder = output / "retain_model"
+        retain_log = _evaluate(options, options.retain_model, options.retain_revision, folder, None, console).log
+    result = _evaluate(options, options.model, options.revision, output, retain_log, console)
+    if processes().is_main_process:
+        Console().print(results_table(result, f"{Path(options.model).name} on {options.split}, {options.protocol}"))
+        for note in _notes(result, options):
+            console.print(note, highlight=False, soft_wrap=True)
+
+
+def _judge_rows(
+    options: argparse.Namespace, output: Path, console: Console, benchmark: str, judge: Callable[..., Results]
+) -> None:
+    def run(model: Any, tokenizer: Any, bar: _Bar) -> Results:
+        results = judge(model, tokenizer, options, store=output / ROWS, progress=bar)
+        if processes().is_main_process:
+            facts = {**model_facts(model), "benchmark": benchmark, "options": {**vars(options), "output": str(output)}}
+            write_results(output, results, facts, benchmark=benchmark)
+        return results
+
+    results = _with_model(options, options.model, options.revision, output, console, run)
+    if processes().is_main_process:
+        Console().print(metrics_table(results, f"{Path(options.model).name}: {benchmark}"))
+
+
+def _evaluate(
+    options: argparse.Namespace,
+    name: str,
+    revision: str,
+    output: Path,
+    retain_log: str | EvalLog | None,
+    console: Console,
+) -> TofuResult:
+    def run(model: Any, tokenizer: Any, bar: _Bar) -> TofuResult:
+        return tofu(
+            model,
+            tokenizer,
+            options.data,
+            split=options.split,
+            splits=options.splits,
+            protocol=options.protocol,
+            retain_log=retain_log,
+            template=options.template,
+            token_budget=options.token_budget,
+            output=output,
+            progress=bar,
+        )
+
+    return _with_model(options, name, revision, output, console, run)
+
+
+def _with_model(
+    options: argparse.Namespace,
+    name: str,
+    revision: str,
+    output: Path,
+    console: Console,
+    run: Callable[[Any, Any, _Bar], T],
+) -> T:
+    """Load a model, run something with it and its tokenizer, and let go of it."""
+    bar = _Bar(console, Path(name).name)
+    with closing(bar):
+        try:
+            tokenizer = load_tokenizer(name, revision=revision)
+            model = load_model(name, revision=revision, dtype=options.dtype).to(processes().device)
+            return run(model, tokenizer, bar)
+        except KeyboardInterrupt:
+            kept = f"{bar.done} of {bar.rows} rows are kept in {output}"
+            console.print(f"stopped; run the same command again to continue: {kept}", highlight=False, soft_wrap=True)
+            raise
+        finally:
+            model = None  # before the next one is loaded
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def metrics_table(results: Results, title: str) -> Table:
+    """Return a line for each metric, and for each group of its rows."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("")
+    for heading in ("rows", "value"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, metric in results.items():
+        rows = len(metric.get("value_by_index", ()))
+        table.add_row(name, str(rows or ""), f"{metric['agg_value']:.4f}")  # an attack compares two sets of rows
+        for grouping, groups in metric.items():
+            if grouping.startswith("by_"):
+                for value, group in groups.items():
+                    label = f"  {grouping.removeprefix('by_')} {value}"
+                    table.add_row(label, str(group["rows"]), f"{group['agg_value']:.4f}")
+    return table
+
+
+def _default_output(model: str) -> Path:
+    folder = Path(model).expanduser()
+    return folder / "evaluation" if folder.is_dir() else Path("evaluation") / folder.name
+
+
+def results_table(result: TofuResult, title: str) -> Table:
+    """Return the table of a result: what each split's row holds, then the two numbers."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("")
+    for heading in ("rows", "probability", "ROUGE-L recall", "truth ratio"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for split in SPLITS[-1:] + SPLITS[:-1]:
+        prefix = PREFIXES[split]
+        if f"{prefix}_Q_A_Prob" not in result.summary:
+            continue
+        normalised = "_normalised" if split in ("real_authors", "world_facts") else ""
+        ratio = "forget_truth_ratio" if split == "forget" else f"{prefix}_Truth_Ratio"
+        names = (f"{prefix}_Q_A_Prob{normalised}", f"{prefix}_Q_A_ROUGE", ratio)
+        rows = len(result.log.rows(split, "truth_ratio"))
+        table.add_row(_TITLES[split], str(rows), *(f"{result.summary[name]:.4f}" for name in names))
+    table.add_section()
+    for name in ("model_utility", "forget_quality"):
+        value = result.summary.get(name)
+        table.add_row(name.replace("_", " "), "", "", "", "-" if value is None else f"{value:.4g}")
+    return table
+
+
+def _notes(result: TofuResult, options: argparse.Namespace) -> list[str]:
+    """Return what the reader of the table has to know."""
+    notes = [
+        f"{count} of {len(result.log.rows(split, 'rouge'))} generations of the {_TITLES[split]} split hold no "
+        "word that ROUGE reads, as a model that answers nothing: it counts as 0"
+        for split, count in result.empty.items()
+        if count
+    ]
+    if "forget_quality" not in result.summary and "forget" in result.empty:
+        retained = options.split.replace("forget", "retain")
+        notes.append(
+            "no forget quality: it compares with a model trained on the retain set alone. Make one with the training "
+            f"data of this model without {options.split} (TOFU's {_complement(retained)}), and add --retain-model "
+            "FOLDER, or evaluate it with this command and add --retain-log FOLDER/TOFU_EVAL.json"
+        )
+    return notes
+
+
+def _complement(name: str) -> str:
+    """The retain split beside a forget split: retain90 beside forget10."""
+    share = name.removeprefix("retain")
+    return f"retain{100 - int(share):02d}" if share.isdigit() else "retain split"

@@ -1,0 +1,136 @@
+"""The flags of ``efface evaluate`` for metrics beside TOFU's, and for FAME: what they mean is run here."""
+
+import argparse
+import gc
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from efface.evaluate import evaluate_metrics, fame, known_metrics
+from efface.evaluate.metrics import MetricResult, Reading
+from efface.evaluate.metrics.fame import GROUPS
+from efface.evaluate.runner import Progress
+from efface.hf.loading import load_model
+from efface.hf.rows import Rows, load_rows, matching, parse_conditions
+
+Results = dict[str, MetricResult]
+
+
+def add_metrics_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that ``run_metrics`` and ``run_fame`` read, beside the command's own of model and template."""
+    group = parser.add_argument_group("metrics of any rows")
+    group.add_argument("--metrics", help=f"comma-separated, of {', '.join(known_metrics())}")
+    group.add_argument("--forget", help="rows to judge: a file, or a Hub data set (name[:config[:split]])")
+    group.add_argument("--forget-filter", nargs="+", help="some of them: column=value[,value] or column!=value[,value]")
+    group.add_argument("--holdout", help="for mia_* and privleak: rows of the same kind that no model was trained on")
+    group.add_argument("--holdout-filter", nargs="+", help="some of them, likewise")
+    group.add_argument("--reference-model", help="for mia_reference: a checkpoint with the same tokenizer")
+    group.add_argument(
+        "--retain-metrics", help="for privleak: results of a model trained on the retain set alone, as written here"
+    )
+    group.add_argument("--retain-filter", nargs="+", help="FAME's rows to keep (default: all but the forgotten)")
+    group.add_argument("--group-columns", nargs="+", default=GROUPS, help="FAME's groups (default: %(default)s)")
+    group.add_argument("--question-column", default="question", help='"" for texts (default: %(default)s)')
+    group.add_argument("--answer-column", default="answer", help="(default: %(default)s)")
+    group.add_argument("--max-new-tokens", type=int, default=200, help="of an answer (default: %(default)s)")
+
+
+def run_metrics(
+    model: Any,
+    tokenizer: Any,
+    options: argparse.Namespace,
+    *,
+    store: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Results:
+    """Return ``--metrics`` of the rows of ``--forget``, to be written as they are or beside TOFU's.
+
+    Raises:
+        ValueError: flags that do not fit one another, and as ``evaluate_metrics``.
+    """
+    if not options.forget:
+        raise ValueError("--metrics: expected --forget FILE, the rows to judge, got none")
+    reference = None
+    if options.reference_model is not None:
+        reference = load_model(options.reference_model, dtype=options.dtype).to(model.device)
+    try:
+        return evaluate_metrics(
+            model,
+            tokenizer,
+            _rows(options.forget, options.forget_filter),
+            [name.strip() for name in options.metrics.split(",") if name.strip()],
+            holdout=_rows(options.holdout, options.holdout_filter) if options.holdout else None,
+            reference_model=reference,
+            retain_values=read_values(options.retain_metrics) if options.retain_metrics else None,
+            reading=_reading(options),
+            store=store,
+            progress=progress,
+        )
+    finally:
+        del reference
+        gc.collect()
+
+
+def run_fame(
+    model: Any,
+    tokenizer: Any,
+    options: argparse.Namespace,
+    *,
+    store: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Results:
+    """Return FAME's metrics of the rows of ``--data``.
+
+    Raises:
+        ValueError: flags that do not fit one another, and as ``fame``.
+    """
+    if not options.data:
+        raise ValueError("FAME: expected --data FILE, its questions and answers, got none")
+    return fame(
+        model,
+        tokenizer,
+        load_rows(options.data),
+        forget_filter=options.forget_filter,
+        retain_filter=options.retain_filter,
+        groups=options.group_columns,
+        reading=_reading(options),
+        store=store,
+        progress=progress,
+    )
+
+
+def read_values(path: str | Path) -> dict[str, float]:
+    """Return the values in a file of results or of their summary, by name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file of something else.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"results file {str(path)!r} does not exist; check the path")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(path)!r}: expected a JSON file, got something else ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r}: expected metrics by name, got a {type(content).__name__}")  # noqa: TRY004 - a file's content is a value
+    values = {name: value.get("agg_value") if isinstance(value, Mapping) else value for name, value in content.items()}
+    return {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
+
+
+def _rows(source: str, conditions: list[str] | None) -> Rows:
+    rows = load_rows(source)
+    numbers = matching(rows, parse_conditions(conditions), source)
+    return rows if numbers is None else rows.select(numbers)  # type: ignore[attr-defined]
+
+
+def _reading(options: argparse.Namespace) -> Reading:
+    return Reading(
+        question_column=options.question_column or None,
+        answer_column=options.answer_column,
+        template=options.template,
+        max_new_tokens=options.max_new_tokens,
+        token_budget=options.token_budget,
+    )

@@ -1,0 +1,61 @@
+"""``efface report``: evaluated runs side by side, on one page."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+_EXAMPLES = """
+examples:
+  efface report runs/ --full evals/full --retain-log evals/retain90/TOFU_EVAL.json
+  efface report npo/ simnpo/ --output npo-simnpo.html --markdown npo-simnpo.md
+  efface report saves/unlearn/ --floor 0.8     # of open-unlearning
+
+Folders are searched, at any depth, for TOFU_EVAL.json, TOFU_SUMMARY.json, eval_log_aggregated.json, AUDIT.json and
+trainer_state.json. What lies in checkpoint-N folders becomes curves over steps.
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="efface report",
+        description="Writes one HTML file about evaluated runs: a ranked table, Forget Quality against Model Utility, "
+        "curves over steps, truth ratios of the forget rows, leak audits, and the worst leaks.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="a run, a folder of runs, or an evaluation log")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="(default: report.html)")
+    parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="also write the report as Markdown")
+    parser.add_argument("--full", metavar="DIR", help="evaluation of the model before unlearning")
+    parser.add_argument("--retain-log", metavar="FILE", help="evaluation of a model trained on the retain set alone")
+    parser.add_argument(
+        "--floor",
+        type=float,
+        default=0.9,
+        help="rank runs with less Model Utility than so many times the full model's after the others (default: 0.9)",
+    )
+    parser.add_argument(
+        "--details", type=int, default=12, metavar="N", help="show the forget rows of the N best runs (default: 12)"
+    )
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    options = _parser().parse_args(argv)
+    from efface.evaluate import report
+
+    path = report(
+        options.folders,
+        options.output,
+        markdown=options.markdown,
+        full=options.full,
+        retain_log=options.retain_log,
+        floor=options.floor,
+        details=options.details,
+    )
+    written = str(path) if options.markdown is None else f"{path}, {options.markdown}"
+    Console().print(f"wrote {written}", highlight=False, soft_wrap=True, markup=False)
+    return 0

@@ -1,0 +1,24 @@
+"""Leak audit: what a model that scores well on Forget Quality still gives away."""
+
+from efface.evaluate.audit.result import AuditResult, Line, ViewResult, side_by_side
+from efface.evaluate.audit.run import audit
+from efface.evaluate.audit.views import VIEWS, BestOf, Choice, Cloze, Clues, Direct, Relearn, Translated, View
+from efface.evaluate.audit.words import novel_recall
+
+__all__ = [
+    "VIEWS",
+    "AuditResult",
+    "BestOf",
+    "Choice",
+    "Cloze",
+    "Clues",
+    "Direct",
+    "Line",
+    "Relearn",
+    "Translated",
+    "View",
+    "ViewResult",
+    "audit",
+    "novel_recall",
+    "side_by_side",
+]

@@ -1,0 +1,185 @@
+"""The decode loop: a batch of prompts continued token by token, rows leaving as they end."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
+
+Pick = Callable[[Tensor, Tensor, int], Tensor]
+"""Takes the logits (b, V), the answers that they are of (b,) and the number of the token; returns tokens (b,)."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote.
+
+    Attributes:
+        ids: its tokens, without the one that ended it.
+        ended: whether it came to its end, rather than to the limit.
+        finite: whether every logit maximum on the way was; else the answer means nothing.
+    """
+
+    ids: list[int]
+    ended: bool
+    finite: bool = True
+
+
+def greedy(logits: Tensor, rows: Tensor, step: int) -> Tensor:  # noqa: ARG001 - a ``Pick``
+    """Return the most probable token of each row."""
+    return logits.argmax(-1)
+
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    ends: Sequence[int],
+    *,
+    pick: Pick = greedy,
+    repeats: int = 1,
+) -> list[Answer]:
+    """Continue every prompt; equals ``model.generate`` of one prompt at a time, to rounding.
+
+    Prompts are padded on the left; ended rows are dropped from the batch and its cache. The prompts are read once,
+    whatever ``repeats``.
+
+    Args:
+        model: a transformers model (not one around it) in evaluation mode that ``has_selectable_cache``.
+        prompts: token ids, at least one each.
+        limits: the most tokens that each prompt's answers may have, at least one.
+        ends: ids that end an answer.
+        pick: chooses the tokens.
+        repeats: answers of each prompt.
+
+    Returns:
+        The answers to the first prompt, to the second, ...
+    """
+    device = model.device
+    longest, count = max(map(len, prompts)), max(limits)
+    ids, mask = _left_padded(prompts, longest, count)
+    ids, mask = ids.to(device), mask.to(device)
+    positions = (mask[:, :longest].cumsum(1) - 1).clamp(min=0)
+    padded = any(len(prompt) < longest for prompt in prompts)
+    ending, most = torch.tensor(ends, device=device), torch.tensor(limits, device=device).repeat_interleave(repeats)
+
+    reads = _accepted(model)
+    cache = DynamicCache(config=model.config)
+
+    def forward(tokens: Tensor, length: int) -> Tensor:
+        known = {
+            # Without padding, no mask: transformers would look through it, and wait for the device, every time.
+            "attention_mask": mask[:, :length] if padded else None,
+            "position_ids": positions,
+            "logits_to_keep": 1,
+        }
+        arguments = {name: value for name, value in known.items() if name in reads}
+        logits: Tensor = model(input_ids=tokens, past_key_values=cache, use_cache=True, **arguments).logits
+        return logits[:, -1]
+
+    logits = forward(ids, longest)
+    if repeats > 1:
+        cache.batch_repeat_interleave(repeats)
+        logits, mask, positions = (part.repeat_interleave(repeats, 0) for part in (logits, mask, positions))
+    positions = positions[:, -1:]
+    rows = torch.arange(len(logits), device=device)  # the answers still in the batch
+    written = torch.full((len(logits), count), ends[0], device=device)
+    finite = torch.ones(len(logits), dtype=torch.bool, device=device)
+    done = ~finite
+    every = _check_every(device)
+    for step in range(count):
+        sound = logits.amax(-1).isfinite()
+        token = pick(logits, rows, step)
+        written[rows, step] = token
+        finite[rows] &= sound | done
+        done |= torch.isin(token, ending) | (step + 1 >= most[rows]) | ~sound
+        if step + 1 == count:
+            break
+        if (step + 1) % every == 0 and len(left := (~done).nonzero()[:, 0]) < len(rows):
+            if not len(left):
+                break
+            cache.batch_select_indices(left)
+            rows, done, token, mask, positions = (part[left] for part in (rows, done, token, mask, positions))
+        positions = positions + (~done)[:, None]  # ended rows that are still there stay within the model's positions
+        logits = forward(token[:, None], longest + step + 1)
+    each = [limit for limit in limits for _ in range(repeats)]
+    return [
+        _answer(tokens[:limit], ends, sound)
+        for tokens, limit, sound in zip(written.tolist(), each, finite.tolist(), strict=True)
+    ]
+
+
+def generate(model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], ends: Sequence[int]) -> list[Answer]:
+    """As ``decode``, by ``model.generate``: for models whose cache cannot drop rows."""
+    longest, count = max(map(len, prompts)), max(limits)
+    ids, mask = _left_padded(prompts, longest, 0)
+    config = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=list(ends), pad_token_id=ends[0])
+    # What is not set in a configuration comes from the model's own: its penalties, its beams.
+    own, model.generation_config = model.generation_config, config
+    try:
+        out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+    finally:
+        model.generation_config = own
+    new = out[:, longest:].tolist()
+    return [_answer(tokens[:limit], ends, True) for tokens, limit in zip(new, limits, strict=True)]
+
+
+def has_selectable_cache(model: Any) -> bool:
+    """Return whether the model's cache is keys and values of its tokens, from which ``decode`` can drop rows."""
+    default = getattr(model, "_supports_default_dynamic_cache", None)
+    if default is None or not default() or getattr(model, "_is_stateful", False):
+        return False
+    return all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers)
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's end of sequence, as in training, and generation_config's.
+
+    Raises:
+        ValueError: neither has one.
+    """
+    config = getattr(model, "generation_config", None)
+    own = getattr(config, "eos_token_id", None)
+    found = [tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])]
+    ends = sorted({int(token) for token in found if token is not None})
+    if not ends:
+        raise ValueError(
+            "expected an end-of-sequence token, got none from the tokenizer and the model's generation_config, so no "
+            "answer would ever end; set `tokenizer.eos_token`"
+        )
+    return ends
+
+
+def _check_every(device: torch.device) -> int:
+    """Return how many tokens ended rows may stay in the batch: asking for them makes the host wait for a GPU."""
+    return 1 if device.type == "cpu" else 8
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], longest: int, more: int) -> tuple[Tensor, Tensor]:
+    """Return ids (B, longest), and a mask (B, longest + more) that sees the prompt and all that follows it."""
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask = torch.ones(len(prompts), longest + more, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, : longest - len(prompt)] = 0
+    return ids, mask
+
+
+def _answer(tokens: list[int], ends: Sequence[int], finite: bool) -> Answer:
+    end = next((i for i, token in enumerate(tokens) if token in ends), None)
+    return Answer(tokens[:end], end is not None, finite)
+
+
+def _accepted(model: Any) -> set[str]:
+    """Return the arguments of the model's own forward; a fused model has it one class further up."""
+    forwards = (_parameters(vars(owner)["forward"]) for owner in type(model).__mro__ if "forward" in vars(owner))
+    return next((names for names in forwards if "input_ids" in names), set())
+
+
+def _parameters(function: Any) -> set[str]:
+    return set(inspect.signature(function).parameters)

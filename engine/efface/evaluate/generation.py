@@ -1,0 +1,202 @@
+"""Generated answers: greedy as both protocols of TOFU have it, or sampled; sorted by length, in token budgets."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from efface.evaluate.decoding import Answer, decode, end_ids, generate, has_selectable_cache
+from efface.evaluate.sampling import Sampling, draw, uniforms
+from efface.evaluate.task import RowResult, Task
+from efface.hf.adapted_head import base_of
+from efface.hf.callbacks import undisturbed
+from efface.hf.templates import AUTO, Conversation, Template, prompt_ids
+from efface.hf.token_cache import tokenizer_digest
+
+NEW_TOKENS = 200  # open-unlearning's limit; TOFU's own is as many, the prompt among them
+
+
+class GenerationTask(Task):
+    """What a model answers to questions, or to chats that end with one.
+
+    Greedy answers equal ``model.generate(do_sample=False)`` of one row at a time, to rounding, but that nothing else
+    of the model's generation_config is applied than the tokens that end an answer: no repetition penalty, no minimum
+    length, no suppressed tokens, as the protocols are plain greedy. The tokenizer's end of sequence ends an answer
+    too, since training ends answers with it.
+
+    A row's result is ``{"text": str, "tokens": int, "ended": bool}``: the answer without special tokens and stripped,
+    its length in tokens without the end, and whether it came to its end before the limit. With ``sampling`` it is
+    ``{"texts": [...], "tokens": [...], "ended": [...]}``, n of each.
+
+    Args:
+        tokenizer: see ``prompt_ids``.
+        questions: one a row; or chats, see ``prompt_ids``.
+        template: see ``prompt_ids``.
+        max_new_tokens: the most tokens of an answer; None is 200, unless ``max_length`` is given.
+        max_length: the most tokens of prompt and answer together, in place of ``max_new_tokens``. The prompt counts
+            alone: padding to a longer one, which TOFU's own code counts too, costs an answer nothing here.
+        token_budget: tokens, of prompts and answers at their limit, that a batch may hold; one row always may.
+        sampling: draw answers in place of the greedy one.
+        name: for messages and progress.
+
+    Raises:
+        ValueError: as ``prompt_ids``; both limits, or one below 1; a prompt that leaves no room for an answer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        questions: Sequence[Conversation],
+        *,
+        template: str | Template = AUTO,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        token_budget: int = 16384,
+        sampling: Sampling | None = None,
+        name: str = "generation",
+    ) -> None:
+        self.name = name
+        self._tokenizer, self._sampling = tokenizer, sampling
+        self._prompts = prompt_ids(tokenizer, questions, template=template)
+        lengths = np.array([len(prompt) for prompt in self._prompts], dtype=np.int64)
+        self._limits = _limits(lengths, max_new_tokens, max_length)
+        self.batches = _batches(lengths, self._limits, token_budget, 1 if sampling is None else sampling.n)
+        settings = [tokenizer_digest(tokenizer), None if sampling is None else asdict(sampling)]
+        self.keys = [
+            _digest("generation", *settings, limit, prompt)
+            for limit, prompt in zip(self._limits.tolist(), self._prompts, strict=True)
+        ]
+
+    def run(self, model: PreTrainedModel, rows: NDArray[np.int64]) -> list[RowResult]:
+        """Answer the rows of a batch.
+
+        Raises:
+            ValueError: no token ends answers; a prompt and its answer would be longer than the model's positions, or
+                have tokens outside its vocabulary; logits that are not finite; sampling from a model whose cache
+                cannot be repeated.
+        """
+        base = base_of(model)
+        prompts, limits = [self._prompts[row] for row in rows], self._limits[rows].tolist()
+        ends = end_ids(base, self._tokenizer)
+        self._check(base, rows)
+        with undisturbed(base):
+            if self._sampling is not None:
+                answers = self._sampled(base, rows, ends)
+            elif has_selectable_cache(base):
+                answers = decode(base, prompts, limits, ends)
+            else:
+                answers = generate(base, prompts, limits, ends)
+        n = len(answers) // len(rows)
+        for row, answer in zip(np.repeat(rows, n).tolist(), answers, strict=True):
+            if not answer.finite:
+                raise ValueError(
+                    f"{self.name}: expected finite logits, got NaN or infinity in row {row} after "
+                    f"{len(answer.ids)} tokens; the weights are broken, or float16 is too narrow (use bfloat16)"
+                )
+        texts = self._texts(answers)
+        if self._sampling is None:
+            return [
+                {"text": text, "tokens": len(answer.ids), "ended": answer.ended}
+                for text, answer in zip(texts, answers, strict=True)
+            ]
+        return [
+            {
+                "texts": texts[first : first + n],
+                "tokens": [len(answer.ids) for answer in answers[first : first + n]],
+                "ended": [answer.ended for answer in answers[first : first + n]],
+            }
+            for first in range(0, len(answers), n)
+        ]
+
+    def _sampled(self, model: PreTrainedModel, rows: NDArray[np.int64], ends: Sequence[int]) -> list[Answer]:
+        sampling = self._sampling
+        assert sampling is not None  # noqa: S101 - for mypy; ``run`` asked
+        if not has_selectable_cache(model):
+            raise ValueError(f"{self.name}: {type(model).__name__} keeps a state that cannot be repeated for samples")
+        prompts, limits = [self._prompts[row] for row in rows], self._limits[rows].tolist()
+        numbers = [uniforms(sampling, np.asarray(prompt, dtype=np.int64).tobytes(), max(limits)) for prompt in prompts]
+        chances = torch.from_numpy(np.concatenate(numbers)).to(model.device)  # (rows * n, tokens)
+
+        def pick(logits: Tensor, answers: Tensor, step: int) -> Tensor:
+            return draw(logits, chances[answers, step], sampling)
+
+        return decode(model, prompts, limits, ends, pick=pick, repeats=sampling.n)
+
+    def _texts(self, answers: Sequence[Answer]) -> list[str]:
+        # As open-unlearning's eval_text_similarity, but for its cleaning of spaces before punctuation: ROUGE reads
+        # neither, and transformers 5 no longer cleans what byte-pair tokenizers decode.
+        texts = self._tokenizer.batch_decode(
+            [answer.ids for answer in answers], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return [text.strip() for text in texts]
+
+    def _check(self, model: PreTrainedModel, rows: NDArray[np.int64]) -> None:
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        embeddings: Any = model.get_input_embeddings()
+        vocabulary = embeddings.weight.shape[0]
+        for row in rows.tolist():
+            length = len(self._prompts[row]) + int(self._limits[row])
+            if positions is not None and length > positions:
+                raise ValueError(
+                    f"{self.name}: expected prompts and answers of at most {positions} tokens (the model's positions), "
+                    f"got {length} in row {row}, {int(self._limits[row])} of them the answer's; lower the limit"
+                )
+            if max(self._prompts[row]) >= vocabulary:
+                raise ValueError(
+                    f"{self.name}: expected token ids below {vocabulary} (the model's vocabulary), got "
+                    f"{max(self._prompts[row])} in row {row}; the tokenizer is another model's"
+                )
+
+
+def _limits(lengths: NDArray[np.int64], max_new_tokens: int | None, max_length: int | None) -> NDArray[np.int64]:
+    """Return how many tokens each row's answer may have."""
+    if max_new_tokens is not None and max_length is not None:
+        raise ValueError(
+            f"expected `max_new_tokens` or `max_length`, got both ({max_new_tokens}, {max_length}); the second counts "
+            "the prompt too"
+        )
+    if max_length is None:
+        new = NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        if new < 1:
+            raise ValueError(f"`max_new_tokens`: expected at least 1, got {new}")
+        return np.full(len(lengths), new, dtype=np.int64)
+    full = np.flatnonzero(lengths >= max_length)
+    if len(full):
+        raise ValueError(
+            f"`max_length`: {max_length} tokens of prompt and answer leave no room for an answer in {len(full)} of "
+            f"{len(lengths)} rows; the prompt of row {full[0]} has {lengths[full[0]]} tokens; raise it, drop the rows, "
+            "or use `max_new_tokens`"
+        )
+    return max_length - lengths
+
+
+def _batches(
+    lengths: NDArray[np.int64], limits: NDArray[np.int64], token_budget: int, repeats: int
+) -> list[NDArray[np.int64]]:
+    """Cut the rows, by the length of their prompts, into batches within the budget; the longest prompts first.
+
+    A batch that does not fit in memory is then the first, and the last ones, which end a run on several processes,
+    are small.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches: list[NDArray[np.int64]] = []
+    first = 0
+    for i in range(1, len(order) + 1):
+        if i < len(order):
+            tokens = lengths[order[first]] + limits[order[first : i + 1]].max()
+            if tokens * (i + 1 - first) * repeats <= token_budget:
+                continue
+        batches.append(order[first:i])
+        first = i
+    return batches
+
+
+def _digest(*parts: object) -> bytes:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()

@@ -1,0 +1,213 @@
+"""FAME: what is forgotten and what is kept, language by language and topic by topic (arXiv 2512.15235)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from efface.evaluate.likelihood import AnswerTask, mean_logprobs
+from efface.evaluate.logs import FloatArray
+from efface.evaluate.metrics.base import MetricResult, refuse_infinite
+from efface.evaluate.metrics.part import Part, Reading
+from efface.evaluate.protocol import get_protocol
+from efface.evaluate.rouge import rouge_recall
+from efface.evaluate.runner import Progress, run_tasks
+from efface.evaluate.task import RowResult
+from efface.hf.rows import Conditions, Rows, check_columns, column, matching, parse_conditions
+
+GROUPS = ("language", "topic_id")
+_PROTOCOL = get_protocol("open-unlearning")
+
+
+def fame(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    *,
+    forget_filter: Conditions,
+    retain_filter: Conditions = None,
+    groups: Sequence[str] = GROUPS,
+    perturbed_column: str = "perturbed_answer",
+    paraphrased_column: str = "paraphrased_answer",
+    reading: Reading | None = None,
+    store: str | Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, MetricResult]:
+    """Return probability, ROUGE-L recall and truth ratio of forget and retain rows, whole and by group.
+
+    The definitions are TOFU's, in open-unlearning's protocol. FAME itself has no false answers: a truth ratio there is
+    only of rows that have them, and where no row has, the metric is missing.
+
+    Args:
+        model: a causal language model; see ``run_tasks``.
+        tokenizer: its tokenizer.
+        rows: any rows of questions and answers.
+        forget_filter: which rows are forgotten, such as "topic_id=3"; see ``parse_conditions``.
+        retain_filter: which are kept; None is all others.
+        groups: columns to tell rows apart by.
+        perturbed_column: a list of false answers, where there is one.
+        paraphrased_column: the true answer in other words, which the truth ratio is of; the answer where there is none.
+        reading: columns of questions and answers, and limits.
+        store: a file that keeps finished rows; see ``run_tasks``.
+        progress: see ``run_tasks``.
+
+    Returns:
+        ``{forget,retain}_Q_A_Prob``, ``…_Q_A_ROUGE`` and ``forget_truth_ratio``, ``retain_Truth_Ratio``, in
+        open-unlearning's schema, by row number in ``rows``, and with ``by_<group>``:
+        ``{value: {"agg_value": …, "rows": …}}``.
+
+    Raises:
+        ValueError: a missing column, a filter that no row meets, rows in both sets.
+        FloatingPointError: a log-probability that is not finite, with its row.
+    """
+    reading = reading or Reading()
+    check_columns(rows, groups, "rows")
+    labels = {name: column(rows, name, "rows") for name in groups}
+    false = [_false_answers(value, row) for row, value in enumerate(_optional(rows, perturbed_column))]
+    paraphrases = _optional(rows, paraphrased_column)
+    sides = []
+    for name, numbers in _split(rows, forget_filter, retain_filter).items():
+        chosen = numbers.tolist()
+        part = Part(name, [rows[row] for row in chosen], tokenizer, reading)
+        sides.append(_Side(part, numbers, [false[row] for row in chosen], [paraphrases[row] for row in chosen]))
+    tasks = [task for side in sides for task in (side.answers, side.part.generations)]
+    results = iter(run_tasks(model, tasks, store=store, progress=progress))
+    content: dict[str, MetricResult] = {}
+    for side in sides:
+        for metric, (by_row, mean) in side.metrics(next(results), next(results)).items():
+            if by_row:
+                content[metric] = _grouped(by_row, mean, labels)
+    return content
+
+
+Mean = Callable[[FloatArray], float]
+
+
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """Forget or retain rows; lists are as long as ``numbers``, which tell the rows of the file."""
+
+    part: Part
+    numbers: NDArray[np.int64]
+    false: Sequence[list[str]]
+    paraphrases: Sequence[str | None]
+
+    @cached_property
+    def answers(self) -> AnswerTask:
+        """The answer, what the truth ratio takes for true, and the false answers."""
+        texts = zip(self.part.answers, self.paraphrases, self.false, strict=True)
+        return AnswerTask(
+            self.part.tokenizer,
+            self.part.questions,
+            [[answer, paraphrase or answer, *false] if false else [answer] for answer, paraphrase, false in texts],
+            template=self.part.reading.template,
+            max_length=self.part.reading.max_length,
+            token_budget=self.part.reading.token_budget,
+            name=f"{self.part.source}, answers",
+        )
+
+    def metrics(
+        self, answers: Sequence[RowResult], generations: Sequence[RowResult]
+    ) -> dict[str, tuple[dict[int, RowResult], Mean]]:
+        """Return each metric's rows by their number in the file, and what their scores amount to."""
+        probabilities: dict[int, RowResult] = {}
+        ratios: dict[int, RowResult] = {}
+        rouge: dict[int, RowResult] = {}
+        for place, values in enumerate(mean_logprobs(answers)):
+            row = int(self.numbers[place])
+            refuse_infinite(self.part, place, np.array(values))
+            probabilities[row] = {"score": float(np.exp(values[0])), "avg_loss": -values[0]}
+            if len(values) > 1:
+                ratio = _PROTOCOL.truth_ratios(np.array(values[1:2]), np.array([values[2:]]))
+                ratios[row] = {"score": float(ratio[0])}
+            text = generations[place]["text"]
+            scores = rouge_recall(text, self.part.answers[place])
+            rouge[row] = {"score": scores["rougeL_recall"], **scores, "generation": text}
+        name = self.part.source
+        forgotten = name == "forget"
+        return {
+            f"{name}_Q_A_Prob": (probabilities, _mean),
+            f"{name}_Q_A_ROUGE": (rouge, _mean),
+            "forget_truth_ratio" if forgotten else f"{name}_Truth_Ratio": (
+                ratios,
+                _PROTOCOL.forgotten if forgotten else _PROTOCOL.kept,
+            ),
+        }
+
+
+def fame_table(content: Mapping[str, MetricResult]) -> str:
+    """Return what ``fame`` found as a Markdown table: a line for the whole and for each group, a column a metric."""
+    lines = [["", *content], ["all", *(f"{metric['agg_value']:.4f}" for metric in content.values())]]
+    groupings = dict.fromkeys(key for metric in content.values() for key in metric if key.startswith("by_"))
+    for grouping in groupings:
+        values = {value for metric in content.values() for value in metric.get(grouping, {})}
+        for value in sorted(values, key=_in_order):
+            found = [metric.get(grouping, {}).get(value) for metric in content.values()]
+            cells = ["-" if one is None else f"{one['agg_value']:.4f}" for one in found]
+            lines.append([f"{grouping.removeprefix('by_')} {value}", *cells])
+    rule = ["---", *["---:"] * len(content)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+
+
+def _split(rows: Rows, forget: Conditions, retain: Conditions) -> dict[str, NDArray[np.int64]]:
+    forgotten = matching(rows, parse_conditions(forget), "forget rows")
+    if forgotten is None:
+        raise ValueError("`forget_filter`: expected which rows are forgotten, such as topic_id=3, got none")
+    kept = matching(rows, parse_conditions(retain), "retain rows")
+    if kept is None:
+        kept = np.setdiff1d(np.arange(len(rows)), forgotten)
+    if (both := np.intersect1d(forgotten, kept)).size:
+        raise ValueError(f"row {both[0]} meets both `forget_filter` and `retain_filter`, as {both.size} rows in all do")
+    return {"forget": forgotten, "retain": kept}
+
+
+def _optional(rows: Rows, name: str) -> list[Any]:
+    """Return a column that rows may lack, and that may be empty in some."""
+    if any(name in row for row in islice(rows, 1)):
+        return column(rows, name, "rows")
+    return [None] * len(rows)
+
+
+def _false_answers(value: Any, row: int) -> list[str]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
+        raise ValueError(
+            f"row {row}: expected a list of false answers, or none, got {value!r}; correct or drop the row"
+        )
+    return value
+
+
+def _grouped(by_row: Mapping[int, RowResult], mean: Mean, labels: Mapping[str, Sequence[Any]]) -> MetricResult:
+    result: MetricResult = {
+        "agg_value": mean(_scores(by_row, list(by_row))),
+        "value_by_index": {str(row): value for row, value in by_row.items()},
+    }
+    for name, column_values in labels.items():
+        members: dict[str, list[int]] = {}
+        for row in by_row:
+            members.setdefault(str(column_values[row]), []).append(row)
+        result[f"by_{name}"] = {
+            value: {"agg_value": mean(_scores(by_row, members[value])), "rows": len(members[value])}
+            for value in sorted(members, key=_in_order)
+        }
+    return result
+
+
+def _scores(by_row: Mapping[int, RowResult], rows: Sequence[int]) -> FloatArray:
+    return np.array([by_row[row]["score"] for row in rows], np.float64)
+
+
+def _mean(scores: FloatArray) -> float:
+    return float(scores.mean())
+
+
+def _in_order(value: str) -> tuple[float, str]:
+    """Numbers as numbers, before text."""
+    return (float(value) if value.isdecimal() else np.inf, value)

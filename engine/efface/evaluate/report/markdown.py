@@ -1,0 +1,90 @@
+"""A report as Markdown, its pictures in files beside it."""
+
+import re
+from collections.abc import Sequence
+
+from efface.evaluate.report.content import Content, Detail
+from efface.evaluate.report.page import shortened
+from efface.evaluate.report.tables import Table
+
+
+def to_markdown(content: Content, pictures: str) -> tuple[str, dict[str, str]]:
+    """Return the text, and the pictures that it refers to, as SVG by name.
+
+    Args:
+        content: of the report.
+        pictures: the folder of the pictures, relative to the text.
+    """
+    drawn: dict[str, str] = {}
+
+    def picture(name: str, svg: str, meaning: str) -> str:
+        drawn[f"{name}.svg"] = svg
+        return f"![{_escaped(meaning)}](<{pictures}/{name}.svg>)"
+
+    parts = ["# Unlearning report", *map(_words, content.sentences)]
+    if content.runs.lines:
+        parts += ["## Runs", _table(content.runs)]
+    if content.runs.lines and content.runs.has_more:
+        parts += ["### All figures", _table(content.runs, on_demand=True)]
+    if content.scatter:
+        parts += ["## Forget Quality against Model Utility", picture("scatter", content.scatter, "scatter plot")]
+    if content.curves:
+        parts += ["## Over steps", picture("curves", content.curves, "curves over steps")]
+    if content.audit:
+        parts += ["## Leak audit", "Mean novel recall by view.", _table(content.audit)]
+        if content.audit.has_more:
+            parts += ["### All figures of the audit", _table(content.audit, on_demand=True, names=2)]
+    if content.details:
+        parts.append("## Forget rows, run by run")
+    for place, detail in enumerate(content.details, start=1):
+        parts += [f"### {_escaped(detail.name)}", _escaped(detail.settings)]
+        if detail.distribution:
+            parts.append(picture(f"distribution-{place}", detail.distribution, "truth ratios of the forget rows"))
+        if detail.leaks:
+            parts.append(_leaks(detail))
+    if content.remarks:
+        parts += ["## Remarks", "\n".join(f"- {_words(text)} ({_escaped(runs)})" for text, runs in content.remarks)]
+    return "\n\n".join(filter(None, parts)) + "\n", drawn
+
+
+def _table(table: Table, *, on_demand: bool = False, names: int = 2) -> str:
+    """Return the columns that are shown at once, or the first ``names`` and those on demand."""
+    chosen = [
+        place
+        for place, column in enumerate(table.columns)
+        if (column.on_demand or place < names if on_demand else not column.on_demand)
+    ]
+    columns = [table.columns[place] for place in chosen]
+    lines = [[line.cells[place].text for place in chosen] for line in table.lines]
+    return _grid([column.title for column in columns], [column.numeric for column in columns], lines)
+
+
+def _leaks(detail: Detail) -> str:
+    titles = ["row", "recall", *(["retain model"] if detail.compared else []), "question", "truth", "generation"]
+    lines = []
+    for leak in detail.leaks:
+        retain = "-" if leak.retain_recall is None else f"{leak.retain_recall:.3f}"
+        numbers = [f"{leak.recall:.3f}", *([retain] if detail.compared else [])]
+        lines.append([leak.index, *numbers, *map(shortened, (leak.question, leak.truth, leak.generation))])
+    beyond = " beyond that of the retain model" if detail.compared else ""
+    summary = f"worst leaks: {len(detail.leaks)} rows of largest ROUGE-L recall{beyond}"
+    grid = _grid(titles, [title in ("recall", "retain model") for title in titles], lines)
+    return f"<details>\n<summary>{summary}</summary>\n\n{grid}\n\n</details>"
+
+
+def _grid(titles: Sequence[str], numeric: Sequence[bool], lines: Sequence[Sequence[str]]) -> str:
+    rows = [[_escaped(cell) for cell in line] for line in (titles, *lines)]
+    rows.insert(1, ["---:" if right else "---" for right in numeric])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _words(text: str) -> str:
+    """Escape a sentence, but for code between backticks."""
+    return "".join(part if index % 2 else _escaped(part) for index, part in enumerate(re.split(r"(`[^`\n]*`)", text)))
+
+
+def _escaped(text: str) -> str:
+    """Return text that Markdown shows as it is, in one line: no HTML, no markup, no end of a cell."""
+    text = re.sub(r"\s+", " ", text)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~#$!])", r"\\\1", text)

@@ -1,0 +1,71 @@
+"""Finished rows of evaluations in one SQLite file, so that a killed one goes on where it was."""
+
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from efface.evaluate.task import RowResult
+from efface.reference.database import VARIABLES, Database
+
+APPLICATION_ID = 0x65666672  # "effr": tells our files from other programs'
+FORMAT = 1
+_SCHEMA = (
+    "CREATE TABLE rows (model BLOB NOT NULL, row BLOB NOT NULL, result TEXT NOT NULL, "
+    "checksum INTEGER NOT NULL, PRIMARY KEY (model, row)) WITHOUT ROWID"
+)
+
+
+class RowStore:
+    """A file of results: (model fingerprint, key of a row's task) -> JSON.
+
+    What ``put`` has returned from is there, also after the process was killed. Results of other models, texts and
+    settings lie beside one another and never meet: all of that is in the keys.
+
+    Args:
+        path: the file; it and its folder are made if they are not there.
+
+    Raises:
+        OSError: a place that cannot be read or written, or a full disk; from every method.
+        ValueError: a damaged file, or one of another program or version; from every method. Nothing is deleted.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._database = Database(
+            path,
+            schema=_SCHEMA,
+            application=APPLICATION_ID,
+            version=FORMAT,
+            name="evaluated rows",
+            remedy="delete the file: the rows are then computed anew",
+        )
+        self.path = self._database.path
+
+    def get(self, model: bytes, keys: Sequence[bytes]) -> list[RowResult | None]:
+        """Return the results of a model's rows, in order; None where there is none."""
+        found: dict[bytes, RowResult] = {}
+        wanted = sorted(set(keys))
+        with self._database.explained():
+            for first in range(0, len(wanted), VARIABLES):
+                some = wanted[first : first + VARIABLES]
+                places = ",".join("?" * len(some))
+                query = f"SELECT row, result, checksum FROM rows WHERE model = ? AND row IN ({places})"  # noqa: S608 - question marks
+                for key, text, checksum in self._database.execute(query, (model, *some)):
+                    if not isinstance(text, str) or _checksum(model, key, text) != checksum:
+                        raise self._database.refused("a checksum does not fit its row")
+                    found[key] = json.loads(text)
+        return [found.get(key) for key in keys]
+
+    def put(self, model: bytes, keys: Sequence[bytes], results: Sequence[RowResult]) -> None:
+        """Add results of a model's rows, all or none; of a key that is there already, the result stays."""
+        texts = [json.dumps(result) for result in results]
+        rows = ((model, key, text, _checksum(model, key, text)) for key, text in zip(keys, texts, strict=True))
+        self._database.insert("INSERT OR IGNORE INTO rows VALUES (?, ?, ?, ?)", rows)
+
+    def close(self) -> None:
+        """Close the file; closing twice changes nothing."""
+        self._database.close()
+
+
+def _checksum(model: bytes, key: bytes, text: str) -> int:
+    return zlib.crc32(text.encode(), zlib.crc32(key, zlib.crc32(model)))

@@ -1,0 +1,222 @@
+"""TOFU's evaluation (arXiv 2401.06121): Model Utility, Forget Quality, and the numbers behind them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from efface.evaluate.generation import GenerationTask
+from efface.evaluate.likelihood import AnswerTask, mean_logprobs
+from efface.evaluate.logs import SPLITS, EvalLog, SplitLog, log_of, read_log
+from efface.evaluate.protocol import Protocol, get_protocol
+from efface.evaluate.quality import check_same_rows, forget_quality
+from efface.evaluate.results import EVAL, Metric, model_facts, split_metrics, summary_of, write_results
+from efface.evaluate.rouge import empty_texts, rouge_recall
+from efface.evaluate.runner import Progress, processes, run_tasks
+from efface.evaluate.task import RowResult, Task
+from efface.evaluate.tofu_rows import HUB, TofuRows, load_split
+from efface.evaluate.utility import model_utility
+from efface.hf.templates import AUTO, Template, get_template
+
+ROWS = ".rows.sqlite"
+"""In an output folder, the rows that are finished; deleting it costs no more than computing them anew."""
+
+
+@dataclass(frozen=True)
+class TofuResult:
+    """What an evaluation found out.
+
+    Attributes:
+        log: per-row results, as ``model_utility``, ``forget_quality`` and reports take them.
+        summary: open-unlearning's names and values: ``model_utility``, ``forget_quality``, ``forget_Q_A_Prob``, …; what
+            was not asked for or has nothing to compare with is not there.
+        content: of ``TOFU_EVAL.json``, in open-unlearning's schema.
+        empty: how many generations of each split hold no word that ROUGE reads, so that it is 0.
+    """
+
+    log: EvalLog
+    summary: dict[str, float]
+    content: dict[str, Metric]
+    empty: dict[str, int]
+
+
+class TofuEvaluation:
+    """TOFU's evaluation of a data set, made once and used on any number of models.
+
+    Called with a model it returns the summary, so that it follows a run on every process of it::
+
+        evaluate = TofuEvaluation(tokenizer, split="forget10", retain_log="retain90/TOFU_EVAL.json")
+        UnlearnTrainer(..., callbacks=[EvaluateCallback(evaluate), KeepBest("forget_quality", ("model_utility", 0.5))])
+
+    Args:
+        tokenizer: of the models.
+        data: a folder with TOFU's files (``forget10_perturbed.json``, ``retain_perturbed.json``, …), a data set on the
+            Hub with such configurations, or None for ``locuslab/TOFU``.
+        split: the forget split: forget01, forget05, forget10, or another of the data set's.
+        splits: which of forget, retain, real_authors and world_facts; Model Utility needs the last three, Forget
+            Quality the first.
+        protocol: "open-unlearning", "tofu", or a ``Protocol``.
+        retain_log: of a model trained on the retain set only, or the path of one; None leaves Forget Quality out.
+        template: see ``efface.hf.templates``.
+        token_budget: tokens of a forward pass; it decides about memory and speed, not about results.
+
+    Raises:
+        FileNotFoundError: data or a log that does not exist.
+        ValueError: an unknown split or protocol, rows that cannot be evaluated, a retain log of other rows; as
+            ``AnswerTask`` and ``GenerationTask``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: str | Path | None = None,
+        *,
+        split: str = "forget10",
+        splits: Sequence[str] = SPLITS,
+        protocol: str | Protocol = "open-unlearning",
+        retain_log: str | Path | EvalLog | None = None,
+        template: str | Template = AUTO,
+        token_budget: int = 8192,
+    ) -> None:
+        if not splits or set(splits) - set(SPLITS):
+            raise ValueError(f"`splits`: expected some of {', '.join(SPLITS)}, got {', '.join(splits) or 'none'}")
+        self.protocol = get_protocol(protocol)
+        self.template = get_template(template, tokenizer)
+        self.data, self.split = str(data or HUB), split
+        self.rows: dict[str, TofuRows] = {
+            name: load_split(data, name, split, self.protocol) for name in SPLITS if name in splits
+        }
+        self.retain_log = None if retain_log is None else self._comparable(retain_log)
+        self._likelihoods: list[Task] = []
+        self._generations: list[Task] = []
+        options: dict[str, Any] = {"template": self.template, "token_budget": token_budget}
+        options["max_length"] = self.protocol.max_length
+        length = self.protocol.max_new_tokens
+        for name, rows in self.rows.items():
+            questions, answers = rows.questions, rows.candidates()
+            self._likelihoods.append(AnswerTask(tokenizer, questions, answers, name=f"{name} answers", **options))
+            self._generations.append(
+                GenerationTask(tokenizer, questions, name=f"{name} generations", max_new_tokens=length, **options)
+            )
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """Return the summary of a model's evaluation."""
+        return self.evaluate(model).summary
+
+    def evaluate(
+        self, model: Any, *, store: str | Path | None = None, progress: Progress | None = None, source: str = "model"
+    ) -> TofuResult:
+        """Evaluate a model; on several processes, all call this and get the result.
+
+        Args:
+            model: a causal language model, fused or not.
+            store: keeps finished rows; see ``run_tasks``.
+            progress: see ``run_tasks``.
+            source: what messages about the log call it.
+
+        Raises:
+            FloatingPointError: a log-probability that is not finite: what comes of it would be no number.
+            ValueError: as ``run_tasks``.
+        """
+        results = run_tasks(model, [*self._likelihoods, *self._generations], store=store, progress=progress)
+        count = len(self.rows)
+        content: dict[str, Metric] = {}
+        empty: dict[str, int] = {}
+        for (name, rows), found, texts in zip(self.rows.items(), results[:count], results[count:], strict=True):
+            generations = [
+                _scored(question, answer, result["text"])
+                for question, answer, result in zip(rows.questions, rows.answers, texts, strict=True)
+            ]
+            content |= split_metrics(name, rows, mean_logprobs(found), generations, self.protocol)
+            empty[name] = empty_texts([result["text"] for result in texts])
+        log = log_of(content, source)
+        content["forget_quality"] = {
+            "agg_value": None if self.retain_log is None else forget_quality(log, self.retain_log)
+        }
+        if {"retain", "real_authors", "world_facts"} <= self.rows.keys():
+            content["model_utility"] = {"agg_value": model_utility(log)["Model Utility"]}
+        return TofuResult(log, summary_of(content), content, empty)
+
+    def _comparable(self, retain_log: str | Path | EvalLog) -> EvalLog:
+        """Return the retain log, once it is sure that Forget Quality can be told from it."""
+        if "forget" not in self.rows:
+            raise ValueError(f"`retain_log`: expected 'forget' among the splits, got {', '.join(self.rows)}")
+        log = retain_log if isinstance(retain_log, EvalLog) else read_log(retain_log)
+        log.rows("forget", "truth_ratio")
+        answers = {str(row): answer for row, answer in enumerate(self.rows["forget"].answers)}
+        mine = EvalLog(
+            {"forget": SplitLog(index=tuple(answers), answers=answers)},
+            source=f"{self.split} under protocol {self.protocol.name}",
+        )
+        check_same_rows(mine, log)
+        return log
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the numbers are of, beside the model, as JSON."""
+        return {
+            "benchmark": "TOFU",
+            "data": self.data,
+            "split": self.split,
+            "rows": {name: len(rows.questions) for name, rows in self.rows.items()},
+            "protocol": asdict(self.protocol),
+            "template": asdict(self.template),
+            "retain_log": None if self.retain_log is None else self.retain_log.source,
+        }
+
+
+def tofu(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | Path | None = None,
+    *,
+    split: str = "forget10",
+    splits: Sequence[str] = SPLITS,
+    protocol: str | Protocol = "open-unlearning",
+    retain_log: str | Path | EvalLog | None = None,
+    template: str | Template = AUTO,
+    token_budget: int = 8192,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+) -> TofuResult:
+    """Evaluate a model on TOFU; arguments and errors are those of ``TofuEvaluation`` and its ``evaluate``.
+
+    Args:
+        model: a causal language model, fused or not.
+        tokenizer: its tokenizer.
+        data: where TOFU's files are.
+        split: the forget split.
+        splits: which of the four to evaluate.
+        protocol: "open-unlearning" or "tofu".
+        retain_log: what Forget Quality compares with.
+        template: see ``efface.hf.templates``.
+        token_budget: tokens of a forward pass.
+        output: a folder for ``TOFU_EVAL.json`` and ``TOFU_SUMMARY.json`` in open-unlearning's schema, and
+            ``EVAL_CONFIG.json``, which says what they are of; results of an earlier evaluation there are replaced. It
+            also keeps finished rows, by the content of model and row: a killed evaluation goes on where it was.
+        progress: see ``run_tasks``.
+    """
+    evaluation = TofuEvaluation(
+        tokenizer,
+        data,
+        split=split,
+        splits=splits,
+        protocol=protocol,
+        retain_log=retain_log,
+        template=template,
+        token_budget=token_budget,
+    )
+    if output is None:
+        return evaluation.evaluate(model, progress=progress)
+    folder = Path(output).expanduser()
+    result = evaluation.evaluate(model, store=folder / ROWS, progress=progress, source=str(folder / EVAL))
+    if processes().is_main_process:
+        write_results(
+            folder, result.content, {**model_facts(model), **evaluation.facts(), "empty_generations": result.empty}
+        )
+    return result
+
+
+def _scored(question: str, answer: str, text: str) -> RowResult:
+    return {**rouge_recall(text, answer), "input": question, "generation": text.strip()}

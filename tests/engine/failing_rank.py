@@ -1,0 +1,35 @@
+"""Two processes of which one's batch fails, started by torchrun; every one of them says what it was told."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from helpers import tiny_llama
+from torch import nn
+
+from efface.evaluate import RowResult, run_tasks
+from efface.evaluate.runner import processes
+
+
+class Failing:
+    def __init__(self) -> None:
+        self.name = "failing"
+        self.keys = [b"0", b"1", b"2", b"3"]
+        self.batches = [np.array([row]) for row in range(4)]
+
+    def run(self, model: Any, rows: Any) -> list[RowResult]:
+        assert not isinstance(model, nn.parallel.DistributedDataParallel)
+        if rows[0] == 3:
+            raise ValueError("row 3 is too long")
+        return [{"row": int(rows[0])}]
+
+
+if __name__ == "__main__":
+    out, state = Path(sys.argv[1]), processes()
+    try:
+        run_tasks(nn.parallel.DistributedDataParallel(tiny_llama()), [Failing()], store=out / "rows.sqlite")
+    except ValueError as error:
+        (out / f"rank{state.process_index}.txt").write_text(str(error))
+    state.wait_for_everyone()
+    state.destroy_process_group()
