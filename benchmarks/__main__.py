@@ -1,44 +1,53 @@
 """``python -m benchmarks SUITE``: a suite's tables, and its figures as JSON. ``report``: pages and plots of all."""
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
 import torch
 
-from benchmarks import publish
-from benchmarks.evaluate import suite as evaluate
-from benchmarks.loss import suite as loss
-from benchmarks.packing import suite as packing
+from benchmarks import cpu
 from benchmarks.report import Report
-from benchmarks.step import suite as step
 
 # A suite has SHAPES (the one called "smoke" only on demand), ROUNDS, add_arguments(parser) and run(options, report);
 # where the shapes depend on the options, default_shapes(options).
-SUITES = {"evaluate": evaluate, "loss": loss, "pack": packing, "step": step}
+# Only the one that is asked for is imported: a borrowed machine may lack what others need.
+SUITES = {
+    "evaluate": "benchmarks.evaluate.suite",
+    "loss": "benchmarks.loss.suite",
+    "pack": "benchmarks.packing.suite",
+    "start": "benchmarks.start.suite",
+    "step": "benchmarks.step.suite",
+}
 
 
 def main() -> int:
     """Run a suite."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(dest="suite", required=True)
-    commands.add_parser("report", description=publish.__doc__)
-    for name, suite in SUITES.items():
-        command = commands.add_parser(name, description=suite.__doc__)
-        command.add_argument("--shape", action="append", choices=list(suite.SHAPES), help="default: all but smoke")
-        command.add_argument("--rounds", type=int, default=suite.ROUNDS)
-        command.add_argument("--json", type=Path, help="write the figures here")
-        suite.add_arguments(command)
+    commands.add_parser("report", description="Pages and plots of all results.")
+    cpu.add_arguments(commands.add_parser("cpu", description=cpu.__doc__))
+    for name, module in SUITES.items():
+        command = commands.add_parser(name)
+        if name in sys.argv[1:2]:
+            suite = importlib.import_module(module)
+            command.description = suite.__doc__
+            command.add_argument("--shape", action="append", choices=list(suite.SHAPES), help="default: all but smoke")
+            command.add_argument("--rounds", type=int, default=suite.ROUNDS)
+            command.add_argument("--json", type=Path, help="write the figures here")
+            suite.add_arguments(command)
     options = parser.parse_args()
+    if options.suite == "cpu":
+        return cpu.run(options, SUITES)
     if options.suite == "report":
-        publish.everything()
+        importlib.import_module("benchmarks.publish").everything()
         return 0
-    suite = SUITES[options.suite]
     if not options.shape:
         default_shapes = getattr(suite, "default_shapes", None)
         every = [name for name in suite.SHAPES if name != "smoke"]
         options.shape = every if default_shapes is None else default_shapes(options)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if options.shape == ["smoke"] else 2)  # smoke: quick on a busy machine too
     suite.run(options, Report(options.json))
     return 0
 

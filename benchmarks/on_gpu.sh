@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # One command for a borrowed GPU without internet: install what is here, run the GPU tests, then the benchmarks.
 #
-#   benchmarks/on_gpu.sh            writes $OUT/gpu-{summary,tests,loss}.txt and $OUT/gpu-loss.json; within ten minutes
+#   benchmarks/on_gpu.sh            writes $OUT/gpu-{summary,tests,loss,step}.txt and $OUT/gpu-{loss,step}.json
+#
+# All legs end within ten minutes: each has a limit, and the figures it has by then are in its JSON file.
 #
 # OUT      where the results go (benchmarks/results)
-# WHEELS   pure-Python wheels of rivals, liger-kernel and cut-cross-entropy (./wheels, if it exists)
+# WHEELS   pure-Python wheels of rivals, liger-kernel and cut-cross-entropy, and of peft (./wheels, if it exists;
+#          benchmarks/wheels.sh fetches them)
 # PYTHON   the interpreter with torch, triton, numpy and transformers (python3)
-# LEGS     which legs to run: "tests bench" (both)
+# LEGS     which legs to run: "tests bench step" (all); alone, a leg may take the time of the others:
+# LIMITS   their seconds: "150 180 190" (with 60 for the installation, under ten minutes)
 #
 # A leg that fails leaves the others their turn; the exit status is the worst of them. EFFACE_ON_GPU_SMOKE=1 runs every
 # leg on the CPU with tiny shapes, which is how a machine without a GPU tests this script.
@@ -16,7 +20,8 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
 WHEELS=${WHEELS:-wheels}
-LEGS=${LEGS:-tests bench}
+LEGS=${LEGS:-tests bench step}
+read -r TESTS_LIMIT BENCH_LIMIT STEP_LIMIT <<<"${LIMITS:-150 180 190}"
 SMOKE=${EFFACE_ON_GPU_SMOKE:-0}
 mkdir -p "$OUT"
 SUMMARY=$OUT/gpu-summary.txt
@@ -44,7 +49,7 @@ nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit -
 export PYTHONPATH="$PWD/engine:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
 if [ "$SMOKE" != 1 ]; then
   # The extension is for CPU tensors; where it cannot be built, Python finds the sources, and here its name and version.
-  if ! leg install 90 "$OUT/gpu-install.txt" "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --no-index -e .; then
+  if ! leg install 45 "$OUT/gpu-install.txt" "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --no-index -e .; then
     worst=0
     stub=$(mktemp -d)
     mkdir "$stub/efface-0.dist-info"
@@ -59,7 +64,7 @@ if [ "$SMOKE" != 1 ]; then
 fi
 "$PYTHON" - <<'PY' 2>&1 | tee -a "$SUMMARY"
 import platform, torch
-names = ["triton", "transformers", "liger_kernel", "cut_cross_entropy"]
+names = ["triton", "transformers", "peft", "liger_kernel", "cut_cross_entropy", "quack"]
 found = {}
 for name in names:
     try:
@@ -77,7 +82,7 @@ if [[ " $LEGS " == *" tests "* ]]; then
   if [ "$SMOKE" = 1 ]; then
     leg tests 120 "$OUT/gpu-tests.txt" "${pytest[@]}" -m gpu tests/kernels/test_on_gpu.py
   else
-    leg tests 240 "$OUT/gpu-tests.txt" "${pytest[@]}" -s -m gpu --durations=10 "${kernels[@]}"
+    leg tests "$TESTS_LIMIT" "$OUT/gpu-tests.txt" "${pytest[@]}" -s -m gpu --durations=10 "${kernels[@]}"
   fi
   grep -E 'passed|failed|skipped|error|FAILED|ERROR|GiB' "$OUT/gpu-tests.txt" | tail -n 60 >>"$SUMMARY"
 fi
@@ -87,7 +92,16 @@ if [[ " $LEGS " == *" bench "* ]]; then
   if [ "$SMOKE" = 1 ]; then
     leg bench 120 "$OUT/gpu-loss.txt" "${bench[@]}" --shape smoke --rounds 1
   else
-    leg bench 240 "$OUT/gpu-loss.txt" "${bench[@]}" --device cuda --rounds 15
+    leg bench "$BENCH_LIMIT" "$OUT/gpu-loss.txt" "${bench[@]}" --device cuda --rounds 15
+  fi
+fi
+
+if [[ " $LEGS " == *" step "* ]]; then
+  step=("$PYTHON" -m benchmarks step --json "$OUT/gpu-step.json")
+  if [ "$SMOKE" = 1 ]; then
+    leg step 240 "$OUT/gpu-step.txt" "${step[@]}" --shape smoke --rounds 2 --blocks
+  else
+    leg step "$STEP_LIMIT" "$OUT/gpu-step.txt" "${step[@]}" --device cuda
   fi
 fi
 

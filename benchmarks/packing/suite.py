@@ -5,7 +5,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-import datasets
 import numpy as np
 from numpy.typing import NDArray
 from transformers import DataCollatorWithFlattening
@@ -45,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, report: Report) -> None:
     """Measure and print."""
+    import datasets  # noqa: PLC0415 - a machine borrowed for the other suites may lack it
+
     datasets.disable_progress_bars()
     rows: list[Row] = []
     for shape in options.shape:

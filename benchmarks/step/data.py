@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from efface.batching import Assembler, PackedBatch, Role, StepTotals, TokenStore, plan_epoch
+from efface.batching import Assembler, PackedBatch, StepTotals, TokenStore, plan_epoch
 from efface.cli.demo.tokenizer import train_tokenizer
-from efface.hf.cached_reference import CachedReference
-from efface.hf.data import token_store
+from efface.hf.score import store_logprobs
 
 TOFU = Path(__file__).resolve().parents[3] / "shared" / "tofu"
 FORGET, RETAIN = "forget10", "retain90"
@@ -27,6 +26,10 @@ class Padded:
     labels: Tensor  # -100 on prompts and padding
     attention_mask: Tensor
 
+    def to(self, device: torch.device) -> "Padded":
+        """Return a copy on the device."""
+        return Padded(self.input_ids.to(device), self.labels.to(device), self.attention_mask.to(device))
+
 
 @dataclass(frozen=True)
 class Step:
@@ -34,7 +37,7 @@ class Step:
 
     batch: PackedBatch
     totals: StepTotals
-    reference_sums: Tensor  # (S,) as ``CachedReference`` hands them to the trainer; 0 for retain sequences
+    reference_sums: Tensor  # (S,) as ``CachedReference.sums`` hands them to the trainer; 0 for retain sequences
     forget: Padded
     retain: Padded
 
@@ -49,6 +52,8 @@ def stores(vocabulary: int) -> tuple[TokenStore, TokenStore, str]:
     forget, retain = TOFU / f"{FORGET}.json", TOFU / f"{RETAIN}.json"
     if not (forget.is_file() and retain.is_file()):
         return synthetic(400, vocabulary, seed=0), synthetic(3600, vocabulary, seed=1), "synthetic, TOFU's lengths"
+    from efface.hf.data import token_store  # noqa: PLC0415 - needs datasets, which a borrowed machine may lack
+
     rows = [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in (forget, retain)]
     tokenizer = train_tokenizer([text for part in rows for row in part for text in row.values()], min(vocabulary, 8192))
     made = [token_store(part, tokenizer, name=name) for part, name in zip(rows, (FORGET, RETAIN), strict=True)]
@@ -82,13 +87,23 @@ def padded(store: TokenStore, index: list[int]) -> Padded:
 def make_steps(
     forget: TokenStore, retain: TokenStore, reference: PreTrainedModel, *, pairs: int, count: int
 ) -> list[Step]:
-    """Return the first ``count`` steps that the trainer would take with seed 0."""
+    """Return the first ``count`` steps that the trainer would take with seed 0, on the reference's device."""
     plan = plan_epoch(forget.lengths, retain.lengths, pairs_per_step=pairs, token_budget=8192, seed=0, epoch=0)
-    assembler, cached = Assembler(plan, (forget, retain)), CachedReference(reference, {Role.FORGET: forget})
+    assembler, sums = Assembler(plan, (forget, retain)), store_logprobs(reference, forget)
     steps = []
     for number in range(count):
-        (batch,), totals = assembler[number].batches, assembler.totals(number)
+        (batch,), totals = assembler[number].to(reference.device).batches, assembler.totals(number)
         pairs_of_step = [index.tolist() for index in plan.pairs(number)]
-        padded_pairs = [padded(store, index) for store, index in zip((forget, retain), pairs_of_step, strict=True)]
-        steps.append(Step(batch, totals, cached.sums(batch), *padded_pairs))
+        padded_pairs = [
+            padded(store, index).to(reference.device)
+            for store, index in zip((forget, retain), pairs_of_step, strict=True)
+        ]
+        steps.append(Step(batch, totals, _reference_sums(sums, batch), *padded_pairs))
     return steps
+
+
+def _reference_sums(sums: Tensor, batch: PackedBatch) -> Tensor:
+    """(S,) on the batch's device: the sums of its forget sequences, 0 for the others."""
+    forget = batch.forget_sequences
+    own = sums.to(batch.storage.device)
+    return torch.cat([own[batch.sequences[:forget]], own.new_zeros(len(batch.lengths) - forget)])

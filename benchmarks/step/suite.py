@@ -1,73 +1,27 @@
-"""The step suite: a whole NPO training step of a Llama with random weights on TOFU's pairs, padded against packed."""
+"""The step suite: a whole NPO training step of a Llama with random weights on TOFU's pairs, padded against packed.
+
+With ``--blocks`` (always on a GPU) one provider after another, so that each has the memory to itself.
+"""
 
 import argparse
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.report import Report
-from benchmarks.step.data import Step, make_steps, stores
-from benchmarks.step.providers import PROVIDERS, Eager, EagerCached, Provider
-from benchmarks.timing import interleaved, median_ratio
+from benchmarks.step import run as runs
+from benchmarks.step.check import TOLERANCES
+from benchmarks.step.cost import model_flop, peak_flops
+from benchmarks.step.data import Step
+from benchmarks.step.models import CHECKED_ON_GPU, SHAPES, timed_on
+from benchmarks.step.providers import PROVIDERS, Eager, EagerCached, EagerLora, EagerLoraCached
+from benchmarks.step.run import Kind, Outcome
+from benchmarks.step.stopwatch import PARTS
+from benchmarks.timing import median_ratio
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A model, and the pairs of a step. Rounds cycle through ``steps`` different steps."""
-
-    dtype: torch.dtype
-    config: Mapping[str, Any]
-    pairs: int = 8
-    steps: int = 8
-
-
-_COMMON = {"max_position_embeddings": 512, "tie_word_embeddings": False, "use_cache": False}
-
-SHAPES = {
-    "smoke": Shape(
-        torch.float32,
-        {
-            "vocab_size": 512,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-        },
-        pairs=2,
-        steps=2,
-    ),
-    "Llama 8 layers, d 512, V 32000, bf16": Shape(
-        torch.bfloat16,
-        {
-            "vocab_size": 32000,
-            "hidden_size": 512,
-            "intermediate_size": 1376,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 8,
-        },
-    ),
-}
 ROUNDS = 16  # every step twice
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How far a provider may be from the eager step in the next wider dtype, relative, before it is not timed."""
-
-    wider: torch.dtype
-    loss: float
-    gradient: float  # of the worst parameter's gradient, rms
-
-
-TOLERANCES = {
-    torch.float32: Tolerance(torch.float64, 1e-5, 1e-4),
-    torch.bfloat16: Tolerance(torch.float32, torch.finfo(torch.bfloat16).eps, 4 * torch.finfo(torch.bfloat16).eps),
-}
 
 
 @dataclass
@@ -75,173 +29,233 @@ class Row:
     """One provider on one shape. Times in milliseconds: forward + backward, then with clipping and AdamW ("whole").
 
     Speed-ups are medians of the ratio within a round: to the eager step with its live second model, and to the eager
-    step with the same kind of reference.
+    step with the same kind of reference; for LoRA both are the eager step's with LoRA. Figures are None where there is
+    a problem, and speed-ups where the eager step has one.
     """
 
     shape: str
     provider: str
     computes: str
     data: str
+    training: str  # "full" or "LoRA"
+    reference: str  # "live", "cached" or "adapter"
     real_tokens: float  # of a step, mean over the steps
     padded_tokens: float
-    median_ms: float
-    low_ms: float
-    high_ms: float
-    faster_than_live: float
-    faster_than_same: float
-    whole_median_ms: float
-    whole_low_ms: float
-    whole_high_ms: float
-    whole_faster_than_live: float
-    whole_faster_than_same: float
-    tokens_per_second: float  # real tokens, whole step
-    error_loss: float  # relative to the eager step in the next wider dtype
+    error_loss: float  # relative to the eager step in the next wider dtype; on a GPU, in a smaller model
     error_gradient: float
-    rounds_ms: list[float] = field(repr=False)
-    rounds_whole_ms: list[float] = field(repr=False)
+    problem: str = ""
+    median_ms: float | None = None
+    low_ms: float | None = None
+    high_ms: float | None = None
+    faster_than_live: float | None = None
+    faster_than_same: float | None = None
+    whole_median_ms: float | None = None
+    whole_low_ms: float | None = None
+    whole_high_ms: float | None = None
+    whole_faster_than_live: float | None = None
+    whole_faster_than_same: float | None = None
+    tokens_per_second: float | None = None  # real tokens, whole step
+    utilisation: float | None = None  # model FLOP (``cost.model_flop``) of the GPU's stated bf16 peak
+    peak_gib: float | None = None  # of GPU memory: models, gradients, optimizer states, activations
+    first_loss: float | None = None
+    parts_ms: dict[str, float] = field(default_factory=dict)  # ``stopwatch.PARTS``, medians
+    rounds_ms: list[float] = field(default_factory=list, repr=False)
+    rounds_whole_ms: list[float] = field(default_factory=list, repr=False)
 
 
-def _model(shape: Shape, seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    settings: dict[str, Any] = {**_COMMON, **shape.config, "attn_implementation": "sdpa"}
-    return _cast(LlamaForCausalLM(LlamaConfig(**settings)), shape.dtype)
+@dataclass(frozen=True)
+class Setting:
+    """What all rows of a shape have in common."""
+
+    name: str
+    data: str
+    device: str
+    errors: Mapping[Kind, tuple[float, float]]
+    steps: Mapping[bool, Sequence[Step]]
 
 
-def _cast(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
-    torch.nn.Module.to(model, dtype)
-    return model
+def rows_of(setting: Setting, outcomes: Mapping[Kind, Outcome]) -> list[Row]:
+    """Return a row for every provider that has run."""
+    part = {k: [sum(p[n] for n in PARTS if n != "update") for p in o.parts] for k, o in outcomes.items()}
+    whole = {k: [sum(p[n] for n in PARTS) for p in o.parts] for k, o in outcomes.items()}
+    for kind, outcome in outcomes.items():
+        _compare_first_losses(setting, outcome, outcomes.get(EagerLora if kind.lora else Eager))
+    return [_row(setting, kind, outcomes, part, whole) for kind in PROVIDERS if kind in outcomes]
 
 
-def check(providers: list[Provider], steps: list[Step], gold: Eager, tolerance: Tolerance) -> dict[str, Tensor]:
-    """Compare every step's loss and the first step's gradients with ``gold``; return each provider's two errors.
+def _compare_first_losses(setting: Setting, outcome: Outcome, eager: Outcome | None) -> None:
+    """Note a problem where a provider's loss is not the eager step's; both round, so they may be twice as far apart."""
+    if eager is None or eager.problem or outcome.problem:
+        return
+    allowed = 2 * TOLERANCES[SHAPES[setting.name].dtype].loss
+    if not abs(outcome.first_loss - eager.first_loss) <= allowed * abs(eager.first_loss):
+        outcome.problem = f"another loss: {outcome.first_loss:.6g}, expected {eager.first_loss:.6g}"
 
-    Raises:
-        ArithmeticError: an error beyond the tolerance. Providers that compute different things are not compared.
+
+def _row(
+    setting: Setting,
+    kind: Kind,
+    outcomes: Mapping[Kind, Outcome],
+    part: Mapping[Kind, list[float]],
+    whole: Mapping[Kind, list[float]],
+) -> Row:
+    steps, outcome = setting.steps[kind.lora], outcomes[kind]
+    row = Row(
+        shape=setting.name,
+        provider=kind.name,
+        computes=(kind.__doc__ or "").splitlines()[0],
+        data=setting.data,
+        training="LoRA" if kind.lora else "full",
+        reference=kind.reference,
+        real_tokens=statistics.mean(step.batch.tokens for step in steps),
+        padded_tokens=statistics.mean(step.padded_tokens for step in steps),
+        error_loss=setting.errors[kind][0],
+        error_gradient=setting.errors[kind][1],
+        problem=outcome.problem,
+    )
+    mine, all_mine = part[kind], whole[kind]
+    if outcome.problem or not mine:
+        return row
+    live = EagerLora if kind.lora else Eager
+    same = live if kind.reference != "cached" else EagerLoraCached if kind.lora else EagerCached
+    row.median_ms, row.low_ms, row.high_ms = statistics.median(mine), min(mine), max(mine)
+    row.whole_median_ms, row.whole_low_ms, row.whole_high_ms = statistics.median(all_mine), min(all_mine), max(all_mine)
+    row.faster_than_live, row.faster_than_same = (_faster(outcomes, part, each, kind) for each in (live, same))
+    row.whole_faster_than_live, row.whole_faster_than_same = (
+        _faster(outcomes, whole, each, kind) for each in (live, same)
+    )
+    seconds = [ms / 1e3 for ms in all_mine]
+    taken = [steps[i % len(steps)] for i in range(len(seconds))]
+    row.tokens_per_second = statistics.median(
+        step.batch.tokens / time for step, time in zip(taken, seconds, strict=True)
+    )
+    peak = peak_flops(torch.cuda.get_device_name(0)) if setting.device == "cuda" else None
+    if peak is not None:
+        config = SHAPES[setting.name].llama()
+        flop = [model_flop(config, step, lora=kind.lora, reference=kind.reference) for step in taken]
+        row.utilisation = statistics.median(f / s for f, s in zip(flop, seconds, strict=True)) / peak
+    row.peak_gib, row.first_loss = outcome.peak_gib, outcome.first_loss
+    row.parts_ms = {name: statistics.median(parts[name] for parts in outcome.parts) for name in PARTS}
+    row.rounds_ms, row.rounds_whole_ms = mine, all_mine
+    return row
+
+
+def _faster(
+    outcomes: Mapping[Kind, Outcome], times: Mapping[Kind, list[float]], than: Kind, kind: Kind
+) -> float | None:
+    if than not in outcomes or outcomes[than].problem or len(times[than]) < len(times[kind]):
+        return None
+    return median_ratio(times[than][: len(times[kind])], times[kind])
+
+
+def measure(
+    name: str,
+    rounds: int,
+    device: str = "cpu",
+    *,
+    blocks: bool = False,
+    seen: Callable[[Sequence[Row]], None] = lambda _: None,
+) -> tuple[list[Row], list[str]]:
+    """Check every provider, time those that pass on the shape; return their rows, and why others are left out.
+
+    On a GPU the check is of a smaller model; the large one's first losses are compared with the eager step's.
+    ``seen`` is given the rows so far, block after block.
     """
-    errors = {}
-    exact = [gold.loss(step).item() for step in steps]
-    gold.gradients(steps[0])
-    for provider in providers:
-        losses = [provider.gradients(step).item() for step in reversed(steps)][::-1]  # ends with the first's gradients
-        error_loss = max(abs(got - want) / abs(want) for got, want in zip(losses, exact, strict=True))
-        error_gradient = max(
-            _relative(own.grad, wanted.grad)
-            for own, wanted in zip(provider.policy.parameters(), gold.policy.parameters(), strict=True)
-        )
-        if not (error_loss <= tolerance.loss and error_gradient <= tolerance.gradient):
-            raise ArithmeticError(
-                f"{provider.name!r} is not timed: expected the eager step's loss within {tolerance.loss:.1e} and "
-                f"gradients within {tolerance.gradient:.1e}, got {error_loss:.1e} and {error_gradient:.1e}"
-            )
-        errors[provider.name] = torch.tensor([error_loss, error_gradient])
-    return errors
-
-
-def _relative(got: Tensor | None, exact: Tensor | None) -> float:
-    if got is None or exact is None:
-        return float("inf")
-    return float((got.to(exact.dtype) - exact).norm() / exact.norm())
-
-
-def measure(name: str, rounds: int) -> tuple[list[Row], list[Step]]:
-    """Check every provider on a shape, then time all of them, one step of each a round."""
+    missing = [reason for kind in PROVIDERS if (reason := kind.why_not(device)) is not None]
+    kinds = [kind for kind in PROVIDERS if kind.why_not(device) is None]
     shape = SHAPES[name]
-    # Two seeds: the log-ratio of policy and reference is not zero, so that the check sees it.
-    policy, reference = _model(shape, 0), _model(shape, 1)
-    forget, retain, data = stores(policy.config.vocab_size)
-    steps = make_steps(forget, retain, reference, pairs=shape.pairs, count=shape.steps)
-    tolerance = TOLERANCES[shape.dtype]
-    providers = [kind(policy, reference) for kind in PROVIDERS]
-    gold = Eager(_cast(policy, tolerance.wider), _cast(reference, tolerance.wider))
-    errors = check(providers, steps, gold, tolerance)
-    del gold
-
-    calls: dict[tuple[str, str], Callable[[int], object]] = {}
-    for provider in providers:
-        calls[provider.name, "gradients"] = _gradients_of(provider, steps)
-        calls[provider.name, "update"] = _update_of(provider)
-    times = interleaved(calls, rounds, warm_up=1)
-    part = {p.name: times[p.name, "gradients"] for p in providers}
-    whole = {p.name: [a + b for a, b in zip(part[p.name], times[p.name, "update"], strict=True)] for p in providers}
-    tokens = [steps[i % len(steps)].batch.tokens for i in range(rounds)]
-
-    rows = []
-    for provider in providers:
-        mine, all_mine = part[provider.name], whole[provider.name]
-        same = EagerCached.name if "cached" in provider.name else Eager.name
-        error_loss, error_gradient = errors[provider.name].tolist()
-        rows.append(
-            Row(
-                shape=name,
-                provider=provider.name,
-                computes=(type(provider).__doc__ or "").splitlines()[0],
-                data=data,
-                real_tokens=statistics.mean(step.batch.tokens for step in steps),
-                padded_tokens=statistics.mean(step.padded_tokens for step in steps),
-                median_ms=statistics.median(mine),
-                low_ms=min(mine),
-                high_ms=max(mine),
-                faster_than_live=median_ratio(part[Eager.name], mine),
-                faster_than_same=median_ratio(part[same], mine),
-                whole_median_ms=statistics.median(all_mine),
-                whole_low_ms=min(all_mine),
-                whole_high_ms=max(all_mine),
-                whole_faster_than_live=median_ratio(whole[Eager.name], all_mine),
-                whole_faster_than_same=median_ratio(whole[same], all_mine),
-                tokens_per_second=statistics.median(n / ms * 1e3 for n, ms in zip(tokens, all_mine, strict=True)),
-                error_loss=error_loss,
-                error_gradient=error_gradient,
-                rounds_ms=mine,
-                rounds_whole_ms=all_mine,
-            )
-        )
-    return rows, steps
+    small = SHAPES[CHECKED_ON_GPU] if device == "cuda" else shape
+    steps, data = runs.steps_of(kinds, small, device)
+    errors, refused = runs.checked(kinds, small, device, steps)
+    kinds = [kind for kind in kinds if kind in errors]
+    if small is not shape:
+        steps, data = runs.steps_of(kinds, shape, device)
+    setting = Setting(name, data, device, errors, steps)
+    rows: list[Row] = []
+    if blocks or device == "cuda":
+        progress = runs.by_blocks(kinds, shape, steps, device, rounds)
+    else:
+        progress = iter([runs.by_rounds(kinds, shape, steps, device, rounds)])
+    for outcomes in progress:
+        rows = rows_of(setting, outcomes)
+        seen(rows)
+    return rows, [*missing, *refused]
 
 
-def _gradients_of(provider: Provider, steps: list[Step]) -> Callable[[int], object]:
-    return lambda round_: provider.gradients(steps[round_ % len(steps)])
-
-
-def _update_of(provider: Provider) -> Callable[[int], object]:
-    return lambda _round: provider.update()
+def default_shapes(options: argparse.Namespace) -> list[str]:
+    """Return the shapes that are meant for the device."""
+    return timed_on(options.device)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add nothing: this suite has the common arguments only."""
+    """Add what only this suite can be asked."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--blocks", action="store_true", help="one provider after another; always so on a GPU")
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
     """Measure the chosen shapes."""
-    rows = []
+    rows: list[Row] = []
+    missing: set[str] = set()
+
+    def save(part: Sequence[Row]) -> None:
+        report.save(step=[asdict(row) for row in (*rows, *part)])
+
     for name in options.shape:
-        measured, steps = measure(name, options.rounds)
+        measured, absent = measure(name, options.rounds, options.device, blocks=options.blocks, seen=save)
         rows += measured
-        first, shape = measured[0], SHAPES[name]
-        report.note(
-            f"{name}: NPO, {shape.pairs} forget/retain pairs a step, {len(steps)} steps of {first.data}, "
-            f"{options.rounds} rounds. Mean tokens a step: {first.real_tokens:.0f} real, {first.padded_tokens:.0f} "
-            f"padded ({first.padded_tokens / first.real_tokens:.2f} x)."
-        )
-        headings = ("median ms", "low", "high", "x live", "x same")
-        report.table(
-            "forward + backward ('x live': times faster than the padded step with its live second model; "
-            "'x same': than the padded step with the same reference)",
-            ("provider", *headings, "error loss", "error gradient"),
-            [_part(row) for row in measured],
-        )
-        report.table(
-            "with gradient clipping and AdamW", ("provider", *headings, "tokens/s"), [_whole(row) for row in measured]
-        )
-        report.save(step=[asdict(row) for row in rows])
+        missing.update(absent)
+        _tables(report, name, options, measured)
+        report.save(not_measured=sorted(missing))
+    for reason in sorted(missing):
+        report.note(f"not measured: {reason}")
+
+
+def _tables(report: Report, name: str, options: argparse.Namespace, rows: list[Row]) -> None:
+    if not rows:
+        return
+    first, shape = rows[0], SHAPES[name]
+    blocks = ", two blocks each" if options.blocks or options.device == "cuda" else ""
+    report.note(
+        f"{name}: NPO, {shape.pairs} forget/retain pairs a step, {shape.steps} steps of {first.data}, "
+        f"{options.rounds} rounds{blocks}. Mean tokens a step: {first.real_tokens:.0f} real, "
+        f"{first.padded_tokens:.0f} padded ({first.padded_tokens / first.real_tokens:.2f} x)."
+    )
+    headings = ("median ms", "low", "high", "x live", "x same")
+    report.table(
+        "forward + backward ('x live': times faster than the padded step with its live second model, for LoRA the one "
+        "with LoRA; 'x same': than the padded step with the same reference)",
+        ("provider", *headings, "error loss", "error gradient"),
+        [_part(row) for row in rows],
+    )
+    report.table(
+        "with gradient clipping and AdamW (its states in the weights' dtype)",
+        ("provider", *headings, "tokens/s", "MFU", "peak GiB"),
+        [_whole(row) for row in rows],
+    )
+    report.table(
+        "parts of a step, median ms",
+        ("provider", *PARTS),
+        [[row.provider, *(_figure(row.parts_ms.get(name), ".1f") for name in PARTS)] for row in rows],
+    )
 
 
 def _part(row: Row) -> list[str]:
-    times = [f"{value:.1f}" for value in (row.median_ms, row.low_ms, row.high_ms)]
-    ratios = [f"{value:.2f}" for value in (row.faster_than_live, row.faster_than_same)]
+    if row.problem:
+        return [row.provider, row.problem, "", "", "", "", "", ""]
+    times = [_figure(value, ".1f") for value in (row.median_ms, row.low_ms, row.high_ms)]
+    ratios = [_figure(value, ".2f") for value in (row.faster_than_live, row.faster_than_same)]
     return [row.provider, *times, *ratios, f"{row.error_loss:.1e}", f"{row.error_gradient:.1e}"]
 
 
 def _whole(row: Row) -> list[str]:
-    times = [f"{value:.1f}" for value in (row.whole_median_ms, row.whole_low_ms, row.whole_high_ms)]
-    ratios = [f"{value:.2f}" for value in (row.whole_faster_than_live, row.whole_faster_than_same)]
-    return [row.provider, *times, *ratios, f"{row.tokens_per_second:.0f}"]
+    if row.problem:
+        return [row.provider, row.problem, "", "", "", "", "", "", ""]
+    times = [_figure(value, ".1f") for value in (row.whole_median_ms, row.whole_low_ms, row.whole_high_ms)]
+    ratios = [_figure(value, ".2f") for value in (row.whole_faster_than_live, row.whole_faster_than_same)]
+    use = (row.tokens_per_second, ".0f"), (row.utilisation, ".1%"), (row.peak_gib, ".1f")
+    return [row.provider, *times, *ratios, *(_figure(*each) for each in use)]
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

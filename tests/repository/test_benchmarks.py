@@ -58,10 +58,12 @@ def test_the_script_for_a_borrowed_gpu(tmp_path: Path) -> None:
     summary = (tmp_path / "gpu-summary.txt").read_text()
     assert "tests: exit 0" in summary
     assert "bench: exit 0" in summary
+    assert "step: exit 0" in summary
+    assert json.loads((tmp_path / "gpu-step.json").read_text())["step"]
     failing = tmp_path / "python"
     failing.write_text(f'#!/bin/sh\ncase "$*" in *"-m pytest"*) exit 3;; *) exec {sys.executable} "$@";; esac\n')
     failing.chmod(0o755)
-    environment |= {"PYTHON": str(failing), "OUT": str(tmp_path / "again")}
+    environment |= {"PYTHON": str(failing), "OUT": str(tmp_path / "again"), "LEGS": "tests bench"}
     done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stdout + done.stderr
     assert "tests: exit 3" in done.stdout
@@ -79,29 +81,6 @@ def test_numpy_fills_as_few_micro_batches_as_the_planner() -> None:
     theirs = numpy_plan(forget, retain, 100, 1024)
     assert abs(len(theirs) - len(ours.batch_tokens)) <= 2  # they draw other pairs
     assert sum(len(roles) for roles, _ in theirs) == len(ours.roles)
-
-
-def test_the_smoke_shape_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.step.providers import PROVIDERS
-
-    record = smoke("step", tmp_path, monkeypatch)
-    assert [row["provider"] for row in record["step"]] == [provider.name for provider in PROVIDERS]
-    for row in record["step"]:
-        assert row["error_loss"] <= 1e-5
-        assert row["error_gradient"] <= 1e-4
-        assert len(row["rounds_ms"]) == 2
-        assert 0 < row["median_ms"] < row["whole_median_ms"]
-        assert row["real_tokens"] < row["padded_tokens"]
-
-
-def test_a_provider_with_another_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.step.providers import EffaceCached
-    from benchmarks.step.suite import measure
-
-    loss = EffaceCached.loss
-    monkeypatch.setattr(EffaceCached, "loss", lambda self, step: 1.001 * loss(self, step))
-    with pytest.raises(ArithmeticError, match="'efface, cached' is not timed"):
-        measure("smoke", 1)
 
 
 def test_the_likelihood_part_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""The start-up suite: what a user waits for before the first step."""
