@@ -32,6 +32,7 @@ def smoke(suite: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str
     monkeypatch.setattr(sys, "argv", ["benchmarks", suite, "--shape", "smoke", "--rounds", "2", "--json", str(path)])
     # two threads for each of the tests that run side by side would wait for one another most of the time
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.delitem(sys.modules, "benchmarks.__main__", raising=False)  # runpy warns of it
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("benchmarks", run_name="__main__")
     record: dict[str, Any] = json.loads(path.read_text())

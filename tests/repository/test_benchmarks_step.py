@@ -44,6 +44,7 @@ def test_the_smoke_shape_is_measured(blocks: bool, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # tests share the cores
     argv = ["benchmarks", "step", "--shape", "smoke", "--rounds", "2", "--json", str(path)]
     monkeypatch.setattr(sys, "argv", [*argv, *(["--blocks"] if blocks else [])])
+    monkeypatch.delitem(sys.modules, "benchmarks.__main__", raising=False)  # runpy warns of it
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("benchmarks", run_name="__main__")
     record = json.loads(path.read_text())

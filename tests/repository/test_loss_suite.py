@@ -78,6 +78,7 @@ def test_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, threads = tmp_path / "figures.json", torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", ["benchmarks", "loss", "--shape", "smoke", "--rounds", "3", "--json", str(path)])
     try:
+        monkeypatch.delitem(sys.modules, "benchmarks.__main__", raising=False)  # runpy warns of it
         with pytest.raises(SystemExit, match="0"):
             runpy.run_module("benchmarks", run_name="__main__")
     finally:
