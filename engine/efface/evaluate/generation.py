@@ -88,7 +88,7 @@ class GenerationTask(Task):
         self._check(base, rows)
         with undisturbed(base):
             if self._sampling is not None:
-                answers = self._sampled(base, rows, ends)
+                answers = self._sampled(base, rows, ends, self._sampling)
             elif has_selectable_cache(base):
                 answers = decode(base, prompts, limits, ends)
             else:
@@ -115,9 +115,9 @@ class GenerationTask(Task):
             for first in range(0, len(answers), n)
         ]
 
-    def _sampled(self, model: PreTrainedModel, rows: NDArray[np.int64], ends: Sequence[int]) -> list[Answer]:
-        sampling = self._sampling
-        assert sampling is not None  # noqa: S101 - for mypy; ``run`` asked
+    def _sampled(
+        self, model: PreTrainedModel, rows: NDArray[np.int64], ends: Sequence[int], sampling: Sampling
+    ) -> list[Answer]:
         if not has_selectable_cache(model):
             raise ValueError(f"{self.name}: {type(model).__name__} keeps a state that cannot be repeated for samples")
         prompts, limits = [self._prompts[row] for row in rows], self._limits[rows].tolist()

@@ -1,7 +1,7 @@
 """Log-likelihoods of answers, packed: every token that the answers to a question have in common is computed once."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from efface.batching import TokenStore, token_tree, tree_tokens
+from efface.batching import TokenStore, TokenTree, token_tree, tree_tokens
 from efface.evaluate.logs import FloatArray, SplitLog, truth_ratios
 from efface.evaluate.task import RowResult, Task
 from efface.hf.attention import NAME
@@ -94,21 +94,31 @@ class AnswerTask(Task):
 def token_logprobs(
     model: PreTrainedModel, store: TokenStore, sequences: NDArray[np.int64], *, token_budget: int, name: str = "store"
 ) -> list[NDArray[np.floating]]:
-    """Return log p of every label of each sequence, in one forward pass that computes shared tokens once.
-
-    A model whose attention cannot share takes the sequences whole, ``token_budget`` tokens at a time.
-    """
-    check_store(model, store, name)
+    """Return log p of every label of each sequence, by ``scored_trees``."""
     head = head_of(model)
     logprobs: list[NDArray[np.floating]] = []
     with scoring(model):
-        share = model.config._attn_implementation == NAME  # noqa: SLF001
-        for pack in [sequences] if share else budgeted(store, sequences, token_budget):
-            tree = token_tree(store, pack, share=share).to(model.device)
+        for tree in scored_trees(model, store, sequences, token_budget=token_budget, name=name):
             hidden = packed_hidden(model, tree)
             values = linear_logprob(hidden, head.weight, tree.targets, bias=head.bias, softcap=head.softcap)
             logprobs += tree.by_sequence(values.cpu().numpy())
     return logprobs
+
+
+def scored_trees(
+    model: PreTrainedModel, store: TokenStore, sequences: NDArray[np.int64], *, token_budget: int, name: str
+) -> Iterator[TokenTree]:
+    """Yield the sequences as one tree, whose shared tokens are computed once; within ``scoring``.
+
+    A model whose attention cannot share takes the sequences whole, ``token_budget`` tokens at a time.
+
+    Raises:
+        ValueError: tokens or lengths that the model has not.
+    """
+    check_store(model, store, name)
+    share = model.config._attn_implementation == NAME  # noqa: SLF001
+    for pack in [sequences] if share else budgeted(store, sequences, token_budget):
+        yield token_tree(store, pack, share=share).to(model.device)
 
 
 def mean_logprobs(results: Sequence[RowResult]) -> list[list[float]]:

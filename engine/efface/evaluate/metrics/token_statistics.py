@@ -1,7 +1,6 @@
 """What a model says about every label of a text: its probability, its rank and the distribution around it."""
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,13 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from efface.batching import TokenStore, token_tree, tree_tokens
-from efface.batching.tree import TokenTree
-from efface.evaluate.likelihood import fill
+from efface.batching import TokenStore, tree_tokens
+from efface.evaluate.likelihood import fill, scored_trees
 from efface.evaluate.task import RowResult, Task
-from efface.hf.attention import NAME
 from efface.hf.head import head_of, packed_hidden
-from efface.hf.score import budgeted, check_store, scoring
+from efface.hf.score import scoring
 from efface.reference.keys import KEY_BYTES, sequence_keys
 from efface_kernels import Head
 from efface_kernels.linear_loss.chunks import default_chunk_rows
@@ -111,11 +108,10 @@ class TokenTask(Task):
         Raises:
             ValueError: a head that the loss op cannot serve; tokens or lengths that the model has not.
         """
-        check_store(model, self.store, self.name)
         head = head_of(model)
         results: list[RowResult] = []
         with torch.no_grad(), scoring(model):
-            for tree in self._trees(model, rows):
+            for tree in scored_trees(model, self.store, rows, token_budget=self._token_budget, name=self.name):
                 found = token_statistics(packed_hidden(model, tree), head, tree.targets)
                 columns = {
                     name: tree.by_sequence(getattr(found, name).cpu().numpy())
@@ -126,12 +122,6 @@ class TokenTask(Task):
                     for sequence in range(len(columns["first"]))
                 ]
         return results
-
-    def _trees(self, model: PreTrainedModel, rows: NDArray[np.int64]) -> Iterator[TokenTree]:
-        # A model that keeps an attention of its own cannot share beginnings, so that more tokens have to be read.
-        share = model.config._attn_implementation == NAME  # noqa: SLF001
-        for pack in [rows] if share else budgeted(self.store, rows, self._token_budget):
-            yield token_tree(self.store, pack, share=share).to(model.device)
 
 
 def _key(sequence: bytes) -> bytes:
