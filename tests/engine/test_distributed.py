@@ -2,9 +2,12 @@
 
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,33 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
+LIMIT = 240  # seconds; a launch takes about ten alone, twenty beside other tests
+
+
 def launch(processes: int, words: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a script or module (``-m``) on several processes."""
+    """Run a script or module (``-m``) on several processes; where they hang, fail with what each of them was doing."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     path = os.pathsep.join(str(ROOT / folder) for folder in ("engine", "kernels", "tests/engine"))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     command = [sys.executable, *launcher, *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    running = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, errors = running.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        ranks = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+        for rank in ranks.read_text().split() if ranks.is_file() else []:
+            with suppress(ProcessLookupError):
+                os.kill(int(rank), signal.SIGABRT)  # faulthandler writes the stacks of all threads
+        with suppress(subprocess.TimeoutExpired):
+            _, errors = running.communicate(timeout=40)
+            pytest.fail(f"still running after {LIMIT} s: {shlex.join(command)}\n{errors}")
+        pytest.fail(f"still running after {LIMIT} s, and after SIGABRT: {shlex.join(command)}")
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, running.returncode, out, errors)
 
 
 def run(out: Path, *, processes: int, reference: str, token_budget: int) -> list[dict[str, Any]]:
