@@ -24,7 +24,7 @@ class Row:
     """One scorer on one shape: milliseconds for all answers; speed-ups are medians of the ratio within a round."""
 
     shape: str
-    scorer: str
+    provider: str
     computes: str
     data: str
     answers: int
@@ -46,7 +46,7 @@ def run(shapes: dict[str, Shape], rounds: int, report: Report) -> None:
         rows += measured
         first = measured[0]
         report.note(f"{name}: {shape.rows} rows each of {first.data}, {first.answers} answers; {rounds} rounds.")
-        headings = ("scorer", "tokens", "median ms", "low", "high", "x padded", "x flat", "error")
+        headings = ("provider", "tokens", "median ms", "low", "high", "x padded", "x flat", "error")
         report.table("log-likelihoods ('x': times faster)", headings, [_cells(row) for row in measured])
         report.save(likelihood=[asdict(row) for row in rows])
 
@@ -54,7 +54,7 @@ def run(shapes: dict[str, Shape], rounds: int, report: Report) -> None:
 def _cells(row: Row) -> list[str]:
     times = [f"{value:.0f}" for value in (row.median_ms, row.low_ms, row.high_ms)]
     ratios = [f"{value:.2f}" for value in (row.faster_than_padded, row.faster_than_flat)]
-    return [row.scorer, str(row.tokens), *times, *ratios, f"{row.error:.1e}"]
+    return [row.provider, str(row.tokens), *times, *ratios, f"{row.error:.1e}"]
 
 
 def measure(name: str, shape: Shape, rounds: int) -> list[Row]:
@@ -76,7 +76,7 @@ def measure(name: str, shape: Shape, rounds: int) -> list[Row]:
     return [
         Row(
             shape=name,
-            scorer=scorer,
+            provider=scorer,
             computes=(type(scorers[scorer]).__doc__ or "").splitlines()[0],
             data=source,
             answers=len(exact),

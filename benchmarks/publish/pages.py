@@ -46,7 +46,28 @@ def _pack(result: Result) -> str:
     return f"`{result.machine['command']}` ({_link(result)}):\n\n{table}"
 
 
-BLOCKS: Mapping[str, Callable[[Result], str]] = {"loss": _loss, "step": _step, "pack": _pack}
+def _evaluate(result: Result) -> str:
+    """The first shape of either part."""
+    said = f"`{result.machine['command']}` ({_link(result)})"
+    likelihood, generation = (result.record.get(part, []) for part in ("likelihood", "generation"))
+    parts = []
+    if likelihood:
+        shape = likelihood[0]["shape"]
+        table = tables.likelihood_table([row for row in likelihood if row["shape"] == shape])
+        parts.append(f"All {likelihood[0]['answers']} answers of {likelihood[0]['data']}, {shape}:\n\n{table}")
+    if generation:
+        shape, questions = generation[0]["shape"], generation[0]["questions"]
+        table = tables.generation_table([row for row in generation if row["shape"] == shape])
+        parts.append(f"{questions} questions answered, {shape}:\n\n{table}")
+    return "\n\n".join([f"{said}, one interleaved run for each table.", *parts])
+
+
+BLOCKS: Mapping[str, Callable[[Result], str]] = {
+    "evaluate": _evaluate,
+    "loss": _loss,
+    "pack": _pack,
+    "step": _step,
+}
 
 
 def filled(text: str, found: Sequence[Result]) -> str:
@@ -75,7 +96,13 @@ _TOP = """# Benchmarks
 Made by `python -m benchmarks report` from `benchmarks/results/*.json`. Providers are interleaved in one run; times are
 medians. "x floor" is the ratio to the bare matrix products, timed in the same rounds. Errors are relative to fp64.
 Where a rival's median is below efface's, its row says {faster}."""
-_TITLES = {"loss": "Loss at the head", "step": "Training step", "pack": "Planning and packing"}
+_TITLES = {
+    "evaluate": "Evaluation",
+    "loss": "Loss at the head",
+    "pack": "Planning and packing",
+    "start": "Start-up",
+    "step": "Training step",
+}
 
 
 def page(found: Sequence[Result], drawn: Mapping[str, Sequence[str]]) -> str:
@@ -84,7 +111,7 @@ def page(found: Sequence[Result], drawn: Mapping[str, Sequence[str]]) -> str:
     if not any(result.on_gpu for result in found):
         parts.append("No figure of a GPU has been measured yet; `benchmarks/on_gpu.sh` measures them.")
     for result in found:
-        title = _TITLES.get(result.suite, result.suite.capitalize())
+        title = _TITLES[result.suite]
         device = result.machine.get("gpu") or "CPU"
         parts.append(f"## {title}, {device}, {result.machine['date']} ({result.file})\n\n{result.described}")
         parts += [f"![{name}](../benchmarks/results/plots/{name})" for name in drawn.get(result.file, ())]

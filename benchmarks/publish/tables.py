@@ -131,20 +131,55 @@ def pack(result: Result) -> str:
     return "\n\n".join(parts)
 
 
-def plain(result: Result) -> str:
-    """Any other suite: all its figures that are one number or word."""
-    rows = [{k: v for k, v in row.items() if not isinstance(v, list | dict)} for row in result.rows]
-    headings = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [
-        [f"{row.get(k):.4g}" if isinstance(row.get(k), float) else str(row.get(k, "")) for k in headings]
-        for row in rows
-    ]
+def evaluate(result: Result) -> str:
+    """A table a shape of either part: log-likelihoods, greedy answers."""
+    parts = []
+    for (shape,), rows in grouped(result.record.get("likelihood", []), "shape").items():
+        first = rows[0]
+        said = f"{shape}: log-likelihoods of {first['answers']} answers, {first['data']}"
+        parts.append(f"### {said}\n\n{likelihood_table(rows)}")
+    for (shape,), rows in grouped(result.record.get("generation", []), "shape").items():
+        first = rows[0]
+        said = f"{first['questions']} greedy answers, {first['mean_tokens']:.0f} tokens on average"
+        parts.append(f"### {shape}: {said}, {first['longest']} at most\n\n{generation_table(rows)}")
+    return "\n\n".join(parts)
+
+
+def likelihood_table(rows: Rows) -> str:
+    """One shape: the tokens that the model reads, time, times faster than the padded loop, error against it in fp32."""
+    headings = ["scorer", "tokens read", "median ms", "times faster, median of rounds", "error"]
+    cells = []
+    for row in rows:
+        figures = [f"{row['tokens']}", f"{row['median_ms']:.0f}", f"{row['faster_than_padded']:.2f}"]
+        cells.append([_name(row, rows), *figures, f"{row['error']:.1e}"])
     return markdown(headings, cells)
 
 
-SUITES: dict[str, Callable[[Result], str]] = {"loss": loss, "step": step, "pack": pack}
+def generation_table(rows: Rows) -> str:
+    """One shape: time, and how many times efface's."""
+    cells = [[_name(row, rows), f"{row['median_ms']:.0f}", f"{row['against_efface']:.2f}"] for row in rows]
+    return markdown(["greedy answers", "median ms", "x efface"], cells)
+
+
+def start(result: Result) -> str:
+    """What a user waits for; what efface adds to what it stands on."""
+    headings = ["until", "median ms", "added ms", "to"]
+    cells = []
+    for row in result.rows:
+        added = [_number(row["above_ms"], ".0f"), "" if row["above_ms"] is None else row["compared_with"]]
+        cells.append([row["task"], f"{row['median_ms']:.0f}", *added])
+    return markdown(headings, cells)
+
+
+SUITES: dict[str, Callable[[Result], str]] = {
+    "evaluate": evaluate,
+    "loss": loss,
+    "pack": pack,
+    "start": start,
+    "step": step,
+}
 
 
 def table(result: Result) -> str:
     """Return the tables of a result."""
-    return SUITES.get(result.suite, plain)(result)
+    return SUITES[result.suite](result)

@@ -53,7 +53,7 @@ def measure(tasks: tuple[str, ...], rounds: int) -> list[Row]:
     Raises:
         subprocess.CalledProcessError: a task that fails.
     """
-    times = interleaved({task: _process(TASKS[task][0]) for task in tasks}, rounds, warm_up=1)
+    times = interleaved({task: process(TASKS[task][0]) for task in tasks}, rounds, warm_up=1)
     rows = []
     for task, own in times.items():
         other = TASKS[task][1]
@@ -64,7 +64,8 @@ def measure(tasks: tuple[str, ...], rounds: int) -> list[Row]:
     return rows
 
 
-def _process(arguments: list[str]) -> Callable[[int], object]:
+def process(arguments: list[str]) -> Callable[[int], object]:
+    """Return a call that runs Python with the arguments, this checkout's packages on its path, to the end."""
     paths = [str(ROOT / "engine"), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *arguments]

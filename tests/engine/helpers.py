@@ -1,6 +1,9 @@
 """Tiny models, tokenizers and data for the engine's tests."""
 
 import itertools
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,3 +129,17 @@ TEXTS = [
 def tiny_tokenizer(vocabulary: int = 300) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on TEXTS."""
     return train_tokenizer([text for row in TEXTS for text in row.values()], vocabulary, end="<|end|>")
+
+
+def saved_llama(folder: Path) -> Path:
+    """Return the folder, which holds a tiny Llama and its tokenizer."""
+    tokenizer = tiny_tokenizer()
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def written_rows(path: Path, rows: Iterable[Mapping[str, Any]] = TEXTS) -> Path:
+    """Return the path, a file of JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

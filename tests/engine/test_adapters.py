@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TEXTS, VOCABULARY, arguments, padded, random_store, tiny_llama, tiny_model, tiny_tokenizer
+from helpers import (
+    VOCABULARY,
+    arguments,
+    padded,
+    random_store,
+    saved_llama,
+    tiny_llama,
+    tiny_model,
+    written_rows,
+)
 from padded_loop import batch_nll, exact_losses
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -429,11 +437,8 @@ else:
 
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
-    tokenizer = tiny_tokenizer()
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    data = tmp_path / "rows.json"
-    data.write_text("".join(json.dumps(row) + "\n" for row in TEXTS))
+    saved_llama(tmp_path / "model")
+    data = written_rows(tmp_path / "rows.json")
     words = ["unlearn", "--model", str(tmp_path / "model"), "--forget", str(data), "--retain", str(data)]
     return [*words, "--use_cpu", "True", "--max_steps", "3", "--save_strategy", "no", "--learning_rate", "1e-2"]
 

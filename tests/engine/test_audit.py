@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import arguments, tiny_llama
+from helpers import arguments, tiny_llama, written_rows
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from efface.cli.audit import audit_data
@@ -265,7 +265,7 @@ def test_rows_without_novel_words_are_left_out(
 def data(tmp_path: Path, forget: list[Row]) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
-    (folder / "forget10_perturbed.json").write_text("".join(json.dumps(row) + "\n" for row in forget[:16]))
+    written_rows(folder / "forget10_perturbed.json", forget[:16])
     return folder
 
 

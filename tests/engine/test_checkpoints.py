@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TEXTS, arguments, random_store, tiny_llama, tiny_tokenizer
+from helpers import arguments, random_store, tiny_llama, tiny_tokenizer, written_rows
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
@@ -42,8 +42,7 @@ def command(tmp_path: Path) -> list[str]:
     tokenizer = tiny_tokenizer()
     tiny_llama(vocab_size=len(tokenizer), attention_dropout=0.2).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    data = tmp_path / "rows.json"
-    data.write_text("".join(json.dumps(row) + "\n" for row in TEXTS))
+    data = written_rows(tmp_path / "rows.json")
     words = ["unlearn", "--model", str(tmp_path / "model"), "--forget", str(data), "--retain", str(data)]
     words += ["--use_cpu", "True", "--pairs_per_step", "2", "--num_train_epochs", "4", "--learning_rate", "1e-3"]
     words += ["--warmup_steps", "3", "--lr_scheduler_type", "linear", "--token_budget", "64", "--logging_steps", "3"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TEXTS, tiny_llama, tiny_tokenizer
+from helpers import TEXTS, written_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import efface
@@ -14,19 +14,10 @@ from efface.cli.output import written_whole
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    tokenizer = tiny_tokenizer()
-    folder = tmp_path / "model"
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
 def data(tmp_path: Path) -> tuple[Path, Path]:
     paths = tmp_path / "forget.json", tmp_path / "retain.json"
     for path, rows in zip(paths, (TEXTS[:2], TEXTS[2:]), strict=True):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        written_rows(path, rows)
     return paths
 
 

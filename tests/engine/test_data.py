@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 import pytest
-from helpers import TEXTS, random_store, tiny_tokenizer
+from helpers import TEXTS, random_store, tiny_tokenizer, written_rows
 
 from efface.batching import TokenStore
 from efface.hf import rows as rows_module
@@ -46,7 +46,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows))
     else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        written_rows(path, rows)
     return path
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import TEXTS, tiny_llama, tiny_tokenizer
+from helpers import saved_llama, written_rows
 from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).parent
@@ -111,11 +111,8 @@ def test_other_objectives_follow_the_run_on_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_on_two_processes_writes_one_model(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    data = tmp_path / "rows.json"
-    data.write_text("".join(json.dumps(row) + "\n" for row in TEXTS))
+    saved_llama(tmp_path / "model")
+    data = written_rows(tmp_path / "rows.json")
     words = [
         "-m",
         "efface",

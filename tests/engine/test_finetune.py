@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TEXTS, tiny_llama, tiny_tokenizer
+from helpers import TEXTS, written_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from efface.cli.finetune import DEFAULTS
@@ -16,19 +16,8 @@ from efface.hf.trainer import FinetuneTrainer, PackedTrainer
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    tokenizer = tiny_tokenizer()
-    folder = tmp_path / "model"
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
 def data(tmp_path: Path) -> Path:
-    path = tmp_path / "full.json"
-    path.write_text("".join(json.dumps({**row, "topic_id": i % 2}) + "\n" for i, row in enumerate(TEXTS)))
-    return path
+    return written_rows(tmp_path / "full.json", ({**row, "topic_id": i % 2} for i, row in enumerate(TEXTS)))
 
 
 def flags(checkpoint: Path, data: Path, out: Path) -> list[str]:

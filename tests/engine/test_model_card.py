@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import TEXTS, arguments, random_store, tiny_llama, tiny_tokenizer
+from helpers import TEXTS, arguments, random_store, saved_llama, tiny_llama, written_rows
 from huggingface_hub import ModelCard
 
 import efface
@@ -19,11 +19,8 @@ from efface.hf.recipe import command_line, store_fingerprint
 
 
 def test_the_card_of_a_command(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    data = tmp_path / "rows.json"
-    data.write_text("".join(json.dumps({**row, "id": i % 2}) + "\n" for i, row in enumerate(TEXTS)))
+    saved_llama(tmp_path / "model")
+    data = written_rows(tmp_path / "rows.json", ({**row, "id": i % 2} for i, row in enumerate(TEXTS)))
     words = ["unlearn", "--model", str(tmp_path / "model"), "--forget", str(data), "--retain", str(data)]
     words += ["--output_dir", str(tmp_path / "out"), "--use_cpu", "True", "--max_steps", "2", "--logging_steps", "1"]
     words += ["--forget_filter", "id=1", "--beta", "0.3", "--save_schedule", "1", "--hub_token=hf_secret"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from helpers import TEXTS, arguments, tiny_llama, tiny_model, tiny_tokenizer, unlabelled
+from helpers import TEXTS, arguments, tiny_llama, tiny_model, tiny_tokenizer, unlabelled, written_rows
 
 from efface.batching import plan_epoch
 from efface.cli.flags import parse
@@ -208,20 +208,11 @@ def test_parameters_of_the_architectures() -> None:
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    tokenizer = tiny_tokenizer()
-    folder = tmp_path / "model"
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
 def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
     for name, rows in (("forget10.json", TEXTS[:2]), ("retain90.jsonl", TEXTS[2:])):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        written_rows(folder / name, rows)
     return folder
 
 

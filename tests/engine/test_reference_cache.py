@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import json
 import sqlite3
 import weakref
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import TEXTS, arguments, random_store, tiny_llama, tiny_tokenizer
+from helpers import arguments, random_store, tiny_llama, tiny_tokenizer, written_rows
 from test_distributed import launch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
@@ -331,19 +330,9 @@ def test_callbacks_follow(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    tokenizer = tiny_tokenizer()
-    folder = tmp_path / "model"
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
 def flags(checkpoint: Path, tmp_path: Path) -> list[str]:
     """What decides about a log-probability."""
-    data = tmp_path / "rows.json"
-    data.write_text("".join(json.dumps(row) + "\n" for row in TEXTS))
+    data = written_rows(tmp_path / "rows.json")
     return ["--model", str(checkpoint), "--forget", str(data), "--use_cpu", "True"]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import TEXTS, tiny_llama, tiny_tokenizer
+from helpers import TEXTS, saved_llama
 from rich.console import Console
 
 from efface.cli.main import main
@@ -436,9 +436,7 @@ def test_the_space_of_draws() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    tokenizer = tiny_tokenizer()
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "llama")
-    tokenizer.save_pretrained(tmp_path / "llama")
+    saved_llama(tmp_path / "llama")
     for name, texts in (("forget", TEXTS[:2]), ("retain", TEXTS[2:])):
         (tmp_path / f"{name}.json").write_text("\n".join(map(json.dumps, texts)))
     return tmp_path

@@ -1,6 +1,5 @@
 """The token cache: found again by content, whole or not there, larger than memory."""
 
-import json
 import multiprocessing
 import os
 import resource
@@ -15,7 +14,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-from helpers import TEXTS, tiny_tokenizer
+from helpers import TEXTS, tiny_tokenizer, written_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -36,9 +35,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({**row, "id": i}) + "\n" for i, row in enumerate(TEXTS)))
-    return path
+    return written_rows(tmp_path / "rows.jsonl", ({**row, "id": i} for i, row in enumerate(TEXTS)))
 
 
 def content(store: TokenStore) -> tuple[list[list[int]], list[int]]:

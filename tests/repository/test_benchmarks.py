@@ -88,7 +88,7 @@ def test_the_likelihood_part_is_measured(tmp_path: Path, monkeypatch: pytest.Mon
     from benchmarks.evaluate.scorers import SCORERS
 
     rows = smoke("evaluate", tmp_path, monkeypatch)["likelihood"]
-    assert [row["scorer"] for row in rows] == [scorer.name for scorer in SCORERS]
+    assert [row["provider"] for row in rows] == [scorer.name for scorer in SCORERS]
     assert all(row["error"] <= 1e-5 and len(row["rounds_ms"]) == 2 for row in rows)
     padded, _, ours = rows
     assert 2 * ours["tokens"] < padded["tokens"]

@@ -15,7 +15,7 @@ BASE = {"torch", "numpy", "efface_native", "efface_kernels"}
 FLOORS: dict[str, set[str]] = {
     "kernels/efface_kernels": {"torch", "triton", "efface_native", "efface_kernels"},
     "engine/efface/batching": {*BASE, "efface.batching"},
-    "engine/efface/objectives": {*BASE, "efface.batching", "efface.objectives"},
+    "engine/efface/objectives": {*BASE, "efface.registry", "efface.batching", "efface.objectives"},
     "engine/efface/reference": {*BASE, "efface.batching", "efface.reference"},
     "engine/efface/hf": {
         *BASE,
@@ -24,7 +24,7 @@ FLOORS: dict[str, set[str]] = {
     },
     "engine/efface/evaluate": {
         *BASE,
-        *("efface.batching", "efface.hf", "efface.reference", "efface.evaluate"),
+        *("efface.registry", "efface.batching", "efface.hf", "efface.reference", "efface.evaluate"),
         *("accelerate", "transformers", "scipy", "rouge_score", "nltk"),
         *("jinja2", "markupsafe", "matplotlib", "yaml"),  # reports
     },

@@ -149,7 +149,7 @@ def test_names_of_files_and_blocks_are_checked(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_benchmark_of_every_module_runs() -> None:
-    chosen = "(SimNPO and efface) or test_plan or (test_step and efface)"
+    chosen = "(SimNPO or test_step or test_likelihood) and efface or test_plan or (test_start and import)"
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-p", "no:cacheprovider", "-k", chosen]
     # a worker of xdist, whose name the environment holds, would not measure
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

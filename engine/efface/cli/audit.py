@@ -10,10 +10,10 @@ import torch
 import transformers
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from efface.cli.output import written_whole
+from efface.cli.progress import progress_on
 from efface.evaluate.audit import VIEWS, AuditResult, BestOf, Clues, Relearn, View, audit
 from efface.evaluate.audit.document import AROUND, Document, cells
 from efface.evaluate.audit.rows import TOFU_GROUP
@@ -208,8 +208,7 @@ def _audited(
 ) -> AuditResult:
     """Load a model, audit it, and let go of it."""
     model = load_model(place, revision=_revision(name, options), dtype=options.dtype).to(processes().device)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_on(console) as bar:
         task = bar.add_task(name)
         result = audit(
             model,

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 from rich.table import Table
 
 from efface.cli.metrics_flags import Results, add_metrics_flags, run_fame, run_metrics
+from efface.cli.progress import progress_on
 from efface.evaluate import EvalLog, TofuResult, tofu
 from efface.evaluate.logs import PREFIXES, SPLITS
 from efface.evaluate.protocol import PROTOCOLS
@@ -87,8 +88,7 @@ class _Bar:
     """Shows how many rows are done: a bar on a terminal, nothing in a pipe."""
 
     def __init__(self, console: Console, title: str) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._progress = progress_on(console)
         self._title = title
         self._task: TaskID | None = None
         self.done, self.rows = 0, 0

@@ -2,12 +2,12 @@
 
 import argparse
 import gc
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from efface.evaluate import evaluate_metrics, fame, known_metrics
+from efface.evaluate.logs import read_json
 from efface.evaluate.metrics import MetricResult, Reading
 from efface.evaluate.metrics.fame import GROUPS
 from efface.evaluate.runner import Progress
@@ -107,13 +107,7 @@ def read_values(path: str | Path) -> dict[str, float]:
         FileNotFoundError: no such file.
         ValueError: a file of something else.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"results file {str(path)!r} does not exist; check the path")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{str(path)!r}: expected a JSON file, got something else ({error})") from error
+    content = read_json(path, "results file")
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r}: expected metrics by name, got a {type(content).__name__}")  # noqa: TRY004 - a file's content is a value
     values = {name: value.get("agg_value") if isinstance(value, Mapping) else value for name, value in content.items()}

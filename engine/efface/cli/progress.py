@@ -12,6 +12,12 @@ _QUIET = ("epoch", "time_", "padding_saved", "peak_memory_gib", "npo_weight")
 """Beginnings of figures that trackers get but a line has no room for."""
 
 
+def progress_on(console: Console) -> Progress:
+    """Return a bar, not started: on a terminal alone, and gone when it ends."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
 class ProgressBar(ReferenceCallback):
     """Shows a cached reference being computed, then the steps of training, under a title that can be changed."""
 
@@ -43,16 +49,7 @@ class ProgressBar(ReferenceCallback):
             self.close()
 
     def _start(self, title: str, total: int, completed: int) -> None:
-        if not self._console.is_terminal:
-            return
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-        )
+        self._progress = progress_on(self._console)
         self._progress.start()
         self._task = self._progress.add_task(title, total=total, completed=completed)
 

@@ -88,14 +88,23 @@ def read_log(path: str | Path) -> EvalLog:
         FileNotFoundError: no such file.
         ValueError: a file that is neither.
     """
+    return log_of(read_json(path, "evaluation log"), str(Path(path).expanduser()))
+
+
+def read_json(path: str | Path, name: str) -> Any:
+    """Return a file's content; ``name`` says in messages what it is.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file of something else.
+    """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"evaluation log {str(path)!r} does not exist; check the path")
+        raise FileNotFoundError(f"{name} {str(path)!r} does not exist; check the path")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(path)!r}: expected a JSON file, got something else ({error})") from error
-    return log_of(content, str(path))
 
 
 def log_of(content: Any, source: str) -> EvalLog:

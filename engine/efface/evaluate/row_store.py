@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from efface.evaluate.task import RowResult
-from efface.reference.database import VARIABLES, Database
+from efface.reference.database import Database
 
 APPLICATION_ID = 0x65666672  # "effr": tells our files from other programs'
 FORMAT = 1
@@ -14,6 +14,7 @@ _SCHEMA = (
     "CREATE TABLE rows (model BLOB NOT NULL, row BLOB NOT NULL, result TEXT NOT NULL, "
     "checksum INTEGER NOT NULL, PRIMARY KEY (model, row)) WITHOUT ROWID"
 )
+_QUERY = "SELECT row, result, checksum FROM rows WHERE model = ? AND row IN ({keys})"
 
 
 class RowStore:
@@ -44,16 +45,11 @@ class RowStore:
     def get(self, model: bytes, keys: Sequence[bytes]) -> list[RowResult | None]:
         """Return the results of a model's rows, in order; None where there is none."""
         found: dict[bytes, RowResult] = {}
-        wanted = sorted(set(keys))
         with self._database.explained():
-            for first in range(0, len(wanted), VARIABLES):
-                some = wanted[first : first + VARIABLES]
-                places = ",".join("?" * len(some))
-                query = f"SELECT row, result, checksum FROM rows WHERE model = ? AND row IN ({places})"  # noqa: S608 - question marks
-                for key, text, checksum in self._database.execute(query, (model, *some)):
-                    if not isinstance(text, str) or _checksum(model, key, text) != checksum:
-                        raise self._database.refused("a checksum does not fit its row")
-                    found[key] = json.loads(text)
+            for key, text, checksum in self._database.rows(_QUERY, model, keys):
+                if not isinstance(text, str) or _checksum(model, key, text) != checksum:
+                    raise self._database.refused("a checksum does not fit its row")
+                found[key] = json.loads(text)
         return [found.get(key) for key in keys]
 
     def put(self, model: bytes, keys: Sequence[bytes], results: Sequence[RowResult]) -> None:

@@ -1,12 +1,12 @@
 """SQLite files that processes fill and read at the same time, and that are checked before they are believed."""
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-VARIABLES = 900  # of one query; SQLite before 3.32 takes 999
+_VARIABLES = 900  # of one query; SQLite before 3.32 takes 999
 _CHECKED_BYTES = 8 << 20  # files up to this size are checked as they are opened: 8 ms at most
 _BUSY_SECONDS = 60.0  # how long to wait for another process that writes
 # SQLite's words for trouble with the place, not with the content; Python 3.10 tells no error codes.
@@ -48,6 +48,19 @@ class Database:
     def execute(self, query: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
         """Run a query, within ``explained``."""
         return self._connection.execute(query, values)
+
+    def rows(self, query: str, fixed: bytes, keys: Sequence[bytes]) -> Iterator[tuple[Any, ...]]:
+        """Run a query for a fixed value and any number of keys, within ``explained``; rows come in the file's order.
+
+        Args:
+            query: compares one column with ``?`` and another with ``IN ({keys})``.
+            fixed: the value of the first.
+            keys: those of the second.
+        """
+        wanted = sorted(set(keys))  # so that neighbours are read together
+        for first in range(0, len(wanted), _VARIABLES):
+            some = wanted[first : first + _VARIABLES]
+            yield from self.execute(query.format(keys=",".join("?" * len(some))), (fixed, *some))
 
     def insert(self, query: str, rows: Iterator[tuple[Any, ...]]) -> None:
         """Run a query for each of the rows, all or none."""

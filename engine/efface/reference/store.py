@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from efface.reference.database import VARIABLES, Database
+from efface.reference.database import Database
 
 APPLICATION_ID = 0x65666663  # "effc": tells our files from other programs'
 FORMAT = 1
@@ -16,6 +16,7 @@ _SCHEMA = (
     "CREATE TABLE logprobs (model BLOB NOT NULL, sequence BLOB NOT NULL, value REAL NOT NULL, "
     "checksum INTEGER NOT NULL, PRIMARY KEY (model, sequence)) WITHOUT ROWID"
 )
+_QUERY = "SELECT sequence, value, checksum FROM logprobs WHERE model = ? AND sequence IN ({keys})"
 
 
 class LogprobStore:
@@ -48,17 +49,12 @@ class LogprobStore:
         there: list[bytes] = []
         numbers: list[float] = []
         checksums: list[int] = []
-        wanted = sorted(set(keys))  # in the order of the file, so that neighbours are read together
         with self._database.explained():
-            for first in range(0, len(wanted), VARIABLES):
-                some = wanted[first : first + VARIABLES]
-                places = ",".join("?" * len(some))
-                query = f"SELECT sequence, value, checksum FROM logprobs WHERE model = ? AND sequence IN ({places})"  # noqa: S608 - question marks
-                # Row by row: 10,000 tuples alive at once start a garbage collection, which takes 70 ms beside torch.
-                for key, number, checksum in self._database.execute(query, (model, *some)):
-                    there.append(key)
-                    numbers.append(number)
-                    checksums.append(checksum)
+            # Row by row: 10,000 tuples alive at once start a garbage collection, which takes 70 ms beside torch.
+            for key, number, checksum in self._database.rows(_QUERY, model, keys):
+                there.append(key)
+                numbers.append(number)
+                checksums.append(checksum)
         try:
             values = np.array(numbers, np.float64)
         except (TypeError, ValueError) as error:

@@ -1,11 +1,11 @@
 """Metrics by name."""
 
-import dataclasses
 from typing import Any, TypeVar
 
 from efface.evaluate.metrics.base import Metric
+from efface.registry import Registry
 
-_METRICS: dict[str, type[Metric]] = {}
+_METRICS: Registry[Metric] = Registry("metric")
 
 T = TypeVar("T", bound=type[Metric])
 
@@ -16,28 +16,18 @@ def register_metric(cls: T) -> T:
     Raises:
         ValueError: the name is taken by another class.
     """
-    taken = _METRICS.get(cls.name)
-    if taken is not None and taken.__qualname__ != cls.__qualname__:
-        raise ValueError(f"metric {cls.name!r}: already registered by {taken.__module__}.{taken.__qualname__}")
-    _METRICS[cls.name] = cls
-    return cls
+    return _METRICS.register(cls)
 
 
 def known_metrics() -> dict[str, type[Metric]]:
     """Return the registered classes by name."""
-    return dict(sorted(_METRICS.items()))
+    return _METRICS.known()
 
 
 def get_metric(name: str, **parameters: Any) -> Metric:
-    """Return the metric called ``name`` with the given parameters.
+    """Return the metric called ``name`` with the given parameters; case and underscores do not matter.
 
     Raises:
         ValueError: an unknown name, or a parameter that this metric does not have; both list what is known.
     """
-    cls = _METRICS.get(name)
-    if cls is None:
-        raise ValueError(f"metric: expected one of {', '.join(known_metrics())}, got {name!r}")
-    fields = sorted(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
-    if unknown := sorted(parameters.keys() - set(fields)):
-        raise ValueError(f"metric {name!r}: has parameters {', '.join(fields) or 'none'}, got {', '.join(unknown)}")
-    return cls(**parameters)
+    return _METRICS.make(name, **parameters)
