@@ -53,7 +53,11 @@ class Report:
 
 def machine() -> dict[str, object]:
     """Return what the figures depend on besides the code, and the code's commit."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        commit = asked.stdout.strip()
+    except OSError:  # no git
+        commit = ""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": _processor(),

@@ -40,7 +40,7 @@ SHAPES = {
     "smoke": Shape(64, 64, 512, _FULL, "NPO", _NPO),
     # What must hold: NPO at the floor; then what the dtype, a vocabulary of 128256 and the state change.
     "Llama-2 head, D 1024, bf16": Shape(1024, *_SMALL, _HALF, "NPO", _NPO),
-    "Llama-3.2-1B head, bf16": Shape(512, *_1B, _HALF, "NPO", ("live", "cached")),
+    "Llama-3.2-1B head, bf16": Shape(256, *_1B, _HALF, "NPO", ("live", "cached")),
     "Llama-2 head, D 1024, fp32": Shape(1024, *_SMALL, _FULL),
     "Llama-2 head, 256 rows": Shape(256, *_SMALL, _HALF),
     "Llama-2 head, 256 rows, after unlearning": Shape(256, *_SMALL, _HALF, unlearned=True),
@@ -83,9 +83,9 @@ CHECKS = (
     Shape(64, 64, 512, _HALF, "NPO", _NPO),
 )
 ROUNDS = 9
-_SECONDS = {"cpu": 200.0, "cuda": 6.0}  # of a row's rounds; at least three are run
+_SECONDS = {"cpu": 100.0, "cuda": 6.0}  # of a row's rounds; at least three are run
 # The rows on which gradients are compared with fp64, where all would take most of the time.
-_COMPARED_ROWS = {"cpu": 256, "cuda": 1024}
+_COMPARED_ROWS = {"cpu": 256, "cuda": 4096}  # on a GPU more than a chunk
 _WITH_PEAK_ON_CPU = ("Llama-2 head, D 1024, bf16", "Llama-3.2-1B head, bf16")
 # How far from fp64 a gradient may be, relative rms, or three times eager's own distance; beyond, it is not timed.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -170,12 +170,15 @@ def checked(found: list[Provider], shape: Shape) -> tuple[dict[str, dict[str, fl
     return errors, refused
 
 
-def _peak_gib(provider: Provider, inputs: LossInputs) -> float:
+def _peak_gib(provider: Provider, inputs: LossInputs) -> float | None:
     torch.cuda.synchronize()
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    gradients = provider.run(inputs.of(provider.mode))
+    try:
+        gradients = provider.run(inputs.of(provider.mode))
+    except torch.OutOfMemoryError:
+        return None
     torch.cuda.synchronize()
     kept = sum(each.nbytes for each in gradients)
     return (torch.cuda.max_memory_allocated() - before - kept) / (1 << 30)
@@ -191,6 +194,8 @@ def _rounds_for(calls: dict[str, Callable[[int], object]], options: argparse.Nam
     """Return the rounds that fit the row's time: after a warm-up round, by the length of another."""
     for call in calls.values():
         call(0)
+    if device == "cuda":
+        torch.cuda.synchronize()
     begin = time.perf_counter()
     for call in calls.values():
         call(0)
@@ -203,6 +208,9 @@ def measure(name: str, options: argparse.Namespace) -> tuple[list[Row], list[str
     """Check, then time every provider on a shape, interleaved: one call of each a round."""
     shape = SHAPES[name]
     gpu = shape.device == "cuda"
+    # Dynamo counts what it compiled of a function over all shapes, and runs it eagerly, silently, beyond its limit.
+    torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = 64  # noqa: SLF001 - its documented place
     found, missing = providers(shape)
     errors, refused = checked(found, shape)
     missing += [f"{reason} ({name})" for reason in refused]
@@ -215,10 +223,11 @@ def measure(name: str, options: argparse.Namespace) -> tuple[list[Row], list[str
                 provider.run(given[provider.mode])
             except Exception as error:  # noqa: BLE001 - mostly memory, with all rows
                 missing.append(f"{provider.name}: {_said(error)} ({name})")
-                if gpu:
-                    torch.cuda.empty_cache()
             else:
                 timed.append(provider)
+                continue
+            if gpu:  # only now does no traceback hold what was allocated
+                torch.cuda.empty_cache()
     calls = {p.name: (lambda _, p=p: p.run(given[p.mode])) for p in timed}
     before = gpu_clocks() if gpu else ""
     rounds = _rounds_for(calls, options, shape.device)
@@ -309,9 +318,15 @@ def run(options: argparse.Namespace, report: Report) -> None:
         return
     rows: list[Row] = []
     notes: set[str] = set()
+    report.save(loss=[], not_measured=[])  # a run that is cut short leaves what it has, be it nothing
     for name in options.shape:
         shape = SHAPES[name]
-        measured, missing = measure(name, options)
+        try:
+            measured, missing = measure(name, options)
+        except Exception as error:  # one rival must not cost the other shapes
+            if options.device == "cpu":
+                raise
+            measured, missing = [], [f"{name}: {_said(error)}"]
         rows += measured
         notes.update(missing)
         rounds = measured[0].rounds if measured else 0

@@ -143,9 +143,10 @@ def _row(
 def _faster(
     outcomes: Mapping[Kind, Outcome], times: Mapping[Kind, list[float]], than: Kind, kind: Kind
 ) -> float | None:
-    if than not in outcomes or outcomes[than].problem or len(times[than]) < len(times[kind]):
+    if than not in outcomes or outcomes[than].problem:
         return None
-    return median_ratio(times[than][: len(times[kind])], times[kind])
+    rounds = min(len(times[than]), len(times[kind]))  # of a run that was cut short one may have more
+    return median_ratio(times[than][:rounds], times[kind][:rounds]) if rounds else None
 
 
 def measure(
@@ -199,7 +200,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
     missing: set[str] = set()
 
     def save(part: Sequence[Row]) -> None:
-        report.save(step=[asdict(row) for row in (*rows, *part)])
+        report.save(step=[asdict(row) for row in (*rows, *part)], not_measured=sorted(missing))
 
     for name in options.shape:
         measured, absent = measure(name, options.rounds, options.device, blocks=options.blocks, seen=save)

@@ -9,6 +9,7 @@ from torch import Tensor
 # Elements of a block of rows in the accumulation dtype. The torch passes read a chunk block by block, so that their
 # temporaries stay in the cache and no second chunk is ever alive: 2^19 fp32 values are 2 MiB.
 _BLOCK_ELEMENTS = 1 << 19
+_BLOCK_ELEMENTS_ON_DEVICE = 1 << 25  # 128 MiB: there a block costs a dozen launches, and no cache holds a row anyway
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def power_of_two(values: Tensor, dim: int | tuple[int, ...] = ()) -> Tensor:
 
 def row_blocks(values: Tensor) -> Iterator[slice]:
     """Yield slices of rows small enough for the torch passes' temporaries."""
-    block = max(1, _BLOCK_ELEMENTS // max(1, values.shape[1]))
+    elements = _BLOCK_ELEMENTS if values.device.type == "cpu" else _BLOCK_ELEMENTS_ON_DEVICE
+    block = max(1, elements // max(1, values.shape[1]))
     for start in range(0, values.shape[0], block):
         yield slice(start, start + block)

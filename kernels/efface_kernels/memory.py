@@ -59,12 +59,13 @@ def release_workspaces() -> None:
 
 
 def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialised matrix whose rows begin at multiples of 16 bytes on a GPU.
+    """Return an uninitialised matrix whose rows begin at multiples of 16 elements on a GPU.
 
-    GEMMs and passes read and write 16 bytes at once there, which the rows of V = 50257 would not let them. GEMMs take
-    the stride as their leading dimension and make no copy.
+    GEMMs and passes read and write 16 bytes at once there, which the rows of V = 50257 would not let them; Triton knows
+    that it may where a stride is a multiple of 16, whatever the dtype. GEMMs take the stride as their leading dimension
+    and make no copy.
     """
-    lanes = 1 if device.type == "cpu" else max(1, 16 // dtype.itemsize)
+    lanes = 1 if device.type == "cpu" else 16
     return torch.empty(rows, -(-columns // lanes) * lanes, dtype=dtype, device=device)[:, :columns]
 
 

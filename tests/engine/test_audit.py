@@ -173,6 +173,7 @@ def test_relearning_leaves_the_model_as_it_was(
     modules = [(name, type(module), module.training) for name, module in model.named_modules()]
     flags = [weight.requires_grad for weight in model.parameters()]
     attributes, attention, noise = set(vars(model)), model.config._attn_implementation, torch.get_rng_state()
+    settings = model.config.to_dict()
     view = Relearn(steps=2, learning_rate=0.1, lora_r=lora_r)
     for _ in range(2):
         result = audit(model, tokenizer, forget[:8], views=[view], group_size=8, max_new_tokens=2)
@@ -193,6 +194,7 @@ def test_relearning_leaves_the_model_as_it_was(
         assert sum(weight.grad is not None for weight in model.parameters()) == 1
         assert set(vars(model)) == attributes
         assert model.config._attn_implementation == attention
+        assert model.config.to_dict() == settings
         assert torch.equal(torch.get_rng_state(), noise)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
 
@@ -212,7 +214,7 @@ def test_a_saved_adapter_is_audited_too(
     assert [weight.requires_grad for weight in model.parameters()] == flags
 
 
-@pytest.mark.parametrize("view", ["direct", "choice"])
+@pytest.mark.parametrize("view", ["direct", "choice", "best-of-n"])
 def test_a_broken_model_is_no_number(view: str, tokenizer: PreTrainedTokenizerBase, forget: list[Row]) -> None:
     model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256)
     torch.nn.init.constant_(model.model.norm.weight, float("nan"))
@@ -332,5 +334,7 @@ def test_audit_data(data: Path) -> None:
     with pytest.raises(ValueError, match="--split forget05: .* is a file, of one split"):
         audit_data(str(file), "forget05")
     assert len(audit_data(str(data), None)) == 16  # forget10
+    with pytest.raises(ValueError, match="names another"):
+        audit_data("locuslab/TOFU:forget10_perturbed", "forget05")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         audit_data(str(data / "none.json"), None)

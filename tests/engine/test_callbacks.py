@@ -190,9 +190,9 @@ def test_a_save_that_fails_leaves_the_best_as_it_was(tmp_path: Path, monkeypatch
     trainer = trainer_of(tmp_path, EvaluateCallback(Script(*quality(1, 2)), 1), KeepBest("forget_quality"), max_steps=2)
     save, calls = trainer.save_model, []
 
-    def failing(folder: str) -> None:
+    def failing(folder: str, _internal_call: bool = False) -> None:
         calls.append(folder)
-        save(folder)
+        save(folder, _internal_call=_internal_call)
         if len(calls) == 2:
             raise OSError("disk full")
 

@@ -173,3 +173,36 @@ def test_a_failed_write_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
     with written_whole(tmp_path) as partial:
         (partial / "model.txt").write_text("new")
     assert (tmp_path / "model.txt").read_text() == "new"
+
+
+def test_weights_of_another_model_do_not_stay_beside_new_ones(
+    checkpoint: Path, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Loading would put an old adapter on top of the new model, or take one old file for many new ones."""
+    out = tmp_path / "out"
+    out.mkdir()
+    stale = ["adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors"]
+    for name in (*stale, "model.safetensors.index.json", "notes.txt"):
+        (out / name).write_text("{}")
+    (out / "best").mkdir()
+    assert main([*flags(checkpoint, data, out), "--overwrite"]) == 0
+    assert not any((out / name).exists() for name in (*stale, "model.safetensors.index.json", "best"))
+    assert (out / "notes.txt").is_file()
+    assert (out / "model.safetensors").is_file()
+
+
+def test_a_finished_training_is_not_trained_further(
+    checkpoint: Path, data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two rows, one a step, for 1.5 epochs: 3 steps. The run broke off when all was trained."""
+    out = tmp_path / "out"
+    words = [*flags(checkpoint, data, out)[:-4], "--num_train_epochs", "1.5", "--pairs_per_step", "1"]
+    words += ["--save_schedule", "1", "--lr_scheduler_type", "constant", "--learning_rate", "1e-3"]
+    assert main(words) == 0
+    whole, record = (out / "model.safetensors").read_bytes(), json.loads((out / "run.json").read_text())
+    (out / "model.safetensors").unlink()
+    (out / "run.json").write_text(json.dumps({**record, "finished": False}))
+    assert main(words) == 0
+    assert "continuing from" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == whole
+    assert not (out / "checkpoint-4").exists()

@@ -135,6 +135,8 @@ def test_the_command_on_two_processes_writes_one_model(tmp_path: Path) -> None:
         "1",
         "--save_schedule",
         "2",
+        "--ddp_timeout",
+        "120",
     ]
     done = launch(2, words)
     assert done.returncode == 0, done.stderr[-4000:]

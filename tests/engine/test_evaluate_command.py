@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,14 @@ def test_the_output_folder_is_the_models_by_default(folder: Path) -> None:
     assert config["rows"] == {"world_facts": 4}
 
 
+def test_a_checkpoints_results_are_its_own(folder: Path) -> None:
+    shutil.copytree(folder / "retain", folder / "run" / "checkpoint-3")
+    command = words(folder, "--splits", "world_facts", "--revision", "checkpoint-3", model="run")
+    assert main(command) == 0
+    assert (folder / "run" / "checkpoint-3" / "evaluation" / "TOFU_EVAL.json").is_file()
+    assert not (folder / "run" / "evaluation").exists()
+
+
 def test_an_adapter_is_a_model(folder: Path, tmp_path: Path) -> None:
     """What `efface unlearn --lora_r` writes: the numbers are those of the adapter merged into its model."""
     pytest.importorskip("peft")
@@ -107,6 +116,20 @@ def test_errors_of_use_are_one_line(folder: Path, tmp_path: Path, capsys: pytest
         assert "Traceback" not in message
 
     refused("expected forget01_perturbed.json", "--split", "forget01")
+    refused("expected --forget FILE", "--benchmark", "tofu", "--metrics", "mia_loss")
+    refused("mia_loss: expected --holdout FILE", "--metrics", "mia_loss", "--forget", "rows.json")
+    refused("metric: expected one of", "--metrics", "mia", "--forget", "rows.json")
+    refused(
+        "expected --benchmark tofu",
+        "--metrics",
+        "mia_loss",
+        "--retain-log",
+        "none.json",
+        "--forget",
+        "f.json",
+        "--holdout",
+        "h.json",
+    )
     refused("evaluation log 'none.json' does not exist", "--retain-log", "none.json")
     refused("model folder './none' does not exist", "--retain-model", "./none")
     (tmp_path / ".rows.sqlite").write_text("no database" * 1000)

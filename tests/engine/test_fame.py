@@ -107,6 +107,14 @@ def test_the_table(found: dict[str, Any]) -> None:
     assert float(lines[2][1]) == pytest.approx(found["forget_Q_A_Prob"]["agg_value"], abs=1e-4)
 
 
+def test_messages_name_the_files_rows() -> None:
+    rows = [{**row} for row in ROWS]
+    kept = next(number for number, row in enumerate(rows) if row["identity_id"] == 2)
+    rows[kept]["answer"] = " "
+    with pytest.raises(ValueError, match=rf"retain, row {kept}: expected a question"):
+        fame(tiny_llama(), tiny_tokenizer(), rows, forget_filter=["identity_id=0,1"])
+
+
 def test_other_columns_and_no_false_answers() -> None:
     rows = [{"q": row["question"], "a": row["answer"], "part": i // 3} for i, row in enumerate(TEXTS)]
     reading = Reading(question_column="q", answer_column="a", max_new_tokens=4)

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, MambaConfig, MambaForCausalLM
 
 from efface.evaluate import GenerationTask, Sampling, decoding, generation
 from efface.evaluate.sampling import draw, uniforms
-from efface.evaluate.task import RowResult
+from efface.evaluate.task import NotFiniteError, RowResult
 from efface.hf.head import fuse
 from efface.hf.templates import prompt_ids
 
@@ -222,7 +222,7 @@ def no_end(model: Any) -> Any:
     return model
 
 
-def test_bad_input_is_explained() -> None:
+def test_bad_input_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
     with pytest.raises(ValueError, match="expected `max_new_tokens` or `max_length`, got both"):
         GenerationTask(TOKENIZER, QUESTIONS, max_new_tokens=4, max_length=100)
@@ -234,7 +234,11 @@ def test_bad_input_is_explained() -> None:
         run(GenerationTask(TOKENIZER, QUESTIONS, max_new_tokens=4), model_of(vocab_size=50))
     with torch.no_grad():
         model.lm_head.weight[5, 3] = float("nan")
-    with pytest.raises(ValueError, match="expected finite logits, got NaN or infinity in row 6"):
+    for sampling in (None, Sampling()):
+        with pytest.raises(NotFiniteError, match="expected finite logits, got NaN or infinity in row 6"):
+            run(GenerationTask(TOKENIZER, QUESTIONS, max_new_tokens=4, sampling=sampling), model)
+    monkeypatch.setattr("efface.evaluate.generation.has_selectable_cache", lambda _: False)
+    with pytest.raises(NotFiniteError, match="expected finite logits, got NaN or infinity in row 6"):
         run(GenerationTask(TOKENIZER, QUESTIONS, max_new_tokens=4), model)
 
 

@@ -149,6 +149,9 @@ def test_fused_and_training_models_are_left_as_they_were() -> None:
     twice = [token_logprobs(model, store, np.arange(len(store)), token_budget=99) for _ in range(2)]
     assert all(np.array_equal(a, b) for a, b in zip(*twice, strict=True))  # without dropout
     assert model.training
+    model.model.norm.eval()
+    token_logprobs(model, store, np.arange(len(store)), token_budget=99)
+    assert [module for module in model.modules() if not module.training] == [model.model.norm]
     assert model.config._attn_implementation == attention
     assert all(parameter.grad is None for parameter in model.parameters())
 

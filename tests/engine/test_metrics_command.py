@@ -39,7 +39,15 @@ def test_metrics_are_written_in_open_unlearnings_schema(folder: Path, capsys: py
     assert read(folder / "out" / "METRICS_CONFIG.json")["benchmark"] == "METRICS"
     assert not (folder / "out" / "TOFU_EVAL.json").exists()
     assert main([*words, "--output", str(folder / "again")]) == 2
-    assert "mia_loss: expected a holdout" in capsys.readouterr().err
+    assert "mia_loss: expected --holdout FILE" in capsys.readouterr().err
+
+
+def test_texts_may_be_cut_and_read_in_windows(folder: Path) -> None:
+    words = ["evaluate", "--model", str(folder / "model"), "--forget", str(folder / "forget.json")]
+    words += ["--metrics", "perplexity,extraction_strength", "--output", str(folder / "out")]
+    assert main([*words, "--window", "16", "--max-length", "40"]) == 0
+    assert len(read(folder / "out" / "METRICS_SUMMARY.json")) == 2
+    assert main(words) == 0  # a window may be longer than the text
 
 
 def test_fame_by_language_and_topic(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

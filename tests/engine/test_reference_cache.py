@@ -137,6 +137,23 @@ def test_an_adapter_that_is_switched_off_is_its_base_model(path: Path) -> None:
     assert len({base, *found}) == 3
 
 
+def test_another_adapter_or_scale_of_the_same_weights_is_another_model() -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(tiny_llama(), config)
+    wrapped.add_adapter("second", config)
+    found = [fingerprint(wrapped)]
+    wrapped.set_adapter("second")
+    found.append(fingerprint(wrapped))
+    for module in wrapped.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("second", 0.5)
+    found.append(fingerprint(wrapped))
+    assert len(set(found)) == 3
+    wrapped.set_adapter("default")
+    assert fingerprint(wrapped) == found[0]
+
+
 def test_a_run_that_broke_off_keeps_what_it_computed(path: Path, scored: Scored) -> None:
     model, forget = tiny_llama(), random_store(40)
 

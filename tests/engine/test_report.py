@@ -216,6 +216,20 @@ def test_the_retain_model_that_was_evaluated_with_a_run_is_found(tmp_path: Path)
     assert float(page.figures("run")["Forget Quality"]) == forget_quality(read_log(log), read_log(other))
 
 
+def test_runs_with_retain_models_of_their_own_keep_what_their_evaluations_stored(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        folder = tmp_path / "runs" / f"run-{seed}" / "evaluation"
+        retain = write_evaluation(folder / "retain_model", evaluation(10 + seed))
+        write_evaluation(folder, {**evaluation(seed), "forget_quality": {"agg_value": seed / 10}})
+    page = Page(report(tmp_path / "runs", tmp_path / "r.html"))
+    assert [float(page.figures(f"run-{seed}")["Forget Quality"]) for seed in (1, 2)] == [0.1, 0.2]
+    # the same retain model twice is no question
+    (tmp_path / "runs" / "run-1" / "evaluation" / "retain_model" / retain.name).write_bytes(retain.read_bytes())
+    page = Page(report(tmp_path / "runs", tmp_path / "r.html"))
+    log = read_log(tmp_path / "runs" / "run-1" / "evaluation" / retain.name)
+    assert float(page.figures("run-1")["Forget Quality"]) == forget_quality(log, read_log(retain))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_no_number_is_not_shown_as_one(value: float, tmp_path: Path) -> None:
     content = evaluation(1)

@@ -111,6 +111,27 @@ def test_what_a_failing_evaluation_finished_is_kept(tmp_path: Path) -> None:
     assert rest.ran == [[4, 5]]
 
 
+def test_a_full_disk_ends_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, task = RowStore.put, Sums(range(6), 2)
+
+    def full(store: RowStore, model: bytes, keys: Sequence[bytes], results: Sequence[RowResult]) -> None:
+        if len(task.ran) == 2:
+            raise OSError("no space left")
+        put(store, model, keys, results)
+
+    monkeypatch.setattr(RowStore, "put", full)
+    with pytest.raises(OSError, match="no space left"):
+        run_tasks(tiny_llama(), [task], store=tmp_path / "rows.sqlite")
+    assert len(task.ran) == 2
+
+
+def test_a_prompt_that_was_learnt_is_refused() -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    model = peft.get_peft_model(tiny_llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="adapter 'default': expected weights of layers"):
+        run_tasks(model, [Sums([1], 1)])
+
+
 def test_a_damaged_store_is_refused_and_nothing_is_deleted(tmp_path: Path) -> None:
     model, path = tiny_llama(), tmp_path / "rows.sqlite"
     run_tasks(model, [Sums([1], 1)], store=path)
@@ -155,6 +176,15 @@ def test_a_model_spread_over_processes_is_refused() -> None:
     next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="expected a whole model on every process.*efface evaluate"):
         run_tasks(model, [Sums([1], 1)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["middle", "end"])
+def test_a_file_that_fails_the_first_process_fails_all(when: str, tmp_path: Path) -> None:
+    done = launch(2, [str(HERE / "failing_rank.py"), str(tmp_path), when])
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "rank0.txt").read_text() == "no space left"
+    assert "no space left" in (tmp_path / "rank1.txt").read_text()
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ FLOORS: dict[str, set[str]] = {
     "engine/efface/recipes": {
         *BASE,
         *("efface.batching", "efface.objectives", "efface.hf", "efface.evaluate", "efface.recipes"),
-        *("transformers", "yaml"),
+        *("accelerate", "transformers", "yaml"),
     },
     "engine/efface/sweep": {"efface.hf", "efface.recipes", "efface.sweep", "optuna", "yaml"},
     "engine/efface/cli": {

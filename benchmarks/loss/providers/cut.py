@@ -20,8 +20,8 @@ def providers(shape: Shape) -> Found:
         return [], [f"{NAME}: has no bias"]
     try:
         from cut_cross_entropy import linear_cross_entropy  # noqa: PLC0415 - optional
-    except ImportError as error:
-        return [], [f"{NAME}: {error}"]
+    except Exception as error:  # noqa: BLE001 - whatever an import on a strange machine raises
+        return [], [f"{NAME}: {type(error).__name__}: {error}"]
     settings: dict[str, dict[str, object]] = {"torch_compile": {"impl": "torch_compile"}}
     missing = [f"{NAME}, exact and default: their Triton kernels need a GPU"]
     again = 0

@@ -33,8 +33,8 @@ def providers(shape: Shape) -> Found:
         from liger_kernel.transformers.functional import (  # noqa: PLC0415 - optional
             liger_fused_linear_cross_entropy,
         )
-    except ImportError as error:
-        return [], [f"{NAME}: {error}"]
+    except Exception as error:  # noqa: BLE001 - whatever an import on a strange machine raises
+        return [], [f"{NAME}: {type(error).__name__}: {error}"]
     found, missing = [], []
     settings: dict[str, dict[str, int]] = {"default": {}}
     if "chunk_mem_const" in liger_fused_linear_cross_entropy.__code__.co_varnames:

@@ -87,9 +87,13 @@ def audit_data(data: str, split: str | None) -> Rows:
                 f"--split {split}: {data!r} is a file, of one split; leave --split out, or name the folder"
             )
         return load_rows(folder)
+    if ":" in data and not folder.is_dir():
+        if split is not None and split not in data:
+            raise ValueError(f"--split {split}: {data!r} names another; leave --split out, or name the data set alone")
+        return load_rows(data)
     split = split or "forget10"
     if not folder.is_dir():
-        return load_rows(f"{data}:{split}_perturbed" if ":" not in data else data)
+        return load_rows(f"{data}:{split}_perturbed")
     for name in (f"{split}_perturbed.json", f"{split}.json"):
         if (folder / name).is_file():
             return load_rows(folder / name)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import TaskID
 from rich.table import Table
 
-from efface.cli.metrics_flags import Results, add_metrics_flags, run_fame, run_metrics
+from efface.cli.metrics_flags import Results, add_metrics_flags, chosen_metrics, run_fame, run_metrics
 from efface.cli.progress import progress_on
 from efface.evaluate import EvalLog, TofuResult, tofu
 from efface.evaluate.logs import PREFIXES, SPLITS
@@ -73,7 +73,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--output",
         type=Path,
-        help="folder for the results (default: MODEL/evaluation; of a Hub model ./evaluation/NAME)",
+        help="folder for the results (default: MODEL/evaluation, of a checkpoint MODEL/REVISION/evaluation; of a Hub "
+        "model ./evaluation/NAME)",
     )
     flags.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
     flags.add_argument(
@@ -111,8 +112,14 @@ def run(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     state = processes()
     console = Console(stderr=True, quiet=not state.is_main_process)
-    output = options.output or _default_output(options.model)
+    output = options.output or _default_output(options.model, options.revision)
     benchmark = options.benchmark or (None if options.metrics else "tofu")
+    chosen_metrics(options)  # what is wrong with them is said now, not after hours
+    if benchmark != "tofu" and (options.retain_log or options.retain_model):
+        raise ValueError(
+            "--retain-log, --retain-model: expected --benchmark tofu beside them, got none; what privleak compares "
+            "with is --retain-metrics"
+        )
     if benchmark == "tofu":
         _judge_by_tofu(options, output, console)
     if benchmark == "fame":
@@ -223,9 +230,10 @@ def metrics_table(results: Results, title: str) -> Table:
     return table
 
 
-def _default_output(model: str) -> Path:
-    folder = Path(model).expanduser()
-    return folder / "evaluation" if folder.is_dir() else Path("evaluation") / folder.name
+def _default_output(model: str, revision: str) -> Path:
+    """Return a folder of the model's own; of a checkpoint in a folder, in that, where a report looks for it."""
+    folder, inside = Path(model).expanduser(), Path() if revision == MAIN else Path(revision)
+    return folder / inside / "evaluation" if folder.is_dir() else Path("evaluation") / folder.name / inside
 
 
 def results_table(result: TofuResult, title: str) -> Table:

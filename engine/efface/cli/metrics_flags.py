@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from efface.evaluate import evaluate_metrics, fame, known_metrics
+from efface.evaluate import evaluate_metrics, fame, get_metric, known_metrics
 from efface.evaluate.logs import read_json
-from efface.evaluate.metrics import MetricResult, Reading
+from efface.evaluate.metrics import Metric, MetricResult, Perplexity, Reading
 from efface.evaluate.metrics.fame import GROUPS
 from efface.evaluate.runner import Progress
 from efface.hf.loading import load_model
@@ -33,7 +33,28 @@ def add_metrics_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--group-columns", nargs="+", default=GROUPS, help="FAME's groups (default: %(default)s)")
     group.add_argument("--question-column", default="question", help='"" for texts (default: %(default)s)')
     group.add_argument("--answer-column", default="answer", help="(default: %(default)s)")
+    group.add_argument("--max-length", type=int, help="cut texts to so many tokens (default: never)")
+    group.add_argument("--window", type=int, help="of perplexity: tokens at a time (default: 1024), in steps of a half")
     group.add_argument("--max-new-tokens", type=int, default=200, help="of an answer (default: %(default)s)")
+
+
+def chosen_metrics(options: argparse.Namespace) -> list[Metric]:
+    """Return what ``--metrics`` names, with the settings that were given; nothing is computed yet.
+
+    Raises:
+        ValueError: an unknown name, settings that a metric refuses, or flags that are missing beside it.
+    """
+    settings = {} if options.window is None else {"window": options.window, "stride": max(1, options.window // 2)}
+    names = [name.strip() for name in (options.metrics or "").split(",") if name.strip()]
+    chosen = [get_metric(name, **(settings if name.lower() == Perplexity.name else {})) for name in names]
+    if chosen and not options.forget:
+        raise ValueError("--metrics: expected --forget FILE, the rows to judge, got none")
+    for metric in chosen:
+        if metric.needs_holdout and not options.holdout:
+            raise ValueError(f"{metric.name}: expected --holdout FILE, rows that no model was trained on, got none")
+        if metric.needs_reference and not options.reference_model:
+            raise ValueError(f"{metric.name}: expected --reference-model MODEL, got none")
+    return chosen
 
 
 def run_metrics(
@@ -49,8 +70,7 @@ def run_metrics(
     Raises:
         ValueError: flags that do not fit one another, and as ``evaluate_metrics``.
     """
-    if not options.forget:
-        raise ValueError("--metrics: expected --forget FILE, the rows to judge, got none")
+    metrics = chosen_metrics(options)
     reference = None
     if options.reference_model is not None:
         reference = load_model(options.reference_model, dtype=options.dtype).to(model.device)
@@ -59,7 +79,7 @@ def run_metrics(
             model,
             tokenizer,
             _rows(options.forget, options.forget_filter),
-            [name.strip() for name in options.metrics.split(",") if name.strip()],
+            metrics,
             holdout=_rows(options.holdout, options.holdout_filter) if options.holdout else None,
             reference_model=reference,
             retain_values=read_values(options.retain_metrics) if options.retain_metrics else None,
@@ -124,6 +144,7 @@ def _reading(options: argparse.Namespace) -> Reading:
     return Reading(
         question_column=options.question_column or None,
         answer_column=options.answer_column,
+        max_length=options.max_length,
         template=options.template,
         max_new_tokens=options.max_new_tokens,
         token_budget=options.token_budget,

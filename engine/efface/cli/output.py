@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,11 +24,16 @@ def check_output(folder: str | Path, *, overwrite: bool) -> Path:
 
 
 @contextmanager
-def written_whole(folder: Path, *, writes: bool = True) -> Iterator[Path]:
+def written_whole(folder: Path, *, writes: bool = True, replaced: Sequence[str] = ()) -> Iterator[Path]:
     """Yield an empty folder; its contents move into ``folder`` when the block ends without an error.
 
     Files of the same names are replaced. If the block fails, ``folder`` is as it was. A process that ``writes``
     nothing, because another one does, is handed ``folder`` itself.
+
+    Args:
+        folder: is made if it is not there.
+        writes: whether this process writes.
+        replaced: patterns of files that must not stay beside new ones, though none of these has their name.
     """
     if not writes:
         yield folder
@@ -37,7 +42,11 @@ def written_whole(folder: Path, *, writes: bool = True) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
     try:
         yield partial
-        for item in sorted(partial.iterdir()):
+        fresh = sorted(partial.iterdir())
+        for pattern in replaced:
+            for path in folder.glob(pattern):
+                path.unlink()
+        for item in fresh:
             target = folder / item.name
             if target.is_dir():
                 shutil.rmtree(target)

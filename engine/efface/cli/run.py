@@ -20,6 +20,9 @@ from efface.hf.hub import HubError, check_login, default_client
 from efface.hf.recipe import argument_values
 from efface.hf.trainer import PackedTrainer
 
+# Weights of an earlier model in the folder, in whatever files: loading would take them for this one's.
+_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*", "adapter_config.json")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -108,7 +111,7 @@ def _carry_out(run: Run, console: Console) -> None:
         bar.close()
         if run.before_saving is not None:
             run.before_saving(trainer)
-        with written_whole(run.out, writes=args.should_save) as partial:
+        with written_whole(run.out, writes=args.should_save, replaced=_WEIGHTS) as partial:
             trainer.save_model(str(partial), _internal_call=True)
         trainer.save_state()
         console.print(f"wrote {run.out}", highlight=False, soft_wrap=True)

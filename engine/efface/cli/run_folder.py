@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from efface.cli.output import check_output
-from efface.hf.checkpoints import PARTIAL, checkpoints, newest_checkpoint, remove_leftovers, remove_whole
+from efface.hf.checkpoints import BEST, PARTIAL, checkpoints, newest_checkpoint, remove_leftovers, remove_whole
 
 RECORD = "run.json"
 
@@ -28,6 +28,10 @@ class RunFolder:
     def __init__(self, folder: Path, *, overwrite: bool) -> None:
         self.path = folder
         self._overwrite = overwrite
+        self._look()
+
+    def _look(self) -> None:
+        folder, overwrite = self.path, self._overwrite
         self._record = self._read()
         if self._record is None:
             # A run killed in its first moments leaves nothing but its half-written record.
@@ -59,6 +63,7 @@ class RunFolder:
                 ) from error
             except OSError:  # a file system without locks
                 pass
+            self._look()  # another process may have finished the run in the meantime
             yield
         finally:
             os.close(handle)
@@ -86,6 +91,8 @@ class RunFolder:
             # A later continuation must not take another run's checkpoint for its own.
             for path in checkpoints(self.path).values():
                 remove_whole(path)
+            if (best := self.path / BEST).is_dir():
+                remove_whole(best)
         remove_leftovers(self.path)
         self._write({"finished": False, "identity": identity})
         return None

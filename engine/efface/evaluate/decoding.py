@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
 Pick = Callable[[Tensor, Tensor, int], Tensor]
@@ -119,14 +119,34 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int]
     longest, count = max(map(len, prompts)), max(limits)
     ids, mask = _left_padded(prompts, longest, 0)
     config = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=list(ends), pad_token_id=ends[0])
+    watch = _Watch(len(prompts), model.device)
     # What is not set in a configuration comes from the model's own: its penalties, its beams.
     own, model.generation_config = model.generation_config, config
     try:
-        out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+        out = model.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([watch]),
+        )
     finally:
         model.generation_config = own
-    new = out[:, longest:].tolist()
-    return [_answer(tokens[:limit], ends, True) for tokens, limit in zip(new, limits, strict=True)]
+    return [
+        _answer(tokens[:limit], ends, sound)
+        for tokens, limit, sound in zip(out[:, longest:].tolist(), limits, watch.finite.tolist(), strict=True)
+    ]
+
+
+class _Watch(LogitsProcessor):
+    """Changes nothing; knows of which rows every logit maximum was finite."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.finite = torch.ones(rows, dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        del input_ids
+        self.finite &= scores.amax(-1).isfinite()
+        return scores
 
 
 def has_selectable_cache(model: Any) -> bool:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from efface.evaluate.decoding import Answer, decode, end_ids, generate, has_selectable_cache
 from efface.evaluate.sampling import Sampling, draw, uniforms
-from efface.evaluate.task import RowResult, Task
+from efface.evaluate.task import NotFiniteError, RowResult, Task
 from efface.hf.adapted_head import base_of
 from efface.hf.callbacks import undisturbed
 from efface.hf.templates import AUTO, Conversation, Template, prompt_ids
@@ -79,8 +79,8 @@ class GenerationTask(Task):
 
         Raises:
             ValueError: no token ends answers; a prompt and its answer would be longer than the model's positions, or
-                have tokens outside its vocabulary; logits that are not finite; sampling from a model whose cache
-                cannot be repeated.
+                have tokens outside its vocabulary; sampling from a model whose cache cannot be repeated.
+            NotFiniteError: logits that are not finite.
         """
         base = base_of(model)
         prompts, limits = [self._prompts[row] for row in rows], self._limits[rows].tolist()
@@ -96,7 +96,7 @@ class GenerationTask(Task):
         n = len(answers) // len(rows)
         for row, answer in zip(np.repeat(rows, n).tolist(), answers, strict=True):
             if not answer.finite:
-                raise ValueError(
+                raise NotFiniteError(
                     f"{self.name}: expected finite logits, got NaN or infinity in row {row} after "
                     f"{len(answer.ids)} tokens; the weights are broken, or float16 is too narrow (use bfloat16)"
                 )

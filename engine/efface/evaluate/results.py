@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import extract_model_from_parallel
 
 from efface.evaluate.logs import PREFIXES, FloatArray
 from efface.evaluate.protocol import Protocol
@@ -84,6 +85,7 @@ def summary_of(content: Mapping[str, Metric]) -> dict[str, float]:
 
 def model_facts(model: Any) -> dict[str, Any]:
     """Return which model the results are of, and what computed them, as JSON."""
+    model = extract_model_from_parallel(model)
     return {
         "model": str(model.config._name_or_path),  # noqa: SLF001 - transformers keeps it nowhere else
         "fingerprint": fingerprint(model).hex(),

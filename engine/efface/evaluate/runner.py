@@ -18,15 +18,20 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from efface.evaluate.row_store import RowStore
-from efface.evaluate.task import RowResult, Task
+from efface.evaluate.task import NotFiniteError, RowResult, Task
+from efface.hf.adapted_head import base_of
 from efface.hf.callbacks import undisturbed
 from efface.hf.fingerprint import fingerprint
+from efface.hf.refusals import check_adapters
 
 Progress = Callable[[str, int, int], None]
 """Called with the task at hand, how many rows of all tasks are done, and how many there are."""
 
 Job = tuple[int, NDArray[np.int64]]  # a task's number, and the rows of one of its batches
 T = TypeVar("T")
+
+_KINDS: tuple[type[Exception], ...] = (NotFiniteError, ValueError, OSError)
+"""Errors that every process raises as what they are on one of them."""
 
 
 def run_tasks(
@@ -46,31 +51,36 @@ def run_tasks(
         progress: called on every process, before the first and after every turn of the processes.
 
     Raises:
-        ValueError: a model whose weights are spread over processes; a damaged store; whatever a task refuses.
+        ValueError: a model whose weights are spread over processes, or with an adapter that packs cannot serve; a
+            damaged store; whatever a task refuses.
         OSError: a store that cannot be read or written.
     """
     state = processes()
     policy = _whole(model)
+    check_adapters(policy, base_of(policy))
     results: list[list[RowResult | None]] = [[None] * len(task.keys) for task in tasks]
     rows = sum(map(len, results))
     with undisturbed(policy), torch.no_grad(), contextlib.ExitStack() as stack:
         known = _Known(policy, store if state.is_main_process else None)
         stack.callback(known.close)
-        results = _on_first(state, lambda: [known.get(task.keys) for task in tasks] if store else results)
+        if store is not None:
+            results = _on_first(state, lambda: [known.get(task.keys) for task in tasks])
         jobs = [
             (number, batch)
             for number, task in enumerate(tasks)
             for batch in task.batches
             if any(results[number][row] is None for row in batch.tolist())
         ]
+        failed: Exception | None = None  # of the file, on the first process: told to the others with the next turn
         for turn in _turns(jobs, state.num_processes):
             if progress is not None:
                 progress(tasks[turn[0][0]].name, _done(results), rows)
-            for (number, batch), found in zip(turn, _run(state, policy, tasks, turn), strict=True):
-                known.put([tasks[number].keys[row] for row in batch.tolist()], found)
+            for (number, batch), found in zip(turn, _run(state, policy, tasks, turn, failed), strict=True):
+                failed = failed or known.put([tasks[number].keys[row] for row in batch.tolist()], found)
                 for row, result in zip(batch.tolist(), found, strict=True):
                     if results[number][row] is None:
                         results[number][row] = result
+        _on_first(state, lambda: _raise(failed))
         if progress is not None and rows:
             progress(tasks[-1].name, _done(results), rows)
     return [_complete(task, part) for task, part in zip(tasks, results, strict=True)]
@@ -104,9 +114,14 @@ class _Known:
             self._store, self._key = RowStore(self._place), model_key(self._model)
         return self._store.get(self._key, keys)
 
-    def put(self, keys: Sequence[bytes], results: Sequence[RowResult]) -> None:
-        if self._store is not None:
-            self._store.put(self._key, keys, results)
+    def put(self, keys: Sequence[bytes], results: Sequence[RowResult]) -> Exception | None:
+        """Keep results; return what went wrong."""
+        try:
+            if self._store is not None:
+                self._store.put(self._key, keys, results)
+        except (OSError, ValueError) as error:
+            return error
+        return None
 
     def close(self) -> None:
         if self._store is not None:
@@ -133,11 +148,17 @@ def _turns(jobs: Sequence[Job], processes: int) -> Iterator[Sequence[Job]]:
         yield jobs[first : first + processes]
 
 
-def _run(state: PartialState, model: Any, tasks: Sequence[Task], turn: Sequence[Job]) -> list[list[RowResult]]:
-    """Run one job a process and return the results of all; an error of one process is raised on all of them."""
+def _run(
+    state: PartialState, model: Any, tasks: Sequence[Task], turn: Sequence[Job], error: Exception | None
+) -> list[list[RowResult]]:
+    """Run one job a process and return the results of all; an error of one process is raised on all of them.
+
+    ``error`` is one that this process met before.
+    """
     mine: list[RowResult] = []
-    error: Exception | None = None
-    if state.process_index < len(turn):
+    if state.num_processes == 1:
+        _raise(error)
+    if error is None and state.process_index < len(turn):
         number, batch = turn[state.process_index]
         try:
             # Through JSON, so that a result is the same whether it comes from the store or not.
@@ -148,13 +169,18 @@ def _run(state: PartialState, model: Any, tasks: Sequence[Task], turn: Sequence[
             error = caught
     if state.num_processes == 1:
         return [mine]
-    told = gather_object([(mine, None if error is None else (isinstance(error, ValueError), repr(error)))])
-    if error is not None:
-        raise error
+    kind = next((kind for kind in _KINDS if isinstance(error, kind)), RuntimeError)
+    told = gather_object([(mine, None if error is None else (kind, repr(error)))])
+    _raise(error)
     for process, (_, failure) in enumerate(told):
         if failure is not None:
-            raise (ValueError if failure[0] else RuntimeError)(f"process {process} of the evaluation: {failure[1]}")
+            raise failure[0](f"process {process} of the evaluation: {failure[1]}")
     return [results for results, _ in told[: len(turn)]]
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _on_first(state: PartialState, read: Callable[[], T]) -> T:
@@ -163,7 +189,7 @@ def _on_first(state: PartialState, read: Callable[[], T]) -> T:
     if state.is_main_process:
         try:
             told = [read()]
-        except (OSError, ValueError) as error:
+        except Exception as error:
             if state.num_processes == 1:
                 raise
             told = [error]

@@ -64,7 +64,8 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     probabilities = torch.softmax(logits.double() / sampling.temperature, -1)
     probabilities, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
     cumulative = probabilities.cumsum(-1)
-    kept = (cumulative - probabilities < sampling.top_p).sum(-1, keepdim=True)  # at least the first
+    # At least the first: of NaN none would be kept. Whoever draws looks at the logits, too.
+    kept = (cumulative - probabilities < sampling.top_p).sum(-1, keepdim=True).clamp(min=1)
     total = cumulative.gather(-1, kept - 1)
     place = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
     return tokens.gather(-1, place.minimum(kept - 1))[:, 0]

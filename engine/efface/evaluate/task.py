@@ -11,6 +11,10 @@ RowResult: TypeAlias = dict[str, Any]
 """What a task found out about a row, as JSON: it is stored, gathered from processes and read again as it is."""
 
 
+class NotFiniteError(FloatingPointError, ValueError):
+    """Numbers of a model that are none: the model is broken, not what it was asked."""
+
+
 class Task(Protocol):
     """Results of a model, one for each row.
 

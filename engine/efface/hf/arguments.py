@@ -1,7 +1,10 @@
 """Arguments of a run: those of ``transformers.TrainingArguments``, with defaults that suit packed batches."""
 
+import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
@@ -120,6 +123,7 @@ class UnlearnArguments(TrainingArguments):
             ValueError: settings that contradict one another.
         """
         self._schedule_saves()
+        self._meet()
         super().__post_init__()  # type: ignore[no-untyped-call]
         check_optimizer(str(getattr(self.optim, "value", self.optim)))
         if self.revision_per_checkpoint and not self.push_to_hub:
@@ -129,6 +133,13 @@ class UnlearnArguments(TrainingArguments):
                 "`revision_per_checkpoint`: no checkpoint is written; set --save_schedule epoch or a number"
             )
         self._check_warmup()
+
+    def _meet(self) -> None:
+        """Let processes on CPUs meet under ``ddp_timeout``, too; transformers gives it to those on GPUs alone."""
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        if self.use_cpu and not alone and not torch.distributed.is_initialized():
+            timeout = timedelta(seconds=self.ddp_timeout)
+            torch.distributed.init_process_group(self.ddp_backend or "gloo", timeout=timeout)
 
     def _schedule_saves(self) -> None:
         """Turn ``save_schedule`` into transformers' own two settings."""

@@ -30,6 +30,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from efface.hf.checkpoints import BEST
+
 Evaluate = Callable[[Any], dict[str, float]]
 
 
@@ -184,7 +186,7 @@ class KeepBest(TrainerBound, ExportableState):
             return
         self.best, self.best_step = float(logs[self.metric]), state.global_step
         record = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
-        folder = Path(self.folder or Path(args.output_dir or ".") / "best")
+        folder = Path(self.folder or Path(args.output_dir or ".") / BEST)
         self._save(folder, {"metric": self.metric, "step": state.global_step, "figures": record})
 
     def _is_best(self, logs: dict[str, Any]) -> bool:
@@ -206,12 +208,12 @@ class KeepBest(TrainerBound, ExportableState):
     def _save(self, folder: Path, record: dict[str, Any]) -> None:
         trainer = self._trainer()
         if not trainer.args.should_save:  # with sharded weights every process takes part in a save
-            trainer.save_model(str(folder))
+            trainer.save_model(str(folder), _internal_call=True)
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            trainer.save_model(str(partial))
+            trainer.save_model(str(partial), _internal_call=True)
             (partial / "best.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             partial.chmod(0o755)  # a temporary folder is for its owner alone
             replace_folder(partial, folder)

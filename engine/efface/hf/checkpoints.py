@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there at all, and complete enough that a killed run continues bit for bit."""
 
+import math
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ PARTIAL = (
     ".partial-"  # what is being written, or is on its way out: no pattern of transformers takes it for a checkpoint
 )
 STATE = "trainer_state.json"
+BEST = "best"  # the folder of KeepBest
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -116,10 +118,13 @@ class ResumableTrainer(Trainer):
     def _has_ended(self, checkpoint: Path) -> bool:
         # In an epoch's middle transformers would run one step more before it looks at max_steps.
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if self.args.max_steps <= 0 or sharded or not (checkpoint / STATE).is_file():
+        if sharded or not (checkpoint / STATE).is_file():
             return False
+        last = self.args.max_steps
+        if last <= 0:
+            last = math.ceil(self.args.num_train_epochs * len(self.get_train_dataloader()))
         step: int = TrainerState.load_from_json(str(checkpoint / STATE)).global_step
-        return step >= self.args.max_steps
+        return step >= last
 
     def _take_up(self, checkpoint: Path) -> TrainOutput:
         """Be what the run was at the end, with nothing left to train."""
@@ -148,8 +153,7 @@ class ResumableTrainer(Trainer):
             self._staging = staging
             super()._save_checkpoint(model, trial)
             self._staging = None
-            if self.args.should_save:
-                self._correct_best(folder, staging / name)
+            self._correct_best(folder, staging / name)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 move_whole(staging / name, folder / name)
@@ -191,8 +195,9 @@ class ResumableTrainer(Trainer):
         if self.state.best_global_step:
             best = folder / f"checkpoint-{self.state.best_global_step}"
             if best.is_dir() or best.name == written.name:
-                self.state.best_model_checkpoint = str(best)
-                self.state.save_to_json(str(written / STATE))
+                self.state.best_model_checkpoint = str(best)  # on all ranks: each of them loads it
+                if self.args.should_save:
+                    self.state.save_to_json(str(written / STATE))
 
     # What transformers forgets: the losses since the last log, and the state of callbacks
 

@@ -24,6 +24,8 @@ def fingerprint(model: PreTrainedModel) -> bytes:
     Adapters that are switched off do not count: the model has the fingerprint of its base model.
     """
     settings = {"config": _lasting(model.config.to_dict()), **_precision(model.device)}
+    if adapters := _adapters(model):
+        settings["adapters"] = adapters
     return model_fingerprint(dict(_active_weights(model)), settings)
 
 
@@ -50,6 +52,19 @@ def tf32() -> bool:
     if hasattr(matmul, "fp32_precision"):  # torch 2.9; it raises if both names are used
         return bool(matmul.fp32_precision == "tf32")
     return bool(matmul.allow_tf32)
+
+
+def _adapters(model: PreTrainedModel) -> dict[str, Any]:
+    """Return which adapters each of PEFT's layers uses, and by what it scales them; nothing where they are off."""
+    found = {}
+    for name, module in model.named_modules():
+        if getattr(module, "disable_adapters", None) is False:
+            active = list(module.active_adapters)
+            scaling = getattr(module, "scaling", {})
+            found[name.removeprefix("base_model.model.")] = [
+                [adapter, float(scaling[adapter]) if adapter in scaling else None] for adapter in active
+            ]
+    return found
 
 
 def _active_weights(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:

@@ -27,6 +27,13 @@ def check_packable(model: Any) -> None:
         )
 
 
+def check_adapters(model: Any, base: Any) -> None:
+    """Raise ValueError for adapters that need a batch axis; the arguments are those of ``check_servable``."""
+    if model is not base:
+        for name, config in model.peft_config.items():
+            _check_adapter(name, config)
+
+
 def check_servable(model: Any, base: Any) -> None:
     """Raise ValueError for adapters that need a batch axis, and for a loss with a term that the head does not know.
 
@@ -34,9 +41,7 @@ def check_servable(model: Any, base: Any) -> None:
         model: the model as it is called, a ``peft.PeftModel`` perhaps.
         base: the transformers model within.
     """
-    if model is not base:
-        for name, config in model.peft_config.items():
-            _check_adapter(name, config)
+    check_adapters(model, base)
     config = base.config.get_text_config()
     coefficient = getattr(config, "router_aux_loss_coef", None)
     if getattr(config, "output_router_logits", False) and coefficient != 0:

@@ -35,13 +35,15 @@ def budgeted(store: TokenStore, index: NDArray[np.int64], token_budget: int) -> 
 @contextmanager
 def scoring(model: PreTrainedModel) -> Iterator[None]:
     """Within, ``model`` is in evaluation mode and reads packs, with packed attention if it can; then as it was."""
-    training, attention = model.training, model.config._attn_implementation  # noqa: SLF001
+    modes = [(module, module.training) for module in model.modules()]
+    attention = model.config._attn_implementation  # noqa: SLF001
     model.eval()
-    use_packed_attention(model)
     try:
+        use_packed_attention(model)
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         model.set_attn_implementation(attention)
 
 
@@ -108,5 +110,5 @@ def check_store(model: PreTrainedModel, store: TokenStore, name: str) -> None:
     if limit is not None and longest > limit:
         raise ValueError(
             f"`{name}`: expected sequences of at most {limit} tokens (the model's positions), got {longest}; "
-            "set --max_length to cut them on purpose"
+            "cut them on purpose by a maximal length (--max_length)"
         )

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from efface.evaluate import tofu
 from efface.hf.loading import load_model, load_tokenizer
 from efface.hf.templates import AUTO, Template
@@ -92,10 +94,15 @@ def evaluate_recipe(
 
 def _log_of(name: str, beside: Any, source: str | None, output: Path, options: dict[str, Any]) -> Any:
     """Return the log of the retain model, run where and as ``beside`` is; None, with a warning, if it cannot be had."""
+    failure: str | None = None
     try:
         model = load_model(name, dtype=str(beside.dtype).removeprefix("torch.")).to(beside.device)
         tokenizer = load_tokenizer(name)
     except OSError as error:
-        _LOG.warning("no forget quality: the retain model %s cannot be loaded (%s); give --retain_log", name, error)
+        failure = str(error)
+    # All processes evaluate it, or none: those that could would wait for the others.
+    failure = next(filter(None, gather_object([failure])), None)
+    if failure is not None:
+        _LOG.warning("no forget quality: the retain model %s cannot be loaded (%s); give --retain_log", name, failure)
         return None
     return tofu(model, tokenizer, source, output=output, **options).log

@@ -26,7 +26,7 @@ def unchanged(model: PreTrainedModel) -> Iterator[None]:
         for tensor in itertools.chain(model.parameters(), model.buffers())
     ]
     trained = [(weight, weight.requires_grad, weight.grad) for weight in model.parameters()]
-    attributes = set(vars(model))
+    attributes, caching = set(vars(model)), getattr(model.config, "use_cache", None)
     own, attention, device = type(model), model.config._attn_implementation, model.device  # noqa: SLF001
     try:
         with undisturbed(model):
@@ -35,6 +35,8 @@ def unchanged(model: PreTrainedModel) -> Iterator[None]:
         if type(model) is not own:
             unfuse(model, attention=None)
         model.set_attn_implementation(attention)
+        if caching is not None:  # a Trainer switches it off
+            model.config.use_cache = caching
         model.to(device)  # type: ignore[arg-type]
         with torch.no_grad():
             for tensor, before in saved:

@@ -126,7 +126,7 @@ def refuse_infinite(part: Part, number: int, *values: FloatArray) -> None:
     for column in values:
         if (bad := column[~np.isfinite(column)]).size:
             raise FloatingPointError(
-                f"{part.source}, row {number}: the model gives a token of {part.answers[number][:60]!r} a "
-                f"log-probability of {bad[0]}; its weights are not finite or its activations overflow: look at the run "
-                "that made it, or evaluate in bfloat16 or float32"
+                f"{part.source}, row {part.numbers[number]}: the model gives a token of {part.answers[number][:60]!r} "
+                f"a log-probability of {bad[0]}; its weights are not finite or its activations overflow: look at the "
+                "run that made it, or evaluate in bfloat16 or float32"
             )

@@ -74,7 +74,7 @@ def fame(
     sides = []
     for name, numbers in _split(rows, forget_filter, retain_filter).items():
         chosen = numbers.tolist()
-        part = Part(name, [rows[row] for row in chosen], tokenizer, reading)
+        part = Part(name, [rows[row] for row in chosen], tokenizer, reading, numbers=chosen)
         sides.append(_Side(part, numbers, [false[row] for row in chosen], [paraphrases[row] for row in chosen]))
     tasks = [task for side in sides for task in (side.answers, side.part.generations)]
     results = iter(run_tasks(model, tasks, store=store, progress=progress))

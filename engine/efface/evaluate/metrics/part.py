@@ -1,5 +1,6 @@
 """Rows that metrics judge, and the tasks about them: made when first asked for, and once for all metrics."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -42,22 +43,32 @@ class Part:
         rows: with the columns of ``reading``.
         tokenizer: of the model.
         reading: how rows become text.
+        numbers: what messages call each of them; None counts them.
 
     Raises:
         ValueError: no rows, a missing column, a value that is not text or an answer that is empty.
     """
 
-    def __init__(self, source: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> None:
+    def __init__(
+        self,
+        source: str,
+        rows: Rows,
+        tokenizer: PreTrainedTokenizerBase,
+        reading: Reading,
+        *,
+        numbers: Sequence[int] | None = None,
+    ) -> None:
         if not len(rows):
             raise ValueError(f"{source}: expected rows, got none")
         self.source = source
         self.tokenizer = tokenizer
         self.reading = reading
+        self.numbers: Sequence[int] = range(len(rows)) if numbers is None else numbers
         self._windows: dict[tuple[int, int], Windows] = {}
         asked = reading.question_column
         self.answers: list[str] = column(rows, reading.answer_column, source)
         self.questions: list[str] = column(rows, asked, source) if asked is not None else [""] * len(rows)
-        for number, texts in enumerate(zip(self.questions, self.answers, strict=True)):
+        for number, *texts in zip(self.numbers, self.questions, self.answers, strict=True):
             _check(source, number, *texts)
 
     @cached_property

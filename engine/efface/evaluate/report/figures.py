@@ -34,6 +34,7 @@ UTILITY = {
     "wf_Truth_Ratio": ("world_facts", "truth_ratio"),
 }
 KNOWN = ("forget_quality", "model_utility", *FORGET, *UTILITY)
+_AS_STORED = "forget quality is as stored, against a retain log that may be another"
 _NAMES = {name.lower(): name for name in KNOWN}  # their case differs between versions
 
 
@@ -79,7 +80,7 @@ def read_evaluation(path: Path, retain_log: EvalLog | None = None) -> Evaluation
             if retain_log is not None:
                 _compare(figures, log, retain_log, notes)
     if retain_log is not None and ratios is None and stored is not None:
-        notes.append("forget quality is as stored, against a retain log that may be another")
+        notes.append(_AS_STORED)
     return Evaluation(path, figures, ratios, tuple(notes))
 
 
@@ -120,11 +121,13 @@ def _from_rows(figures: dict[str, float], log: EvalLog, notes: list[str]) -> Non
 
 
 def _compare(figures: dict[str, float], log: EvalLog, retain_log: EvalLog, notes: list[str]) -> None:
-    stored = figures.pop("forget_quality", None)
+    stored = figures.get("forget_quality")
     try:
         figures["forget_quality"] = forget_quality(log, retain_log)
     except ValueError as error:
         notes.append(str(error))
+        if stored is not None:
+            notes.append(_AS_STORED)
         return
     if stored is not None and not math.isclose(stored, figures["forget_quality"], rel_tol=1e-6):
         notes.append(f"its evaluation stored a forget quality of {stored:.3g}, against another retain log")

@@ -104,13 +104,17 @@ def find_log(path: str | Path) -> Path:
 
 
 def find_retain_log(paths: Iterable[str | Path]) -> Path | None:
-    """Return the log of a retain model that was evaluated with runs in the folders; the first of several."""
+    """Return the log of the retain model that was evaluated with runs in the folders.
+
+    None also where there are several: which of them a run was compared with shows in what its evaluation stored.
+    """
+    found: list[Path] = []
     for root in map(Path, paths):
         for folder, folders, names in os.walk(root):
             folders.sort()
             if Path(folder).name == RETAIN and LOGS[0] in names:
-                return Path(folder, LOGS[0])
-    return None
+                found.append(Path(folder, LOGS[0]))
+    return found[0] if len({path.read_bytes() for path in found}) == 1 else None
 
 
 def _files(root: Path) -> Iterator[Path]:

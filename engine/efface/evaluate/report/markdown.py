@@ -33,7 +33,7 @@ def to_markdown(content: Content, pictures: str) -> tuple[str, dict[str, str]]:
     if content.audit:
         parts += ["## Leak audit", "Mean novel recall by view.", _table(content.audit)]
         if content.audit.has_more:
-            parts += ["### All figures of the audit", _table(content.audit, on_demand=True, names=2)]
+            parts += ["### All figures of the audit", _table(content.audit, on_demand=True)]
     if content.details:
         parts.append("## Forget rows, run by run")
     for place, detail in enumerate(content.details, start=1):
@@ -47,12 +47,12 @@ def to_markdown(content: Content, pictures: str) -> tuple[str, dict[str, str]]:
     return "\n\n".join(filter(None, parts)) + "\n", drawn
 
 
-def _table(table: Table, *, on_demand: bool = False, names: int = 2) -> str:
-    """Return the columns that are shown at once, or the first ``names`` and those on demand."""
+def _table(table: Table, *, on_demand: bool = False) -> str:
+    """Return the columns that are shown at once, or the first two and those on demand."""
     chosen = [
         place
         for place, column in enumerate(table.columns)
-        if (column.on_demand or place < names if on_demand else not column.on_demand)
+        if (column.on_demand or place < 2 if on_demand else not column.on_demand)
     ]
     columns = [table.columns[place] for place in chosen]
     lines = [[line.cells[place].text for place in chosen] for line in table.lines]

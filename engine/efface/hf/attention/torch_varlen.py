@@ -40,10 +40,14 @@ def _deterministic() -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
+    switches: Any = torch.utils.deterministic
+    filling = switches.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    switches.fill_uninitialized_memory = False  # with NaN: a pass over every gradient
     try:
         yield
     finally:
+        switches.fill_uninitialized_memory = filling
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 

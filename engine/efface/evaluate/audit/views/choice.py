@@ -12,7 +12,7 @@ from efface.evaluate.audit.rows import AuditRow
 from efface.evaluate.audit.summary import Figures, summary
 from efface.evaluate.audit.view import View
 from efface.evaluate.audit.words import content_words, recalled
-from efface.evaluate.task import RowResult
+from efface.evaluate.task import NotFiniteError, RowResult
 
 
 def options(row: AuditRow) -> list[str]:
@@ -52,7 +52,7 @@ class Choice(View):
         offered = [options(row) for row in rows]
         scores = exam.mean_logprobs([row.question for row in rows], offered)
         if broken := [i for i, each in enumerate(scores) if not np.isfinite(each).all()]:
-            raise ValueError(
+            raise NotFiniteError(
                 f"view 'choice': expected finite log-probabilities, got {scores[broken[0]]} at row {broken[0]} "
                 f"({len(broken)} of {len(rows)} rows); the model is broken, or its dtype too small for it"
             )
