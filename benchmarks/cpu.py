@@ -49,7 +49,7 @@ def command(suite: str, path: Path, *, smoke: bool) -> Sequence[str]:
 
 
 def processor() -> str:
-    """Return the processor's maker and family as part of a file name, "epyc-9004" for example."""
+    """Return the processor's maker and family as part of a file name, "amd-epyc" for example."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

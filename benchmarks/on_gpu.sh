@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # One command for a borrowed GPU without internet: install what is here, run the GPU tests, then the benchmarks.
 #
-#   benchmarks/on_gpu.sh            writes $OUT/gpu-{summary,tests,loss,step}.txt and $OUT/gpu-{loss,step}.json
+#   benchmarks/on_gpu.sh            writes $OUT/gpu-{summary,tests,loss,step}.txt and $OUT/gpu-DATE-{loss,step}.json
 #
 # All legs end within ten minutes: each has a limit, and the figures it has by then are in its JSON file.
 #
 # OUT      where the results go (benchmarks/results)
-# WHEELS   pure-Python wheels of rivals, liger-kernel and cut-cross-entropy, and of peft (./wheels, if it exists;
+# WHEELS   pure-Python wheels of rivals, liger-kernel, cut-cross-entropy and quack-kernels, and of peft (./wheels, if it exists;
 #          benchmarks/wheels.sh fetches them)
 # SHAPES   of the loss leg, one a line; all, as far as they come
 # PYTHON   the interpreter with torch, triton, numpy and transformers (python3)
 # LEGS     which legs to run: "tests bench step" (all); alone, a leg may take the time of the others:
-# LIMITS   their seconds: "150 180 190" (with 60 for the installation, under ten minutes)
+# LIMITS   their seconds: "140 170 180" (with 60 for the installation and some for wheels, under ten minutes)
 #
 # A leg that fails leaves the others their turn; the exit status is the worst of them. EFFACE_ON_GPU_SMOKE=1 runs every
 # leg on the CPU with tiny shapes, which is how a machine without a GPU tests this script.
@@ -22,8 +22,9 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
 WHEELS=${WHEELS:-wheels}
 LEGS=${LEGS:-tests bench step}
-read -r TESTS_LIMIT BENCH_LIMIT STEP_LIMIT <<<"${LIMITS:-150 180 190}"
+read -r TESTS_LIMIT BENCH_LIMIT STEP_LIMIT <<<"${LIMITS:-140 170 180}"
 SMOKE=${EFFACE_ON_GPU_SMOKE:-0}
+DATE=$(date -u +%F)
 mkdir -p "$OUT"
 SUMMARY=$OUT/gpu-summary.txt
 : >"$SUMMARY"
@@ -50,7 +51,7 @@ nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit -
 export PYTHONPATH="$PWD/engine:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
 if [ "$SMOKE" != 1 ]; then
   # The extension is for CPU tensors; where it cannot be built, Python finds the sources, and here its name and version.
-  if ! leg install 90 "$OUT/gpu-install.txt" "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --no-index -e .; then
+  if ! leg install 60 "$OUT/gpu-install.txt" "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --no-index -e .; then
     stub=$(mktemp -d)
     mkdir "$stub/efface-0.dist-info"
     printf 'Metadata-Version: 2.1\nName: efface\nVersion: 0\n' >"$stub/efface-0.dist-info/METADATA"
@@ -93,7 +94,7 @@ if [[ " $LEGS " == *" tests "* ]]; then
 fi
 
 if [[ " $LEGS " == *" bench "* ]]; then
-  bench=("$PYTHON" -m benchmarks loss --json "$OUT/gpu-loss.json")
+  bench=("$PYTHON" -m benchmarks loss --json "$OUT/gpu-$DATE-loss.json")
   if [ "$SMOKE" = 1 ]; then
     leg bench 120 "$OUT/gpu-loss.txt" "${bench[@]}" --shape smoke --rounds 1
   else
@@ -105,7 +106,7 @@ if [[ " $LEGS " == *" bench "* ]]; then
 fi
 
 if [[ " $LEGS " == *" step "* ]]; then
-  step=("$PYTHON" -m benchmarks step --json "$OUT/gpu-step.json")
+  step=("$PYTHON" -m benchmarks step --json "$OUT/gpu-$DATE-step.json")
   if [ "$SMOKE" = 1 ]; then
     leg step 240 "$OUT/gpu-step.txt" "${step[@]}" --shape smoke --rounds 2 --blocks
   else

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -60,6 +61,7 @@ def machine() -> dict[str, object]:
         commit = ""
     return {
         "date": time.strftime("%Y-%m-%d"),
+        "time": time.strftime("%H:%M:%S"),
         "processor": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -68,7 +70,7 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit,
-        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks " + shlex.join(sys.argv[1:]),
         **_gpu(),
     }
 

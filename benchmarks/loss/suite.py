@@ -49,7 +49,7 @@ SHAPES = {
     "NLL": Shape(256, *_SMALL, _HALF, "NLL", ("no reference",)),
     "GradDiff": Shape(256, *_SMALL, _HALF, "GradDiff", ("no reference",)),
     "KL retain": Shape(256, *_SMALL, _HALF, KL),
-    # The models, all modes of NPO: issue 3's bounds.
+    # The models, all modes of NPO: how near the floor.
     "GPU: Llama-3.2-1B": _gpu(8192, _1B, modes=_NPO),
     "GPU: Llama-3.2-3B": _gpu(8192, _3B, modes=_NPO),
     "GPU: Llama-2-7B": _gpu(8192, _7B, modes=_NPO),

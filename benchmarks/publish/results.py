@@ -67,7 +67,7 @@ def read(folder: Path) -> list[Result]:
         record = json.loads(path.read_text(encoding="utf-8"))
         every = (Result(path.name, suite, record) for suite in ROWS)
         found += [result for result in every if result.rows]
-    return sorted(found, key=lambda result: (result.machine["date"], result.file))
+    return sorted(found, key=lambda result: (result.machine["date"], result.machine.get("time", ""), result.file))
 
 
 def newest(found: list[Result], suite: str, *, gpu: bool) -> Result | None:

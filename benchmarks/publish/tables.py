@@ -110,7 +110,13 @@ def step(result: Result) -> str:
 def step_table(rows: Rows) -> str:
     """One shape: time, how many times faster than the eager step, tokens per second, memory."""
     memory = any(row.get("peak_gib") is not None for row in rows)
-    headings = ["step", "median ms", "times faster, median of rounds", "tokens/s", *(["peak GiB"] if memory else [])]
+    headings = [
+        "forward and backward",
+        "median ms",
+        "times faster, median of rounds",
+        "tokens/s, with AdamW",
+        *(["peak GiB"] if memory else []),
+    ]
     cells = []
     for row in rows:
         if row.get("median_ms") is None:

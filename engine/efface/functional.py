@@ -140,7 +140,8 @@ def sequence_logprobs(
 
     Raises:
         TypeError: dtypes that differ, or labels that are not int64.
-        ValueError: shapes that do not fit, a label out of the vocabulary, a sequence without a label.
+        ValueError: shapes that do not fit, a label out of the vocabulary, a sequence without a label. On a GPU labels
+            are not looked at: one out of the vocabulary makes the loss NaN, or ends in a device-side assertion.
     """
     positions, targets, row_offsets = label_rows(hidden, labels, cu_seqlens)
     logprobs = linear_logprob(_rows(hidden, positions), weight, targets, bias=bias, softcap=softcap, backend=backend)
@@ -159,7 +160,8 @@ def nll_loss(
 ) -> Tensor:
     """Mean over label tokens of −ℓ: the usual language-model loss, ``model(..., labels=labels).loss``.
 
-    Arguments, dtypes and errors are those of ``sequence_logprobs``. Returns a float32 scalar.
+    Arguments, dtypes and errors are those of ``sequence_logprobs``. Returns a float32 scalar (float64 for float64
+    inputs).
     """
     return _mean_over_tokens(nll_terms, hidden, weight, labels, bias, softcap, cu_seqlens, backend)
 
@@ -176,7 +178,8 @@ def grad_ascent_loss(
 ) -> Tensor:
     """Mean over label tokens of +ℓ, the negative of ``nll_loss`` (arXiv 2401.06121, section 4).
 
-    Arguments, dtypes and errors are those of ``sequence_logprobs``. Returns a float32 scalar.
+    Arguments, dtypes and errors are those of ``sequence_logprobs``. Returns a float32 scalar (float64 for float64
+    inputs).
     """
     return _mean_over_tokens(grad_ascent_terms, hidden, weight, labels, bias, softcap, cu_seqlens, backend)
 
@@ -208,7 +211,7 @@ def npo_loss(
         weight: see ``hidden``.
         labels: see ``hidden``.
         beta: inverse temperature, > 0.
-        reference_logprobs: (B,) L_ref from a cache, float32 or float64; or give the two below.
+        reference_logprobs: (B,) or (S,) L_ref from a cache, float32 or float64; or give the two below.
         reference_hidden: hidden states of the frozen reference model, in the layout of ``hidden``.
         reference_weight: (V', D') its head; read in the same pass as the policy's logits.
         reference_bias: (V',) or None.
@@ -334,7 +337,7 @@ def dpo_loss(
         bias: see ``hidden``.
         softcap: see ``hidden``; it applies to both heads.
         cu_seqlens: see ``hidden``.
-        alternate_cu_seqlens: (B + 1), packed layout only.
+        alternate_cu_seqlens: (S + 1), packed layout only.
         backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
 
     Returns:

@@ -55,12 +55,14 @@ def test_the_script_for_a_borrowed_gpu(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path), "EFFACE_ON_GPU_SMOKE": "1"}
     done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((tmp_path / "gpu-loss.json").read_text())["loss"]
+    (loss,) = tmp_path.glob("gpu-*-loss.json")
+    assert json.loads(loss.read_text())["loss"]
     summary = (tmp_path / "gpu-summary.txt").read_text()
     assert "tests: exit 0" in summary
     assert "bench: exit 0" in summary
     assert "step: exit 0" in summary
-    assert json.loads((tmp_path / "gpu-step.json").read_text())["step"]
+    (step,) = tmp_path.glob("gpu-*-step.json")
+    assert json.loads(step.read_text())["step"]
     failing = tmp_path / "python"
     failing.write_text(f'#!/bin/sh\ncase "$*" in *"-m pytest"*) exit 3;; *) exec {sys.executable} "$@";; esac\n')
     failing.chmod(0o755)

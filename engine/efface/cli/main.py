@@ -39,7 +39,10 @@ def _help() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 2 wrong use or input, 3 diverged, 130 interrupted."""
+    """Run a command and return its exit code.
+
+    0 done, 1 a sweep without a whole trial, 2 wrong use or input, 3 diverged, 130 interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help", "--version"):

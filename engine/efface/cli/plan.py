@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--tokenizer", required=True, help="folder or Hub name of the checkpoint whose tokenizer to use")
     flags.add_argument("--forget", required=True, help="what to forget: a file or Hub data set, as for efface unlearn")
     flags.add_argument("--retain", help="what to keep, likewise")
-    flags.add_argument("--pairs-per-step", type=int, default=32, help="pairs of an optimizer step (default: 32)")
+    flags.add_argument("--pairs-per-step", type=int, default=32, help="of the run (default: 32)")
     flags.add_argument(
         "--token-budget", type=int, default=UnlearnArguments.token_budget, help="most tokens of a forward pass"
     )

@@ -147,7 +147,7 @@ def _push(trainer: PackedTrainer, args: UnlearnArguments, out: Path) -> None:
     """
     if not args.revision_per_checkpoint:
         if args.push_to_hub:
-            trainer.push_to_hub()
+            trainer.push_to_hub(saved=True)
         return
     if trainer.not_pushed:
         listed = "; ".join(f"checkpoint-{step}: {error}" for step, error in sorted(trainer.not_pushed.items()))

@@ -16,8 +16,13 @@ from efface.hf.templates import AUTO, TEMPLATES
 class UnlearnArguments(TrainingArguments):
     """``TrainingArguments`` plus what efface needs to know.
 
-    An optimizer step holds ``pairs_per_step`` forget/retain pairs, whatever the number of processes; they share it in
-    micro-batches of up to ``token_budget`` tokens, and the loss is the mean over all of it.
+    An optimizer step holds ``pairs_per_step`` forget/retain pairs, whatever the number of processes (None is
+    per_device_train_batch_size x gradient_accumulation_steps x processes); they share it in micro-batches of up to
+    ``token_budget`` tokens, and the loss is the mean over all of it.
+
+    Raises:
+        ImportError: an optimizer whose package is not installed.
+        ValueError: settings that contradict one another.
     """
 
     # Batches are packed tokens without columns, and a NaN is an error, not a number to hide.
@@ -54,7 +59,8 @@ class UnlearnArguments(TrainingArguments):
         default=4096, metadata={"help": "most tokens of a forward pass; a step with more of them takes several"}
     )
     warmup_epochs: float | None = field(
-        default=None, metadata={"help": "warm the learning rate up over so many epochs, in whole steps rounded down"}
+        default=None,
+        metadata={"help": "warm the learning rate up over so many epochs, in whole steps rounded down, at least one"},
     )
     retain_sampling: str = field(
         default="random",
@@ -116,12 +122,7 @@ class UnlearnArguments(TrainingArguments):
     steps_per_epoch: float | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Check what transformers does not.
-
-        Raises:
-            ImportError: an optimizer whose package is not installed.
-            ValueError: settings that contradict one another.
-        """
+        """Check what transformers does not."""
         self._schedule_saves()
         self._meet()
         super().__post_init__()  # type: ignore[no-untyped-call]

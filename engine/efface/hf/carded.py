@@ -42,6 +42,7 @@ class CardedTrainer(ResumableTrainer):
     revision = "main"
     command: str | None = None
     reference_kind: str | None = None
+    _saved = False  # while what is in the output folder is pushed: it need not be written again
 
     def __init__(self, *, args: UnlearnArguments, hub_client: HubClient | None = None, **options: Any) -> None:
         self.pusher: RevisionPusher | None = None
@@ -96,6 +97,8 @@ class CardedTrainer(ResumableTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, its tokenizer, and a card (README.md)."""
+        if self._saved and output_dir is None:
+            return
         super().save_model(output_dir, _internal_call=True)
         if self.args.should_save:
             self._write_card(Path(output_dir or str(self.args.output_dir)))
@@ -107,14 +110,21 @@ class CardedTrainer(ResumableTrainer):
         if self.is_world_process_zero():
             self._write_card(Path(str(self.args.output_dir)))
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Push the model; where checkpoints are revisions, to main of the same repository."""
-        if not self._revisions:
-            return super().push_to_hub(*args, **kwargs)
-        self.save_model(_internal_call=True)
-        if self.pusher is not None:
-            self.pusher.push_final(Path(str(self.args.output_dir)))
-        return None
+    def push_to_hub(self, *args: Any, saved: bool = False, **kwargs: Any) -> Any:
+        """Push the model; where checkpoints are revisions, to main of the same repository.
+
+        With ``saved`` it is in the output folder already, and is not written again: killed meanwhile, it stays whole.
+        """
+        self._saved = saved
+        try:
+            if not self._revisions:
+                return super().push_to_hub(*args, **kwargs)
+            self.save_model(_internal_call=True)
+            if self.pusher is not None:
+                self.pusher.push_final(Path(str(self.args.output_dir)))
+            return None
+        finally:
+            self._saved = False
 
     def _write_card(self, folder: Path) -> None:
         if folder.is_dir():

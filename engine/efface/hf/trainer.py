@@ -337,7 +337,13 @@ class UnlearnTrainer(PackedTrainer):
 class FinetuneTrainer(PackedTrainer):
     """Fine-tunes on question-answer rows, packed: how the "full" and "retain" models of a benchmark are made.
 
-    Arguments and errors are those of ``UnlearnTrainer``; ``data`` takes the place of its forget and retain sets.
+    Args:
+        model: as of ``UnlearnTrainer``, as are ``args``, ``processing_class`` and the errors.
+        args: see there.
+        data: what to learn: rows, a file or a Hub data set, or a ``TokenStore``.
+        data_filter: which of its rows.
+        processing_class: see there.
+        trainer_options: of ``transformers.Trainer``.
     """
 
     def __init__(

@@ -137,6 +137,8 @@ def linear_distribution_loss(
         TypeError: dtypes that differ, or targets that are not int64.
         ValueError: shapes or vocabularies that do not fit, a target out of the vocabulary, tensors on different
             devices.
+            On a GPU targets are not looked at: one out of the vocabulary makes the loss NaN, or ends in a device-side
+            assertion.
     """
     hidden, head = Head(weight, bias, softcap).cast_for(hidden)
     head.check(hidden)

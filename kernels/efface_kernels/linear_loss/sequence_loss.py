@@ -195,6 +195,8 @@ def linear_sequence_loss(
         TypeError: dtypes that differ, or targets that are not int64.
         ValueError: shapes that do not fit, offsets that do not ascend, a sequence without rows, more pairs than
             sequences, a target out of the vocabulary, tensors on different devices.
+            On a GPU targets are not looked at: one out of the vocabulary makes the loss NaN, or ends in a device-side
+            assertion.
     """
     hidden, head = Head(weight, bias, softcap).cast_for(hidden)
     call = Call(hidden, head, targets, row_offsets, terms, pairs, reference, reference_sums, chunk_rows, backend)
