@@ -40,6 +40,7 @@ def run(argv: Sequence[str]) -> int:
     bar = ProgressBar(console, Path(command.reference_model or command.model).name)
     with tempfile.TemporaryDirectory() as nothing, contextlib.closing(bar):
         args.output_dir = nothing  # a trainer makes its folder at once
+        args.push_to_hub = args.revision_per_checkpoint = False  # and its repository
         # the retain set has no part in the reference
         command = replace(command, retain=None, alpha=0.0, reference="cached")
         trainer, _ = make_trainer(command, args, command.make_objective(), bar)

@@ -250,7 +250,7 @@ def _run(args: UnlearnArguments, data: _Data) -> Lines:
         retain_sampling=args.retain_sampling,  # type: ignore[arg-type]
         drop_last=args.dataloader_drop_last,
     )
-    figures = summary(plan, forget, retain)
+    figures = summary(plan, forget, retain, alternate)
     return {
         **lines,
         "tokens of an epoch": figures["tokens"],

@@ -80,6 +80,7 @@ def parser() -> FlagParser:
         prog="efface finetune",
         description=__doc__,
         epilog=_EXAMPLES,
+        allow_abbrev=False,
     )
 
 

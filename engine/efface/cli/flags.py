@@ -82,6 +82,7 @@ def unlearn_parser(name: str = "unlearn", description: str | None = __doc__, epi
         prog=f"efface {name}",
         description=description,
         epilog=epilog,
+        allow_abbrev=False,  # what gives way to what is told by whole names
     )
 
 
@@ -100,6 +101,8 @@ def parse(
         words = [*flag_words(not_overridden(load_recipe(chosen).unlearn, words)), *words]
     values = typed(unlearn_parser(name, description, epilog), words, name)
     command = part(UnlearnCommand, values)
+    if command.scale is not None:
+        raise ValueError("--scale: is for `efface unlearn` alone; drop it")
     if command.data is not None:
         command.forget = local_source(command.forget, command.data, "--forget")
         if command.retain is not None:

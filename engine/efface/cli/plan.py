@@ -52,17 +52,23 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def padded_tokens(plan: EpochPlan, forget: TokenStore, retain: TokenStore) -> int:
-    """Return the tokens of the epoch if each step padded its forget and its retain batch to the longest of each."""
+def padded_tokens(plan: EpochPlan, forget: TokenStore, retain: TokenStore, alternate: TokenStore | None = None) -> int:
+    """Return the tokens of the epoch if each step padded its batches, one of each store, to the longest of each."""
     total = 0
     for step in range(len(plan)):
-        for store, index in zip((forget, retain), plan.pairs(step), strict=True):
+        forgotten, retained = plan.pairs(step)
+        batches = [(forget, forgotten), (retain, retained)]
+        if alternate is not None:
+            batches.append((alternate, forgotten))
+        for store, index in batches:
             lengths = store.lengths[index]
             total += int(lengths.max(initial=0)) * len(lengths)
     return total
 
 
-def summary(plan: EpochPlan, forget: TokenStore, retain: TokenStore) -> dict[str, Any]:
+def summary(
+    plan: EpochPlan, forget: TokenStore, retain: TokenStore, alternate: TokenStore | None = None
+) -> dict[str, Any]:
     """Return the figures of a plan."""
     tokens = int(plan.batch_tokens.sum())
     filled = plan.efficiency()
@@ -72,7 +78,7 @@ def summary(plan: EpochPlan, forget: TokenStore, retain: TokenStore) -> dict[str
         "steps": len(plan),
         "micro_batches_per_step": float(micro_batches.mean()),
         "tokens": tokens,
-        "padding_saved": 1 - tokens / padded_tokens(plan, forget, retain),
+        "padding_saved": 1 - tokens / padded_tokens(plan, forget, retain, alternate),
         "efficiency": None if np.isnan(filled) else filled,
         "efficiency_with_last": plan.efficiency(last=True),
     }

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
 
-from efface.cli.flags import UnlearnCommand, parse, recipe_of, unlearn_parser
+from efface.cli.flags import UnlearnCommand, parse, recipe_of, unlearn_parser, with_config
 from efface.cli.progress import ProgressBar
 from efface.cli.run import Run, carry_out
 from efface.hf.adapters import add_lora, check_mergeable, merged
@@ -100,7 +100,7 @@ def _check_use(command: UnlearnCommand) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    scale, words = taken(argv, "scale", "tiny or smoke")
+    scale, words = taken(with_config(argv), "scale", "tiny or smoke")
     if scale is not None:
         from efface.cli.tiny.command import run_at
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
+from accelerate.utils import extract_model_from_parallel, gather_object
 
 from efface.evaluate import tofu
 from efface.hf.loading import load_model, load_tokenizer
@@ -105,4 +105,12 @@ def _log_of(name: str, beside: Any, source: str | None, output: Path, options: d
     if failure is not None:
         _LOG.warning("no forget quality: the retain model %s cannot be loaded (%s); give --retain_log", name, failure)
         return None
+    if _architecture(model) != _architecture(beside):
+        _LOG.warning("no forget quality: the retain model %s is of another architecture; give --retain_log", name)
+        return None
     return tofu(model, tokenizer, source, output=output, **options).log
+
+
+def _architecture(model: Any) -> tuple[Any, ...]:
+    config = extract_model_from_parallel(model).config.get_text_config()
+    return tuple(getattr(config, name, None) for name in ("model_type", "hidden_size", "num_hidden_layers"))

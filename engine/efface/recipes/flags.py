@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -26,6 +27,9 @@ _ABOUT = {
 }
 
 
+_NO = {"save_schedule", "save_strategy", "eval_strategy", "logging_strategy"}  # YAML reads their "no" as False
+
+
 class FlagParser(HfArgumentParser):
     """Raises ValueError where argparse would print its usage and end the process."""
 
@@ -45,6 +49,10 @@ def flag_words(flags: Mapping[str, Any]) -> list[str]:
     for name, value in flags.items():
         if isinstance(value, (list, tuple)):
             words += [f"--{name}", *map(str, value)]
+        elif isinstance(value, Mapping):
+            words.append(f"--{name}={json.dumps(value)}")
+        elif value is False and name.replace("-", "_") in _NO:
+            words.append(f"--{name}=no")
         elif value is not None:
             words.append(f"--{name}={value}")  # one word, so that a value may begin with a dash
     return words
@@ -64,10 +72,18 @@ def not_overridden(flags: Mapping[str, Any], words: Sequence[str]) -> dict[str, 
     given = given_names(words)
     gone = set(given).union(*(group for group in _GROUPS if group & given))
     for name, about in _ABOUT.items():
-        value, _ = taken(words, name, "a value")
-        if value is not None and flags.get(name) not in (None, value):
+        found = (taken(words, spelling, "a value")[0] for spelling in (name, name.replace("_", "-")))
+        value, before = next(filter(None, found), None), flags.get(name)
+        if value is not None and before is not None and not _same(name, value, before):
             gone |= about
     return {name: value for name, value in flags.items() if name not in gone}
+
+
+def _same(name: str, value: str, other: Any) -> bool:
+    """Whether two values of a flag mean one thing: in an objective's name case and underscores do not matter."""
+    if name == "objective":
+        return value.lower().replace("_", "") == str(other).lower().replace("_", "")
+    return value == str(other)
 
 
 def taken(words: Sequence[str], flag: str, what: str) -> tuple[str | None, list[str]]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SAMPLERS = ("grid", "tpe", "random")
 NAME, POINT, WORKER, BEAT, AFTER, SURPLUS, RESULT = "name", "point", "worker", "beat", "after", "surplus", "result"
+RETRY = "retry"
 _SETTINGS = "sweep"
 GRACE = 300.0  # seconds without a beat after which another machine's worker is taken for gone
 
@@ -117,8 +118,7 @@ class Ledger:
         with self._alone():
             failed = [trial for trial in self._counted() if trial.state == self._states.FAIL]
             for trial in failed:
-                Place(self.out, trial.user_attrs[NAME]).forget()
-                self._succeed(trial)
+                self._succeed(trial, RETRY)
             return len(failed)
 
     def claim(self) -> Claim | None:
@@ -143,7 +143,10 @@ class Ledger:
             if predecessor is not None:  # its worker was gone before it could be failed
                 self._study.tell(predecessor, state=self._states.FAIL, skip_if_finished=True)
             place = Place(self.out, name)
-            return Claim(trial.number, name, point, place, place.lock())
+            lock = place.lock()
+            if trial.user_attrs.get(RETRY) and lock is not None:
+                place.forget()  # the failure that this machine may remember
+            return Claim(trial.number, name, point, place, lock)
 
     def beat(self, claims: Sequence[Claim]) -> None:
         """Show other machines that these trials are worked on."""
@@ -224,14 +227,15 @@ class Ledger:
                 self._succeed(trial)
             self._study.tell(trial.number, state=self._states.FAIL, skip_if_finished=True)
 
-    def _succeed(self, trial: "optuna.trial.FrozenTrial") -> None:
+    def _succeed(self, trial: "optuna.trial.FrozenTrial", *marks: str) -> None:
         point, name = trial.user_attrs[POINT], trial.user_attrs[NAME]
-        self._study.enqueue_trial(point, user_attrs={NAME: name, POINT: point, AFTER: trial.number})
+        attributes = {NAME: name, POINT: point, AFTER: trial.number, **dict.fromkeys(marks, True)}
+        self._study.enqueue_trial(point, user_attrs=attributes)
 
     def _abandoned(self, trial: "optuna.trial.FrozenTrial") -> bool:
         """Return whether nobody works on a running trial; on this machine its lock tells, else its beats."""
         name, worker = trial.user_attrs.get(NAME), trial.user_attrs.get(WORKER)
-        if worker == self._worker or (self.local and worker is None):
+        if worker == self._worker or self.local:  # whose locks are all beside it, whatever this machine is called
             handle = Place(self.out, name).lock() if name is not None else None
             if handle is not None:
                 os.close(handle)

@@ -27,7 +27,7 @@ Point = dict[str, Value]
 _CLASSES = (UnlearnCommand, UnlearnArguments)
 PRESETS = Path(__file__).parents[1] / "recipes" / "presets"
 # About one run, about where it is written, or about how it is judged: nothing to choose the best of.
-NOT_SWEPT = {"recipe", "data", "output_dir", "dry_run", "json", "overwrite", "evaluate", "retain_log"}
+NOT_SWEPT = {"recipe", "data", "output_dir", "dry_run", "json", "overwrite", "evaluate", "retain_log", "scale"}
 _RANGES = ("float", "log", "int")
 _LONGEST_NAME = 120
 

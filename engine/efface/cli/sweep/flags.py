@@ -42,6 +42,9 @@ _OURS = {
 }
 
 
+_UNSET = ("push_to_hub", "resume_from_checkpoint")  # of those above: what may be said, as long as it says no
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -147,12 +150,15 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
     _check_numbers(options)
     config, _ = taken(words, "config", "the path of a YAML file")
     given = given_names(words) | (set(config_flags(config)) if config is not None else set())
-    for name in given & _OURS.keys():
+    for name in given & _OURS.keys() - set(_UNSET):
         raise ValueError(f"--{name}: not for a sweep: {_OURS[name]}")
     for name in given_names(words) & {parameter.name for parameter in space}:
         raise ValueError(f"--{name}: expected it once, got it as a flag for all trials and among what is varied")
     evaluation = None if options.evaluation is None else shlex.split(options.evaluation)
     found = SweepCommand(options, words, space, sampler, *resolve(words, {}), evaluation)
+    for name in _UNSET:
+        if getattr(found.args, name):  # a recipe may ask for it, too
+            raise ValueError(f"--{name}: not for a sweep: {_OURS[name]}; set it to False")
     _check_together(found)
     for parameter in space:
         for value in parameter.some():

@@ -11,7 +11,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from efface.cli.flags import with_config
 from efface.cli.tiny.run import RECORD, TinyRun, run_tiny
 from efface.recipes import load_recipe
 from efface.recipes.flags import FlagParser, given_names
@@ -46,7 +45,7 @@ class _Command:
 
 
 def run_at(scale: str, words: Sequence[str]) -> int:
-    """Run ``efface unlearn`` at a scale; ``words`` are those of its command line but ``--scale``.
+    """Run ``efface unlearn`` at a scale; ``words`` are those of its command line and its file of flags but ``--scale``.
 
     Raises:
         FileExistsError: an output folder that holds other things.
@@ -55,7 +54,7 @@ def run_at(scale: str, words: Sequence[str]) -> int:
     for name in _NOT_HERE.keys() & given_names(words):
         raise ValueError(f"--scale {scale}: expected no --{name}, because {_NOT_HERE[name]}; drop it")
     parser = FlagParser([_Command], allow_abbrev=False)  # type: ignore[list-item]
-    command, overrides = parser.parse_args_into_dataclasses(with_config(words), return_remaining_strings=True)
+    command, overrides = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
     if command.recipe is None:
         raise ValueError(f"--scale {scale}: expected --recipe, a name of `efface recipes`, got none")
     recipe = load_recipe(command.recipe)
