@@ -228,6 +228,7 @@ def npo_loss(
         ValueError: as ``sequence_logprobs``; no reference, or both kinds; ``beta`` that is not positive.
     """
     check_positive("beta", beta)
+    _check_whole(reference_hidden=reference_hidden, reference_weight=reference_weight)
     positions, targets, row_offsets = label_rows(hidden, labels, cu_seqlens)
     reference = None
     if reference_hidden is not None and reference_weight is not None:
@@ -363,6 +364,12 @@ def dpo_loss(
         split = zip(first.split(lengths[0]), second.split(lengths[1]), strict=True)
         return torch.cat([first[:0], *(rows for pair in split for rows in pair)])
 
+    _check_whole(
+        reference_hidden=reference_hidden,
+        alternate_reference_hidden=alternate_reference_hidden,
+        reference_weight=reference_weight,
+    )
+    _check_whole(reference_logprobs=reference_logprobs, alternate_reference_logprobs=alternate_reference_logprobs)
     reference, reference_sums = None, None
     if reference_hidden is not None and alternate_reference_hidden is not None and reference_weight is not None:
         rows = paired(
@@ -567,6 +574,14 @@ def _rows(hidden: Tensor, positions: Tensor) -> Tensor:
 def _reference_rows(name: str, reference_hidden: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
     check_shape(name, reference_hidden, (*hidden.shape[:-1], "D"), "use the layout of the policy's hidden states")
     return _rows(reference_hidden.detach(), positions)
+
+
+def _check_whole(**parts: Tensor | None) -> None:
+    """Raise ValueError if some parts of a reference are given, and others not."""
+    given = [name for name, part in parts.items() if part is not None]
+    if given and len(given) < len(parts):
+        missing = ", ".join(f"`{name}`" for name in parts if name not in given)
+        raise ValueError(f"`{given[0]}`: expected {missing} beside it, got none")
 
 
 def _reference_head(weight: Tensor, bias: Tensor | None, softcap: float | None) -> Head:

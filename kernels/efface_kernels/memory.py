@@ -38,7 +38,8 @@ class Loan:
             flat = min(fitting, key=Tensor.numel)
             _shelf.buffers = [buffer for buffer in _shelf.buffers if buffer is not flat]
         else:
-            flat = torch.empty(size, dtype=torch.uint8)
+            with torch.inference_mode(False):  # the shelf outlives the caller's mode
+                flat = torch.empty(size, dtype=torch.uint8, device=device)
         self._lent.append(flat)
         return flat[:size].view(dtype).view(rows, columns)
 

@@ -375,6 +375,15 @@ def test_recurrent_layers_are_refused(model: Any, served: bool) -> None:
         check_packable(model)
 
 
+@pytest.mark.parametrize("config", ["FalconConfig", "BloomConfig"])
+def test_attention_that_does_not_see_where_sequences_begin_is_refused(config: str) -> None:
+    model = tiny_model(config)
+    with pytest.raises(ValueError, match="packed sequences would see one another"):
+        fuse(model)
+    with pytest.raises(ValueError, match="packed sequences would see one another"):
+        store_logprobs(model, random_store(2))
+
+
 def test_mamba_is_refused_wherever_packs_are_read(tmp_path: Path) -> None:
     model = tiny_model("MambaConfig", state_size=4, num_hidden_layers=1)
     with pytest.raises(ValueError, match="got recurrent ones"):

@@ -166,6 +166,7 @@ def test_the_first_token_of_a_packed_sequence_is_never_predicted() -> None:
         ({"weight": torch.randn(V, D + 1).double()}, ValueError, r"`hidden`: expected shape \(N, 7\)"),
         ({"beta": 0.0}, ValueError, "`beta`: expected a positive number"),
         ({"reference_logprobs": None}, ValueError, "got neither"),
+        ({"reference_hidden": torch.randn(B, T, D).double()}, ValueError, "expected `reference_weight` beside it"),
         ({"backend": "tpu"}, ValueError, "`backend`"),
     ],
 )

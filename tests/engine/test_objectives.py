@@ -122,6 +122,17 @@ def test_a_function_is_an_objective(tmp_path: Path) -> None:
     assert losses[2][-1] < losses[2][0]
 
 
+def test_what_a_function_makes_of_other_rows_has_no_gradient() -> None:
+    """Retain sequences have no reference: L / L_ref is infinite there, and its gradient 0 * inf."""
+    objective = FunctionObjective(function=lambda s: -(s.sums / s.reference_sums).square(), reads_reference=True)
+    roles = torch.tensor([Role.FORGET, Role.RETAIN], dtype=torch.int8)
+    logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    sequences = Sequences(logprobs, torch.tensor([0, 1, 3]), 0, torch.tensor([-2.0, 0.0]))
+    StepTerms(objective, roles, StepTotals(forget_sequences=1, retain_tokens=2))(sequences).sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == [0.5, -0.5, -0.5]
+
+
 def npo(sequences: Sequences) -> Tensor:
     return npo_terms(sequences, beta=0.1)
 

@@ -11,6 +11,7 @@ from efface.objectives import Objective, StepTerms
 from efface.objectives.role_loss import HeadRows, RoleLoss
 from efface_kernels import Head, ReferenceRows, linear_sequence_loss
 from efface_kernels.checks import resolve_backend
+from efface_kernels.logits import accumulation_dtype
 
 
 class StepOutput(NamedTuple):
@@ -59,14 +60,14 @@ class HeadLoss:
                 own = None if sums is None else sums[: len(forget.lengths)]
                 outputs.append(self._of_logprobs(hidden[:rows], head, forget, own))
             else:
-                weights = _weights(forget, Role.FORGET, objective.forget_weight(self.totals))
+                weights = _weights(forget, Role.FORGET, objective.forget_weight(self.totals), hidden)
                 outputs.append(self._of_rows(loss, weights, hidden[:rows], head, forget, self.forget_reference))
         if retain.lengths:
             loss = objective.retain_loss()
             if loss is None:
                 outputs.append(self._of_logprobs(hidden[rows:], head, retain, None))
             else:
-                weights = _weights(retain, Role.RETAIN, objective.retain_weight(self.totals))
+                weights = _weights(retain, Role.RETAIN, objective.retain_weight(self.totals), hidden)
                 outputs.append(self._of_rows(loss, weights, hidden[rows:], head, retain, self.retain_reference))
         return joined(outputs)
 
@@ -106,9 +107,9 @@ class HeadLoss:
         return StepOutput(out.loss, out.terms, torch.full_like(out.terms, torch.nan), None)
 
 
-def _weights(part: PackedBatch, role: Role, weight: float) -> Tensor:
-    """(S,) the weight of every sequence of the role; 0 for idle ones."""
-    return torch.where(part.roles == role, weight, 0.0)
+def _weights(part: PackedBatch, role: Role, weight: float, hidden: Tensor) -> Tensor:
+    """(S,) the weight of every sequence of the role, in the dtype in which ``hidden``'s are summed; 0 for idle ones."""
+    return (part.roles == role).to(accumulation_dtype(hidden.dtype)) * weight
 
 
 def joined(outputs: list[StepOutput]) -> StepOutput:

@@ -130,6 +130,11 @@ class PackedTrainer(CardedTrainer):
     def training_step(self, model: nn.Module, inputs: Step, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
         """Run the micro-batches of an optimizer step forward and backward; return this rank's share of the loss."""
         step = inputs.to(self.args.device, non_blocking=True)
+        if self.is_deepspeed_enabled and len(step.batches) > 1:
+            raise ValueError(
+                f"`token_budget`: DeepSpeed takes an optimizer step after every backward pass, so it has to hold a "
+                f"whole step, got one of {len(step.batches)} micro-batches; raise it, or use DDP or FSDP"
+            )
         losses = []
         for i, batch in enumerate(step.batches):
             # Gradients are exchanged once a step, with the last micro-batch.

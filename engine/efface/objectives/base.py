@@ -145,7 +145,11 @@ class StepTerms:
         roles = sequences.own(self.roles)
         terms = torch.where(roles == Role.RETAIN, nll_terms(sequences) * self._retain_weight, 0)
         if self.objective is not None and self.objective.reads == "logprobs":
-            forget = self.objective.forget_terms(sequences) * self.objective.forget_weight(self.totals)
+            # Others' rows are constants to it: what it makes of them, infinite perhaps, has no gradient.
+            theirs = sequences.of_rows((roles == Role.FORGET) | (roles == Role.ALTERNATE))
+            logprobs = torch.where(theirs, sequences.logprobs, sequences.logprobs.detach())
+            seen = replace(sequences, logprobs=logprobs)
+            forget = self.objective.forget_terms(seen) * self.objective.forget_weight(self.totals)
             terms = torch.where(roles == Role.FORGET, forget, terms)
         return terms
 

@@ -16,7 +16,7 @@ from efface_kernels.checks import (
     resolve_backend,
 )
 from efface_kernels.linear_loss.chunks import plan_pieces
-from efface_kernels.linear_loss.head import Head, ReferenceRows
+from efface_kernels.linear_loss.head import Head, ReferenceRows, wanted_of
 from efface_kernels.linear_loss.look import DistributionLook
 from efface_kernels.linear_loss.loop import Wanted, graph_is_kept, run_loop
 from efface_kernels.linear_loss.workspace import run_within_memory
@@ -50,6 +50,7 @@ class _LinearDistributionLoss(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         options: _Options,
+        wanted: Wanted,
         chunk_rows: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         head = Head(weight, bias, options.softcap)
@@ -69,7 +70,7 @@ class _LinearDistributionLoss(torch.autograd.Function):
             head,
             look,
             chunks,
-            wanted=Wanted(*ctx.needs_input_grad[:3]),
+            wanted=wanted,
             rule=lambda chunk: -weights[chunk.rows] * look.peaks[chunk.rows],
         )
         ctx.mark_non_differentiable(look.divergence, look.entropy)
@@ -81,8 +82,8 @@ class _LinearDistributionLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 6
-        return (*ctx.gradients.finish(ctx.coefficients, upstream, keep=graph_is_kept()), None, None, None)
+            return (None,) * 7
+        return (*ctx.gradients.finish(ctx.coefficients, upstream, keep=graph_is_kept()), *(None,) * 4)
 
 
 def linear_distribution_loss(
@@ -155,10 +156,13 @@ def linear_distribution_loss(
     check_same_device(hidden=hidden, targets=targets)
     resolved = resolve_backend(backend, hidden.device)
     options = _Options(weights, reference, shift, cross_entropy, softcap, resolved)
+    wanted = Wanted(*wanted_of(hidden, head))
 
     def run(rows: int) -> DistributionLossOutput:
         with torch.autocast(hidden.device.type, enabled=False):
-            output = _LinearDistributionLoss.apply(hidden, head.weight, head.bias, targets, options, rows)  # type: ignore[no-untyped-call]
+            output = _LinearDistributionLoss.apply(  # type: ignore[no-untyped-call]
+                hidden, head.weight, head.bias, targets, options, wanted, rows
+            )
         return DistributionLossOutput(*output)
 
     return run_within_memory(run, chunk_rows, hidden, head, logits=dtype)

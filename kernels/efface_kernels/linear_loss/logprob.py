@@ -60,11 +60,11 @@ def backward(
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options, wanted: Wanted
     ) -> Tensor:
-        ctx.options = options
+        ctx.options, ctx.wanted = options, wanted
         # One chunk: its softmax − onehot stays for the backward call, within the workspace.
-        keep = any(ctx.needs_input_grad[:3]) and 0 < hidden.shape[0] <= options.chunk_rows
+        keep = wanted.any and 0 < hidden.shape[0] <= options.chunk_rows
         logprobs, p = forward(hidden, Head(weight, bias, options.softcap), targets, options, keep=keep)
         ctx.save_for_backward(hidden, weight, bias, targets, p)
         return logprobs
@@ -73,8 +73,8 @@ class _LinearLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, p = ctx.saved_tensors
-        head, wanted = Head(weight, bias, ctx.options.softcap), Wanted(*ctx.needs_input_grad[:3])
-        return (*backward(upstream, hidden, head, targets, p, ctx.options, wanted), None, None)
+        head = Head(weight, bias, ctx.options.softcap)
+        return (*backward(upstream, hidden, head, targets, p, ctx.options, ctx.wanted), None, None, None)
 
 
 def linear_logprob(
@@ -124,11 +124,12 @@ def linear_logprob(
         return _in_graph(hidden, head, targets, chunk_rows, backend)
     check(hidden, head, targets)
     resolved = resolve_backend(backend, hidden.device)
+    wanted = Wanted(*wanted_of(hidden, head))
 
     def run(rows: int) -> Tensor:
         options = Options(softcap, rows, resolved)
         with torch.autocast(hidden.device.type, enabled=False):
-            logprobs: Tensor = _LinearLogprob.apply(hidden, head.weight, head.bias, targets, options)  # type: ignore[no-untyped-call]
+            logprobs: Tensor = _LinearLogprob.apply(hidden, head.weight, head.bias, targets, options, wanted)  # type: ignore[no-untyped-call]
         return logprobs
 
     return run_within_memory(run, chunk_rows, hidden, head)

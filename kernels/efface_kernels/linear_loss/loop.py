@@ -127,6 +127,15 @@ class Gradients:
             self.pw = self.weight = self.bias = self._product = None
         return gradients
 
+    def let_go(self) -> None:
+        """Forget what only the loop reads: a copy of the head in another dtype, the hidden states.
+
+        The gradients wait for the backward call, through which the loss is alive.
+        """
+        self.hidden = _outline(self.hidden)
+        bias = None if self.head.bias is None else _outline(self.head.bias)
+        self.head = Head(_outline(self.head.weight), bias, self.head.softcap)
+
     @staticmethod
     def _scaled(
         wanted: bool, total: Tensor | None, upstream: Tensor | None, like: Tensor | None, *, keep: bool
@@ -186,4 +195,10 @@ def run_loop(
             gradients.add_hidden(rows, p)
             gradients.add_head(rows, p, coefficients[rows])
     look.close()
+    gradients.let_go()
     return coefficients, gradients
+
+
+def _outline(values: Tensor) -> Tensor:
+    """Return a tensor of the same shape, dtype and device that holds a single value."""
+    return values.new_empty(()).expand(values.shape)

@@ -127,10 +127,10 @@ class _LinearSequenceLoss(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         options: Options,
+        wanted: Wanted,
         chunk_rows: int,
     ) -> tuple[Tensor | None, ...]:
         head = Head(weight, bias, options.softcap)
-        wanted = Wanted(*ctx.needs_input_grad[:3])
         output, ctx.coefficients, ctx.gradients = compute(hidden, head, targets, options, wanted, chunk_rows)
         ctx.mark_non_differentiable(*(each for each in output[1:] if each is not None))
         ctx.set_materialize_grads(False)
@@ -140,8 +140,8 @@ class _LinearSequenceLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 6
-        return (*ctx.gradients.finish(ctx.coefficients, upstream, keep=graph_is_kept()), None, None, None)
+            return (None,) * 7
+        return (*ctx.gradients.finish(ctx.coefficients, upstream, keep=graph_is_kept()), *(None,) * 4)
 
 
 def linear_sequence_loss(
@@ -210,10 +210,13 @@ def linear_sequence_loss(
 
 def _eager(call: Call) -> SequenceLossOutput:
     hidden, head, options = call.hidden, call.head, checked(call)
+    wanted = Wanted(*wanted_of(hidden, head))
 
     def run(rows: int) -> SequenceLossOutput:
         with torch.autocast(hidden.device.type, enabled=False):
-            output = _LinearSequenceLoss.apply(hidden, head.weight, head.bias, call.targets, options, rows)  # type: ignore[no-untyped-call]
+            output = _LinearSequenceLoss.apply(  # type: ignore[no-untyped-call]
+                hidden, head.weight, head.bias, call.targets, options, wanted, rows
+            )
         return SequenceLossOutput(*output)
 
     return run_within_memory(run, call.chunk_rows, hidden, head)
@@ -277,9 +280,9 @@ def checked(call: Call) -> Options:
         check_shape("reference_sums", call.reference_sums, (sequences,), "one value for each sequence")
         check_dtype("reference_sums", call.reference_sums, (torch.float32, torch.float64))
     backend = resolve_backend(call.backend, hidden.device)
-    return Options(
-        terms, offsets, device_offsets, call.pairs, call.head.softcap, reference, call.reference_sums, backend
-    )
+    # Detached: autograd would take the caller's own tensor, which is returned, out of its graph.
+    sums = None if call.reference_sums is None else call.reference_sums.detach()
+    return Options(terms, offsets, device_offsets, call.pairs, call.head.softcap, reference, sums, backend)
 
 
 def _checked_reference(reference: ReferenceRows, targets: Tensor, offsets: tuple[int, ...]) -> ReferenceRows:

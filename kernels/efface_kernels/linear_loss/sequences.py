@@ -46,14 +46,17 @@ class Sequences:
     @property
     def places(self) -> Tensor:
         """(n,) int64, the place of each label row within its sequence, from 0."""
-        rows = self.logprobs.shape[0]
-        # The output's size is known: without it, repeating would read the lengths on the host.
-        starts = self.row_offsets[:-1].repeat_interleave(self.row_offsets.diff(), output_size=rows)
-        return torch.arange(rows, device=starts.device) - starts
+        starts = self.of_rows(self.row_offsets[:-1])
+        return torch.arange(starts.shape[0], device=starts.device) - starts
 
     def own(self, values: Tensor) -> Tensor:
         """Return the entries of a per-sequence vector of the batch, (S,), that belong to these sequences, (s,)."""
         return values[self.first : self.first + len(self)]
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        """Return (n,) what each label row's sequence has in ``values``, (s,)."""
+        # The output's size is known: without it, repeating would read the lengths on the host.
+        return values.repeat_interleave(self.row_offsets.diff(), output_size=self.logprobs.shape[0])
 
     def sums_of(self, values: Tensor) -> Tensor:
         """Return the sums, (s,), of one value a row, (n,), over each sequence; differentiable."""
