@@ -375,11 +375,23 @@ def test_flags_and_words_go_both_ways() -> None:
         "--beta=0.1",
         "--bf16=True",
     ]
+    assert flag_words({"lr_scheduler_kwargs": {"power": 2}}) == ['--lr_scheduler_kwargs={"power": 2}']
+    assert flag_words({"save_schedule": False, "bf16": False}) == ["--save_schedule=no", "--bf16=False"]  # YAML's no
+    mine = {"objective": "simnpo", "beta": 2.5, "reference_model": "a", "reference_revision": "r"}
+    assert not_overridden(mine, ["--objective", "SimNPO"]).keys() == mine.keys() - {"objective"}
+    assert not_overridden(mine, ["--reference-model", "b"]).keys() == {"objective", "beta"}
     assert not_overridden(flags, ["--fp16", "True", "--forget-filter", "c=3"]).keys() == {
         "system_prompt",
         "beta",
         "retain",
     }
+
+
+def test_flags_are_whole_names_and_a_scale_is_for_unlearn_alone(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--learning"):
+        parse(["--recipe", "tofu-npo", "--learning", "1e-4", "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="--scale: is for `efface unlearn` alone"):
+        parse(["--recipe", "tofu-npo", "--scale", "tiny", "--output_dir", str(tmp_path)], name="cache-reference")
 
 
 GOOD = {
@@ -534,7 +546,16 @@ def test_a_recipe_unlearns_and_is_evaluated(
     recipe.write_text(yaml.safe_dump(content))
     (tmp_path / "no.txt").write_text("I don't know.\nNo idea.\n")
     out = tmp_path / "out"
-    assert main(["unlearn", "--recipe", str(recipe), "--data", str(folder), "--output_dir", str(out)]) == 0
+    words = ["unlearn", "--recipe", str(recipe), "--data", str(folder), "--output_dir", str(out)]
+    # what the evaluation lacks is said before the training
+    assert main([*words, "--retain_log", "none.json"]) == 2
+    missing = folder / "world_facts_perturbed.json"
+    missing.rename(tmp_path / "elsewhere.json")
+    assert main(words) == 2
+    assert "world_facts_perturbed" in capsys.readouterr().err
+    assert not out.exists()
+    (tmp_path / "elsewhere.json").rename(missing)
+    assert main(words) == 0
     err = capsys.readouterr().err
     assert ", published 0.5" in err
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 4

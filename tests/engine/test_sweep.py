@@ -31,6 +31,7 @@ from efface.sweep import (
     ranked,
 )
 from efface.sweep.ranking import objective
+from efface.sweep.results import Result
 
 pytest.importorskip("optuna", reason="needs Optuna: pip install 'efface[sweep]'")
 
@@ -394,6 +395,26 @@ def test_what_two_machines_did_at_once_counts_once(tmp_path: Path) -> None:
     assert len(books[0]._study.trials) == 4
     claims = [book.claim() for book in (*books, *books, *books)]
     assert sorted(claim.name for claim in claims if claim is not None) == ["beta=0.1", "beta=0.2"]
+
+
+def test_a_failure_that_another_machine_remembers_is_tried_again_there(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    space = parse_grid(["beta=.1"])
+    here, there = (
+        Ledger(tmp_path / name, url, "s", space=space, sampler="grid", count=0, settings={}) for name in "ab"
+    )
+    here.plan()
+    claim = there.claim()
+    assert claim is not None
+    claim.place.finish(Result(error="out of memory", exit_code=1))
+    there.tell(claim, Result(error="out of memory", exit_code=1), Floor())
+    assert claim.lock is not None
+    os.close(claim.lock)
+    assert here.retry_failed() == 1
+    again = there.claim()
+    assert again is not None
+    assert again.name == claim.name
+    assert again.place.result() is None
 
 
 def test_the_retain_model_is_evaluated_by_one_trial(tmp_path: Path) -> None:

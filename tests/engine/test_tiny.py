@@ -268,6 +268,11 @@ def test_a_collapse_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert done.models[-2].figures
 
 
+def test_rmu_steers_a_layer_that_small_models_have(tmp_path: Path) -> None:
+    done = run.run_tiny(load_recipe("tofu-rmu"), tmp_path / "out", scale="smoke")
+    assert done.models[-1].figures
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

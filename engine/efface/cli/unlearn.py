@@ -19,7 +19,7 @@ from efface.hf.templates import get_template
 from efface.hf.trainer import PackedTrainer, UnlearnTrainer
 from efface.objectives import Objective
 from efface.recipes import Recipe
-from efface.recipes.evaluation import check_evaluation, check_sets, evaluate_recipe
+from efface.recipes.evaluation import check_evaluation, check_files, check_sets, evaluate_recipe
 from efface.recipes.flags import taken
 
 parser = unlearn_parser
@@ -115,6 +115,8 @@ def run(argv: Sequence[str]) -> int:
         from efface.cli.dry_run import show
 
         return show(command, args, objective, recipe)
+    if recipe is not None and command.evaluate:
+        check_files(command, recipe)
 
     def make(bar: ProgressBar) -> tuple[PackedTrainer, dict[str, Any]]:
         trainer, models = make_trainer(command, args, objective, bar)

@@ -8,6 +8,9 @@ from typing import Any
 from accelerate.utils import extract_model_from_parallel, gather_object
 
 from efface.evaluate import tofu
+from efface.evaluate.logs import SPLITS, read_log
+from efface.evaluate.protocol import get_protocol
+from efface.evaluate.tofu_rows import load_split
 from efface.hf.loading import load_model, load_tokenizer
 from efface.hf.templates import AUTO, Template
 from efface.recipes.command import UnlearnCommand
@@ -36,6 +39,24 @@ def check_evaluation(command: UnlearnCommand, recipe: Recipe) -> None:
                 f"--{flag}: recipe {recipe.name} evaluates on {split}, which is not what {getattr(command, flag)!r} "
                 "forgets; add --evaluate False, and evaluate the result with `efface evaluate`"
             )
+
+
+def check_files(command: UnlearnCommand, recipe: Recipe) -> None:
+    """Raise what the evaluation would say of its local files: before the training, not after it.
+
+    Raises:
+        FileNotFoundError: a log, or a file of the benchmark, that is not there.
+        ValueError: one that holds something else.
+    """
+    asked = recipe.evaluate
+    if asked["benchmark"] != "tofu":
+        return
+    if command.retain_log is not None:
+        read_log(command.retain_log).rows("forget", "truth_ratio")
+    if command.data is not None:
+        protocol = get_protocol(asked.get("protocol", "open-unlearning"))
+        for split in SPLITS:
+            load_split(command.data, split, asked["split"], protocol)
 
 
 def check_sets(command: UnlearnCommand) -> None:
