@@ -25,7 +25,7 @@ def _share(result: Result) -> Iterator[tuple[str, Figure]]:
     ratios = [len(rows) + 2 for rows in shapes.values()]
     panels = figure.subplots(len(shapes), 1, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
     for axes, ((shape,), rows) in zip(panels, shapes.items(), strict=True):
-        share = [100 / row["against_floor"] for row in rows]
+        share = [row["of_floor_percent"] for row in rows]
         axes.barh(range(len(rows)), share, color=[_colour(row) for row in rows])
         axes.set_yticks(range(len(rows)), [row["provider"] for row in rows], fontsize=7)
         axes.invert_yaxis()
@@ -63,7 +63,7 @@ def _parts(result: Result) -> Iterator[tuple[str, Figure]]:
     rows = [row for row in result.rows if row.get("median_ms") is not None]
     figure = Figure(figsize=(8, 1.0 + 0.35 * len(rows)), layout="constrained")
     axes: Axes = figure.add_subplot()
-    split = [row.get("parts_ms") or _two_parts(row) for row in rows]
+    split = [row["parts_ms"] for row in rows]
     for i, part in enumerate(dict.fromkeys(name for each in split for name in each)):
         widths = [each.get(part, 0.0) for each in split]
         before = [sum(list(each.values())[: list(each).index(part)]) if part in each else 0.0 for each in split]
@@ -73,11 +73,6 @@ def _parts(result: Result) -> Iterator[tuple[str, Figure]]:
     axes.set_xlabel("ms, medians")
     axes.legend(fontsize=8)
     yield "parts", figure
-
-
-def _two_parts(row: dict[str, object]) -> dict[str, float]:
-    median, whole = float(str(row["median_ms"])), float(str(row["whole_median_ms"]))
-    return {"forward and backward": median, "clipping and AdamW": max(0.0, whole - median)}
 
 
 _DRAW: dict[str, Sequence[Callable[[Result], Iterator[tuple[str, Figure]]]]] = {

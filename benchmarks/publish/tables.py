@@ -28,14 +28,9 @@ def is_ours(row: dict[str, Any]) -> bool:
     return str(row["provider"]).startswith("efface")
 
 
-def mode(row: dict[str, Any]) -> str:
-    """Return the loss suite's mode, which older files have in the name alone."""
-    return str(row.get("mode") or row["provider"].partition(", ")[2])
-
-
 def _work(row: dict[str, Any]) -> tuple[Any, ...]:
     """What two rows must have in common to be compared."""
-    return row.get("training"), row.get("reference"), row.get("task"), mode(row) if "gemms" in row else None
+    return row.get("training"), row.get("reference"), row.get("task"), row.get("mode")
 
 
 def beaten(row: dict[str, Any], rows: Rows) -> bool:
@@ -59,8 +54,7 @@ def loss(result: Result) -> str:
     parts = []
     for (shape,), rows in grouped(result.rows, "shape").items():
         first = rows[0]
-        size = f": {first['objective']}, N {first['n']}, D {first['d']}, V {first['v']}" if "n" in first else ""
-        more = f", {first['dtype']}, {first['state']}, {first['rounds']} rounds" if "n" in first else ""
+        size = f"{first['objective']}, N {first['n']}, D {first['d']}, V {first['v']}, {first['dtype']}"
         headings = [
             "provider",
             "GEMMs",
@@ -74,22 +68,20 @@ def loss(result: Result) -> str:
         ]
         cells = []
         for row in rows:
-            low, high = row.get("quarter_ms", row["low_ms"]), row.get("three_quarters_ms", row["high_ms"])
-            errors = row.get("errors") or {"dh": row.get("error_dh"), "dw": row.get("error_dw")}
             cells.append(
                 [
                     _name(row, rows),
                     str(row["gemms"]),
                     f"{row['median_ms']:.4g}",
-                    f"{low:.4g} .. {high:.4g}",
+                    f"{row['quarter_ms']:.4g} .. {row['three_quarters_ms']:.4g}",
                     f"{row['against_floor']:.2f}",
-                    _number(row.get("of_floor_percent"), ".0f"),
-                    _number(errors.get("dh"), ".1e"),
-                    _number(errors.get("dw"), ".1e"),
+                    f"{row['of_floor_percent']:.0f}",
+                    _number(row["errors"].get("dh"), ".1e"),
+                    _number(row["errors"].get("dw"), ".1e"),
                     _number(row.get("peak_gib"), ".2f"),
                 ]
             )
-        parts.append(f"### {shape}{size}{more}\n\n{markdown(headings, cells)}")
+        parts.append(f"### {shape}: {size}, {first['state']}, {first['rounds']} rounds\n\n{markdown(headings, cells)}")
     if "row_pass_ms" in result.record:
         passes = [[name, f"{ms:.3g}"] for name, ms in result.record["row_pass_ms"].items()]
         parts.append("### The row pass alone, (1024, 32000) bf16\n\n" + markdown(["pass", "median ms"], passes))
