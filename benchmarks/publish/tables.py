@@ -66,21 +66,7 @@ def loss(result: Result) -> str:
             "error dW",
             "GiB",
         ]
-        cells = []
-        for row in rows:
-            cells.append(
-                [
-                    _name(row, rows),
-                    str(row["gemms"]),
-                    f"{row['median_ms']:.4g}",
-                    f"{row['quarter_ms']:.4g} .. {row['three_quarters_ms']:.4g}",
-                    f"{row['against_floor']:.2f}",
-                    f"{row['of_floor_percent']:.0f}",
-                    _number(row["errors"].get("dh"), ".1e"),
-                    _number(row["errors"].get("dw"), ".1e"),
-                    _number(row.get("peak_gib"), ".2f"),
-                ]
-            )
+        cells = [_loss_cells(row, rows) for row in rows]
         parts.append(f"### {shape}: {size}, {first['state']}, {first['rounds']} rounds\n\n{markdown(headings, cells)}")
     if "row_pass_ms" in result.record:
         passes = [[name, f"{ms:.3g}"] for name, ms in result.record["row_pass_ms"].items()]
@@ -89,6 +75,20 @@ def loss(result: Result) -> str:
     if missing:
         parts.append("### Not measured\n\n" + "\n".join(f"- {reason}" for reason in missing))
     return "\n\n".join(parts)
+
+
+def _loss_cells(row: dict[str, Any], rows: Rows) -> list[str]:
+    return [
+        _name(row, rows),
+        str(row["gemms"]),
+        f"{row['median_ms']:.4g}",
+        f"{row['quarter_ms']:.4g} .. {row['three_quarters_ms']:.4g}",
+        f"{row['against_floor']:.2f}",
+        f"{row['of_floor_percent']:.0f}",
+        _number(row["errors"].get("dh"), ".1e"),
+        _number(row["errors"].get("dw"), ".1e"),
+        _number(row.get("peak_gib"), ".2f"),
+    ]
 
 
 def step(result: Result) -> str:
