@@ -394,7 +394,8 @@ def test_an_empty_batch_costs_nothing_in_any_loss() -> None:
             ValueError,
             "`alternate_labels`: expected 4 sequences, one for each of `labels`, got 1",
         ),
-        ({"alternate_reference_logprobs": None}, ValueError, "got neither in full"),
+        ({"alternate_reference_logprobs": None}, ValueError, "expected `alternate_reference_logprobs` beside it"),
+        ({"alternate_reference_logprobs": None, "reference_logprobs": None}, ValueError, "got neither in full"),
         ({"alternate_reference_logprobs": torch.zeros(3)}, ValueError, r"`alternate_reference_logprobs`: .* \(4\)"),
         (
             {
