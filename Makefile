@@ -55,14 +55,22 @@ sanitize: $(READY)
 FUZZ_SECONDS ?= 10
 PACKING_FUZZ_SECONDS ?= 60
 FUZZ := -std=c++20 -O1 -g -Wall -Wextra -Wconversion -Werror -DEFFACE_REPLAY -Icsrc $(wildcard csrc/*.cpp) -pthread -ldl
+FUZZERS := build/fuzz-packing build/fuzz-rows build/fuzz-threads
 fuzz:
-	mkdir -p build
-	$${CXX:-c++} -fsanitize=address,undefined -fno-sanitize-recover=undefined csrc/fuzz/packing_fuzz.cpp $(FUZZ) -o build/fuzz-packing
-	$${CXX:-c++} -fsanitize=address,undefined -fno-sanitize-recover=undefined csrc/fuzz/row_pass_fuzz.cpp $(FUZZ) -o build/fuzz-rows
-	$${CXX:-c++} -fsanitize=thread csrc/fuzz/row_pass_fuzz.cpp $(FUZZ) -o build/fuzz-threads
+	$(MAKE) --jobs 2 $(FUZZERS)
 	build/fuzz-packing $(PACKING_FUZZ_SECONDS)
 	build/fuzz-rows $(FUZZ_SECONDS)
 	build/fuzz-threads $(FUZZ_SECONDS)
+
+build/fuzz-packing: SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+build/fuzz-packing: SOURCE := csrc/fuzz/packing_fuzz.cpp
+build/fuzz-rows: SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+build/fuzz-rows: SOURCE := csrc/fuzz/row_pass_fuzz.cpp
+build/fuzz-threads: SANITIZERS := -fsanitize=thread
+build/fuzz-threads: SOURCE := csrc/fuzz/row_pass_fuzz.cpp
+$(FUZZERS): $(NATIVE)
+	mkdir -p build
+	$${CXX:-c++} $(SANITIZERS) $(SOURCE) $(FUZZ) -o $@
 
 $(READY): pyproject.toml setup.py constraints/cpu.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "efface needs Python 3.10 or newer, got " + sys.version.split()[0] + "; set PYTHON=python3.x")'
