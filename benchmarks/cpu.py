@@ -15,7 +15,7 @@ ARGUMENTS: dict[str, list[str]] = {
     "evaluate": ["--quick", "--shape", "Llama 4 layers, d 128, V 8192, fp32"],
     "loss": ["--shape", "Llama-2 head, D 1024, bf16", "--rounds", "3"],
     "start": ["--rounds", "3"],
-    "step": ["--rounds", "8"],  # every step once
+    "step": ["--rounds", "4"],
 }
 
 
