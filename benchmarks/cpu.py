@@ -1,4 +1,4 @@
-"""``python -m benchmarks cpu``: every suite on the CPU, one JSON file each, within ten minutes on 2 cores."""
+"""``python -m benchmarks cpu``: every suite on the CPU, cut short, one JSON file each: ten minutes are meant."""
 
 import argparse
 import re

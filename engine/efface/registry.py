@@ -41,8 +41,8 @@ class Registry(Generic[T]):
         Raises:
             ValueError: an unknown name, or a parameter that the class does not have; both list what is known.
         """
-        plain = {_plain(known): known for known in self._classes}
-        known = plain.get(_plain(name))
+        names = {plain(known): known for known in self._classes}
+        known = names.get(plain(name))
         if known is None:
             raise ValueError(f"{self._kind}: expected one of {', '.join(self.known())}, got {name!r}")
         cls = self._classes[known]
@@ -53,5 +53,6 @@ class Registry(Generic[T]):
         return cls(**parameters)
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """Return a name without what does not matter in it: case and underscores."""
     return name.lower().replace("_", "")

@@ -30,7 +30,7 @@ FLOORS: dict[str, set[str]] = {
     },
     "engine/efface/recipes": {
         *BASE,
-        *("efface.batching", "efface.objectives", "efface.hf", "efface.evaluate", "efface.recipes"),
+        *("efface.registry", "efface.batching", "efface.objectives", "efface.hf", "efface.evaluate", "efface.recipes"),
         *("accelerate", "transformers", "yaml"),
     },
     "engine/efface/sweep": {"efface.hf", "efface.recipes", "efface.sweep", "optuna", "yaml"},

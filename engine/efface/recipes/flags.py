@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
+from efface.registry import plain
+
 # Flags that say the same thing in several ways: who gives one of a group means it in place of a recipe's others.
 _GROUPS = (
     {"warmup_epochs", "warmup_steps", "warmup_ratio"},
@@ -82,7 +84,7 @@ def not_overridden(flags: Mapping[str, Any], words: Sequence[str]) -> dict[str, 
 def _same(name: str, value: str, other: Any) -> bool:
     """Whether two values of a flag mean one thing: in an objective's name case and underscores do not matter."""
     if name == "objective":
-        return value.lower().replace("_", "") == str(other).lower().replace("_", "")
+        return plain(value) == plain(str(other))
     return value == str(other)
 
 
