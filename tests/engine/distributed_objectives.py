@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from helpers import arguments, random_store, tiny_llama
+from helpers import arguments, leave_no_thread, random_store, tiny_llama
 
 from efface import DPO, PDU, RMU, UNDIAL, UnlearnTrainer
 
@@ -36,10 +36,9 @@ def main(out: Path) -> None:
             "weights": {key: tensor.tolist() for key, tensor in model.state_dict().items()},
         }
     (out / f"rank{trainer.args.process_index}.json").write_text(json.dumps(records))
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
+    leave_no_thread()

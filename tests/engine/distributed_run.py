@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from helpers import arguments, random_store, tiny_llama
+from helpers import arguments, leave_no_thread, random_store, tiny_llama
 from torch import nn
 
 from efface import NPO, UnlearnTrainer
@@ -48,9 +48,8 @@ def main(out: Path, reference: str, token_budget: int) -> None:
         "weights": {name: tensor.tolist() for name, tensor in model.state_dict().items()},
     }
     (out / f"rank{trainer.args.process_index}.json").write_text(json.dumps(record))
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    leave_no_thread()

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from helpers import arguments
+from helpers import arguments, leave_no_thread
 from tofu_helpers import model_of, read_rows, tokenizer_of
 
 from efface import NPO, UnlearnTrainer
@@ -41,10 +41,8 @@ def main(folder: Path, out: Path) -> None:
     logs = [log for log in trainer.state.log_history if "forget_quality" in log]
     record = {"logs": logs, "batches": mine}
     (out / f"rank{trainer.args.process_index}.json").write_text(json.dumps(record))
-    if trainer.args.world_size > 1:
-        trainer.accelerator.wait_for_everyone()
-        trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave_no_thread()

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from helpers import tiny_llama
+from helpers import leave_no_thread, tiny_llama
 from torch import nn
 
 from efface.evaluate import RowResult, run_tasks
 from efface.evaluate.row_store import RowStore
-from efface.evaluate.runner import processes
+from efface.processes import processes
 
 
 class Failing:
@@ -44,5 +44,4 @@ if __name__ == "__main__":
         run_tasks(nn.parallel.DistributedDataParallel(tiny_llama()), [Failing()], store=out / "rows.sqlite")
     except (ValueError, OSError) as error:
         (out / f"rank{state.process_index}.txt").write_text(str(error))
-    state.wait_for_everyone()
-    state.destroy_process_group()
+    leave_no_thread()

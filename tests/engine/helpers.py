@@ -20,6 +20,7 @@ from transformers import (
 from efface.batching import PackedBatch, TokenStore
 from efface.cli.demo.tokenizer import train_tokenizer
 from efface.hf.arguments import UnlearnArguments
+from efface.processes import leave
 
 VOCABULARY = 96
 
@@ -143,3 +144,17 @@ def written_rows(path: Path, rows: Iterable[Mapping[str, Any]] = TEXTS) -> Path:
     """Return the path, a file of JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def leave_no_thread() -> None:
+    """Part from the other ranks, and see that no thread of the connection is left that could hang the exit."""
+    leave()
+    no_thread_left()
+
+
+def no_thread_left() -> None:
+    """See that no thread of a connection to other ranks is left."""
+    threads = Path("/proc/self/task")
+    if threads.is_dir():
+        names = [(thread / "comm").read_text().strip() for thread in threads.iterdir()]
+        assert not [name for name in names if "gloo" in name], names

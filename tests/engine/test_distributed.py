@@ -156,7 +156,7 @@ def test_the_command_on_two_processes_writes_one_model(tmp_path: Path) -> None:
     shutil.rmtree(out / "checkpoint-3")
     record = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps({**record, "finished": False}))
-    done = launch(2, words)
+    done = launch(2, [str(HERE / "command_rank.py"), *words[2:]])
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stderr.count(f"continuing from {out / 'checkpoint-2'}") == 1
     assert (out / "model.safetensors").read_bytes() == whole

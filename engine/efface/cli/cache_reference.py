@@ -51,7 +51,4 @@ def run(argv: Sequence[str]) -> int:
         raise reference.problem
     there = reference.sequences - reference.computed
     console.print(f"{reference.computed} sequences computed, {there} were there: {reference.path}", soft_wrap=True)
-    if args.world_size > 1:
-        trainer.accelerator.wait_for_everyone()
-        trainer.accelerator.end_training()
     return 0

@@ -19,10 +19,10 @@ from efface.evaluate import EvalLog, TofuResult, tofu
 from efface.evaluate.logs import PREFIXES, SPLITS
 from efface.evaluate.protocol import PROTOCOLS
 from efface.evaluate.results import model_facts, write_results
-from efface.evaluate.runner import processes
 from efface.evaluate.tofu_evaluation import ROWS
 from efface.hf.loading import MAIN, load_model, load_tokenizer
 from efface.hf.templates import AUTO
+from efface.processes import processes
 
 _EXAMPLES = """
 examples:
@@ -127,10 +127,6 @@ def run(argv: Sequence[str]) -> int:
     if options.metrics:
         _judge_rows(options, output, console, "METRICS", run_metrics)
     console.print(f"wrote {output}", highlight=False, soft_wrap=True)
-    if state.num_processes > 1:
-        # A process that leaves without a word may tear connections that others still read from.
-        state.wait_for_everyone()
-        state.destroy_process_group()
     return 0
 
 

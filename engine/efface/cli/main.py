@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, rest: Sequence[str]) -> int:
     try:
-        return int(importlib.import_module(COMMANDS[name][0]).run(rest))
+        code = int(importlib.import_module(COMMANDS[name][0]).run(rest))
     except KeyboardInterrupt:
         print(f"efface {name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -66,3 +66,6 @@ def _run(name: str, rest: Sequence[str]) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"efface {name}: error: {error}", file=sys.stderr)
         return EXIT_USAGE
+    if "torch" in sys.modules:  # a command without it has no other processes, and is instant
+        importlib.import_module("efface.processes").leave()
+    return code

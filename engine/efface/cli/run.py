@@ -120,10 +120,6 @@ def _carry_out(run: Run, console: Console) -> None:
             run.after_saving(trainer, console)
         if folder is not None:
             folder.finish()
-        if args.world_size > 1:
-            # A process that leaves without a word may tear connections that others still read from.
-            trainer.accelerator.wait_for_everyone()
-            trainer.accelerator.end_training()
 
 
 def _identity(trainer: PackedTrainer, beside: dict[str, Any]) -> dict[str, Any]:

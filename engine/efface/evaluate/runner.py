@@ -23,6 +23,7 @@ from efface.hf.adapted_head import base_of
 from efface.hf.callbacks import undisturbed
 from efface.hf.fingerprint import fingerprint
 from efface.hf.refusals import check_adapters
+from efface.processes import processes
 
 Progress = Callable[[str, int, int], None]
 """Called with the task at hand, how many rows of all tasks are done, and how many there are."""
@@ -84,12 +85,6 @@ def run_tasks(
         if progress is not None and rows:
             progress(tasks[-1].name, _done(results), rows)
     return [_complete(task, part) for task, part in zip(tasks, results, strict=True)]
-
-
-def processes() -> PartialState:
-    """Return what ``accelerate`` knows of the processes that evaluate together."""
-    # Unless told that there is no accelerator it does not look for other processes on CPUs.
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def model_key(model: PreTrainedModel) -> bytes:

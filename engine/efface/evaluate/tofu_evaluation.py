@@ -14,11 +14,12 @@ from efface.evaluate.protocol import Protocol, get_protocol
 from efface.evaluate.quality import check_same_rows, forget_quality
 from efface.evaluate.results import EVAL, Metric, model_facts, split_metrics, summary_of, write_results
 from efface.evaluate.rouge import empty_texts, rouge_recall
-from efface.evaluate.runner import Progress, processes, run_tasks
+from efface.evaluate.runner import Progress, run_tasks
 from efface.evaluate.task import RowResult, Task
 from efface.evaluate.tofu_rows import HUB, TofuRows, load_split
 from efface.evaluate.utility import model_utility
 from efface.hf.templates import AUTO, Template, get_template
+from efface.processes import processes
 
 ROWS = ".rows.sqlite"
 """In an output folder, the rows that are finished; deleting it costs no more than computing them anew."""
