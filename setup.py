@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 
 WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Werror"]
@@ -31,4 +31,5 @@ if os.name != "nt":
     extension.include_dirs = [d for d in extension.include_dirs if d != pybind11.get_include()]
     extension.extra_compile_args = ["-isystem", pybind11.get_include(), *extension.extra_compile_args]
 
+ParallelCompile(default=0).install()  # all cores
 setup(ext_modules=[extension])

@@ -24,7 +24,7 @@ FLOORS: dict[str, set[str]] = {
     },
     "engine/efface/evaluate": {
         *BASE,
-        *("efface.registry", "efface.batching", "efface.hf", "efface.reference", "efface.evaluate"),
+        *("efface.registry", "efface.batching", "efface.hf", "efface.reference", "efface.evaluate", "efface.processes"),
         *("accelerate", "transformers", "scipy", "rouge_score", "nltk"),
         *("jinja2", "markupsafe", "matplotlib", "yaml"),  # reports
     },
