@@ -165,6 +165,26 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     assert all(torch.equal(checkpointed[name], plain[name]) for name in plain)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("PhimoeConfig", {"num_local_experts": 2}),
+        ("Qwen2MoeConfig", {"use_sliding_window": True, "max_window_layers": 2, "num_experts": 4}),
+    ],
+)
+def test_a_window_that_only_the_mask_has_is_kept(name: str, settings: dict[str, Any]) -> None:
+    model = tiny_model(name, initializer_range=WEIGHTS, sliding_window=3, **settings).eval()
+    batch = unlabelled([9, 3, 14])
+    use_packed_attention(model)
+    assert model.config._attn_implementation == "eager"
+    with torch.no_grad():
+        got, truth = model(**packed_arguments(model, batch)).logits[0], separate(model, batch)
+        torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-4)
+        model.set_attn_implementation(NAME)
+        blind = model(**packed_arguments(model, batch)).logits[0]
+        assert not torch.allclose(blind, truth, rtol=1e-2, atol=1e-2)  # the tokens do lie beyond the window
+
+
 def test_models_with_other_layers_keep_their_attention() -> None:
     model = tiny_llama()
     model.config.layer_types = ["full_attention", "chunked_attention"]

@@ -4,6 +4,7 @@ Without packed keyword arguments (generation, padded batches) it is transformers
 scores, which that has not, are computed here.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,16 +234,33 @@ def _soft_capped_batch(
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Switch ``model`` to packed attention; one with other layers than full and sliding attention keeps its own.
+    """Switch ``model`` to packed attention.
 
-    Any implementation of transformers is exact on packs. Those that build a (T, T) mask cost T² instead of Σ n².
+    One with other layers than full and sliding attention keeps its own, as does one whose windows are in its mask alone
+    (Qwen2-MoE, PhiMoE). Any implementation of transformers is exact on packs. Those that build a (T, T) mask cost T²
+    instead of Σ n².
 
     Raises:
         ValueError: a model with recurrent layers.
     """
     check_packable(model)
-    if LAYER_KINDS.issuperset(getattr(model.config.get_text_config(), "layer_types", None) or ()):
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    windowed = "sliding_attention" in kinds if kinds else bool(getattr(config, "sliding_window", None))
+    if LAYER_KINDS.issuperset(kinds or ()) and not (windowed and _windows_are_in_the_mask_alone(model)):
         model.set_attn_implementation(NAME)
+
+
+def _windows_are_in_the_mask_alone(model: PreTrainedModel) -> bool:
+    """Whether some attention layer does not hand its window on. Only its code says so: the argument is optional."""
+    for kind in {type(module) for module in model.modules() if hasattr(module, "layer_idx")}:
+        try:
+            code = inspect.getsource(kind.forward)
+        except (OSError, TypeError):  # written in a session, or no Python
+            continue
+        if "attention_interface(" in code and "sliding_window" not in code:
+            return True
+    return False
 
 
 @uncompiled
