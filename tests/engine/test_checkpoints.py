@@ -17,7 +17,8 @@ from helpers import arguments, random_store, tiny_llama, tiny_tokenizer, written
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from efface import NPO, UnlearnTrainer
 from efface.batching import Role
@@ -132,6 +133,22 @@ def test_a_run_that_had_ended_trains_no_step_more(tmp_path: Path) -> None:
     assert again.state.global_step == 4
     for name, tensor in parameters(first).items():
         assert torch.equal(tensor, parameters(again)[name]), name
+
+
+def test_a_callback_may_be_added_to_a_run_that_is_resumed(tmp_path: Path) -> None:
+    class Seen(TrainerCallback, ExportableState):
+        steps = 0
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.steps += 1
+
+        def state(self) -> dict[str, Any]:
+            return {"args": {}, "attributes": {"steps": self.steps}}
+
+    python_run(tmp_path, max_steps=2)
+    python_run(tmp_path, resume=True, max_steps=4, callbacks=[Seen()])
+    stored = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["stateful_callbacks"]
+    assert stored["Seen"]["attributes"] == {"steps": 2}
 
 
 def test_resuming_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:

@@ -148,6 +148,9 @@ class ResumableTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         # All ranks write into one folder, so its name is no secret; remove_leftovers has seen to a killed run's.
         staging = folder / f"{PARTIAL}{name}"
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):  # one that the checkpoint resumed from did not know
+                self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
         try:
             staging.mkdir(parents=True, exist_ok=True)
             self._staging = staging
@@ -167,8 +170,8 @@ class ResumableTrainer(Trainer):
             whole = newest_checkpoint(folder)
             left = "no checkpoint was written before" if whole is None else f"{whole.name} is whole and untouched"
             raise CheckpointError(
-                f"{name} could not be written to {str(folder)!r}: {error}. The run stops; {left}. Free space or choose "
-                "another disk, and resume"
+                f"{name} could not be written to {str(folder)!r}: {type(error).__name__}: {error}. The run stops; "
+                f"{left}. If the disk is full, free space or choose another, and resume"
             ) from error
         finally:
             self._staging = None
