@@ -197,6 +197,22 @@ def test_bad_input_is_refused_when_the_graph_runs() -> None:
         compiled(targets + 30)
 
 
+@pytest.mark.parametrize("compiler", [None, "eager"])
+def test_a_second_derivative_is_refused(compiler: str | None) -> None:
+    """Not a silent zero, be it compiled (by what can differentiate twice) or not."""
+    x, targets, offsets = batch(BATCHES[0], torch.float64)
+    x.requires_grad_()
+    weight, declared = torch.randn(30, 8, dtype=torch.float64), rule(3)
+
+    def squared(x: Tensor) -> Tensor:
+        sums = -torch.ones(3, dtype=torch.float64)
+        return linear_sequence_loss(x, weight, targets, offsets, declared, reference_sums=sums).loss.square()
+
+    loss = squared if compiler is None else torch.compile(squared, backend=compiler)
+    with pytest.raises(RuntimeError, match="differentiate"):
+        torch.autograd.grad(torch.autograd.grad(loss(x), x, create_graph=True)[0].square().sum(), x)
+
+
 def test_the_ops_keep_torchs_rules() -> None:
     """Schema, fake kernels, autograd registration and dynamic shapes, by torch's own examination."""
     x, targets, offsets = batch(BATCHES[0], torch.float64)

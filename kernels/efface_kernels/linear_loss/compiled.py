@@ -115,6 +115,8 @@ def _scale_gradients(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None)
     coefficients, pw, dw, db = ctx.saved_tensors
     gradients: list[Tensor | None] = [None] * ctx.count
     if upstream is not None:
+        if torch.is_grad_enabled() and upstream.requires_grad:
+            raise RuntimeError("linear_sequence_loss: expected to be differentiated once; it has no second derivative")
         hidden_dtype, weight_dtype = ctx.dtypes
         made = (
             (pw * (-coefficients * upstream)[:, None]).to(hidden_dtype),
