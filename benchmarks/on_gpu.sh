@@ -86,7 +86,7 @@ pytest=("$PYTHON" -m pytest -p no:cacheprovider -o addopts= -o filterwarnings=de
 kernels=(tests/kernels/test_{on_gpu,sequence_loss,row_pass,distribution_pass,linear_loss_rule}.py)
 if [[ " $LEGS " == *" tests "* ]]; then
   if [ "$SMOKE" = 1 ]; then
-    leg tests 120 "$OUT/gpu-tests.txt" "${pytest[@]}" -m gpu tests/kernels/test_on_gpu.py
+    leg tests 900 "$OUT/gpu-tests.txt" "${pytest[@]}" -m gpu tests/kernels/test_on_gpu.py
   else
     leg tests "$TESTS_LIMIT" "$OUT/gpu-tests.txt" "${pytest[@]}" -s -m gpu --durations=10 "${parallel[@]}" "${kernels[@]}"
   fi
@@ -96,7 +96,7 @@ fi
 if [[ " $LEGS " == *" bench "* ]]; then
   bench=("$PYTHON" -m benchmarks loss --json "$OUT/gpu-$DATE-loss.json")
   if [ "$SMOKE" = 1 ]; then
-    leg bench 120 "$OUT/gpu-loss.txt" "${bench[@]}" --shape smoke --rounds 1
+    leg bench 900 "$OUT/gpu-loss.txt" "${bench[@]}" --shape smoke --rounds 1
   else
     while read -r shape; do
       [ -n "$shape" ] && bench+=(--shape "$shape")
@@ -108,7 +108,7 @@ fi
 if [[ " $LEGS " == *" step "* ]]; then
   step=("$PYTHON" -m benchmarks step --json "$OUT/gpu-$DATE-step.json")
   if [ "$SMOKE" = 1 ]; then
-    leg step 240 "$OUT/gpu-step.txt" "${step[@]}" --shape smoke --rounds 2 --blocks
+    leg step 900 "$OUT/gpu-step.txt" "${step[@]}" --shape smoke --rounds 2 --blocks
   else
     leg step "$STEP_LIMIT" "$OUT/gpu-step.txt" "${step[@]}" --device cuda
   fi

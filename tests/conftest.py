@@ -2,6 +2,7 @@
 
 import os
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,15 @@ if not torch.cuda.is_available():
 # Nothing here may reach the network; a missing local file must fail at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+with suppress(ImportError):  # a machine that runs the GPU tests alone need not have it
+    from hypothesis import HealthCheck, settings
+
+    # The same examples every time, however slow the machine: the fuzzers of `make fuzz` look for new ones.
+    settings.register_profile(
+        "efface", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("efface")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

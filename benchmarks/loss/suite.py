@@ -206,11 +206,15 @@ def _rounds_for(calls: dict[str, Callable[[int], object]], options: argparse.Nam
 
 def measure(name: str, options: argparse.Namespace) -> tuple[list[Row], list[str]]:
     """Check, then time every provider on a shape, interleaved: one call of each a round."""
-    shape = SHAPES[name]
-    gpu = shape.device == "cuda"
     # Dynamo counts what it compiled of a function over all shapes, and runs it eagerly, silently, beyond its limit.
     torch.compiler.reset()
-    torch._dynamo.config.recompile_limit = 64  # noqa: SLF001 - its documented place
+    with torch._dynamo.config.patch(recompile_limit=64):  # noqa: SLF001 - its documented place
+        return _measure(name, options)
+
+
+def _measure(name: str, options: argparse.Namespace) -> tuple[list[Row], list[str]]:
+    shape = SHAPES[name]
+    gpu = shape.device == "cuda"
     found, missing = providers(shape)
     errors, refused = checked(found, shape)
     missing += [f"{reason} ({name})" for reason in refused]

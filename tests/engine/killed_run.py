@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets  # noqa: F401 - here, and not in every child
 import torch
+import torch._dynamo
 
 from efface.cli.main import main
 from efface.hf.trainer import UnlearnTrainer

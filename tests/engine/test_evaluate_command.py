@@ -169,7 +169,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(folder: Path, tmp_path: Path) 
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]

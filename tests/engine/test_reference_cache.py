@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import arguments, random_store, tiny_llama, tiny_tokenizer, written_rows
-from test_distributed import launch
+from test_distributed import HERE, launch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
 from efface import NPO, UnlearnTrainer
@@ -460,14 +460,15 @@ def test_the_bar_of_a_terminal(flags: list[str], capsys: pytest.CaptureFixture[s
 
 @pytest.mark.slow
 def test_two_processes_share_the_work_and_one_writes(flags: list[str], tmp_path: Path) -> None:
-    words = ["-m", "efface", "cache-reference", *flags]
-    first = launch(2, words)
+    words = ["cache-reference", *flags]
+    ranks = [str(HERE / "command_rank.py"), *words]
+    first = launch(2, ranks)
     assert first.returncode == 0, first.stderr[-4000:]
     assert first.stderr.count("5 sequences computed, 0 were there") == 1
-    assert main(words[2:]) == 0  # alone
-    again = launch(2, words)
+    assert main(words) == 0  # alone
+    again = launch(2, ranks)
     assert "0 sequences computed, 5 were there" in again.stderr
     (tmp_path / "efface-cache" / "reference.sqlite").write_text("mine")
-    refused = launch(2, words)
+    refused = launch(2, ranks)
     assert refused.returncode != 0
     assert "file is not a database" in refused.stderr

@@ -319,7 +319,7 @@ def test_a_hundred_runs(tmp_path: Path) -> None:
     retain = write_evaluation(tmp_path / "retain", evaluation(50, rows=400))
     began = time.process_time()
     path = report(tmp_path / "runs", tmp_path / "r.html", retain_log=retain)
-    assert time.process_time() - began < 20
+    assert time.process_time() - began < 60
     assert path.stat().st_size < 3e6
     page = Page(path)
     assert len(page.order) == 100

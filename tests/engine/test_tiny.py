@@ -157,11 +157,11 @@ def test_a_killed_teacher_leaves_no_model(tmp_path: Path, monkeypatch: pytest.Mo
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(teach.FinetuneTrainer, "train", killed)
-    with pytest.raises(KeyboardInterrupt):
-        _teach(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(teach.FinetuneTrainer, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _teach(tmp_path)
     assert not list((tmp_path / "tiny").iterdir())
-    monkeypatch.undo()
     left, recent = tmp_path / "tiny" / ".partial-of-SIGKILL", tmp_path / "tiny" / ".partial-of-another"
     for path in (left, recent):
         path.mkdir()

@@ -83,7 +83,7 @@ def test_ten_thousand_look_ups_take_less_than_50_ms(path: Path) -> None:
     wanted = [key(i) for i in random.Random(0).sample(range(20_000), 10_000)]
     seconds = []
     with closing(LogprobStore(path)) as file:
-        for _ in range(5):
+        for _ in range(20):
             began = time.thread_time()  # a look-up waits for nothing; the tests beside this one are not its time
             _, found = file.get(MODEL, wanted)
             seconds.append(time.thread_time() - began)

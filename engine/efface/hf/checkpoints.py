@@ -148,9 +148,10 @@ class ResumableTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         # All ranks write into one folder, so its name is no secret; remove_leftovers has seen to a killed run's.
         staging = folder / f"{PARTIAL}{name}"
+        stateful: Any = self.state.stateful_callbacks
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ExportableState):  # one that the checkpoint resumed from did not know
-                self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+            if isinstance(callback, ExportableState):  # the checkpoint that was resumed from need not know it
+                stateful.setdefault(type(callback).__name__, callback.state())
         try:
             staging.mkdir(parents=True, exist_ok=True)
             self._staging = staging
