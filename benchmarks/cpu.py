@@ -14,8 +14,8 @@ RESULTS = Path(__file__).parent / "results"
 ARGUMENTS: dict[str, list[str]] = {
     "evaluate": ["--quick", "--shape", "Llama 4 layers, d 128, V 8192, fp32"],
     "loss": ["--shape", "Llama-2 head, D 1024, bf16", "--rounds", "3"],
-    "start": ["--rounds", "3"],
-    "step": ["--rounds", "4"],
+    "start": ["--rounds", "2"],
+    "step": ["--rounds", "3"],
 }
 
 

@@ -20,6 +20,7 @@ from benchmarks.step.providers import PROVIDERS, Eager, EagerCached, EagerLora, 
 from benchmarks.step.run import Kind, Outcome
 from benchmarks.step.stopwatch import PARTS
 from benchmarks.timing import median_ratio
+from efface_kernels.checks import resolve_backend
 
 ROUNDS = 16  # every step twice
 
@@ -44,6 +45,7 @@ class Row:
     error_loss: float  # relative to the eager step in the next wider dtype; on a GPU, in a smaller model
     error_gradient: float
     problem: str = ""
+    loss_backend: str = ""  # of efface's loss: what "auto" chose, which on a GPU may be torch
     median_ms: float | None = None
     low_ms: float | None = None
     high_ms: float | None = None
@@ -112,6 +114,7 @@ def _row(
         error_loss=setting.errors[kind][0],
         error_gradient=setting.errors[kind][1],
         problem=outcome.problem,
+        loss_backend=resolve_backend("auto", steps[0].batch.input_ids.device) if kind.ours else "",
     )
     mine, all_mine = part[kind], whole[kind]
     if outcome.problem or not mine:

@@ -39,9 +39,8 @@ def words(folder: Path, *more: str, model: str = "full") -> list[str]:
 
 
 def test_a_model_is_judged_by_its_retain_model(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
     out = tmp_path / "out"
     command = words(folder, "--retain-model", str(folder / "retain"), "--output", str(out), "--splits", "forget")
     assert main(command) == 0

@@ -52,6 +52,7 @@ def test_the_smoke_shape_is_measured(blocks: bool, tmp_path: Path, monkeypatch: 
     assert "padded, Liger, live: its kernels are Triton's, which need a GPU" in record["not_measured"]
     for row in record["step"]:
         assert not row["problem"]
+        assert row["loss_backend"] == ("native" if "efface" in row["provider"] else "")
         assert row["error_loss"] <= 1e-5
         assert row["error_gradient"] <= 1e-4
         assert len(row["rounds_ms"]) == 2

@@ -29,6 +29,7 @@ class Provider(ABC):
         lora: the policy is a ``peft.PeftModel``.
         devices: where it runs.
         needs: a package.
+        ours: its loss is efface's, with the backend that "auto" chooses.
     """
 
     name: ClassVar[str]
@@ -36,6 +37,7 @@ class Provider(ABC):
     lora: ClassVar[bool] = False
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     needs: ClassVar[str | None] = None
+    ours: ClassVar[bool] = False
 
     def __init__(self, policy: Any, reference: Any = None) -> None:
         self.policy = policy.train()

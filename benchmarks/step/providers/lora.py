@@ -34,6 +34,7 @@ class EffaceLora(Provider):
 
     name = "LoRA, efface, adapter"
     reference = "adapter"
+    ours = True
     lora = True
     needs = "peft"
 

@@ -16,6 +16,7 @@ class EffaceLive(Provider):
 
     name = "efface, live"
     reference = "live"
+    ours = True
 
     def __init__(self, policy: Any, reference: Any = None) -> None:
         super().__init__(fuse(policy), reference)
@@ -33,6 +34,7 @@ class EffaceCached(Provider):
 
     name = "efface, cached"
     reference = "cached"
+    ours = True
 
     def __init__(self, policy: Any, reference: Any = None) -> None:
         super().__init__(fuse(policy), reference)

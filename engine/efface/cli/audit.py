@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from efface.cli.console import open_console
 from efface.cli.output import written_whole
 from efface.cli.progress import progress_on
 from efface.evaluate.audit import VIEWS, AuditResult, BestOf, Clues, Relearn, View, audit
@@ -149,9 +150,7 @@ def run(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parser().parse_args(argv)
     state = processes()
-    console = Console(quiet=not state.is_main_process)
-    if not console.is_terminal:
-        console = Console(width=120, quiet=not state.is_main_process)  # a pipe has no width; 80 would cut the table
+    console = open_console(quiet=not state.is_main_process)
     output: Path = options.output
     if (output / JSON_NAME).exists() and not options.overwrite:
         raise FileExistsError(

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
+from efface.cli.console import open_console
 from efface.cli.flags import parse, unlearn_parser
 from efface.cli.progress import ProgressBar
 from efface.cli.unlearn import make_trainer
@@ -36,7 +35,7 @@ def run(argv: Sequence[str]) -> int:
         raise ValueError(f"--objective {command.objective}: expected one that compares with a reference, such as npo")
     if command.reference not in ("auto", "cached") or args.reference_cache == NO_FILE:
         raise ValueError("expected --reference cached and a --reference_cache that is a file: they are to be filled")
-    console = Console(stderr=True, quiet=args.process_index != 0)
+    console = open_console(stderr=True, quiet=args.process_index != 0)
     bar = ProgressBar(console, Path(command.reference_model or command.model).name)
     with tempfile.TemporaryDirectory() as nothing, contextlib.closing(bar):
         args.output_dir = nothing  # a trainer makes its folder at once

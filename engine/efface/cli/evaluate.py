@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import TaskID
 from rich.table import Table
 
+from efface.cli.console import open_console
 from efface.cli.metrics_flags import Results, add_metrics_flags, chosen_metrics, run_fame, run_metrics
 from efface.cli.progress import progress_on
 from efface.evaluate import EvalLog, TofuResult, tofu
@@ -111,7 +112,7 @@ def run(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parser().parse_args(argv)
     state = processes()
-    console = Console(stderr=True, quiet=not state.is_main_process)
+    console = open_console(stderr=True, quiet=not state.is_main_process)
     output = options.output or _default_output(options.model, options.revision)
     benchmark = options.benchmark or (None if options.metrics else "tofu")
     chosen_metrics(options)  # what is wrong with them is said now, not after hours
@@ -137,7 +138,9 @@ def _judge_by_tofu(options: argparse.Namespace, output: Path, console: Console) 
         retain_log = _evaluate(options, options.retain_model, options.retain_revision, folder, None, console).log
     result = _evaluate(options, options.model, options.revision, output, retain_log, console)
     if processes().is_main_process:
-        Console().print(results_table(result, f"{Path(options.model).name} on {options.split}, {options.protocol}"))
+        open_console().print(
+            results_table(result, f"{Path(options.model).name} on {options.split}, {options.protocol}")
+        )
         for note in _notes(result, options):
             console.print(note, highlight=False, soft_wrap=True)
 
@@ -154,7 +157,7 @@ def _judge_rows(
 
     results = _with_model(options, options.model, options.revision, output, console, run)
     if processes().is_main_process:
-        Console().print(metrics_table(results, f"{Path(options.model).name}: {benchmark}"))
+        open_console().print(metrics_table(results, f"{Path(options.model).name}: {benchmark}"))
 
 
 def _evaluate(

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
 from efface.batching import EpochPlan, TokenStore, plan_epoch
+from efface.cli.console import open_console
 from efface.hf.arguments import UnlearnArguments
 from efface.hf.data import token_store
 from efface.hf.templates import AUTO
@@ -110,7 +110,7 @@ def run(argv: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(rows, indent=2))
         return 0
-    Console().print(_table(rows, len(forget), len(retain)))
+    open_console().print(_table(rows, len(forget), len(retain)))
     return 0
 
 

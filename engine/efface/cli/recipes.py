@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from efface.cli.console import open_console
 from efface.cli.dry_run import describe
 from efface.cli.flags import parse
 from efface.recipes import Recipe, known_recipes, load_recipe
@@ -51,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
         plain = [{**asdict(recipe), "path": str(recipe.path), "memory": _memory(recipe)} for recipe in recipes]
         print(json.dumps(plain if options.name is None else plain[0], indent=2))
     elif options.name is None:
-        Console().print(_table(recipes))
+        open_console().print(_table(recipes))
     else:
         _explain(recipes[0])
     return 0

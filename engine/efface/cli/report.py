@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
+from efface.cli.console import open_console
 
 _EXAMPLES = """
 examples:
@@ -58,5 +58,5 @@ def run(argv: Sequence[str]) -> int:
         details=options.details,
     )
     written = str(path) if options.markdown is None else f"{path}, {options.markdown}"
-    Console().print(f"wrote {written}", highlight=False, soft_wrap=True, markup=False)
+    open_console().print(f"wrote {written}", highlight=False, soft_wrap=True, markup=False)
     return 0

@@ -11,6 +11,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
+from efface.cli.console import open_console
 from efface.cli.output import written_whole
 from efface.cli.progress import ProgressBar
 from efface.cli.run_folder import RunFolder
@@ -72,7 +73,7 @@ def terminated_as_interrupted() -> Iterator[None]:
 def carry_out(run: Run) -> int:
     """Train, save and push; continue an unfinished run of the same command. Returns the exit code."""
     # Of the processes of a distributed run, the first is the one that speaks and writes.
-    console = Console(stderr=True, quiet=run.args.process_index != 0)
+    console = open_console(stderr=True, quiet=run.args.process_index != 0)
     try:
         with terminated_as_interrupted():
             _carry_out(run, console)

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import efface
+from efface.cli.console import open_console
 from efface.cli.demo.data import DemoData, fictitious, tofu
 from efface.cli.demo.plots import plot_forget_quality, plot_probability
 from efface.cli.demo.run import SCALES, Measured, Settings, Story, now, timed
@@ -148,9 +149,7 @@ def run(argv: Sequence[str]) -> int:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)  # a pipe has no width; 80 columns would cut the table's heads
+    console = open_console()
     with written_whole(out) as partial:
         results = tell(data, _settings(options), partial, console)
     console.print(results_table(results, data.name))

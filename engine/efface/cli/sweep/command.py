@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from efface.cli.console import open_console
 from efface.cli.run import terminated_as_interrupted
 from efface.cli.run_folder import differences
 from efface.cli.sweep import show
@@ -20,9 +21,9 @@ __all__ = ["carry_out", "parser", "run"]
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     sweep = parse_sweep(argv)
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     if sweep.options.dry_run:
-        show.dry_run(sweep, Console())
+        show.dry_run(sweep, open_console())
         return 0
     return carry_out(sweep, Subprocesses(sweep.evaluation), fill_in_a_process, console)
 
@@ -73,7 +74,7 @@ def carry_out(sweep: SweepCommand, launch: Launcher, fill: Fill, console: Consol
         raise
     trials = ledger.trials()
     show.write_files(sweep, trials, floor)
-    Console().print(show.table(sweep, trials, floor))
+    open_console().print(show.table(sweep, trials, floor))
     show.show_failures(trials, console)
     _report(sweep, console)
     say(f"wrote {sweep.out}")

@@ -11,17 +11,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from efface.cli.console import open_console
 from efface.cli.tiny.run import RECORD, TinyRun, run_tiny
 from efface.recipes import load_recipe
 from efface.recipes.flags import FlagParser, given_names
 
 _COLUMNS = {
-    "forget quality": "forget_quality",
-    "model utility": "model_utility",
-    "forget: probability": "forget_Q_A_Prob",
+    "forget\nquality": "forget_quality",
+    "model\nutility": "model_utility",
+    "forget:\nprobability": "forget_Q_A_Prob",
     "ROUGE": "forget_Q_A_ROUGE",
-    "truth ratio": "forget_truth_ratio",
-    "retain: probability": "retain_Q_A_Prob",
+    "truth\nratio": "forget_truth_ratio",
+    "retain:\nprobability": "retain_Q_A_Prob",
     "ROUGE ": "retain_Q_A_ROUGE",
 }
 _NOT_HERE = {
@@ -60,12 +61,12 @@ def run_at(scale: str, words: Sequence[str]) -> int:
     recipe = load_recipe(command.recipe)
     folder = Path(command.output_dir or f"{recipe.name}-{scale}")
     options: dict[str, Any] = {"data": command.data, "overrides": overrides, "overwrite": command.overwrite}
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     run = run_tiny(recipe, folder, scale=scale, console=console, **options)
     if command.json:
         sys.stdout.write((folder / RECORD).read_text(encoding="utf-8"))
         return 0
-    show(run, Console())
+    show(run, open_console())
     console.print(f"wrote {folder}", highlight=False, soft_wrap=True)
     return 0
 
@@ -75,7 +76,10 @@ def show(run: TinyRun, console: Console) -> None:
     changed = ", ".join([*(f"{name} {json.dumps(value)}" for name, value in run.changed.items()), *run.overrides])
     console.print(f"{run.recipe} on {run.data}", highlight=False, soft_wrap=True)
     console.print(f"other than the recipe: {changed}", highlight=False, soft_wrap=True)
-    table = Table("", *_COLUMNS, box=box.SIMPLE)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table.add_column("", no_wrap=True)
+    for heading in _COLUMNS:
+        table.add_column(heading, justify="right", no_wrap=True)
     for model in run.models:
         figures = [model.figures.get(name) for name in _COLUMNS.values()]
         table.add_row(model.name, *("-" if figure is None else f"{figure:.3g}" for figure in figures))
