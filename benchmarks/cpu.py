@@ -1,4 +1,4 @@
-"""``python -m benchmarks cpu``: every suite on the CPU, cut short, one JSON file each, within ten minutes on two cores."""
+"""``python -m benchmarks cpu``: every suite on the CPU, cut short, a JSON file each; under ten minutes on two cores."""
 
 import argparse
 import re
