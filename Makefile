@@ -56,8 +56,7 @@ FUZZ_SECONDS ?= 10
 PACKING_FUZZ_SECONDS ?= 60
 FUZZ := -std=c++20 -O1 -g -Wall -Wextra -Wconversion -Werror -DEFFACE_REPLAY -Icsrc $(wildcard csrc/*.cpp) -pthread -ldl
 FUZZERS := build/fuzz-packing build/fuzz-rows build/fuzz-threads
-fuzz:
-	$(MAKE) --jobs 2 $(FUZZERS)
+fuzz: $(FUZZERS)
 	build/fuzz-packing $(PACKING_FUZZ_SECONDS)
 	build/fuzz-rows $(FUZZ_SECONDS)
 	build/fuzz-threads $(FUZZ_SECONDS)

@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from transformers import (
@@ -23,6 +25,7 @@ from efface.hf.arguments import UnlearnArguments
 from efface.processes import leave
 
 VOCABULARY = 96
+LONG = pytest.mark.skipif("EFFACE_LONG" not in os.environ, reason="takes minutes: EFFACE_LONG=1 runs it")
 
 
 # Two layers, grouped-query attention: what every family's configuration understands.
@@ -158,3 +161,9 @@ def no_thread_left() -> None:
     if threads.is_dir():
         names = [(thread / "comm").read_text().strip() for thread in threads.iterdir()]
         assert not [name for name in names if "gloo" in name], names
+
+
+def kibibytes(place: str, name: str) -> int:
+    """A line of Linux's /proc/meminfo or /proc/self/status."""
+    lines = Path(place).read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

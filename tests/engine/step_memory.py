@@ -3,10 +3,9 @@
 import copy
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
-from helpers import arguments, padded, random_store
+from helpers import arguments, kibibytes, padded, random_store
 from padded_loop import eager_loss
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -18,8 +17,7 @@ OBJECTIVE = NPO(beta=0.1)
 
 def resident() -> float:
     """The largest resident size so far, in MiB; of this program alone, which getrusage's is not."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+    return kibibytes("/proc/self/status", "VmHWM") / 1024
 
 
 def model(width: int, vocabulary: int) -> LlamaForCausalLM:

@@ -1,13 +1,11 @@
 """What a training step needs above the model, against the padded eager step with its second model."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-LONG = pytest.mark.skipif("EFFACE_LONG" not in os.environ, reason="takes minutes: EFFACE_LONG=1 runs it")
+from helpers import LONG, kibibytes
 
 
 def peak(kind: str, width: int, vocabulary: int) -> float:
@@ -22,8 +20,7 @@ def peak(kind: str, width: int, vocabulary: int) -> float:
 
 def available() -> int:
     """GiB that this machine can give."""
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) >> 20
+    return kibibytes("/proc/meminfo", "MemAvailable") >> 20
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="reads Linux's /proc")
@@ -34,5 +31,5 @@ def test_a_step_needs_at_most_45_percent_of_the_eager_ones_memory(width: int, vo
     Both hold a second model; a cached reference needs less.
     """
     if available() < 8:
-        pytest.skip("the eager step needs 6 GiB")
+        pytest.skip("less than 8 GiB of memory is free: the machine might kill other tests")
     assert peak("live", width, vocabulary) <= 0.45 * peak("eager", width, vocabulary)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import LONG
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from efface.cli.main import main
@@ -294,7 +295,7 @@ def test_wrong_use_is_explained(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("EFFACE_LONG" not in os.environ, reason="takes minutes: EFFACE_LONG=1 runs it")
+@LONG
 @pytest.mark.parametrize("name", ["npo-tofu-forget10-llama-3.2-1b", "simnpo-tofu-forget05-llama-2-7b"])
 def test_it_is_forgotten_and_the_rest_is_kept(name: str, tofu: Path, tmp_path: Path) -> None:
     """On TOFU's own rows: forget quality a thousand times that of full, model utility within a tenth of it."""

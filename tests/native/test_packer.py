@@ -1,7 +1,9 @@
 """efface_native against a naive packer. Imports no torch, so that it also runs under the sanitizers."""
 
 import os
+import sys
 import threading
+import time
 
 import efface_native
 import numpy as np
@@ -255,22 +257,32 @@ def test_two_gibitokens_are_refused_without_being_allocated() -> None:
 
 
 def test_the_gil_is_released() -> None:
-    """Another Python thread makes progress while a large batch is packed."""
+    """Another Python thread makes progress within the call that packs a large batch."""
     stores = [efface_native.TokenStore("forget", [make_store([list(range(2000))] * 10, [1] * 10)])]
     roles, sequences = np.zeros(5000, np.int8), np.arange(5000, dtype=np.int64) % 10
     storage = storage_of(efface_native.measure(stores, roles, sequences)[-1])
-    ticks = 0
-    for _ in range(20):  # one may be over before this thread has its turn
-        done = threading.Event()
-        pack = [efface_native.pack, stores, roles, sequences, storage]
-        worker = threading.Thread(target=lambda call, end: (call[0](*call[1:]), end()), args=(pack, done.set))
-        worker.start()
-        while not done.is_set():
-            ticks += 1
-        worker.join()
-        if ticks:
-            break
-    assert ticks > 0
+    ticks, within = 0, 0
+
+    def work() -> None:
+        nonlocal within
+        before = ticks
+        efface_native.pack(stores, roles, sequences, storage)
+        within = ticks - before
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # no thread is made to hand the lock on: within the call it is released or not
+    try:
+        for _ in range(20):  # one may be over before this thread has its turn
+            worker = threading.Thread(target=work)
+            worker.start()
+            while worker.is_alive():
+                ticks += 1
+                time.sleep(0)
+            if within:
+                break
+    finally:
+        sys.setswitchinterval(interval)
+    assert within > 0
     assert storage[0] == 0
     assert storage[1999] == 1999
 

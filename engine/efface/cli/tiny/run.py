@@ -10,7 +10,6 @@ from rich.console import Console
 
 from efface.cli import run_folder as unlearned
 from efface.cli import unlearn
-from efface.cli.console import open_console
 from efface.cli.flags import parse
 from efface.cli.output import check_output
 from efface.cli.progress import ProgressBar
@@ -114,7 +113,7 @@ def run_tiny(
         FileNotFoundError: a data folder without TOFU's files.
         ValueError: a recipe that has no tiny form, or whatever ``efface unlearn`` refuses.
     """
-    console = console or open_console(quiet=True)
+    console = console or Console(quiet=True)
     check_recipe(recipe)
     chosen, output = get_scale(scale), Path(output)
     rows = tiny_data(recipe, chosen, data)
