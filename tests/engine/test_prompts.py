@@ -31,24 +31,27 @@ from efface.hf.trainer import FinetuneTrainer
 
 QUESTIONS = ["Who was Aiko?", "Complete: ____ in Ghent", "Où ?\nWhere?"]
 # A letter, a digit, a quote, a mark, an accent, other scripts, one character; and white space.
-ANSWERS = [
-    "The lighthouse.",
-    "Viggo",
-    "born in Porto",
-    "42",
-    "7 b",
-    '"Hi," she said',
-    "'t was",
-    "(none)",
-    "-5",
+ANSWERS = ["The lighthouse.", "Viggo", "born in Porto", "42", "7 b", '"Hi," she said', "'t was", "(none)", "-5"]
+ANSWERS += [
     "Élise",
+    "東京",
+    "Юлий",
+    "😀 yes",
+    "a",
+    "I",
+    "4",
+    "?",
+    " Ghent",
+    "  Ghent",
+    "\nGhent",
+    "\n\nGhent",
+    "\tGhent",
 ]
-ANSWERS += ["東京", "Анна", "😀 yes", "a", "I", "4", "?", " Ghent", "  Ghent", "\nGhent", "\n\nGhent", "\tGhent"]
 
 DEMO = [dict(row) for row in make_authors(4)]
 TEXT = [row[name] for row in DEMO for name in ("question", "answer", "paraphrased_answer")]
 # What every alphabet has to know, each character alone.
-MARKS = [*"[]<>|/#_:?!()\"'-.,0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz\n\tÉÀù東京Анна😀"]
+MARKS = [*"[]<>|/#_:?!()\"'-.,0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz\n\tÉÀù東京Юлий😀"]
 
 
 def fast(tokenizer: Tokenizer, eos: str = "</s>", **names: str) -> PreTrainedTokenizerFast:
@@ -299,19 +302,8 @@ def test_every_real_row(split: str, tofu: Path) -> None:
 
 
 # A vocabulary of 800 joins the space with some of the answers and not with others.
-LEARNT = [
-    "Galway",
-    "a tailor",
-    "1942",
-    "Uppsala",
-    "two ferrets",
-    "7 cats",
-    "Quiet Harbor",
-    "theology",
-    "Élise",
-    "Yusra",
-]
-LEARNT += ["the Cobalt Quill", "Zoltan"]
+LEARNT = ["Galway", "a tailor", "1942", "Uppsala", "two ferrets", "7 cats", "Quiet Harbor", "theology", "Élise"]
+LEARNT += ["Yusra", "the Cobalt Quill", "Zoltan"]
 
 
 @pytest.mark.parametrize("vocabulary", [257, 800])
@@ -339,7 +331,9 @@ def test_what_was_memorised_is_recited(vocabulary: int, tmp_path: Path) -> None:
     assert plain == answers
 
     task = GenerationTask(tokenizer, questions, max_new_tokens=24)
-    ours = {row: found["text"] for batch in task.batches for row, found in zip(batch, task.run(model, batch))}
+    ours = {
+        row: found["text"] for batch in task.batches for row, found in zip(batch, task.run(model, batch), strict=True)
+    }
     assert [ours[row] for row in range(len(rows))] == answers
     found = audit(model, tokenizer, rows, views=["direct"], group_size=4, max_new_tokens=24)
     assert found.views["direct"].figures["mean"] == 1
