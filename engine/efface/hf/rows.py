@@ -1,7 +1,10 @@
 """Rows of text: read from files, the Hub and objects in memory, and filtered by their columns."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,6 +22,7 @@ _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parq
 _ROWS_AT_A_TIME = 1000
 _DOCUMENTS_AT_A_TIME = 16  # books of some 1 MB each
 _SHOWN_VALUES = 10
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def local_file(source: str | Path) -> Path | None:
@@ -64,6 +68,64 @@ def load_rows(source: str | Path) -> Rows:
     except ValueError as error:
         raise ValueError(f"{str(source)!r}: {error}; name it as {name}:config:split") from error
     return rows
+
+
+def as_text(value: Any) -> str | None:
+    """Return a value as the text that it was written as; None for a missing one.
+
+    ======================================================  ====================================================
+    value                                                   text
+    ======================================================  ====================================================
+    str                                                     itself; refused with half of a surrogate pair
+    int, NumPy integer                                      its digits
+    Decimal                                                 its digits; refused where it has an exponent
+    None, NaN of any type, pandas' NA and NaT, NumPy's NaT  missing
+    float, NumPy float                                      refused: 1984.0 may be 1984 in a column with gaps
+    bool, NumPy bool                                        refused: true, True, yes or 1
+    date, time, bytes, list, mapping, array, all others     refused
+    ======================================================  ====================================================
+
+    Every place that reads text from rows goes by this one table. Files of text have text alone: a CSV field is the
+    characters of the file, and so is a number in JSON (``1.10``, ``1e3``).
+
+    Raises:
+        ValueError: a value whose text is not known; the message says what it is and what to do.
+    """
+    if isinstance(value, str):
+        text = str.__str__(value)  # of a subclass, the characters: an Enum's own __str__ returns the member's name
+        if not text.isascii() and (half := _SURROGATE.search(text)):
+            raise ValueError(
+                f"got text with half of a surrogate pair (U+{ord(half[0]):04X} at character {half.start()}), as is "
+                "left of an emoji that was cut; correct it"
+            )
+        return text
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):  # pandas', which need not be installed
+        return None
+    if isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"got bool, which could be spelled {str(value).lower()}, {value}, …; write it as text")  # noqa: TRY004 - a value of the data
+    if isinstance(value, (int, np.integer)):
+        return str(int(value))
+    if isinstance(value, (float, np.floating, Decimal)):
+        if value != value:  # noqa: PLR0124 - NaN
+            return None
+        if isinstance(value, Decimal) and value.is_finite() and "E" not in str(value):
+            return str(value)
+        raise ValueError(f"got {type(value).__name__} {value}, whose spelling is not known; write it as text")
+    if isinstance(value, (np.datetime64, np.timedelta64)) and np.isnat(value):
+        return None
+    raise ValueError(f"got {_kind(value)}")
+
+
+def _kind(value: Any) -> str:
+    """What a value that is no text is, and the remedy."""
+    name = type(value).__name__
+    if isinstance(value, (date, time, timedelta, np.datetime64, np.timedelta64)):  # datetimes are dates
+        return f"{name} {value}, whose spelling is not known; write it as text"
+    if isinstance(value, (bytes, bytearray)):
+        return f"{name}; decode it"
+    if isinstance(value, (list, tuple)) and value and all(isinstance(turn, Mapping) for turn in value):
+        return f"{name} of {len(value)} mappings, as a chat is; make a column of questions and one of answers of it"
+    return f"{name}; drop the row, or name another column"
 
 
 def check_columns(rows: Rows, names: Sequence[str], source: str) -> None:
@@ -209,14 +271,16 @@ def text_batches(
 
 
 def _text(value: Any, row: int, name: str, source: str) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, (int, float)):  # a CSV column of years is read as numbers
-        return str(value)
-    raise ValueError(
-        f"{source}, row {row}: expected text in column {name!r}, got {type(value).__name__}; drop the row, or name "
-        "another column"
-    )
+    try:
+        text = as_text(value)
+    except ValueError as error:
+        raise ValueError(f"{source}, row {row}: expected text in column {name!r}, {error}") from None
+    if text is None:
+        got = "NoneType" if value is None else f"{type(value).__name__} {value}, a missing value"
+        raise ValueError(
+            f"{source}, row {row}: expected text in column {name!r}, got {got}; drop the row, or name another column"
+        )
+    return text
 
 
 def _columns(
