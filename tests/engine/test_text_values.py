@@ -334,12 +334,13 @@ OPTIONAL = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("reader", READERS)
+# TOFU's rows and those that are scored have lists of false answers, which CSV has not.
+@pytest.mark.parametrize(
+    ("reader", "place"),
+    [(r, p) for r in READERS for p, (c, _) in PLACES.items() if r != "csv" or not p.startswith(("TOFU", "scores"))],
+)
 def test_a_value_is_its_text_or_refused(reader: str, place: str, tmp_path: Path) -> None:
     column, read = PLACES[place]
-    if reader == "csv" and place.startswith(("TOFU", "scores")):
-        pytest.skip("asks for lists of false answers, which CSV has not")
     seen = 0
     for name, case in CASES.items():
         if (made := READERS[reader](case, column, tmp_path)) is None:
