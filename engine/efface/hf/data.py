@@ -59,6 +59,7 @@ def token_store(
     template: str | Template = AUTO,
     system_prompt: str | None = None,
     date_string: str | None = None,
+    compat: str | None = None,
     max_length: int | None = None,
     rows_filter: Conditions = None,
     refusals: Refusals | None = None,
@@ -79,6 +80,7 @@ def token_store(
         template: a name or a ``Template``; see ``efface.hf.templates.get_template``.
         system_prompt: in place of the template's own; "" for none.
         date_string: in place of the template's own.
+        compat: whose prompts and labels, "open-unlearning" or "tofu"; None is efface's.
         max_length: cut sequences to so many tokens, documents into sequences of so many; None never cuts.
         rows_filter: conditions that rows must meet; see ``efface.hf.rows.parse_conditions``.
         refusals: answers that take the place of the rows' own.
@@ -101,7 +103,7 @@ def token_store(
         raise ValueError(f"`{name}`: text needs a tokenizer; give `processing_class`, or a TokenStore")
     if isinstance(data, Mapping):
         raise TypeError(f"`{name}`: expected rows, got a mapping of {', '.join(map(repr, data))}; choose one of them")
-    chosen = get_template(template, tokenizer, system_prompt=system_prompt, date_string=date_string)
+    chosen = get_template(template, tokenizer, system_prompt=system_prompt, date_string=date_string, compat=compat)
     source = f"{name} data {str(data)!r}" if isinstance(data, (str, Path)) else f"{name} data"
 
     def chunks(rows: Rows) -> Iterator[Chunk]:
