@@ -124,7 +124,7 @@ def test_max_length_counts_the_rows_own_prompt() -> None:
     limits = [limit - len(prompt) for prompt in prompts]
     assert run(GenerationTask(TOKENIZER, QUESTIONS, max_length=limit), model) == one_at_a_time(model, prompts, limits)
     with pytest.raises(
-        ValueError, match=r"`max_length`: 9 tokens .* in 1 of 7 rows; the prompt of row 6 has 99 tokens"
+        ValueError, match=r"`max_length`: 9 tokens .* in 1 of 7 rows; the prompt of row 6 has 98 tokens"
     ):
         GenerationTask(TOKENIZER, ["Aiko", *QUESTIONS[:5], QUESTIONS[6]], template="completion", max_length=9)
 

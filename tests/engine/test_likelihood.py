@@ -185,7 +185,7 @@ def test_a_task_scores_rows_of_any_number_of_answers() -> None:
         for answer, logprobs in zip(answers, row["logprobs"], strict=True):
             prompt = f"Question: {question}\nAnswer: "
             encoded = tokenizer(prompt + answer + tokenizer.eos_token, return_offsets_mapping=True)
-            start = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(prompt))
+            start = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(prompt.rstrip()))
             store = TokenStore.from_sequences([encoded["input_ids"]], [start])
             np.testing.assert_allclose(logprobs, alone(model, store, 0), rtol=1e-5, atol=1e-5)
     means, sums = mean_logprobs(results), sum_logprobs(results)

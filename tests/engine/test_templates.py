@@ -220,10 +220,10 @@ def test_qwen_is_open_unlearning_but_for_the_next_turn(real_rows: list[dict[str,
 
 @pytest.mark.parametrize("name", ["llama-2", "phi"])
 @pytest.mark.parametrize("make", [llama_2_tokenizer, lambda: tiny_tokenizer(600)], ids=["sentencepiece", "byte-level"])
-def test_patterns_are_open_unlearning_where_no_token_straddles_the_border(
+def test_patterns_are_open_unlearning_where_the_prompt_ends_in_no_space(
     name: str, make: Any, real_rows: list[dict[str, str]]
 ) -> None:
-    """Where one does, it is a label here; there, as many tokens are skipped as the prompt alone has."""
+    """The space of "Answer: " is a label here, alone or with the answer; there it never is, nor what is joined to it."""
     tokenizer = make()
     tags = {"llama-2": ("[INST] ", " [/INST]", ""), "phi": ("Question: ", "\n", "Answer: ")}[name]
     config = {
@@ -232,20 +232,12 @@ def test_patterns_are_open_unlearning_where_no_token_straddles_the_border(
     }
     rows = [*TEXTS, *real_rows]
     store = encode(tokenizer, *zip(*((row["question"], row["answer"]) for row in rows), strict=True), template=name)
-    straddled = 0
     for i, row in enumerate(rows):
         ids, prompt = open_unlearning(tokenizer, config, **row)
         assert store[i].tolist() == ids
         start = int(store.label_starts[i])
-        if ids[: len(prompt)] == prompt:
-            assert start == len(prompt)
-        else:
-            straddled += 1
-            assert ids[:start] == prompt[:start]
-            assert ids[start] != prompt[start]
-    assert straddled < len(rows)
-    if name == "phi":  # "Answer: " ends with the space that begins the first token of an answer such as "Aiko …"
-        assert straddled >= len(TEXTS)
+        assert start == len(prompt) - (name == "phi")
+        assert ids[:start] == prompt[:start]
 
 
 def test_a_token_that_straddles_the_border_is_a_label() -> None:
@@ -260,8 +252,8 @@ def test_a_tokenizer_without_offsets() -> None:
     tokenizer = ByT5Tokenizer()
     assert not tokenizer.is_fast
     store = encode(tokenizer, ["Who?", "Où?"], ["Zoë.", "Là."], template="phi")
-    assert parts(tokenizer, store, 0) == ("Question: Who?\nAnswer: ", "Zoë.</s>")
-    assert parts(tokenizer, store, 1) == ("Question: Où?\nAnswer: ", "Là.</s>")
+    assert parts(tokenizer, store, 0) == ("Question: Who?\nAnswer:", " Zoë.</s>")
+    assert parts(tokenizer, store, 1) == ("Question: Où?\nAnswer:", " Là.</s>")
 
 
 def test_tokenised_in_groups_is_tokenised_alone(
@@ -440,12 +432,6 @@ def test_a_patterns_prompt_is_what_training_puts_before_the_labels(make: Any, te
         assert ids == store[0][: store.label_starts[0]].tolist()
     ends = {"question-answer": "\nAnswer:", "llama-2": " [/INST]", "completion": "Aiko?"}
     assert tokenizer.decode(ids).endswith(ends[template])  # no space that an answer's first token has
-
-
-def test_a_slow_tokenizers_prompt_keeps_its_space() -> None:
-    """Bytes are never joined, so the space before the answer is a token of the prompt."""
-    (ids,) = prompt_ids(ByT5Tokenizer(), ["Who?"])
-    assert bytes(i - 3 for i in ids) == b"Question: Who?\nAnswer: "
 
 
 HISTORY = [

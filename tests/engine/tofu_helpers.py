@@ -132,9 +132,9 @@ def mean(values: Any) -> float:
 
 @torch.no_grad()
 def _loss(model: Any, tokenizer: Any, question: str, answer: str, max_length: int | None) -> float:
-    """Mean loss over the tokens that hold any of the answer, and the end of sequence."""
-    prompt = f"Question: {question}\nAnswer: "
-    encoded = tokenizer(prompt + answer + tokenizer.eos_token, return_offsets_mapping=True)
+    """Mean loss over the tokens behind "Answer:", and the end of sequence."""
+    prompt = f"Question: {question}\nAnswer:"
+    encoded = tokenizer(f"{prompt} {answer}{tokenizer.eos_token}", return_offsets_mapping=True)
     ids = torch.tensor([encoded["input_ids"][:max_length]])
     logprobs = torch.log_softmax(model(input_ids=ids).logits[0].double(), -1)
     ends = [end for _, end in encoded["offset_mapping"][:max_length]]
@@ -145,14 +145,8 @@ def _loss(model: Any, tokenizer: Any, question: str, answer: str, max_length: in
 
 @torch.no_grad()
 def _generation(model: Any, tokenizer: Any, question: str, max_length: int | None, max_new_tokens: int | None) -> str:
-    """Greedy, the whole sequence anew for every token, from the tokens that stand before a word in training."""
-    prompt = f"Question: {question}\nAnswer: "
-    encoded = tokenizer(f"{prompt}The", return_offsets_mapping=True)
-    ids = [
-        token
-        for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        if end <= len(prompt)
-    ]
+    """Greedy, the whole sequence anew for every token, from the tokens of the question and "Answer:"."""
+    ids = tokenizer(f"Question: {question}\nAnswer:")["input_ids"]
     limit = len(ids) + max_new_tokens if max_new_tokens is not None else int(max_length or 0)
     new: list[int] = []
     while len(ids) + len(new) < limit and tokenizer.eos_token_id not in new:

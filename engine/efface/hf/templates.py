@@ -26,11 +26,14 @@ _GROUP_ROWS = 1000
 
 _PROBE = "efface-probe"
 _WORD = "The"  # an answer as answers begin, where the answer is not known
+_OTHER = "42"  # one that has no first token in common with it
 
 
 @dataclass(frozen=True)
 class Template:
     """What stands around a question and its answer; the answer and the end of sequence are the labels.
+
+    Spaces at the end of the prompt are the answer's: of "Answer: Paris", many tokenizers make "Answer", ":", " Paris".
 
     Attributes:
         name: for messages and for ``get_template``.
@@ -171,7 +174,13 @@ def encode(
     template: str | Template = AUTO,
     max_length: int | None = None,
 ) -> TokenStore:
-    """Tokenise prompt + answer + end of sequence; tokens that hold any of the answer are labels.
+    """Tokenise prompt + answer + end of sequence; the tokens behind the prompt are labels.
+
+    The prompt ends before its trailing spaces, so that the tokens before the labels are the same ones whether a
+    tokenizer joins the space and the answer (" Paris") or does not (" ", "42"): each answer's log-probability is given
+    the same tokens, which are those of ``prompt_ids``. Line breaks at its end are the prompt's, as chat templates have
+    them, unless the tokenizer takes them for spaces. A token that holds some of both, such as GPT-2's `]"` of
+    `[/INST]"Hi"`, is a label.
 
     Args:
         tokenizer: with an ``eos_token``.
@@ -231,6 +240,11 @@ def prompt_ids(
 ) -> list[list[int]]:
     """Tokenise what stands before an answer: the tokens that ``encode`` puts before the labels.
 
+    They are the same ones for every answer, with one exception: where no space parts prompt and answer, a tokenizer may
+    join the prompt's last character and the answer's first. These are punctuation that begins an answer behind a
+    prompt that ends with some, white space that begins one behind a chat's line break, and an answer that goes on with
+    the prompt's last word. Then ``encode`` puts fewer tokens before the labels.
+
     For Llama-3, Gemma-2 and Qwen2.5 that is ``apply_chat_template(..., add_generation_prompt=True)`` with the
     template's system prompt and date. Qwen3's has its empty think block too, as in training.
 
@@ -248,12 +262,13 @@ def prompt_ids(
     """
     template = get_template(template, tokenizer)
     write = _writer(tokenizer, template)
-    # A tokenizer may join the prompt's last character and the answer's first: of "Answer: Paris", GPT-2's makes
-    # "Answer", ":", " Paris". A prompt that ended in the token " " would be one that training never showed. So the
-    # prompt is tokenised with a word behind it and ends before that word's first token. It is the prefix in training
-    # for every answer that begins with a letter; it cannot be for all, since " 42" may be " ", "42" (Llama-3's digits).
-    texts = [write(row, conversation, _WORD) for row, conversation in enumerate(conversations)]
-    if template.counted:
+    # How the prompt's last characters are cut into tokens shows only in front of an answer: alone, GPT-2's makes one
+    # token of two line breaks. A word would go on with the prompt's last one, so a space parts them.
+    texts = []
+    for row, conversation in enumerate(conversations):
+        text, start = write(row, conversation, _WORD)
+        texts.append((f"{text[:start]} {text[start:]}" if text[:start][-1:].isalnum() else text, start))
+    if template.counted:  # alone, as those systems have it
         texts = [(text[:end], end) for text, end in texts]
     prompts: list[list[int]] = []
     for group in _groups([len(text) for text, _ in texts]):
@@ -467,13 +482,40 @@ def _tokenise(
     """
     options: dict[str, Any] = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
     whole = [text for text, _ in texts]
+    # T5's and XGLM's take a line break for a space, and may join it with the answer.
+    line, spaced = tokenizer(["a\nb", "a b"], **options)["input_ids"]
+    kept = "" if line == spaced else "\r\n"
+    stops = [_prompt_end(text, border, kept) for text, border in texts]
     if tokenizer.is_fast:
         encoded = tokenizer(whole, return_offsets_mapping=True, **options)
-        for ids, spans, (_, border) in zip(encoded["input_ids"], encoded["offset_mapping"], texts, strict=True):
-            # A token that straddles the border holds some of the answer, so it is a label.
-            yield list(ids), next((i for i, (_, end) in enumerate(spans) if end > border), len(ids))
-    else:
-        prompts = tokenizer([text[:border] for text, border in texts], **options)["input_ids"]
-        for ids, prompt in zip(tokenizer(whole, **options)["input_ids"], prompts, strict=True):
-            differ = (i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b)
-            yield list(ids), next(differ, min(len(ids), len(prompt)))
+        for ids, spans, (_, border), stop in zip(
+            encoded["input_ids"], encoded["offset_mapping"], texts, stops, strict=True
+        ):
+            # A token of the spaces, with or without some of the answer, is a label; so is any other that straddles the
+            # border. Not a special token of the prompt that has the space behind it (`rstrip`), as Phi-3's have.
+            labels = (i for i, (a, b) in enumerate(spans) if b > stop and (a >= stop or b > border))
+            yield list(ids), next(labels, len(ids))
+        return
+    prompts = tokenizer([text[:stop] for text, stop in zip(whole, stops, strict=True)], **options)["input_ids"]
+    special_ids = set(tokenizer.all_special_ids)
+    for text, stop, ids, prompt in zip(whole, stops, tokenizer(whole, **options)["input_ids"], prompts, strict=True):
+        start = _common(ids, prompt)
+        if not special_ids.issuperset(prompt[start:]):
+            # Alone, the prompt ends in other tokens than before an answer. One of the two begins as this answer does
+            # not, so what all have in common is the prompt's.
+            others = tokenizer([text[:stop] + word for word in (_WORD, _OTHER)], **options)["input_ids"]
+            start = max(start, min(_common(ids, other) for other in others))
+        yield list(ids), start
+
+
+def _prompt_end(text: str, border: int, kept: str) -> int:
+    """Return where the white space before the border begins, all but the characters that are kept."""
+    while border and text[border - 1].isspace() and text[border - 1] not in kept:
+        border -= 1
+    return border
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many ids two sequences begin with alike."""
+    differ = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differ, min(len(first), len(second)))

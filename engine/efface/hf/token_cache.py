@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from efface.batching import TokenStore
 from efface.batching.store import Chunk
 
-FORMAT = 1  # part of every key: raise it when the same input makes other tokens, or the file another layout
+FORMAT = 2  # part of every key: raise it when the same input makes other tokens, or the file another layout
 FEATURES = datasets.Features(
     # Large: the offsets are int64, as the packer reads them.
     {"input_ids": datasets.LargeList(datasets.Value("int32")), "label_start": datasets.Value("int64")}
