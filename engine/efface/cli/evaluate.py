@@ -18,11 +18,11 @@ from efface.cli.metrics_flags import Results, add_metrics_flags, chosen_metrics,
 from efface.cli.progress import progress_on
 from efface.evaluate import EvalLog, TofuResult, tofu
 from efface.evaluate.logs import PREFIXES, SPLITS
-from efface.evaluate.protocol import PROTOCOLS
+from efface.evaluate.protocol import PROTOCOLS, get_protocol
 from efface.evaluate.results import model_facts, write_results
 from efface.evaluate.tofu_evaluation import ROWS
 from efface.hf.loading import MAIN, load_model, load_tokenizer
-from efface.hf.templates import AUTO
+from efface.hf.templates import AUTO, OPEN_UNLEARNING
 from efface.processes import processes
 
 _EXAMPLES = """
@@ -66,6 +66,11 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument(
         "--protocol", choices=PROTOCOLS, default="open-unlearning", help="whose numbers (default: %(default)s)"
+    )
+    flags.add_argument(
+        "--compat",
+        choices=(OPEN_UNLEARNING,),
+        help="with that protocol: its labels, prompts and attention mask too, quirk for quirk; slow",
     )
     retain = flags.add_mutually_exclusive_group()
     retain.add_argument("--retain-log", help="evaluation log of a model trained on the retain set alone")
@@ -121,6 +126,13 @@ def run(argv: Sequence[str]) -> int:
             "--retain-log, --retain-model: expected --benchmark tofu beside them, got none; what privleak compares "
             "with is --retain-metrics"
         )
+    if options.compat is not None:
+        get_protocol(options.protocol, options.compat)
+        if benchmark != "tofu" or options.metrics:
+            raise ValueError(
+                "--compat: expected TOFU's evaluation, got "
+                f"{'--metrics' if options.metrics else f'--benchmark {benchmark}'}; drop it"
+            )
     if benchmark == "tofu":
         _judge_by_tofu(options, output, console)
     if benchmark == "fame":
@@ -139,7 +151,11 @@ def _judge_by_tofu(options: argparse.Namespace, output: Path, console: Console) 
     result = _evaluate(options, options.model, options.revision, output, retain_log, console)
     if processes().is_main_process:
         open_console().print(
-            results_table(result, f"{Path(options.model).name} on {options.split}, {options.protocol}")
+            results_table(
+                result,
+                f"{Path(options.model).name} on {options.split}, "
+                f"{get_protocol(options.protocol, options.compat).name}",
+            )
         )
         for note in _notes(result, options):
             console.print(note, highlight=False, soft_wrap=True)
@@ -176,6 +192,7 @@ def _evaluate(
             split=options.split,
             splits=options.splits,
             protocol=options.protocol,
+            compat=options.compat,
             retain_log=retain_log,
             template=options.template,
             token_budget=options.token_budget,

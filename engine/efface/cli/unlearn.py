@@ -148,7 +148,13 @@ def _evaluate(command: UnlearnCommand, recipe: Recipe, trainer: PackedTrainer, c
     """Judge the trained model as the recipe says, and show what was published beside."""
     args: Any = trainer.args
     tokenizer: Any = trainer.processing_class
-    template = get_template(args.template, tokenizer, system_prompt=args.system_prompt, date_string=args.date_string)
+    template = get_template(
+        args.template,
+        tokenizer,
+        system_prompt=args.system_prompt,
+        date_string=args.date_string,
+        compat=args.compat,
+    )
     try:
         figures = evaluate_recipe(
             trainer.model,
@@ -158,6 +164,7 @@ def _evaluate(command: UnlearnCommand, recipe: Recipe, trainer: PackedTrainer, c
             data=command.data,
             retain_log=command.retain_log,
             template=template,
+            compat=args.compat,
         )
     except (ValueError, OSError):
         left = f"the model is whole in {args.output_dir}, but not evaluated; run the same command again to do that"

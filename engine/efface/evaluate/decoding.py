@@ -43,6 +43,7 @@ def decode(
     *,
     pick: Pick = greedy,
     repeats: int = 1,
+    hidden: int | None = None,
 ) -> list[Answer]:
     """Continue every prompt; equals ``model.generate`` of one prompt at a time, to rounding.
 
@@ -56,16 +57,17 @@ def decode(
         ends: ids that end an answer.
         pick: chooses the tokens.
         repeats: answers of each prompt.
+        hidden: a token of the prompts that no other sees; None hides nothing.
 
     Returns:
         The answers to the first prompt, to the second, ...
     """
     device = model.device
     longest, count = max(map(len, prompts)), max(limits)
-    ids, mask = _left_padded(prompts, longest, count)
+    ids, mask = _left_padded(prompts, longest, count, hidden)
+    padded = not bool(mask.all())
     ids, mask = ids.to(device), mask.to(device)
     positions = (mask[:, :longest].cumsum(1) - 1).clamp(min=0)
-    padded = any(len(prompt) < longest for prompt in prompts)
     ending, most = torch.tensor(ends, device=device), torch.tensor(limits, device=device).repeat_interleave(repeats)
 
     reads = _accepted(model)
@@ -114,10 +116,17 @@ def decode(
     ]
 
 
-def generate(model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], ends: Sequence[int]) -> list[Answer]:
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    ends: Sequence[int],
+    *,
+    hidden: int | None = None,
+) -> list[Answer]:
     """As ``decode``, by ``model.generate``: for models whose cache cannot drop rows."""
     longest, count = max(map(len, prompts)), max(limits)
-    ids, mask = _left_padded(prompts, longest, 0)
+    ids, mask = _left_padded(prompts, longest, 0, hidden)
     config = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=list(ends), pad_token_id=ends[0])
     watch = _Watch(len(prompts), model.device)
     # What is not set in a configuration comes from the model's own: its penalties, its beams.
@@ -180,13 +189,20 @@ def _check_every(device: torch.device) -> int:
     return 1 if device.type == "cpu" else 8
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], longest: int, more: int) -> tuple[Tensor, Tensor]:
-    """Return ids (B, longest), and a mask (B, longest + more) that sees the prompt and all that follows it."""
+def _left_padded(
+    prompts: Sequence[Sequence[int]], longest: int, more: int, hidden: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return ids (B, longest), and a mask (B, longest + more) that sees the prompt and all that follows it.
+
+    Of the prompt, it does not see the tokens ``hidden``.
+    """
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
     mask = torch.ones(len(prompts), longest + more, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, : longest - len(prompt)] = 0
+        if hidden is not None:
+            mask[row, :longest][ids[row] == hidden] = 0
     return ids, mask
 
 

@@ -40,8 +40,11 @@ class GenerationTask(Task):
         questions: one a row; or chats, see ``prompt_ids``.
         template: see ``prompt_ids``.
         max_new_tokens: the most tokens of an answer; None is 200, unless ``max_length`` is given.
-        max_length: the most tokens of prompt and answer together, in place of ``max_new_tokens``. The prompt counts
-            alone: padding to a longer one, which TOFU's own code counts too, costs an answer nothing here.
+        max_length: the most tokens of prompt and answer together, in place of ``max_new_tokens``.
+        padded_rows: count a prompt as long as the longest of so many consecutive rows, as where ``max_length`` is of
+            batches that are padded; None counts its own tokens.
+        hidden: a token of prompts that no other sees, as where an attention mask is made by comparing with the padding
+            token; None hides nothing.
         token_budget: tokens, of prompts and answers at their limit, that a batch may hold; one row always may.
         sampling: draw answers in place of the greedy one.
         name: for messages and progress.
@@ -58,19 +61,21 @@ class GenerationTask(Task):
         template: str | Template = AUTO,
         max_new_tokens: int | None = None,
         max_length: int | None = None,
+        padded_rows: int | None = None,
+        hidden: int | None = None,
         token_budget: int = 16384,
         sampling: Sampling | None = None,
         name: str = "generation",
     ) -> None:
         self.name = name
-        self._tokenizer, self._sampling = tokenizer, sampling
+        self._tokenizer, self._sampling, self._hidden = tokenizer, sampling, hidden
         self._prompts = prompt_ids(tokenizer, questions, template=template)
         lengths = np.array([len(prompt) for prompt in self._prompts], dtype=np.int64)
-        self._limits = _limits(lengths, max_new_tokens, max_length)
+        self._limits = _limits(_padded(lengths, padded_rows), max_new_tokens, max_length)
         self.batches = _batches(lengths, self._limits, token_budget, 1 if sampling is None else sampling.n)
         settings = [tokenizer_digest(tokenizer), None if sampling is None else asdict(sampling)]
         self.keys = [
-            _digest("generation", *settings, limit, prompt)
+            _digest("generation", *settings, limit, prompt, *([] if hidden is None else [hidden]))
             for limit, prompt in zip(self._limits.tolist(), self._prompts, strict=True)
         ]
 
@@ -90,9 +95,9 @@ class GenerationTask(Task):
             if self._sampling is not None:
                 answers = self._sampled(base, rows, ends, self._sampling)
             elif has_selectable_cache(base):
-                answers = decode(base, prompts, limits, ends)
+                answers = decode(base, prompts, limits, ends, hidden=self._hidden)
             else:
-                answers = generate(base, prompts, limits, ends)
+                answers = generate(base, prompts, limits, ends, hidden=self._hidden)
         n = len(answers) // len(rows)
         for row, answer in zip(np.repeat(rows, n).tolist(), answers, strict=True):
             if not answer.finite:
@@ -127,7 +132,7 @@ class GenerationTask(Task):
         def pick(logits: Tensor, answers: Tensor, step: int) -> Tensor:
             return draw(logits, chances[answers, step], sampling)
 
-        return decode(model, prompts, limits, ends, pick=pick, repeats=sampling.n)
+        return decode(model, prompts, limits, ends, pick=pick, repeats=sampling.n, hidden=self._hidden)
 
     def _texts(self, answers: Sequence[Answer]) -> list[str]:
         # As open-unlearning's eval_text_similarity, but for its cleaning of spaces before punctuation: ROUGE reads
@@ -153,6 +158,13 @@ class GenerationTask(Task):
                     f"{self.name}: expected token ids below {vocabulary} (the model's vocabulary), got "
                     f"{max(self._prompts[row])} in row {row}; the tokenizer is another model's"
                 )
+
+
+def _padded(lengths: NDArray[np.int64], rows: int | None) -> NDArray[np.int64]:
+    """Return the lengths of prompts as they are in batches of so many rows, each padded to its longest."""
+    if rows is None or not len(lengths):
+        return lengths
+    return np.maximum.reduceat(lengths, np.arange(0, len(lengths), rows)).repeat(rows)[: len(lengths)]
 
 
 def _limits(lengths: NDArray[np.int64], max_new_tokens: int | None, max_length: int | None) -> NDArray[np.int64]:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -16,6 +17,7 @@ from efface.evaluate.logs import FloatArray, SplitLog, truth_ratios
 from efface.evaluate.task import RowResult, Task
 from efface.hf.attention import NAME
 from efface.hf.head import head_of, packed_hidden
+from efface.hf.open_unlearning import IGNORE, Padded
 from efface.hf.rows import optional_texts, text_lists, texts
 from efface.hf.score import budgeted, check_store, scoring
 from efface.hf.templates import AUTO, Template, encode_batches, get_template
@@ -41,6 +43,8 @@ class AnswerTask(Task):
         max_length: cut prompt and answer to so many tokens; None never cuts.
         token_budget: tokens of a forward pass, those that a row's answers share counted once; a longer row comes
             alone. It does not change a result beyond rounding.
+        hidden: a token that no other sees, as where an attention mask is made by comparing with the padding token;
+            the sequences are then padded, and full logits computed. None hides nothing.
         name: for messages and progress.
 
     Raises:
@@ -56,6 +60,7 @@ class AnswerTask(Task):
         template: str | Template = AUTO,
         max_length: int | None = None,
         token_budget: int = 8192,
+        hidden: int | None = None,
         name: str = "answers",
     ) -> None:
         counts = _counts(questions, answers)
@@ -67,10 +72,10 @@ class AnswerTask(Task):
         self._store = TokenStore(encode_batches(tokenizer, [texts], template=whole, max_length=max_length))
         self._firsts = np.cumsum([0, *counts])
         sequences = sequence_keys(self._store)
-        self.keys = [_key(sequences[first:end]) for first, end in self._spans(range(len(counts)))]
+        self.keys = [_key(sequences[first:end], hidden) for first, end in self._spans(range(len(counts)))]
         sizes = [tree_tokens(self._store, np.arange(*span)) for span in self._spans(range(len(counts)))]
         self.batches = fill(sizes, token_budget)
-        self._token_budget = token_budget
+        self._token_budget, self._hidden = token_budget, hidden
 
     def run(self, model: PreTrainedModel, rows: NDArray[np.int64]) -> list[RowResult]:
         """Compute one batch; see the class.
@@ -82,7 +87,8 @@ class AnswerTask(Task):
         sequences = np.concatenate([np.empty(0, np.int64), *(np.arange(*span) for span in spans)])
         if not len(sequences):
             return []
-        values = iter(token_logprobs(model, self._store, sequences, token_budget=self._token_budget, name=self.name))
+        score = token_logprobs if self._hidden is None else partial(padded_logprobs, hidden=self._hidden)
+        values = iter(score(model, self._store, sequences, token_budget=self._token_budget, name=self.name))
         return [{"logprobs": [next(values).tolist() for _ in range(first, end)]} for first, end in spans]
 
     def _spans(self, rows: Sequence[int]) -> list[tuple[int, int]]:
@@ -102,6 +108,30 @@ def token_logprobs(
             hidden = packed_hidden(model, tree)
             values = linear_logprob(hidden, head.weight, tree.targets, bias=head.bias, softcap=head.softcap)
             logprobs += tree.by_sequence(values.cpu().numpy())
+    return logprobs
+
+
+@torch.no_grad()
+def padded_logprobs(
+    model: PreTrainedModel,
+    store: TokenStore,
+    sequences: NDArray[np.int64],
+    *,
+    hidden: int,
+    token_budget: int,
+    name: str = "store",
+) -> list[NDArray[np.floating]]:
+    """As ``token_logprobs``, from padded batches and full logits, with no token seeing one that is ``hidden``."""
+    logprobs: list[NDArray[np.floating]] = []
+    with scoring(model):
+        check_store(model, store, name)
+        for run in budgeted(store, sequences, token_budget):
+            batch = Padded(*(part.to(model.device) for part in Padded.of(store, run.tolist(), hidden)))
+            labels, logits = batch.labels[:, 1:], batch.run(model)[:, :-1]
+            for row, targets in zip(logits, labels, strict=True):
+                kept = targets != IGNORE
+                values = row[kept].float().log_softmax(-1).gather(1, targets[kept][:, None])
+                logprobs.append(values[:, 0].cpu().numpy())
     return logprobs
 
 
@@ -156,8 +186,9 @@ def _counts(questions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[
     return [len(texts) for texts in answers]
 
 
-def _key(sequences: Sequence[bytes]) -> bytes:
-    return hashlib.blake2b(b"logprobs" + b"".join(sequences), digest_size=KEY_BYTES).digest()
+def _key(sequences: Sequence[bytes], hidden: int | None) -> bytes:
+    kind = "logprobs" if hidden is None else f"logprobs, {hidden} hidden"
+    return hashlib.blake2b(kind.encode() + b"".join(sequences), digest_size=KEY_BYTES).digest()
 
 
 def _means(model: PreTrainedModel, task: AnswerTask) -> list[list[float]]:

@@ -7,19 +7,22 @@ false answers of a row geometrically: they average losses. Where they differ:
 |---|---|---|
 | rows of a split | the first 300 | all |
 | texts | cut to 200 tokens | whole |
-| generation | to 200 tokens, with the prompt | 200 tokens |
+| generation | to 200 tokens, with the prompt, padded to the longest of 30 | 200 tokens |
+| labels, prompts | TOFU's | efface's; with ``compat``, open-unlearning's |
+| padding token | seen | seen; with ``compat``, no token of its kind is seen in texts either |
 | divisions | as written | 1e-10 added to the denominators |
 
 The 1e-10 shows in models that were ruined: where the true answer has a probability of less than that, R no longer
-compares it with the false ones. What is not followed: open-unlearning cuts texts of templates that are no chat to 512
-tokens, which no text of TOFU has.
+compares it with the false ones. Whose labels are what is in ``efface.hf.templates.get_template``; what neither follows
+is in ``docs/guides/evaluate.md``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from efface.evaluate.logs import FloatArray
+from efface.hf.templates import OPEN_UNLEARNING, TOFU
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,10 @@ class Protocol:
         max_length: tokens of a text, and of a prompt with its generation; None is no limit.
         max_new_tokens: of a generation; None leaves it to ``max_length``.
         epsilon: what denominators get.
+        padded_rows: consecutive rows whose prompts ``max_length`` counts as long as their longest; None pads none.
+        labels: whose prompts and labels, as ``compat`` of ``get_template``; None is efface's.
+        hides_padding: whether no token sees one that equals the padding token (without one, the end of sequence), and
+            be it the end of a turn in the prompt.
     """
 
     name: str
@@ -39,6 +46,9 @@ class Protocol:
     max_length: int | None
     max_new_tokens: int | None
     epsilon: float
+    padded_rows: int | None = None
+    labels: str | None = None
+    hides_padding: bool = False
 
     def share(self, correct: FloatArray, false: FloatArray) -> FloatArray:
         """Probability among choices (rows,): e^l / (e^l + Σ_k e^l_k + ε), from l (rows,) and l_k (rows, choices).
@@ -73,20 +83,34 @@ class Protocol:
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol("open-unlearning", rows=None, max_length=None, max_new_tokens=200, epsilon=1e-10),
-        Protocol("tofu", rows=300, max_length=200, max_new_tokens=None, epsilon=0.0),
+        Protocol(OPEN_UNLEARNING, rows=None, max_length=None, max_new_tokens=200, epsilon=1e-10),
+        Protocol(TOFU, rows=300, max_length=200, max_new_tokens=None, epsilon=0.0, padded_rows=30, labels=TOFU),
     )
 }
 
 
-def get_protocol(protocol: str | Protocol) -> Protocol:
+def get_protocol(protocol: str | Protocol, compat: str | None = None) -> Protocol:
     """Return the protocol of a name.
 
+    Args:
+        protocol: a name in ``PROTOCOLS``, or a ``Protocol``.
+        compat: "open-unlearning" takes its labels, prompts and attention mask into its protocol, quirk for quirk.
+
     Raises:
-        ValueError: a name that is not known.
+        ValueError: a name that is not known, or a protocol that has no such thing.
     """
-    if isinstance(protocol, Protocol):
+    if isinstance(protocol, str):
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"`protocol`: expected one of {', '.join(map(repr, PROTOCOLS))}, got {protocol!r}")
+        protocol = PROTOCOLS[protocol]
+    if compat is None:
         return protocol
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"`protocol`: expected one of {', '.join(map(repr, PROTOCOLS))}, got {protocol!r}")
-    return PROTOCOLS[protocol]
+    if compat != OPEN_UNLEARNING:
+        raise ValueError(f"`compat`: expected {OPEN_UNLEARNING!r} or None, got {compat!r}")
+    if protocol.labels not in (None, compat):
+        raise ValueError(
+            f"`compat`: expected protocol {OPEN_UNLEARNING!r} beside {compat!r}, got {protocol.name!r}, whose labels "
+            f"are {protocol.labels}'s; drop one of them"
+        )
+    name = protocol.name if protocol.hides_padding else f"{protocol.name}, compat"
+    return replace(protocol, name=name, labels=compat, hides_padding=True)

@@ -59,6 +59,7 @@ class TofuEvaluation:
         splits: which of forget, retain, real_authors and world_facts; Model Utility needs the last three, Forget
             Quality the first.
         protocol: "open-unlearning", "tofu", or a ``Protocol``.
+        compat: "open-unlearning" for its labels, prompts and attention mask too, quirk for quirk; slow.
         retain_log: of a model trained on the retain set only, or the path of one; None leaves Forget Quality out.
         template: see ``efface.hf.templates``.
         token_budget: tokens of a forward pass; it decides about memory and speed, not about results.
@@ -77,14 +78,15 @@ class TofuEvaluation:
         split: str = "forget10",
         splits: Sequence[str] = SPLITS,
         protocol: str | Protocol = "open-unlearning",
+        compat: str | None = None,
         retain_log: str | Path | EvalLog | None = None,
         template: str | Template = AUTO,
         token_budget: int = 8192,
     ) -> None:
         if not splits or set(splits) - set(SPLITS):
             raise ValueError(f"`splits`: expected some of {', '.join(SPLITS)}, got {', '.join(splits) or 'none'}")
-        self.protocol = get_protocol(protocol)
-        self.template = get_template(template, tokenizer)
+        self.protocol = get_protocol(protocol, compat)
+        self.template = get_template(template, tokenizer, compat=self.protocol.labels)
         self.data, self.split = str(data or HUB), split
         self.rows: dict[str, TofuRows] = {
             name: load_split(data, name, split, self.protocol) for name in SPLITS if name in splits
@@ -94,12 +96,15 @@ class TofuEvaluation:
         self._generations: list[Task] = []
         options: dict[str, Any] = {"template": self.template, "token_budget": token_budget}
         options["max_length"] = self.protocol.max_length
-        length = self.protocol.max_new_tokens
+        if self.protocol.hides_padding:
+            known = tokenizer.pad_token_id
+            options["hidden"] = tokenizer.eos_token_id if known is None else known
+        limits = {"max_new_tokens": self.protocol.max_new_tokens, "padded_rows": self.protocol.padded_rows}
         for name, rows in self.rows.items():
             questions, answers = rows.questions, rows.candidates()
             self._likelihoods.append(AnswerTask(tokenizer, questions, answers, name=f"{name} answers", **options))
             self._generations.append(
-                GenerationTask(tokenizer, questions, name=f"{name} generations", max_new_tokens=length, **options)
+                GenerationTask(tokenizer, questions, name=f"{name} generations", **limits, **options)
             )
 
     def __call__(self, model: Any) -> dict[str, float]:
@@ -175,6 +180,7 @@ def tofu(
     split: str = "forget10",
     splits: Sequence[str] = SPLITS,
     protocol: str | Protocol = "open-unlearning",
+    compat: str | None = None,
     retain_log: str | Path | EvalLog | None = None,
     template: str | Template = AUTO,
     token_budget: int = 8192,
@@ -190,6 +196,7 @@ def tofu(
         split: the forget split.
         splits: which of the four to evaluate.
         protocol: "open-unlearning" or "tofu".
+        compat: "open-unlearning" for its labels, prompts and attention mask too.
         retain_log: what Forget Quality compares with.
         template: see ``efface.hf.templates``.
         token_budget: tokens of a forward pass.
@@ -204,6 +211,7 @@ def tofu(
         split=split,
         splits=splits,
         protocol=protocol,
+        compat=compat,
         retain_log=retain_log,
         template=template,
         token_budget=token_budget,

@@ -76,6 +76,7 @@ def token_store(
     template: str | Template = AUTO,
     system_prompt: str | None = None,
     date_string: str | None = None,
+    compat: str | None = None,
     max_length: int | None = None,
     rows_filter: Conditions = None,
     refusals: Refusals | None = None,
@@ -96,6 +97,7 @@ def token_store(
         template: a name or a ``Template``; see ``efface.hf.templates.get_template``.
         system_prompt: in place of the template's own; "" for none.
         date_string: in place of the template's own.
+        compat: whose prompts and labels, "open-unlearning" or "tofu"; None is efface's.
         max_length: cut sequences to so many tokens, documents into sequences of so many; None never cuts.
         rows_filter: conditions that rows must meet; see ``efface.hf.rows.parse_conditions``.
         refusals: answers that take the place of the rows' own.
@@ -118,7 +120,7 @@ def token_store(
         return data
     if tokenizer is None:
         raise ValueError(f"`{name}`: text needs a tokenizer; give `processing_class`, or a TokenStore")
-    chosen = get_template(template, tokenizer, system_prompt=system_prompt, date_string=date_string)
+    chosen = get_template(template, tokenizer, system_prompt=system_prompt, date_string=date_string, compat=compat)
     source = f"{name} data {str(data)!r}" if isinstance(data, (str, Path)) else f"{name} data"
 
     def names(rows: Rows) -> tuple[str | None, str]:

@@ -42,6 +42,10 @@ class Template:
         system_prompt: first message of a chat; empty for none.
         date_string: the date for chat templates that print one; None leaves it to them (Llama-3's print today's).
         documents: the answer is a document: it needs no question, and one longer than the maximum length is split.
+        answer_tag: text between a pattern and the answer; it is labels too, and a model has to write it.
+        labels: whose: "answer" are ours, tokens that hold any of the answer or its tag, and the end of sequence. Those
+            of "open-unlearning" and "tofu" are whatever follows as many tokens as the prompt has alone; see
+            ``get_template``.
     """
 
     name: str
@@ -49,14 +53,22 @@ class Template:
     system_prompt: str = ""
     date_string: str | None = None
     documents: bool = False
+    answer_tag: str = ""
+    labels: str = "answer"
 
     @property
     def is_chat(self) -> bool:
         """Whether the tokenizer's chat template is rendered; it writes its own special tokens."""
         return self.pattern is None
 
+    @property
+    def counted(self) -> bool:
+        """Whether the prompt is tokenised alone, and its tokens are counted off to find the first label."""
+        return self.labels != "answer"
+
 
 AUTO = "auto"
+OPEN_UNLEARNING, TOFU = "open-unlearning", "tofu"
 
 _QUESTION_ANSWER = Template("question-answer", "Question: {question}\nAnswer: ")
 TEMPLATES = {
@@ -65,7 +77,8 @@ TEMPLATES = {
     "llama-3": Template("llama-3", system_prompt="You are a helpful assistant.", date_string="10 Apr 2025"),
     "llama-2": Template("llama-2", "[INST] {question} [/INST]"),
     "question-answer": _QUESTION_ANSWER,
-    "phi": _QUESTION_ANSWER,  # TOFU's Phi-1.5
+    # TOFU's Phi-1.5, StableLM and Pythia.
+    "phi": Template("phi", "Question: {question}\n", answer_tag="Answer: "),
     "completion": Template("completion", "{question}", documents=True),  # MUSE: a prompt, if there is one, and a text
 }
 
@@ -76,8 +89,20 @@ def get_template(
     *,
     system_prompt: str | None = None,
     date_string: str | None = None,
+    compat: str | None = None,
 ) -> Template:
     """Return the template of a name, fit for the tokenizer.
+
+    With ``compat``, prompts and labels are another system's, token for token, on its own models and texts:
+
+    - "open-unlearning" (``preprocess_chat_instance`` and its ``configs/model``): the prompt is tokenised alone, so a
+      token that it and the answer share in training is no label and the prompt ends in a space ("Answer: "); chats keep
+      what follows the end of the turn, get a second end of sequence behind it, and are never cut; a chat without a
+      system prompt gets "You are a helpful assistant." where its template has a place for one.
+    - "tofu" (``convert_raw_data_to_model_format`` and its ``model_config.yaml``): the prompt is tokenised alone, and
+      "question-answer" is "phi", which counts "Answer:" as labels. TOFU has no chats; theirs are as without it.
+
+    Documents are as without it in both.
 
     Args:
         template: a name in ``TEMPLATES``, a ``Template`` of your own, or "auto": "llama-3" if the tokenizer's chat
@@ -85,13 +110,19 @@ def get_template(
         tokenizer: its chat template decides what "auto" is.
         system_prompt: in place of the template's own; "" for none.
         date_string: in place of the template's own.
+        compat: "open-unlearning" or "tofu"; "auto" is then "llama-2" for Llama-2's chat template, which neither uses.
 
     Raises:
         ValueError: an unknown name, a chat without a chat template, a system prompt or date that has no place.
     """
+    if compat not in (None, OPEN_UNLEARNING, TOFU):
+        raise ValueError(f"`compat`: expected {OPEN_UNLEARNING!r}, {TOFU!r} or None, got {compat!r}")
     known = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     if template == AUTO:
         template = "llama-3" if "date_string" in known else "chat" if known else "question-answer"
+        if compat is not None and "<<SYS>>" in known:
+            template = "llama-2"
+    named = isinstance(template, str)
     if isinstance(template, str):
         if template not in TEMPLATES:
             raise ValueError(f"`template`: expected one of {', '.join([AUTO, *TEMPLATES])}, got {template!r}")
@@ -108,7 +139,31 @@ def get_template(
             f"`template`: {template.name!r} has no place for a system prompt or a date; leave them out, or use a chat "
             "template"
         )
-    return template
+    return template if compat is None else _as_theirs(template, tokenizer, compat, named and system_prompt is None)
+
+
+def _as_theirs(template: Template, tokenizer: PreTrainedTokenizerBase, compat: str, plain: bool) -> Template:
+    """Return a template with the prompts and labels of ``compat``; ``plain`` is one whose system prompt was not set."""
+    if template.documents or template.labels == compat:
+        return template
+    if compat == TOFU:
+        template = TEMPLATES["phi"] if template == _QUESTION_ANSWER else template
+        return template if template.is_chat else replace(template, labels=TOFU)
+    if not template.is_chat:
+        return replace(template, pattern=f"{template.pattern}{template.answer_tag}", answer_tag="", labels=compat)
+    if plain and not template.system_prompt:
+        template = _with_system_prompt(template, tokenizer)
+    return replace(template, labels=compat)
+
+
+def _with_system_prompt(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """Return a chat with the system prompt of open-unlearning's models; as it is where that has no place (Gemma)."""
+    wanted = replace(template, system_prompt=TEMPLATES["llama-3"].system_prompt)
+    try:
+        _Chat(tokenizer, wanted)
+    except ValueError:
+        return template
+    return wanted
 
 
 def encode(
@@ -170,7 +225,7 @@ def encode_batches(
         raise ValueError("the tokenizer has no end-of-sequence token, which every answer ends with; set `eos_token`")
     if max_length is not None and max_length < 2:
         raise ValueError(f"`max_length`: expected at least 2 (a token and the one before it), got {max_length}")
-    write = _Chat(tokenizer, template) if template.is_chat else _Pattern(template)
+    write = _writer(tokenizer, template)
     for rows, questions, answers in batches:
         for row, answer in zip(rows, answers, strict=True):
             if not answer.strip():
@@ -200,22 +255,24 @@ def prompt_ids(
         template: a name or a ``Template``; see ``get_template``.
 
     Returns:
-        The ids of each prompt, as long as they come.
+        The ids of each prompt, as long as they come; with another system's labels, those of the prompt alone.
 
     Raises:
         ValueError: as ``get_template``; turns out of order; a prompt without a token.
     """
     template = get_template(template, tokenizer)
-    write = _Chat(tokenizer, template) if template.is_chat else _Pattern(template)
+    write = _writer(tokenizer, template)
     # How the prompt's last characters are cut into tokens shows only in front of an answer: alone, GPT-2's makes one
     # token of two line breaks. A word would go on with the prompt's last one, so a space parts them.
     texts = []
     for row, conversation in enumerate(conversations):
         text, start = write(row, conversation, _WORD)
         texts.append((f"{text[:start]} {text[start:]}" if text[:start][-1:].isalnum() else text, start))
+    if template.counted:  # alone, as those systems have it
+        texts = [(text[:end], end) for text, end in texts]
     prompts: list[list[int]] = []
     for group in _groups([len(text) for text, _ in texts]):
-        prompts += [ids[:start] for ids, start in _tokenise(tokenizer, texts[group], special=not template.is_chat)]
+        prompts += [ids[:start] for ids, start in _tokens(tokenizer, texts[group], template)]
     if empty := [row for row, ids in enumerate(prompts) if not ids]:
         raise ValueError(
             f"row {empty[0]}: expected a prompt of at least one token, got {conversations[empty[0]]!r} with template "
@@ -238,20 +295,27 @@ def _turns(row: int, conversation: Conversation) -> list[Turn]:
     return turns
 
 
+def _writer(tokenizer: PreTrainedTokenizerBase, template: Template) -> "_Chat | _Pattern | _CountedChat":
+    """Return what writes rows: the text, and the character at which the prompt ends."""
+    if not template.is_chat:
+        return _Pattern(template)
+    return _CountedChat(tokenizer, template) if template.counted else _Chat(tokenizer, template)
+
+
 class _Pattern:
-    """Writes a pattern template: returns the text and the character at which the answer starts."""
+    """Writes a pattern template: returns the text and the character at which the answer, or its tag, starts."""
 
     def __init__(self, template: Template) -> None:
-        self._pattern = template.pattern or ""
+        self._pattern, self._tag = template.pattern or "", template.answer_tag
 
     def __call__(self, row: int, conversation: Conversation, answer: str) -> tuple[str, int]:
         *earlier, question = _turns(row, conversation)
         lines = [
-            self._pattern.format(question=asked["content"]) + answered["content"] + "\n"
+            self._pattern.format(question=asked["content"]) + self._tag + answered["content"] + "\n"
             for asked, answered in zip(earlier[::2], earlier[1::2], strict=True)
         ]
         prompt = "".join(lines) + self._pattern.format(question=question["content"])
-        return prompt + answer, len(prompt)
+        return prompt + self._tag + answer, len(prompt)
 
 
 class _Chat:
@@ -298,18 +362,34 @@ class _Chat:
         found = text.endswith(self._closing) and body.endswith(words)
         return len(body) - len(words) if found else None
 
-    def _render(self, turns: Sequence[Turn], answer: str) -> str:
-        chat = [*self._system, *turns, {"role": "assistant", "content": answer}]
+    def _render(self, turns: Sequence[Turn], answer: str | None) -> str:
+        """Return the chat with the answer; without one, up to where the chat template has a model go on."""
+        chat = [*self._system, *turns, *([] if answer is None else [{"role": "assistant", "content": answer}])]
+        options = {**self._options, "tokenize": False, "add_generation_prompt": answer is None}
         try:
-            return str(self._tokenizer.apply_chat_template(chat, tokenize=False, **self._options))
+            return str(self._tokenizer.apply_chat_template(chat, **options))
         except jinja2.TemplateError as error:
             remedy = "set an empty system prompt" if self._system else "use another `template`"
             raise ValueError(f"the tokenizer's chat template refuses the conversation ({error}); {remedy}") from error
 
 
+class _CountedChat(_Chat):
+    """Renders a chat as open-unlearning does: returns all of the text, and where its generation prompt ends."""
+
+    def __call__(self, row: int, conversation: Conversation, answer: str) -> tuple[str, int]:
+        turns = _turns(row, conversation)
+        text, prompt = self._render(turns, answer), self._render(turns, None)
+        if not text.startswith(prompt):
+            raise ValueError(
+                f"row {row}: the tokenizer's chat template begins a generation otherwise than a turn of training, so "
+                "open-unlearning's labels would begin at no border; use another `template`, or drop compat"
+            )
+        return text, len(prompt)
+
+
 def probe(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
     """Return what the template writes around a fixed row: it tells templates apart, and days of those with a date."""
-    text, start = (_Chat(tokenizer, template) if template.is_chat else _Pattern(template))(0, _PROBE, _PROBE)
+    text, start = _writer(tokenizer, template)(0, _PROBE, _PROBE)
     return f"{start} {text}"
 
 
@@ -334,15 +414,23 @@ def _chunk(
 ) -> Chunk:
     sequences: list[list[int]] = []
     starts: list[int] = []
-    for row, (ids, start) in zip(rows, _tokenise(tokenizer, texts, special=not template.is_chat), strict=True):
+    for row, (ids, start) in zip(rows, _tokens(tokenizer, texts, template), strict=True):
+        whole = template.labels == OPEN_UNLEARNING  # there the end of sequence follows the cut, and no chat is cut
+        if whole and not template.is_chat:
+            ids = ids[:max_length]
         if ids[-1] != tokenizer.eos_token_id:
             ids.append(tokenizer.eos_token_id)
-        if max(start, 1) >= len(ids[:max_length]):
+        kept = ids if whole else ids[:max_length]
+        if max(start, 1) >= len(kept):
             raise ValueError(
-                f"row {row} has no label left: its answer starts at token {start} and sequences are cut to "
-                f"{max_length} tokens; raise `max_length`"
+                f"row {row} has no label left: its answer starts at token {start} and "
+                + (
+                    f"sequences are cut to {max_length} tokens; raise `max_length`"
+                    if len(kept) < len(ids) or (whole and max_length is not None)
+                    else f"the text has {len(ids)}; drop the row"
+                )
             )
-        sequences.append(ids[:max_length])
+        sequences.append(kept)
         starts.append(start)
         if template.documents and max_length is not None:
             rest = list(_rest(ids, max_length, tokenizer.bos_token_id))
@@ -365,6 +453,20 @@ def _rest(ids: list[int], max_length: int, bos: int | None) -> Iterator[list[int
     """
     for first in range(max_length, len(ids), max_length - 1):
         yield [ids[0] if ids[0] == bos else ids[first - 1], *ids[first : first + max_length - 1]]
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, int]], template: Template
+) -> Iterator[tuple[list[int], int]]:
+    """Yield the ids of each text and the position of its first label; ``texts`` as of ``_tokenise``."""
+    if not template.counted:
+        yield from _tokenise(tokenizer, texts, special=not template.is_chat)
+        return
+    options: dict[str, Any] = {"add_special_tokens": not template.is_chat, "verbose": False}
+    wholes = tokenizer([text for text, _ in texts], **options)["input_ids"]
+    prompts = tokenizer([text[:border] for text, border in texts], **options)["input_ids"]
+    for ids, prompt in zip(wholes, prompts, strict=True):
+        yield list(ids), len(prompt)
 
 
 def _tokenise(

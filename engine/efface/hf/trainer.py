@@ -448,6 +448,7 @@ def _tokenised(
             template=args.template,
             system_prompt=args.system_prompt,
             date_string=args.date_string,
+            compat=args.compat,
             max_length=args.max_length,
             rows_filter=rows_filter,
             refusals=refusals,

@@ -85,6 +85,7 @@ def evaluate_recipe(
     data: str | None = None,
     retain_log: str | None = None,
     template: str | Template = AUTO,
+    compat: str | None = None,
 ) -> dict[str, float]:
     """Evaluate a model as a recipe says, and return the figures by open-unlearning's names; none without a benchmark.
 
@@ -96,6 +97,7 @@ def evaluate_recipe(
         data: folder with the benchmark's files; None is what the recipe says.
         retain_log: evaluation log of a retain model; None is the recipe's, or that of its retain model.
         template: the prompt format of the run.
+        compat: that of the run, where the recipe's protocol has it.
     """
     asked = recipe.evaluate
     if asked["benchmark"] == "none":
@@ -105,6 +107,8 @@ def evaluate_recipe(
         "protocol": asked.get("protocol", "open-unlearning"),
         "template": template,
     }
+    if options["protocol"] == compat:
+        options["compat"] = compat
     source = data or asked.get("data")
     log: Any = retain_log or asked.get("retain_log")
     if log is None and "retain_model" in asked:
