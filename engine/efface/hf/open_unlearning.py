@@ -1,18 +1,11 @@
 """open-unlearning's training step, quirk for quirk, for people who must match old runs (``compat="open-unlearning"``).
 
-Padded batches, a forward pass for each data set, full logits, a second model; means over each micro-batch of
-``per_device_train_batch_size`` pairs, then over the micro-batches. Where that changes results:
-
-- token means weigh short micro-batches like long ones, so accumulation and the number of processes matter;
-- KL runs over all positions, prompts and padding included, and so does UNDIAL, which there lowers the teacher's logit
-  of token V − 100 (the label −100, read as an index);
-- PDU's margins are those at the answer tokens instead of those that predict them, and its dual variable ascends with
-  every micro-batch.
-
-Formulas of locuslab/open-unlearning at d3d7cf9, ``src/trainer/utils.py`` and ``src/trainer/unlearn``.
+DOC
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -25,13 +18,41 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from efface.batching import StepTotals, TokenStore
+from efface.batching import EpochPlan, TokenStore
+from efface.hf.accumulation import Accumulation
 from efface.hf.activations import watched
 from efface.hf.dataset import PackedSteps
 from efface.hf.live_reference import ModelReference
-from efface.objectives import CEU, DPO, NPO, PDU, RMU, UNDIAL, WGA, GradAscent, IdkNLL, Objective, SatImp, SimNPO
+from efface.objectives import (
+    CEU,
+    DPO,
+    NPO,
+    PDU,
+    RMU,
+    UNDIAL,
+    WGA,
+    GradAscent,
+    GradDiff,
+    IdkNLL,
+    Objective,
+    SatImp,
+    SimNPO,
+)
 
 IGNORE = -100
+DUAL_EPOCHS = 2**32
+"""The plans of epochs from here on are those that PDU's dual variable reads between two epochs."""
+
+_OBJECTIVES = (CEU, DPO, NPO, PDU, RMU, UNDIAL, WGA, GradAscent, GradDiff, IdkNLL, SatImp, SimNPO)
+
+
+def check_objective(objective: Objective) -> None:
+    """Raise ValueError for an objective that open-unlearning does not have; a subclass may be another one."""
+    if type(objective) not in _OBJECTIVES:
+        raise ValueError(
+            f"`compat`: open-unlearning has no objective {objective.name!r} ({type(objective).__name__}); drop compat, "
+            f"or choose one of {', '.join(cls.name for cls in _OBJECTIVES)}"
+        )
 
 
 class Padded(NamedTuple):
@@ -53,10 +74,14 @@ class Padded(NamedTuple):
         mask = padded.ne(pad_token_id)
         return cls(padded, mask, pad_sequence(labels, batch_first=True, padding_value=IGNORE))
 
+    def to(self, device: torch.device | str) -> "Padded":
+        """Return it on a device."""
+        return Padded(*(tensor.to(device) for tensor in self))
+
     def run(self, model: nn.Module) -> Tensor:
-        """Return the logits (B, T, V)."""
+        """Return the logits (B, T, V) in float32, as the models of transformers 4.45 do."""
         logits: Tensor = model(input_ids=self.input_ids, attention_mask=self.attention_mask).logits
-        return logits
+        return logits.float()
 
     def answers(self) -> Tensor:
         """Return where the answer tokens stand, (B, T)."""
@@ -65,11 +90,16 @@ class Padded(NamedTuple):
 
 @dataclass(frozen=True)
 class PaddedPairs:
-    """A micro-batch of pairs; None for a data set that the objective does not read."""
+    """A micro-batch of pairs; None for a data set that the objective does not read.
+
+    Attributes:
+        position: the micro-batch's number in the run, from 0.
+    """
 
     forget: Padded | None
     retain: Padded | None
     alternate: Padded | None = None
+    position: int = 0
 
     @property
     def parts(self) -> tuple[Padded | None, ...]:
@@ -83,7 +113,8 @@ class PaddedPairs:
 
     def to(self, device: torch.device | str) -> "PaddedPairs":
         """Return it on a device."""
-        return PaddedPairs(*(None if part is None else Padded(*(x.to(device) for x in part)) for part in self.parts))
+        parts = (None if part is None else part.to(device) for part in self.parts)
+        return PaddedPairs(*parts, position=self.position)
 
 
 @dataclass(frozen=True)
@@ -91,26 +122,6 @@ class PaddedStep:
     """The micro-batches of an optimizer step."""
 
     batches: tuple[PaddedPairs, ...]
-    totals: StepTotals
-
-    @classmethod
-    def of(cls, packed: PackedSteps, step: int, *, size: int, pad_token_id: int) -> "PaddedStep":
-        """Return the pairs of a step of the current epoch's plan, ``size`` of them to a micro-batch."""
-        stores, (forget, retain) = packed.stores, packed.assembler.plan.pairs(step)
-
-        def part(store: TokenStore, index: NDArray[np.int64], first: int) -> Padded | None:
-            own = index[first : first + size].tolist()
-            return Padded.of(store, own, pad_token_id) if own else None
-
-        batches = (
-            PaddedPairs(
-                part(stores[0], forget, first),
-                part(stores[1], retain, first),
-                part(stores[2], forget, first) if len(stores) > 2 else None,
-            )
-            for first in range(0, max(len(forget), len(retain)), size)
-        )
-        return cls(tuple(batches), packed.assembler.totals(step))
 
     @property
     def tokens(self) -> int:
@@ -123,18 +134,53 @@ class PaddedStep:
 
 
 class PaddedSteps(Dataset[PaddedStep]):
-    """Item k is optimizer step k of the current epoch: the pairs that ``packed`` plans, padded."""
+    """Item k is optimizer step k of what transformers counts as the current epoch.
 
-    def __init__(self, packed: PackedSteps, *, size: int, pad_token_id: int) -> None:
-        self._packed, self._size, self._pad_token_id = packed, size, pad_token_id
+    Args:
+        packed: plans the pairs; its steps are our micro-batches.
+        accumulate: gradient accumulation steps.
+        pad_token_id: what sequences are padded with.
+    """
+
+    def __init__(self, packed: PackedSteps, *, accumulate: int, pad_token_id: int) -> None:
+        self._packed, self._pad_token_id = packed, pad_token_id
+        self.accumulation = Accumulation(len(packed), accumulate)
+        self._epoch = 0
+        # A step may read the end of an epoch and the start of the next.
+        self._plan: Callable[[int], EpochPlan] = functools.lru_cache(maxsize=2)(packed.plan)
 
     def __len__(self) -> int:
-        """Return the optimizer steps of an epoch."""
-        return len(self._packed)
+        """Return the optimizer steps that an epoch counts as."""
+        return self.accumulation.steps
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Number the items on from the steps of so many epochs."""
+        self._epoch = epoch
 
     def __getitem__(self, step: int) -> PaddedStep:
         """Return a step."""
-        return PaddedStep.of(self._packed, step, size=self._size, pad_token_id=self._pad_token_id)
+        before = self._epoch * len(self) + step
+        batches = range(self.accumulation.read(before), self.accumulation.read(before + 1))
+        return PaddedStep(tuple(self._pairs(position) for position in batches))
+
+    def retain_draw(self, epoch: int) -> Iterator[Padded]:
+        """Draw the retain micro-batches of an epoch once more, for the dual variable after ``epoch``."""
+        plan = self._packed.plan(DUAL_EPOCHS + epoch)
+        for batch in range(len(plan)):
+            retain = self._part(1, plan.pairs(batch)[1])
+            if retain is not None:
+                yield retain
+
+    def _pairs(self, position: int) -> PaddedPairs:
+        epoch, batch = divmod(position, self.accumulation.batches)
+        forget, retain = self._plan(epoch).pairs(batch)
+        parts = [self._part(0, forget), self._part(1, retain)]
+        if len(self._packed.stores) > 2:
+            parts.append(self._part(2, forget))
+        return PaddedPairs(*parts, position=position)
+
+    def _part(self, store: int, index: NDArray[np.int64]) -> Padded | None:
+        return Padded.of(self._packed.stores[store], index.tolist(), self._pad_token_id) if len(index) else None
 
 
 class PaddedLoss(NamedTuple):
@@ -145,7 +191,18 @@ class PaddedLoss(NamedTuple):
     retain: Tensor
 
 
-def padded_loss(objective: Objective, model: Any, reference: ModelReference | None, pairs: PaddedPairs) -> PaddedLoss:
+Frozen = Callable[[], AbstractContextManager[Any]]
+"""Hands out the frozen model for a forward pass, in the precision that the policy has."""
+
+
+def padded_loss(
+    objective: Objective,
+    model: Any,
+    reference: ModelReference | None,
+    pairs: PaddedPairs,
+    *,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> PaddedLoss:
     """The loss of a micro-batch: gamma · forget loss + alpha · retain loss.
 
     Args:
@@ -153,27 +210,29 @@ def padded_loss(objective: Objective, model: Any, reference: ModelReference | No
         model: called with ``input_ids`` and ``attention_mask``.
         reference: the frozen model, where the objective reads one.
         pairs: on the model's device.
+        autocast: what the frozen model runs under: accelerate casts open-unlearning's as it casts the policy.
 
     Raises:
         ValueError: an objective that open-unlearning does not have.
     """
+    frozen = functools.partial(_running, reference, autocast)
     zero = torch.zeros((), device=next(part for part in pairs.parts if part is not None).input_ids.device)
-    forget = zero if pairs.forget is None else _forget_loss(objective, model, reference, pairs.forget, pairs.alternate)
-    retain = zero if pairs.retain is None else _retain_loss(objective, model, reference, pairs.retain)
+    forget = zero if pairs.forget is None else _forget_loss(objective, model, frozen, pairs.forget, pairs.alternate)
+    retain = zero if pairs.retain is None else _retain_loss(objective, model, frozen, pairs.retain)
     shift = objective.retain_loss_eps if isinstance(objective, PDU) else 0.0
     loss = objective.gamma * forget + objective.alpha * (retain - shift)
     return PaddedLoss(loss, forget.detach(), retain.detach())
 
 
 def _forget_loss(  # noqa: PLR0911 - one for each objective
-    objective: Objective, model: Any, reference: ModelReference | None, forget: Padded, alternate: Padded | None
+    objective: Objective, model: Any, frozen: Frozen, forget: Padded, alternate: Padded | None
 ) -> Tensor:
     match objective:
         case NPO() | DPO():
-            lose = _sequence_nll(forget.run(model), forget) - _frozen_nll(reference, forget)
+            lose = _sequence_nll(forget.run(model), forget) - _frozen_nll(frozen, forget)
             win: Tensor | float = 0.0
             if alternate is not None:
-                win = _sequence_nll(alternate.run(model), alternate) - _frozen_nll(reference, alternate)
+                win = _sequence_nll(alternate.run(model), alternate) - _frozen_nll(frozen, alternate)
             return -2 / objective.beta * F.logsigmoid(objective.beta * (lose - win)).mean()
         case SimNPO():
             mean = _sequence_nll(forget.run(model), forget) / forget.answers().sum(-1) - objective.delta
@@ -183,7 +242,7 @@ def _forget_loss(  # noqa: PLR0911 - one for each objective
             vector = objective.steering_vector(activations.shape[-1]).to(activations)
             return _activation_loss(activations, vector.expand_as(activations), forget)
         case UNDIAL():
-            return _undial(forget.run(model), _frozen_logits(reference, forget), forget, objective.beta)
+            return _undial(forget.run(model), _frozen_logits(frozen, forget), forget, objective.beta)
         case PDU():
             logits = forget.run(model)
             margins = (logits.amax(-1) - logits.mean(-1)).square()
@@ -201,28 +260,31 @@ def _forget_loss(  # noqa: PLR0911 - one for each objective
                 p**objective.beta if isinstance(objective, WGA) else p**objective.beta1 * (1 - p) ** objective.beta2
             )
             return -(weight * nll)[forget.labels[:, 1:] != IGNORE].mean()
-    raise ValueError(
-        f"`compat`: open-unlearning has no objective {objective.name!r}; drop compat, or choose one of its own"
-    )
+    raise ValueError(f"`compat`: open-unlearning has no objective {objective.name!r}")  # refused before
 
 
-def _retain_loss(objective: Objective, model: Any, reference: ModelReference | None, retain: Padded) -> Tensor:
+def _retain_loss(objective: Objective, model: Any, frozen: Frozen, retain: Padded) -> Tensor:
     if objective.retain_loss_type == "NLL":
         return _token_nll(retain.run(model), retain)
     if isinstance(objective, RMU) and objective.compares_activations:
-        with torch.no_grad(), _running(reference) as frozen:
-            target = _activations(frozen, retain, objective.module_regex)
+        with torch.no_grad(), frozen() as reference:
+            target = _activations(reference, retain, objective.module_regex)
         return _activation_loss(_activations(model, retain, objective.module_regex), target, retain)
-    logits, frozen_logits = retain.run(model), _frozen_logits(reference, retain)
+    logits, frozen_logits = retain.run(model), _frozen_logits(frozen, retain)
     p, q = (F.log_softmax(each.flatten(0, 1), dim=-1) for each in (logits, frozen_logits))
     return F.kl_div(p, q, reduction="batchmean", log_target=True)
 
 
+@torch.no_grad()
+def drawn_retain_loss(model: Any, batches: Iterator[Padded]) -> float:
+    """Return the mean over micro-batches of their retain NLL, what PDU's dual variable ascends by after an epoch."""
+    losses = [float(_token_nll(batch.run(model), batch)) for batch in batches]
+    return sum(losses) / len(losses)
+
+
 def _each_nll(logits: Tensor, batch: Padded) -> Tensor:
     """(B, T − 1), 0 where there is no label."""
-    return F.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), batch.labels[:, 1:], ignore_index=IGNORE, reduction="none"
-    )
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), batch.labels[:, 1:], ignore_index=IGNORE, reduction="none")
 
 
 def _sequence_nll(logits: Tensor, batch: Padded) -> Tensor:
@@ -234,18 +296,18 @@ def _token_nll(logits: Tensor, batch: Padded) -> Tensor:
 
 
 def _undial(logits: Tensor, teacher: Tensor, batch: Padded, beta: float) -> Tensor:
-    shifted = teacher[:, :-1].float().clone()
+    shifted = teacher[:, :-1].clone()
     index = batch.labels[:, 1:, None] % shifted.shape[-1]  # −100 is an index to theirs: the hundredth from the end
     shifted.scatter_add_(-1, index, torch.full_like(index, -beta, dtype=shifted.dtype))
     soft = shifted.softmax(-1).flatten(0, 1)
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), soft)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), soft)
 
 
 def _ceu(logits: Tensor, batch: Padded, ignored: int) -> Tensor:
     answers = batch.answers()
     labels = batch.labels.masked_fill((answers.cumsum(-1) <= ignored) & answers, IGNORE)[:, 1:]
     kept = labels != IGNORE
-    rows, targets = logits[:, :-1][kept].float(), labels[kept]
+    rows, targets = logits[:, :-1][kept], labels[kept]
     soft = rows.detach().scatter(-1, targets[:, None], -torch.inf).softmax(-1)
     return F.cross_entropy(rows, soft)
 
@@ -258,22 +320,27 @@ def _activations(model: Any, batch: Padded, module_regex: str) -> Tensor:
 
 def _activation_loss(activations: Tensor, target: Tensor, batch: Padded) -> Tensor:
     answers = batch.answers()
-    squared = (activations - target).square().mean(2)
-    return ((squared * answers).sum(1) / answers.sum(1)).mean()
+    squared = F.mse_loss(activations, target, reduction="none") * answers[..., None]  # (B, T, D)
+    sums, counts = squared.mean(2).sum(1), answers.sum(1, keepdim=True)  # (B,), (B, 1)
+    # Theirs divides one by the other: (B, B), every sequence's sum over every sequence's count.
+    return (sums / counts).mean()
 
 
-def _running(reference: ModelReference | None) -> Any:
+@contextmanager
+def _running(
+    reference: ModelReference | None, autocast: Callable[[], AbstractContextManager[Any]]
+) -> Iterator[PreTrainedModel]:
     if reference is None:
         raise ValueError("`reference`: the objective compares with a frozen model, got none")
-    return reference.running()
+    with reference.running() as model, autocast():
+        yield model
 
 
 @torch.no_grad()
-def _frozen_logits(reference: ModelReference | None, batch: Padded) -> Tensor:
-    frozen: PreTrainedModel
-    with _running(reference) as frozen:
-        return batch.run(frozen)
+def _frozen_logits(frozen: Frozen, batch: Padded) -> Tensor:
+    with frozen() as model:
+        return batch.run(model)
 
 
-def _frozen_nll(reference: ModelReference | None, batch: Padded) -> Tensor:
-    return _sequence_nll(_frozen_logits(reference, batch), batch)
+def _frozen_nll(frozen: Frozen, batch: Padded) -> Tensor:
+    return _sequence_nll(_frozen_logits(frozen, batch), batch)
