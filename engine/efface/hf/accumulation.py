@@ -32,8 +32,8 @@ class Accumulation:
         batches = rows // size if drop_last else math.ceil(rows / size)
         if not batches:
             raise ValueError(
-                f"`dataloader_drop_last`: expected at least {size} pairs, one whole batch, got {rows}; drop it, or make "
-                "batches smaller"
+                f"`dataloader_drop_last`: expected at least {size} pairs, one whole batch, got {rows}; drop it, or "
+                "make batches smaller"
             )
         return cls(batches, accumulate)
 

@@ -64,8 +64,9 @@ class DualVariable(TrainerCallback, ExportableState):
         epoch = batch.position // padded.accumulation.batches
         if epoch and padded.accumulation.epochs_at_border(batch.position) >= objective.dual_warmup_epochs:
             draw = (retain.to(trainer.args.device) for retain in padded.retain_draw(epoch - 1))
-            with undisturbed(trainer.model):
-                self._ascend(drawn_retain_loss(trainer.model, draw))
+            model: Any = trainer.model
+            with undisturbed(model):
+                self._ascend(drawn_retain_loss(model, draw))
 
     def see_padded(self, batch: PaddedPairs, retain_loss: Tensor) -> None:
         """Ascend by the retain NLL of a micro-batch, as open-unlearning does after each, once it is warm.

@@ -1,6 +1,53 @@
 """open-unlearning's training step, quirk for quirk, for people who must match old runs (``compat="open-unlearning"``).
 
-DOC
+Padded batches, a forward pass for each data set, full logits, a second model; means over each micro-batch of
+``per_device_train_batch_size`` pairs, a step's micro-batches added and divided by the accumulation steps. The code of
+locuslab/open-unlearning at d3d7cf9 was run beside this one, on the transformers 4.45.1 and accelerate 0.34.2 that it
+pins: losses and gradients of every method agree to rounding, and so do the weights after runs over the same pairs.
+
+What compat does otherwise than runs without it, because open-unlearning does:
+
+- Token means weigh short micro-batches like long ones, so accumulation matters.
+- The attention mask hides real tokens that equal the padding token, such as an end-of-sequence token.
+- KL runs over all positions, prompts and padding included, and so does UNDIAL, which there lowers the teacher's logit
+  of token V - 100 (the label -100, read as an index).
+- RMU divides every sequence's squared distance by every sequence's number of answer tokens, and takes the mean over
+  both. Parameters that ``trainable_params_regex`` leaves out stay as they are, but have gradients, which count in the
+  norm that gradients are clipped to.
+- PDU's margins are those at the answer tokens instead of those that predict them. Its dual variable ascends with every
+  micro-batch; with ``dual_update_upon="epoch"`` by the mean over micro-batches of retain rows drawn anew, as many as
+  forget rows. The warm-up ends when the trainer's own count of epochs, at an epoch's end, has reached it: where
+  micro-batches are left over, an epoch later.
+- An epoch's left-over micro-batches go into the first step of the next one (see ``Accumulation``), an epoch counts as
+  so many steps as are whole, and the run ends after so many for each epoch.
+- ``warmup_epochs`` may come to no step at all.
+- Weight decay leaves out biases, and those norms alone that transformers 4.45 knows as such: Llama's, but not those of
+  Qwen2, Mistral, Phi-3 or Gemma.
+- A refusal is drawn anew whenever a row is read.
+
+What still differs from open-unlearning:
+
+- Random numbers. Shuffles, retain rows, refusals, RMU's steering vector and dropout are drawn from the same
+  distributions by generators of our own, so that a killed run continues bit for bit.
+- Defaults. Those of the trainer's settings (optimizer, learning rate, precision, weight decay) are ours, not those of
+  its configuration files; the recipes have those.
+- The ends of epochs, where micro-batches are left over. An evaluation or checkpoint for each epoch comes when the steps
+  that the epoch counts as have been taken, and so does ``epoch`` in the log; theirs come when its rows have been read.
+  Steps, and the last one, are the same.
+- A restarted run of open-unlearning goes on elsewhere in its data, without the micro-batches that were carried; one of
+  ours goes on bit for bit.
+- One process only. With n processes theirs takes the step of n times the accumulation steps, as long as they divide an
+  epoch's micro-batches; otherwise it fills up the last ones with rows of the epoch's start.
+- Rows that have no answer token, and a loss that is not finite, stop the run. CE-U's is NaN for a micro-batch whose
+  answers have no token but those ignored.
+- Without a chat template it cuts sequences to 512 tokens; here nothing is cut unless ``max_length`` says so.
+- Blank lines of a refusal file are no refusals here.
+- Not there: an epoch over the retain set (``anchor: retain``), PDU with KL, padding on the left, few-shot prompts.
+- Ours alone: LoRA, ``IdkNLL`` (its GradDiff with gamma -1 on a refusals-only forget set), a retain term for CE-U and
+  GradAscent, ``retain_sampling`` other than random, a ``reference_model`` of one's own.
+- On a CPU with bf16 its formulas run under autocast, too; on a GPU only the models do, and here always.
+
+Unused with compat: ``token_budget``, ``chunk_rows``, ``loss_backend``, ``reference_cache``, ``dataloader_num_workers``.
 """
 
 import functools
@@ -17,6 +64,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
+from transformers.trainer_pt_utils import get_parameter_names
 
 from efface.batching import EpochPlan, TokenStore
 from efface.hf.accumulation import Accumulation
@@ -44,6 +92,19 @@ DUAL_EPOCHS = 2**32
 """The plans of epochs from here on are those that PDU's dual variable reads between two epochs."""
 
 _OBJECTIVES = (CEU, DPO, NPO, PDU, RMU, UNDIAL, WGA, GradAscent, GradDiff, IdkNLL, SatImp, SimNPO)
+
+
+_UNDECAYED = {
+    *("LlamaRMSNorm", "CohereLayerNorm", "ChameleonRMSNorm", "GraniteRMSNorm", "GraniteMoeRMSNorm"),
+    *("NemotronLayerNorm1P", "OlmoLayerNorm", "OlmoeRMSNorm", "RecurrentGemmaRMSNorm"),
+}
+"""Classes of norms, beside ``nn.LayerNorm``, that transformers 4.45 leaves out of weight decay; it decays others."""
+
+
+def decayed_parameters(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that transformers 4.45 decays."""
+    norms = {type(module) for module in model.modules() if type(module).__name__ in _UNDECAYED}
+    return [name for name in get_parameter_names(model, [nn.LayerNorm, *norms]) if "bias" not in name]
 
 
 def check_objective(objective: Objective) -> None:
@@ -113,8 +174,8 @@ class PaddedPairs:
 
     def to(self, device: torch.device | str) -> "PaddedPairs":
         """Return it on a device."""
-        parts = (None if part is None else part.to(device) for part in self.parts)
-        return PaddedPairs(*parts, position=self.position)
+        forget, retain, alternate = (None if part is None else part.to(device) for part in self.parts)
+        return PaddedPairs(forget, retain, alternate, self.position)
 
 
 @dataclass(frozen=True)
@@ -138,12 +199,26 @@ class PaddedSteps(Dataset[PaddedStep]):
 
     Args:
         packed: plans the pairs; its steps are our micro-batches.
+        alternate: other answers to the forget questions, or None; of several to a question, which lie row by row, one
+            is drawn whenever the row is read.
+        replaced: whether they take the place of the forget sequences, instead of going with them.
         accumulate: gradient accumulation steps.
+        seed: of the draws.
         pad_token_id: what sequences are padded with.
     """
 
-    def __init__(self, packed: PackedSteps, *, accumulate: int, pad_token_id: int) -> None:
+    def __init__(
+        self,
+        packed: PackedSteps,
+        alternate: TokenStore | None = None,
+        *,
+        replaced: bool = False,
+        accumulate: int,
+        seed: int,
+        pad_token_id: int,
+    ) -> None:
         self._packed, self._pad_token_id = packed, pad_token_id
+        self._alternate, self._replaced, self._seed = alternate, replaced, seed
         self.accumulation = Accumulation(len(packed), accumulate)
         self._epoch = 0
         # A step may read the end of an epoch and the start of the next.
@@ -167,20 +242,24 @@ class PaddedSteps(Dataset[PaddedStep]):
         """Draw the retain micro-batches of an epoch once more, for the dual variable after ``epoch``."""
         plan = self._packed.plan(DUAL_EPOCHS + epoch)
         for batch in range(len(plan)):
-            retain = self._part(1, plan.pairs(batch)[1])
+            retain = self._part(self._packed.stores[1], plan.pairs(batch)[1])
             if retain is not None:
                 yield retain
 
     def _pairs(self, position: int) -> PaddedPairs:
         epoch, batch = divmod(position, self.accumulation.batches)
-        forget, retain = self._plan(epoch).pairs(batch)
-        parts = [self._part(0, forget), self._part(1, retain)]
-        if len(self._packed.stores) > 2:
-            parts.append(self._part(2, forget))
-        return PaddedPairs(*parts, position=position)
+        index, retained = self._plan(epoch).pairs(batch)
+        forget, retain = self._packed.stores[:2]
+        own, kept = self._part(forget, index), self._part(retain, retained)
+        if self._alternate is None:
+            return PaddedPairs(own, kept, None, position)
+        answers = len(self._alternate) // len(forget)
+        draw = np.random.Generator(np.random.Philox(key=self._seed, counter=position))
+        other = self._part(self._alternate, index * answers + draw.integers(answers, size=len(index)))
+        return PaddedPairs(other, kept, None, position) if self._replaced else PaddedPairs(own, kept, other, position)
 
-    def _part(self, store: int, index: NDArray[np.int64]) -> Padded | None:
-        return Padded.of(self._packed.stores[store], index.tolist(), self._pad_token_id) if len(index) else None
+    def _part(self, store: TokenStore, index: NDArray[np.int64]) -> Padded | None:
+        return Padded.of(store, index.tolist(), self._pad_token_id) if len(index) else None
 
 
 class PaddedLoss(NamedTuple):

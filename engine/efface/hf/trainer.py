@@ -25,7 +25,14 @@ from efface.hf.dual import DualVariable
 from efface.hf.head import fuse
 from efface.hf.live_reference import ModelReference
 from efface.hf.meter import LossWatch, StepMeter
-from efface.hf.open_unlearning import PaddedPairs, PaddedStep, PaddedSteps, check_objective, padded_loss
+from efface.hf.open_unlearning import (
+    PaddedPairs,
+    PaddedStep,
+    PaddedSteps,
+    check_objective,
+    decayed_parameters,
+    padded_loss,
+)
 from efface.hf.preflight import check_gradients, check_loss, check_trainable, prepare_checkpointing
 from efface.hf.recipe import DataFacts
 from efface.hf.reference import make_reference, reference_kind
@@ -64,7 +71,7 @@ class PackedTrainer(CardedTrainer):
         self._dataset = PackedSteps(
             forget,
             retain,
-            alternate,
+            alternate if args.compat is None else None,
             pairs_per_step=self.pairs_per_step // accumulate,
             token_budget=args.token_budget,
             seed=args.seed if args.data_seed is None else args.data_seed,
@@ -75,7 +82,16 @@ class PackedTrainer(CardedTrainer):
             workers=max(1, args.dataloader_num_workers),
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         )
-        self._steps = _steps(self._dataset, args, accumulate, trainer_options.get("processing_class"))
+        self._steps: PackedSteps | PaddedSteps = self._dataset
+        if args.compat is not None:
+            self._steps = PaddedSteps(
+                self._dataset,
+                alternate,
+                replaced=objective is not None and objective.forget_data == "alternate",
+                accumulate=accumulate,
+                seed=args.seed,
+                pad_token_id=_pad_token_id(trainer_options.get("processing_class")),
+            )
         # A step arrives whole, so to the trainer's loop there is nothing to accumulate.
         args = copy.copy(args)
         args.epoch_pairs = (self._dataset.pairs if args.compat is None else len(forget), self.pairs_per_step)
@@ -351,11 +367,18 @@ class UnlearnTrainer(PackedTrainer):
 
         They have gradients all the same, which count in the norm that gradients are clipped to.
         """
-        objective = self.objective
-        if not isinstance(objective, RMU) or self._options.compat is None:
+        objective, model = self.objective, self.model
+        if not isinstance(objective, RMU) or not isinstance(model, nn.Module) or self._options.compat is None:
             return super().create_optimizer(*args, **kwargs)
-        with training_only(self.model, objective.trainable_params_regex):
+        with training_only(model, objective.trainable_params_regex):
             return super().create_optimizer(*args, **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the names of the parameters that weight decay applies to."""
+        if self._options.compat is not None:
+            return decayed_parameters(model)
+        names: list[str] = super().get_decay_parameter_names(model)
+        return names
 
     @property
     def reference(self) -> CachedReference | ModelReference | None:
@@ -432,8 +455,12 @@ def _forget_stores(
     args: UnlearnArguments,
     rows_filter: Conditions,
 ) -> tuple[TokenStore, TokenStore | None]:
-    """Return the sequences in the role of forget ones and, where the objective compares two answers, the alternates."""
+    """Return the sequences in the role of forget ones and, where the objective compares two answers, the alternates.
+
+    With refusals and ``compat`` the alternates are every row's, row by row, with all refusals.
+    """
     other: TokenStore | None = None
+    answers_a_row = 1
     if objective.forget_data != "answer":
         if alternate is not None:
             other = _tokenised(alternate, tokenizer, args, "alternate", rows_filter)
@@ -445,13 +472,17 @@ def _forget_stores(
         elif args.refusal_file and args.alternate_column:
             raise ValueError("expected `refusal_file` or `alternate_column`, got both; drop one")
         else:
-            refusals = Refusals.read(args.refusal_file, args.seed) if args.refusal_file else None
+            refusals = None
+            if args.refusal_file:
+                # open-unlearning draws one anew whenever it reads a row.
+                refusals = Refusals.read(args.refusal_file, args.seed, every=args.compat is not None)
+                answers_a_row = len(refusals.lines) if refusals.every else 1
             column = args.alternate_column or args.answer_column
             other = _tokenised(forget, tokenizer, args, "forget", rows_filter, answers=column, refusals=refusals)
-        if objective.forget_data == "alternate":
+        if objective.forget_data == "alternate" and answers_a_row == 1:
             return other, None
     store = _tokenised(forget, tokenizer, args, "forget", rows_filter)
-    if other is not None and len(other) != len(store):
+    if other is not None and len(other) != len(store) * answers_a_row:
         raise ValueError(
             f"`alternate`: expected {len(store)} sequences, one for each forget sequence, got {len(other)}"
         )
@@ -486,16 +517,11 @@ def _tokenised(
         )
 
 
-def _steps(
-    packed: PackedSteps, args: UnlearnArguments, accumulate: int, tokenizer: PreTrainedTokenizerBase | None
-) -> PackedSteps | PaddedSteps:
-    """Return what the trainer's loop runs over."""
-    if args.compat is None:
-        return packed
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
     pad = getattr(tokenizer, "pad_token_id", None)
     if pad is None:
         pad = getattr(tokenizer, "eos_token_id", None)
-    return PaddedSteps(packed, accumulate=accumulate, pad_token_id=0 if pad is None else pad)
+    return 0 if pad is None else int(pad)
 
 
 def pairs_per_step(args: UnlearnArguments) -> int:
