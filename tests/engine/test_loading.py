@@ -96,13 +96,13 @@ def test_another_trouble_keeps_its_own_words(client: FakeFiles) -> None:
 def test_the_revision_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {}
 
-    def from_pretrained(name: str, **options: Any) -> str:
+    def from_pretrained(name: str, **options: Any) -> tuple[Any, dict[str, Any]]:
         asked.update(options, name=name)
-        return "a model"
+        return tiny_llama(), {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    assert loading.load_model("me/phi", revision="checkpoint-12") == "a model"
-    assert asked == {"name": "me/phi", "revision": "checkpoint-12", "dtype": "auto"}
+    assert isinstance(loading.load_model("me/phi", revision="checkpoint-12"), transformers.LlamaForCausalLM)
+    assert (asked["name"], asked["revision"], asked["dtype"]) == ("me/phi", "checkpoint-12", "auto")
 
 
 def test_a_path_that_does_not_exist_is_no_name_on_the_hub() -> None:
