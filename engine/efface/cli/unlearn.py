@@ -105,6 +105,7 @@ def make_trainer(
         processing_class=load_tokenizer(command.model, revision=command.revision),
         callbacks=[bar],
     )
+    trainer.check_start()  # before anything is written
     trainer.remove_callback(PrinterCallback)
     trainer.base_model, trainer.revision = command.model, command.revision
     trainer.adapter = _adapter_in_words(adapted, command)

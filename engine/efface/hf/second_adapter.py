@@ -5,6 +5,7 @@ Nothing is merged into the base model, which in half precision would round a you
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,11 +34,16 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 def linear_layers(base: Any) -> list[str]:
     """Return the names of the linear layers but the head, as they were before there were adapters on them."""
     head, layers = base.get_output_embeddings(), adapted_layers(base)
-    plain = {name: module for name, module in base.named_modules() if not any(name.startswith(f"{o}.") for o in layers)}
-    names = []
-    for name, module in plain.items():
+    copied = import_peft().utils.other.AuxiliaryTrainingWrapper  # layers that are trained whole
+    names: list[str] = []
+    closed: list[str] = []
+    for name, module in base.named_modules():
+        if name.startswith(tuple(closed)):
+            continue
+        if module is head or name in layers or isinstance(module, copied):
+            closed.append(f"{name}.")
         layer = module.get_base_layer() if name in layers else module
-        if module is not head and _is_linear(layer):
+        if module is not head and not isinstance(module, copied) and _is_linear(layer):
             names.append(name)
     return names
 
@@ -54,15 +60,21 @@ def attach(base: Any, config: Any, name: str = SECOND) -> None:
     Raises:
         ValueError: a layer to adapt that the model has not.
     """
-    before = {layer: list(layer.active_adapters) for layer in adapted_layers(base).values()}
-    for layer in before:
+    for layer in adapted_layers(base).values():
         for module in layer.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-    import_peft().inject_adapter_in_model(config, base, adapter_name=name)
+    # peft makes the newest adapter the only active one, and switches off copies in modules_to_save with it.
+    active = {module: module._active_adapter for module in base.modules() if "_active_adapter" in vars(module)}  # noqa: SLF001
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        import_peft().inject_adapter_in_model(config, base, adapter_name=name)
+    for module, names in active.items():
+        module._active_adapter = names  # noqa: SLF001
     for layer in adapted_layers(base).values():
-        own = [name] if name in getattr(layer, "lora_A", ()) or name in getattr(layer, "lora_embedding_A", ()) else []
-        layer.set_adapter([*before.get(layer, []), *own])
+        if any(name in getattr(layer, kind, ()) for kind in ("lora_A", "lora_embedding_A")):
+            before = list(layer.active_adapters) if layer in active else []
+            layer._active_adapter = [*before, name]  # noqa: SLF001
     for weight_name, weight in base.named_parameters():
         weight.requires_grad_(name in weight_name.split("."))
 
@@ -123,19 +135,19 @@ def is_second(model: Any) -> bool:
 
 @contextmanager
 def without_second(model: Any) -> Iterator[None]:
-    """Switch the second adapter off; what is trainable is afterwards what it was."""
-    layers = [layer for layer in adapted_layers(base_of(model)).values() if SECOND in layer.active_adapters]
-    trained = [(weight, weight.requires_grad) for weight in model.parameters()]
-    active = [list(layer.active_adapters) for layer in layers]
+    """Switch the second adapter off; what is trainable stays so."""
+    active = {
+        layer: list(layer.active_adapters)
+        for layer in adapted_layers(base_of(model)).values()
+        if SECOND in layer.active_adapters
+    }
     try:
-        for layer, names in zip(layers, active, strict=True):
-            layer.set_adapter([name for name in names if name != SECOND])
+        for layer, names in active.items():
+            layer._active_adapter = [name for name in names if name != SECOND]  # noqa: SLF001 - set_adapter sets free
         yield
     finally:
-        for layer, names in zip(layers, active, strict=True):
-            layer.set_adapter(names)
-        for weight, flag in trained:
-            weight.requires_grad_(flag)
+        for layer, names in active.items():
+            layer._active_adapter = names  # noqa: SLF001
 
 
 class _TwoAdapters:

@@ -351,15 +351,15 @@ class UnlearnTrainer(PackedTrainer):
                 )
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> TrainOutput:  # type: ignore[override]
-        """See ``CardedTrainer.train``.
-
-        Raises:
-            ValueError: a run that does not begin with the model that an "adapter" reference is; a resumed run is not
-                asked.
-        """
-        if not resume_from_checkpoint and isinstance(self._reference, AdapterReference):
-            self._reference.check_start(self._forget_store)
+        """See ``CardedTrainer.train``; a run that is not resumed begins with ``check_start``."""
+        if not resume_from_checkpoint:
+            self.check_start()
         return super().train(resume_from_checkpoint, **options)
+
+    def check_start(self) -> None:
+        """Raise ValueError unless the model as it is now is the one that an "adapter" reference is."""
+        if isinstance(self._reference, AdapterReference):
+            self._reference.check_start(self._forget_store)
 
     @property
     def reference(self) -> CachedReference | ModelReference | None:
