@@ -77,7 +77,7 @@ def initialised(init: Any, model: Any) -> Any:
 
         settings["corda_config"] = CordaConfig(corda_method="kpm")
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=BODY, init_lora_weights=init, **settings)
-    rows = [torch.randint(VOCABULARY, (2, 12)) for _ in range(8)]
+    rows = [torch.randint(VOCABULARY, (1, 12)) for _ in range(8)]
     if init == "corda":
         preprocess_corda(model, config, run_model=lambda: [model(ids) for ids in rows])
     made = peft.get_peft_model(model, config)

@@ -29,16 +29,6 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
-def check_steps(steps: int, pairs: int, pairs_per_step: int) -> None:
-    """Raise ValueError for an epoch without an optimizer step, after which a model would be what it was."""
-    if steps < 1:
-        raise ValueError(
-            f"expected at least one optimizer step an epoch, got none: {pairs} pairs do not fill a step of "
-            f"{pairs_per_step} (pairs_per_step, or per_device_train_batch_size and gradient_accumulation_steps), and "
-            "dataloader_drop_last drops what does not; set that to False, or take smaller steps"
-        )
-
-
 def check_schedule(scheduler: Any, steps: int) -> None:
     """Raise ValueError for a learning rate that is 0 at every one of the steps."""
     if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):

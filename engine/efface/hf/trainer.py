@@ -33,7 +33,6 @@ from efface.hf.preflight import (
     check_gradients,
     check_loss,
     check_schedule,
-    check_steps,
     check_trainable,
     prepare_checkpointing,
 )
@@ -84,7 +83,6 @@ class PackedTrainer(CardedTrainer):
             workers=max(1, args.dataloader_num_workers),
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         )
-        check_steps(len(self._dataset), self._dataset.pairs, self.pairs_per_step)
         self._steps = _steps(self._dataset, args, objective, trainer_options.get("processing_class"))
         # A step arrives whole, so to the trainer's loop there is nothing to accumulate.
         args = copy.copy(args)
