@@ -232,7 +232,7 @@ def test_fusing_keeps_the_state_dict_and_unfusing_the_classes() -> None:
 
 def test_the_saved_adapter_is_an_ordinary_one(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "base")
-    model = adapted(model=AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    model = add_lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), r=4)
     trainer = UnlearnTrainer(
         model,
         arguments(tmp_path, max_steps=3),

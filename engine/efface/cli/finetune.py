@@ -94,7 +94,7 @@ def _parse(argv: Sequence[str]) -> tuple[FinetuneCommand, UnlearnArguments]:
 
 def _load(command: FinetuneCommand, seed: int) -> Any:
     if not command.from_config:
-        return load_model(command.model, revision=command.revision, dtype=command.dtype)
+        return load_model(command.model, revision=command.revision, dtype=command.dtype, trainable=True)
     if command.dtype not in ("auto", "float32"):
         raise ValueError(f"--dtype: weights drawn by --from_config are float32, got {command.dtype!r}; add --bf16 True")
     config = AutoConfig.from_pretrained(command.model, revision=command.revision)

@@ -87,6 +87,10 @@ def carry_out(run: Run) -> int:
 
 def _carry_out(run: Run, console: Console) -> None:
     args, folder = run.args, None
+    if not args.learning_rate > 0:
+        raise ValueError(
+            f"--learning_rate: expected more than 0, got {args.learning_rate}: the model would be written as it was"
+        )
     bar = ProgressBar(console, run.title)
     with ExitStack() as stack:
         stack.callback(bar.close)

@@ -10,11 +10,13 @@ from transformers import PrinterCallback, set_seed
 from efface.cli.flags import UnlearnCommand, parse, recipe_of, unlearn_parser, with_config
 from efface.cli.progress import ProgressBar
 from efface.cli.run import Run, carry_out
+from efface.hf.adapted_head import base_of
 from efface.hf.adapters import add_lora, check_mergeable, merged
 from efface.hf.arguments import UnlearnArguments
 from efface.hf.fingerprint import fingerprint
-from efface.hf.loading import load_model, load_tokenizer
+from efface.hf.loading import MAIN, load_model, load_tokenizer
 from efface.hf.recipe import command_line
+from efface.hf.second_adapter import is_second
 from efface.hf.templates import get_template
 from efface.hf.trainer import PackedTrainer, UnlearnTrainer
 from efface.objectives import Objective
@@ -30,9 +32,11 @@ def _adapted(model: Any, command: UnlearnCommand, seed: int) -> Any:
     if command.lora_r is None:
         given = {"alpha": command.lora_alpha, "dropout": command.lora_dropout, "target": command.lora_target}
         unused = [f"--lora_{name}" for name, value in given.items() if value]
-        unused += ["--merge_adapter"] if command.merge_adapter else []
+        unused += ["--merge_adapter"] if command.merge_adapter and base_of(model) is model else []
         if unused:
             raise ValueError(f"{', '.join(unused)}: expected --lora_r, the rank of the adapter, got none")
+        if command.merge_adapter:
+            check_mergeable(model)
         return model
     set_seed(seed)  # the adapter's first weights are drawn
     model = add_lora(
@@ -41,10 +45,25 @@ def _adapted(model: Any, command: UnlearnCommand, seed: int) -> Any:
         alpha=command.lora_alpha,
         dropout=command.lora_dropout,
         target=command.lora_target or (),
+        revision=None if command.revision == MAIN else command.revision,
     )
     if command.merge_adapter:
         check_mergeable(model)
     return model
+
+
+def _adapter_in_words(adapted: Any, command: UnlearnCommand) -> str | None:
+    """Return which adapter of the model is trained on what, and what is saved."""
+    if base_of(adapted) is adapted:
+        return None
+    saved = "saved merged into its base" if command.merge_adapter else "saved as an adapter of its base"
+    if command.lora_r is None:
+        return f"that of {command.model!r}, trained further; {saved}"
+    if not is_second(adapted):
+        return f"LoRA of rank {command.lora_r}; {saved}"
+    if not command.merge_adapter:
+        saved = "saved as one adapter, of the ranks' sum, on the base of the first"
+    return f"a second LoRA of rank {command.lora_r} on that of {command.model!r}, which is frozen; {saved}"
 
 
 def _reference_model(command: UnlearnCommand) -> Any:
@@ -66,13 +85,14 @@ def make_trainer(
         The trainer, and the fingerprints of the models that it began with.
     """
     args.disable_tqdm = True
-    model = load_model(command.model, revision=command.revision, dtype=command.dtype)
+    model = load_model(command.model, revision=command.revision, dtype=command.dtype, trainable=True)
     models: dict[str, str | None] = {"weights": fingerprint(model).hex(), "reference_weights": None}
     reference_model = _reference_model(command)
     if reference_model is not None:
         models["reference_weights"] = fingerprint(reference_model).hex()
+    adapted = _adapted(model, command, args.seed)
     trainer = UnlearnTrainer(
-        _adapted(model, command, args.seed),
+        adapted,
         args,
         forget=command.forget,
         retain=command.retain,
@@ -85,8 +105,10 @@ def make_trainer(
         processing_class=load_tokenizer(command.model, revision=command.revision),
         callbacks=[bar],
     )
+    trainer.check_start()  # before anything is written
     trainer.remove_callback(PrinterCallback)
     trainer.base_model, trainer.revision = command.model, command.revision
+    trainer.adapter = _adapter_in_words(adapted, command)
     return trainer, models
 
 
@@ -120,7 +142,9 @@ def run(argv: Sequence[str]) -> int:
 
     def make(bar: ProgressBar) -> tuple[PackedTrainer, dict[str, Any]]:
         trainer, models = make_trainer(command, args, objective, bar)
-        adapter = {name: value for name, value in vars(command).items() if name.startswith("lora_")}
+        adapter: dict[str, Any] = {name: value for name, value in vars(command).items() if name.startswith("lora_")}
+        if base_of(trainer.model) is not trainer.model:
+            adapter["is"] = trainer.adapter
         return trainer, {"model": models, "adapter": adapter}
 
     def before_saving(trainer: PackedTrainer) -> None:

@@ -1,5 +1,7 @@
 """What stands where the ``lm_head`` was once peft has been there, as the linear layer that it amounts to."""
 
+import importlib
+import importlib.util
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -48,6 +50,17 @@ class ServedHead:
 def peft_loaded() -> ModuleType | None:
     """Return peft if it has been imported; a model with adapters cannot be there without it."""
     return sys.modules.get("peft")
+
+
+def import_peft() -> Any:
+    """Return peft.
+
+    Raises:
+        ImportError: it is not installed; says how.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError("LoRA needs the package peft, which is not installed; pip install 'efface[lora]'")
+    return importlib.import_module("peft")
 
 
 def base_of(model: Any) -> Any:

@@ -138,6 +138,19 @@ class UnlearnArguments(TrainingArguments):
             )
         self._check_warmup()
         self._check_compat()
+        self._check_length()
+
+    def _check_length(self) -> None:
+        # transformers takes max_steps=0 for "as many as the epochs have", and trains nothing in 0 epochs.
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(
+                f"`max_steps`: expected at least 1 optimizer step, or -1 for num_train_epochs, got {self.max_steps}"
+            )
+        if self.max_steps == -1 and not self.num_train_epochs > 0:
+            raise ValueError(
+                f"`num_train_epochs`: expected more than 0, got {self.num_train_epochs}: without an optimizer step the "
+                "model would be what it was"
+            )
 
     def _meet(self) -> None:
         """Let processes on CPUs meet under ``ddp_timeout``, too; transformers gives it to those on GPUs alone."""

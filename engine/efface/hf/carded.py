@@ -32,6 +32,7 @@ class CardedTrainer(ResumableTrainer):
         pairs_per_step: pairs of an optimizer step, on all processes together.
         base_model: the name of the model before training.
         revision: of the base model.
+        adapter: in words, which adapter is trained on what, and what is saved; None without one.
         command: the command line that started the run, if one did.
         reference_kind: "cached" or "live", for objectives with a reference.
         not_pushed: after ``train()``, the errors of checkpoints that are not on the Hub, by step.
@@ -40,6 +41,7 @@ class CardedTrainer(ResumableTrainer):
     objective: Objective | None
     pairs_per_step: int
     revision = "main"
+    adapter: str | None = None
     command: str | None = None
     reference_kind: str | None = None
     _saved = False  # while what is in the output folder is pushed: it need not be written again
@@ -73,6 +75,7 @@ class CardedTrainer(ResumableTrainer):
             command=self.command,
             processes=args.world_size,
             versions=versions(),
+            adapter=self.adapter,
         )
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> TrainOutput:  # type: ignore[override]

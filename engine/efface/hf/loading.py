@@ -1,12 +1,16 @@
 """Models and tokenizers by name and revision, from folders and from the Hub."""
 
 import importlib.util
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from efface.hf.saved_adapter import load_adapted
 
 MAIN = "main"
 _WEIGHTS = (".safetensors", ".bin")
@@ -30,29 +34,85 @@ def load_model(
     revision: str = MAIN,
     dtype: str = "auto",
     load_in_8bit: bool = False,
+    trainable: bool = False,
     client: HubFiles | None = None,
 ) -> Any:
-    """Load a causal language model.
+    """Load a causal language model: all of its weights from the checkpoint, and all of the checkpoint.
+
+    A saved adapter comes as a ``peft.PeftModel`` around its base model, with the very weights that were trained: one
+    of a base in half precision stays in float32, one with added tokens finds room for them.
 
     Args:
         name: a folder, or a name on the Hub.
         revision: a branch, tag or commit; of a folder, a checkpoint in it, such as "checkpoint-12".
         dtype: auto (as saved), float32, bfloat16 or float16.
         load_in_8bit: quantise all linear layers but the head, by bitsandbytes; for models that are not trained.
+        trainable: whether a saved adapter can be trained further; a whole model always can.
         client: the Hub; None is the real one.
 
     Raises:
-        ImportError: ``load_in_8bit`` without bitsandbytes.
-        FileNotFoundError: no such folder, or no weights in this revision; lists the revisions that there are.
+        ImportError: ``load_in_8bit`` without bitsandbytes; an adapter without peft.
+        FileNotFoundError: no such folder, no weights in this revision (lists the revisions that there are), or no base
+            model of an adapter.
+        ValueError: weights that are not those of the config, or of the adapter's base model; an adapter that cannot be
+            read back as it was trained.
         OSError: whatever else the Hub says.
     """
 
     def load(source: str | Path, **options: Any) -> Any:
+        if (found := find_adapter_config_file(str(source), **options)) is not None:
+            if Path(found).with_name("config.json").is_file():
+                raise ValueError(
+                    f"model {name!r}: expected a whole model or an adapter, got both config.json and "
+                    "adapter_config.json in one folder; keep each in a folder of its own"
+                )
+            return load_adapted(Path(found).parent, base_at, trainable=trainable)
         if load_in_8bit:
             options["quantization_config"] = _in_8bit()
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        return _load_whole(source, name, dtype=dtype, **options)
+
+    def base_at(base: str, base_revision: str) -> Any:
+        return load_model(base, revision=base_revision, dtype=dtype, load_in_8bit=load_in_8bit, client=client)
 
     return _load(load, name, revision, client)
+
+
+def _load_whole(source: str | Path, name: str, **options: Any) -> Any:
+    """Load what is no adapter; transformers itself only warns of weights that it had to draw or to leave out."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    model, found = loaded
+    if problems := _problems(found, model.config):
+        raise ValueError(
+            f"model {name!r}: its weights are not those of a {type(model).__name__} with its config.json: "
+            f"{'; '.join(problems)}. Check num_hidden_layers and the sizes in config.json, or get the files again"
+        )
+    return model
+
+
+def _problems(found: Mapping[str, Any], config: Any) -> list[str]:
+    """Return what is wrong with weights as transformers found them, which has left out tied and optional ones."""
+    lists = {
+        "not in the checkpoint, so random": sorted(found["missing_keys"]),
+        "in the checkpoint, but not in the model": sorted(found["unexpected_keys"]),
+        "of another shape": [
+            f"{key} {tuple(saved)} instead of {tuple(own)}" for key, saved, own in sorted(found["mismatched_keys"])
+        ],
+        "that could not be read": [str(error) for error in found.get("error_msgs") or ()],
+    }
+    if config.get_text_config() is not config or getattr(config, "vision_config", None) is not None:
+        unused = "in the checkpoint, but not in the model"
+        lists[unused] = [key for key in lists[unused] if not _OTHER_SENSES.search(key)]
+    return [
+        f"{len(keys)} {'tensor' if len(keys) == 1 else 'tensors'} {fault} ({keys[0]}{', ...' if len(keys) > 1 else ''})"
+        for fault, keys in lists.items()
+        if keys
+    ]
+
+
+_OTHER_SENSES = re.compile(r"(^|\.)(vision|visual|audio|image|multi_modal)")
+"""Parts of a checkpoint that the causal language model of a composite configuration does not have."""
 
 
 def _in_8bit() -> BitsAndBytesConfig:

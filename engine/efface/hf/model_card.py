@@ -69,6 +69,7 @@ def _body(name: str, recipe: Recipe, metrics: dict[str, float], step: int) -> st
     sections = [
         f"# {name}",
         f"Made with efface {recipe.versions['efface']}: {made}.",
+        f"Adapter: {recipe.adapter}." if recipe.adapter else "",
         "## Objective\n\n" + _table(("parameter", "value"), _rows(recipe.objective)),
         "## Data\n\n" + _table(("set", "source", "rows", "fingerprint of the tokens", "filter"), data),
         "## Hyperparameters\n\n" + _table(("name", "value"), _rows({**recipe.plan, **recipe.arguments})),

@@ -30,6 +30,22 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
+def check_schedule(scheduler: Any, steps: int) -> None:
+    """Raise ValueError for a learning rate that is 0 at every one of the steps."""
+    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        learns = any(rate != 0 and factor(step) != 0 for rate, factor in rates for step in range(steps))
+    else:
+        groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", None)
+        learns = groups is None or any(group["lr"] != 0 or group.get("initial_lr", 0) != 0 for group in groups)
+    if not learns:
+        raise ValueError(
+            f"expected a learning rate above 0, got one that is 0 at every step of the run ({steps}), which would "
+            "leave the model as it was; set learning_rate, and a warm-up (warmup_steps, warmup_epochs) shorter than "
+            "the run"
+        )
+
+
 def check_loss(loss: Tensor) -> None:
     """Raise ValueError for a loss that no gradient can go back from."""
     if torch.is_grad_enabled() and not loss.requires_grad:

@@ -95,6 +95,7 @@ class Recipe:
     command: str | None
     processes: int
     versions: dict[str, str]
+    adapter: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""

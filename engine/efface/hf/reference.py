@@ -70,6 +70,14 @@ def make_reference(
         ValueError: a kind that the policy or a ``reference_model`` does not go with; as ``CachedReference``.
     """
     device = policy.device if device is None else device
+    if reference_model is not None and not {*map(id, reference_model.parameters())}.isdisjoint(
+        map(id, policy.parameters())
+    ):
+        raise ValueError(
+            "`reference_model`: expected a model of its own, got one that shares weights with the policy, which are "
+            "trained or lie under its adapters; load it a second time, or leave it out: then it is the policy as it is "
+            "now"
+        )
     if kind == "adapter":
         if reference_model is not None:
             raise ValueError(

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from accelerate.data_loader import DataLoaderShard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput
 
 from efface.batching import Role, Step, TokenStore
 from efface.hf.activations import find_module, train_only, training_only
 from efface.hf.adapted_head import base_of
+from efface.hf.adapters import AdapterReference
 from efface.hf.arguments import UnlearnArguments
 from efface.hf.cached_reference import CachedReference, ReferenceCallback
 from efface.hf.callbacks import TrainerBound
@@ -33,7 +36,13 @@ from efface.hf.open_unlearning import (
     decayed_parameters,
     padded_loss,
 )
-from efface.hf.preflight import check_gradients, check_loss, check_trainable, prepare_checkpointing
+from efface.hf.preflight import (
+    check_gradients,
+    check_loss,
+    check_schedule,
+    check_trainable,
+    prepare_checkpointing,
+)
 from efface.hf.recipe import DataFacts
 from efface.hf.reference import make_reference, reference_kind
 from efface.hf.rows import Conditions
@@ -134,6 +143,16 @@ class PackedTrainer(CardedTrainer):
         steps = list(itertools.islice(epoch_iterator, num_batches))
         self.meter.clock.end("data")
         return steps, None
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the schedule.
+
+        Raises:
+            ValueError: a learning rate that is 0 at every step.
+        """
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        check_schedule(scheduler, num_training_steps)
+        return scheduler
 
     @property
     def steps_per_epoch(self) -> int:
@@ -341,6 +360,7 @@ class UnlearnTrainer(PackedTrainer):
         if alternate_store is not None:
             self.data["alternate"] = DataFacts.of(forget if alternate is None else alternate, alternate_store)
         self.reference_kind = kind
+        self._forget_store = forget_store
         if isinstance(objective, PDU) and objective.primal_dual:
             self._dual = DualVariable(self, retain_store, self._steps if isinstance(self._steps, PaddedSteps) else None)
             self.add_callback(self._dual)
@@ -361,6 +381,17 @@ class UnlearnTrainer(PackedTrainer):
                     cache=args.reference_cache,
                     progress=self._tell_reference,
                 )
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> TrainOutput:  # type: ignore[override]
+        """See ``CardedTrainer.train``; a run that is not resumed begins with ``check_start``."""
+        if not resume_from_checkpoint:
+            self.check_start()
+        return super().train(resume_from_checkpoint, **options)
+
+    def check_start(self) -> None:
+        """Raise ValueError unless the model as it is now is the one that an "adapter" reference is."""
+        if isinstance(self._reference, AdapterReference):
+            self._reference.check_start(self._forget_store)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the optimizer; with ``compat``, RMU's frozen parameters are those that it does not know.

@@ -16,7 +16,7 @@ from efface.evaluate.audit.summary import Figures, summary
 from efface.evaluate.audit.unchanged import unchanged
 from efface.evaluate.audit.view import View
 from efface.evaluate.task import RowResult
-from efface.hf.adapters import add_lora
+from efface.hf.adapters import with_fresh_lora
 from efface.hf.arguments import UnlearnArguments
 from efface.hf.templates import encode
 from efface.hf.trainer import FinetuneTrainer
@@ -36,7 +36,8 @@ class Relearn(View):
         steps: optimizer steps.
         batch: rows of a step.
         learning_rate: constant.
-        lora_r: rank, to train an adapter instead of all weights; needs peft, and less memory.
+        lora_r: rank, to train an adapter instead of all weights; needs peft, and less memory. A model with adapters
+            keeps them, frozen, beside it.
         seed: of the draw and of the training.
     """
 
@@ -93,12 +94,12 @@ class Relearn(View):
         """Hand out the exam of the model as it is after training on the rows."""
         questions, answers = [row.question for row in rows], [row.answer for row in rows]
         store = encode(exam.tokenizer, questions, answers, template=exam.template)
-        with unchanged(exam.model), contextlib.ExitStack() as stack:
+        with unchanged(exam.model):
             model: Any = exam.model
-            model.requires_grad_(True)
-            if self.lora_r is not None:
-                model = add_lora(model, r=self.lora_r)
-                stack.callback(model.unload)
+            if self.lora_r is None:
+                model.requires_grad_(True)
+            else:
+                model = with_fresh_lora(model, r=self.lora_r)
             with tempfile.TemporaryDirectory() as nothing:  # a trainer makes its folder at once
                 trainer = FinetuneTrainer(model, self._arguments(nothing, exam), data=store)
                 trainer.remove_callback(transformers.PrinterCallback)
