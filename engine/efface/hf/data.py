@@ -1,6 +1,6 @@
 """Token stores from question-answer data: what a trainer takes as its sets, tokenised once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from efface.batching import TokenStore
-from efface.batching.store import Chunk
+from efface.batching.store import Chunk, Taken
 from efface.hf import token_cache
 from efface.hf.rows import Conditions, Rows, column, load_rows, local_file, matching, parse_conditions, text_batches
 from efface.hf.templates import AUTO, Template, encode_batches, get_template, probe
@@ -104,7 +104,7 @@ def token_store(
     chosen = get_template(template, tokenizer, system_prompt=system_prompt, date_string=date_string)
     source = f"{name} data {str(data)!r}" if isinstance(data, (str, Path)) else f"{name} data"
 
-    def chunks(rows: Rows) -> Iterator[Chunk]:
+    def chunks(rows: Rows) -> tuple[Iterable[Chunk], Taken]:
         if not len(rows):
             raise ValueError(empty)
         question, answer = _column_names(rows, question_column, answer_column, chosen)
@@ -112,7 +112,8 @@ def token_store(
         batches = text_batches(rows, question, answer, source=source, numbers=numbers, documents=chosen.documents)
         if refusals is not None:
             batches = ((where, questions, refusals.answers(where)) for where, questions, _ in batches)
-        return encode_batches(tokenizer, batches, template=chosen, max_length=max_length)
+        taken = Taken(len(rows) if numbers is None else len(numbers), len(rows))
+        return encode_batches(tokenizer, batches, template=chosen, max_length=max_length), taken
 
     def key(identity: Sequence[str]) -> str:
         return token_cache.digest(
@@ -131,7 +132,7 @@ def token_store(
     if isinstance(rows, datasets.Dataset):
         content = key(["dataset", rows._fingerprint])  # noqa: SLF001 - datasets' own name for its content
         return token_cache.stored(content, lambda: chunks(rows), cache_dir)
-    return TokenStore(chunks(rows))
+    return TokenStore(*chunks(rows))
 
 
 def _column_names(rows: Rows, question: str | None, answer: str | None, template: Template) -> tuple[str | None, str]:

@@ -23,6 +23,7 @@ from efface.objectives import Objective
 _WATCHING = (
     *("output_dir", "overwrite_output_dir", "run_name", "disable_tqdm", "report_to", "project", "trackio_space_id"),
     *("resume_from_checkpoint", "do_train", "do_eval", "do_predict", "prediction_loss_only", "token_cache"),
+    "allow_overlap",
     *("include_num_input_tokens_seen", "include_tokens_per_second", "skip_memory_metrics", "load_best_model_at_end"),
     *("restore_callback_states_from_checkpoint", "revision_per_checkpoint", "local_rank", "greater_is_better"),
     *("metric_for_best_model", "batch_eval_metrics", "enable_jit_checkpoint", "push_to_hub", "debug"),

@@ -26,6 +26,7 @@ from efface.hf.head import fuse
 from efface.hf.live_reference import ModelReference
 from efface.hf.meter import LossWatch, StepMeter
 from efface.hf.open_unlearning import PaddedPairs, PaddedSteps, padded_loss
+from efface.hf.overlap import refuse_overlap
 from efface.hf.preflight import check_gradients, check_loss, check_trainable, prepare_checkpointing
 from efface.hf.recipe import DataFacts
 from efface.hf.reference import make_reference, reference_kind
@@ -244,8 +245,8 @@ class UnlearnTrainer(PackedTrainer):
 
     Raises:
         FileNotFoundError: a data file that does not exist.
-        ValueError: an empty forget set, a missing column, a row without a label, a token outside the vocabulary, a
-            reference that the objective cannot do with.
+        ValueError: an empty forget set, a missing column, a row without a label, a token outside the vocabulary, rows
+            in both sets without ``args.allow_overlap``, a reference that the objective cannot do with.
         FloatingPointError: from ``train()``, a loss that is not finite, with the step.
     """
 
@@ -385,11 +386,18 @@ def unlearning_stores(
     retain_filter: Conditions = None,
     alternate: QuestionAnswers | None = None,
 ) -> tuple[TokenStore, TokenStore, TokenStore | None]:
-    """Return the forget, retain and alternate sequences of a run; no retain ones where the objective reads none."""
+    """Return the forget, retain and alternate sequences of a run; no retain ones where the objective reads none.
+
+    Raises:
+        ValueError: as of ``UnlearnTrainer``; rows in the forget and the retain set, without ``args.allow_overlap``.
+    """
     forget_store, alternate_store = _forget_stores(objective, forget, alternate, tokenizer, args, forget_filter)
     retain_store = TokenStore.empty()
     if retain is not None and objective.reads_retain():
         retain_store = _tokenised(retain, tokenizer, args, "retain", retain_filter)
+    if not args.allow_overlap:
+        # Where other answers are trained in place of the rows' own, a row is told by its question.
+        refuse_overlap(forget_store, retain_store, prompts=objective.forget_data == "alternate")
     return forget_store, retain_store, alternate_store
 
 
