@@ -1,10 +1,13 @@
 """Rows of text: read from files, the Hub and objects in memory, and filtered by their columns."""
 
 import difflib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,6 +26,7 @@ _ROWS_AT_A_TIME = 1000
 _DOCUMENTS_AT_A_TIME = 16  # books of some 1 MB each
 _SHOWN_VALUES = 10
 _LOOKED_AT_VALUES = 10_000  # for what was meant by a value that no row has
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def local_file(source: str | Path) -> Path | None:
@@ -68,6 +72,64 @@ def load_rows(source: str | Path) -> Rows:
     except ValueError as error:
         raise ValueError(f"{str(source)!r}: {error}; name it as {name}:config:split") from error
     return rows
+
+
+def as_text(value: Any) -> str | None:
+    """Return a value as the text that it was written as; None for a missing one.
+
+    ======================================================  ====================================================
+    value                                                   text
+    ======================================================  ====================================================
+    str                                                     itself; refused with half of a surrogate pair
+    int, NumPy integer                                      its digits
+    Decimal                                                 its digits; refused where it has an exponent
+    None, NaN of any type, pandas' NA and NaT, NumPy's NaT  missing
+    float, NumPy float                                      refused: 1984.0 may be 1984 in a column with gaps
+    bool, NumPy bool                                        refused: true, True, yes or 1
+    date, time, bytes, list, mapping, array, all others     refused
+    ======================================================  ====================================================
+
+    Every place that reads text from rows goes by this one table. Files of text have text alone: a CSV field is the
+    characters of the file, and so is a number in JSON (``1.10``, ``1e3``).
+
+    Raises:
+        ValueError: a value whose text is not known; the message says what it is and what to do.
+    """
+    if isinstance(value, str):
+        text = str.__str__(value)  # of a subclass, the characters: an Enum's own __str__ returns the member's name
+        if not text.isascii() and (half := _SURROGATE.search(text)):
+            raise ValueError(
+                f"got text with half of a surrogate pair (U+{ord(half[0]):04X} at character {half.start()}), as is "
+                "left of an emoji that was cut; correct it"
+            )
+        return text
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):  # pandas', which need not be installed
+        return None
+    if isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"got bool, which could be spelled {str(value).lower()}, {value}, …; write it as text")  # noqa: TRY004 - a value of the data
+    if isinstance(value, (int, np.integer)):
+        return str(int(value))
+    if isinstance(value, (float, np.floating, Decimal)):
+        if value != value:  # noqa: PLR0124 - NaN
+            return None
+        if isinstance(value, Decimal) and value.is_finite() and "E" not in str(value):
+            return str(value)
+        raise ValueError(f"got {type(value).__name__} {value}, whose spelling is not known; write it as text")
+    if isinstance(value, (np.datetime64, np.timedelta64)) and np.isnat(value):
+        return None
+    raise ValueError(f"got {_kind(value)}")
+
+
+def _kind(value: Any) -> str:
+    """What a value that is no text is, and the remedy."""
+    name = type(value).__name__
+    if isinstance(value, (date, time, timedelta, np.datetime64, np.timedelta64)):  # datetimes are dates
+        return f"{name} {value}, whose spelling is not known; write it as text"
+    if isinstance(value, (bytes, bytearray)):
+        return f"{name}; decode it"
+    if isinstance(value, (list, tuple)) and value and all(isinstance(turn, Mapping) for turn in value):
+        return f"{name} of {len(value)} mappings, as a chat is; make a column of questions and one of answers of it"
+    return f"{name}; drop the row, or name another column"
 
 
 def check_columns(rows: Rows, names: Sequence[str], source: str) -> None:
@@ -183,27 +245,26 @@ def _wanted(name: str, value: Any) -> Condition:
 
 
 def _spellings(value: Any) -> tuple[str, ...]:
-    """How a value may be written, each of which can mean nothing else in a column of its type.
+    """How a condition may write a value: as ``as_text`` has it, or in ways that can mean nothing else in its column.
 
-    Text is written as it is. None, which is no value, is written as nothing. 3.0 is also 3 (an integer column with
-    gaps is one of floats to many readers), and True is also true.
+    A missing value is written as nothing. True is also true. 3.0 is also 3: to many readers an integer column with gaps
+    is one of floats. A date is written as in ISO 8601, a time of day after a T or a space.
 
     Raises:
-        TypeError: a list or a mapping, which no condition names.
+        ValueError: a value that no condition can name, such as a list.
     """
-    if isinstance(value, str):
-        return (value,)
-    if value is None:
-        return ("",)
     if isinstance(value, np.generic):
-        return _spellings(value.item())
+        value = value.item()
     if isinstance(value, bool):
         return (str(value).lower(), str(value))
-    if isinstance(value, float) and value.is_integer():
-        return (str(value), str(int(value)))
-    if isinstance(value, (Mapping, list, tuple, set, bytes)):
-        raise TypeError(f"expected a value that can be written, got {type(value).__name__}")
-    return (str(value),)
+    if isinstance(value, float) and math.isfinite(value):
+        return (str(value), str(int(value))) if value.is_integer() else (str(value),)
+    if isinstance(value, (date, time)):
+        return (str(value), value.isoformat())
+    if isinstance(value, Decimal) and value.is_finite():
+        return (str(value),)
+    text = as_text(value)
+    return ("",) if text is None else (text,)
 
 
 def matching(rows: Rows, conditions: Sequence[Condition], source: str) -> NDArray[np.int64] | None:
@@ -223,8 +284,8 @@ def matching(rows: Rows, conditions: Sequence[Condition], source: str) -> NDArra
         for name, values in zip(names, columns, strict=True):
             try:
                 hits = [wanted[name].intersection(_spellings(value)) for value in values]
-            except TypeError as error:
-                raise ValueError(f"{source}: column {name!r}: {error}; filter by another column") from error
+            except ValueError as error:
+                raise ValueError(f"{source}: expected values to filter by in column {name!r}, {error}") from None
             seen[name].update(*hits)
             for condition in conditions:
                 if condition.column == name:
@@ -308,14 +369,16 @@ def text_batches(
 
 
 def _text(value: Any, row: int, name: str, source: str) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, (int, float)):  # a CSV column of years is read as numbers
-        return str(value)
-    raise ValueError(
-        f"{source}, row {row}: expected text in column {name!r}, got {type(value).__name__}; drop the row, or name "
-        "another column"
-    )
+    try:
+        text = as_text(value)
+    except ValueError as error:
+        raise ValueError(f"{source}, row {row}: expected text in column {name!r}, {error}") from None
+    if text is None:
+        got = "NoneType" if value is None else f"{type(value).__name__} {value}, a missing value"
+        raise ValueError(
+            f"{source}, row {row}: expected text in column {name!r}, got {got}; drop the row, or name another column"
+        )
+    return text
 
 
 def _columns(
