@@ -185,9 +185,9 @@ def parse_conditions(conditions: Conditions) -> tuple[Condition, ...]:
     else:
         parsed = tuple(map(_parse, [conditions] if isinstance(conditions, str) else conditions))
     for condition in parsed:
-        for value, count in Counter(condition.values).items():
-            if count > 1:
-                raise ValueError(f"row filter {str(condition)!r}: expected each value once, got {value!r} {count} times")
+        value, count = Counter(condition.values).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"row filter {str(condition)!r}: expected each value once, got {value!r} {count} times")
     for one, other in combinations(parsed, 2):
         if one.column == other.column:
             _check_together(one, other)
@@ -253,11 +253,11 @@ def _spellings(value: Any) -> tuple[str, ...]:
     Raises:
         ValueError: a value that no condition can name, such as a list.
     """
-    if isinstance(value, np.generic):
+    if isinstance(value, (np.bool_, np.integer, np.floating)):
         value = value.item()
     if isinstance(value, bool):
         return (str(value).lower(), str(value))
-    if isinstance(value, float) and math.isfinite(value):
+    if isinstance(value, float) and not math.isnan(value):
         return (str(value), str(int(value))) if value.is_integer() else (str(value),)
     if isinstance(value, (date, time)):
         return (str(value), value.isoformat())

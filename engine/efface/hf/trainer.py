@@ -119,6 +119,11 @@ class PackedTrainer(CardedTrainer):
         self.meter.clock.end("data")
         return steps, None
 
+    def _tell_data(self) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ReferenceCallback):
+                callback.on_data(self.data)
+
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch."""
@@ -306,7 +311,10 @@ class UnlearnTrainer(PackedTrainer):
         if keep:
             self.data["retain"] = DataFacts.of(retain, retain_store, retain_filter)
         if alternate_store is not None:
-            self.data["alternate"] = DataFacts.of(forget if alternate is None else alternate, alternate_store)
+            self.data["alternate"] = DataFacts.of(
+                forget if alternate is None else alternate, alternate_store, forget_filter
+            )
+        self._tell_data()
         self.reference_kind = kind
         if isinstance(objective, PDU) and objective.primal_dual:
             self._dual = DualVariable(self, retain_store)
@@ -373,6 +381,7 @@ class FinetuneTrainer(PackedTrainer):
             **trainer_options,
         )
         self.data = {"training": DataFacts.of(data, store, data_filter)}
+        self._tell_data()
 
 
 def unlearning_stores(
