@@ -172,11 +172,11 @@ def test_bad_rows_are_explained() -> None:
         audit_rows([])
     with pytest.raises(ValueError, match=r"row 0: expected text in column 'answer', got ' '"):
         row("Who?", " ")
-    with pytest.raises(ValueError, match=r"row 0: expected text in column 'question', got 3"):
-        audit_rows([{"question": 3, "answer": "x"}])
+    with pytest.raises(ValueError, match=r"row 0: expected text in column 'question', got float 3.0"):
+        audit_rows([{"question": 3.0, "answer": "x"}])
     with pytest.raises(ValueError, match=r"row 0: language: expected one of en, .* got 'xx'"):
         row("Who?", "Ada.", language="xx")
-    with pytest.raises(ValueError, match=r"row 0: expected texts in column 'perturbed_answer', got \('a', None\)"):
+    with pytest.raises(ValueError, match=r"row 0: expected text in column 'perturbed_answer', item 1, got NoneType"):
         row("Who?", "Ada.", perturbed_answer=["a", None])
     with pytest.raises(ValueError, match=r"view 'choice': .* got none in 1 of 2 rows \(row 1 first\)"):
         Choice().probes([row("Who?", "Ada.", perturbed_answer=["Bo."]), row("Who?", "Ada.")])

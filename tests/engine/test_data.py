@@ -124,7 +124,7 @@ def test_bad_columns() -> None:
     tokenizer = tiny_tokenizer()
     with pytest.raises(ValueError, match="expected a column 'reply', got 'question', 'answer'"):
         token_store(TEXTS, tokenizer, name="forget", answer_column="reply")
-    with pytest.raises(ValueError, match="some rows have no column 'answer'"):
+    with pytest.raises(ValueError, match="forget data, row 1: expected a column 'answer'; add it"):
         token_store([TEXTS[0], {"question": "Who?"}], tokenizer, name="forget")
     with pytest.raises(ValueError, match=r"forget data, row 1: expected text in column 'answer', got list"):
         token_store([TEXTS[0], {"question": "Who?", "answer": ["a", "b"]}], tokenizer, name="forget")

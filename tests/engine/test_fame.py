@@ -149,7 +149,7 @@ def test_wrong_filters_and_columns() -> None:
         forget_filter="language=en",
     )
     refused(
-        "row 0: expected a list of false answers",
+        "row 0: expected a list of texts in column 'perturbed_answer', got str",
         [{**ROWS[0], "perturbed_answer": "no"}, ROWS[1]],
         forget_filter="topic_id=2",
     )

@@ -325,7 +325,9 @@ def test_bad_data_is_explained(few: Path, tokenizer: Any, tmp_path: Path) -> Non
         return folder
 
     refused("row 2: expected a question and answers of text, got '  '", changed("blank", answer="  "))
-    refused("row 2: expected a question and answers of text, got None", changed("none", paraphrased_answer=None))
+    refused(
+        "row 2: expected text in column 'paraphrased_answer', got NoneType", changed("none", paraphrased_answer=None)
+    )
     refused(
         r"equally many false answers in every row, got lengths \[4, 5\]", changed("four", perturbed_answer=["x"] * 4)
     )

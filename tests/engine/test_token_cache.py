@@ -63,7 +63,7 @@ def test_a_second_run_reads_neither_text_nor_tokenizer(
     assert content(first) == content(in_memory)
     assert len(files(cache)) == 1
     monkeypatch.setattr(type(tokenizer), "__call__", Unread())
-    monkeypatch.setattr(data, "load_rows", Unread())
+    monkeypatch.setattr(data, "FileRows", Unread())
     second = token_store(source, tokenizer, name="retain")
     assert content(second) == content(in_memory)
     moved = source.rename(source.with_name("moved.jsonl"))
@@ -71,7 +71,7 @@ def test_a_second_run_reads_neither_text_nor_tokenizer(
     assert len(files(cache)) == 1
 
 
-def test_a_data_set_is_known_by_its_fingerprint(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_is_known_by_its_content(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny_tokenizer()
     first = token_store(datasets.Dataset.from_list(TEXTS), tokenizer, name="forget")
     token_store(datasets.Dataset.from_list(TEXTS[1:]), tokenizer, name="forget")

@@ -90,23 +90,27 @@ def _data(command: UnlearnCommand, args: UnlearnArguments, objective: Objective,
             "--retain, or set --alpha 0"
         )
     files = {role: local_file(source) for role, (source, _) in sources.items()}
-    rows: dict[str, int] = {}
     of: dict[str, int] = {}
-    for role, (source, conditions) in sources.items():
-        if (file := files[role]) is not None:
-            rows[role], total = _count(file, conditions, args, role)
-            of |= {role: total} if conditions else {}
-        elif (
-            recipe is not None
-            and source == recipe.unlearn.get(role)
-            and conditions == recipe.unlearn.get(f"{role}_filter")
-        ):
-            rows |= {role: recipe.rows[role]} if role in recipe.rows else {}
+
+    def counts() -> dict[str, int]:
+        rows: dict[str, int] = {}
+        for role, (source, conditions) in sources.items():
+            if (file := files[role]) is not None:
+                rows[role], total = _count(file, conditions, args, role)
+                of.update({role: total} if conditions else {})
+            elif (
+                recipe is not None
+                and source == recipe.unlearn.get(role)
+                and conditions == recipe.unlearn.get(f"{role}_filter")
+            ):
+                rows |= {role: recipe.rows[role]} if role in recipe.rows else {}
+        return rows
+
     folder = local_files(command.model, command.revision, "tokenizer_config.json")
     if folder is None:
-        return _Data(rows, of, None, f"the tokenizer of {command.model} is not on this machine")
+        return _Data(counts(), of, None, f"the tokenizer of {command.model} is not on this machine")
     if away := [source for role, (source, _) in sources.items() if files[role] is None]:
-        return _Data(rows, of, None, f"{' and '.join(dict.fromkeys(away))} is on the Hub; give --data or files")
+        return _Data(counts(), of, None, f"{' and '.join(dict.fromkeys(away))} is on the Hub; give --data or files")
     retain = command.retain if "retain" in sources else None
     stores = unlearning_stores(
         objective,

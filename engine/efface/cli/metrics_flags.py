@@ -163,7 +163,7 @@ def read_values(path: str | Path) -> dict[str, float]:
 def _rows(source: str, conditions: list[str] | None) -> Rows:
     rows = load_rows(source)
     numbers = matching(rows, parse_conditions(conditions), source)
-    return rows if numbers is None else rows.select(numbers)  # type: ignore[attr-defined]
+    return rows if numbers is None else [rows[i] for i in numbers.tolist()]
 
 
 def _reading(options: argparse.Namespace) -> Reading:

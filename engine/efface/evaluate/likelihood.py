@@ -16,7 +16,7 @@ from efface.evaluate.logs import FloatArray, SplitLog, truth_ratios
 from efface.evaluate.task import RowResult, Task
 from efface.hf.attention import NAME
 from efface.hf.head import head_of, packed_hidden
-from efface.hf.rows import column
+from efface.hf.rows import optional_texts, text_lists, texts
 from efface.hf.score import budgeted, check_store, scoring
 from efface.hf.templates import AUTO, Template, encode_batches, get_template
 from efface.reference.keys import KEY_BYTES, sequence_keys
@@ -150,9 +150,9 @@ def fill(sizes: Sequence[int], budget: int) -> list[NDArray[np.int64]]:
 def _counts(questions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[int]:
     if len(questions) != len(answers):
         raise ValueError(f"`questions` and `answers`: expected equal lengths, got {len(questions)}, {len(answers)}")
-    for row, texts in enumerate(answers):
-        if isinstance(texts, str) or not texts:
-            raise ValueError(f"row {row}: expected a list of at least one answer, got {texts!r}; drop the row")
+    for row, given in enumerate(answers):
+        if isinstance(given, str) or not given:
+            raise ValueError(f"row {row}: expected a list of at least one answer, got {given!r}; drop the row")
     return [len(texts) for texts in answers]
 
 
@@ -209,20 +209,20 @@ def score_rows(
         truth_ratio: False scores the answers alone.
 
     Raises:
-        ValueError: a missing column, or lists of perturbed answers that differ in length.
+        ValueError: a missing column, a value that has no text, or lists of perturbed answers that differ in length.
     """
-    questions, answers = column(rows, "question", "rows"), column(rows, "answer", "rows")
+    questions, answers = texts(rows, "question", "rows"), texts(rows, "answer", "rows")
     if not truth_ratio:
         logprobs = answer_logprobs(model, tokenizer, questions, answers, template=template, token_budget=token_budget)
         return SplitLog(probability=np.exp(logprobs))
 
-    false_answers = column(rows, "perturbed_answer", "rows")
+    false_answers = text_lists(rows, "perturbed_answer", "rows")
     count = len(false_answers[0]) if false_answers else 0
     if not count or any(len(row) != count for row in false_answers):
         lengths = sorted({len(row) for row in false_answers})
         raise ValueError(f"`perturbed_answer`: expected lists of one length, at least 1, got lengths {lengths}")
-    paraphrases = [row.get("paraphrased_answer", row["answer"]) for row in rows]
-    candidates = [[a, p, *false] for a, p, false in zip(answers, paraphrases, false_answers, strict=True)]
+    paraphrases = optional_texts(rows, "paraphrased_answer", "rows")
+    candidates = [[a, p or a, *false] for a, p, false in zip(answers, paraphrases, false_answers, strict=True)]
     task = AnswerTask(tokenizer, questions, candidates, template=template, token_budget=token_budget)
     logprobs = np.array(_means(model, task), dtype=np.float64)
     return SplitLog(np.exp(logprobs[:, 0]), truth_ratios(logprobs[:, 1], logprobs[:, 2:]))

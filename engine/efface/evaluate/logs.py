@@ -102,8 +102,8 @@ def read_json(path: str | Path, name: str) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{name} {str(path)!r} does not exist; check the path")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # of JSON or of its encoding
         raise ValueError(f"{str(path)!r}: expected a JSON file, got something else ({error})") from error
 
 

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from efface.evaluate.protocol import Protocol
-from efface.hf.rows import Rows, column, load_rows
+from efface.hf.rows import Rows, load_rows, text_lists, texts
 
 HUB = "locuslab/TOFU"
 _FILES = {
@@ -55,7 +56,8 @@ def load_split(data: str | Path | None, split: str, forget_split: str, protocol:
 
     Raises:
         FileNotFoundError: no such folder, or none of the split's names in it.
-        ValueError: a missing column, a row without an answer or with another number of false ones.
+        ValueError: a missing column, a value that has no text, a row without an answer or with another number of false
+            ones.
     """
     name = f"{forget_split}_perturbed" if split == "forget" else _FILES[split]
     source = _source(data, name)
@@ -63,23 +65,25 @@ def load_split(data: str | Path | None, split: str, forget_split: str, protocol:
     wanted = range(len(rows) if protocol.rows is None else min(protocol.rows, len(rows)))
     if not wanted:
         raise ValueError(f"{source}: expected rows to evaluate, got none")
-    columns = {name: column(rows, name, source)[: len(wanted)] for name in ("question", "answer", "perturbed_answer")}
-    paraphrases = column(rows, "paraphrased_answer", source)[: len(wanted)] if split in ("forget", "retain") else None
-    counts = {len(false) if isinstance(false, list) else 0 for false in columns["perturbed_answer"]}
+    numbers = np.arange(len(wanted))
+    questions, answers = texts(rows, "question", source, numbers), texts(rows, "answer", source, numbers)
+    false_answers = text_lists(rows, "perturbed_answer", source, numbers=numbers)
+    paraphrases = texts(rows, "paraphrased_answer", source, numbers) if split in ("forget", "retain") else None
+    counts = {len(false) for false in false_answers}
     if len(counts) != 1 or 0 in counts:
         raise ValueError(
             f"{source}, 'perturbed_answer': expected a list of equally many false answers in every row, got lengths "
             f"{sorted(counts)}"
         )
-    result = TofuRows(source, columns["question"], columns["answer"], paraphrases, columns["perturbed_answer"])
+    result = TofuRows(source, questions, answers, paraphrases, false_answers)
     for row, candidates in enumerate(result.candidates()):
         for text in [result.questions[row], *candidates]:
             _check(text, row, source)
     return result
 
 
-def _check(text: Any, row: int, source: str) -> None:
-    if not isinstance(text, str) or not text.strip():
+def _check(text: str, row: int, source: str) -> None:
+    if not text.strip():
         raise ValueError(f"{source}, row {row}: expected a question and answers of text, got {text!r}; drop the row")
 
 

@@ -1,18 +1,30 @@
 """Token stores from question-answer data: what a trainer takes as its sets, tokenised once."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from efface.batching import TokenStore
 from efface.batching.store import Chunk, Taken
 from efface.hf import token_cache
-from efface.hf.rows import Conditions, Rows, column, load_rows, local_file, matching, parse_conditions, text_batches
+from efface.hf.row_files import FileRows
+from efface.hf.rows import (
+    Conditions,
+    Rows,
+    check_rows,
+    is_table,
+    load_rows,
+    local_file,
+    matching,
+    parse_conditions,
+    present_columns,
+    table_digest,
+    text_batches,
+)
 from efface.hf.templates import AUTO, Template, encode_batches, get_template, probe
 
 # What a trainer takes as a forget or retain set: tokens, a file or Hub name, or rows (a datasets.Dataset is rows).
@@ -32,12 +44,17 @@ class Refusals:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: a file without a line of text.
+            ValueError: a file without a line of text, or of another encoding than UTF-8.
         """
         file = Path(path).expanduser()
         if not file.is_file():
             raise FileNotFoundError(f"refusal file {str(path)!r} does not exist; check the path")
-        lines = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"refusal file {str(path)!r}: expected UTF-8, got {error}; save it as UTF-8") from error
+        # Not splitlines, which ends a line at other characters, too, of which U+2028 is one.
+        lines = tuple(line.strip() for line in text.split("\n") if line.strip())
         if not lines:
             raise ValueError(f"refusal file {str(path)!r}: expected an answer a line, got no text")
         return cls(lines, seed)
@@ -68,7 +85,7 @@ def token_store(
 
     Files, Hub data sets and ``datasets.Dataset`` are tokenised once: the tokens stay in a memory-mapped file under the
     cache folder, found again by the content of the data and of all that made tokens of it. Lists of rows are in memory
-    already, and so are their tokens.
+    already, and so are their tokens, as are those of a ``datasets.Dataset`` with a transform.
 
     Args:
         data: a JSON, JSON-lines, CSV or Parquet file, ``name[:config[:split]]`` on the Hub, rows, or a TokenStore.
@@ -86,8 +103,10 @@ def token_store(
 
     Raises:
         FileNotFoundError: a file that does not exist.
-        TypeError: a mapping, such as a datasets.DatasetDict.
-        ValueError: no tokenizer, a missing column, a filter that leaves no row, an empty set, a row without a label.
+        TypeError: what is not rows, such as a datasets.DatasetDict or a table of pandas.
+        ValueError: no tokenizer, a missing column, a filter that leaves no row, an empty set, a row without a label; a
+            value that has no text, see ``efface.hf.rows.as_text``; a file that is not of its type, or that changes
+            while it is read.
     """
     conditions = parse_conditions(rows_filter)
     empty = f"the {name} set is empty; expected at least one row"
@@ -99,15 +118,16 @@ def token_store(
         return data
     if tokenizer is None:
         raise ValueError(f"`{name}`: text needs a tokenizer; give `processing_class`, or a TokenStore")
-    if isinstance(data, Mapping):
-        raise TypeError(f"`{name}`: expected rows, got a mapping of {', '.join(map(repr, data))}; choose one of them")
     chosen = get_template(template, tokenizer, system_prompt=system_prompt, date_string=date_string)
     source = f"{name} data {str(data)!r}" if isinstance(data, (str, Path)) else f"{name} data"
 
-    def chunks(rows: Rows) -> tuple[Iterable[Chunk], Taken]:
+    def names(rows: Rows) -> tuple[str | None, str]:
         if not len(rows):
             raise ValueError(empty)
-        question, answer = _column_names(rows, question_column, answer_column, chosen)
+        return _column_names(rows, question_column, answer_column, chosen)
+
+    def chunks(rows: Rows) -> tuple[Iterable[Chunk], Taken]:
+        question, answer = names(rows)
         numbers = matching(rows, conditions, source)
         batches = text_batches(rows, question, answer, source=source, numbers=numbers, documents=chosen.documents)
         if refusals is not None:
@@ -126,11 +146,21 @@ def token_store(
         )
 
     if isinstance(data, (str, Path)) and (file := local_file(data)) is not None:
-        content = key([file.suffix.lower(), token_cache.file_digest(file)])
-        return token_cache.stored(content, lambda: chunks(load_rows(file)), cache_dir)
+        digest = token_cache.file_digest(file)
+
+        def read() -> tuple[Iterable[Chunk], Taken]:
+            rows = FileRows(file, cache_dir=cache_dir)
+            if rows.digest != digest:  # or the tokens of one file would be found by the content of another
+                raise ValueError(f"{str(file)!r} changed while it was read; wait until it is written, and start again")
+            return chunks(rows)
+
+        return token_cache.stored(key([file.suffix.lower(), digest]), read, cache_dir)
     rows = load_rows(data) if isinstance(data, (str, Path)) else data
-    if isinstance(rows, datasets.Dataset):
-        content = key(["dataset", rows._fingerprint])  # noqa: SLF001 - datasets' own name for its content
+    check_rows(rows, f"`{name}`")
+    if is_table(rows):
+        asked = [condition.column for condition in conditions]
+        asked += [column for column in names(rows) if column is not None]
+        content = key(["dataset", table_digest(rows, list(dict.fromkeys(asked)), source)])
         return token_cache.stored(content, lambda: chunks(rows), cache_dir)
     return TokenStore(*chunks(rows))
 
@@ -138,9 +168,9 @@ def token_store(
 def _column_names(rows: Rows, question: str | None, answer: str | None, template: Template) -> tuple[str | None, str]:
     if not template.documents:
         return question or "question", answer or "answer"
-    if question is None and "prompt" in rows[0]:
+    if question is None and "prompt" in present_columns(rows, "rows"):
         question = "prompt"
     return question, answer or "text"
 
 
-__all__ = ["QuestionAnswers", "Refusals", "column", "load_rows", "token_store"]
+__all__ = ["QuestionAnswers", "Refusals", "load_rows", "token_store"]

@@ -1,6 +1,8 @@
 """Rows of text: read from files, the Hub and objects in memory, and filtered by their columns."""
 
 import difflib
+import hashlib
+import json
 import math
 import re
 from collections import Counter
@@ -10,18 +12,19 @@ from datetime import date, time, timedelta
 from decimal import Decimal
 from itertools import combinations, islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from efface.hf.row_files import READERS, FileRows
 from efface.hf.templates import Batch
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]  # a datasets.Dataset is rows, too
 Conditions: TypeAlias = str | Sequence[str] | Mapping[str, Any] | None
 
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _ROWS_AT_A_TIME = 1000
 _DOCUMENTS_AT_A_TIME = 16  # books of some 1 MB each
 _SHOWN_VALUES = 10
@@ -37,36 +40,42 @@ def local_file(source: str | Path) -> Path | None:
         ValueError: a folder, or a file type that is not known.
     """
     path = Path(source).expanduser()
-    known = path.suffix.lower() in _BUILDERS
+    known = path.suffix.lower() in READERS
     if not known and not path.exists():
         return None
     if not path.exists():
         raise FileNotFoundError(f"data file {str(path)!r} does not exist; check the path")
     if not known or not path.is_file():
         got = "a folder" if path.is_dir() else repr(path.suffix)
-        raise ValueError(f"{str(path)!r}: expected a file of type {', '.join(_BUILDERS)}, got {got}")
+        raise ValueError(f"{str(path)!r}: expected a file of type {', '.join(READERS)}, got {got}")
     return path
 
 
-def load_rows(source: str | Path) -> Rows:
+def load_rows(source: str | Path, *, cache_dir: str | Path | None = None) -> Rows:
     """Return the rows of a JSON, JSON-lines, CSV or Parquet file, or of a Hub data set ``name[:config[:split]]``.
 
-    The split is "train" unless named. Rows are memory-mapped: they may exceed RAM.
+    The split is "train" unless named. Rows of a file are ``FileRows``, a copy of it as it is now; those of a data set
+    on the Hub are memory-mapped from the cache of ``datasets``. Either may exceed RAM.
+
+    Args:
+        source: a path or a name.
+        cache_dir: the folder for large copies; see ``token_cache.cache_folder``.
 
     Raises:
         FileNotFoundError: a path that does not exist, a name that the Hub does not know.
-        ValueError: a file type that is not known; a Hub data set without the configuration or the split.
+        ValueError: a file type that is not known, a file that is not of its type; a Hub data set without the
+            configuration or the split.
     """
     path = local_file(source)
     if path is not None:
-        builder = _BUILDERS[path.suffix.lower()]
-        rows: Rows = datasets.load_dataset(builder, data_files=str(path), split="train")
-        return rows
+        return FileRows(path, cache_dir=cache_dir)
     name, config, split, *more = [*str(source).split(":"), "", ""]
     if any(more):
         raise ValueError(f"{str(source)!r}: expected a file, or name:config:split of a Hub data set")
+    if Path(name).expanduser().exists():  # datasets would read it by its path and time, and keep a copy
+        raise ValueError(f"{str(source)!r}: expected a file, or the name of a Hub data set; {name!r} is a folder here")
     try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train")
+        rows: Rows = datasets.load_dataset(name, config or None, split=split or "train")
     except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise FileNotFoundError(f"{name!r} is neither a local file nor a data set on the Hub ({error})") from error
     except ValueError as error:
@@ -132,21 +141,154 @@ def _kind(value: Any) -> str:
     return f"{name}; drop the row, or name another column"
 
 
+def check_rows(rows: Any, source: str) -> None:
+    """Raise TypeError for what is not rows: a table of pandas, a stream, a mapping of columns."""
+    if isinstance(rows, Mapping):
+        raise TypeError(f"{source}: expected rows, got a mapping of {', '.join(map(repr, rows))}; choose one of them")
+    if hasattr(rows, "iloc"):
+        raise TypeError(
+            f'{source}: expected rows, got a {type(rows).__name__}; give its .to_dict("records"), or '
+            "datasets.Dataset.from_pandas of it"
+        )
+    if isinstance(rows, (str, bytes)) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        raise TypeError(
+            f"{source}: expected rows, as a list of mappings or a datasets.Dataset, got {type(rows).__name__}"
+        )
+
+
 def check_columns(rows: Rows, names: Sequence[str], source: str) -> None:
-    """Raise ValueError if the first row lacks a column."""
-    for row in islice(rows, 1):
-        for name in names:
-            if name not in row:
-                raise ValueError(f"{source}: expected a column {name!r}, got {', '.join(map(repr, row))}")
+    """Raise ValueError if the rows lack a column; of rows in memory, the first is asked."""
+    check_rows(rows, source)
+    present = present_columns(rows, source) if len(rows) else names
+    for name in names:
+        if name not in present:
+            raise ValueError(f"{source}: expected a column {name!r}, got {', '.join(map(repr, present))}")
 
 
-def column(rows: Rows, name: str, source: str) -> list[Any]:
-    """Return one column of the rows.
+def table_digest(rows: datasets.Dataset, names: Sequence[str], source: str) -> str:
+    """Return the SHA-256 of columns of a data set, in this order.
+
+    Its own fingerprint is no key: it is made of what was done to make it (paths and times of files, functions of
+    ``map``), so what it holds may differ under one fingerprint.
+
+    Raises:
+        ValueError: a column that it has not.
+    """
+    check_columns(rows, names, source)
+    state = hashlib.sha256(json.dumps(list(names)).encode())
+    for table in rows.with_format("arrow").select_columns(list(names)).iter(_ROWS_AT_A_TIME):
+        bare = table.replace_schema_metadata(None).combine_chunks()  # the metadata holds the fingerprint
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, bare.schema) as writer:
+            writer.write_table(bare)
+        state.update(sink.getvalue())
+    return state.hexdigest()
+
+
+def is_table(rows: Any) -> TypeGuard[datasets.Dataset]:
+    """Whether rows are a ``datasets.Dataset`` of values; what ``set_transform`` makes of one is computed row by row."""
+    return isinstance(rows, datasets.Dataset) and rows.format["type"] != "custom"
+
+
+def texts(rows: Rows, name: str, source: str, numbers: NDArray[np.int64] | None = None) -> list[str]:
+    """Return a column of text.
+
+    Args:
+        rows: what ``load_rows`` returned, or a list of mappings.
+        name: of the column.
+        source: what messages call the data.
+        numbers: of the rows to read; None reads all.
+
+    Raises:
+        ValueError: a row without it; a value that has no text, see ``as_text``.
+    """
+    return [text for _, (found,) in _text_columns(rows, [name], source, numbers) for text in found]
+
+
+def optional_texts(rows: Rows, name: str, source: str) -> list[str | None]:
+    """Return a column of text that rows may lack; None where one does, or where its value is missing.
+
+    Raises:
+        ValueError: a value that has no text, see ``as_text``.
+    """
+    return [_as_text(value, row, name, source) for row, value in enumerate(_optional(rows, name, source))]
+
+
+def text_lists(
+    rows: Rows, name: str, source: str, *, optional: bool = False, numbers: NDArray[np.int64] | None = None
+) -> list[list[str]]:
+    """Return a column of lists of texts.
+
+    Args:
+        rows: what ``load_rows`` returned, or a list of mappings.
+        name: of the column.
+        source: what messages call the data.
+        optional: a row may lack it: then its list is empty, as it is where the value is missing or empty text.
+        numbers: of the rows to read; None reads all.
+
+    Raises:
+        ValueError: a row without it; a value that is no list; an item that has no text, see ``as_text``, or is blank.
+    """
+    values = _optional(rows, name, source, numbers) if optional else column(rows, name, source, numbers)
+    where = range(len(rows)) if numbers is None else numbers.tolist()
+    return [_text_list(value, row, name, source, optional) for row, value in zip(where, values, strict=True)]
+
+
+def _text_list(value: Any, row: int, name: str, source: str, optional: bool) -> list[str]:
+    if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim == 1):
+        found = [_text(item, row, name, source, f", item {i}") for i, item in enumerate(value)]
+        if (blank := next((i for i, text in enumerate(found) if not text.strip()), None)) is not None:
+            raise ValueError(
+                f"{source}, row {row}: expected text in column {name!r}, item {blank}, got {found[blank]!r}; drop it"
+            )
+        return found
+    if optional and _is_missing(value):
+        return []
+    raise ValueError(
+        f"{source}, row {row}: expected a list of texts in column {name!r}, got {type(value).__name__}; write a list, "
+        "also of one text (a CSV file holds none: use JSON lines or Parquet)"
+    )
+
+
+def _is_missing(value: Any) -> bool:
+    try:
+        return not (as_text(value) or "").strip()
+    except ValueError:
+        return False
+
+
+def column(rows: Rows, name: str, source: str, numbers: NDArray[np.int64] | None = None) -> list[Any]:
+    """Return one column of the rows, or of those of these numbers.
 
     Raises:
         ValueError: a row without it.
     """
-    return [value for _, (values,) in _columns(rows, [name], source) for value in values]
+    return [value for _, (values,) in _columns(rows, [name], source, numbers) for value in values]
+
+
+def _optional(rows: Rows, name: str, source: str, numbers: NDArray[np.int64] | None = None) -> list[Any]:
+    """Return one column that any row may lack."""
+    check_rows(rows, source)
+    if is_table(rows) or isinstance(rows, FileRows):
+        if name in present_columns(rows, source):
+            return column(rows, name, source, numbers)
+        return [None] * (len(rows) if numbers is None else len(numbers))
+    return [_mapping(rows[i], i, source).get(name) for i in (range(len(rows)) if numbers is None else numbers.tolist())]
+
+
+def present_columns(rows: Rows, source: str) -> Sequence[str]:
+    """Names of the columns; of rows in memory, those of the first."""
+    if isinstance(rows, FileRows):
+        return rows.names
+    if is_table(rows):
+        return list(rows.column_names)
+    return list(_mapping(rows[0], 0, source))
+
+
+def _mapping(row: Any, number: int, source: str) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise TypeError(f"{source}, row {number}: expected a mapping of columns to values, got {type(row).__name__}")
+    return row
 
 
 @dataclass(frozen=True)
@@ -358,25 +500,51 @@ def text_batches(
     """
     names = [answer_column] if question_column is None else [answer_column, question_column]
     size = _DOCUMENTS_AT_A_TIME if documents else _ROWS_AT_A_TIME
+    for where, columns in _text_columns(rows, names, source, numbers, size):
+        yield where, columns[1] if len(names) == 2 else [""] * len(where), columns[0]
+
+
+def _text_columns(
+    rows: Rows,
+    names: Sequence[str],
+    source: str,
+    numbers: NDArray[np.int64] | None = None,
+    size: int = _ROWS_AT_A_TIME,
+) -> Iterator[tuple[Sequence[int], list[list[str]]]]:
+    """Yield row numbers and columns of text, ``size`` rows at a time."""
+    features: Mapping[str, Any] = rows.features if isinstance(rows, (datasets.Dataset, FileRows)) else {}
+    for name in names:
+        if isinstance(features.get(name), datasets.ClassLabel):
+            raise ValueError(  # noqa: TRY004 - a value of the data
+                f"{source}: expected text in column {name!r}, got numbers of classes (ClassLabel), which have names, "
+                "too; write the one or the other as text"
+            )
     for first, columns in _columns(rows, names, source, numbers, size):
         count = len(columns[0])
         where = range(first, first + count) if numbers is None else numbers[first : first + count].tolist()
-        texts = [
-            [_text(value, row, name, source) for row, value in zip(where, values, strict=True)]
-            for name, values in zip(names, columns, strict=True)
-        ]
-        yield where, texts[1] if len(names) == 2 else [""] * count, texts[0]
+        yield (
+            where,
+            [
+                [_text(value, row, name, source) for row, value in zip(where, values, strict=True)]
+                for name, values in zip(names, columns, strict=True)
+            ],
+        )
 
 
-def _text(value: Any, row: int, name: str, source: str) -> str:
+def _as_text(value: Any, row: int, name: str, source: str, place: str = "") -> str | None:
     try:
-        text = as_text(value)
+        return as_text(value)
     except ValueError as error:
-        raise ValueError(f"{source}, row {row}: expected text in column {name!r}, {error}") from None
+        raise ValueError(f"{source}, row {row}: expected text in column {name!r}{place}, {error}") from None
+
+
+def _text(value: Any, row: int, name: str, source: str, place: str = "") -> str:
+    text = _as_text(value, row, name, source, place)
     if text is None:
         got = "NoneType" if value is None else f"{type(value).__name__} {value}, a missing value"
         raise ValueError(
-            f"{source}, row {row}: expected text in column {name!r}, got {got}; drop the row, or name another column"
+            f"{source}, row {row}: expected text in column {name!r}{place}, got {got}; drop the row, or name another "
+            "column"
         )
     return text
 
@@ -390,7 +558,7 @@ def _columns(
 ) -> Iterator[tuple[int, list[list[Any]]]]:
     """Yield columns of the numbered rows, ``size`` rows at a time, with the place of the first."""
     check_columns(rows, names, source)
-    if isinstance(rows, datasets.Dataset):
+    if is_table(rows):
         if not len(rows):
             return
         chosen = rows.with_format(None).select_columns(list(names))
@@ -400,8 +568,8 @@ def _columns(
         return
     where: Sequence[int] = range(len(rows)) if numbers is None else numbers.tolist()
     for first in range(0, len(where), size):
-        some = [rows[i] for i in where[first : first + size]]
-        for name in names:
-            if not all(name in row for row in some):
-                raise ValueError(f"{source}: some rows have no column {name!r}")
+        some = [_mapping(rows[i], i, source) for i in where[first : first + size]]
+        for i, row in zip(where[first : first + size], some, strict=True):
+            if lacking := [name for name in names if name not in row]:
+                raise ValueError(f"{source}, row {i}: expected a column {lacking[0]!r}; add it, or drop the row")
         yield first, [[row[name] for row in some] for name in names]

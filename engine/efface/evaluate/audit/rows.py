@@ -1,13 +1,12 @@
 """The rows of an audit: what TOFU's columns, and those of data sets like it, mean to its views."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from efface.evaluate.audit.languages import Language, get_language
-from efface.hf.rows import Rows, column
+from efface.hf.rows import Rows, check_columns, check_rows, optional_texts, text_lists, texts
 
 TOFU_GROUP = 20  # TOFU's rows of an author, one behind the other
+_SOURCE = "audit data"
 
 
 @dataclass(frozen=True)
@@ -41,35 +40,45 @@ def audit_rows(rows: Rows, *, group_column: str | None = None, group_size: int =
         group_size: rows of a block.
 
     Raises:
-        ValueError: no rows, a missing column, a value that is not text, an unknown language.
+        ValueError: no rows, a missing column, a value that has no text, an unknown language.
     """
+    check_rows(rows, "`rows`")
     if not len(rows):
         raise ValueError("`rows`: expected at least one row to audit, got none")
     if group_size < 1:
         raise ValueError(f"`group_size`: expected at least 1, got {group_size}")
-    questions, answers = column(rows, "question", "audit data"), column(rows, "answer", "audit data")
     blocks = len(rows) % group_size == 0
-    groups: Sequence[Any] = [i // group_size if blocks else None for i in range(len(rows))]
+    groups: list[str | None] = [str(i // group_size) if blocks else None for i in range(len(rows))]
     if group_column is not None:
-        groups = column(rows, group_column, "audit data")
-    return [
-        _row(i, question, answer, rows[i], group)
-        for i, (question, answer, group) in enumerate(zip(questions, answers, groups, strict=True))
-    ]
+        check_columns(rows, [group_column], _SOURCE)
+        groups = [group or None for group in optional_texts(rows, group_column, _SOURCE)]
+    columns = zip(
+        texts(rows, "question", _SOURCE),
+        texts(rows, "answer", _SOURCE),
+        optional_texts(rows, "paraphrased_answer", _SOURCE),
+        text_lists(rows, "perturbed_answer", _SOURCE, optional=True),
+        groups,
+        optional_texts(rows, "language", _SOURCE),
+        strict=True,
+    )
+    return [_row(number, *values) for number, values in enumerate(columns)]
 
 
-def _row(number: int, question: Any, answer: Any, row: Mapping[str, Any], group: Any) -> AuditRow:
-    paraphrase = row.get("paraphrased_answer") or answer
-    perturbed = row.get("perturbed_answer") or ()
-    perturbed = (perturbed,) if isinstance(perturbed, str) else tuple(perturbed)
+def _row(
+    number: int,
+    question: str,
+    answer: str,
+    paraphrase: str | None,
+    perturbed: list[str],
+    group: str | None,
+    language: str | None,
+) -> AuditRow:
+    paraphrase = paraphrase or answer
     for name, text in (("question", question), ("answer", answer), ("paraphrased_answer", paraphrase)):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"audit data, row {number}: expected text in column {name!r}, got {text!r}; drop the row")
-    if not all(isinstance(text, str) and text.strip() for text in perturbed):
-        raise ValueError(f"audit data, row {number}: expected texts in column 'perturbed_answer', got {perturbed!r}")
+        if not text.strip():
+            raise ValueError(f"{_SOURCE}, row {number}: expected text in column {name!r}, got {text!r}; drop the row")
     try:
-        language = get_language(str(row.get("language") or "en"))
+        spoken = get_language(language or "en")
     except ValueError as error:
-        raise ValueError(f"audit data, row {number}: {error}") from error
-    group = None if group is None else str(group)
-    return AuditRow(question, answer, paraphrase, tuple(perturbed), group, language)
+        raise ValueError(f"{_SOURCE}, row {number}: {error}") from error
+    return AuditRow(question, answer, paraphrase, tuple(perturbed), group, spoken)

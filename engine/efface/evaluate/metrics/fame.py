@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from efface.evaluate.protocol import get_protocol
 from efface.evaluate.rouge import rouge_recall
 from efface.evaluate.runner import Progress, run_tasks
 from efface.evaluate.task import RowResult
-from efface.hf.rows import Conditions, Rows, check_columns, column, matching, parse_conditions
+from efface.hf.rows import Conditions, Rows, check_columns, matching, optional_texts, parse_conditions, text_lists
 
 GROUPS = ("language", "topic_id")
 _PROTOCOL = get_protocol("open-unlearning")
@@ -50,7 +49,7 @@ def fame(
         rows: any rows of questions and answers.
         forget_filter: which rows are forgotten, such as "topic_id=3"; see ``parse_conditions``.
         retain_filter: which are kept; None is all others.
-        groups: columns to tell rows apart by.
+        groups: columns to tell rows apart by; rows without a value are the group "".
         perturbed_column: a list of false answers, where there is one.
         paraphrased_column: the true answer in other words, which the truth ratio is of; the answer where there is none.
         reading: columns of questions and answers, and limits.
@@ -63,18 +62,18 @@ def fame(
         ``{value: {"agg_value": …, "rows": …}}``.
 
     Raises:
-        ValueError: a missing column, a filter that no row meets, rows in both sets.
+        ValueError: a missing column, a value that has no text, a filter that no row meets, rows in both sets.
         FloatingPointError: a log-probability that is not finite, with its row.
     """
     reading = reading or Reading()
     check_columns(rows, groups, "rows")
-    labels = {name: column(rows, name, "rows") for name in groups}
-    false = [_false_answers(value, row) for row, value in enumerate(_optional(rows, perturbed_column))]
-    paraphrases = _optional(rows, paraphrased_column)
+    labels = {name: optional_texts(rows, name, "rows") for name in groups}
+    false = text_lists(rows, perturbed_column, "rows", optional=True)
+    paraphrases = optional_texts(rows, paraphrased_column, "rows")
     sides = []
     for name, numbers in split_rows(rows, forget_filter, retain_filter).items():
         chosen = numbers.tolist()
-        part = Part(name, [rows[row] for row in chosen], tokenizer, reading, numbers=chosen)
+        part = Part(name, rows, tokenizer, reading, numbers=numbers)
         sides.append(_Side(part, numbers, [false[row] for row in chosen], [paraphrases[row] for row in chosen]))
     tasks = [task for side in sides for task in (side.answers, side.part.generations)]
     results = iter(run_tasks(model, tasks, store=store, progress=progress))
@@ -172,24 +171,7 @@ def split_rows(rows: Rows, forget: Conditions, retain: Conditions) -> dict[str, 
     return {"forget": forgotten, "retain": kept}
 
 
-def _optional(rows: Rows, name: str) -> list[Any]:
-    """Return a column that rows may lack, and that may be empty in some."""
-    if any(name in row for row in islice(rows, 1)):
-        return column(rows, name, "rows")
-    return [None] * len(rows)
-
-
-def _false_answers(value: Any, row: int) -> list[str]:
-    if value is None:
-        return []
-    if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
-        raise ValueError(
-            f"row {row}: expected a list of false answers, or none, got {value!r}; correct or drop the row"
-        )
-    return value
-
-
-def _grouped(by_row: Mapping[int, RowResult], mean: Mean, labels: Mapping[str, Sequence[Any]]) -> MetricResult:
+def _grouped(by_row: Mapping[int, RowResult], mean: Mean, labels: Mapping[str, Sequence[str | None]]) -> MetricResult:
     result: MetricResult = {
         "agg_value": mean(_scores(by_row, list(by_row))),
         "value_by_index": {str(row): value for row, value in by_row.items()},
@@ -197,7 +179,7 @@ def _grouped(by_row: Mapping[int, RowResult], mean: Mean, labels: Mapping[str, S
     for name, column_values in labels.items():
         members: dict[str, list[int]] = {}
         for row in by_row:
-            members.setdefault(str(column_values[row]), []).append(row)
+            members.setdefault(column_values[row] or "", []).append(row)
         result[f"by_{name}"] = {
             value: {"agg_value": mean(_scores(by_row, members[value])), "rows": len(members[value])}
             for value in sorted(members, key=_in_order)

@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from efface.evaluate.generation import GenerationTask
 from efface.evaluate.metrics.token_statistics import TokenTask
 from efface.evaluate.metrics.windows import Windows, text_windows
-from efface.hf.rows import Rows, column
+from efface.hf.rows import Rows, check_rows, texts
 from efface.hf.templates import AUTO, Template, encode, get_template
 
 
@@ -43,10 +44,10 @@ class Part:
         rows: with the columns of ``reading``.
         tokenizer: of the model.
         reading: how rows become text.
-        numbers: what messages call each of them; None counts them.
+        numbers: of the rows that have the role; None is all.
 
     Raises:
-        ValueError: no rows, a missing column, a value that is not text or an answer that is empty.
+        ValueError: no rows, a missing column, a value that has no text or an answer that is blank.
     """
 
     def __init__(
@@ -56,20 +57,25 @@ class Part:
         tokenizer: PreTrainedTokenizerBase,
         reading: Reading,
         *,
-        numbers: Sequence[int] | None = None,
+        numbers: NDArray[np.int64] | None = None,
     ) -> None:
-        if not len(rows):
+        check_rows(rows, source)
+        self.numbers: Sequence[int] = range(len(rows)) if numbers is None else numbers.tolist()
+        if not self.numbers:
             raise ValueError(f"{source}: expected rows, got none")
         self.source = source
         self.tokenizer = tokenizer
         self.reading = reading
-        self.numbers: Sequence[int] = range(len(rows)) if numbers is None else numbers
         self._windows: dict[tuple[int, int], Windows] = {}
         asked = reading.question_column
-        self.answers: list[str] = column(rows, reading.answer_column, source)
-        self.questions: list[str] = column(rows, asked, source) if asked is not None else [""] * len(rows)
-        for number, *texts in zip(self.numbers, self.questions, self.answers, strict=True):
-            _check(source, number, *texts)
+        self.answers = texts(rows, reading.answer_column, source, numbers)
+        self.questions = [""] * len(self.numbers) if asked is None else texts(rows, asked, source, numbers)
+        for number, question, answer in zip(self.numbers, self.questions, self.answers, strict=True):
+            if not answer.strip():
+                raise ValueError(
+                    f"{source}, row {number}: expected a question and an answer of text, got {question!r}, "
+                    f"{answer!r}; drop the row"
+                )
 
     @cached_property
     def tokens(self) -> TokenTask:
@@ -133,11 +139,3 @@ class Part:
         named = self.reading.template
         completion = self.reading.question_column is None and named == AUTO
         return get_template("completion" if completion else named, self.tokenizer)
-
-
-def _check(source: str, number: int, question: Any, answer: Any) -> None:
-    if not isinstance(question, str) or not isinstance(answer, str) or not answer.strip():
-        raise ValueError(
-            f"{source}, row {number}: expected a question and an answer of text, got {question!r}, {answer!r}; "
-            "drop the row"
-        )
