@@ -23,7 +23,17 @@ def test_the_card_of_a_command(tmp_path: Path) -> None:
     data = written_rows(tmp_path / "rows.json", ({**row, "id": i % 2} for i, row in enumerate(TEXTS)))
     words = ["unlearn", "--model", str(tmp_path / "model"), "--forget", str(data), "--retain", str(data)]
     words += ["--output_dir", str(tmp_path / "out"), "--use_cpu", "True", "--max_steps", "2", "--logging_steps", "1"]
-    words += ["--forget_filter", "id=1", "--retain_filter", "id!=1", "--beta", "0.3", "--save_schedule", "1", "--hub_token=hf_secret"]
+    words += [
+        "--forget_filter",
+        "id=1",
+        "--retain_filter",
+        "id!=1",
+        "--beta",
+        "0.3",
+        "--save_schedule",
+        "1",
+        "--hub_token=hf_secret",
+    ]
     assert main(words) == 0
     card = ModelCard.load(tmp_path / "out" / "README.md")
     facts = card.data.to_dict()["efface"]

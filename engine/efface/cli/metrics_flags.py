@@ -60,17 +60,18 @@ def chosen_metrics(options: argparse.Namespace) -> list[Metric]:
 
 
 def taken_rows(options: argparse.Namespace, benchmark: str | None) -> dict[str, str]:
-    """Return how many of which rows the filters take, by role; nothing is computed yet.
+    """Return how many of which rows the filters take, by role, where there are filters; nothing is computed yet.
 
     Raises:
         ValueError: a filter of rows that are not given, or that takes none of them.
     """
-    metrics = [name for name in ("forget", "holdout") if options.metrics and getattr(options, name)]
-    for name in ("forget", "holdout", "retain"):
-        if getattr(options, f"{name}_filter") and name not in metrics and (benchmark != "fame" or name == "holdout"):
+    filtered = [name for name in ("forget", "holdout", "retain") if getattr(options, f"{name}_filter")]
+    metrics = [name for name in filtered if name != "retain" and options.metrics and getattr(options, name)]
+    for name in filtered:
+        if name not in metrics and (benchmark != "fame" or name == "holdout"):
             raise ValueError(f"--{name}-filter: expected rows that it takes some of, got none; drop it")
     lines: dict[str, str] = {}
-    if benchmark == "fame" and options.data:
+    if benchmark == "fame" and options.data and filtered:
         rows = load_rows(options.data)
         for name, some in split_rows(rows, options.forget_filter, options.retain_filter).items():
             lines[f"FAME {name}"] = f"{len(some):,} of {len(rows):,} rows, {options.data}"
@@ -78,8 +79,7 @@ def taken_rows(options: argparse.Namespace, benchmark: str | None) -> dict[str, 
         source, conditions = getattr(options, name), getattr(options, f"{name}_filter")
         rows = load_rows(source)
         numbers = matching(rows, parse_conditions(conditions), source)
-        taken = len(rows) if numbers is None else len(numbers)
-        lines[name] = f"{taken:,} of {len(rows):,} rows, {source}"
+        lines[name] = f"{0 if numbers is None else len(numbers):,} of {len(rows):,} rows, {source}"
     return lines
 
 
