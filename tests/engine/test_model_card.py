@@ -23,7 +23,17 @@ def test_the_card_of_a_command(tmp_path: Path) -> None:
     data = written_rows(tmp_path / "rows.json", ({**row, "id": i % 2} for i, row in enumerate(TEXTS)))
     words = ["unlearn", "--model", str(tmp_path / "model"), "--forget", str(data), "--retain", str(data)]
     words += ["--output_dir", str(tmp_path / "out"), "--use_cpu", "True", "--max_steps", "2", "--logging_steps", "1"]
-    words += ["--forget_filter", "id=1", "--beta", "0.3", "--save_schedule", "1", "--hub_token=hf_secret"]
+    words += [
+        "--forget_filter",
+        "id=1",
+        "--retain_filter",
+        "id!=1",
+        "--beta",
+        "0.3",
+        "--save_schedule",
+        "1",
+        "--hub_token=hf_secret",
+    ]
     assert main(words) == 0
     card = ModelCard.load(tmp_path / "out" / "README.md")
     facts = card.data.to_dict()["efface"]
@@ -32,6 +42,9 @@ def test_the_card_of_a_command(tmp_path: Path) -> None:
     assert (facts["base_model"], facts["revision"], facts["step"]) == (str(tmp_path / "model"), "main", 2)
     assert facts["data"]["forget"]["rows"] == 2
     assert facts["data"]["forget"]["filters"] == ["id=1"]
+    assert [(one["taken"], one["available"]) for one in facts["data"].values()] == [(2, 5), (3, 5)]
+    assert "| forget | " in card.text
+    assert " | 2 of 5 rows | " in card.text
     assert facts["data"]["retain"]["source"] == str(data)
     assert facts["arguments"]["max_steps"] == 2
     assert facts["plan"]["seed"] == 42
@@ -71,6 +84,8 @@ def test_the_card_of_a_python_run_claims_no_command(tmp_path: Path) -> None:
         "fingerprint": store_fingerprint(forget),
         "filters": [],
         "hub_name": "",
+        "taken": None,
+        "available": None,
     }
     assert facts["arguments"]["weight_decay"] == 0.25
     (result,) = card.data.eval_results

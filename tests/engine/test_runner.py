@@ -132,15 +132,17 @@ def test_a_prompt_that_was_learnt_is_refused() -> None:
         run_tasks(model, [Sums([1], 1)])
 
 
-def test_a_damaged_store_is_refused_and_nothing_is_deleted(tmp_path: Path) -> None:
+def test_a_damaged_row_is_made_anew_and_a_damaged_store_is_left_alone(tmp_path: Path) -> None:
     model, path = tiny_llama(), tmp_path / "rows.sqlite"
-    run_tasks(model, [Sums([1], 1)], store=path)
+    right = run_tasks(model, [Sums([1], 1)], store=path)
     with closing(sqlite3.connect(path)) as database:
         database.execute("UPDATE rows SET result = '{\"sum\": 9}'")
         database.commit()
-    for _ in range(2):
-        with pytest.raises(ValueError, match="evaluated rows '.*': a checksum does not fit its row; delete the file"):
-            run_tasks(model, [Sums([1], 1)], store=path)
+    anew, kept = Sums([1], 1), Sums([1], 1)
+    with pytest.warns(UserWarning, match=r"evaluated rows '.*': 1 damaged row is made anew"):
+        assert run_tasks(model, [anew], store=path) == right
+    assert run_tasks(model, [kept], store=path) == right
+    assert (anew.ran, kept.ran) == ([[0]], [])
     path.write_text("no database, but long enough to be read as one" * 100)
     with pytest.raises(ValueError, match="evaluated rows '.*': .*delete the file: the rows are then computed anew"):
         run_tasks(model, [Sums([1], 1)], store=path)

@@ -192,11 +192,9 @@ def truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def cut_at_a_record(path: Path) -> None:
+def without_its_trailer(path: Path) -> None:
     """Arrow itself reads such a file without complaint."""
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, token_cache.FEATURES.arrow_schema):
-        pass
-    path.write_bytes(path.read_bytes()[: -len(token_cache._END_OF_STREAM)])
+    path.write_bytes(path.read_bytes()[: -token_cache._COUNTS.size - token_cache._DIGEST_BYTES])
 
 
 def empty(path: Path) -> None:
@@ -204,7 +202,7 @@ def empty(path: Path) -> None:
 
 
 def noise(path: Path) -> None:
-    path.write_bytes(np.random.default_rng(0).bytes(5000) + token_cache._END_OF_STREAM)
+    path.write_bytes(np.random.default_rng(0).bytes(5000))
 
 
 def damaged_header(path: Path) -> None:
@@ -214,7 +212,7 @@ def damaged_header(path: Path) -> None:
 
 def missing_body(path: Path) -> None:
     whole = path.read_bytes()
-    path.write_bytes(whole[:-200] + token_cache._END_OF_STREAM)
+    path.write_bytes(whole[:-200] + whole[-100:])
 
 
 def foreign(path: Path) -> None:
@@ -223,21 +221,16 @@ def foreign(path: Path) -> None:
         writer.write_table(table)
 
 
-def with_nulls(path: Path) -> None:
-    table = pa.table({"input_ids": [[1, 2], None], "label_start": [1, 1]}, schema=token_cache.FEATURES.arrow_schema)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-
-
-def without_labels(path: Path) -> None:
-    table = pa.table({"input_ids": [[1, 2]], "label_start": [9]}, schema=token_cache.FEATURES.arrow_schema)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
+def of_another_key(path: Path) -> None:
+    """A whole file, which stands under a name that is not its own."""
+    other = path.with_name(f"{'0' * 32}.arrow")
+    token_cache.write(other, [some_chunk()])
+    other.replace(path)
 
 
 @pytest.mark.parametrize(
     "damage",
-    [truncated, cut_at_a_record, empty, noise, damaged_header, missing_body, foreign, with_nulls, without_labels],
+    [truncated, without_its_trailer, empty, noise, damaged_header, missing_body, foreign, of_another_key],
 )
 def test_a_damaged_file_is_made_anew(damage: Any, source: Path, cache: Path) -> None:
     expected = content(token_store(source, tiny_tokenizer(), name="forget"))
@@ -300,7 +293,7 @@ def test_a_killed_process_leaves_no_file_under_the_name(cache: Path) -> None:
     assert process.exitcode == 9
     assert not path.exists()
     assert len(files(cache)) == 1  # the partial file, which no one takes for a store
-    store = token_cache.stored("key", lambda: [some_chunk(), some_chunk()])
+    store = token_cache.stored("key", lambda: ([some_chunk(), some_chunk()], None))
     assert content(store) == ([[0, 1], [2, 3, 4, 5]] * 2, [1, 1, 1, 1])
 
 
@@ -311,9 +304,9 @@ def test_two_at_once(cache: Path) -> None:
 
     def chunks() -> Iterator[Chunk]:
         yield some_chunk()
-        inner.append(token_cache.stored("key", lambda: [some_chunk()]))
+        inner.append(token_cache.stored("key", lambda: ([some_chunk()], None)))
 
-    outer = token_cache.stored("key", chunks)
+    outer = token_cache.stored("key", lambda: (chunks(), None))
     assert content(outer) == content(inner[0])
     assert files(cache) == [path.name]
 

@@ -244,6 +244,7 @@ def damaged(content: bytes) -> Iterator[bytes]:
         yield content[: rng.randrange(1, len(content))]
 
 
+@pytest.mark.filterwarnings("ignore:reference cache .* made anew:UserWarning")
 @pytest.mark.parametrize("checked", [True, False], ids=["quick_check", "too large for quick_check"])
 def test_damage_is_refused_or_harmless(checked: bool, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever happened to the file: a value that it hands out is the one that was put in."""
@@ -262,7 +263,7 @@ def test_damage_is_refused_or_harmless(checked: bool, path: Path, monkeypatch: p
             refusals += 1
         else:
             assert np.array_equal(got[found], right[found])
-    assert refusals > 50
+    assert refusals > 30
 
 
 @pytest.mark.parametrize(
@@ -274,11 +275,17 @@ def test_damage_is_refused_or_harmless(checked: bool, path: Path, monkeypatch: p
         ("model = x'" + bytes(16).hex() + "'", bytes(16)),
     ],
 )
-def test_a_row_that_was_changed_is_refused(change: str, model: bytes, path: Path) -> None:
+def test_a_row_that_was_changed_is_made_anew(change: str, model: bytes, path: Path) -> None:
     filled(path, 3)
     sqlite(path, f"UPDATE logprobs SET {change} WHERE sequence = x'{key(1).hex()}'")
-    with closing(LogprobStore(path)) as file, pytest.raises(ValueError, match="checksum does not fit|is no number"):
-        file.get(model, keys(3))
+    with closing(LogprobStore(path)) as file:
+        with pytest.warns(UserWarning, match=r"reference cache '.*': 1 damaged row is made anew"):
+            _, found = file.get(model, keys(3))
+        assert not found[1]
+        file.put(MODEL, keys(3), values(3))
+        got, found = file.get(MODEL, keys(3))
+        assert found.all()
+        assert np.array_equal(got, values(3))
 
 
 def test_a_full_disk_is_told_and_leaves_what_was_there(path: Path) -> None:

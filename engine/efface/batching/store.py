@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import efface_native
 import numpy as np
@@ -9,6 +10,13 @@ from numpy.typing import NDArray
 
 # ids (tokens,) int32; offsets (sequences + 1,) int64; label_starts (sequences,) int64
 Chunk = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]
+
+
+class Taken(NamedTuple):
+    """How many rows of the data became sequences, and of how many."""
+
+    rows: int
+    of: int
 
 
 class TokenStore:
@@ -19,14 +27,16 @@ class TokenStore:
 
     Args:
         chunks: (ids int32, offsets int64, label_starts int64) each.
+        taken: which rows the sequences were made of; None where that is not known.
 
     Raises:
         ValueError: arrays that do not fit one another, or a sequence without a label after its first token.
         TypeError: another dtype.
     """
 
-    def __init__(self, chunks: Iterable[Chunk]) -> None:
+    def __init__(self, chunks: Iterable[Chunk], taken: Taken | None = None) -> None:
         self.chunks: tuple[Chunk, ...] = tuple(chunks)
+        self.taken = taken
         self._native: dict[str, efface_native.TokenStore] = {}
         self.native("store")  # refuses arrays that do not fit one another
         self._firsts = np.cumsum([0, *(len(starts) for _, _, starts in self.chunks)])

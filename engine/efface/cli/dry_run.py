@@ -79,6 +79,7 @@ class _Data:
     """What is known of the sets: tokens where data and tokenizer are here, else perhaps counts."""
 
     rows: Mapping[str, int]
+    of: Mapping[str, int]  # rows of the files, of which a filter takes some
     stores: tuple[TokenStore, TokenStore, TokenStore | None] | None
     missing: str  # why there are no tokens
 
@@ -93,12 +94,14 @@ def _data(command: UnlearnCommand, args: UnlearnArguments, objective: Objective,
             "--retain, or set --alpha 0"
         )
     files = {role: local_file(source) for role, (source, _) in sources.items()}
+    of: dict[str, int] = {}
 
     def counts() -> dict[str, int]:
         rows: dict[str, int] = {}
         for role, (source, conditions) in sources.items():
             if (file := files[role]) is not None:
-                rows[role] = _count(file, conditions, args, role)
+                rows[role], total = _count(file, conditions, args, role)
+                of.update({role: total} if conditions else {})
             elif (
                 recipe is not None
                 and source == recipe.unlearn.get(role)
@@ -109,9 +112,9 @@ def _data(command: UnlearnCommand, args: UnlearnArguments, objective: Objective,
 
     folder = local_files(command.model, command.revision, "tokenizer_config.json")
     if folder is None:
-        return _Data(counts(), None, f"the tokenizer of {command.model} is not on this machine")
+        return _Data(counts(), of, None, f"the tokenizer of {command.model} is not on this machine")
     if away := [source for role, (source, _) in sources.items() if files[role] is None]:
-        return _Data(counts(), None, f"{' and '.join(dict.fromkeys(away))} is on the Hub; give --data or files")
+        return _Data(counts(), of, None, f"{' and '.join(dict.fromkeys(away))} is on the Hub; give --data or files")
     retain = command.retain if "retain" in sources else None
     stores = unlearning_stores(
         objective,
@@ -122,15 +125,16 @@ def _data(command: UnlearnCommand, args: UnlearnArguments, objective: Objective,
         forget_filter=command.forget_filter,
         retain_filter=command.retain_filter,
     )
-    return _Data({"forget": len(stores[0]), "retain": len(stores[1])}, stores, "")
+    return _Data({"forget": len(stores[0]), "retain": len(stores[1])}, of, stores, "")
 
 
-def _count(file: Path, conditions: list[str] | None, args: UnlearnArguments, role: str) -> int:
+def _count(file: Path, conditions: list[str] | None, args: UnlearnArguments, role: str) -> tuple[int, int]:
+    """Return how many rows the conditions take, and of how many."""
     rows, source = load_rows(file), f"{role} data {str(file)!r}"
     if not (args.template in TEMPLATES and TEMPLATES[args.template].documents):
         check_columns(rows, [args.question_column or "question", args.answer_column or "answer"], source)
     numbers = matching(rows, parse_conditions(conditions), source)
-    return len(rows) if numbers is None else len(numbers)
+    return len(rows) if numbers is None else len(numbers), len(rows)
 
 
 def _reference(command: UnlearnCommand, args: UnlearnArguments, objective: Objective) -> str | None:
@@ -229,7 +233,11 @@ def _provenance(recipe: Recipe) -> Lines:
 
 
 def _run(args: UnlearnArguments, data: _Data) -> Lines:
-    lines: Lines = {f"{role} rows": count for role, count in data.rows.items()}
+    lines: Lines = {}
+    for role, count in data.rows.items():
+        lines[f"{role} rows"] = count
+        if role in data.of:
+            lines[f"{role} rows before the filter"] = data.of[role]
     if "forget" not in data.rows:
         return {**lines, "steps": "not known: how many rows the forget set has is on the Hub"}
     per_step = pairs_per_step(args)

@@ -9,7 +9,7 @@ from typing import Any
 from efface.evaluate import evaluate_metrics, fame, get_metric, known_metrics
 from efface.evaluate.logs import read_json
 from efface.evaluate.metrics import Metric, MetricResult, Perplexity, Reading
-from efface.evaluate.metrics.fame import GROUPS
+from efface.evaluate.metrics.fame import GROUPS, split_rows
 from efface.evaluate.runner import Progress
 from efface.hf.loading import load_model
 from efface.hf.rows import Rows, load_rows, matching, parse_conditions
@@ -22,14 +22,16 @@ def add_metrics_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("metrics of any rows")
     group.add_argument("--metrics", help=f"comma-separated, of {', '.join(known_metrics())}")
     group.add_argument("--forget", help="rows to judge: a file, or a Hub data set (name[:config[:split]])")
-    group.add_argument("--forget-filter", nargs="+", help="some of them: column=value[,value] or column!=value[,value]")
+    conditions: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "CONDITION"}
+    syntax = "column=value[,value] or column!=value[,value]"
+    group.add_argument("--forget-filter", **conditions, help=f"some of them: {syntax}; FAME's rows to forget")
     group.add_argument("--holdout", help="for mia_* and privleak: rows of the same kind that no model was trained on")
-    group.add_argument("--holdout-filter", nargs="+", help="some of them, likewise")
+    group.add_argument("--holdout-filter", **conditions, help="some of them, likewise")
     group.add_argument("--reference-model", help="for mia_reference: a checkpoint with the same tokenizer")
     group.add_argument(
         "--retain-metrics", help="for privleak: results of a model trained on the retain set alone, as written here"
     )
-    group.add_argument("--retain-filter", nargs="+", help="FAME's rows to keep (default: all but the forgotten)")
+    group.add_argument("--retain-filter", **conditions, help="FAME's rows to keep (default: all but the forgotten)")
     group.add_argument("--group-columns", nargs="+", default=GROUPS, help="FAME's groups (default: %(default)s)")
     group.add_argument("--question-column", default="question", help='"" for texts (default: %(default)s)')
     group.add_argument("--answer-column", default="answer", help="(default: %(default)s)")
@@ -55,6 +57,30 @@ def chosen_metrics(options: argparse.Namespace) -> list[Metric]:
         if metric.needs_reference and not options.reference_model:
             raise ValueError(f"{metric.name}: expected --reference-model MODEL, got none")
     return chosen
+
+
+def taken_rows(options: argparse.Namespace, benchmark: str | None) -> dict[str, str]:
+    """Return how many of which rows the filters take, by role, where there are filters; nothing is computed yet.
+
+    Raises:
+        ValueError: a filter of rows that are not given, or that takes none of them.
+    """
+    filtered = [name for name in ("forget", "holdout", "retain") if getattr(options, f"{name}_filter")]
+    metrics = [name for name in filtered if name != "retain" and options.metrics and getattr(options, name)]
+    for name in filtered:
+        if name not in metrics and (benchmark != "fame" or name == "holdout"):
+            raise ValueError(f"--{name}-filter: expected rows that it takes some of, got none; drop it")
+    lines: dict[str, str] = {}
+    if benchmark == "fame" and options.data and filtered:
+        rows = load_rows(options.data)
+        for name, some in split_rows(rows, options.forget_filter, options.retain_filter).items():
+            lines[f"FAME {name}"] = f"{len(some):,} of {len(rows):,} rows, {options.data}"
+    for name in metrics:
+        source, conditions = getattr(options, name), getattr(options, f"{name}_filter")
+        rows = load_rows(source)
+        numbers = matching(rows, parse_conditions(conditions), source)
+        lines[name] = f"{0 if numbers is None else len(numbers):,} of {len(rows):,} rows, {source}"
+    return lines
 
 
 def run_metrics(

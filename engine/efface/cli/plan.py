@@ -14,6 +14,8 @@ from efface.batching import EpochPlan, TokenStore, plan_epoch
 from efface.cli.console import open_console
 from efface.hf.arguments import UnlearnArguments
 from efface.hf.data import token_store
+from efface.hf.overlap import refuse_overlap
+from efface.hf.recipe import DataFacts
 from efface.hf.templates import AUTO
 
 _EXAMPLES = """
@@ -46,8 +48,10 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--max-length", type=int, help="cut sequences to so many tokens; default: never")
     flags.add_argument("--question-column", help="column that holds the prompt")
     flags.add_argument("--answer-column", help="column that holds the answer")
-    flags.add_argument("--forget-filter", nargs="+", metavar="CONDITION", help="rows, as for efface unlearn")
-    flags.add_argument("--retain-filter", nargs="+", metavar="CONDITION", help="likewise")
+    conditions: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "CONDITION"}
+    flags.add_argument("--forget-filter", **conditions, help="rows, as for efface unlearn")
+    flags.add_argument("--retain-filter", **conditions, help="likewise")
+    flags.add_argument("--allow-overlap", action="store_true", help="let rows stand in both sets, which is an error")
     flags.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return flags
 
@@ -94,6 +98,15 @@ def run(argv: Sequence[str]) -> int:
     retain = TokenStore.empty()
     if options.retain is not None:
         retain = token_store(options.retain, tokenizer, name="retain", rows_filter=options.retain_filter, **settings)
+    elif options.retain_filter:
+        raise ValueError("--retain-filter: expected --retain, the rows that it takes some of, got none")
+    if not options.allow_overlap:
+        refuse_overlap(forget, retain)
+    console = open_console(stderr=True)
+    for role, store in (("forget", forget), ("retain", retain)):
+        if len(store):
+            facts = DataFacts.of(getattr(options, role), store, getattr(options, f"{role}_filter"))
+            console.print(f"{role}: {facts}", highlight=False, markup=False, soft_wrap=True)
     rows = []
     for processes in options.processes:
         plan = plan_epoch(

@@ -1,5 +1,6 @@
 """A training progress bar: rich on a terminal, plain lines in a pipe."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -7,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from efface.hf.cached_reference import ReferenceCallback
+from efface.hf.recipe import DataFacts
 
 _QUIET = ("epoch", "time_", "padding_saved", "peak_memory_gib", "npo_weight")
 """Beginnings of figures that trackers get but a line has no room for."""
@@ -19,7 +21,10 @@ def progress_on(console: Console) -> Progress:
 
 
 class ProgressBar(ReferenceCallback):
-    """Shows a cached reference being computed, then the steps of training, under a title that can be changed."""
+    """Says what was taken of the data, then shows a cached reference being computed, then the steps of training.
+
+    The title can be changed meanwhile.
+    """
 
     def __init__(self, console: Console, title: str, *, log: bool = True) -> None:
         self._console = console
@@ -35,6 +40,11 @@ class ProgressBar(ReferenceCallback):
         if not self._console.is_terminal:
             self._console.print(f"{self.title}: {state.max_steps} steps")
         self._start(self.title, state.max_steps, state.global_step)
+
+    def on_data(self, data: Mapping[str, DataFacts]) -> None:
+        """Say what was taken of which data."""
+        for role, facts in data.items() if self._log else ():
+            self._console.print(f"{self.title}: {role}, {facts}", highlight=False, markup=False, soft_wrap=True)
 
     def on_reference(self, computed: int, missing: int, sequences: int) -> None:
         """Say what there is to compute, and show how far it is."""

@@ -116,6 +116,8 @@ def _check_use(command: UnlearnCommand) -> None:
     """Raise ValueError for a flag that nothing would look at."""
     if command.json and not command.dry_run:
         raise ValueError("--json: is how --dry_run prints; add that, or drop it")
+    if command.retain_filter and command.retain is None:
+        raise ValueError("--retain_filter: expected --retain, the rows that it takes some of, got none")
     if command.retain_log is not None and (command.recipe is None or not command.evaluate):
         raise ValueError("--retain_log: is for the evaluation of a --recipe, and there is none; see `efface evaluate`")
 

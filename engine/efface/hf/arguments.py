@@ -104,6 +104,9 @@ class UnlearnArguments(TrainingArguments):
     max_length: int | None = field(
         default=None, metadata={"help": "cut sequences to so many tokens (documents are split); default: never"}
     )
+    allow_overlap: bool = field(
+        default=False, metadata={"help": "let rows stand in the forget and in the retain set, which is an error"}
+    )
     token_cache: str | None = field(
         default=None, metadata={"help": "folder for tokenised data; default: $EFFACE_CACHE or ~/.cache/efface"}
     )

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from efface.batching import PackedBatch, Role, TokenStore
 from efface.hf.fingerprint import fingerprint, tf32
 from efface.hf.head import head_of
+from efface.hf.recipe import DataFacts
 from efface.hf.score import packed_logprobs
 from efface.hf.token_cache import cache_folder
 from efface.reference import DistinctSequences, ReferenceCache
@@ -29,7 +30,10 @@ Progress = Callable[[int, int, int], None]
 
 
 class ReferenceCallback(TrainerCallback):
-    """A trainer's callback that also follows how a cached reference is computed, before training."""
+    """A trainer's callback that also follows what happens before training."""
+
+    def on_data(self, data: Mapping[str, DataFacts]) -> None:
+        """Be told what was taken of which data, by role."""
 
     def on_reference(self, computed: int, missing: int, sequences: int) -> None:
         """Follow: of so many distinct sequences, some were missing in the cache, of which some are computed."""

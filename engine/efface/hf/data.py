@@ -1,6 +1,6 @@
 """Token stores from question-answer data: what a trainer takes as its sets, tokenised once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from efface.batching import TokenStore
-from efface.batching.store import Chunk
+from efface.batching.store import Chunk, Taken
 from efface.hf import token_cache
 from efface.hf.row_files import FileRows
 from efface.hf.rows import (
@@ -143,13 +143,14 @@ def token_store(
             raise ValueError(empty)
         return _column_names(rows, question_column, answer_column, chosen)
 
-    def chunks(rows: Rows) -> Iterator[Chunk]:
+    def chunks(rows: Rows) -> tuple[Iterable[Chunk], Taken]:
         question, answer = names(rows)
         numbers = matching(rows, conditions, source)
         batches = text_batches(rows, question, answer, source=source, numbers=numbers, documents=chosen.documents)
         if refusals is not None:
             batches = (refusals.batch(where, questions) for where, questions, _ in batches)
-        return encode_batches(tokenizer, batches, template=chosen, max_length=max_length)
+        taken = Taken(len(rows) if numbers is None else len(numbers), len(rows))
+        return encode_batches(tokenizer, batches, template=chosen, max_length=max_length), taken
 
     def key(identity: Sequence[str]) -> str:
         return token_cache.digest(
@@ -164,7 +165,7 @@ def token_store(
     if isinstance(data, (str, Path)) and (file := local_file(data)) is not None:
         digest = token_cache.file_digest(file)
 
-        def read() -> Iterator[Chunk]:
+        def read() -> tuple[Iterable[Chunk], Taken]:
             rows = FileRows(file, cache_dir=cache_dir)
             if rows.digest != digest:  # or the tokens of one file would be found by the content of another
                 raise ValueError(f"{str(file)!r} changed while it was read; wait until it is written, and start again")
@@ -178,7 +179,7 @@ def token_store(
         asked += [column for column in names(rows) if column is not None]
         content = key(["dataset", table_digest(rows, list(dict.fromkeys(asked)), source)])
         return token_cache.stored(content, lambda: chunks(rows), cache_dir)
-    return TokenStore(chunks(rows))
+    return TokenStore(*chunks(rows))
 
 
 def _column_names(rows: Rows, question: str | None, answer: str | None, template: Template) -> tuple[str | None, str]:

@@ -63,7 +63,7 @@ def _body(name: str, recipe: Recipe, metrics: dict[str, float], step: int) -> st
     command = f"## Reproduce\n\n```\n{recipe.command}\n```\n" if recipe.command else ""
     made = f"`{recipe.method}` from `{recipe.base_model}` (revision `{recipe.revision}`), {step} optimizer steps"
     data = [
-        (role, f"`{facts.source}`", str(facts.rows), f"`{facts.fingerprint}`", ", ".join(facts.filters) or "-")
+        (role, f"`{facts.source}`", facts.counts(), f"`{facts.fingerprint}`", ", ".join(facts.filters) or "-")
         for role, facts in recipe.data.items()
     ]
     sections = [

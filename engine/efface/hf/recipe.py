@@ -17,12 +17,14 @@ import transformers
 
 from efface.batching import TokenStore
 from efface.hf.arguments import UnlearnArguments
+from efface.hf.rows import Conditions, parse_conditions
 from efface.objectives import Objective
 
 # How a run is watched, stored and spread out, not what it computes.
 _WATCHING = (
     *("output_dir", "overwrite_output_dir", "run_name", "disable_tqdm", "report_to", "project", "trackio_space_id"),
     *("resume_from_checkpoint", "do_train", "do_eval", "do_predict", "prediction_loss_only", "token_cache"),
+    "allow_overlap",
     *("include_num_input_tokens_seen", "include_tokens_per_second", "skip_memory_metrics", "load_best_model_at_end"),
     *("restore_callback_states_from_checkpoint", "revision_per_checkpoint", "local_rank", "greater_is_better"),
     *("metric_for_best_model", "batch_eval_metrics", "enable_jit_checkpoint", "push_to_hub", "debug"),
@@ -51,33 +53,52 @@ _SECRETS = ("--hub_token", "--hub-token", "--push_to_hub_token", "--push-to-hub-
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a set was: where from, how many sequences, and a digest of their tokens and labels."""
+    """What a set was: where from, how many sequences, and a digest of their tokens and labels.
+
+    Attributes:
+        source: file, name on the Hub, or type of what was in memory.
+        rows: sequences; a document may be several.
+        fingerprint: digest of the sequences.
+        filters: conditions that its rows meet.
+        hub_name: of the data set on the Hub, if it is one.
+        taken: rows that the sequences are of; None where the set was given as tokens.
+        available: rows of the source, likewise.
+    """
 
     source: str
     rows: int
     fingerprint: str
     filters: tuple[str, ...] = ()
     hub_name: str = ""
+    taken: int | None = None
+    available: int | None = None
 
     @classmethod
-    def of(cls, data: Any, store: TokenStore, conditions: Any = None) -> "DataFacts":
+    def of(cls, data: Any, store: TokenStore, conditions: Conditions = None) -> "DataFacts":
         """Describe a set as it was given and as it was tokenised."""
         named = isinstance(data, (str, Path))
         source = str(data) if named else f"{type(data).__name__} in memory"
         local = not named or Path(source).expanduser().exists() or Path(source).suffix != ""
         return cls(
-            source, len(store), store_fingerprint(store), _words(conditions), "" if local else source.split(":")[0]
+            source,
+            len(store),
+            store_fingerprint(store),
+            tuple(map(str, parse_conditions(conditions))),
+            "" if local else source.split(":")[0],
+            *(store.taken or ()),
         )
 
+    def counts(self) -> str:
+        """Return how much was taken: ``400 of 4,000 rows``, of documents with their sequences, too."""
+        sequences = f"{self.rows:,} sequences"
+        if self.taken is None:
+            return sequences
+        counts = f"{self.taken:,} of {self.available:,} rows"
+        return counts if self.taken == self.rows else f"{counts} in {sequences}"
 
-def _words(conditions: Any) -> tuple[str, ...]:
-    if conditions is None:
-        return ()
-    if isinstance(conditions, str):
-        return (conditions,)
-    if isinstance(conditions, dict):
-        return tuple(f"{column}={value}" for column, value in conditions.items())
-    return tuple(map(str, conditions))
+    def __str__(self) -> str:
+        filters = f", where {' and '.join(self.filters)}" if self.filters else ""
+        return f"{self.counts()}, {self.source}{filters}"
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
 """Rows of text: read from files, the Hub and objects in memory, and filtered by their columns."""
 
+import difflib
 import hashlib
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard
 
@@ -25,6 +28,7 @@ Conditions: TypeAlias = str | Sequence[str] | Mapping[str, Any] | None
 _ROWS_AT_A_TIME = 1000
 _DOCUMENTS_AT_A_TIME = 16  # books of some 1 MB each
 _SHOWN_VALUES = 10
+_LOOKED_AT_VALUES = 10_000  # for what was meant by a value that no row has
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -289,18 +293,18 @@ def _mapping(row: Any, number: int, source: str) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a row must meet: its value is one of ``values``, or none of them. Values are compared as text."""
+    """What a row must meet: its value is one of ``values``, or none of them. Values are compared as written."""
 
     column: str
-    values: frozenset[str]
+    values: tuple[str, ...]
     negated: bool = False
 
     def __str__(self) -> str:
-        return f"{self.column}{'!=' if self.negated else '='}{','.join(sorted(self.values))}"
+        return f"{self.column}{'!=' if self.negated else '='}{','.join(map(_quoted, self.values))}"
 
     def met(self, value: Any) -> bool:
         """Whether a row with this value meets the condition."""
-        return self.values.isdisjoint(_spellings(value)) == self.negated
+        return any(text in self.values for text in _spellings(value)) != self.negated
 
 
 def parse_conditions(conditions: Conditions) -> tuple[Condition, ...]:
@@ -308,71 +312,165 @@ def parse_conditions(conditions: Conditions) -> tuple[Condition, ...]:
 
     Args:
         conditions: ``column=value[,value…]`` or ``column!=value[,value…]``, one or several; or a mapping of columns
-            to a value or a list of values, which may hold commas; None for none.
+            to a value or a list of values; None for none. In text, a value with commas, or with spaces or quotes at
+            its ends, stands in double quotes, in which ``""`` is one: ``client="Acme, Inc.",Boreal``. The values of a
+            mapping are taken as they are.
 
     Raises:
-        ValueError: a condition that cannot be read.
+        ValueError: a condition that cannot be read, a value or condition that is given twice, conditions that no value
+            can meet.
     """
     if conditions is None:
         return ()
     if isinstance(conditions, Mapping):
-        return tuple(_wanted(name, value) for name, value in conditions.items())
-    return tuple(map(_parse, [conditions] if isinstance(conditions, str) else conditions))
+        parsed = tuple(_wanted(name, value) for name, value in conditions.items())
+    else:
+        parsed = tuple(map(_parse, [conditions] if isinstance(conditions, str) else conditions))
+    for condition in parsed:
+        value, count = Counter(condition.values).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"row filter {str(condition)!r}: expected each value once, got {value!r} {count} times")
+    for one, other in combinations(parsed, 2):
+        if one.column == other.column:
+            _check_together(one, other)
+    return parsed
+
+
+def _check_together(one: Condition, other: Condition) -> None:
+    """Refuse two conditions on a column of which one says nothing, or which no value can meet."""
+    both, pair = set(one.values) & set(other.values), f"row filter {str(one)!r} and {str(other)!r}"
+    if one.negated and other.negated:
+        if both:
+            raise ValueError(f"{pair}: expected each value once, got {min(both)!r} in both")
+    elif one.negated or other.negated:
+        kept, dropped = (other, one) if one.negated else (one, other)
+        if set(kept.values) <= set(dropped.values):
+            raise ValueError(f"{pair}: expected conditions that a row can meet, got two that contradict")
+    else:
+        either = Condition(one.column, tuple(dict.fromkeys((*one.values, *other.values))))
+        raise ValueError(f"{pair}: a row must meet both, and has one value; write {str(either)!r} for either of them")
+
+
+_VALUE = re.compile(r'\s*(?:"((?:[^"]|"")*)"|([^,]*))\s*(,|$)')
 
 
 def _parse(text: str) -> Condition:
     left, equals, right = text.partition("=")
     negated = left.endswith("!")
-    name, values = left.removesuffix("!").strip(), [value.strip() for value in right.split(",")]
+    name = left.removesuffix("!").strip()
     if not equals or not name:
         raise ValueError(f"row filter: expected column=value[,value] or column!=value[,value], got {text!r}")
-    return Condition(name, frozenset(values), negated)
+    values, place, more = [], 0, ","
+    while more:
+        found = _VALUE.match(right, place)
+        if found is None or (found[1] is None and found[2].startswith('"')):
+            raise ValueError(
+                f"row filter {text!r}: expected a closing quote before a comma or the end, and a quote within quotes "
+                f"twice, got {right[place:].strip()!r}"
+            )
+        values.append(found[2].strip() if found[1] is None else found[1].replace('""', '"'))
+        place, more = found.end(), found[3]
+    return Condition(name, tuple(values), negated)
+
+
+def _quoted(value: str) -> str:
+    """Write a value as ``_parse`` reads it."""
+    plain = value == value.strip() and "," not in value and not value.startswith('"')
+    return value if plain else '"' + value.replace('"', '""') + '"'
 
 
 def _wanted(name: str, value: Any) -> Condition:
-    values = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
-    return Condition(name, frozenset(spelling for one in values for spelling in _spellings(one)))
+    values = list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
+    if not values:
+        raise ValueError(f"row filter: expected a value of column {name!r}, or several, got an empty list")
+    return Condition(name, tuple(_spellings(one)[-1] for one in values))
 
 
-def _spellings(value: Any) -> set[str]:
-    """How a value may be written: 3.0 (an integer column with gaps, to CSV readers) is also 3, True also true."""
-    if value is None:
-        return {""}
-    text = str(value)
+def _spellings(value: Any) -> tuple[str, ...]:
+    """How a condition may write a value: as ``as_text`` has it, or in ways that can mean nothing else in its column.
+
+    A missing value is written as nothing. True is also true. 3.0 is also 3: to many readers an integer column with gaps
+    is one of floats. A date is written as in ISO 8601, a time of day after a T or a space.
+
+    Raises:
+        ValueError: a value that no condition can name, such as a list.
+    """
+    if isinstance(value, (np.bool_, np.integer, np.floating)):
+        value = value.item()
     if isinstance(value, bool):
-        return {text, text.lower()}
-    if isinstance(value, float) and value.is_integer():
-        return {text, str(int(value))}
-    return {text}
+        return (str(value).lower(), str(value))
+    if isinstance(value, float) and not math.isnan(value):
+        return (str(value), str(int(value))) if value.is_integer() else (str(value),)
+    if isinstance(value, (date, time)):
+        return (str(value), value.isoformat())
+    if isinstance(value, Decimal) and value.is_finite():
+        return (str(value),)
+    text = as_text(value)
+    return ("",) if text is None else (text,)
 
 
 def matching(rows: Rows, conditions: Sequence[Condition], source: str) -> NDArray[np.int64] | None:
     """Return the numbers of the rows that meet all conditions, in order; None if there are no conditions.
 
     Raises:
-        ValueError: an unknown column; no row that meets them.
+        ValueError: an unknown column, a value in a condition that no row has, no row that meets all conditions.
     """
     if not conditions:
         return None
     names = list(dict.fromkeys(condition.column for condition in conditions))
-    present: dict[str, dict[str, None]] = {name: {} for name in names}  # in order of appearance
+    wanted = {name: {v for one in conditions if one.column == name for v in one.values} for name in names}
+    seen: dict[str, set[str]] = {name: set() for name in names}  # of the wanted ones
     found: list[NDArray[np.int64]] = []
     for first, columns in _columns(rows, names, source):
-        by_name = dict(zip(names, columns, strict=True))
-        met = [[condition.met(value) for value in by_name[condition.column]] for condition in conditions]
-        found.append(first + np.flatnonzero(np.logical_and.reduce(met)))
-        for name, values in by_name.items():
-            if len(present[name]) <= _SHOWN_VALUES:
-                present[name].update(dict.fromkeys(map(str, values)))
+        met = np.ones(len(columns[0]), np.bool_)
+        for name, values in zip(names, columns, strict=True):
+            try:
+                hits = [wanted[name].intersection(_spellings(value)) for value in values]
+            except ValueError as error:
+                raise ValueError(f"{source}: expected values to filter by in column {name!r}, {error}") from None
+            seen[name].update(*hits)
+            for condition in conditions:
+                if condition.column == name:
+                    met &= [hit.isdisjoint(condition.values) == condition.negated for hit in hits]
+        found.append(first + np.flatnonzero(met))
+    for condition in conditions:
+        if missing := [value for value in condition.values if value not in seen[condition.column]]:
+            raise ValueError(_no_row_has(missing[0], condition, rows, source))
     numbers = np.concatenate([np.empty(0, np.int64), *found])
-    if len(rows) and not len(numbers):
-        shown = "; ".join(
-            f"{name!r} has {', '.join(map(repr, islice(values, _SHOWN_VALUES)))}"
-            f"{' and others' if len(values) > _SHOWN_VALUES else ''}"
-            for name, values in present.items()
-        )
-        raise ValueError(f"{source}: no row of {len(rows)} meets {' and '.join(map(str, conditions))}; {shown}")
+    if not len(numbers):
+        raise ValueError(f"{source}: no row of {len(rows)} meets {' and '.join(map(str, conditions))} together")
     return numbers
+
+
+def _no_row_has(value: str, condition: Condition, rows: Rows, source: str) -> str:
+    present: dict[str, str] = {}  # in order of appearance
+    for _, (values,) in _columns(rows, [condition.column], source):
+        for one in values:
+            if len(present) < _LOOKED_AT_VALUES:
+                present.setdefault(_spellings(one)[-1], repr(one))
+    shown = ", ".join(islice(present.values(), _SHOWN_VALUES)) or "none"
+    others = " and others" if len(present) > _SHOWN_VALUES else ""
+    near = _nearest(value, list(present))
+    hint = "" if near is None else f"; did you mean {str(Condition(condition.column, (near,), condition.negated))!r}?"
+    return (
+        f"{source}: row filter {str(condition)!r}: no row of {len(rows)} has {value!r} in column {condition.column!r}, "
+        f"which has {shown}{others}{hint} (values are compared as written, with zeros, case and spaces; one with "
+        'commas or outer spaces stands in double quotes: column="a, b")'
+    )
+
+
+def _nearest(value: str, present: Sequence[str]) -> str | None:
+    """Return the value that is the same but for zeros, case and spaces, else the most similar one."""
+    plain = _plain(value)
+    same = next((other for other in present if _plain(other) == plain), None)
+    return same or next(iter(difflib.get_close_matches(value, present, n=1)), None)
+
+
+def _plain(value: str) -> str | float:
+    try:
+        return float(value)
+    except ValueError:
+        return " ".join(value.split()).casefold()
 
 
 def text_batches(

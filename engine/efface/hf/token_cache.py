@@ -1,24 +1,30 @@
-"""The token cache: token stores in memory-mapped Arrow files, found by the content of what they were made of."""
+"""The token cache: token stores in memory-mapped Arrow files, found by the content of what they were made of.
+
+A file is an Arrow stream, which any reader of Arrow takes, and behind it a trailer: the rows taken and those of the
+data, and a digest of the key and of all bytes before it. A file whose digest does not fit is never read.
+"""
 
 import hashlib
 import json
 import os
+import struct
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from uuid import uuid4
 
 import datasets
 import pyarrow as pa
 import tokenizers
 import transformers
+import xxhash
 from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
 
 from efface.batching import TokenStore
-from efface.batching.store import Chunk
+from efface.batching.store import Chunk, Taken
 
 FORMAT = 2  # part of every key: raise it when the same input makes other tokens, or the file another layout
 FEATURES = datasets.Features(
@@ -26,7 +32,8 @@ FEATURES = datasets.Features(
     {"input_ids": datasets.LargeList(datasets.Value("int32")), "label_start": datasets.Value("int64")}
 )
 _SCHEMA = FEATURES.arrow_schema
-_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # Arrow's; a file without it was cut off
+_COUNTS = struct.Struct("<qq")  # rows taken, rows of the data; -1 where not known
+_DIGEST_BYTES = 16
 _READ_BYTES = 1 << 20
 
 
@@ -45,7 +52,11 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
         raise OSError(str(error)) from error
 
 
-def stored(key: str, chunks: Callable[[], Iterable[Chunk]], cache_dir: str | Path | None = None) -> TokenStore:
+def stored(
+    key: str,
+    chunks: Callable[[], tuple[Iterable[Chunk], Taken | None]],
+    cache_dir: str | Path | None = None,
+) -> TokenStore:
     """Return the token store of a key from the cache; make it of ``chunks()`` if it is not there.
 
     The file is written beside its place and moved there whole, so neither a killed process nor two at once leave a
@@ -54,7 +65,8 @@ def stored(key: str, chunks: Callable[[], Iterable[Chunk]], cache_dir: str | Pat
 
     Args:
         key: what ``digest`` returned for all that the tokens depend on.
-        chunks: makes the arrays of the store, one chunk after another; called only if they are not in the cache.
+        chunks: makes the arrays of the store, one chunk after another, and says which rows they are of; called only if
+            they are not in the cache.
         cache_dir: see ``cache_folder``.
     """
     try:
@@ -65,7 +77,7 @@ def stored(key: str, chunks: Callable[[], Iterable[Chunk]], cache_dir: str | Pat
             except ValueError as error:
                 warnings.warn(f"token cache: {str(path)!r} is damaged ({error}); it is made anew", stacklevel=3)
                 path.unlink(missing_ok=True)
-        write(path, chunks())
+        write(path, *chunks())
         return read(path)
     except OSError as error:
         warnings.warn(
@@ -73,38 +85,42 @@ def stored(key: str, chunks: Callable[[], Iterable[Chunk]], cache_dir: str | Pat
             "set EFFACE_CACHE to a folder with space",
             stacklevel=3,
         )
-        return TokenStore(chunks())
+        return TokenStore(*chunks())
 
 
 def read(path: Path) -> TokenStore:
-    """Map a file into memory as a token store; nothing is copied.
+    """Map a file into memory as a token store, once all of its bytes are known to be those that were written.
 
     Raises:
-        ValueError: not a whole file of ``FEATURES``.
+        ValueError: a byte that is not as it was written, or a file under another name.
         OSError: a file that cannot be read.
     """
     with path.open("rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(file.tell() - len(_END_OF_STREAM), 0))
-        if file.read() != _END_OF_STREAM:
+        whole = os.fstat(file.fileno()).st_size - _DIGEST_BYTES
+        if whole < _COUNTS.size:
             raise ValueError("it is cut off")
-    try:
-        table = datasets.Dataset.from_file(str(path)).data
-    except (OSError, pa.ArrowException) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise ValueError(str(error)) from error  # Arrow's word on the content, not the system's on the file
-    wanted, got = (dict(zip(schema.names, map(str, schema.types), strict=True)) for schema in (_SCHEMA, table.schema))
-    if got != wanted:
-        raise ValueError(f"expected columns {wanted}, got {got}")
+        expected = _digest_of(file, path.stem, whole)
+        if file.read() != expected:
+            raise ValueError("its checksum does not fit")
+        file.seek(whole - _COUNTS.size)
+        rows, of = _COUNTS.unpack(file.read(_COUNTS.size))
+    table = datasets.Dataset.from_file(str(path)).data
     columns = (table.column(name).chunks for name in FEATURES)
-    return TokenStore(_views(ids, starts) for ids, starts in zip(*columns, strict=True))
+    chunks = (_views(ids, starts) for ids, starts in zip(*columns, strict=True))
+    return TokenStore(chunks, None if rows < 0 else Taken(rows, of))
+
+
+def _digest_of(file: BinaryIO, key: str, count: int) -> bytes:
+    """Return the digest of a key and of the next ``count`` bytes; a damaged one is missed once in 2^128 times."""
+    state = xxhash.xxh3_128(key.encode())
+    while count > 0 and (block := file.read(min(count, _READ_BYTES))):
+        state.update(block)
+        count -= len(block)
+    return state.digest()
 
 
 def _views(ids: pa.LargeListArray, starts: pa.Int64Array) -> Chunk:
-    """Return the buffers of a record batch as NumPy arrays; pyarrow refuses nulls and whatever needs a copy."""
-    if ids.null_count:
-        raise ValueError("sequences are missing")
+    """Return the buffers of a record batch as NumPy arrays; pyarrow refuses whatever needs a copy."""
     return (
         ids.values.to_numpy(zero_copy_only=True),
         ids.offsets.to_numpy(zero_copy_only=True),
@@ -112,8 +128,13 @@ def _views(ids: pa.LargeListArray, starts: pa.Int64Array) -> Chunk:
     )
 
 
-def write(path: Path, chunks: Iterable[Chunk]) -> None:
+def write(path: Path, chunks: Iterable[Chunk], taken: Taken | None = None) -> None:
     """Write chunks to a file as they come, a record batch each; the file appears whole or not at all.
+
+    Args:
+        path: the file, which has the name of its key.
+        chunks: of the store.
+        taken: which rows they are of.
 
     Raises:
         OSError: the folder cannot be written to, or is full.
@@ -127,6 +148,13 @@ def write(path: Path, chunks: Iterable[Chunk]) -> None:
                 table = pa.Table.from_arrays([sequences, pa.array(starts)], schema=_SCHEMA)
                 writer.write_table(table, writer_batch_size=max(len(starts), 1))
             writer.finalize()
+        with partial.open("r+b") as file:
+            file.seek(0, os.SEEK_END)
+            file.write(_COUNTS.pack(*(taken or (-1, -1))))
+            size = file.tell()
+            file.seek(0)
+            digest = _digest_of(file, path.stem, size)
+            file.write(digest)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -36,6 +36,7 @@ from efface.hf.open_unlearning import (
     decayed_parameters,
     padded_loss,
 )
+from efface.hf.overlap import refuse_overlap
 from efface.hf.preflight import (
     check_gradients,
     check_loss,
@@ -153,6 +154,11 @@ class PackedTrainer(CardedTrainer):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         check_schedule(scheduler, num_training_steps)
         return scheduler
+
+    def _tell_data(self) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ReferenceCallback):
+                callback.on_data(self.data)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -291,8 +297,8 @@ class UnlearnTrainer(PackedTrainer):
 
     Raises:
         FileNotFoundError: a data file that does not exist.
-        ValueError: an empty forget set, a missing column, a row without a label, a token outside the vocabulary, a
-            reference that the objective cannot do with.
+        ValueError: an empty forget set, a missing column, a row without a label, a token outside the vocabulary, rows
+            in both sets without ``args.allow_overlap``, a reference that the objective cannot do with.
         FloatingPointError: from ``train()``, a loss that is not finite, with the step.
     """
 
@@ -358,7 +364,10 @@ class UnlearnTrainer(PackedTrainer):
         if keep:
             self.data["retain"] = DataFacts.of(retain, retain_store, retain_filter)
         if alternate_store is not None:
-            self.data["alternate"] = DataFacts.of(forget if alternate is None else alternate, alternate_store)
+            self.data["alternate"] = DataFacts.of(
+                forget if alternate is None else alternate, alternate_store, forget_filter
+            )
+        self._tell_data()
         self.reference_kind = kind
         self._forget_store = forget_store
         if isinstance(objective, PDU) and objective.primal_dual:
@@ -457,6 +466,7 @@ class FinetuneTrainer(PackedTrainer):
             **trainer_options,
         )
         self.data = {"training": DataFacts.of(data, store, data_filter)}
+        self._tell_data()
 
 
 def unlearning_stores(
@@ -470,11 +480,18 @@ def unlearning_stores(
     retain_filter: Conditions = None,
     alternate: QuestionAnswers | None = None,
 ) -> tuple[TokenStore, TokenStore, TokenStore | None]:
-    """Return the forget, retain and alternate sequences of a run; no retain ones where the objective reads none."""
+    """Return the forget, retain and alternate sequences of a run; no retain ones where the objective reads none.
+
+    Raises:
+        ValueError: as of ``UnlearnTrainer``; rows in the forget and the retain set, without ``args.allow_overlap``.
+    """
     forget_store, alternate_store = _forget_stores(objective, forget, alternate, tokenizer, args, forget_filter)
     retain_store = TokenStore.empty()
     if retain is not None and objective.reads_retain():
         retain_store = _tokenised(retain, tokenizer, args, "retain", retain_filter)
+    if not args.allow_overlap:
+        # Where other answers are trained in place of the rows' own, a row is told by its question.
+        refuse_overlap(forget_store, retain_store, prompts=objective.forget_data == "alternate")
     return forget_store, retain_store, alternate_store
 
 

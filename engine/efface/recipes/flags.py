@@ -33,7 +33,16 @@ _NO = {"save_schedule", "save_strategy", "eval_strategy", "logging_strategy"}  #
 
 
 class FlagParser(HfArgumentParser):
-    """Raises ValueError where argparse would print its usage and end the process."""
+    """Raises ValueError where argparse would print its usage and end the process.
+
+    A flag of several values may be given several times; to argparse alone, the last one would be all.
+    """
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        """See ``argparse``."""
+        if options.get("nargs") == "+":
+            options.setdefault("action", "extend")
+        return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raise."""

@@ -1,6 +1,7 @@
 """SQLite files that processes fill and read at the same time, and that are checked before they are believed."""
 
 import sqlite3
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,10 +63,27 @@ class Database:
             some = wanted[first : first + _VARIABLES]
             yield from self.execute(query.format(keys=",".join("?" * len(some))), (fixed, *some))
 
-    def insert(self, query: str, rows: Iterator[tuple[Any, ...]]) -> None:
-        """Run a query for each of the rows, all or none."""
+    def change(self, query: str, rows: Iterator[tuple[Any, ...]]) -> None:
+        """Run a query that writes for each of the rows, all or none."""
         with self.explained(), self._transaction():
             self._connection.executemany(query, rows)
+
+    def drop_damaged(self, query: str, fixed: bytes, keys: Sequence[bytes]) -> None:
+        """Delete rows whose checksum does not fit, so that they are made anew, and warn.
+
+        Args:
+            query: deletes the row of a fixed value and a key.
+            fixed: the value.
+            keys: of the rows.
+        """
+        if not keys:
+            return
+        self.change(query, ((fixed, key) for key in keys))
+        warnings.warn(
+            f"{self._name} {str(self.path)!r}: {len(keys)} damaged {'row is' if len(keys) == 1 else 'rows are'} made "
+            "anew; if that happens again, look after the disk",
+            stacklevel=3,
+        )
 
     def close(self) -> None:
         """Close the file; closing twice changes nothing."""

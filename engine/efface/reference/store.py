@@ -16,6 +16,7 @@ _SCHEMA = (
     "CREATE TABLE logprobs (model BLOB NOT NULL, sequence BLOB NOT NULL, value REAL NOT NULL, "
     "checksum INTEGER NOT NULL, PRIMARY KEY (model, sequence)) WITHOUT ROWID"
 )
+_DROP = "DELETE FROM logprobs WHERE model = ? AND sequence = ?"
 _QUERY = "SELECT sequence, value, checksum FROM logprobs WHERE model = ? AND sequence IN ({keys})"
 
 
@@ -23,14 +24,16 @@ class LogprobStore:
     """A file of sequence log-probabilities: (model fingerprint, sequence key) -> L, in float64.
 
     What ``put`` has returned from is there, also after the process was killed. Any number of processes may read and
-    write at once. SQLite has no checksums, so every row carries one: a value is what was put, or it is refused.
+    write at once. SQLite has no checksums, so every row carries one: a value is what was put, or the row is dropped,
+    with a warning, and found no more.
 
     Args:
         path: the file; it and its folder are made if they are not there.
 
     Raises:
         OSError: a place that cannot be read or written, or a full disk; from every method.
-        ValueError: a damaged file, or one of another program or version; from every method. Nothing is deleted.
+        ValueError: a file whose structure is damaged, or of another program or version; from every method. It is left
+            as it is.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -53,15 +56,15 @@ class LogprobStore:
             # Row by row: 10,000 tuples alive at once start a garbage collection, which takes 70 ms beside torch.
             for key, number, checksum in self._database.rows(_QUERY, model, keys):
                 there.append(key)
-                numbers.append(number)
+                numbers.append(number if isinstance(number, float) else math.nan)
                 checksums.append(checksum)
-        try:
-            values = np.array(numbers, np.float64)
-        except (TypeError, ValueError) as error:
-            raise self._database.refused("it holds what is no number") from error
-        if _checksums(model, there, values) != checksums:
-            raise self._database.refused("a checksum does not fit its row")
+        right = _checksums(model, there, np.array(numbers, np.float64))
         found = dict(zip(there, numbers, strict=True))
+        if right != checksums:
+            wrong = [key for key, a, b in zip(there, right, checksums, strict=True) if a != b]
+            for key in wrong:
+                found.pop(key, None)
+            self._database.drop_damaged(_DROP, model, wrong)
         result = np.array([found.get(key, math.nan) for key in keys], np.float64)
         return result, ~np.isnan(result)
 
@@ -78,7 +81,7 @@ class LogprobStore:
         values = values + 0.0  # SQLite keeps no sign of a zero, which is the log-probability of a sure answer
         checksums = _checksums(model, keys, values)
         rows = ((model, *row) for row in zip(keys, values.tolist(), checksums, strict=True))
-        self._database.insert("INSERT OR IGNORE INTO logprobs VALUES (?, ?, ?, ?)", rows)
+        self._database.change("INSERT OR IGNORE INTO logprobs VALUES (?, ?, ?, ?)", rows)
 
     def close(self) -> None:
         """Close the file; closing twice changes nothing."""

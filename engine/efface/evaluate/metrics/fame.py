@@ -71,7 +71,7 @@ def fame(
     false = text_lists(rows, perturbed_column, "rows", optional=True)
     paraphrases = optional_texts(rows, paraphrased_column, "rows")
     sides = []
-    for name, numbers in _split(rows, forget_filter, retain_filter).items():
+    for name, numbers in split_rows(rows, forget_filter, retain_filter).items():
         chosen = numbers.tolist()
         part = Part(name, rows, tokenizer, reading, numbers=numbers)
         sides.append(_Side(part, numbers, [false[row] for row in chosen], [paraphrases[row] for row in chosen]))
@@ -154,7 +154,12 @@ def fame_table(content: Mapping[str, MetricResult]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
-def _split(rows: Rows, forget: Conditions, retain: Conditions) -> dict[str, NDArray[np.int64]]:
+def split_rows(rows: Rows, forget: Conditions, retain: Conditions) -> dict[str, NDArray[np.int64]]:
+    """Return the numbers of the forget and of the retain rows, which are all others without a ``retain`` filter.
+
+    Raises:
+        ValueError: no forget filter, one that takes no row, rows in both sets.
+    """
     forgotten = matching(rows, parse_conditions(forget), "forget rows")
     if forgotten is None:
         raise ValueError("`forget_filter`: expected which rows are forgotten, such as topic_id=3, got none")
