@@ -1,6 +1,5 @@
 """LoRA by peft: exact against the padded loop, on the head too; its base as the reference; what is refused."""
 
-import contextlib
 import copy
 import subprocess
 import sys
@@ -30,7 +29,6 @@ from efface.hf.adapted_head import base_of
 from efface.hf.adapters import AdapterReference, add_lora, check_mergeable
 from efface.hf.head import fuse, head_of, packed_hidden, unfuse
 from efface.hf.head_loss import HeadLoss
-from efface.hf.refusals import check_packable
 from efface.hf.score import store_logprobs
 from efface_kernels.linear_loss import sequence_loss
 
@@ -340,56 +338,6 @@ def test_a_routers_auxiliary_loss_is_refused() -> None:
         fuse(model)
     model.config.output_router_logits = False
     fuse(model)
-
-
-class _Config:
-    def __init__(self, **settings: Any) -> None:
-        self.__dict__.update(settings)
-
-    def get_text_config(self) -> "_Config":
-        return self
-
-
-class _Model:
-    def __init__(self, stateful: bool, **settings: Any) -> None:
-        self._is_stateful, self.config = stateful, _Config(**settings)
-
-
-@pytest.mark.parametrize(
-    ("model", "served"),
-    [
-        (_Model(False, layer_types=["full_attention", "sliding_attention"]), True),
-        (_Model(False, layer_types=["linear_attention", "full_attention"]), False),  # Qwen3-Next
-        (_Model(False, layer_types=["conv", "full_attention"]), False),  # LFM2
-        (_Model(False, block_types=["recurrent", "attention"]), False),  # RecurrentGemma
-        (_Model(True, layers_block_type=["mamba", "attention"]), False),  # Jamba
-        (_Model(True, layer_types=["attention", "attention"]), True),  # Granite 4.0 without Mamba
-        (_Model(True), False),  # Mamba, RWKV
-        (_Model(True, layer_types=["compressed_sparse_attention"]), False),  # DeepSeek V4
-        (_Model(False), True),  # Llama of transformers 4
-    ],
-)
-def test_recurrent_layers_are_refused(model: Any, served: bool) -> None:
-    refusal = pytest.raises(ValueError, match="whose state would flow from one packed sequence into the next")
-    with contextlib.nullcontext() if served else refusal:
-        check_packable(model)
-
-
-@pytest.mark.parametrize("config", ["FalconConfig", "BloomConfig"])
-def test_attention_that_does_not_see_where_sequences_begin_is_refused(config: str) -> None:
-    model = tiny_model(config)
-    with pytest.raises(ValueError, match="packed sequences would see one another"):
-        fuse(model)
-    with pytest.raises(ValueError, match="packed sequences would see one another"):
-        store_logprobs(model, random_store(2))
-
-
-def test_mamba_is_refused_wherever_packs_are_read(tmp_path: Path) -> None:
-    model = tiny_model("MambaConfig", state_size=4, num_hidden_layers=1)
-    with pytest.raises(ValueError, match="got recurrent ones"):
-        fuse(model)
-    with pytest.raises(ValueError, match="got recurrent ones"):
-        store_logprobs(model, random_store(2))
 
 
 # ---- making one; without peft ----

@@ -11,8 +11,8 @@ from helpers import VOCABULARY, separate, tiny_llama, tiny_model, unlabelled
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efface.hf.attention import NAME, packed_arguments, use_packed_attention
-from efface.hf.head import fuse
+from efface.hf.attention import NAME, packed_arguments
+from efface.hf.head import fuse, use_packed_attention
 
 # Large weights: with the default of 0.02 attention is all but uniform, and a wrong mask goes unseen.
 WEIGHTS = 0.3

@@ -12,9 +12,10 @@ from helpers import separate, tiny_llama, unlabelled
 from torch import Tensor
 
 from efface.batching import TokenTree
-from efface.hf.attention import flash_attn, interface, packed_arguments, torch_varlen, use_packed_attention
+from efface.hf.attention import flash_attn, interface, packed_arguments, torch_varlen
 from efface.hf.attention.choice import AttentionCall, Installed, choose_kernel
 from efface.hf.attention.segments import segment_attention
+from efface.hf.head import use_packed_attention
 
 
 def attention_inputs(

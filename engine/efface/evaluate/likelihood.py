@@ -15,9 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from efface.batching import TokenStore, TokenTree, token_tree, tree_tokens
 from efface.evaluate.logs import FloatArray, SplitLog, truth_ratios
 from efface.evaluate.task import RowResult, Task
-from efface.hf.attention import NAME
+from efface.hf.adapted_head import base_of
 from efface.hf.head import head_of, packed_hidden
 from efface.hf.open_unlearning import IGNORE, Padded
+from efface.hf.packing import shares_tokens
 from efface.hf.rows import optional_texts, text_lists, texts
 from efface.hf.score import budgeted, check_store, scoring
 from efface.hf.templates import AUTO, Template, encode_batches, get_template
@@ -32,8 +33,8 @@ class AnswerTask(Task):
     sequence, in nats. Values that are not finite stay as they are.
 
     The sequences of a batch share the beginnings that they have in common, up to where their tokens differ: the
-    question, and what stands before it in every question. Where a model keeps an attention that is not ours
-    (``use_packed_attention``), each answer is a sequence of its own.
+    question, and what stands before it in every question. Where a model reads packs otherwise than with our attention
+    (``hf.packing``), each answer is a sequence of its own.
 
     Args:
         tokenizer: with an ``eos_token``.
@@ -140,13 +141,13 @@ def scored_trees(
 ) -> Iterator[TokenTree]:
     """Yield the sequences as one tree, whose shared tokens are computed once; within ``scoring``.
 
-    A model whose attention cannot share takes the sequences whole, ``token_budget`` tokens at a time.
+    A model that cannot share takes the sequences whole, ``token_budget`` tokens at a time.
 
     Raises:
         ValueError: tokens or lengths that the model has not.
     """
     check_store(model, store, name)
-    share = model.config._attn_implementation == NAME  # noqa: SLF001
+    share = shares_tokens(base_of(model), int(store.lengths[sequences].max(initial=0)))
     for pack in [sequences] if share else budgeted(store, sequences, token_budget):
         yield token_tree(store, pack, share=share).to(model.device)
 

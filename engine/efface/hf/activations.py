@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from efface.batching import PackedBatch, Role, StepTotals
 from efface.hf.adapted_head import base_of
 from efface.hf.head_loss import HeadLoss, StepOutput
+from efface.hf.packing import decoder_of
 from efface.objectives import RMU
 from efface_kernels.linear_loss.sequences import segment_sums
 
@@ -64,14 +65,19 @@ def _squared(rows: Tensor, target: Tensor, part: PackedBatch, role: Role, weight
 
 
 class Watched:
-    """What a module returned in its last forward pass."""
+    """What a module returned in the passes over a batch: one, or one a sequence."""
 
     def __init__(self) -> None:
         self._output: Any = None
+        self._passes: list[Any] = []
 
     def keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         """The forward hook."""
         self._output = output[0] if isinstance(output, tuple) else output
+
+    def end_pass(self, *_: Any) -> None:
+        """The decoder's forward hook."""
+        self._passes.append(self._output)
 
     def output(self) -> Tensor:
         """Return it, (B, T, D); for a pack, B is 1.
@@ -81,7 +87,7 @@ class Watched:
         """
         if self._output is None:
             raise RuntimeError("the module whose activations the loss reads was not called in the forward pass")
-        output: Tensor = self._output
+        output: Tensor = self._passes[0] if len(self._passes) == 1 else torch.cat(self._passes, 1)
         if torch.is_grad_enabled() and not output.requires_grad:
             raise RuntimeError(
                 "the activations that the loss reads carry no gradient: train a parameter at or before that module; "
@@ -94,11 +100,15 @@ class Watched:
 def watched(model: nn.Module, module_regex: str) -> Iterator[Watched]:
     """Keep the output of the module whose name ``module_regex`` matches while the block runs."""
     watch = Watched()
-    handle = find_module(model, module_regex).register_forward_hook(watch.keep)
+    handles = [
+        find_module(model, module_regex).register_forward_hook(watch.keep),
+        decoder_of(base_of(model)).register_forward_hook(watch.end_pass),
+    ]
     try:
         yield watch
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def find_module(model: Any, module_regex: str) -> nn.Module:

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from efface.batching import PackedBatch, TokenTree
 from efface.hf.activations import ActivationLoss, watched
 from efface.hf.adapted_head import base_of, head_linears, serve_head
-from efface.hf.attention import packed_arguments, use_packed_attention
 from efface.hf.compiling import uncompiled, uncompiled_frame
 from efface.hf.head_loss import HeadLoss, StepOutput, joined
-from efface.hf.refusals import check_packable, check_servable
+from efface.hf.packing import packed_states, read_packs
+from efface.hf.refusals import check_servable
 from efface_kernels import Head, linear_logprob
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -88,14 +88,6 @@ def _activation_loss_of(
     return joined(outputs)
 
 
-def decoder_of(model: PreTrainedModel) -> Any:
-    """Return the part of the model that ends in the final hidden states."""
-    decoder = model.get_decoder()
-    if decoder is model:  # what transformers 4 answers for models (GPT-NeoX) that do not name theirs
-        return model.base_model
-    return decoder
-
-
 @uncompiled_frame
 def packed_hidden(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> Tensor:
     """Return the final hidden states (N, D) of the batch's label rows, scaled as the model scales its logits.
@@ -103,8 +95,7 @@ def packed_hidden(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> Ten
     With LoRA on the head they are (N, D + r).
     """
     model = base_of(model)
-    hidden: Tensor = decoder_of(model)(**packed_arguments(model, batch)).last_hidden_state  # (1, T, D)
-    return _at_the_head(model, hidden[0], batch.label_rows)
+    return _at_the_head(model, packed_states(model, batch), batch.label_rows)
 
 
 @uncompiled
@@ -137,23 +128,21 @@ def head_of(model: PreTrainedModel) -> Head:
 def fuse(model: Model, *, attention: str | None = None) -> Model:
     """Give ``model`` the fused head, in place, and return it. Fusing twice changes nothing.
 
+    What packs are read with is measured (``hf.packing``): packed attention, the model's own, or one sequence a pass,
+    of which a warning says why.
+
     Args:
         model: an ``AutoModelForCausalLM``, or a ``peft.PeftModel`` around one.
         attention: attention implementation to switch to; None is packed attention where the model allows it.
 
     Raises:
-        ValueError: a head that the loss op cannot serve; recurrent layers, virtual tokens, a router's auxiliary loss.
+        ValueError: a head that the loss op cannot serve; virtual tokens, a router's auxiliary loss; a model that is
+            not causal.
     """
     base = base_of(model)
     head = head_of(base)
     check_servable(model, base)
-    check_packable(base)
-    if not isinstance(base, _FusedModel):
-        _check_logits(base, head)
-    if attention is None:
-        use_packed_attention(base)
-    else:
-        base.set_attn_implementation(attention)
+    use_packed_attention(base, attention=attention)
     linears: list[Any] = head_linears(base.get_output_embeddings())
     for layer in linears:
         layer.__class__ = FusedHead
@@ -167,32 +156,21 @@ def fuse(model: Model, *, attention: str | None = None) -> Model:
     return model
 
 
-@torch.no_grad()
-def _check_logits(model: PreTrainedModel, head: Head) -> None:
-    """Raise ValueError if the model makes its logits in a way that the head knows nothing of."""
-    if any(parameter.numel() == 0 or parameter.is_meta for parameter in model.parameters()):
-        return  # sharded or not yet loaded
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        ids = torch.arange(2, device=model.device)[None]
-        hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
-        hidden = _at_the_head(model, hidden, ids[0])
-        expected = model(input_ids=ids, use_cache=False).logits[0].float()
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float()
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    # Loose enough for the rounding of half precision, tight enough to see a scale, a cap or a shift.
-    worst, size = (logits - expected).abs().max().item(), expected.abs().max().item()
-    if worst > 0.05 * size + 1e-6:
-        raise ValueError(
-            f"{type(model).__name__}: its logits are not those of its head on its last hidden states (they differ by "
-            f"{worst:.3g}, the largest is {size:.3g}), so the loss op would train another model; its config may scale "
-            "or shift logits in a way that efface does not know"
-        )
+def use_packed_attention(model: PreTrainedModel, *, attention: str | None = None) -> None:
+    """Switch ``model``, fused or not, to what it reads packs with; measured once, with the head, as ``fuse`` says.
+
+    Raises:
+        ValueError: as ``fuse``, but for adapters and a router's loss.
+    """
+    base = base_of(model)
+    head = head_of(base)
+
+    def logits(hidden: Tensor) -> Tensor:
+        rows = torch.arange(len(hidden), device=hidden.device)
+        made = torch.nn.functional.linear(_at_the_head(base, hidden, rows), head.weight, head.bias).float()
+        return made if head.softcap is None else head.softcap * torch.tanh(made / head.softcap)
+
+    read_packs(base, logits, attention)
 
 
 def unfuse(model: Model, *, attention: str | None = "sdpa") -> Model:

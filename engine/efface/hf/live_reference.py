@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 from efface.batching import PackedBatch
 from efface.hf.activations import answer_rows, watched
-from efface.hf.attention import use_packed_attention
-from efface.hf.head import head_of, packed_hidden
+from efface.hf.head import head_of, packed_hidden, use_packed_attention
 from efface_kernels import Head, ReferenceRows
 
 
@@ -55,11 +54,10 @@ class LiveReference(ModelReference):
         self.model = model
         self.model.requires_grad_(False)
         self.model.eval()
-        use_packed_attention(self.model)
-        head_of(self.model)  # refuses now what it could not serve at the first step
         self._far_head: Head | None = None
         if not getattr(model, "is_quantized", False) and model.device != device:
             torch.nn.Module.to(self.model, device)
+        use_packed_attention(self.model)  # refuses now what it could not serve at the first step
 
     @contextmanager
     def running(self) -> Iterator[PreTrainedModel]:

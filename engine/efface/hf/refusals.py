@@ -1,39 +1,6 @@
-"""Models whose loss or state does not survive packing; each refusal says why."""
+"""Adapters that need a batch axis, and losses with a term that the head does not know; each refusal says why."""
 
 from typing import Any
-
-ATTENTION_ONLY = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
-"""Layers that see nothing but the tokens of their own sequence, in the configurations' words."""
-
-BLIND = {"falcon", "bloom", "mpt", "openai-gpt"}
-"""Models of transformers whose attention can neither be replaced nor told where sequences begin."""
-
-RECURRENT = {"linear_attention", "mamba", "mamba2", "recurrent", "conv", "hybrid", "hybrid_sliding"}
-"""Layers whose state runs on from token to token, over the border between two packed sequences."""
-
-
-def check_packable(model: Any) -> None:
-    """Raise ValueError for a model whose sequences would see one another: by recurrent layers, or by attention.
-
-    Layers are known by the configuration's list of them; a model without one, by transformers' mark of a state.
-    """
-    config = model.config.get_text_config()
-    if getattr(config, "model_type", None) in BLIND:
-        raise ValueError(
-            f"{type(model).__name__}: its attention looks at no position ids, so that packed sequences would see one "
-            "another; packed batches cannot serve this model"
-        )
-    lists = (getattr(config, name, None) for name in ("layer_types", "layers_block_type", "block_types"))
-    kinds = {kind for kinds in lists if isinstance(kinds, (list, tuple)) for kind in kinds}
-    found = sorted(kinds & RECURRENT)
-    stateful = getattr(model, "_is_stateful", False) and not (kinds and kinds <= ATTENTION_ONLY)
-    if found or stateful:
-        raise ValueError(
-            f"{type(model).__name__}: expected attention layers, got recurrent ones "
-            f"({', '.join(found) or 'the model keeps a state'}), whose state would flow from one packed sequence into "
-            "the next; packed batches cannot serve this model"
-        )
-
 
 def check_adapters(model: Any, base: Any) -> None:
     """Raise ValueError for adapters that need a batch axis; the arguments are those of ``check_servable``."""

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from efface.batching import Role, TokenStore, pack_items
-from efface.hf.attention import use_packed_attention
-from efface.hf.head import head_of, packed_hidden
+from efface.hf.head import head_of, packed_hidden, use_packed_attention
 from efface_kernels import linear_logprob
 from efface_kernels.linear_loss.sequences import segment_sums
 from efface_kernels.logits import accumulation_dtype
@@ -34,7 +33,7 @@ def budgeted(store: TokenStore, index: NDArray[np.int64], token_budget: int) -> 
 
 @contextmanager
 def scoring(model: PreTrainedModel) -> Iterator[None]:
-    """Within, ``model`` is in evaluation mode and reads packs, with packed attention if it can; then as it was."""
+    """Within, ``model`` is in evaluation mode and reads packs as it can; then as it was."""
     modes = [(module, module.training) for module in model.modules()]
     attention = model.config._attn_implementation  # noqa: SLF001
     model.eval()

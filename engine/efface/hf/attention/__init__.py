@@ -4,6 +4,6 @@
 call: flash-attn (``flash_attn.py``), torch's own (``torch_varlen.py``), or SDPA by segment (``segments.py``).
 """
 
-from efface.hf.attention.interface import NAME, packed_arguments, use_packed_attention, varlen_attention
+from efface.hf.attention.interface import NAME, adds_to_scores, hands_windows_on, packed_arguments, varlen_attention
 
-__all__ = ["NAME", "packed_arguments", "use_packed_attention", "varlen_attention"]
+__all__ = ["NAME", "adds_to_scores", "hands_windows_on", "packed_arguments", "varlen_attention"]

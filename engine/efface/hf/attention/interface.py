@@ -4,7 +4,9 @@ Without packed keyword arguments (generation, padded batches) it is transformers
 scores, which that has not, are computed here.
 """
 
+import functools
 import inspect
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +21,11 @@ from efface.hf.attention import flash_attn, torch_varlen
 from efface.hf.attention.choice import AttentionCall, Installed, choose_kernel
 from efface.hf.attention.segments import segment_attention, soft_capped_attention
 from efface.hf.compiling import uncompiled
-from efface.hf.refusals import check_packable
 
 NAME = "efface_varlen"
 
 UNKNOWN_TERMS = ("s_aux", "position_bias")
 """What other models add to their scores: sinks (GPT-OSS), learned distances (T5)."""
-
-LAYER_KINDS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,8 @@ def varlen_attention(
     for name in UNKNOWN_TERMS:
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"{NAME!r} attention: expected no {name}, got one from {type(module).__name__}; load the model with "
-                "attn_implementation='eager'"
+                f"{NAME!r} attention: expected no {name}, got one from {type(module).__name__}; leave the model its own "
+                "attention, as `fuse(model)` does"
             )
     if packed_lengths is None:
         if softcap is not None:
@@ -233,39 +232,34 @@ def _soft_capped_batch(
     return out.transpose(1, 2).contiguous()
 
 
-def use_packed_attention(model: PreTrainedModel) -> None:
-    """Switch ``model`` to packed attention.
-
-    One with other layers than full and sliding attention keeps its own, as does one whose windows are in its mask alone
-    (Qwen2-MoE, PhiMoE). Any implementation of transformers is exact on packs. Those that build a (T, T) mask cost T²
-    instead of Σ n².
-
-    Raises:
-        ValueError: a model with recurrent layers.
-    """
-    check_packable(model)
+def hands_windows_on(model: PreTrainedModel) -> bool:
+    """Whether every attention layer hands its window on, by the model's code: the argument is optional."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
-    windowed = "sliding_attention" in kinds if kinds else bool(getattr(config, "sliding_window", None))
-    if LAYER_KINDS.issuperset(kinds or ()) and not (windowed and _windows_are_in_the_mask_alone(model)):
-        model.set_attn_implementation(NAME)
+    if not ("sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None)):
+        return True
+    return all("sliding_window" in code for code in _attention_code(model))
 
 
-def _windows_are_in_the_mask_alone(model: PreTrainedModel) -> bool:
-    """Whether some attention layer does not hand its window on. Only its code says so: the argument is optional."""
+def adds_to_scores(model: PreTrainedModel) -> bool:
+    """Whether some attention layer has a term of the scores that no kernel here has, by the model's code."""
+    return any(name in code for code in _attention_code(model) for name in UNKNOWN_TERMS)
+
+
+def _attention_code(model: PreTrainedModel) -> list[str]:
+    """Return the source of the layers that call the attention interface, where there is any."""
+    sources = []
     for kind in {type(module) for module in model.modules() if hasattr(module, "layer_idx")}:
-        try:
-            code = inspect.getsource(kind.forward)
-        except (OSError, TypeError):  # written in a session, or no Python
-            continue
-        if "attention_interface(" in code and "sliding_window" not in code:
-            return True
-    return False
+        with suppress(OSError, TypeError):  # written in a session, or no Python
+            sources.append(inspect.getsource(kind.forward))
+    return [code for code in sources if "attention_interface(" in code]
 
 
 @uncompiled
-def packed_arguments(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> dict[str, Any]:
+def packed_arguments(model: PreTrainedModel, batch: PackedBatch | TokenTree, decoder: Any = None) -> dict[str, Any]:
     """Return the keyword arguments with which ``model``'s decoder reads a packed batch.
+
+    A ``decoder`` that takes no others than it names gets none of those that it does not.
 
     Raises:
         ValueError: a tree with shared tokens, and an attention implementation that has no notion of it.
@@ -292,7 +286,17 @@ def packed_arguments(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> 
         # A 4-D mask is handed through as it is: with an empty one, transformers does not build its own (T, T).
         arguments["attention_mask"] = batch.input_ids.new_empty(1, 1, 0, 0)
         arguments["packed_lengths"] = PackedLengths(batch.lengths, tree)
-    return arguments
+    names = None if decoder is None else _named(type(decoder))
+    return arguments if names is None else {name: value for name, value in arguments.items() if name in names}
+
+
+@functools.cache
+def _named(kind: type[torch.nn.Module]) -> frozenset[str] | None:
+    """Return the parameters of ``forward``, or None where it takes any."""
+    parameters = inspect.signature(kind.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return frozenset(parameter.name for parameter in parameters)
 
 
 AttentionInterface.register(NAME, varlen_attention)
