@@ -223,7 +223,7 @@ def test_qwen_is_open_unlearning_but_for_the_next_turn(real_rows: list[dict[str,
 def test_patterns_are_open_unlearning_where_the_prompt_ends_in_no_space(
     name: str, make: Any, real_rows: list[dict[str, str]]
 ) -> None:
-    """The space of "Answer: " is a label here, alone or joined with the answer; there it never is."""
+    """The space of "Answer: " is a label here, alone or with the answer; there it never is, nor what joins it."""
     tokenizer = make()
     tags = {"llama-2": ("[INST] ", " [/INST]", ""), "phi": ("Question: ", "\n", "Answer: ")}[name]
     config = {
