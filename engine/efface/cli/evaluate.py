@@ -14,7 +14,14 @@ from rich.progress import TaskID
 from rich.table import Table
 
 from efface.cli.console import open_console
-from efface.cli.metrics_flags import Results, add_metrics_flags, chosen_metrics, run_fame, run_metrics
+from efface.cli.metrics_flags import (
+    Results,
+    add_metrics_flags,
+    check_metrics_rows,
+    chosen_metrics,
+    run_fame,
+    run_metrics,
+)
 from efface.cli.progress import progress_on
 from efface.evaluate import EvalLog, TofuResult, tofu
 from efface.evaluate.logs import PREFIXES, SPLITS
@@ -116,6 +123,8 @@ def run(argv: Sequence[str]) -> int:
     output = options.output or _default_output(options.model, options.revision)
     benchmark = options.benchmark or (None if options.metrics else "tofu")
     chosen_metrics(options)  # what is wrong with them is said now, not after hours
+    if options.metrics:
+        check_metrics_rows(options)
     if benchmark != "tofu" and (options.retain_log or options.retain_model):
         raise ValueError(
             "--retain-log, --retain-model: expected --benchmark tofu beside them, got none; what privleak compares "

@@ -12,7 +12,7 @@ from efface.evaluate.metrics import Metric, MetricResult, Perplexity, Reading
 from efface.evaluate.metrics.fame import GROUPS
 from efface.evaluate.runner import Progress
 from efface.hf.loading import load_model
-from efface.hf.rows import Rows, load_rows, matching, parse_conditions
+from efface.hf.rows import Rows, load_rows, matching, parse_conditions, texts
 
 Results = dict[str, MetricResult]
 
@@ -55,6 +55,22 @@ def chosen_metrics(options: argparse.Namespace) -> list[Metric]:
         if metric.needs_reference and not options.reference_model:
             raise ValueError(f"{metric.name}: expected --reference-model MODEL, got none")
     return chosen
+
+
+def check_metrics_rows(options: argparse.Namespace) -> None:
+    """Read the text that ``--metrics`` judge, so that what is wrong with it is said before anything is computed.
+
+    Raises:
+        ValueError: a row without text, by its number in the file; a filter that no row meets.
+    """
+    reading = _reading(options)
+    names = [name for name in (reading.answer_column, reading.question_column) if name is not None]
+    for source, conditions in ((options.forget, options.forget_filter), (options.holdout, options.holdout_filter)):
+        if source:
+            rows = load_rows(source)
+            numbers = matching(rows, parse_conditions(conditions), source)
+            for name in names:
+                texts(rows, name, source, numbers)
 
 
 def run_metrics(
