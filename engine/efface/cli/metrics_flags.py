@@ -12,7 +12,7 @@ from efface.evaluate.metrics import Metric, MetricResult, Perplexity, Reading
 from efface.evaluate.metrics.fame import GROUPS, split_rows
 from efface.evaluate.runner import Progress
 from efface.hf.loading import load_model
-from efface.hf.rows import Rows, load_rows, matching, parse_conditions
+from efface.hf.rows import Rows, load_rows, matching, parse_conditions, texts
 
 Results = dict[str, MetricResult]
 
@@ -59,27 +59,36 @@ def chosen_metrics(options: argparse.Namespace) -> list[Metric]:
     return chosen
 
 
-def taken_rows(options: argparse.Namespace, benchmark: str | None) -> dict[str, str]:
-    """Return how many of which rows the filters take, by role, where there are filters; nothing is computed yet.
+def rows_judged(options: argparse.Namespace, benchmark: str | None) -> dict[str, str]:
+    """Read the rows of FAME and ``--metrics``, so that what is wrong with them is said before anything is computed.
+
+    Returns:
+        How many of which rows the filters take, by role, where there are filters.
 
     Raises:
-        ValueError: a filter of rows that are not given, or that takes none of them.
+        ValueError: a row without text, by its number in the file; a filter of rows that are not given, or that takes
+            none of them.
     """
     filtered = [name for name in ("forget", "holdout", "retain") if getattr(options, f"{name}_filter")]
-    metrics = [name for name in filtered if name != "retain" and options.metrics and getattr(options, name)]
+    judged = [name for name in ("forget", "holdout") if options.metrics and getattr(options, name)]
     for name in filtered:
-        if name not in metrics and (benchmark != "fame" or name == "holdout"):
+        if name not in judged and (benchmark != "fame" or name == "holdout"):
             raise ValueError(f"--{name}-filter: expected rows that it takes some of, got none; drop it")
     lines: dict[str, str] = {}
     if benchmark == "fame" and options.data and filtered:
         rows = load_rows(options.data)
         for name, some in split_rows(rows, options.forget_filter, options.retain_filter).items():
             lines[f"FAME {name}"] = f"{len(some):,} of {len(rows):,} rows, {options.data}"
-    for name in metrics:
-        source, conditions = getattr(options, name), getattr(options, f"{name}_filter")
+    reading = _reading(options)
+    columns = [name for name in (reading.answer_column, reading.question_column) if name is not None]
+    for name in judged:
+        source = getattr(options, name)
         rows = load_rows(source)
-        numbers = matching(rows, parse_conditions(conditions), source)
-        lines[name] = f"{0 if numbers is None else len(numbers):,} of {len(rows):,} rows, {source}"
+        numbers = matching(rows, parse_conditions(getattr(options, f"{name}_filter")), source)
+        for column in columns:
+            texts(rows, column, source, numbers)
+        if numbers is not None:
+            lines[name] = f"{len(numbers):,} of {len(rows):,} rows, {source}"
     return lines
 
 
