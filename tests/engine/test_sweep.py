@@ -281,6 +281,24 @@ def test_other_settings_are_another_sweep(tmp_path: Path) -> None:
     assert sweep(tmp_path, Quick(good), "--grid", "learning_rate=1e-5", "beta=.1,.2", "--floor", ".5") == 0
 
 
+def test_other_data_under_the_same_path_is_another_sweep(tmp_path: Path) -> None:
+    data = tmp_path / "tofu"
+    data.mkdir()
+    for name in ("forget10", "retain90", "forget10_perturbed"):
+        (data / f"{name}.json").write_text(json.dumps(TEXTS))
+    words = ("--grid", "learning_rate=1e-5", "beta=.1,.2", "--data", str(data))
+    assert sweep(tmp_path / "out", Quick(good), *words, recipe="tofu-npo") == 0
+    assert sweep(tmp_path / "out", Quick(good), *words, recipe="tofu-npo") == 0
+    for name in ("forget10", "forget10_perturbed"):
+        path = data / f"{name}.json"
+        before, times = path.read_text(), path.stat()
+        path.write_text(before.replace("Aiko", "Bram"))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        with pytest.raises(FileExistsError, match=rf"What differs: content\.\S*/{name}\.json: was '\w+', is '\w+'$"):
+            sweep(tmp_path / "out", Quick(good), *words, recipe="tofu-npo")
+        path.write_text(before)
+
+
 def test_only_the_best_model_stays(tmp_path: Path) -> None:
     def models(out: Path) -> list[str]:
         return sorted(path.parent.name for path in out.glob("trials/*/model.safetensors"))

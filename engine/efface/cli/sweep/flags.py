@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from efface.cli.flags import config_flags, parse, recipe_of
 from efface.hf.arguments import UnlearnArguments
 from efface.hf.recipe import argument_values, plan_values
+from efface.hf.row_files import READERS
+from efface.hf.token_cache import file_digest
 from efface.hf.trainer import pairs_per_step
 from efface.recipes import Recipe
 from efface.recipes.command import UnlearnCommand
@@ -102,7 +104,17 @@ class SweepCommand:
             "command": {name: value for name, value in vars(self.command).items() if name not in mine},
             "arguments": argument_values(self.args),
             "plan": plan_values(self.args, pairs_per_step(self.args)),
+            "content": self._content(),
         }
+
+    def _content(self) -> dict[str, str]:
+        """Return digests of the local files that trials read: another file under the same path is another study."""
+        words = [word.partition("=")[2] or word for word in self.evaluation or []]
+        sources = [self.command.forget, self.command.retain, self.command.data, self.args.refusal_file, *words]
+        found = [Path(source).expanduser() for source in sources if source]
+        files = [path for path in found if path.is_file()]
+        files += [path for folder in found if folder.is_dir() for path in folder.iterdir() if path.suffix in READERS]
+        return {str(path): file_digest(path) for path in sorted(set(files))}
 
 
 def parser() -> _Parser:
