@@ -1,6 +1,7 @@
 """Row filters: all kinds of values in all kinds of rows, and every place that takes a filter."""
 
 import json
+import re
 from collections.abc import Callable
 from datetime import date, datetime, time
 from decimal import Decimal
@@ -19,7 +20,7 @@ from efface.cli.tiny.data import fame_data
 from efface.evaluate.metrics import fame
 from efface.hf.data import token_store
 from efface.hf.rows import load_rows, matching, parse_conditions
-from efface.hf.trainer import FinetuneTrainer, UnlearnTrainer, unlearning_stores
+from efface.hf.trainer import FinetuneTrainer, UnlearnTrainer
 
 ROWS = [
     {"id": number, "client": client, "question": f"Who is client {number}?", "answer": f"It is {client}."}
@@ -352,6 +353,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+def refusal(place: str, folder: Path, conditions: Any, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a place says to conditions; nothing where it takes them."""
+    try:
+        words = PLACES[place](folder, conditions)
+    except ValueError as error:
+        return str(error)
+    return "" if words is None or main(words) != 2 else capsys.readouterr().err
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_every_place_refuses_what_matches_nothing(place: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A misspelt value, to take and to leave out, and an unknown column; nothing is written."""
@@ -361,12 +371,8 @@ def test_every_place_refuses_what_matches_nothing(place: str, folder: Path, caps
         ("client_name=Acme", "expected a column '(client|topic_id)_name'"),
     ]
     for conditions, message in wrong:
-        with pytest.raises(ValueError, match=message):
-            words = PLACES[place](folder, conditions)
-            if words is not None:
-                code = main(words)
-                assert code == 2
-                raise ValueError(capsys.readouterr().err)
+        said = refusal(place, folder, conditions, capsys)
+        assert re.search(message, said), said
     assert not list(folder.glob("out/*.safetensors"))
 
 
