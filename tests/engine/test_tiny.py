@@ -175,6 +175,19 @@ def test_a_killed_teacher_leaves_no_model(tmp_path: Path, monkeypatch: pytest.Mo
     assert (folder / teach.RECORD).is_file()
 
 
+def test_a_damaged_model_is_taught_anew(tmp_path: Path) -> None:
+    folder = _teach(tmp_path)
+    for name in ("model.safetensors", "tokenizer.json", teach.RECORD):
+        (folder / "notes.txt").write_text("what users add does not matter")
+        whole = (folder / name).read_bytes()
+        at = len(whole) // 2
+        (folder / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.warns(UserWarning, match=r"taught model .* is damaged; it is taught anew"):
+            assert _teach(tmp_path) == folder
+        assert (folder / name).read_bytes() == whole
+    assert _teach(tmp_path) == folder
+
+
 def test_of_two_teachers_at_once_one_model_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = _teach(tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}

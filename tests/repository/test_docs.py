@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "tofu").mkdir()
     for split in ("forget10", "retain", "real_authors", "world_facts"):
         (tmp_path / "tofu" / f"{split}_perturbed.json").write_text("\n".join(map(json.dumps, rows)))
-    for name, rows in (("forget10", TEXTS[:4]), ("retain90", TEXTS)):
+    for name, rows in (("forget10", TEXTS[:2]), ("retain90", TEXTS[2:])):
         (tmp_path / f"{name}.json").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setenv("EFFACE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)

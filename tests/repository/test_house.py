@@ -20,7 +20,7 @@ FLOORS: dict[str, set[str]] = {
     "engine/efface/hf": {
         *BASE,
         *("efface.batching", "efface.objectives", "efface.reference", "efface.hf"),
-        *("accelerate", "transformers", "datasets", "tokenizers", "huggingface_hub", "jinja2", "pyarrow"),
+        *("accelerate", "transformers", "datasets", "tokenizers", "huggingface_hub", "jinja2", "pyarrow", "xxhash"),
     },
     "engine/efface/evaluate": {
         *BASE,

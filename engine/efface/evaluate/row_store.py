@@ -4,6 +4,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from efface.evaluate.task import RowResult
 from efface.reference.database import Database
@@ -49,10 +50,10 @@ class RowStore:
     def get(self, model: bytes, keys: Sequence[bytes]) -> list[RowResult | None]:
         """Return the results of a model's rows, in order; None where there is none."""
         found: dict[bytes, RowResult] = {}
-        wrong: list[bytes] = []
+        wrong: list[Any] = []
         with self._database.explained():
             for key, text, checksum in self._database.rows(_QUERY, model, keys):
-                if isinstance(text, bytes) and _checksum(model, key, text) == checksum:
+                if isinstance(key, bytes) and isinstance(text, bytes) and _checksum(model, key, text) == checksum:
                     found[key] = json.loads(text)
                 else:
                     wrong.append(key)

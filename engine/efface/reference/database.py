@@ -68,13 +68,13 @@ class Database:
         with self.explained(), self._transaction():
             self._connection.executemany(query, rows)
 
-    def drop_damaged(self, query: str, fixed: bytes, keys: Sequence[bytes]) -> None:
+    def drop_damaged(self, query: str, fixed: bytes, keys: Sequence[Any]) -> None:
         """Delete rows whose checksum does not fit, so that they are made anew, and warn.
 
         Args:
             query: deletes the row of a fixed value and a key.
             fixed: the value.
-            keys: of the rows.
+            keys: of the rows, as they were read.
         """
         if not keys:
             return
@@ -102,6 +102,8 @@ class Database:
             if isinstance(error, sqlite3.OperationalError) and any(word in str(error) for word in _PLACE):
                 raise OSError(f"{self._name} {str(self.path)!r}: {error}") from error
             raise self.refused(str(error)) from error
+        except UnicodeDecodeError as error:  # SQLite's own words quote what is damaged
+            raise self.refused("its text is damaged") from error
 
     def _open(self) -> None:
         self.execute("PRAGMA cell_size_check = ON")

@@ -4,6 +4,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,21 +51,25 @@ class LogprobStore:
     def get(self, model: bytes, keys: Sequence[bytes]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Return the values (len(keys),) of a model's sequences, NaN where there is none, and where there is one."""
         there: list[bytes] = []
+        wrong: list[Any] = []
         numbers: list[float] = []
         checksums: list[int] = []
         with self._database.explained():
             # Row by row: 10,000 tuples alive at once start a garbage collection, which takes 70 ms beside torch.
             for key, number, checksum in self._database.rows(_QUERY, model, keys):
+                if not isinstance(key, bytes):  # where its type was damaged
+                    wrong.append(key)
+                    continue
                 there.append(key)
                 numbers.append(number if isinstance(number, float) else math.nan)
                 checksums.append(checksum)
         right = _checksums(model, there, np.array(numbers, np.float64))
         found = dict(zip(there, numbers, strict=True))
         if right != checksums:
-            wrong = [key for key, a, b in zip(there, right, checksums, strict=True) if a != b]
+            wrong += [key for key, a, b in zip(there, right, checksums, strict=True) if a != b]
             for key in wrong:
                 found.pop(key, None)
-            self._database.drop_damaged(_DROP, model, wrong)
+        self._database.drop_damaged(_DROP, model, wrong)
         result = np.array([found.get(key, math.nan) for key in keys], np.float64)
         return result, ~np.isnan(result)
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -44,15 +45,18 @@ class Place:
         self.log, self._record, self._lock = (trials / f"{name}.{end}" for end in ("log", "json", "lock"))
 
     def result(self) -> Result | None:
-        """Return how the trial ended, or None while it has not."""
+        """Return how the trial ended, or None while it has not, or where the record is damaged."""
         try:
-            return Result(**json.loads(self._record.read_text(encoding="utf-8")))
-        except (FileNotFoundError, ValueError, TypeError):
+            content = json.loads(self._record.read_text(encoding="utf-8"))
+            checksum = content.pop("checksum", None)  # none in records of earlier versions
+            result = Result(**content)
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):
             return None
+        return result if checksum in (None, _checksum(result)) else None
 
     def finish(self, result: Result) -> None:
         """Note how the trial ended."""
-        write_whole(self._record, json.dumps(asdict(result), indent=2))
+        write_whole(self._record, json.dumps({**asdict(result), "checksum": _checksum(result)}, indent=2))
 
     def forget(self) -> None:
         """Forget how the trial ended, so that it is tried again."""
@@ -104,6 +108,10 @@ class Place:
             partial = shared.with_name(f"{PARTIAL}{os.getpid()}")
             shutil.copyfile(own, partial)
             partial.replace(shared)
+
+
+def _checksum(result: Result) -> int:
+    return zlib.crc32(json.dumps(asdict(result), sort_keys=True).encode())
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +18,10 @@ from transformers import PrinterCallback, TrainerCallback
 
 from efface.cli.tiny.architectures import ARCHITECTURES, Size, model_of, tokenizer_of
 from efface.hf.arguments import UnlearnArguments
-from efface.hf.token_cache import cache_folder
+from efface.hf.token_cache import cache_folder, file_digest
 from efface.hf.trainer import FinetuneTrainer
 
-FORMAT = 1  # part of every key: raise it when the same settings make another model
+FORMAT = 2  # part of every key: raise it when the same settings make another model
 RECORD = "taught.json"
 _LEFT_BEHIND = 86_400  # seconds after which a half-taught model is nobody's: teaching takes minutes
 
@@ -49,7 +50,7 @@ def taught(
 
     It lies in ``tiny/`` of the cache under a name that says what made it, so another run, recipe or objective with the
     same rows and settings finds it there. It is moved there whole: a killed process leaves none, and of two at once one
-    is kept.
+    is kept. One of which a byte is not as it was written is taught anew.
 
     Args:
         rows: with ``question`` and ``answer``.
@@ -71,7 +72,7 @@ def taught(
         "transformers": transformers.__version__,
     }
     folder = cache_folder(cache_dir) / "tiny" / digest(made_of)
-    if (folder / RECORD).is_file():
+    if _whole(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clear(folder.parent)
@@ -91,11 +92,31 @@ def taught(
         trainer.train()
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / RECORD).write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
+        record = {**made_of, "files": _file_digests(partial)}
+        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _keep(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a folder holds a taught model as it was written; one that does not is warned about, if it is there."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except ValueError:  # not JSON, or not text
+        record = {}
+    files = record.pop("files", None) if isinstance(record, dict) else None
+    if isinstance(files, dict) and digest(record) == folder.name and files.items() <= _file_digests(folder).items():
+        return True
+    warnings.warn(f"taught model {str(folder)!r} is damaged; it is taught anew", stacklevel=3)
+    return False
+
+
+def _file_digests(folder: Path) -> dict[str, str]:
+    return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != RECORD}
 
 
 def _clear(cache: Path) -> None:
@@ -111,7 +132,7 @@ def _keep(partial: Path, folder: Path) -> None:
     try:
         partial.rename(folder)
     except OSError:
-        if not (folder / RECORD).is_file():  # what is there is no model: it was damaged by other hands
+        if not _whole(folder):
             shutil.rmtree(folder)
             partial.rename(folder)
 
