@@ -154,8 +154,9 @@ class AdapterReference(ModelReference):
                 "reference 'adapter' is the base model with its adapters switched off: expected a peft.PeftModel, got "
                 f"{type(model).__name__}; give it LoRA (--lora_r 8, or peft.get_peft_model), or use 'cached' or 'live'"
             )
-        with self._switched_off():
-            trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+        free = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        with self._switched_off():  # peft freezes what it switches off, and some versions free what lies under it
+            trained = [name for name, weight in model.named_parameters() if weight.requires_grad and name in free]
         trained = [name for name in trained if not _ADAPTERS_OF_THEIR_OWN.intersection(name.split("."))]
         if trained:
             raise ValueError(
