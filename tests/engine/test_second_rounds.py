@@ -282,6 +282,11 @@ def test_an_adapter_that_is_trained_further_is_not_its_own_reference(
     assert main(command(rounds, "first", out, "--reference", "live")) == 0
 
 
+def test_a_dry_run_on_an_adapter(rounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command(rounds, "first", str(tmp_path / "out"), "--lora_r", "2"), "--dry_run"]) == 0
+    assert "first is an adapter" in " ".join(capsys.readouterr().out.split())
+
+
 # ---- relearning beside adapters ----
 
 RELEARNT: dict[str, Callable[[], Any] | None] = {
