@@ -8,17 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TINY, arguments, random_store, saved_llama, tiny_llama, tiny_model, written_rows
+from helpers import TEXTS, TINY, arguments, random_store, saved_llama, tiny_llama, tiny_model, written_rows
 from padded_loop import exact_losses
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from efface import NPO, UnlearnTrainer
 from efface.cli.main import main
+from efface.evaluate.audit.exam import Exam
+from efface.evaluate.audit.rows import audit_rows
 from efface.evaluate.audit.unchanged import unchanged
+from efface.evaluate.audit.views.relearn import Relearn
 from efface.hf.adapted_head import base_of
 from efface.hf.adapters import AdapterReference, add_lora, merged, with_fresh_lora
-from efface.hf.loading import load_model
+from efface.hf.loading import load_model, load_tokenizer
 from efface.hf.second_adapter import SECOND
 
 peft = pytest.importorskip("peft", reason="needs peft: pip install 'efface[lora]'")
@@ -282,6 +285,11 @@ def test_an_adapter_that_is_trained_further_is_not_its_own_reference(
     assert main(command(rounds, "first", out, "--reference", "live")) == 0
 
 
+def test_a_dry_run_on_an_adapter(rounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command(rounds, "first", str(tmp_path / "out"), "--lora_r", "2"), "--dry_run"]) == 0
+    assert "first is an adapter" in " ".join(capsys.readouterr().out.split())
+
+
 # ---- relearning beside adapters ----
 
 RELEARNT: dict[str, Callable[[], Any] | None] = {
@@ -332,6 +340,24 @@ def test_relearning_puts_a_fresh_adapter_beside_and_takes_it_away(
         assert (logits(taught) - expected).abs().max() > 1e-2
     assert everything(model) == before
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("lora_r", [None, 2])
+@pytest.mark.parametrize("loaded_by", ["efface", "transformers"])
+def test_the_audit_relearns_from_the_unlearned_model(
+    loaded_by: str, lora_r: int | None, rounds: Path, tmp_path: Path
+) -> None:
+    folder = str(rounds / "first")
+    model = load_model(folder) if loaded_by == "efface" else AutoModelForCausalLM.from_pretrained(folder)
+    model.eval()
+    before, expected = everything(model), logits(model)
+    exam, rows = Exam(model, load_tokenizer(str(rounds / "base"))), audit_rows(TEXTS)[:2]
+    for rate in (1e-12, 1e-2):
+        with Relearn(steps=1, learning_rate=rate, lora_r=lora_r)._taught(exam, rows) as taught:
+            moved = (logits(taught.model) - expected).abs().max()
+        assert (moved > 1e-4) if rate == 1e-2 else (moved < 1e-6)
+        assert everything(model) == before
+        assert torch.equal(logits(model), expected)
 
 
 def test_a_block_that_fails_is_undone_too(base: Path) -> None:

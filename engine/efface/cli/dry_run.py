@@ -292,6 +292,8 @@ def _needs(
     tokens: int | None,
 ) -> dict[str, Lines]:
     """Return the memory and the arithmetic of a run, computed and not measured."""
+    if _is_adapter(command):
+        return {"memory": {"not known": f"{command.model} is an adapter; see that of its base model with --lora_r"}}
     architecture = _architecture(command, recipe)
     if architecture is None:
         return {"memory": {"not known": f"the configuration of {command.model} is not on this machine"}}
@@ -331,6 +333,11 @@ def _needs(
     if tokens is not None:
         report["arithmetic"] = {"FLOPs of training": training_flops(sizes, tokens, checkpointing=checkpointing)}
     return report
+
+
+def _is_adapter(command: UnlearnCommand) -> bool:
+    folder = local_files(command.model, command.revision, "adapter_config.json")
+    return folder is not None and (folder / "adapter_config.json").is_file()
 
 
 def _architecture(command: UnlearnCommand, recipe: Recipe | None) -> Any:

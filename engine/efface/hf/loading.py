@@ -96,9 +96,7 @@ def _problems(found: Mapping[str, Any], config: Any) -> list[str]:
     lists = {
         "not in the checkpoint, so random": sorted(found["missing_keys"]),
         "in the checkpoint, but not in the model": sorted(found["unexpected_keys"]),
-        "of another shape": [
-            f"{key} {tuple(saved)} instead of {tuple(own)}" for key, saved, own in sorted(found["mismatched_keys"])
-        ],
+        "of another shape": sorted(map(_mismatch, found["mismatched_keys"])),
         "that could not be read": [str(error) for error in found.get("error_msgs") or ()],
     }
     if config.get_text_config() is not config or getattr(config, "vision_config", None) is not None:
@@ -109,6 +107,13 @@ def _problems(found: Mapping[str, Any], config: Any) -> list[str]:
         for fault, keys in lists.items()
         if keys
     ]
+
+
+def _mismatch(item: Any) -> str:
+    if isinstance(item, str):  # transformers 4 keeps the names alone
+        return item
+    name, saved, own = item
+    return f"{name} {tuple(saved)} instead of {tuple(own)}"
 
 
 _OTHER_SENSES = re.compile(r"(^|\.)(vision|visual|audio|image|multi_modal)")

@@ -84,7 +84,10 @@ def check_second(model: Any, config: Any) -> None:
     layers = adapted_layers(base_of(model))
     first = model.peft_config[FIRST] if set(model.peft_config) == {FIRST} else None
     reasons = {
-        f"{len(model.peft_config)} adapters": first is None,
+        f"adapters named {', '.join(map(repr, model.peft_config))} instead of {FIRST!r}": first is None,
+        "one that is switched off or merged": any(
+            layer.disable_adapters or getattr(layer, "merged", False) for layer in layers.values()
+        ),
         f"an adapter of kind {getattr(first, 'peft_type', None)}": getattr(first, "peft_type", "LORA") != "LORA",
         "a variant of LoRA (DoRA and the like)": any(
             getattr(layer, "lora_variant", None) or getattr(layer, "use_dora", {}).get(FIRST)
@@ -97,7 +100,7 @@ def check_second(model: Any, config: Any) -> None:
         "parameters that are no layers (target_parameters)": bool(getattr(first, "target_parameters", None)),
         f"an initialisation that changed the base model ({getattr(first, 'init_lora_weights', None)!r})": str(
             getattr(first, "init_lora_weights", "")
-        ).startswith(("pissa", "olora")),
+        ).startswith(("pissa", "olora", "corda", "loftq")),
     }
     for reason, holds in reasons.items():
         if holds:

@@ -52,7 +52,11 @@ class UnlearnCommand:
         default="auto", metadata={"help": "dtype to load the model in: auto, float32, bfloat16, float16"}
     )
     lora_r: int | None = field(
-        default=None, metadata={"help": "rank: train a LoRA adapter of the model, and write that (needs peft)"}
+        default=None,
+        metadata={
+            "help": "rank: train a LoRA adapter of the model, and write that (needs peft); on a model that is an "
+            "adapter, a second one, and write both as one"
+        },
     )
     lora_alpha: float | None = field(default=None, metadata={"help": "the adapter counts alpha / r; default: 2 r"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout of what enters the adapter"})
