@@ -83,7 +83,7 @@ class PackedTrainer(CardedTrainer):
             retain,
             alternate if args.compat is None else None,
             pairs_per_step=self.pairs_per_step // accumulate,
-            token_budget=args.token_budget,
+            token_budget=args.token_budget if args.compat is None else 2**31 - 1,  # padded batches have none
             seed=args.seed if args.data_seed is None else args.data_seed,
             rank=args.process_index,
             world_size=args.world_size,
