@@ -153,8 +153,7 @@ def _judge_by_tofu(options: argparse.Namespace, output: Path, console: Console) 
         open_console().print(
             results_table(
                 result,
-                f"{Path(options.model).name} on {options.split}, "
-                f"{get_protocol(options.protocol, options.compat).name}",
+                f"{Path(options.model).name} on {options.split}, {get_protocol(options.protocol, options.compat).name}",
             )
         )
         for note in _notes(result, options):
