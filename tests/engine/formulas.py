@@ -1,14 +1,12 @@
 """The independent truth of training: a padded loop, a forward pass for each data set, full logits, a second model.
 
-Formulas typed in from the papers and from open-unlearning; nothing of efface but the plan's choice of pairs. ``quirks``
-are open-unlearning's own (see ``efface.hf.open_unlearning``); without them means run over label tokens.
+Formulas typed in from the papers, with means over label tokens; nothing of efface but the plan's choice of pairs. For
+open-unlearning's own see ``open_unlearning_loop``.
 """
 
 import copy
 import itertools
 import re
-from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -52,7 +50,7 @@ def per_sequence_mse(activations: Tensor, target: Tensor, labels: Tensor) -> Ten
 
 
 def forget_loss(  # noqa: PLR0911, PLR0912
-    objective: Objective, model: Any, frozen: Any, forget: Batch, alternate: Batch | None, *, quirks: bool
+    objective: Objective, model: Any, frozen: Any, forget: Batch, alternate: Batch | None
 ) -> Tensor:
     labels = forget[1]
     mask = labels[:, 1:] != -100
@@ -92,16 +90,16 @@ def forget_loss(  # noqa: PLR0911, PLR0912
             count += len(rows)
         return total / count
     if isinstance(objective, PDU):
-        where = labels != -100 if quirks else torch.cat([mask, torch.zeros_like(mask[:, :1])], 1)
+        where = torch.cat([mask, torch.zeros_like(mask[:, :1])], 1)
         return ((logits.max(-1).values - logits.mean(-1)) ** 2)[where].mean()
     if isinstance(objective, UNDIAL):
         with torch.no_grad():
             teacher = logits_of(frozen, forget)[:, :-1]
         index = labels[:, 1:].clone()
-        index[index == -100] = logits.shape[-1] - 100 if quirks else 0
+        index[index == -100] = 0
         soft = (teacher - objective.beta * F.one_hot(index, logits.shape[-1])).softmax(-1)
         ce = -(soft * logits[:, :-1].log_softmax(-1)).sum(-1)
-        return ce.mean() if quirks else ce[mask].mean()
+        return ce[mask].mean()
     raise AssertionError(objective)
 
 
@@ -110,7 +108,7 @@ def token_nll_frozen(frozen: Any, batch: Batch) -> Tensor:
     return token_nll(logits_of(frozen, batch), batch[1]).sum(-1)
 
 
-def retain_loss(objective: Objective, model: Any, frozen: Any, retain: Batch, *, quirks: bool) -> Tensor:
+def retain_loss(objective: Objective, model: Any, frozen: Any, retain: Batch) -> Tensor:
     labels = retain[1]
     mask = labels[:, 1:] != -100
     if objective.retain_loss_type == "EMBED_DIFF":
@@ -123,7 +121,7 @@ def retain_loss(objective: Objective, model: Any, frozen: Any, retain: Batch, *,
     with torch.no_grad():
         q = logits_of(frozen, retain).log_softmax(-1)
     divergence = (q.exp() * (q - logits.log_softmax(-1))).sum(-1)
-    return divergence.mean() if quirks else divergence[:, :-1][mask].mean()
+    return divergence[:, :-1][mask].mean()
 
 
 def padded_curve(
@@ -136,45 +134,30 @@ def padded_curve(
     steps: int,
     lr: float,
     size: int = 4,
-    accumulate: int = 1,
-    quirks: bool = False,
-    adapter: Callable[[], Any] = nullcontext,
 ) -> list[float]:
-    """Train ``model``; return the loss of every step of ``accumulate`` micro-batches of ``size`` pairs."""
+    """Train ``model``; return the loss of every step of ``size`` pairs."""
     frozen = copy.deepcopy(model).eval()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     losses: list[float] = []
     weight = objective.alpha
     for epoch in itertools.count():
-        plan = plan_epoch(
-            forget.lengths, retain.lengths, pairs_per_step=size * accumulate, token_budget=4096, seed=0, epoch=epoch
-        )
+        plan = plan_epoch(forget.lengths, retain.lengths, pairs_per_step=size, token_budget=4096, seed=0, epoch=epoch)
         for step in range(len(plan)):
             index, kept = (own.tolist() for own in plan.pairs(step))
-            starts = range(0, len(index), size)
-            total = 0.0
-            for start in starts:
-                own = slice(start, start + size)
-                batches = [
-                    padded(*part) for part in ((forget, index[own]), (retain, kept[own]), (alternate, index[own]))
-                ]
-                if quirks:  # tokens that look like padding are hidden
-                    batches = [(ids, labels, (ids != 0).long()) for ids, labels, _ in batches]
-                lost = forget_loss(objective, model, frozen, batches[0], batches[2], quirks=quirks)
-                loss = objective.gamma * lost / len(starts)
-                if weight or isinstance(objective, PDU):
-                    retained = retain_loss(objective, model, frozen, batches[1], quirks=quirks)
-                    loss = loss + weight * retained / len(starts)
-                loss.backward()
-                total += loss.item()
-                if isinstance(objective, PDU) and epoch >= objective.dual_warmup_epochs:
-                    excess = retained.item() - objective.retain_loss_eps
-                    weight = max(0.0, weight + objective.dual_step_size * excess)
+            batches = [padded(*part) for part in ((forget, index), (retain, kept), (alternate, index))]
+            loss = objective.gamma * forget_loss(objective, model, frozen, batches[0], batches[2])
+            if weight or isinstance(objective, PDU):
+                retained = retain_loss(objective, model, frozen, batches[1])
+                loss = loss + weight * retained
+            loss.backward()
+            if isinstance(objective, PDU) and epoch >= objective.dual_warmup_epochs:
+                excess = retained.item() - objective.retain_loss_eps
+                weight = max(0.0, weight + objective.dual_step_size * excess)
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(total)
+            losses.append(loss.item())
             if len(losses) == steps:
                 return losses
     raise AssertionError

@@ -88,7 +88,7 @@ def test_gradients_that_are_all_zero_stop_the_run(tmp_path: Path) -> None:
 def test_a_gradient_that_is_not_finite_is_not_called_missing() -> None:
     model = torch.nn.Linear(2, 2)
     model.weight.grad = torch.full((2, 2), torch.nan)
-    check_gradients(model)
+    check_gradients(list(model.parameters()))
 
 
 # ---- warm-up ----

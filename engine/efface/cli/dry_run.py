@@ -15,13 +15,15 @@ from transformers import AutoConfig, AutoTokenizer
 from efface.batching import TokenStore, plan_epoch
 from efface.cli.flags import UnlearnCommand
 from efface.cli.plan import summary
+from efface.hf.accumulation import Accumulation
 from efface.hf.arguments import UnlearnArguments
 from efface.hf.estimate import RunShape, adapter_parameters, memory, model_sizes, training_flops
 from efface.hf.loading import local_files
+from efface.hf.open_unlearning import check_objective
 from efface.hf.reference import reference_kind
 from efface.hf.rows import check_columns, load_rows, local_file, matching, parse_conditions
 from efface.hf.templates import AUTO, TEMPLATES
-from efface.hf.trainer import pairs_per_step, unlearning_stores
+from efface.hf.trainer import accumulation_steps, pairs_per_step, unlearning_stores
 from efface.objectives import Objective
 from efface.recipes import Recipe
 
@@ -59,6 +61,8 @@ def describe(
     """
     if args.template not in (AUTO, *TEMPLATES):
         raise ValueError(f"`template`: expected one of {', '.join([AUTO, *TEMPLATES])}, got {args.template!r}")
+    if args.compat is not None:
+        check_objective(objective)
     reference = _reference(command, args, objective)
     data = _data(command, args, objective, recipe)
     report = {"configuration": _configuration(command, args, objective, recipe, reference)}
@@ -225,11 +229,16 @@ def _run(args: UnlearnArguments, data: _Data) -> Lines:
     if "forget" not in data.rows:
         return {**lines, "steps": "not known: how many rows the forget set has is on the Hub"}
     per_step = pairs_per_step(args)
-    steps = data.rows["forget"] / per_step
-    epoch_steps = math.floor(steps) if args.dataloader_drop_last else math.ceil(steps)
+    accumulation = Accumulation.of(
+        data.rows["forget"],
+        per_step // accumulation_steps(args),
+        accumulation_steps(args),
+        drop_last=args.dataloader_drop_last,
+    )
+    epoch_steps = accumulation.steps
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch_steps)
     args = copy.copy(args)
-    args.steps_per_epoch = steps
+    args.epoch_pairs = (data.rows["forget"], per_step)
     lines |= {
         "steps of an epoch": epoch_steps,
         "steps": total,
@@ -237,6 +246,8 @@ def _run(args: UnlearnArguments, data: _Data) -> Lines:
     }
     if data.stores is None:
         return {**lines, "tokens": f"not known: {data.missing}"}
+    if args.compat is not None:
+        return {**lines, "tokens": f"not known: --compat {args.compat} pads"}
     forget, retain, alternate = data.stores
     plan = plan_epoch(
         forget.lengths,

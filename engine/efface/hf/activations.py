@@ -119,6 +119,18 @@ def find_module(model: Any, module_regex: str) -> nn.Module:
     return module
 
 
+@contextmanager
+def training_only(model: nn.Module, patterns: tuple[str, ...]) -> Iterator[None]:
+    """Do what ``train_only`` does, while the block runs."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        train_only(model, patterns)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
 def train_only(model: nn.Module, patterns: tuple[str, ...]) -> None:
     """Freeze every parameter whose name none of the expressions matches.
 

@@ -60,7 +60,10 @@ class UnlearnArguments(TrainingArguments):
     )
     warmup_epochs: float | None = field(
         default=None,
-        metadata={"help": "warm the learning rate up over so many epochs, in whole steps rounded down, at least one"},
+        metadata={
+            "help": "warm the learning rate up over so many epochs, in whole steps rounded down, at least one "
+            "(with --compat perhaps none)"
+        },
     )
     retain_sampling: str = field(
         default="random",
@@ -118,8 +121,8 @@ class UnlearnArguments(TrainingArguments):
         default="auto", metadata={"help": "implementation of the loss: auto, native, triton or torch"}
     )
 
-    # Pairs of an epoch / pairs of a step; the trainer sets it, because it knows the data.
-    steps_per_epoch: float | None = field(default=None, init=False, repr=False)
+    # Pairs of an epoch, and of a step; the trainer sets it, because it knows the data.
+    epoch_pairs: tuple[int, int] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check what transformers does not."""
@@ -134,6 +137,7 @@ class UnlearnArguments(TrainingArguments):
                 "`revision_per_checkpoint`: no checkpoint is written; set --save_schedule epoch or a number"
             )
         self._check_warmup()
+        self._check_compat()
 
     def _meet(self) -> None:
         """Let processes on CPUs meet under ``ddp_timeout``, too; transformers gives it to those on GPUs alone."""
@@ -171,14 +175,34 @@ class UnlearnArguments(TrainingArguments):
         if not self.warmup_epochs >= 0:
             raise ValueError(f"`warmup_epochs`: expected at least 0, got {self.warmup_epochs}")
 
+    def _check_compat(self) -> None:
+        if self.compat is None:
+            return
+        if self.compat != "open-unlearning":
+            raise ValueError(f"`compat`: expected 'open-unlearning' or None, got {self.compat!r}")
+        if self.world_size > 1:
+            raise ValueError(
+                f"`compat`: expected one process, got {self.world_size}; run one with {self.world_size} times the "
+                "gradient_accumulation_steps, which is the same where they divide an epoch's micro-batches"
+            )
+        size = self.per_device_train_batch_size
+        if self.pairs_per_step is not None and self.pairs_per_step % size:
+            raise ValueError(
+                f"`compat`: expected `pairs_per_step` in micro-batches of per_device_train_batch_size={size}, got "
+                f"{self.pairs_per_step}; set --per_device_train_batch_size to a divisor of it"
+            )
+
     def get_warmup_steps(self, num_training_steps: int) -> int:
-        """Return the steps of the warm-up; at least one where any is asked for, as open-unlearning and TOFU do.
+        """Return the steps of the warm-up; at least one where any is asked for, as TOFU does, but not with ``compat``.
 
         Raises:
             ValueError: ``warmup_epochs`` outside a trainer, where nobody knows how long an epoch is.
         """
         if self.warmup_epochs is None:
             return int(super().get_warmup_steps(num_training_steps))
-        if self.steps_per_epoch is None:
+        if self.epoch_pairs is None:
             raise ValueError("`warmup_epochs`: only a trainer knows the steps of an epoch; give `warmup_steps`")
-        return max(1, int(self.warmup_epochs * self.steps_per_epoch)) if self.warmup_epochs else 0
+        pairs, per_step = self.epoch_pairs
+        if self.compat is not None:
+            return int((self.warmup_epochs * pairs) // per_step)
+        return max(1, int(self.warmup_epochs * (pairs / per_step))) if self.warmup_epochs else 0

@@ -13,7 +13,7 @@ from efface.batching import TokenStore
 from efface.batching.store import Chunk
 from efface.hf import token_cache
 from efface.hf.rows import Conditions, Rows, column, load_rows, local_file, matching, parse_conditions, text_batches
-from efface.hf.templates import AUTO, Template, encode_batches, get_template, probe
+from efface.hf.templates import AUTO, Batch, Template, encode_batches, get_template, probe
 
 # What a trainer takes as a forget or retain set: tokens, a file or Hub name, or rows (a datasets.Dataset is rows).
 QuestionAnswers: TypeAlias = TokenStore | str | Path | Rows
@@ -21,13 +21,20 @@ QuestionAnswers: TypeAlias = TokenStore | str | Path | Rows
 
 @dataclass(frozen=True)
 class Refusals:
-    """Answers such as "I don't know.", of which every row gets one, drawn by the seed and the row's number."""
+    """Answers such as "I don't know.", of which every row gets one, drawn by the seed and the row's number.
+
+    Attributes:
+        lines: the answers.
+        seed: of the draws.
+        every: rows get all of them instead, one sequence each: for who draws anew whenever a row is read.
+    """
 
     lines: tuple[str, ...]
     seed: int = 0
+    every: bool = False
 
     @classmethod
-    def read(cls, path: str | Path, seed: int = 0) -> "Refusals":
+    def read(cls, path: str | Path, seed: int = 0, *, every: bool = False) -> "Refusals":
         """Read a text file with an answer a line, as open-unlearning's idk files are.
 
         Raises:
@@ -40,13 +47,21 @@ class Refusals:
         lines = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
         if not lines:
             raise ValueError(f"refusal file {str(path)!r}: expected an answer a line, got no text")
-        return cls(lines, seed)
+        return cls(lines, seed, every)
 
     def answers(self, rows: Sequence[int]) -> list[str]:
         """Return the answers of the rows of these numbers, from 0."""
         # A draw of its own for every row: the same one whatever other rows there are.
         draws = (np.random.Generator(np.random.Philox(key=self.seed, counter=row)) for row in rows)
         return [self.lines[draw.integers(len(self.lines))] for draw in draws]
+
+    def batch(self, rows: Sequence[int], questions: Sequence[str]) -> Batch:
+        """Return row numbers, questions and answers."""
+        if not self.every:
+            return rows, questions, self.answers(rows)
+        count = len(self.lines)
+        spread = [(row, question) for row, question in zip(rows, questions, strict=True) for _ in range(count)]
+        return [row for row, _ in spread], [question for _, question in spread], list(self.lines) * len(rows)
 
 
 def token_store(
@@ -113,7 +128,7 @@ def token_store(
         numbers = matching(rows, conditions, source)
         batches = text_batches(rows, question, answer, source=source, numbers=numbers, documents=chosen.documents)
         if refusals is not None:
-            batches = ((where, questions, refusals.answers(where)) for where, questions, _ in batches)
+            batches = (refusals.batch(where, questions) for where, questions, _ in batches)
         return encode_batches(tokenizer, batches, template=chosen, max_length=max_length)
 
     def key(identity: Sequence[str]) -> str:
@@ -121,7 +136,7 @@ def token_store(
             identity,
             [question_column, answer_column, max_length],
             [[condition.column, sorted(condition.values), condition.negated] for condition in conditions],
-            [] if refusals is None else astuple(refusals),
+            [] if refusals is None else [refusals.lines, refusals.seed, *(["every"] if refusals.every else [])],
             [astuple(chosen), probe(tokenizer, chosen)],
             token_cache.tokenizer_digest(tokenizer),
         )

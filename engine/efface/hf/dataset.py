@@ -2,7 +2,7 @@
 
 from torch.utils.data import Dataset
 
-from efface.batching import Assembler, RetainSampling, Step, TokenStore, plan_epoch
+from efface.batching import Assembler, EpochPlan, RetainSampling, Step, TokenStore, plan_epoch
 
 
 class PackedSteps(Dataset[Step]):
@@ -60,16 +60,19 @@ class PackedSteps(Dataset[Step]):
             return
         if self._assembler is not None:
             self._assembler.close()
+        self._assembler = Assembler(self.plan(epoch), self.stores, **self._assembler_options)  # type: ignore[arg-type]
+        self._epoch = epoch
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """Return the plan of any epoch."""
         forget, retain, *alternates = (store.lengths for store in self.stores)
-        plan = plan_epoch(
+        return plan_epoch(
             forget,
             retain,
             alternates=alternates[0] if alternates else None,
             epoch=epoch,
             **self._plan_options,  # type: ignore[arg-type]
         )
-        self._assembler = Assembler(plan, self.stores, **self._assembler_options)  # type: ignore[arg-type]
-        self._epoch = epoch
 
     @property
     def assembler(self) -> Assembler:

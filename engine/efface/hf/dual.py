@@ -9,7 +9,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from efface.batching import PackedBatch, Role, StepTotals, TokenStore
+from efface.hf.callbacks import undisturbed
 from efface.hf.head_loss import StepOutput
+from efface.hf.open_unlearning import PaddedPairs, PaddedSteps, drawn_retain_loss
 from efface.hf.score import store_logprobs
 from efface.objectives import PDU
 
@@ -23,11 +25,13 @@ class DualVariable(TrainerCallback, ExportableState):
     Args:
         trainer: whose ``objective`` is a PDU.
         retain: the retain set.
+        padded: open-unlearning's steps, if the run takes those; the variable then changes as theirs does.
     """
 
-    def __init__(self, trainer: "PackedTrainer", retain: TokenStore) -> None:
+    def __init__(self, trainer: "PackedTrainer", retain: TokenStore, padded: PaddedSteps | None = None) -> None:
         self._trainer = trainer
         self._retain = retain
+        self._padded = padded
         self._nll: Tensor | None = None  # this rank's share of the step's
 
     @property
@@ -52,10 +56,27 @@ class DualVariable(TrainerCallback, ExportableState):
         nll = -retain.sum() / max(totals.retain_tokens, 1)
         self._nll = nll if self._nll is None else self._nll + nll
 
-    def see_padded(self, retain_loss: Tensor) -> None:
-        """Ascend by the retain NLL of a micro-batch, as open-unlearning does after each."""
-        began = self._trainer.state.global_step / self._trainer.steps_per_epoch
-        if self._objective.dual_update_upon == "step" and self._warm(began):
+    def begin_padded(self, batch: PaddedPairs) -> None:
+        """At the start of an epoch but the first, ascend by retain rows drawn anew, as many as the epoch has pairs."""
+        padded, objective, trainer = self._padded, self._objective, self._trainer
+        if padded is None or objective.dual_update_upon != "epoch" or batch.position % padded.accumulation.batches:
+            return
+        epoch = batch.position // padded.accumulation.batches
+        if epoch and padded.accumulation.epochs_at_border(batch.position) >= objective.dual_warmup_epochs:
+            draw = (retain.to(trainer.args.device) for retain in padded.retain_draw(epoch - 1))
+            model: Any = trainer.model
+            with undisturbed(model):
+                self._ascend(drawn_retain_loss(model, draw))
+
+    def see_padded(self, batch: PaddedPairs, retain_loss: Tensor) -> None:
+        """Ascend by the retain NLL of a micro-batch, as open-unlearning does after each, once it is warm.
+
+        What its trainer knows of the epochs that have passed is the last end of an epoch.
+        """
+        if self._padded is None or self._objective.dual_update_upon != "step":
+            return
+        warm_up = self._objective.dual_warmup_epochs
+        if warm_up == 0 or self._padded.accumulation.epochs_at_border(batch.position) >= warm_up:
             self._ascend(float(retain_loss))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -70,6 +91,8 @@ class DualVariable(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Ascend by the retain loss of the whole set, once the warm-up is over."""
+        if self._padded is not None:
+            return
         if self._objective.dual_update_upon == "epoch" and self._warm(state.epoch or 0.0):
             trainer = self._trainer
             with trainer.accelerator.autocast():

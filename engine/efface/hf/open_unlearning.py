@@ -1,18 +1,58 @@
 """open-unlearning's training step, quirk for quirk, for people who must match old runs (``compat="open-unlearning"``).
 
 Padded batches, a forward pass for each data set, full logits, a second model; means over each micro-batch of
-``per_device_train_batch_size`` pairs, then over the micro-batches. Where that changes results:
+``per_device_train_batch_size`` pairs, a step's micro-batches added and divided by the accumulation steps. The code of
+locuslab/open-unlearning at d3d7cf9 was run beside this one, on the transformers 4.45.1 and accelerate 0.34.2 that it
+pins: losses and gradients of every method agree to rounding, and so do the weights after runs over the same pairs.
 
-- token means weigh short micro-batches like long ones, so accumulation and the number of processes matter;
+What compat does otherwise than runs without it, because open-unlearning does:
+
+- Token means weigh short micro-batches like long ones, so accumulation matters.
+- The attention mask hides real tokens that equal the padding token, such as an end-of-sequence token.
 - KL runs over all positions, prompts and padding included, and so does UNDIAL, which there lowers the teacher's logit
-  of token V − 100 (the label −100, read as an index);
-- PDU's margins are those at the answer tokens instead of those that predict them, and its dual variable ascends with
-  every micro-batch.
+  of token V - 100 (the label -100, read as an index).
+- RMU divides every sequence's squared distance by every sequence's number of answer tokens, and takes the mean over
+  both. Parameters that ``trainable_params_regex`` leaves out stay as they are, but have gradients, which count in the
+  norm that gradients are clipped to.
+- PDU's margins are those at the answer tokens instead of those that predict them. Its dual variable ascends with every
+  micro-batch; with ``dual_update_upon="epoch"`` by the mean over micro-batches of retain rows drawn anew, as many as
+  forget rows. The warm-up ends when the trainer's own count of epochs, at an epoch's end, has reached it: where
+  micro-batches are left over, an epoch later.
+- An epoch's left-over micro-batches go into the first step of the next one (see ``Accumulation``), an epoch counts as
+  so many steps as are whole, and the run ends after so many for each epoch.
+- ``warmup_epochs`` may come to no step at all.
+- Weight decay leaves out biases, and those norms alone that transformers 4.45 knows as such: Llama's, but not those of
+  Qwen2, Mistral, Phi-3 or Gemma.
+- A refusal is drawn anew whenever a row is read.
 
-Formulas of locuslab/open-unlearning at d3d7cf9, ``src/trainer/utils.py`` and ``src/trainer/unlearn``.
+What still differs from open-unlearning:
+
+- Random numbers. Shuffles, retain rows, refusals, RMU's steering vector and dropout are drawn from the same
+  distributions by generators of our own, so that a killed run continues bit for bit.
+- Defaults. Those of the trainer's settings (optimizer, learning rate, precision, weight decay) are ours, not those of
+  its configuration files; the recipes have those.
+- The ends of epochs, where micro-batches are left over. An evaluation or checkpoint for each epoch comes when the steps
+  that the epoch counts as have been taken, and so does ``epoch`` in the log; theirs come when its rows have been read.
+  Steps, and the last one, are the same.
+- A restarted run of open-unlearning goes on elsewhere in its data, without the micro-batches that were carried; one of
+  ours goes on bit for bit.
+- One process only. With n processes theirs takes the step of n times the accumulation steps, as long as they divide an
+  epoch's micro-batches; otherwise it fills up the last ones with rows of the epoch's start.
+- Rows that have no answer token, and a loss that is not finite, stop the run. CE-U's is NaN for a micro-batch whose
+  answers have no token but those ignored.
+- Without a chat template it cuts sequences to 512 tokens; here nothing is cut unless ``max_length`` says so.
+- Blank lines of a refusal file are no refusals here.
+- Not there: an epoch over the retain set (``anchor: retain``), PDU with KL, padding on the left, few-shot prompts.
+- Ours alone: LoRA, ``IdkNLL`` (its GradDiff with gamma -1 on a refusals-only forget set), a retain term for CE-U and
+  GradAscent, ``retain_sampling`` other than random, a ``reference_model`` of one's own.
+- On a CPU with bf16 its formulas run under autocast, too; on a GPU only the models do, and here always.
+
+Unused with compat: ``token_budget``, ``chunk_rows``, ``loss_backend``, ``reference_cache``, ``dataloader_num_workers``.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,14 +64,56 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
+from transformers.trainer_pt_utils import get_parameter_names
 
-from efface.batching import StepTotals, TokenStore
+from efface.batching import EpochPlan, TokenStore
+from efface.hf.accumulation import Accumulation
 from efface.hf.activations import watched
 from efface.hf.dataset import PackedSteps
 from efface.hf.live_reference import ModelReference
-from efface.objectives import CEU, DPO, NPO, PDU, RMU, UNDIAL, WGA, GradAscent, IdkNLL, Objective, SatImp, SimNPO
+from efface.objectives import (
+    CEU,
+    DPO,
+    NPO,
+    PDU,
+    RMU,
+    UNDIAL,
+    WGA,
+    GradAscent,
+    GradDiff,
+    IdkNLL,
+    Objective,
+    SatImp,
+    SimNPO,
+)
 
 IGNORE = -100
+DUAL_EPOCHS = 2**32
+"""The plans of epochs from here on are those that PDU's dual variable reads between two epochs."""
+
+_OBJECTIVES = (CEU, DPO, NPO, PDU, RMU, UNDIAL, WGA, GradAscent, GradDiff, IdkNLL, SatImp, SimNPO)
+
+
+_UNDECAYED = {
+    *("LlamaRMSNorm", "CohereLayerNorm", "ChameleonRMSNorm", "GraniteRMSNorm", "GraniteMoeRMSNorm"),
+    *("NemotronLayerNorm1P", "OlmoLayerNorm", "OlmoeRMSNorm", "RecurrentGemmaRMSNorm"),
+}
+"""Classes of norms, beside ``nn.LayerNorm``, that transformers 4.45 leaves out of weight decay; it decays others."""
+
+
+def decayed_parameters(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that transformers 4.45 decays."""
+    norms = {type(module) for module in model.modules() if type(module).__name__ in _UNDECAYED}
+    return [name for name in get_parameter_names(model, [nn.LayerNorm, *norms]) if "bias" not in name]
+
+
+def check_objective(objective: Objective) -> None:
+    """Raise ValueError for an objective that open-unlearning does not have; a subclass may be another one."""
+    if type(objective) not in _OBJECTIVES:
+        raise ValueError(
+            f"`compat`: open-unlearning has no objective {objective.name!r} ({type(objective).__name__}); drop compat, "
+            f"or choose one of {', '.join(cls.name for cls in _OBJECTIVES)}"
+        )
 
 
 class Padded(NamedTuple):
@@ -53,10 +135,14 @@ class Padded(NamedTuple):
         mask = padded.ne(pad_token_id)
         return cls(padded, mask, pad_sequence(labels, batch_first=True, padding_value=IGNORE))
 
+    def to(self, device: torch.device | str) -> "Padded":
+        """Return it on a device."""
+        return Padded(*(tensor.to(device) for tensor in self))
+
     def run(self, model: nn.Module) -> Tensor:
-        """Return the logits (B, T, V)."""
+        """Return the logits (B, T, V) in float32, as the models of transformers 4.45 do."""
         logits: Tensor = model(input_ids=self.input_ids, attention_mask=self.attention_mask).logits
-        return logits
+        return logits.float()
 
     def answers(self) -> Tensor:
         """Return where the answer tokens stand, (B, T)."""
@@ -65,11 +151,16 @@ class Padded(NamedTuple):
 
 @dataclass(frozen=True)
 class PaddedPairs:
-    """A micro-batch of pairs; None for a data set that the objective does not read."""
+    """A micro-batch of pairs; None for a data set that the objective does not read.
+
+    Attributes:
+        position: the micro-batch's number in the run, from 0.
+    """
 
     forget: Padded | None
     retain: Padded | None
     alternate: Padded | None = None
+    position: int = 0
 
     @property
     def parts(self) -> tuple[Padded | None, ...]:
@@ -83,7 +174,8 @@ class PaddedPairs:
 
     def to(self, device: torch.device | str) -> "PaddedPairs":
         """Return it on a device."""
-        return PaddedPairs(*(None if part is None else Padded(*(x.to(device) for x in part)) for part in self.parts))
+        forget, retain, alternate = (None if part is None else part.to(device) for part in self.parts)
+        return PaddedPairs(forget, retain, alternate, self.position)
 
 
 @dataclass(frozen=True)
@@ -91,26 +183,6 @@ class PaddedStep:
     """The micro-batches of an optimizer step."""
 
     batches: tuple[PaddedPairs, ...]
-    totals: StepTotals
-
-    @classmethod
-    def of(cls, packed: PackedSteps, step: int, *, size: int, pad_token_id: int) -> "PaddedStep":
-        """Return the pairs of a step of the current epoch's plan, ``size`` of them to a micro-batch."""
-        stores, (forget, retain) = packed.stores, packed.assembler.plan.pairs(step)
-
-        def part(store: TokenStore, index: NDArray[np.int64], first: int) -> Padded | None:
-            own = index[first : first + size].tolist()
-            return Padded.of(store, own, pad_token_id) if own else None
-
-        batches = (
-            PaddedPairs(
-                part(stores[0], forget, first),
-                part(stores[1], retain, first),
-                part(stores[2], forget, first) if len(stores) > 2 else None,
-            )
-            for first in range(0, max(len(forget), len(retain)), size)
-        )
-        return cls(tuple(batches), packed.assembler.totals(step))
 
     @property
     def tokens(self) -> int:
@@ -123,18 +195,71 @@ class PaddedStep:
 
 
 class PaddedSteps(Dataset[PaddedStep]):
-    """Item k is optimizer step k of the current epoch: the pairs that ``packed`` plans, padded."""
+    """Item k is optimizer step k of what transformers counts as the current epoch.
 
-    def __init__(self, packed: PackedSteps, *, size: int, pad_token_id: int) -> None:
-        self._packed, self._size, self._pad_token_id = packed, size, pad_token_id
+    Args:
+        packed: plans the pairs; its steps are our micro-batches.
+        alternate: other answers to the forget questions, or None; of several to a question, which lie row by row, one
+            is drawn whenever the row is read.
+        replaced: whether they take the place of the forget sequences, instead of going with them.
+        accumulate: gradient accumulation steps.
+        seed: of the draws.
+        pad_token_id: what sequences are padded with.
+    """
+
+    def __init__(
+        self,
+        packed: PackedSteps,
+        alternate: TokenStore | None = None,
+        *,
+        replaced: bool = False,
+        accumulate: int,
+        seed: int,
+        pad_token_id: int,
+    ) -> None:
+        self._packed, self._pad_token_id = packed, pad_token_id
+        self._alternate, self._replaced, self._seed = alternate, replaced, seed
+        self.accumulation = Accumulation(len(packed), accumulate)
+        self._epoch = 0
+        # A step may read the end of an epoch and the start of the next.
+        self._plan: Callable[[int], EpochPlan] = functools.lru_cache(maxsize=2)(packed.plan)
 
     def __len__(self) -> int:
-        """Return the optimizer steps of an epoch."""
-        return len(self._packed)
+        """Return the optimizer steps that an epoch counts as."""
+        return self.accumulation.steps
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Number the items on from the steps of so many epochs."""
+        self._epoch = epoch
 
     def __getitem__(self, step: int) -> PaddedStep:
         """Return a step."""
-        return PaddedStep.of(self._packed, step, size=self._size, pad_token_id=self._pad_token_id)
+        before = self._epoch * len(self) + step
+        batches = range(self.accumulation.read(before), self.accumulation.read(before + 1))
+        return PaddedStep(tuple(self._pairs(position) for position in batches))
+
+    def retain_draw(self, epoch: int) -> Iterator[Padded]:
+        """Draw the retain micro-batches of an epoch once more, for the dual variable after ``epoch``."""
+        plan = self._packed.plan(DUAL_EPOCHS + epoch)
+        for batch in range(len(plan)):
+            retain = self._part(self._packed.stores[1], plan.pairs(batch)[1])
+            if retain is not None:
+                yield retain
+
+    def _pairs(self, position: int) -> PaddedPairs:
+        epoch, batch = divmod(position, self.accumulation.batches)
+        index, retained = self._plan(epoch).pairs(batch)
+        forget, retain = self._packed.stores[:2]
+        own, kept = self._part(forget, index), self._part(retain, retained)
+        if self._alternate is None:
+            return PaddedPairs(own, kept, None, position)
+        answers = len(self._alternate) // len(forget)
+        draw = np.random.Generator(np.random.Philox(key=self._seed, counter=position))
+        other = self._part(self._alternate, index * answers + draw.integers(answers, size=len(index)))
+        return PaddedPairs(other, kept, None, position) if self._replaced else PaddedPairs(own, kept, other, position)
+
+    def _part(self, store: TokenStore, index: NDArray[np.int64]) -> Padded | None:
+        return Padded.of(store, index.tolist(), self._pad_token_id) if len(index) else None
 
 
 class PaddedLoss(NamedTuple):
@@ -145,7 +270,18 @@ class PaddedLoss(NamedTuple):
     retain: Tensor
 
 
-def padded_loss(objective: Objective, model: Any, reference: ModelReference | None, pairs: PaddedPairs) -> PaddedLoss:
+Frozen = Callable[[], AbstractContextManager[Any]]
+"""Hands out the frozen model for a forward pass, in the precision that the policy has."""
+
+
+def padded_loss(
+    objective: Objective,
+    model: Any,
+    reference: ModelReference | None,
+    pairs: PaddedPairs,
+    *,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> PaddedLoss:
     """The loss of a micro-batch: gamma · forget loss + alpha · retain loss.
 
     Args:
@@ -153,27 +289,29 @@ def padded_loss(objective: Objective, model: Any, reference: ModelReference | No
         model: called with ``input_ids`` and ``attention_mask``.
         reference: the frozen model, where the objective reads one.
         pairs: on the model's device.
+        autocast: what the frozen model runs under: accelerate casts open-unlearning's as it casts the policy.
 
     Raises:
         ValueError: an objective that open-unlearning does not have.
     """
+    frozen = functools.partial(_running, reference, autocast)
     zero = torch.zeros((), device=next(part for part in pairs.parts if part is not None).input_ids.device)
-    forget = zero if pairs.forget is None else _forget_loss(objective, model, reference, pairs.forget, pairs.alternate)
-    retain = zero if pairs.retain is None else _retain_loss(objective, model, reference, pairs.retain)
+    forget = zero if pairs.forget is None else _forget_loss(objective, model, frozen, pairs.forget, pairs.alternate)
+    retain = zero if pairs.retain is None else _retain_loss(objective, model, frozen, pairs.retain)
     shift = objective.retain_loss_eps if isinstance(objective, PDU) else 0.0
     loss = objective.gamma * forget + objective.alpha * (retain - shift)
     return PaddedLoss(loss, forget.detach(), retain.detach())
 
 
 def _forget_loss(  # noqa: PLR0911 - one for each objective
-    objective: Objective, model: Any, reference: ModelReference | None, forget: Padded, alternate: Padded | None
+    objective: Objective, model: Any, frozen: Frozen, forget: Padded, alternate: Padded | None
 ) -> Tensor:
     match objective:
         case NPO() | DPO():
-            lose = _sequence_nll(forget.run(model), forget) - _frozen_nll(reference, forget)
+            lose = _sequence_nll(forget.run(model), forget) - _frozen_nll(frozen, forget)
             win: Tensor | float = 0.0
             if alternate is not None:
-                win = _sequence_nll(alternate.run(model), alternate) - _frozen_nll(reference, alternate)
+                win = _sequence_nll(alternate.run(model), alternate) - _frozen_nll(frozen, alternate)
             return -2 / objective.beta * F.logsigmoid(objective.beta * (lose - win)).mean()
         case SimNPO():
             mean = _sequence_nll(forget.run(model), forget) / forget.answers().sum(-1) - objective.delta
@@ -183,7 +321,7 @@ def _forget_loss(  # noqa: PLR0911 - one for each objective
             vector = objective.steering_vector(activations.shape[-1]).to(activations)
             return _activation_loss(activations, vector.expand_as(activations), forget)
         case UNDIAL():
-            return _undial(forget.run(model), _frozen_logits(reference, forget), forget, objective.beta)
+            return _undial(forget.run(model), _frozen_logits(frozen, forget), forget, objective.beta)
         case PDU():
             logits = forget.run(model)
             margins = (logits.amax(-1) - logits.mean(-1)).square()
@@ -201,28 +339,31 @@ def _forget_loss(  # noqa: PLR0911 - one for each objective
                 p**objective.beta if isinstance(objective, WGA) else p**objective.beta1 * (1 - p) ** objective.beta2
             )
             return -(weight * nll)[forget.labels[:, 1:] != IGNORE].mean()
-    raise ValueError(
-        f"`compat`: open-unlearning has no objective {objective.name!r}; drop compat, or choose one of its own"
-    )
+    raise ValueError(f"`compat`: open-unlearning has no objective {objective.name!r}")  # refused before
 
 
-def _retain_loss(objective: Objective, model: Any, reference: ModelReference | None, retain: Padded) -> Tensor:
+def _retain_loss(objective: Objective, model: Any, frozen: Frozen, retain: Padded) -> Tensor:
     if objective.retain_loss_type == "NLL":
         return _token_nll(retain.run(model), retain)
     if isinstance(objective, RMU) and objective.compares_activations:
-        with torch.no_grad(), _running(reference) as frozen:
-            target = _activations(frozen, retain, objective.module_regex)
+        with torch.no_grad(), frozen() as reference:
+            target = _activations(reference, retain, objective.module_regex)
         return _activation_loss(_activations(model, retain, objective.module_regex), target, retain)
-    logits, frozen_logits = retain.run(model), _frozen_logits(reference, retain)
+    logits, frozen_logits = retain.run(model), _frozen_logits(frozen, retain)
     p, q = (F.log_softmax(each.flatten(0, 1), dim=-1) for each in (logits, frozen_logits))
     return F.kl_div(p, q, reduction="batchmean", log_target=True)
 
 
+@torch.no_grad()
+def drawn_retain_loss(model: Any, batches: Iterator[Padded]) -> float:
+    """Return the mean over micro-batches of their retain NLL, what PDU's dual variable ascends by after an epoch."""
+    losses = [float(_token_nll(batch.run(model), batch)) for batch in batches]
+    return sum(losses) / len(losses)
+
+
 def _each_nll(logits: Tensor, batch: Padded) -> Tensor:
     """(B, T − 1), 0 where there is no label."""
-    return F.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), batch.labels[:, 1:], ignore_index=IGNORE, reduction="none"
-    )
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), batch.labels[:, 1:], ignore_index=IGNORE, reduction="none")
 
 
 def _sequence_nll(logits: Tensor, batch: Padded) -> Tensor:
@@ -234,18 +375,18 @@ def _token_nll(logits: Tensor, batch: Padded) -> Tensor:
 
 
 def _undial(logits: Tensor, teacher: Tensor, batch: Padded, beta: float) -> Tensor:
-    shifted = teacher[:, :-1].float().clone()
+    shifted = teacher[:, :-1].clone()
     index = batch.labels[:, 1:, None] % shifted.shape[-1]  # −100 is an index to theirs: the hundredth from the end
     shifted.scatter_add_(-1, index, torch.full_like(index, -beta, dtype=shifted.dtype))
     soft = shifted.softmax(-1).flatten(0, 1)
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), soft)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), soft)
 
 
 def _ceu(logits: Tensor, batch: Padded, ignored: int) -> Tensor:
     answers = batch.answers()
     labels = batch.labels.masked_fill((answers.cumsum(-1) <= ignored) & answers, IGNORE)[:, 1:]
     kept = labels != IGNORE
-    rows, targets = logits[:, :-1][kept].float(), labels[kept]
+    rows, targets = logits[:, :-1][kept], labels[kept]
     soft = rows.detach().scatter(-1, targets[:, None], -torch.inf).softmax(-1)
     return F.cross_entropy(rows, soft)
 
@@ -258,22 +399,27 @@ def _activations(model: Any, batch: Padded, module_regex: str) -> Tensor:
 
 def _activation_loss(activations: Tensor, target: Tensor, batch: Padded) -> Tensor:
     answers = batch.answers()
-    squared = (activations - target).square().mean(2)
-    return ((squared * answers).sum(1) / answers.sum(1)).mean()
+    squared = F.mse_loss(activations, target, reduction="none") * answers[..., None]  # (B, T, D)
+    sums, counts = squared.mean(2).sum(1), answers.sum(1, keepdim=True)  # (B,), (B, 1)
+    # Theirs divides one by the other: (B, B), every sequence's sum over every sequence's count.
+    return (sums / counts).mean()
 
 
-def _running(reference: ModelReference | None) -> Any:
+@contextmanager
+def _running(
+    reference: ModelReference | None, autocast: Callable[[], AbstractContextManager[Any]]
+) -> Iterator[PreTrainedModel]:
     if reference is None:
         raise ValueError("`reference`: the objective compares with a frozen model, got none")
-    return reference.running()
+    with reference.running() as model, autocast():
+        yield model
 
 
 @torch.no_grad()
-def _frozen_logits(reference: ModelReference | None, batch: Padded) -> Tensor:
-    frozen: PreTrainedModel
-    with _running(reference) as frozen:
-        return batch.run(frozen)
+def _frozen_logits(frozen: Frozen, batch: Padded) -> Tensor:
+    with frozen() as model:
+        return batch.run(model)
 
 
-def _frozen_nll(reference: ModelReference | None, batch: Padded) -> Tensor:
-    return _sequence_nll(_frozen_logits(reference, batch), batch)
+def _frozen_nll(frozen: Frozen, batch: Padded) -> Tensor:
+    return _sequence_nll(_frozen_logits(frozen, batch), batch)

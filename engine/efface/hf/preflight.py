@@ -1,6 +1,7 @@
 """What is found out before a run costs time: a missing package, nothing to train, gradients that do not arrive."""
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,12 +40,11 @@ def check_loss(loss: Tensor) -> None:
         )
 
 
-def check_gradients(model: nn.Module) -> None:
+def check_gradients(trained: Sequence[nn.Parameter]) -> None:
     """Raise ValueError if, after a backward pass, no trained parameter has a gradient but zero. Reads the device.
 
     One that is not finite counts: that is for the loss scaler, or for ``LossWatch``, to deal with.
     """
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
     gradients = [weight.grad for weight in trained if weight.grad is not None]
     if any(bool(gradient.any()) for gradient in gradients):
         return

@@ -111,6 +111,8 @@ def objective_values(objective: Objective | None) -> dict[str, Any]:
 
 def plan_values(args: UnlearnArguments, pairs_per_step: int) -> dict[str, Any]:
     """Return what decides which sequences an optimizer step holds."""
+    # open-unlearning's means run over micro-batches.
+    padded = {} if args.compat is None else {"micro_batch": args.per_device_train_batch_size}
     return {
         "seed": args.seed,
         "data_seed": args.seed if args.data_seed is None else args.data_seed,
@@ -118,6 +120,7 @@ def plan_values(args: UnlearnArguments, pairs_per_step: int) -> dict[str, Any]:
         "token_budget": args.token_budget,
         "retain_sampling": args.retain_sampling,
         "drop_last": args.dataloader_drop_last,
+        **padded,
     }
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from efface.batching import Role, Step, TokenStore
-from efface.hf.activations import find_module, train_only
+from efface.hf.activations import find_module, train_only, training_only
 from efface.hf.adapted_head import base_of
 from efface.hf.arguments import UnlearnArguments
 from efface.hf.cached_reference import CachedReference, ReferenceCallback
@@ -25,7 +25,14 @@ from efface.hf.dual import DualVariable
 from efface.hf.head import fuse
 from efface.hf.live_reference import ModelReference
 from efface.hf.meter import LossWatch, StepMeter
-from efface.hf.open_unlearning import PaddedPairs, PaddedSteps, padded_loss
+from efface.hf.open_unlearning import (
+    PaddedPairs,
+    PaddedStep,
+    PaddedSteps,
+    check_objective,
+    decayed_parameters,
+    padded_loss,
+)
 from efface.hf.preflight import check_gradients, check_loss, check_trainable, prepare_checkpointing
 from efface.hf.recipe import DataFacts
 from efface.hf.reference import make_reference, reference_kind
@@ -60,11 +67,12 @@ class PackedTrainer(CardedTrainer):
         self.objective: Objective | None = objective
         self._reference: CachedReference | ModelReference | None = None
         self.pairs_per_step = pairs_per_step(args)
+        accumulate = accumulation_steps(args)
         self._dataset = PackedSteps(
             forget,
             retain,
-            alternate,
-            pairs_per_step=self.pairs_per_step,
+            alternate if args.compat is None else None,
+            pairs_per_step=self.pairs_per_step // accumulate,
             token_budget=args.token_budget,
             seed=args.seed if args.data_seed is None else args.data_seed,
             rank=args.process_index,
@@ -74,10 +82,19 @@ class PackedTrainer(CardedTrainer):
             workers=max(1, args.dataloader_num_workers),
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         )
-        self._steps = _steps(self._dataset, args, objective, trainer_options.get("processing_class"))
+        self._steps: PackedSteps | PaddedSteps = self._dataset
+        if args.compat is not None:
+            self._steps = PaddedSteps(
+                self._dataset,
+                alternate,
+                replaced=objective is not None and objective.forget_data == "alternate",
+                accumulate=accumulate,
+                seed=args.seed,
+                pad_token_id=_pad_token_id(trainer_options.get("processing_class")),
+            )
         # A step arrives whole, so to the trainer's loop there is nothing to accumulate.
         args = copy.copy(args)
-        args.steps_per_epoch = self._dataset.pairs / pairs_per_step(args)
+        args.epoch_pairs = (self._dataset.pairs if args.compat is None else len(forget), self.pairs_per_step)
         args.gradient_accumulation_steps = 1
         self.meter = StepMeter()
         self._watch = LossWatch()
@@ -112,7 +129,7 @@ class PackedTrainer(CardedTrainer):
         self, epoch_iterator: Iterator[Step], num_batches: int, device: torch.device
     ) -> tuple[list[Step], None]:
         """Return the next step. What transformers counts here, its means' denominators, a step carries along."""
-        self._dataset.begin_epoch(int(self.state.epoch or 0))
+        self._steps.begin_epoch(self.state.global_step // len(self._steps))
         self.meter.clock.begin(device)
         steps = list(itertools.islice(epoch_iterator, num_batches))
         self.meter.clock.end("data")
@@ -121,13 +138,13 @@ class PackedTrainer(CardedTrainer):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch."""
-        return len(self._dataset)
+        return len(self._steps)
 
     def num_examples(self, dataloader: DataLoader[Step]) -> int:
         """Pairs of an epoch."""
         return self._dataset.pairs
 
-    def training_step(self, model: nn.Module, inputs: Step, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+    def training_step(self, model: nn.Module, inputs: Step | PaddedStep, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
         """Run the micro-batches of an optimizer step forward and backward; return this rank's share of the loss."""
         step = inputs.to(self.args.device, non_blocking=True)
         if self.is_deepspeed_enabled and len(step.batches) > 1:
@@ -140,14 +157,15 @@ class PackedTrainer(CardedTrainer):
             # Gradients are exchanged once a step, with the last micro-batch.
             waiting = i + 1 < len(step.batches)
             with self.accelerator.no_sync(model) if waiting else contextlib.nullcontext():
-                inputs_of_one = {"batch": batch, "totals": step.totals, "batches": len(step.batches)}
-                losses.append(super().training_step(model, inputs_of_one))
+                # open-unlearning's means run over the micro-batch, not over the step.
+                totals = None if isinstance(step, PaddedStep) else step.totals
+                losses.append(super().training_step(model, {"batch": batch, "totals": totals}))
                 self.meter.clock.end("backward")
         total = torch.stack(losses).sum()
         self._watch.see(total, self.state.global_step + 1)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # no rank has all gradients to look at
         if not self._gradients_seen and not sharded:
-            check_gradients(model)
+            check_gradients(self._optimized())
             self._gradients_seen = True
         return total
 
@@ -161,7 +179,7 @@ class PackedTrainer(CardedTrainer):
         """Run one micro-batch: forget and retain in one forward pass, its share of the step's loss out."""
         batch = inputs["batch"]
         if isinstance(batch, PaddedPairs):
-            return self._padded_loss(model, batch, inputs["batches"])
+            return self._padded_loss(model, batch)
         loss = step_loss(
             self.objective,
             self._reference,
@@ -181,16 +199,26 @@ class PackedTrainer(CardedTrainer):
         self.meter.clock.end("forward")
         return (share, output) if return_outputs else share
 
-    def _padded_loss(self, model: nn.Module, batch: PaddedPairs, batches: int) -> Tensor:
+    def _padded_loss(self, model: nn.Module, batch: PaddedPairs) -> Tensor:
         """open-unlearning's loss of one of the step's micro-batches."""
-        if self.objective is None:
+        if self._dual is not None:
+            self._dual.begin_padded(batch)
+        if self.objective is None or not isinstance(self._steps, PaddedSteps):
             raise TypeError("`objective`: expected one, got None")  # refused before
         frozen = self._reference if isinstance(self._reference, ModelReference) else None
-        output = padded_loss(self.objective, model, frozen, batch)
+        output = padded_loss(self.objective, model, frozen, batch, autocast=self.accelerator.autocast)
+        check_loss(output.loss)
         if self._dual is not None:
-            self._dual.see_padded(output.retain)
-        self.meter.add_losses(batch.tokens, forget=output.forget / batches, retain=output.retain / batches)
-        return output.loss / batches
+            self._dual.see_padded(batch, output.retain)
+        divisor = self._steps.accumulation.accumulate
+        self.meter.add_losses(batch.tokens, forget=output.forget / divisor, retain=output.retain / divisor)
+        return output.loss / divisor
+
+    def _optimized(self) -> list[nn.Parameter]:
+        """The optimizer's parameters."""
+        if self.optimizer is None:
+            raise RuntimeError("no optimizer was created")
+        return [weight for group in self.optimizer.param_groups for weight in group["params"]]
 
     @property
     def _options(self) -> UnlearnArguments:
@@ -268,6 +296,8 @@ class UnlearnTrainer(PackedTrainer):
     ) -> None:
         if not isinstance(objective, Objective):
             objective = FunctionObjective(function=objective)
+        if args.compat is not None:
+            check_objective(objective)
         if retain is None and objective.reads_retain():
             raise ValueError(
                 f"objective {objective.name!r} has a retain term (alpha={objective.alpha}) but no retain set; "
@@ -287,7 +317,11 @@ class UnlearnTrainer(PackedTrainer):
         )
         if isinstance(objective, RMU):
             find_module(model, objective.module_regex)
-            train_only(model, objective.trainable_params_regex)
+            if args.compat is None:
+                train_only(model, objective.trainable_params_regex)
+            else:  # see ``create_optimizer``; what matches nothing is refused now
+                with training_only(model, objective.trainable_params_regex):
+                    pass
             if args.ddp_find_unused_parameters is None:  # what lies behind the module gets no gradient
                 args = copy.copy(args)
                 args.ddp_find_unused_parameters = True
@@ -308,7 +342,7 @@ class UnlearnTrainer(PackedTrainer):
             self.data["alternate"] = DataFacts.of(forget if alternate is None else alternate, alternate_store)
         self.reference_kind = kind
         if isinstance(objective, PDU) and objective.primal_dual:
-            self._dual = DualVariable(self, retain_store)
+            self._dual = DualVariable(self, retain_store, self._steps if isinstance(self._steps, PaddedSteps) else None)
             self.add_callback(self._dual)
         if kind is not None:
             compared = {Role.FORGET: forget_store}
@@ -327,6 +361,24 @@ class UnlearnTrainer(PackedTrainer):
                     cache=args.reference_cache,
                     progress=self._tell_reference,
                 )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the optimizer; with ``compat``, RMU's frozen parameters are those that it does not know.
+
+        They have gradients all the same, which count in the norm that gradients are clipped to.
+        """
+        objective, model = self.objective, self.model
+        if not isinstance(objective, RMU) or not isinstance(model, nn.Module) or self._options.compat is None:
+            return super().create_optimizer(*args, **kwargs)
+        with training_only(model, objective.trainable_params_regex):
+            return super().create_optimizer(*args, **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the names of the parameters that weight decay applies to."""
+        if self._options.compat is not None:
+            return decayed_parameters(model)
+        names: list[str] = super().get_decay_parameter_names(model)
+        return names
 
     @property
     def reference(self) -> CachedReference | ModelReference | None:
@@ -361,6 +413,8 @@ class FinetuneTrainer(PackedTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **trainer_options: Any,
     ) -> None:
+        if args.compat is not None:
+            raise ValueError("`compat`: is about unlearning; drop it for fine-tuning")
         store = _tokenised(data, processing_class, args, "training", data_filter)
         super().__init__(
             model,
@@ -401,8 +455,12 @@ def _forget_stores(
     args: UnlearnArguments,
     rows_filter: Conditions,
 ) -> tuple[TokenStore, TokenStore | None]:
-    """Return the sequences in the role of forget ones and, where the objective compares two answers, the alternates."""
+    """Return the sequences in the role of forget ones and, where the objective compares two answers, the alternates.
+
+    With refusals and ``compat`` the alternates are every row's, row by row, with all refusals.
+    """
     other: TokenStore | None = None
+    answers_a_row = 1
     if objective.forget_data != "answer":
         if alternate is not None:
             other = _tokenised(alternate, tokenizer, args, "alternate", rows_filter)
@@ -414,13 +472,17 @@ def _forget_stores(
         elif args.refusal_file and args.alternate_column:
             raise ValueError("expected `refusal_file` or `alternate_column`, got both; drop one")
         else:
-            refusals = Refusals.read(args.refusal_file, args.seed) if args.refusal_file else None
+            refusals = None
+            if args.refusal_file:
+                # open-unlearning draws one anew whenever it reads a row.
+                refusals = Refusals.read(args.refusal_file, args.seed, every=args.compat is not None)
+                answers_a_row = len(refusals.lines) if refusals.every else 1
             column = args.alternate_column or args.answer_column
             other = _tokenised(forget, tokenizer, args, "forget", rows_filter, answers=column, refusals=refusals)
-        if objective.forget_data == "alternate":
+        if objective.forget_data == "alternate" and answers_a_row == 1:
             return other, None
     store = _tokenised(forget, tokenizer, args, "forget", rows_filter)
-    if other is not None and len(other) != len(store):
+    if other is not None and len(other) != len(store) * answers_a_row:
         raise ValueError(
             f"`alternate`: expected {len(store)} sequences, one for each forget sequence, got {len(other)}"
         )
@@ -456,28 +518,11 @@ def _tokenised(
         )
 
 
-def _steps(
-    packed: PackedSteps,
-    args: UnlearnArguments,
-    objective: Objective | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> PackedSteps | PaddedSteps:
-    """Return what the trainer's loop runs over."""
-    if args.compat is None:
-        return packed
-    if args.compat != "open-unlearning":
-        raise ValueError(f"`compat`: expected 'open-unlearning' or None, got {args.compat!r}")
-    if objective is None:
-        raise ValueError("`compat`: is about unlearning; drop it for fine-tuning")
-    if args.world_size > 1:
-        raise ValueError(
-            f"`compat`: runs on one process, got {args.world_size}; n processes of theirs are n times the "
-            "gradient_accumulation_steps of one"
-        )
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
     pad = getattr(tokenizer, "pad_token_id", None)
     if pad is None:
         pad = getattr(tokenizer, "eos_token_id", None)
-    return PaddedSteps(packed, size=args.per_device_train_batch_size, pad_token_id=0 if pad is None else pad)
+    return 0 if pad is None else int(pad)
 
 
 def pairs_per_step(args: UnlearnArguments) -> int:
@@ -485,6 +530,11 @@ def pairs_per_step(args: UnlearnArguments) -> int:
     if args.pairs_per_step is not None:
         return args.pairs_per_step
     return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+
+def accumulation_steps(args: UnlearnArguments) -> int:
+    """Return the micro-batches of an optimizer step that a plan knows: open-unlearning's with ``compat``, else 1."""
+    return 1 if args.compat is None else pairs_per_step(args) // int(args.per_device_train_batch_size)
 
 
 def _only_item(items: list[Step]) -> Step:
