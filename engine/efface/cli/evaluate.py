@@ -65,7 +65,10 @@ def parser() -> argparse.ArgumentParser:
         "--splits", nargs="+", choices=SPLITS, default=SPLITS, metavar="NAME", help=f"of {', '.join(SPLITS)}: some only"
     )
     flags.add_argument(
-        "--protocol", choices=PROTOCOLS, default="open-unlearning", help="whose numbers (default: %(default)s)"
+        "--protocol",
+        choices=PROTOCOLS,
+        default="open-unlearning",
+        help="whose rows, lengths and formulas; of tofu, whose labels and prompts too (default: %(default)s)",
     )
     flags.add_argument(
         "--compat",
