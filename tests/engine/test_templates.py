@@ -167,11 +167,11 @@ def real_rows(tofu: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in (tofu / "forget01.json").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", ["auto", "question-answer", "phi", "llama-2"])
-def test_exactly_the_answer_and_the_end_are_labels(name: str) -> None:
+@pytest.mark.parametrize(("name", "tag"), [("auto", ""), ("question-answer", ""), ("phi", "Answer: "), ("llama-2", "")])
+def test_exactly_the_answer_its_tag_and_the_end_are_labels(name: str, tag: str) -> None:
     tokenizer = tiny_tokenizer()
     store = encode(tokenizer, [TEXTS[0]["question"]], [TEXTS[0]["answer"]], template=name)
-    assert parts(tokenizer, store)[1].strip() == TEXTS[0]["answer"] + "<|end|>"
+    assert parts(tokenizer, store)[1].strip() == tag + TEXTS[0]["answer"] + "<|end|>"
     assert store[0][-1] == tokenizer.eos_token_id
 
 
@@ -218,14 +218,14 @@ def test_qwen_is_open_unlearning_but_for_the_next_turn(real_rows: list[dict[str,
         assert store.label_starts[0] == len(prompt)
 
 
-@pytest.mark.parametrize("name", ["llama-2", "phi"])
+@pytest.mark.parametrize("name", ["llama-2", "question-answer"])
 @pytest.mark.parametrize("make", [llama_2_tokenizer, lambda: tiny_tokenizer(600)], ids=["sentencepiece", "byte-level"])
 def test_patterns_are_open_unlearning_where_the_prompt_ends_in_no_space(
     name: str, make: Any, real_rows: list[dict[str, str]]
 ) -> None:
     """The space of "Answer: " is a label here, alone or with the answer; there it never is, nor what joins it."""
     tokenizer = make()
-    tags = {"llama-2": ("[INST] ", " [/INST]", ""), "phi": ("Question: ", "\n", "Answer: ")}[name]
+    tags = {"llama-2": ("[INST] ", " [/INST]", ""), "question-answer": ("Question: ", "\n", "Answer: ")}[name]
     config = {
         "apply_chat_template": False,
         **dict(zip(("user_start_tag", "user_end_tag", "asst_start_tag"), tags, strict=True)),
@@ -236,13 +236,13 @@ def test_patterns_are_open_unlearning_where_the_prompt_ends_in_no_space(
         ids, prompt = open_unlearning(tokenizer, config, **row)
         assert store[i].tolist() == ids
         start = int(store.label_starts[i])
-        assert start == len(prompt) - (name == "phi")
+        assert start == len(prompt) - (name == "question-answer")
         assert ids[:start] == prompt[:start]
 
 
 def test_a_token_that_straddles_the_border_is_a_label() -> None:
     tokenizer = llama_2_tokenizer()
-    store = encode(tokenizer, ["Who?"], ["Aiko was."], template="phi")
+    store = encode(tokenizer, ["Who?"], ["Aiko was."], template="question-answer")
     prompt, labels = parts(tokenizer, store)
     assert prompt.endswith("Answer:")
     assert labels == " Aiko was.</s>"
@@ -251,7 +251,7 @@ def test_a_token_that_straddles_the_border_is_a_label() -> None:
 def test_a_tokenizer_without_offsets() -> None:
     tokenizer = ByT5Tokenizer()
     assert not tokenizer.is_fast
-    store = encode(tokenizer, ["Who?", "Où?"], ["Zoë.", "Là."], template="phi")
+    store = encode(tokenizer, ["Who?", "Où?"], ["Zoë.", "Là."], template="question-answer")
     assert parts(tokenizer, store, 0) == ("Question: Who?\nAnswer:", " Zoë.</s>")
     assert parts(tokenizer, store, 1) == ("Question: Où?\nAnswer:", " Là.</s>")
 

@@ -32,8 +32,13 @@ COUNTS = {"forget": 6, "retain": 5, "real_authors": 5, "world_facts": 4}
 # The protocols with fewer rows and shorter generations: every difference between them shows within seconds.
 SHORT = {
     "open-unlearning": replace(PROTOCOLS["open-unlearning"], max_new_tokens=12),
-    "tofu": replace(PROTOCOLS["tofu"], rows=4, max_length=110),
+    "tofu": replace(PROTOCOLS["tofu"], rows=4, max_length=110, padded_rows=3),
 }
+# A chat whose turns end with the end of sequence, as Llama-3's and Zephyr's do.
+CHAT = (
+    "{% for m in messages %}{{ m.role + '\n' + m.content + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,8 @@ def evaluated(model: Any, tokenizer: Any, few: Path) -> TofuResult:
 
 
 def settings(protocol: Protocol) -> dict[str, Any]:
-    return {name: getattr(protocol, name) for name in ("rows", "max_length", "max_new_tokens", "epsilon")}
+    names = ("rows", "max_length", "max_new_tokens", "epsilon", "padded_rows")
+    return {name: getattr(protocol, name) for name in names} | {"whose": protocol.labels or "efface"}
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -95,6 +101,41 @@ def test_every_number_equals_one_row_at_a_time(name: str, few: Path, model: Any,
     assert len(texts) == (4 if name == "tofu" else 6)
 
 
+@pytest.mark.parametrize("pad", [None, "<|pad|>"], ids=["the end is the padding token", "it has its own"])
+def test_every_number_with_compat_equals_one_row_at_a_time(pad: str | None, few: Path) -> None:
+    tokenizer = tokenizer_of(few)
+    tokenizer.chat_template = CHAT
+    if pad is not None:
+        tokenizer.add_special_tokens({"pad_token": pad})
+    model = model_of(tokenizer)
+    protocol = SHORT["open-unlearning"]
+    result = tofu(model, tokenizer, few, protocol=protocol, compat="open-unlearning")
+    assert same(result.content, naive(model, tokenizer, few, **settings(protocol) | {"whose": "open-unlearning"}), 1e-5)
+    ours = tofu(model, tokenizer, few, protocol=protocol, splits=["forget"])
+    assert ours.summary["forget_Q_A_Prob"] != pytest.approx(result.summary["forget_Q_A_Prob"], rel=1e-3)
+
+
+def test_results_are_kept_apart_by_prompts_labels_and_what_is_hidden(few: Path) -> None:
+    """Each way of evaluating a row has a key of its own, so that none finds another's result."""
+    tokenizer = tokenizer_of(few)
+    tokenizer.chat_template = CHAT
+    theirs = replace(PROTOCOLS["open-unlearning"], labels="open-unlearning")
+    ways = {
+        "efface": (PROTOCOLS["open-unlearning"], "chat"),
+        "its labels": (theirs, "chat"),
+        "its labels and mask": (replace(theirs, hides_padding=True), "chat"),
+        "question-answer": (PROTOCOLS["open-unlearning"], "question-answer"),
+        "tofu": (replace(PROTOCOLS["tofu"], rows=None, max_length=None, max_new_tokens=200), "question-answer"),
+    }
+    keys: dict[str, set[bytes]] = {}
+    for name, (protocol, template) in ways.items():
+        evaluation = TofuEvaluation(tokenizer, few, protocol=protocol, template=template)
+        tasks = [*evaluation._likelihoods, *evaluation._generations]
+        keys[name] = {key for task in tasks for key in task.keys}
+        assert len(keys[name]) == 2 * sum(COUNTS.values())
+    assert len(set.union(*keys.values())) == len(ways) * 2 * sum(COUNTS.values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_every_number_of_the_whole_files_equals_one_row_at_a_time(name: str, tofu: Path, tmp_path: Path) -> None:
@@ -114,9 +155,33 @@ def evaluate(model: Any, tokenizer: Any, folder: Path, protocol: Protocol) -> To
 
 def test_the_protocols() -> None:
     ours, theirs = PROTOCOLS["open-unlearning"], PROTOCOLS["tofu"]
-    assert settings(ours) == {"rows": None, "max_length": None, "max_new_tokens": 200, "epsilon": 1e-10}
-    assert settings(theirs) == {"rows": 300, "max_length": 200, "max_new_tokens": None, "epsilon": 0.0}
+    assert settings(ours) == {
+        "rows": None,
+        "max_length": None,
+        "max_new_tokens": 200,
+        "epsilon": 1e-10,
+        "padded_rows": None,
+        "whose": "efface",
+    }
+    assert settings(theirs) == {
+        "rows": 300,
+        "max_length": 200,
+        "max_new_tokens": None,
+        "epsilon": 0.0,
+        "padded_rows": 30,
+        "whose": "tofu",
+    }
     assert get_protocol(ours) is ours
+    compat = get_protocol(ours, "open-unlearning")
+    assert (
+        compat
+        == replace(ours, name="open-unlearning, compat", labels="open-unlearning", hides_padding=True)
+        == get_protocol(compat, "open-unlearning")
+    )
+    with pytest.raises(ValueError, match="`compat`: expected protocol 'open-unlearning' beside .* got 'tofu', whose"):
+        get_protocol("tofu", "open-unlearning")
+    with pytest.raises(ValueError, match="`compat`: expected 'open-unlearning' or None, got 'tofu'"):
+        get_protocol("tofu", "tofu")
     with pytest.raises(ValueError, match="`protocol`: expected one of 'open-unlearning', 'tofu', got 'muse'"):
         get_protocol("muse")
     # Where 1e-10 shows: a model that gives all of a row's answers next to no probability.

@@ -68,6 +68,8 @@ def naive(
     max_length: int | None = None,
     max_new_tokens: int | None = None,
     epsilon: float = 0.0,
+    whose: str = "efface",
+    padded_rows: int | None = None,
     retain_ratios: list[float] | None = None,
 ) -> dict[str, Any]:
     """Every number of TOFU's evaluation, one text at a time, from full logits; in open-unlearning's schema."""
@@ -78,14 +80,12 @@ def naive(
 
     for split, name in NAMES.items():
         kept = read_rows(folder, split, rows)
-        one = [_loss(model, tokenizer, row["question"], row["answer"], max_length) for row in kept]
-        false = [
-            [_loss(model, tokenizer, row["question"], text, max_length) for text in row["perturbed_answer"]]
-            for row in kept
-        ]
+        asked = (model, tokenizer, whose)
+        one = [_loss(*asked, row["question"], row["answer"], max_length) for row in kept]
+        false = [[_loss(*asked, row["question"], text, max_length) for text in row["perturbed_answer"]] for row in kept]
         true = one
         if split in ("forget", "retain"):
-            true = [_loss(model, tokenizer, row["question"], row["paraphrased_answer"], max_length) for row in kept]
+            true = [_loss(*asked, row["question"], row["paraphrased_answer"], max_length) for row in kept]
             keep(
                 f"{name}_Q_A_PARA_Prob",
                 [{"prob": math.exp(-x), "avg_loss": x} for x in true],
@@ -108,7 +108,13 @@ def naive(
                 for x, ys in zip(one, false, strict=True)
             ]
             keep(f"{name}_Q_A_Prob_normalised", [{"prob": share} for share in shares], mean(shares))
-        texts = [_generation(model, tokenizer, row["question"], max_length, max_new_tokens) for row in kept]
+        prompts = [_sequence(tokenizer, whose, row["question"], None)[0] for row in kept]
+        texts = []
+        for i, prompt in enumerate(prompts):
+            first = i - i % (padded_rows or 1)
+            longest = max(map(len, prompts[first : first + (padded_rows or 1)]))
+            limit = int(max_length or 0) - longest if max_new_tokens is None else max_new_tokens
+            texts.append(_generation(*asked, prompt, limit))
         scores = [
             {**_rouge(text, row["answer"]), "generation": text.strip(), "ground_truth": row["answer"]}
             for row, text in zip(kept, texts, strict=True)
@@ -130,27 +136,53 @@ def mean(values: Any) -> float:
     return float(np.mean(list(values)))
 
 
-@torch.no_grad()
-def _loss(model: Any, tokenizer: Any, question: str, answer: str, max_length: int | None) -> float:
-    """Mean loss over the tokens behind "Answer:", and the end of sequence."""
-    prompt = f"Question: {question}\nAnswer:"
-    encoded = tokenizer(f"{prompt} {answer}{tokenizer.eos_token}", return_offsets_mapping=True)
-    ids = torch.tensor([encoded["input_ids"][:max_length]])
-    logprobs = torch.log_softmax(model(input_ids=ids).logits[0].double(), -1)
-    ends = [end for _, end in encoded["offset_mapping"][:max_length]]
-    return -mean(
-        logprobs[place - 1, ids[0, place]].item() for place, end in enumerate(ends) if end > len(prompt) and place
-    )
+def _sequence(tokenizer: Any, whose: str, question: str, answer: str | None) -> tuple[list[int], int]:
+    """Tokens of a row and the first that is a label; without an answer, those of its prompt.
+
+    efface's own begin behind "Answer:". TOFU (data_module.py:8-31, evaluate_util.py:298-317) and open-unlearning
+    (src/data/utils.py:17-140) count off the tokens that the prompt has alone; TOFU's prompt has no "Answer:".
+    """
+    end = tokenizer.eos_token
+    if whose == "open-unlearning":
+        turns = {"system": "You are a helpful assistant.", "user": question}
+        prompt = "".join(f"{role}\n{text}{end}\n" for role, text in turns.items()) + "assistant\n"
+        rest = f"{answer}{end}\n{end}"
+    else:
+        prompt, rest = {
+            "tofu": (f"Question: {question}\n", f"Answer: {answer}{end}"),
+            "efface": (f"Question: {question}\nAnswer:", f" {answer}{end}"),
+        }[whose]
+    alone = tokenizer(prompt)["input_ids"]
+    return (alone if answer is None else tokenizer(prompt + rest)["input_ids"]), len(alone)
+
+
+def _mask(tokenizer: Any, whose: str, ids: torch.Tensor) -> torch.Tensor:
+    """open-unlearning's collator hides what equals the padding token, which may be the end of sequence."""
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return ids.ne(pad).long() if whose == "open-unlearning" else torch.ones_like(ids)
 
 
 @torch.no_grad()
-def _generation(model: Any, tokenizer: Any, question: str, max_length: int | None, max_new_tokens: int | None) -> str:
-    """Greedy, the whole sequence anew for every token, from the tokens of the question and "Answer:"."""
-    ids = tokenizer(f"Question: {question}\nAnswer:")["input_ids"]
-    limit = len(ids) + max_new_tokens if max_new_tokens is not None else int(max_length or 0)
+def _loss(model: Any, tokenizer: Any, whose: str, question: str, answer: str, max_length: int | None) -> float:
+    """Mean loss over the labels."""
+    row, first = _sequence(tokenizer, whose, question, answer)
+    ids = torch.tensor([row[:max_length]])
+    logits = model(input_ids=ids, attention_mask=_mask(tokenizer, whose, ids)).logits[0].double()
+    logprobs = torch.log_softmax(logits, -1)
+    return -mean(logprobs[place - 1, ids[0, place]].item() for place in range(max(first, 1), ids.shape[1]))
+
+
+@torch.no_grad()
+def _generation(model: Any, tokenizer: Any, whose: str, prompt: list[int], limit: int) -> str:
+    """Greedy, the whole sequence anew for every token; with hidden tokens, by transformers."""
+    if whose == "open-unlearning":
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": limit, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+        out = model.generate(ids, attention_mask=_mask(tokenizer, whose, ids), **options)
+        return str(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
     new: list[int] = []
-    while len(ids) + len(new) < limit and tokenizer.eos_token_id not in new:
-        logits = model(input_ids=torch.tensor([[*ids, *new]])).logits[0, -1]
+    while len(new) < limit and tokenizer.eos_token_id not in new:
+        logits = model(input_ids=torch.tensor([[*prompt, *new]])).logits[0, -1]
         new.append(int(logits.argmax()))
     return str(tokenizer.decode(new, skip_special_tokens=True))
 

@@ -65,7 +65,10 @@ def parser() -> argparse.ArgumentParser:
         "--splits", nargs="+", choices=SPLITS, default=SPLITS, metavar="NAME", help=f"of {', '.join(SPLITS)}: some only"
     )
     flags.add_argument(
-        "--protocol", choices=PROTOCOLS, default="open-unlearning", help="whose numbers (default: %(default)s)"
+        "--protocol",
+        choices=PROTOCOLS,
+        default="open-unlearning",
+        help="whose rows, lengths and formulas; of tofu, whose labels and prompts too (default: %(default)s)",
     )
     flags.add_argument(
         "--compat",
@@ -155,8 +158,7 @@ def _judge_by_tofu(options: argparse.Namespace, output: Path, console: Console) 
         open_console().print(
             results_table(
                 result,
-                f"{Path(options.model).name} on {options.split}, "
-                f"{get_protocol(options.protocol, options.compat).name}",
+                f"{Path(options.model).name} on {options.split}, {get_protocol(options.protocol, options.compat).name}",
             )
         )
         for note in _notes(result, options):

@@ -99,7 +99,8 @@ class TofuEvaluation:
         if self.protocol.hides_padding:
             known = tokenizer.pad_token_id
             options["hidden"] = tokenizer.eos_token_id if known is None else known
-        limits = {"max_new_tokens": self.protocol.max_new_tokens, "padded_rows": self.protocol.padded_rows}
+        limits: dict[str, Any] = {"max_new_tokens": self.protocol.max_new_tokens}
+        limits["padded_rows"] = self.protocol.padded_rows
         for name, rows in self.rows.items():
             questions, answers = rows.questions, rows.candidates()
             self._likelihoods.append(AnswerTask(tokenizer, questions, answers, name=f"{name} answers", **options))

@@ -73,7 +73,7 @@ class UnlearnArguments(TrainingArguments):
 
     compat: str | None = field(
         default=None,
-        metadata={"help": "open-unlearning: its padded step with all its quirks, to match old runs; slow"},
+        metadata={"help": "open-unlearning: its labels and padded step with all its quirks, to match old runs; slow"},
     )
 
     question_column: str | None = field(

@@ -8,6 +8,7 @@ pins: losses and gradients of every method agree to rounding, and so do the weig
 What compat does otherwise than runs without it, because open-unlearning does:
 
 - Token means weigh short micro-batches like long ones, so accumulation matters.
+- Prompts and labels are its own, token for token; see ``efface.hf.templates.get_template``.
 - The attention mask hides real tokens that equal the padding token, such as an end-of-sequence token.
 - KL runs over all positions, prompts and padding included, and so does UNDIAL, which there lowers the teacher's logit
   of token V - 100 (the label -100, read as an index).

@@ -414,21 +414,19 @@ def _chunk(
 ) -> Chunk:
     sequences: list[list[int]] = []
     starts: list[int] = []
-    for row, (ids, start) in zip(rows, _tokens(tokenizer, texts, template), strict=True):
-        whole = template.labels == OPEN_UNLEARNING  # there the end of sequence follows the cut, and no chat is cut
-        if whole and not template.is_chat:
-            ids = ids[:max_length]
+    theirs = template.labels == OPEN_UNLEARNING  # there the end of sequence follows the cut, and no chat is cut
+    for row, (tokens, start) in zip(rows, _tokens(tokenizer, texts, template), strict=True):
+        ids = tokens[:max_length] if theirs and not template.is_chat else tokens
         if ids[-1] != tokenizer.eos_token_id:
             ids.append(tokenizer.eos_token_id)
-        kept = ids if whole else ids[:max_length]
+        kept = ids if theirs else ids[:max_length]
         if max(start, 1) >= len(kept):
             raise ValueError(
-                f"row {row} has no label left: its answer starts at token {start} and "
-                + (
-                    f"sequences are cut to {max_length} tokens; raise `max_length`"
-                    if len(kept) < len(ids) or (whole and max_length is not None)
-                    else f"the text has {len(ids)}; drop the row"
-                )
+                f"row {row} has no label left: its answer starts at token {start} and sequences are cut to "
+                f"{max_length} tokens; raise `max_length`"
+                if max_length is not None and len(kept) >= max_length
+                else f"row {row} has no label: its prompt has {start} tokens alone, and {len(kept)} with its answer "
+                "and the end of sequence; drop the row"
             )
         sequences.append(kept)
         starts.append(start)
