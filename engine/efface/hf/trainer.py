@@ -11,6 +11,7 @@ from accelerate.data_loader import DataLoaderShard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from efface.batching import Role, Step, TokenStore
 from efface.hf.activations import find_module, train_only
@@ -26,6 +27,7 @@ from efface.hf.head import fuse
 from efface.hf.live_reference import ModelReference
 from efface.hf.meter import LossWatch, StepMeter
 from efface.hf.open_unlearning import PaddedPairs, PaddedSteps, padded_loss
+from efface.hf.packing import agree, reading_of
 from efface.hf.preflight import check_gradients, check_loss, check_trainable, prepare_checkpointing
 from efface.hf.recipe import DataFacts
 from efface.hf.reference import make_reference, reference_kind
@@ -87,9 +89,26 @@ class PackedTrainer(CardedTrainer):
         trainer_options["callbacks"] = [self.meter, *(trainer_options.get("callbacks") or ())]
         super().__init__(model=fuse(model), args=args, train_dataset=self._steps, **trainer_options)
         prepare_checkpointing(model, base_of(model), args)
+        stores = [store for store in (forget, retain, alternate) if store is not None]
+        self._settle_reading(base_of(model), max(int(store.lengths.max(initial=0)) for store in stores))
         self._bind(*self.callback_handler.callbacks)
         # The loss is the mean over the whole step already; the trainer must not divide it by the micro-batches.
         self.model_accepts_loss_kwargs = True
+
+    def _settle_reading(self, base: PreTrainedModel, longest: int) -> None:
+        """Let all processes read packs alike; raise ValueError where they would run different numbers of passes."""
+        if self.args.world_size == 1 or self._options.compat is not None:
+            return
+        agree(base)
+        reading = reading_of(base)
+        sharded = self.is_fsdp_enabled or (self.is_deepspeed_enabled and is_deepspeed_zero3_enabled())
+        if sharded and reading is not None and reading.splits(longest):
+            reason = reading.alone or f"sequences of {reading.limit} tokens and more change its position encoding"
+            raise ValueError(
+                f"{type(base).__name__}: expected a model that reads packs in one pass, got one that runs one "
+                f"sequence a pass ({reason}), while FSDP and ZeRO-3 need as many passes on every process; use DDP or "
+                "ZeRO-2"
+            )
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback; those that work with the trainer are told which."""
