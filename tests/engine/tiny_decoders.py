@@ -108,5 +108,5 @@ def perturbed(model: PreTrainedModel) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(1)
     for weight in model.parameters():
         if weight.is_floating_point():
-            weight += torch.randn(weight.shape, generator=generator).to(weight) * 0.05
+            weight.add_(torch.randn(weight.shape, generator=generator).to(weight) * 0.05)
     return model

@@ -93,10 +93,11 @@ def decoder_of(model: PreTrainedModel) -> Any:
 def packed_states(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> Tensor:
     """Return the final hidden states (T, D) of all tokens of a batch."""
     reading, decoder = reading_of(model), decoder_of(model)
-    if reading is None or not reading.splits(max(batch.lengths)):
+    tree = isinstance(batch, TokenTree)
+    if reading is None or not reading.splits(max(batch.lengths) + tree):
         states: Tensor = decoder(**packed_arguments(model, batch, decoder)).last_hidden_state  # (1, T, D)
         return states[0]
-    if isinstance(batch, TokenTree) and batch.shared:
+    if tree and batch.shared:
         raise ValueError(
             f"expected a model that reads packs in one pass for sequences that share tokens, got "
             f"{type(model).__name__}, which runs one sequence a pass; make the tree with share=False"
@@ -104,7 +105,9 @@ def packed_states(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> Ten
     parts = []
     for ids in batch.input_ids.split(batch.lengths):
         rewind(model, reading.encodings)
-        parts.append(decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0])
+        # A tree leaves out last tokens, which predict nothing; the position encoding may depend on how many there are.
+        whole = torch.nn.functional.pad(ids, (0, 1)) if tree and reading.limit is not None else ids
+        parts.append(decoder(input_ids=whole[None], use_cache=False).last_hidden_state[0, : len(ids)])
     return torch.cat(parts)
 
 
@@ -120,9 +123,10 @@ def rewind(model: PreTrainedModel, encodings: Sequence[str]) -> None:
 def read_packs(model: PreTrainedModel, logits: Logits, attention: str | None = None) -> Reading:
     """Find out how ``model`` reads packs, remember it, and set its attention accordingly.
 
-    The model's own forward pass of a probe is compared with the probe in a pack, where it stands twice, behind others;
-    where all are equal, these two are all passes. Windows of attention are a few tokens long meanwhile, so that a few tokens show whether they are
-    kept. Modes, buffers, attributes and random-number generators are afterwards what they were.
+    The model's own forward pass of a probe is compared with the probe in a pack, where it stands twice, behind others.
+    Where all are equal, these two are all passes. Windows of attention are a few tokens long meanwhile, so that a few
+    tokens show whether they are kept. Modes, buffers, attributes and random-number generators are afterwards what they
+    were.
 
     Args:
         model: a transformers model, no wrapper.
