@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import VOCABULARY, separate, tiny_llama, tiny_model, unlabelled
+from helpers import VOCABULARY, separate, tiny_model, unlabelled
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -183,10 +183,3 @@ def test_a_window_that_only_the_mask_has_is_kept(name: str, settings: dict[str, 
         model.set_attn_implementation(NAME)
         blind = model(**packed_arguments(model, batch)).logits[0]
         assert not torch.allclose(blind, truth, rtol=1e-2, atol=1e-2)  # the tokens do lie beyond the window
-
-
-def test_models_with_other_layers_keep_their_attention() -> None:
-    model = tiny_llama()
-    model.config.layer_types = ["full_attention", "chunked_attention"]
-    use_packed_attention(model)
-    assert model.config._attn_implementation == "sdpa"

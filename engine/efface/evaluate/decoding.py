@@ -1,14 +1,17 @@
 """The decode loop: a batch of prompts continued token by token, rows leaving as they end."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
+
+from efface.hf.packing import rewind
+from efface.hf.padding import Padding, accepted, padding_of
 
 Pick = Callable[[Tensor, Tensor, int], Tensor]
 """Takes the logits (b, V), the answers that they are of (b,) and the number of the token; returns tokens (b,)."""
@@ -47,8 +50,9 @@ def decode(
 ) -> list[Answer]:
     """Continue every prompt; equals ``model.generate`` of one prompt at a time, to rounding.
 
-    Prompts are padded on the left; ended rows are dropped from the batch and its cache. The prompts are read once,
-    whatever ``repeats``.
+    Prompts are padded on the left, or run one by one where the model's logits would not survive that
+    (``hf.padding``); ended rows are dropped from the batch and its cache. The prompts are read once, whatever
+    ``repeats``.
 
     Args:
         model: a transformers model (not one around it) in evaluation mode that ``has_selectable_cache``.
@@ -62,6 +66,38 @@ def decode(
     Returns:
         The answers to the first prompt, to the second, ...
     """
+    if (apart := _apart(model, prompts, limits)) is not None:
+        answers = []
+        for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+            rewind(model, apart.encodings)
+            own = partial(_pick_of, pick, row * repeats)
+            answers += _decode(model, [prompt], [limit], ends, pick=own, repeats=repeats)
+        rewind(model, apart.encodings)
+        return answers
+    return _decode(model, prompts, limits, ends, pick=pick, repeats=repeats)
+
+
+def _apart(model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> Padding | None:
+    """Return what a model makes of padding if the prompts are to run one by one; None for one batch."""
+    lengths = [len(prompt) for prompt in prompts]
+    longest = max(length + limit for length, limit in zip(lengths, limits, strict=True))
+    padding = padding_of(model)
+    return padding if padding.keeps_apart(lengths, longest) else None
+
+
+def _pick_of(pick: Pick, first: int, logits: Tensor, rows: Tensor, step: int) -> Tensor:
+    return pick(logits, rows + first, step)
+
+
+def _decode(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    ends: Sequence[int],
+    *,
+    pick: Pick,
+    repeats: int,
+) -> list[Answer]:
     device = model.device
     longest, count = max(map(len, prompts)), max(limits)
     ids, mask = _left_padded(prompts, longest, count, hidden)
@@ -70,7 +106,7 @@ def decode(
     positions = (mask[:, :longest].cumsum(1) - 1).clamp(min=0)
     ending, most = torch.tensor(ends, device=device), torch.tensor(limits, device=device).repeat_interleave(repeats)
 
-    reads = _accepted(model)
+    reads = accepted(model)
     cache = DynamicCache(config=model.config)
 
     def forward(tokens: Tensor, length: int) -> Tensor:
@@ -125,6 +161,16 @@ def generate(
     hidden: int | None = None,
 ) -> list[Answer]:
     """As ``decode``, by ``model.generate``: for models whose cache cannot drop rows."""
+    if (apart := _apart(model, prompts, limits)) is not None:
+        answers = []
+        for prompt, limit in zip(prompts, limits, strict=True):
+            rewind(model, apart.encodings)
+            answers += _generate(model, [prompt], [limit], ends)
+        return answers
+    return _generate(model, prompts, limits, ends)
+
+
+def _generate(model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], ends: Sequence[int]) -> list[Answer]:
     longest, count = max(map(len, prompts)), max(limits)
     ids, mask = _left_padded(prompts, longest, 0, hidden)
     config = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=list(ends), pad_token_id=ends[0])
@@ -209,13 +255,3 @@ def _left_padded(
 def _answer(tokens: list[int], ends: Sequence[int], finite: bool) -> Answer:
     end = next((i for i, token in enumerate(tokens) if token in ends), None)
     return Answer(tokens[:end], end is not None, finite)
-
-
-def _accepted(model: Any) -> set[str]:
-    """Return the arguments of the model's own forward; a fused model has it one class further up."""
-    forwards = (_parameters(vars(owner)["forward"]) for owner in type(model).__mro__ if "forward" in vars(owner))
-    return next((names for names in forwards if "input_ids" in names), set())
-
-
-def _parameters(function: Any) -> set[str]:
-    return set(inspect.signature(function).parameters)

@@ -148,7 +148,7 @@ class GenerationTask(Task):
         vocabulary = embeddings.weight.shape[0]
         for row in rows.tolist():
             length = len(self._prompts[row]) + int(self._limits[row])
-            if positions is not None and length > positions:
+            if positions is not None and length > positions > 0:
                 raise ValueError(
                     f"{self.name}: expected prompts and answers of at most {positions} tokens (the model's positions), "
                     f"got {length} in row {row}, {int(self._limits[row])} of them the answer's; lower the limit"

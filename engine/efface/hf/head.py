@@ -17,7 +17,7 @@ from efface.hf.activations import ActivationLoss, watched
 from efface.hf.adapted_head import base_of, head_linears, serve_head
 from efface.hf.compiling import uncompiled, uncompiled_frame
 from efface.hf.head_loss import HeadLoss, StepOutput, joined
-from efface.hf.packing import packed_states, read_packs
+from efface.hf.packing import MEMORY, packed_states, read_packs, reading_of
 from efface.hf.refusals import check_servable
 from efface_kernels import Head, linear_logprob
 
@@ -122,7 +122,13 @@ def head_of(model: PreTrainedModel) -> Head:
     head, config = serve_head(model.get_output_embeddings(), PLAIN), model.config.get_text_config()
     if head.linear.bias is not None and _logit_scale(model) != 1:
         raise ValueError(f"{type(model).__name__}: a head with a bias whose logits are scaled is not served")
-    return Head(head.weight, head.linear.bias, getattr(config, "final_logit_softcapping", None))
+    return Head(head.weight, head.linear.bias, _softcap(config))
+
+
+def _softcap(config: Any) -> float | None:
+    """Return the bound of the logits under the names that Gemma, RecurrentGemma and xLSTM give it."""
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return next((float(cap) for cap in (getattr(config, name, None) for name in names) if cap), None)
 
 
 def fuse(model: Model, *, attention: str | None = None) -> Model:
@@ -142,6 +148,8 @@ def fuse(model: Model, *, attention: str | None = None) -> Model:
     base = base_of(model)
     head = head_of(base)
     check_servable(model, base)
+    if attention is None and (known := reading_of(base)) is not None and known.asked:
+        delattr(base, MEMORY)  # an earlier choice ends
     use_packed_attention(base, attention=attention)
     linears: list[Any] = head_linears(base.get_output_embeddings())
     for layer in linears:
@@ -158,6 +166,8 @@ def fuse(model: Model, *, attention: str | None = None) -> Model:
 
 def use_packed_attention(model: PreTrainedModel, *, attention: str | None = None) -> None:
     """Switch ``model``, fused or not, to what it reads packs with; measured once, with the head, as ``fuse`` says.
+
+    An attention that was chosen stays.
 
     Raises:
         ValueError: as ``fuse``, but for adapters and a router's loss.

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+
 def check_adapters(model: Any, base: Any) -> None:
     """Raise ValueError for adapters that need a batch axis; the arguments are those of ``check_servable``."""
     if model is not base:

@@ -106,7 +106,7 @@ def check_store(model: PreTrainedModel, store: TokenStore, name: str) -> None:
     store.check_vocabulary(embeddings.weight.shape[0], name)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = int(store.lengths.max(initial=0))
-    if limit is not None and longest > limit:
+    if limit is not None and longest > limit > 0:  # XLNet says -1: it has no limit
         raise ValueError(
             f"`{name}`: expected sequences of at most {limit} tokens (the model's positions), got {longest}; "
             "cut them on purpose by a maximal length (--max_length)"

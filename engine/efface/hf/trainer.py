@@ -12,6 +12,7 @@ from accelerate.data_loader import DataLoaderShard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from efface.batching import Role, Step, TokenStore
@@ -37,6 +38,7 @@ from efface.hf.open_unlearning import (
     padded_loss,
 )
 from efface.hf.overlap import refuse_overlap
+from efface.hf.packing import agree, reading_of
 from efface.hf.preflight import (
     check_gradients,
     check_loss,
@@ -114,9 +116,26 @@ class PackedTrainer(CardedTrainer):
         trainer_options["callbacks"] = [self.meter, *(trainer_options.get("callbacks") or ())]
         super().__init__(model=fuse(model), args=args, train_dataset=self._steps, **trainer_options)
         prepare_checkpointing(model, base_of(model), args)
+        stores = [store for store in (forget, retain, alternate) if store is not None]
+        self._settle_reading(base_of(model), max(int(store.lengths.max(initial=0)) for store in stores))
         self._bind(*self.callback_handler.callbacks)
         # The loss is the mean over the whole step already; the trainer must not divide it by the micro-batches.
         self.model_accepts_loss_kwargs = True
+
+    def _settle_reading(self, base: PreTrainedModel, longest: int) -> None:
+        """Let all processes read packs alike; raise ValueError where they would run different numbers of passes."""
+        if self.args.world_size == 1 or self._options.compat is not None:
+            return
+        agree(base)
+        reading = reading_of(base)
+        sharded = self.is_fsdp_enabled or (self.is_deepspeed_enabled and is_deepspeed_zero3_enabled())
+        if sharded and reading is not None and reading.splits(longest):
+            reason = reading.alone or f"sequences of {reading.limit} tokens and more change its position encoding"
+            raise ValueError(
+                f"{type(base).__name__}: expected a model that reads packs in one pass, got one that runs one "
+                f"sequence a pass ({reason}), while FSDP and ZeRO-3 need as many passes on every process; use DDP or "
+                "ZeRO-2"
+            )
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback; those that work with the trainer are told which."""

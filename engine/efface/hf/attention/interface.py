@@ -82,7 +82,7 @@ def varlen_attention(
     for name in UNKNOWN_TERMS:
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"{NAME!r} attention: expected no {name}, got one from {type(module).__name__}; leave the model its own "
+                f"{NAME!r} attention: expected no {name}, got one from {type(module).__name__}; leave it its own "
                 "attention, as `fuse(model)` does"
             )
     if packed_lengths is None:
