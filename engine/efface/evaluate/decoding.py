@@ -71,10 +71,10 @@ def decode(
         for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
             rewind(model, apart.encodings)
             own = partial(_pick_of, pick, row * repeats)
-            answers += _decode(model, [prompt], [limit], ends, pick=own, repeats=repeats)
+            answers += _decode(model, [prompt], [limit], ends, pick=own, repeats=repeats, hidden=hidden)
         rewind(model, apart.encodings)
         return answers
-    return _decode(model, prompts, limits, ends, pick=pick, repeats=repeats)
+    return _decode(model, prompts, limits, ends, pick=pick, repeats=repeats, hidden=hidden)
 
 
 def _apart(model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> Padding | None:
@@ -97,6 +97,7 @@ def _decode(
     *,
     pick: Pick,
     repeats: int,
+    hidden: int | None,
 ) -> list[Answer]:
     device = model.device
     longest, count = max(map(len, prompts)), max(limits)
@@ -165,12 +166,18 @@ def generate(
         answers = []
         for prompt, limit in zip(prompts, limits, strict=True):
             rewind(model, apart.encodings)
-            answers += _generate(model, [prompt], [limit], ends)
+            answers += _generate(model, [prompt], [limit], ends, hidden)
         return answers
-    return _generate(model, prompts, limits, ends)
+    return _generate(model, prompts, limits, ends, hidden)
 
 
-def _generate(model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], ends: Sequence[int]) -> list[Answer]:
+def _generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    ends: Sequence[int],
+    hidden: int | None,
+) -> list[Answer]:
     longest, count = max(map(len, prompts)), max(limits)
     ids, mask = _left_padded(prompts, longest, 0, hidden)
     config = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=list(ends), pad_token_id=ends[0])
