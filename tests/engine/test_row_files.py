@@ -15,6 +15,7 @@ from helpers import TEXTS, tiny_tokenizer, written_rows
 from efface.batching import TokenStore
 from efface.cli.audit import audit_data
 from efface.cli.demo.data import tofu as demo_rows
+from efface.cli.main import main
 from efface.cli.metrics_flags import _rows as metrics_rows
 from efface.cli.tiny.data import tofu_data
 from efface.evaluate.audit.rows import audit_rows
@@ -319,6 +320,13 @@ def test_data_sets_of_one_fingerprint_and_other_content(tmp_path: Path) -> None:
             assert name in _text(token_store(rows, tiny_tokenizer(), name="forget"))
 
 
+def test_rows_of_a_file_have_its_key(tmp_path: Path) -> None:
+    path = written_rows(tmp_path / "rows.jsonl", TEXTS)
+    first, second = (token_store(source, tiny_tokenizer(), name="forget") for source in (path, load_rows(path)))
+    assert _text(first) == _text(second)
+    assert len(list((tmp_path / "efface-cache" / "tokens").iterdir())) == 1
+
+
 def test_one_content_is_one_key_however_it_is_held(tmp_path: Path) -> None:
     tokens = tmp_path / "efface-cache" / "tokens"
     rows = datasets.Dataset.from_list([{**_row(str(i)), "id": i} for i in range(30)])
@@ -352,6 +360,29 @@ def test_a_folder_is_no_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
     _write(tmp_path / "rows" / "train.jsonl", "Aiko")
     with pytest.raises(ValueError, match="'rows' is a folder here"):
         load_rows("rows:default:train")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("evaluate", "--model", "nowhere", "--metrics", "probability", "--forget"),
+        ("evaluate", "--model", "nowhere", "--metrics", "mia_loss", "--forget", "GOOD", "--holdout"),
+        ("audit", "--model", "nowhere", "--output", "out", "--views", "direct", "--data"),
+        ("plan", "--tokenizer", "MODEL", "--retain", "GOOD", "--forget"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_command_refuses_rows_before_it_loads_a_model(
+    words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = written_rows(tmp_path / "good.jsonl", TEXTS), tmp_path / "bad.jsonl"
+    written_rows(bad, [*TEXTS, {"question": "When?", "answer": None}])
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    given = {"GOOD": str(good), "MODEL": str(tmp_path / "model"), "out": str(tmp_path / "out")}
+    assert main([*(given.get(word, word) for word in words), str(bad)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"row {len(TEXTS)}: expected text in column 'answer', got NoneType; drop the row" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_refusals_are_read_as_they_are_written(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from efface.cli.output import written_whole
 from efface.cli.progress import progress_on
 from efface.evaluate.audit import VIEWS, AuditResult, BestOf, Clues, Relearn, View, audit
 from efface.evaluate.audit.document import AROUND, Document, cells
-from efface.evaluate.audit.rows import TOFU_GROUP
+from efface.evaluate.audit.rows import TOFU_GROUP, audit_rows
 from efface.evaluate.audit.views import get_view
 from efface.hf.loading import MAIN, load_model, load_tokenizer
 from efface.hf.rows import Rows, load_rows
@@ -157,6 +157,9 @@ def run(argv: Sequence[str]) -> int:
             f"{str(output / JSON_NAME)!r} is there already; choose another --output, or add --overwrite"
         )
     views, models, rows = chosen_views(options), model_names(options), audit_data(options.data, options.split)
+    read = audit_rows(rows, group_column=options.group_column, group_size=options.group_size)
+    for view in views:  # what is wrong with the rows shows before a model is loaded
+        view.probes(read)
     # The tokenizers first: a name that is not there shows before anything is computed.
     tokenizers = {
         name: load_tokenizer(

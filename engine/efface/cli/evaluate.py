@@ -14,7 +14,14 @@ from rich.progress import TaskID
 from rich.table import Table
 
 from efface.cli.console import open_console
-from efface.cli.metrics_flags import Results, add_metrics_flags, chosen_metrics, run_fame, run_metrics, taken_rows
+from efface.cli.metrics_flags import (
+    Results,
+    add_metrics_flags,
+    check_metrics_rows,
+    chosen_metrics,
+    run_fame,
+    run_metrics,
+)
 from efface.cli.progress import progress_on
 from efface.evaluate import EvalLog, TofuResult, tofu
 from efface.evaluate.logs import PREFIXES, SPLITS
@@ -121,7 +128,7 @@ def run(argv: Sequence[str]) -> int:
             "--retain-log, --retain-model: expected --benchmark tofu beside them, got none; what privleak compares "
             "with is --retain-metrics"
         )
-    for role, counts in taken_rows(options, benchmark).items():
+    for role, counts in check_metrics_rows(options, benchmark).items():
         console.print(f"{role}: {counts}", highlight=False, markup=False, soft_wrap=True)
     if benchmark == "tofu":
         _judge_by_tofu(options, output, console)

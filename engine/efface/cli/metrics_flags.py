@@ -12,7 +12,7 @@ from efface.evaluate.metrics import Metric, MetricResult, Perplexity, Reading
 from efface.evaluate.metrics.fame import GROUPS, split_rows
 from efface.evaluate.runner import Progress
 from efface.hf.loading import load_model
-from efface.hf.rows import Rows, load_rows, matching, parse_conditions
+from efface.hf.rows import Rows, load_rows, matching, parse_conditions, texts
 
 Results = dict[str, MetricResult]
 
@@ -59,28 +59,37 @@ def chosen_metrics(options: argparse.Namespace) -> list[Metric]:
     return chosen
 
 
-def taken_rows(options: argparse.Namespace, benchmark: str | None) -> dict[str, str]:
-    """Return how many of which rows the filters take, by role, where there are filters; nothing is computed yet.
+def check_metrics_rows(options: argparse.Namespace, benchmark: str | None) -> dict[str, str]:
+    """Read the rows of ``--metrics`` and FAME, so that what is wrong is said before anything is computed.
+
+    Returns:
+        How many of which rows the filters take, by role, where there are filters.
 
     Raises:
-        ValueError: a filter of rows that are not given, or that takes none of them.
+        ValueError: a row without text, by its number in the file; a filter of rows that are not given, or that takes
+            none of them.
     """
-    filtered = [name for name in ("forget", "holdout", "retain") if getattr(options, f"{name}_filter")]
-    metrics = [name for name in filtered if name != "retain" and options.metrics and getattr(options, name)]
-    for name in filtered:
-        if name not in metrics and (benchmark != "fame" or name == "holdout"):
+    reading = _reading(options)
+    names = [name for name in (reading.answer_column, reading.question_column) if name is not None]
+    filters = {name: getattr(options, f"{name}_filter") for name in ("forget", "holdout", "retain")}
+    sources = {name: getattr(options, name) for name in ("forget", "holdout") if options.metrics}
+    for name, conditions in filters.items():
+        if conditions and not sources.get(name) and (benchmark != "fame" or name == "holdout"):
             raise ValueError(f"--{name}-filter: expected rows that it takes some of, got none; drop it")
-    lines: dict[str, str] = {}
-    if benchmark == "fame" and options.data and filtered:
+    taken: dict[str, str] = {}
+    if benchmark == "fame" and options.data and filters["forget"]:
         rows = load_rows(options.data)
-        for name, some in split_rows(rows, options.forget_filter, options.retain_filter).items():
-            lines[f"FAME {name}"] = f"{len(some):,} of {len(rows):,} rows, {options.data}"
-    for name in metrics:
-        source, conditions = getattr(options, name), getattr(options, f"{name}_filter")
-        rows = load_rows(source)
-        numbers = matching(rows, parse_conditions(conditions), source)
-        lines[name] = f"{0 if numbers is None else len(numbers):,} of {len(rows):,} rows, {source}"
-    return lines
+        for name, some in split_rows(rows, filters["forget"], filters["retain"]).items():
+            taken[f"FAME {name}"] = f"{len(some):,} of {len(rows):,} rows, {options.data}"
+    for name, source in sources.items():
+        if source:
+            rows = load_rows(source)
+            numbers = matching(rows, parse_conditions(filters[name]), source)
+            for column in names:
+                texts(rows, column, source, numbers)
+            if numbers is not None:
+                taken[name] = f"{len(numbers):,} of {len(rows):,} rows, {source}"
+    return taken
 
 
 def run_metrics(

@@ -156,6 +156,8 @@ def token_store(
 
         return token_cache.stored(key([file.suffix.lower(), digest]), read, cache_dir)
     rows = load_rows(data) if isinstance(data, (str, Path)) else data
+    if isinstance(rows, FileRows):
+        return token_cache.stored(key([rows.suffix, rows.digest]), lambda: chunks(rows), cache_dir)
     check_rows(rows, f"`{name}`")
     if is_table(rows):
         asked = [condition.column for condition in conditions]

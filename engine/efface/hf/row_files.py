@@ -46,6 +46,7 @@ class FileRows(Sequence[Row]):
         cache_dir: see ``token_cache.cache_folder``.
 
     Attributes:
+        suffix: of the file, in lower case.
         digest: SHA-256 of the bytes that were read.
         names: the columns.
         features: their types where the file holds types, as ``datasets.Dataset.features``.
@@ -57,13 +58,14 @@ class FileRows(Sequence[Row]):
 
     def __init__(self, path: Path, *, cache_dir: str | Path | None = None) -> None:
         source = repr(str(path))
+        self.suffix = path.suffix.lower()
         self.names: tuple[str, ...] = ()
         self.features: Mapping[str, Any] = {}
         self._ends = array("q", [0])
         with path.open("rb") as file:
             # The open file stays the same one if another takes its path, and two digests show what is written into it.
             self.digest = _digest(file)
-            read = READERS[path.suffix.lower()]
+            read = READERS[self.suffix]
             try:
                 self._bytes = self._kept(read(self, file, source), cache_dir)
             except UnicodeDecodeError as error:
