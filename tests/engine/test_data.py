@@ -183,18 +183,6 @@ def test_filters_of_files(suffix: str, tmp_path: Path) -> None:
     assert sorted(text_of(forget) + text_of(retain)) == sorted(text_of(token_store(FAME, tiny_tokenizer(), name="all")))
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(3, "3"), (3.0, "3"), (3.0, "3.0"), (True, "true"), (True, "True"), (None, ""), ("a=b", "a=b")]
-)
-def test_values_are_compared_as_text(value: Any, text: str) -> None:
-    (condition,) = parse_conditions(f"column={text}")
-    assert condition.met(value)
-    assert not condition.met("other")
-    (condition,) = parse_conditions([f"column!={text}"])
-    assert not condition.met(value)
-    assert parse_conditions({"column": value})[0].met(value)
-
-
 def test_bad_filters(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     path = write_rows(tmp_path / "fame.jsonl", FAME)

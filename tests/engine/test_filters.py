@@ -14,7 +14,7 @@ import pytest
 import yaml
 from helpers import arguments, saved_llama, tiny_llama, tiny_tokenizer
 
-from efface import GradDiff
+from efface import GradAscent, GradDiff
 from efface.cli.main import main
 from efface.cli.tiny.data import fame_data
 from efface.evaluate.metrics import fame
@@ -410,6 +410,18 @@ def test_counts_of_documents_and_of_tokens(tmp_path: Path) -> None:
     assert len(made) > 4
     trainer = FinetuneTrainer(tiny_llama(vocab_size=300), arguments(tmp_path), data=made)
     assert str(trainer.data["training"]) == f"4 of 5 rows in {len(made)} sequences, TokenStore in memory"
+
+
+def test_a_filter_without_a_retain_set(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`retain_filter`: expected `retain`, the rows that it takes some of"):
+        UnlearnTrainer(
+            tiny_llama(vocab_size=300),
+            forget=ROWS,
+            retain=None,
+            retain_filter="id=1",
+            objective=GradAscent(),
+            **options(tmp_path),
+        )
 
 
 @pytest.mark.parametrize(

@@ -79,10 +79,10 @@ def test_a_filter_leaves_the_forget_rows_out(
     assert main([*words, "--data_filter", "topic_id!=0", "--save_strategy", "no"]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     count = sum(i % 2 for i in range(len(TEXTS)))
-    assert f"| training | `{data}` | {count} |" in card
+    assert f"| training | `{data}` | {count} of {len(TEXTS)} rows |" in card
     assert "topic_id!=0" in card
     assert main([*words, "--overwrite", "--data_filter", "topic_id=9"]) == 2
-    assert "no row of 5 meets topic_id=9" in capsys.readouterr().err
+    assert "no row of 5 has '9' in column 'topic_id', which has '0', '1'" in capsys.readouterr().err
 
 
 class Killed(BaseException):

@@ -362,7 +362,7 @@ def unlearn(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
         words = ["--alpha", "0", "--output_dir", str(tmp_path / "out"), "--overwrite", "True", "--max_steps", "1"]
         assert main(["unlearn", *flags, *words, "--save_strategy", "no", *changes]) == code
         said = capsys.readouterr().err
-        return said if code else next(line for line in said.splitlines() if "reference" in line)
+        return said if code else next(line for line in said.splitlines() if "reference, " in line)
 
     return run
 

@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
         args.output_dir = nothing  # a trainer makes its folder at once
         args.push_to_hub = args.revision_per_checkpoint = False  # and its repository
         # the retain set has no part in the reference
-        command = replace(command, retain=None, alpha=0.0, reference="cached")
+        command = replace(command, retain=None, retain_filter=None, alpha=0.0, reference="cached")
         trainer, _ = make_trainer(command, args, command.make_objective(), bar)
     reference = trainer.reference
     if not isinstance(reference, CachedReference):

@@ -14,7 +14,14 @@ from rich.progress import TaskID
 from rich.table import Table
 
 from efface.cli.console import open_console
-from efface.cli.metrics_flags import Results, add_metrics_flags, chosen_metrics, rows_judged, run_fame, run_metrics
+from efface.cli.metrics_flags import (
+    Results,
+    add_metrics_flags,
+    check_metrics_rows,
+    chosen_metrics,
+    run_fame,
+    run_metrics,
+)
 from efface.cli.progress import progress_on
 from efface.evaluate import EvalLog, TofuResult, tofu
 from efface.evaluate.logs import PREFIXES, SPLITS
@@ -136,7 +143,7 @@ def run(argv: Sequence[str]) -> int:
                 "--compat: expected TOFU's evaluation, got "
                 f"{'--metrics' if options.metrics else f'--benchmark {benchmark}'}; drop it"
             )
-    for role, counts in rows_judged(options, benchmark).items():
+    for role, counts in check_metrics_rows(options, benchmark).items():
         console.print(f"{role}: {counts}", highlight=False, markup=False, soft_wrap=True)
     if benchmark == "tofu":
         _judge_by_tofu(options, output, console)

@@ -52,7 +52,10 @@ class FinetuneCommand:
     )
     data_filter: list[str] | None = field(
         default=None,
-        metadata={"help": "rows to learn: column=value[,value] or column!=value[,value]; a row must meet all"},
+        metadata={
+            "help": "rows to learn: column=value[,value] or column!=value[,value]; a row must meet all; values are "
+            "compared as written, one with commas in double quotes"
+        },
     )
     revision: str = field(
         default="main",

@@ -59,8 +59,8 @@ def chosen_metrics(options: argparse.Namespace) -> list[Metric]:
     return chosen
 
 
-def rows_judged(options: argparse.Namespace, benchmark: str | None) -> dict[str, str]:
-    """Read the rows of FAME and ``--metrics``, so that what is wrong with them is said before anything is computed.
+def check_metrics_rows(options: argparse.Namespace, benchmark: str | None) -> dict[str, str]:
+    """Read the rows of ``--metrics`` and FAME, so that what is wrong is said before anything is computed.
 
     Returns:
         How many of which rows the filters take, by role, where there are filters.
@@ -69,27 +69,27 @@ def rows_judged(options: argparse.Namespace, benchmark: str | None) -> dict[str,
         ValueError: a row without text, by its number in the file; a filter of rows that are not given, or that takes
             none of them.
     """
-    filtered = [name for name in ("forget", "holdout", "retain") if getattr(options, f"{name}_filter")]
-    judged = [name for name in ("forget", "holdout") if options.metrics and getattr(options, name)]
-    for name in filtered:
-        if name not in judged and (benchmark != "fame" or name == "holdout"):
-            raise ValueError(f"--{name}-filter: expected rows that it takes some of, got none; drop it")
-    lines: dict[str, str] = {}
-    if benchmark == "fame" and options.data and filtered:
-        rows = load_rows(options.data)
-        for name, some in split_rows(rows, options.forget_filter, options.retain_filter).items():
-            lines[f"FAME {name}"] = f"{len(some):,} of {len(rows):,} rows, {options.data}"
     reading = _reading(options)
-    columns = [name for name in (reading.answer_column, reading.question_column) if name is not None]
-    for name in judged:
-        source = getattr(options, name)
-        rows = load_rows(source)
-        numbers = matching(rows, parse_conditions(getattr(options, f"{name}_filter")), source)
-        for column in columns:
-            texts(rows, column, source, numbers)
-        if numbers is not None:
-            lines[name] = f"{len(numbers):,} of {len(rows):,} rows, {source}"
-    return lines
+    names = [name for name in (reading.answer_column, reading.question_column) if name is not None]
+    filters = {name: getattr(options, f"{name}_filter") for name in ("forget", "holdout", "retain")}
+    sources = {name: getattr(options, name) for name in ("forget", "holdout") if options.metrics}
+    for name, conditions in filters.items():
+        if conditions and not sources.get(name) and (benchmark != "fame" or name == "holdout"):
+            raise ValueError(f"--{name}-filter: expected rows that it takes some of, got none; drop it")
+    taken: dict[str, str] = {}
+    if benchmark == "fame" and options.data and filters["forget"]:
+        rows = load_rows(options.data)
+        for name, some in split_rows(rows, filters["forget"], filters["retain"]).items():
+            taken[f"FAME {name}"] = f"{len(some):,} of {len(rows):,} rows, {options.data}"
+    for name, source in sources.items():
+        if source:
+            rows = load_rows(source)
+            numbers = matching(rows, parse_conditions(filters[name]), source)
+            for column in names:
+                texts(rows, column, source, numbers)
+            if numbers is not None:
+                taken[name] = f"{len(numbers):,} of {len(rows):,} rows, {source}"
+    return taken
 
 
 def run_metrics(

@@ -302,10 +302,6 @@ class Condition:
     def __str__(self) -> str:
         return f"{self.column}{'!=' if self.negated else '='}{','.join(map(_quoted, self.values))}"
 
-    def met(self, value: Any) -> bool:
-        """Whether a row with this value meets the condition."""
-        return any(text in self.values for text in _spellings(value)) != self.negated
-
 
 def parse_conditions(conditions: Conditions) -> tuple[Condition, ...]:
     """Read the conditions of a row filter, all of which a row must meet.

@@ -48,7 +48,7 @@ from efface.hf.preflight import (
 )
 from efface.hf.recipe import DataFacts
 from efface.hf.reference import make_reference, reference_kind
-from efface.hf.rows import Conditions
+from efface.hf.rows import Conditions, parse_conditions
 from efface.hf.score import check_store
 from efface.hf.step_loss import step_loss
 from efface.objectives import PDU, RMU, FunctionObjective, Objective
@@ -347,6 +347,8 @@ class UnlearnTrainer(PackedTrainer):
                 f"objective {objective.name!r} has a retain term (alpha={objective.alpha}) but no retain set; "
                 "give one, or set alpha to 0"
             )
+        if retain is None and parse_conditions(retain_filter):
+            raise ValueError("`retain_filter`: expected `retain`, the rows that it takes some of, got none")
         kind = reference_kind(reference, objective, model, padded=args.compat is not None)
         keep = retain is not None and objective.reads_retain()
         forget_store, retain_store, alternate_store = unlearning_stores(

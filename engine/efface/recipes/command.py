@@ -18,7 +18,10 @@ class UnlearnCommand:
     retain: str | None = field(default=None, metadata={"help": "what to keep, likewise"})
     forget_filter: list[str] | None = field(
         default=None,
-        metadata={"help": "rows to forget: column=value[,value] or column!=value[,value]; a row must meet all"},
+        metadata={
+            "help": "rows to forget: column=value[,value] or column!=value[,value]; a row must meet all; values are "
+            "compared as written, one with commas in double quotes"
+        },
     )
     retain_filter: list[str] | None = field(default=None, metadata={"help": "rows to keep, likewise"})
     objective: str = field(default="npo", metadata={"help": f"one of {', '.join(known_objectives())}"})
