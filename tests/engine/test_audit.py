@@ -25,7 +25,7 @@ Row = dict[str, Any]
 # few variants and short answers: every view, none of them for long
 SMALL: list[str | View] = [
     *("direct", "cloze", "choice"),
-    Translated(languages=("de",)),
+    Translated(languages=("es",)),
     BestOf(samples=2),
     Clues(clues=(1,)),
     Relearn(steps=4, learning_rate=1e-3),

@@ -123,8 +123,8 @@ def test_bad_logs_are_refused(tmp_path: Path) -> None:
 
 def naive_mean_logprob(model, tokenizer, question: str, answer: str) -> float:  # type: ignore[no-untyped-def]
     """One row at a time, from full logits."""
-    prompt = f"Question: {question}\nAnswer: "
-    encoded = tokenizer(prompt + answer + tokenizer.eos_token, return_offsets_mapping=True)
+    prompt = f"Question: {question}\nAnswer:"
+    encoded = tokenizer(f"{prompt} {answer}{tokenizer.eos_token}", return_offsets_mapping=True)
     ids = torch.tensor([encoded["input_ids"]])
     with torch.no_grad():
         logprobs = torch.log_softmax(model(input_ids=ids).logits[0].double(), -1)

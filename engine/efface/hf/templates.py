@@ -243,7 +243,7 @@ def prompt_ids(
     They are the same ones for every answer, with one exception: where no space parts prompt and answer, a tokenizer may
     join the prompt's last character and the answer's first. These are punctuation that begins an answer behind a
     prompt that ends with some, white space that begins one behind a chat's line break, and an answer that goes on with
-    the prompt's last word. Then ``encode`` puts fewer tokens before the labels.
+    the prompt's last word. Then ``encode`` puts other tokens before the labels, those that hold none of the answer.
 
     For Llama-3, Gemma-2 and Qwen2.5 that is ``apply_chat_template(..., add_generation_prompt=True)`` with the
     template's system prompt and date. Qwen3's has its empty think block too, as in training.
