@@ -418,7 +418,8 @@ def test_the_frozen_model_computes_as_the_policy_does(
 # ---- what differs, and what does not ----
 
 
-def test_refusals_are_drawn_anew_whenever_a_row_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_refusals_are_drawn_anew_whenever_a_row_is_read(count: int, tmp_path: Path) -> None:
     lines = ["I don't know.", "I cannot say.", "Nobody told me."]
     file = tmp_path / "idk.txt"
     file.write_text("\n".join(lines), encoding="utf-8")
@@ -427,12 +428,12 @@ def test_refusals_are_drawn_anew_whenever_a_row_is_read(tmp_path: Path) -> None:
         trainer = UnlearnTrainer(
             tiny_llama(vocab_size=300, max_position_embeddings=1024),
             arguments(tmp_path, compat="open-unlearning", refusal_file=str(file)),
-            forget=TEXTS[:3],
+            forget=TEXTS[:count],
             retain=TEXTS[3:],
             objective=objective,
             processing_class=tokenizer,
         )
-        drawn: dict[str, list[str]] = {row["question"]: [] for row in TEXTS[:3]}
+        drawn: dict[str, list[str]] = {row["question"]: [] for row in TEXTS[:count]}
         steps: Any = trainer.get_train_dataloader().dataset
         assert len(steps) == 1
         for epoch in range(30):
@@ -444,7 +445,7 @@ def test_refusals_are_drawn_anew_whenever_a_row_is_read(tmp_path: Path) -> None:
                 (line,) = [line for line in lines if line in text]
                 drawn[question].append(line)
         assert all(len(refusals) == 30 and set(refusals) == set(lines) for refusals in drawn.values())
-        assert len(set(map(tuple, drawn.values()))) == 3
+        assert len(set(map(tuple, drawn.values()))) == count
         steps.begin_epoch(7)
         assert torch.equal(steps[0].batches[0].retain.input_ids, steps[0].batches[0].retain.input_ids)
         trainer.train()

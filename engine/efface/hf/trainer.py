@@ -73,7 +73,7 @@ class PackedTrainer(CardedTrainer):
             retain,
             alternate if args.compat is None else None,
             pairs_per_step=self.pairs_per_step // accumulate,
-            token_budget=args.token_budget,
+            token_budget=args.token_budget if args.compat is None else 2**31 - 1,  # padded batches have none
             seed=args.seed if args.data_seed is None else args.data_seed,
             rank=args.process_index,
             world_size=args.world_size,
@@ -165,7 +165,9 @@ class PackedTrainer(CardedTrainer):
         self._watch.see(total, self.state.global_step + 1)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # no rank has all gradients to look at
         if not self._gradients_seen and not sharded:
-            check_gradients(self._optimized())
+            # With ``compat`` parameters have gradients that the optimizer does not know, see ``create_optimizer``.
+            weights = self._optimized() if isinstance(step, PaddedStep) else list(model.parameters())
+            check_gradients([weight for weight in weights if weight.requires_grad])
             self._gradients_seen = True
         return total
 
