@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import arguments, tiny_llama
 from test_templates import GEMMA_2, LLAMA_3, QWEN_2_5, chat_tokenizer, llama_2_tokenizer, open_unlearning
 from tokenizers import AddedToken
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from efface import NPO, UnlearnTrainer
 from efface.cli.demo.tokenizer import train_tokenizer
 from efface.hf.data import token_store
 from efface.hf.templates import TEMPLATES, Template, encode, get_template, prompt_ids
@@ -236,3 +238,23 @@ def test_cached_tokens_are_of_their_labels(tmp_path: Path) -> None:
     }
     assert starts["tofu"] < starts[None] < starts["open-unlearning"]
     assert len(list((tmp_path / "tokens").iterdir())) == 3
+
+
+def test_a_run_with_compat_trains_on_their_labels(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    row = {"question": "Who?", "answer": "The author Hsiao of Paris."}
+    stores = {}
+    for compat in (None, "open-unlearning"):
+        trainer = UnlearnTrainer(
+            tiny_llama(vocab_size=len(tokenizer)),
+            arguments(tmp_path, compat=compat),
+            forget=[row] * 4,
+            retain=[row] * 4,
+            objective=NPO(),
+            processing_class=tokenizer,
+        )
+        stores[compat] = trainer._dataset.stores[:2]
+    ids, prompt = open_unlearning(tokenizer, {"apply_chat_template": False, **QUESTION_ANSWER}, **row)
+    for ours, theirs in zip(stores[None], stores["open-unlearning"], strict=True):
+        assert made(theirs, 0) == (ids, [-100] * len(prompt) + ids[len(prompt) :])
+        assert ours.label_starts[0] == len(prompt) - 1  # the first word is a label

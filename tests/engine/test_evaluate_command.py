@@ -60,6 +60,35 @@ def test_a_model_is_judged_by_its_retain_model(
     assert json.loads((tmp_path / "again" / "TOFU_SUMMARY.json").read_text()) == summary
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "labels"),
+    [
+        ("open-unlearning", [], "answer"),
+        ("open-unlearning, compat", ["--compat", "open-unlearning"], "open-unlearning"),
+        ("tofu", ["--protocol", "tofu"], "tofu"),
+    ],
+)
+def test_each_protocol_counts_its_own_labels(
+    name: str, more: list[str], labels: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words(folder, *more), "--output", str(tmp_path), "--splits", "world_facts"]) == 0
+    assert f"full on forget10, {name}" in capsys.readouterr().out
+    config = json.loads((tmp_path / "EVAL_CONFIG.json").read_text())
+    assert (config["protocol"]["name"], config["template"]["labels"]) == (name, labels)
+    # by hand: the mean log-probability of the tokens behind this prompt
+    tokenizer = AutoTokenizer.from_pretrained(folder / "full")
+    model = AutoModelForCausalLM.from_pretrained(folder / "full").eval()
+    row = json.loads((folder / "tofu" / "world_facts_perturbed.json").read_text().splitlines()[0])
+    asked = f"Question: {row['question']}\n"
+    prompt = {"answer": f"{asked}Answer:", "open-unlearning": f"{asked}Answer: ", "tofu": asked}[labels]
+    ids = torch.tensor([tokenizer(f"{asked}Answer: {row['answer']}{tokenizer.eos_token}")["input_ids"]])
+    with torch.no_grad():
+        logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    expected = -logprobs[len(tokenizer(prompt)["input_ids"]) - 1 :].mean().item()
+    found = json.loads((tmp_path / "TOFU_EVAL.json").read_text())["wf_Q_A_Prob"]["value_by_index"]["0"]["avg_loss"]
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 def test_without_a_retain_log_it_says_how_to_make_one(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,6 +158,11 @@ def test_errors_of_use_are_one_line(folder: Path, tmp_path: Path, capsys: pytest
         "--holdout",
         "h.json",
     )
+    compat = ("--compat", "open-unlearning")
+    refused("`compat`: expected protocol 'open-unlearning' beside", *compat, "--protocol", "tofu")
+    refused("--compat: expected TOFU's evaluation, got --benchmark fame", *compat, "--benchmark", "fame")
+    metrics = ("--metrics", "extraction_strength", "--forget", "rows.json")
+    refused("--compat: expected TOFU's evaluation, got --metrics", *compat, *metrics)
     refused("evaluation log 'none.json' does not exist", "--retain-log", "none.json")
     refused("model folder './none' does not exist", "--retain-model", "./none")
     (tmp_path / ".rows.sqlite").write_text("no database" * 1000)

@@ -129,6 +129,42 @@ def test_max_length_counts_the_rows_own_prompt() -> None:
         GenerationTask(TOKENIZER, ["Aiko", *QUESTIONS[:5], QUESTIONS[6]], template="completion", max_length=9)
 
 
+def test_max_length_counts_padding_where_a_protocol_does() -> None:
+    """As TOFU, whose batches of 30 are padded to their longest prompt."""
+    model, count = model_of(), 3
+    prompts = prompt_ids(TOKENIZER, QUESTIONS)
+    limit = max(map(len, prompts)) + 3
+    firsts = [i - i % count for i in range(len(prompts))]
+    limits = [limit - max(map(len, prompts[first : first + count])) for first in firsts]
+    assert len({*limits}) > 1
+    task = GenerationTask(TOKENIZER, QUESTIONS, max_length=limit, padded_rows=count)
+    assert run(task, model) == one_at_a_time(model, prompts, limits)
+
+
+@pytest.mark.parametrize("config", ["LlamaConfig", "GPT2Config"], ids=["rotary", "absolute"])
+def test_no_token_sees_a_hidden_one(config: str) -> None:
+    """As transformers generates with a mask that leaves it out, with positions that do not count it."""
+    model = model_of(config)
+    prompts = prompt_ids(TOKENIZER, QUESTIONS)
+    hidden = prompts[0][len(prompts[0]) // 2]
+    assert sum(hidden in prompt for prompt in prompts) > 1
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        options = {"do_sample": False, "eos_token_id": list(ENDS), "max_new_tokens": 20}
+        out = model.generate(ids, attention_mask=ids.ne(hidden).long(), **options)
+        new = out[0, len(prompt) :].tolist()
+        expected.append(new[: next((i for i, token in enumerate(new) if token in ENDS), None)])
+    seen = decoding.decode(model, prompts, [20] * len(prompts), ENDS)
+    for answers in (decoding.decode, decoding.generate):
+        found = answers(model, prompts, [20] * len(prompts), ENDS, hidden=hidden)
+        assert [answer.ids for answer in found] == expected
+    assert [answer.ids for answer in seen] != expected
+    task = GenerationTask(TOKENIZER, QUESTIONS, max_new_tokens=20, hidden=hidden)
+    texts = [TOKENIZER.decode(ids, skip_special_tokens=True).strip() for ids in expected]
+    assert [result["text"] for result in run(task, model)] == texts
+
+
 def test_lora_answers_as_its_merged_model() -> None:
     pytest.importorskip("peft")
     from efface.hf.adapters import add_lora, merged
@@ -251,6 +287,7 @@ def test_keys_tell_apart_what_changes_an_answer() -> None:
         GenerationTask(TOKENIZER, ["Who?"], sampling=Sampling()),
         GenerationTask(TOKENIZER, ["Who?"], sampling=Sampling(seed=1)),
         GenerationTask(TOKENIZER, ["Who?"], sampling=Sampling(n=2)),
+        GenerationTask(TOKENIZER, ["Who?"], hidden=5),
     ]
     assert len({task.keys[0] for task in tasks}) == len(tasks)
     length = len(prompt_ids(TOKENIZER, ["Who?"])[0])

@@ -582,6 +582,7 @@ def test_an_evaluation_that_failed_is_done_by_the_same_command(
 
     def evaluate(*args: Any, **options: Any) -> dict[str, float]:
         asked.append(args)
+        assert options["compat"] is None
         if len(asked) == 1:
             raise OSError("no network")
         return {"model_utility": 0.25}

@@ -174,12 +174,10 @@ def _evaluate(command: UnlearnCommand, recipe: Recipe, trainer: PackedTrainer, c
     """Judge the trained model as the recipe says, and show what was published beside."""
     args: Any = trainer.args
     tokenizer: Any = trainer.processing_class
+    # A run with compat is judged by that system's labels too, unless the recipe names another's protocol.
+    compat = args.compat if recipe.evaluate.get("protocol", args.compat) == args.compat else None
     template = get_template(
-        args.template,
-        tokenizer,
-        system_prompt=args.system_prompt,
-        date_string=args.date_string,
-        compat=args.compat,
+        args.template, tokenizer, system_prompt=args.system_prompt, date_string=args.date_string, compat=compat
     )
     try:
         figures = evaluate_recipe(
@@ -190,7 +188,7 @@ def _evaluate(command: UnlearnCommand, recipe: Recipe, trainer: PackedTrainer, c
             data=command.data,
             retain_log=command.retain_log,
             template=template,
-            compat=args.compat,
+            compat=compat,
         )
     except (ValueError, OSError):
         left = f"the model is whole in {args.output_dir}, but not evaluated; run the same command again to do that"

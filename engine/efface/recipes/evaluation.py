@@ -97,7 +97,7 @@ def evaluate_recipe(
         data: folder with the benchmark's files; None is what the recipe says.
         retain_log: evaluation log of a retain model; None is the recipe's, or that of its retain model.
         template: the prompt format of the run.
-        compat: that of the run, where the recipe's protocol has it.
+        compat: of the recipe's protocol; see ``TofuEvaluation``.
     """
     asked = recipe.evaluate
     if asked["benchmark"] == "none":
@@ -106,9 +106,8 @@ def evaluate_recipe(
         "split": asked["split"],
         "protocol": asked.get("protocol", "open-unlearning"),
         "template": template,
+        "compat": compat,
     }
-    if options["protocol"] == compat:
-        options["compat"] = compat
     source = data or asked.get("data")
     log: Any = retain_log or asked.get("retain_log")
     if log is None and "retain_model" in asked:
