@@ -288,7 +288,9 @@ def test_every_command_is_known() -> None:
     assert set(LOADS) >= set(COMMANDS)
 
 
-@pytest.mark.parametrize("fault", ["a layer too many", "a layer too few", "another shape"])
+@pytest.mark.parametrize(
+    "fault", ["a layer too many", *(pytest.param(name, marks=LONG) for name in ("a layer too few", "another shape"))]
+)
 @pytest.mark.parametrize(
     ("command", "words"), [(command, words) for command, uses in LOADS.items() for words in uses or ()]
 )
@@ -434,7 +436,7 @@ NOTHING: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("command", ["unlearn", "finetune"])
+@pytest.mark.parametrize("command", ["unlearn", pytest.param("finetune", marks=LONG)])
 @pytest.mark.parametrize("case", NOTHING)
 def test_a_run_that_trains_nothing_is_refused(
     case: str, command: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
