@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TEXTS, TINY, arguments, random_store, saved_llama, tiny_llama, tiny_model, written_rows
+from helpers import LONG, TEXTS, TINY, arguments, random_store, saved_llama, tiny_llama, tiny_model, written_rows
 from padded_loop import exact_losses
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -248,7 +248,9 @@ SECOND_ROUNDS: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("name", SECOND_ROUNDS)
+@pytest.mark.parametrize(
+    "name", [name if "," not in name else pytest.param(name, marks=LONG) for name in SECOND_ROUNDS]
+)
 def test_the_command_begins_where_the_first_round_ended(name: str, rounds: Path, tmp_path: Path) -> None:
     first = logits(AutoModelForCausalLM.from_pretrained(rounds / "first"))
     far = logits(AutoModelForCausalLM.from_pretrained(rounds / "base"))
@@ -265,6 +267,18 @@ def test_the_command_begins_where_the_first_round_ended(name: str, rounds: Path,
     said = json.loads((Path(moved) / "run.json").read_text())["identity"]["adapter"]["is"]
     assert said.startswith("a second LoRA of rank 2" if "second" in name else "that of")
     assert f"Adapter: {said}." in (Path(moved) / "README.md").read_text()
+
+
+def test_an_adapter_on_a_checkpoint_in_a_folder_names_it(rounds: Path, tmp_path: Path) -> None:
+    saved_llama(tmp_path / "run" / "checkpoint-12")
+    words = command(
+        rounds, str(tmp_path / "run"), str(tmp_path / "out"), "--lora_r", "2", "--revision", "checkpoint-12"
+    )
+    assert main(words) == 0
+    start = logits(load_model(str(tmp_path / "run" / "checkpoint-12")))
+    model = load_model(str(tmp_path / "out"))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), start)
 
 
 def test_finetuning_begins_with_the_adapter_too(rounds: Path, tmp_path: Path) -> None:
@@ -318,15 +332,22 @@ def everything(model: nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", RELEARNT)
-@pytest.mark.parametrize("loaded_by", ["efface", "transformers"])
+@pytest.mark.parametrize(
+    ("loaded_by", "kind"),
+    [
+        *(("efface", kind) for kind in RELEARNT),
+        *(("transformers", kind) for kind in ("plain", "DoRA", "modules_to_save")),
+        *(
+            pytest.param("transformers", kind, marks=LONG)
+            for kind in RELEARNT.keys() - {"plain", "DoRA", "modules_to_save", "no adapter", "VeRA"}
+        ),
+    ],
+)
 def test_relearning_puts_a_fresh_adapter_beside_and_takes_it_away(
-    kind: str, loaded_by: str, base: Path, tmp_path: Path
+    loaded_by: str, kind: str, base: Path, tmp_path: Path
 ) -> None:
     config = RELEARNT[kind]
     folder = base if config is None else first_round(tmp_path, base, config())
-    if loaded_by == "transformers" and kind == "VeRA":
-        pytest.skip("transformers cannot load what it shares between layers")
     model = load_model(str(folder)) if loaded_by == "efface" else AutoModelForCausalLM.from_pretrained(folder)
     model.eval()
     before, expected = everything(model), logits(model)

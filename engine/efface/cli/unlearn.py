@@ -45,7 +45,8 @@ def _adapted(model: Any, command: UnlearnCommand, seed: int) -> Any:
         alpha=command.lora_alpha,
         dropout=command.lora_dropout,
         target=command.lora_target or (),
-        revision=None if command.revision == MAIN else command.revision,
+        # A folder's revision is a folder in it, whose path is the base's name already.
+        revision=None if command.revision == MAIN or Path(command.model).expanduser().is_dir() else command.revision,
     )
     if command.merge_adapter:
         check_mergeable(model)
