@@ -27,7 +27,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
-from efface.hf.head import decoder_of
+from efface.hf.packing import decoder_of
 from efface_kernels.linear_loss.chunks import default_chunk_rows
 
 _ATTENTION = "efface_counted"

@@ -93,11 +93,11 @@ def decoder_of(model: PreTrainedModel) -> Any:
 def packed_states(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> Tensor:
     """Return the final hidden states (T, D) of all tokens of a batch."""
     reading, decoder = reading_of(model), decoder_of(model)
-    tree = isinstance(batch, TokenTree)
-    if reading is None or not reading.splits(max(batch.lengths) + tree):
+    tree = batch if isinstance(batch, TokenTree) else None
+    if reading is None or not reading.splits(max(batch.lengths) + (tree is not None)):
         states: Tensor = decoder(**packed_arguments(model, batch, decoder)).last_hidden_state  # (1, T, D)
         return states[0]
-    if tree and batch.shared:
+    if tree is not None and tree.shared:
         raise ValueError(
             f"expected a model that reads packs in one pass for sequences that share tokens, got "
             f"{type(model).__name__}, which runs one sequence a pass; make the tree with share=False"
@@ -106,7 +106,7 @@ def packed_states(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> Ten
     for ids in batch.input_ids.split(batch.lengths):
         rewind(model, reading.encodings)
         # A tree leaves out last tokens, which predict nothing; the position encoding may depend on how many there are.
-        whole = torch.nn.functional.pad(ids, (0, 1)) if tree and reading.limit is not None else ids
+        whole = torch.nn.functional.pad(ids, (0, 1)) if tree is not None and reading.limit is not None else ids
         parts.append(decoder(input_ids=whole[None], use_cache=False).last_hidden_state[0, : len(ids)])
     return torch.cat(parts)
 
@@ -234,8 +234,8 @@ def _own_logits(model: PreTrainedModel, probe: Tensor) -> Tensor:
 def _probes_in_a_pack(model: PreTrainedModel, ids: Tensor, way: str) -> Tensor:
     """Return the hidden states (16, D) of two probes in a pack, each a token longer and behind another sequence."""
     _attend(model, way)
-    probe, *others = ids[: _PROBE + 1], *ids[_PROBE + 1 :].split(_OTHERS)
-    sequences = [sequence for other in others for sequence in (other, probe)]
+    probe = ids[: _PROBE + 1]
+    sequences = [part for other in ids[_PROBE + 1 :].split(_OTHERS) for part in (other, probe)]
     lengths = tuple(len(sequence) for sequence in sequences)
     batch = PackedBatch.of(
         input_ids=torch.cat(sequences),
@@ -265,7 +265,8 @@ def distinct_tokens(model: PreTrainedModel) -> Tensor:
     """Return the ids of the probe and of the sequences beside it; not the first ids, which are often special."""
     embeddings: Any = model.get_input_embeddings()
     ids = 10 + 3 * torch.arange(_PROBE + 1 + sum(_OTHERS))
-    return (ids % embeddings.weight.shape[0]).to(model.device)
+    ids = ids % embeddings.weight.shape[0]
+    return ids.to(model.device)
 
 
 def _errors(got: Tensor, expected: Tensor) -> Tensor:
@@ -399,7 +400,7 @@ def position_encodings(model: PreTrainedModel) -> tuple[tuple[str, ...], int | N
     """
     names, limits = [], []
     for name, module in model.named_modules():
-        if not _encodes_positions(type(module)) or next(module.parameters(), None) is not None:
+        if not _encodes_positions(type(module).forward) or next(module.parameters(), None) is not None:
             continue
         twin = None
         with suppress(NotImplementedError):  # buffers on the meta device
@@ -412,8 +413,8 @@ def position_encodings(model: PreTrainedModel) -> tuple[tuple[str, ...], int | N
 
 
 @cache
-def _encodes_positions(kind: type[nn.Module]) -> bool:
-    return "position_ids" in inspect.signature(kind.forward).parameters
+def _encodes_positions(forward: Callable[..., Any]) -> bool:
+    return "position_ids" in inspect.signature(forward).parameters
 
 
 def _far(model: PreTrainedModel) -> int:

@@ -6,6 +6,7 @@ scores, which that has not, are computed here.
 
 import functools
 import inspect
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -286,14 +287,14 @@ def packed_arguments(model: PreTrainedModel, batch: PackedBatch | TokenTree, dec
         # A 4-D mask is handed through as it is: with an empty one, transformers does not build its own (T, T).
         arguments["attention_mask"] = batch.input_ids.new_empty(1, 1, 0, 0)
         arguments["packed_lengths"] = PackedLengths(batch.lengths, tree)
-    names = None if decoder is None else _named(type(decoder))
+    names = None if decoder is None else _named(type(decoder).forward)
     return arguments if names is None else {name: value for name, value in arguments.items() if name in names}
 
 
 @functools.cache
-def _named(kind: type[torch.nn.Module]) -> frozenset[str] | None:
-    """Return the parameters of ``forward``, or None where it takes any."""
-    parameters = inspect.signature(kind.forward).parameters.values()
+def _named(function: Callable[..., Any]) -> frozenset[str] | None:
+    """Return the parameters of a function, or None where it takes any."""
+    parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
     return frozenset(parameter.name for parameter in parameters)
