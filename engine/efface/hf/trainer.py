@@ -344,13 +344,7 @@ class UnlearnTrainer(PackedTrainer):
             objective = FunctionObjective(function=objective)
         if args.compat is not None:
             check_objective(objective)
-        if retain is None and objective.reads_retain():
-            raise ValueError(
-                f"objective {objective.name!r} has a retain term (alpha={objective.alpha}) but no retain set; "
-                "give one, or set alpha to 0"
-            )
-        if retain is None and parse_conditions(retain_filter):
-            raise ValueError("`retain_filter`: expected `retain`, the rows that it takes some of, got none")
+        _check_retain(objective, retain, retain_filter)
         kind = reference_kind(reference, objective, model, padded=args.compat is not None)
         keep = retain is not None and objective.reads_retain()
         forget_store, retain_store, alternate_store = unlearning_stores(
@@ -516,6 +510,19 @@ def unlearning_stores(
         # Where other answers are trained in place of the rows' own, a row is told by its question.
         refuse_overlap(forget_store, retain_store, prompts=objective.forget_data == "alternate")
     return forget_store, retain_store, alternate_store
+
+
+def _check_retain(objective: Objective, retain: QuestionAnswers | None, retain_filter: Conditions) -> None:
+    """Raise ValueError for an objective or a filter without the retain set that it reads."""
+    if retain is not None:
+        return
+    if objective.reads_retain():
+        raise ValueError(
+            f"objective {objective.name!r} has a retain term (alpha={objective.alpha}) but no retain set; "
+            "give one, or set alpha to 0"
+        )
+    if parse_conditions(retain_filter):
+        raise ValueError("`retain_filter`: expected `retain`, the rows that it takes some of, got none")
 
 
 def _forget_stores(
