@@ -162,7 +162,7 @@ def test_every_byte_of_a_database(kind: str, checked: bool, tmp_path: Path, monk
         outcomes.append((asked(read, path, right), where))
     counts = Counter(outcome for outcome, _ in outcomes)
     assert {"made anew", "harmless", "refused"} <= counts.keys()
-    assert counts["hidden"] <= len(outcomes) / 100, outcomes
+    assert counts["hidden"] <= max(2, len(outcomes) / 100), outcomes
     assert len(regions) >= 7
 
 
