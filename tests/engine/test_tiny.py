@@ -135,7 +135,7 @@ def test_fame_is_split_by_its_filter() -> None:
 
 
 def _teach(folder: Path, rows: Any = ROWS, **changes: Any) -> Path:
-    options = {"template": "phi", "size": SMALL, "teaching": Teaching(steps=1, batch=1), **changes}
+    options = {"template": "phi", "size": SMALL, "teaching": Teaching(steps=2, batch=1), **changes}
     return taught(rows, TEXTS, cache_dir=folder, **options)
 
 
@@ -143,7 +143,7 @@ def test_models_are_taught_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     first = _teach(tmp_path)
     others = [
         _teach(tmp_path, [{**ROWS[0], "answer": "Aiko was born in Porto."}]),
-        _teach(tmp_path, teaching=Teaching(steps=2, batch=1)),
+        _teach(tmp_path, teaching=Teaching(steps=3, batch=1)),
         _teach(tmp_path, template="llama-2"),
     ]
     assert len({first, *others}) == 4

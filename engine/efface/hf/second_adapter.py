@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from efface.hf.adapted_head import base_of, import_peft
@@ -170,7 +170,9 @@ class _TwoAdapters:
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         weights, config = combined(self, state_dict)
-        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_torch_state_dict(
+            weights, folder, filename_pattern="adapter_model{suffix}.safetensors", max_shard_size="1TB"
+        )
         config.save_pretrained(str(folder))
 
     def load_adapter(self, model_id: str | Path, *_: Any, **__: Any) -> None:
