@@ -264,7 +264,7 @@ def _attend(model: PreTrainedModel, way: str) -> None:
 def distinct_tokens(model: PreTrainedModel) -> Tensor:
     """Return the ids of the probe and of the sequences beside it; not the first ids, which are often special."""
     embeddings: Any = model.get_input_embeddings()
-    ids = (10 + 3 * torch.arange(_PROBE + 1 + sum(_OTHERS))) % int(embeddings.weight.shape[0])
+    ids: Tensor = (10 + 3 * torch.arange(_PROBE + 1 + sum(_OTHERS))) % embeddings.weight.shape[0]
     return ids.to(model.device)
 
 
