@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from efface.hf.adapted_head import base_of
-from efface.hf.head import decoder_of
+from efface.hf.packing import decoder_of
 
 PARTS = ("forward", "reference", "head", "backward", "update")
 """The policy's decoder; the frozen model's; heads and losses; backward; clipping and AdamW. In milliseconds."""

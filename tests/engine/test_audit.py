@@ -192,7 +192,8 @@ def test_relearning_leaves_the_model_as_it_was(
         assert model.lm_head.weight.grad is grad
         assert torch.equal(grad, torch.ones_like(grad))
         assert sum(weight.grad is not None for weight in model.parameters()) == 1
-        assert set(vars(model)) == attributes
+        # beside what efface has found out about the model
+        assert {name for name in vars(model) if not name.startswith("_efface_")} == attributes
         assert model.config._attn_implementation == attention
         assert model.config.to_dict() == settings
         assert torch.equal(torch.get_rng_state(), noise)

@@ -101,7 +101,11 @@ def packed_hidden(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> Ten
 @uncompiled
 def _at_the_head(model: PreTrainedModel, hidden: Tensor, label_rows: Tensor) -> Tensor:
     """Return hidden states (T, D) as the head takes them, (N, D)."""
-    rows = serve_head(model.get_output_embeddings(), PLAIN).widen(hidden.index_select(0, label_rows))
+    head = serve_head(model.get_output_embeddings(), PLAIN)
+    hidden = hidden.index_select(0, label_rows)
+    if hidden.dtype == torch.float32 and head.linear.weight.dtype in {torch.float16, torch.bfloat16}:
+        hidden = hidden.to(head.linear.weight.dtype)  # Mamba's residual stream is fp32, and its own head casts it so
+    rows = head.widen(hidden)
     scale = _logit_scale(model)
     return rows if scale == 1 else rows * scale  # (s h) Wᵀ = s (h Wᵀ): the head itself need not know
 
