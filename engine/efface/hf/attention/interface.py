@@ -242,9 +242,10 @@ def hands_windows_on(model: PreTrainedModel) -> bool:
     return all("sliding_window" in code for code in _attention_code(model))
 
 
-def adds_to_scores(model: PreTrainedModel) -> bool:
-    """Whether some attention layer has a term of the scores that no kernel here has, by the model's code."""
-    return any(name in code for code in _attention_code(model) for name in UNKNOWN_TERMS)
+def hands_packs_on(model: PreTrainedModel) -> bool:
+    """Whether every attention layer hands on what it gets, and no term that no kernel here has, by the model's code."""
+    calls = [code.rpartition("attention_interface(")[2] for code in _attention_code(model)]
+    return bool(calls) and all("**kwargs" in c and not any(name in c for name in UNKNOWN_TERMS) for c in calls)
 
 
 def _attention_code(model: PreTrainedModel) -> list[str]:
