@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from efface.batching import PackedBatch, TokenTree
-from efface.hf.attention import NAME, adds_to_scores, hands_windows_on, packed_arguments
+from efface.hf.attention import NAME, hands_packs_on, hands_windows_on, packed_arguments
 from efface.hf.compiling import uncompiled, uncompiled_frame
 
 MEMORY = "_efface_reading"  # the attribute of a model that holds its Reading, so that copies have it too
@@ -478,7 +478,7 @@ def _expected(model: PreTrainedModel, attention: str | None, reading: Reading) -
     kinds = _layer_kinds(model)
     stateful = getattr(model, "_is_stateful", False) and not kinds
     known = getattr(model, "_supports_attention_backend", False) and kinds <= ATTENTION_ONLY - {"chunked_attention"}
-    if stateful or not known or adds_to_scores(model):
+    if stateful or not known or not hands_packs_on(model):
         reason = "its weights are not in this process to measure with, and its layers may be more than attention"
         return replace(reading, attention=attention or reading.own, alone=reason)
     way = attention or (NAME if hands_windows_on(model) else reading.own)

@@ -4,6 +4,6 @@
 call: flash-attn (``flash_attn.py``), torch's own (``torch_varlen.py``), or SDPA by segment (``segments.py``).
 """
 
-from efface.hf.attention.interface import NAME, adds_to_scores, hands_windows_on, packed_arguments, varlen_attention
+from efface.hf.attention.interface import NAME, hands_packs_on, hands_windows_on, packed_arguments, varlen_attention
 
-__all__ = ["NAME", "adds_to_scores", "hands_windows_on", "packed_arguments", "varlen_attention"]
+__all__ = ["NAME", "hands_packs_on", "hands_windows_on", "packed_arguments", "varlen_attention"]

@@ -242,18 +242,28 @@ def hands_windows_on(model: PreTrainedModel) -> bool:
     return all("sliding_window" in code for code in _attention_code(model))
 
 
-def adds_to_scores(model: PreTrainedModel) -> bool:
-    """Whether some attention layer has a term of the scores that no kernel here has, by the model's code."""
-    return any(name in code for code in _attention_code(model) for name in UNKNOWN_TERMS)
+def hands_packs_on(model: PreTrainedModel) -> bool:
+    """Whether every attention layer hands on what it gets, and no term that no kernel here has, by the model's code."""
+    calls = [code.rpartition("attention_interface(")[2] for code in _attention_code(model)]
+    around = _sources({type(module) for module in model.modules() if hasattr(module, "self_attn")})
+    if not all("**kwargs" in code.rpartition("self.self_attn(")[2].partition("\n        )")[0] for code in around):
+        return False  # Nemotron's layers keep them to themselves
+    return bool(calls) and all("**kwargs" in c and not any(name in c for name in UNKNOWN_TERMS) for c in calls)
 
 
 def _attention_code(model: PreTrainedModel) -> list[str]:
     """Return the source of the layers that call the attention interface, where there is any."""
-    sources = []
-    for kind in {type(module) for module in model.modules() if hasattr(module, "layer_idx")}:
-        with suppress(OSError, TypeError):  # written in a session, or no Python
-            sources.append(inspect.getsource(kind.forward))
+    sources = _sources({type(module) for module in model.modules() if hasattr(module, "layer_idx")})
     return [code for code in sources if "attention_interface(" in code]
+
+
+def _sources(kinds: set[type[torch.nn.Module]]) -> list[str]:
+    """Return the source of the forward passes of classes."""
+    found = []
+    for kind in kinds:
+        with suppress(OSError, TypeError):  # written in a session, or no Python
+            found.append(inspect.getsource(kind.forward))
+    return found
 
 
 @uncompiled
