@@ -458,7 +458,7 @@ def test_dropout_falls_on_the_weights() -> None:
 
 def test_errors_name_what_was_expected() -> None:
     states = attention_inputs(LENGTHS)
-    with pytest.raises(ValueError, match="expected no s_aux, got one from Identity; load the model with"):
+    with pytest.raises(ValueError, match="expected no s_aux, got one from Identity; leave it its own"):
         attend(states, s_aux=torch.zeros(4))
     cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"expected one row of 5 tokens .* got query of shape \(1, 4, 18, 8\)"):

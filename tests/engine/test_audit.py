@@ -309,7 +309,7 @@ MISTAKES = [
     (["--clues", "0"], "`clues`: expected numbers from 1"),
     (["--samples", "0"], "`n`: expected at least 1 answer, got 0"),
     (["--temperature", "0"], "`temperature`: expected a positive number, got 0.0"),
-    (["--full", "./nowhere"], "model folder './nowhere' does not exist"),
+    (["--views", "direct", "--full", "./nowhere"], "model folder './nowhere' does not exist"),
 ]
 
 

@@ -14,6 +14,7 @@ from efface.evaluate import GenerationTask, Sampling, decoding, generation
 from efface.evaluate.sampling import draw, uniforms
 from efface.evaluate.task import NotFiniteError, RowResult
 from efface.hf.head import fuse
+from efface.hf.padding import padding_of
 from efface.hf.templates import prompt_ids
 
 QUESTIONS = [row["question"] for row in TEXTS] + [
@@ -110,6 +111,8 @@ def test_ended_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     counted.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     monkeypatch.setattr(type(model), "forward", counted)
+    padding_of(model)  # measured before the first batch
+    rows.clear()
     results = run(task, model)
     # A row is read once for its prompt, and once for each of its tokens but one at the limit.
     steps = [result["tokens"] + (1 if result["ended"] else 0) for result in results]

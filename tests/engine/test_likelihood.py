@@ -13,7 +13,7 @@ from efface.batching import TokenStore, token_tree, tree_tokens
 from efface.evaluate import AnswerTask, mean_logprobs, sum_logprobs
 from efface.evaluate.likelihood import fill, token_logprobs
 from efface.hf.attention import packed_arguments
-from efface.hf.head import fuse
+from efface.hf.head import fuse, use_packed_attention
 
 WEIGHTS = 0.3  # large ones: with the default of 0.02 a wrong mask goes unseen
 
@@ -229,6 +229,7 @@ def test_a_batch_is_one_forward_pass_and_shared_tokens_are_in_it_once() -> None:
     tokenizer = tiny_tokenizer()
     model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256)
     task = AnswerTask(tokenizer, QUESTIONS * 2, ANSWERS * 2)
+    use_packed_attention(model)  # measured before the first batch
     seen = []
     model.model.embed_tokens.register_forward_hook(lambda _m, _a, out: seen.append(out.shape[1]))
     run_all(model, task)

@@ -264,7 +264,7 @@ def _fame(source: Any, _: int) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         module = sys.modules[fame.__module__]  # the package has a function of its name
         patch.setattr(module, "_Side", side)
-        patch.setattr(module, "_split", lambda rows, *_: {"forget": np.arange(len(rows))})
+        patch.setattr(module, "split_rows", lambda rows, *_: {"forget": np.arange(len(rows))})
         with pytest.raises(Read) as read:
             fame(None, _tokenizer(), _rows(source), forget_filter="a=b", groups=())
         return read.value.value
