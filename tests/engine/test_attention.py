@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from helpers import VOCABULARY, separate, tiny_model, unlabelled
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -165,6 +166,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     assert all(torch.equal(checkpointed[name], plain[name]) for name in plain)
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="their masks know no packs there")
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

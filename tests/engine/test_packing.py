@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from helpers import LONG, arguments, random_store, sequence, tiny_llama
 from tiny_decoders import NOT_BUILT, perturbed, tiny_decoder
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from efface.hf.score import store_logprobs
 
 ALONE = "one sequence a pass"
 SAID = "runs one sequence a pass, which is slower than packs and gives what separate passes give"
+OLD = transformers.__version__.startswith("4.")
 ONE = StepTotals(retain_tokens=1)  # means over one token: sums
 
 
@@ -118,7 +120,8 @@ def test_packs_equal_separate_passes(kind: str, expected: str) -> None:
     model = tiny_decoder(kind)
     check_training(copy.deepcopy(model))
     check_scores(model)
-    assert way(model) == expected
+    # transformers 4 tells some models' own attention nothing of packs, which is found out.
+    assert way(model) == expected or (OLD and way(model) == ALONE)
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert-decoder", "xlnet", "electra"])
@@ -205,6 +208,8 @@ def scaled(scaling: str, **changes: Any) -> Any:
     # Positions are at most 32, past which dynamic NTK scales; longrope says so itself.
     positions = 32 if scaling == "dynamic" else 256
     rope = {"rope_theta": 100.0, **SCALINGS[scaling][0]}
+    if scaling == "longrope":  # where transformers 4 looks for it
+        changes["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     model = tiny_llama(
         max_position_embeddings=positions, rope_theta=100.0, rope_scaling=rope, initializer_range=0.3, **changes
     )

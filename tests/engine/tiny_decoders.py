@@ -48,6 +48,7 @@ ODD: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {**_MAMBA, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 32},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "jamba": {"use_mamba_kernels": False},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "minicpm3": {"num_key_value_heads": 4},
     "rembert": {"input_embedding_size": 16, "output_embedding_size": 32},

@@ -107,8 +107,25 @@ def packed_states(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> Ten
         rewind(model, reading.encodings)
         # A tree leaves out last tokens, which predict nothing; the position encoding may depend on how many there are.
         whole = torch.nn.functional.pad(ids, (0, 1)) if tree is not None and reading.limit is not None else ids
-        parts.append(decoder(input_ids=whole[None], use_cache=False).last_hidden_state[0, : len(ids)])
+        parts.append(_alone(decoder, whole)[: len(ids)])
     return torch.cat(parts)
+
+
+def _alone(decoder: Any, ids: Tensor) -> Tensor:
+    """Return the hidden states (n, D) of one sequence (n,)."""
+    states: Tensor = decoder(input_ids=ids[None], **_uncached(decoder)).last_hidden_state
+    return states[0]
+
+
+def _uncached(model: Any) -> dict[str, bool]:
+    """Return ``use_cache`` as an argument; GPT-1 of transformers 4 has no such thing."""
+    return {"use_cache": False} if _takes(type(model).forward, "use_cache") else {}
+
+
+@cache
+def _takes(forward: Callable[..., Any], name: str) -> bool:
+    parameters = inspect.signature(forward).parameters.values()
+    return any(parameter.name == name or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 @uncompiled
@@ -205,10 +222,10 @@ def _measured(model: PreTrainedModel, logits: Logits, ways: Sequence[str], readi
             reasons.append(f"with {way!r} attention the sequences of a pack change one another's logits")
         _attend(model, reading.own)
         decoder = decoder_of(model)
-        states = decoder(input_ids=probe, use_cache=False).last_hidden_state[0]
+        states = _alone(decoder, ids[:_PROBE])
         _check_width(model, states)
         _check_head(model, logits(states), expected)
-        states = decoder(input_ids=ids[None, : _PROBE + 1], use_cache=False).last_hidden_state[0, :_PROBE]
+        states = _alone(decoder, ids[: _PROBE + 1])[:_PROBE]
         if not equal_logits(model, logits(states), expected):
             raise ValueError(
                 f"{type(model).__name__}: expected a causal language model, got one whose tokens' logits change with "
@@ -220,7 +237,7 @@ def _measured(model: PreTrainedModel, logits: Logits, ways: Sequence[str], readi
 def _own_logits(model: PreTrainedModel, probe: Tensor) -> Tensor:
     """Return the logits (8, V) of the model's own forward pass, in fp32."""
     try:
-        logits: Tensor = model(input_ids=probe, use_cache=False).logits
+        logits: Tensor = model(input_ids=probe, **_uncached(model)).logits
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
