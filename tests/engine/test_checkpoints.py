@@ -126,6 +126,25 @@ def test_python_resumes_from_any_checkpoint(step: int, tmp_path: Path) -> None:
     assert torch.equal(whole._reference._sums[Role.FORGET], again._reference._sums[Role.FORGET])
 
 
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        # Those of another number of processes have other names, and transformers alone writes no progress.
+        *((name, damage) for name in ("optimizer.pt", "scheduler.pt") for damage in ("missing", "empty", "cut off")),
+        *((name, damage) for name in ("rng_state.pth", "progress.pt") for damage in ("empty", "cut off")),
+    ],
+)
+def test_a_checkpoint_without_its_parts_is_not_resumed(name: str, damage: str, tmp_path: Path) -> None:
+    python_run(tmp_path, max_steps=2)
+    file = tmp_path / "checkpoint-2" / name
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: 0 if damage == "empty" else -40])
+    with pytest.raises(CheckpointError, match=name):
+        python_run(tmp_path, resume=True)
+
+
 def test_a_run_that_had_ended_trains_no_step_more(tmp_path: Path) -> None:
     """Also where max_steps lies in an epoch's middle."""
     first = python_run(tmp_path, max_steps=4)

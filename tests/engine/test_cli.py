@@ -158,6 +158,23 @@ def test_a_diverging_run_has_its_own_exit_code_and_leaves_no_model(
     assert not (out / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("adapter", [[], ["--lora_r", "2"], ["--lora_r", "2", "--merge_adapter"]])
+def test_weights_that_the_last_step_broke_are_not_saved(
+    adapter: list[str], checkpoint: Path, data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    changes = ["--learning_rate", "inf", "--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
+    assert main([*flags(checkpoint, data, out), *changes, *adapter]) == 3
+    assert "the weights are not finite after step 1" in capsys.readouterr().err
+    assert not [*out.rglob("*.safetensors")]
+
+
+def test_a_config_that_is_no_yaml_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("forget: [unclosed\n")
+    assert main(["unlearn", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert "expected YAML, got something else" in capsys.readouterr().err
+
+
 def test_a_failed_write_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "model.txt").write_text("old")
 

@@ -58,6 +58,10 @@ def test_a_model_is_judged_by_its_retain_model(
     again = words(folder, "--retain-log", str(out / "retain_model" / "TOFU_EVAL.json"), "--splits", "forget")
     assert main([*again, "--output", str(tmp_path / "again")]) == 0
     assert json.loads((tmp_path / "again" / "TOFU_SUMMARY.json").read_text()) == summary
+    # Not of another protocol, nor with other labels: that log counts otherwise.
+    for more, part in ((["--protocol", "tofu"], "protocol"), (["--template", "completion"], "template")):
+        assert main([*again, *more, "--output", str(tmp_path / "other")]) == 2
+        assert f"is of another {part}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """The fused head and packed attention: a pack equals separate forward passes, for the model families people have."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from helpers import VOCABULARY, random_store, sequence, tiny_llama, tiny_model
+from tiny_decoders import tiny_decoder
 
 from efface import DPO, NPO
 from efface.batching import StepTotals, TokenStore, pack
@@ -154,6 +156,30 @@ def test_a_fused_model_is_what_it_was_when_called_as_before() -> None:
     assert type(model.lm_head) is torch.nn.Linear
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(model.generate(ids[:1], max_new_tokens=4, do_sample=False, pad_token_id=0), generated)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neo", "xglm", "llama"])
+def test_fused_models_generate_behind_padding_as_they_did(kind: str) -> None:
+    model = tiny_decoder(kind)
+    ids = torch.arange(3, 15).reshape(2, 6)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 95}
+    expected = model.generate(ids, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fuse(model)
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss", "mamba"])
+def test_unfused_models_have_the_attention_that_they_had(kind: str) -> None:
+    model = tiny_decoder(kind)
+    before = model.config._attn_implementation
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        unfuse(fuse(model))
+    assert model.config._attn_implementation == before
 
 
 def test_fused_models_can_be_copied() -> None:

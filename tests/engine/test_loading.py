@@ -24,6 +24,7 @@ from helpers import (
     written_rows,
 )
 from safetensors.torch import load_file, save_file
+from tiny_decoders import tiny_decoder
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from efface import GradAscent, UnlearnTrainer
@@ -254,6 +255,32 @@ def test_what_transformers_leaves_out_on_purpose_is_no_fault(tmp_path: Path) -> 
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     with_weights(lambda held: {**held, **old, "lm_head.weight": held["model.embed_tokens.weight"].clone()})(tmp_path)
     load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("gpt_neo", ["attn.attention.bias", "attn.attention.masked_bias"]),
+        ("gptj", ["attn.bias", "attn.masked_bias"]),
+        ("gpt2", ["attn.bias", "attn.masked_bias"]),
+    ],
+)
+def test_the_masks_of_old_checkpoints_are_no_fault(kind: str, names: list[str], tmp_path: Path) -> None:
+    tiny_decoder(kind).save_pretrained(tmp_path)
+    masks = {f"transformer.h.0.{name}": torch.ones(1, 1, 4, 4) for name in names}
+    with_weights(lambda held: {**held, **masks})(tmp_path)
+    load_model(str(tmp_path))
+    with_weights(lambda held: {**held, "transformer.h.0.mlp.c_more.bias": torch.ones(4)})(tmp_path)
+    with pytest.raises(ValueError, match="in the checkpoint, but not in the model"):
+        load_model(str(tmp_path))
+
+
+def test_weights_that_are_cut_off_are_said(tmp_path: Path) -> None:
+    saved_llama(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="its weights cannot be read .* get the files again"):
+        load_model(str(tmp_path))
 
 
 _RUN = ["--forget", "ROWS", "--alpha", "0", "--use_cpu", "True", "--output_dir", "OUT"]

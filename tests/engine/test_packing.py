@@ -181,6 +181,12 @@ def outcome(kind: str) -> str:
     return found
 
 
+def test_a_pack_may_be_longer_than_a_models_own_mask() -> None:
+    """GPT-Neo keeps a causal mask of as many tokens as it has positions, 64 here."""
+    check_scores(tiny_decoder("gpt_neo"), rows_of(20, 20, 20, 20))
+    check_training(tiny_decoder("gpt_neo"), rows_of(20, 20, 20, 20))
+
+
 # ---- rotary scalings ----
 
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0, 5.0, 9.0, 17.0], "factor": 8.0}

@@ -61,7 +61,10 @@ def config_flags(path: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"config file {path!r} does not exist; check the path")
-    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config file {path!r}: expected YAML, got something else ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"config file {path!r}: expected `flag: value` lines, got a {type(content).__name__}")  # noqa: TRY004 - a file's content is a value
     return content

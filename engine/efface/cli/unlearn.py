@@ -133,7 +133,8 @@ def run(argv: Sequence[str]) -> int:
     command, args = parse(argv)
     objective, recipe = command.make_objective(), recipe_of(command)
     _check_use(command)
-    check_sets(command)
+    if not args.allow_overlap:
+        check_sets(command)
     if recipe is not None and command.evaluate:
         check_evaluation(command, recipe)
     if command.dry_run:

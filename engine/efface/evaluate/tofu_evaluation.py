@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from efface.evaluate.generation import GenerationTask
 from efface.evaluate.likelihood import AnswerTask, mean_logprobs
-from efface.evaluate.logs import SPLITS, EvalLog, SplitLog, log_of, read_log
+from efface.evaluate.logs import SPLITS, EvalLog, SplitLog, log_of, read_json, read_log
 from efface.evaluate.protocol import Protocol, get_protocol
 from efface.evaluate.quality import check_same_rows, forget_quality
-from efface.evaluate.results import EVAL, Metric, model_facts, split_metrics, summary_of, write_results
+from efface.evaluate.results import CONFIG, EVAL, Metric, model_facts, split_metrics, summary_of, write_results
 from efface.evaluate.rouge import empty_texts, rouge_recall
 from efface.evaluate.runner import Progress, run_tasks
 from efface.evaluate.task import RowResult, Task
@@ -151,6 +151,8 @@ class TofuEvaluation:
         if "forget" not in self.rows:
             raise ValueError(f"`retain_log`: expected 'forget' among the splits, got {', '.join(self.rows)}")
         log = retain_log if isinstance(retain_log, EvalLog) else read_log(retain_log)
+        if not isinstance(retain_log, EvalLog):
+            self._check_counted_alike(Path(retain_log).expanduser())
         log.rows("forget", "truth_ratio")
         answers = {str(row): answer for row, answer in enumerate(self.rows["forget"].answers)}
         mine = EvalLog(
@@ -159,6 +161,24 @@ class TofuEvaluation:
         )
         check_same_rows(mine, log)
         return log
+
+    def _check_counted_alike(self, log: Path) -> None:
+        """Raise ValueError if the settings beside a log of ours say that it counts otherwise."""
+        beside = log.with_name(CONFIG)
+        if log.name != EVAL or not beside.is_file():
+            return
+        content = read_json(beside, "settings of an evaluation")
+        for part, own in (("protocol", asdict(self.protocol)), ("template", asdict(self.template))):
+            theirs = content.get(part) if isinstance(content, dict) else None
+            if not isinstance(theirs, dict):
+                continue
+            differ = [name for name in own if name != "name" and name in theirs and theirs[name] != own[name]]
+            if differ:
+                raise ValueError(
+                    f"`retain_log`: {str(log)!r} is of another {part} ({differ[0]} is {theirs[differ[0]]!r} there and "
+                    f"{own[differ[0]]!r} here), so that its numbers cannot be compared; evaluate the retain model with "
+                    "the settings of this evaluation"
+                )
 
     def facts(self) -> dict[str, Any]:
         """Return what the numbers are of, beside the model, as JSON."""

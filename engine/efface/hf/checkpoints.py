@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -86,6 +87,26 @@ def rotate(folder: Path, limit: int | None, keep: AbstractSet[Path]) -> None:
         remove_whole(path)
 
 
+def _check_complete(checkpoint: Path) -> None:
+    """Raise CheckpointError for a checkpoint that lacks what the rest of the run depends on, or holds a part of it.
+
+    transformers would go on with a new optimizer or schedule, without a word. torch's files are zip archives, whose
+    last bytes say whether they are whole.
+    """
+    for name in (STATE, "optimizer.pt", "scheduler.pt"):
+        if not (checkpoint / name).is_file():
+            raise CheckpointError(
+                f"{str(checkpoint)!r}: expected {name}, without which the run would go on as another one, got none; "
+                "resume from an older checkpoint, or begin anew (--overwrite)"
+            )
+    for file in sorted(checkpoint.glob("*.pt")) + sorted(checkpoint.glob("rng_state*.pth")):
+        if not zipfile.is_zipfile(file):
+            raise CheckpointError(
+                f"{str(checkpoint)!r}: {file.name} is damaged; resume from an older checkpoint, or begin anew "
+                "(--overwrite)"
+            )
+
+
 class ResumableTrainer(Trainer):
     """A trainer whose checkpoints are whole, and hold what an exact continuation needs beyond transformers' own.
 
@@ -111,6 +132,8 @@ class ResumableTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"no checkpoint to resume from in {self.args.output_dir!r}; expected checkpoint-N")
         path = None if not resume_from_checkpoint else Path(resume_from_checkpoint)
+        if path is not None and path.is_dir() and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            _check_complete(path)
         if path is not None and self._has_ended(path):
             return self._take_up(path)
         return super().train(resume_from_checkpoint=None if path is None else str(path), **options)

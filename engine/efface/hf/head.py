@@ -6,6 +6,7 @@ pack and then the head on the label rows alone. All of it happens inside the mod
 wraps the model (DDP, FSDP, autocast) sees it as any other forward.
 """
 
+import inspect
 from typing import Any, TypeVar
 
 import torch
@@ -164,8 +165,27 @@ def fuse(model: Model, *, attention: str | None = None) -> Model:
     own = type(base)
     # The name stays, because save_pretrained writes it into config.json as the architecture.
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    base.__class__ = type(own.__name__, (_FusedModel, own), names)
+    base.__class__ = type(own.__name__, (_FusedModel, own), {**names, "forward": _forward_of(own)})
     return model
+
+
+def _forward_of(own: type) -> Any:
+    """Return ``_FusedModel.forward`` with the signature of the model's own, and ``batch`` and ``loss`` beside.
+
+    transformers reads it, to know for one whether a model takes positions, which left-padded prompts need.
+    """
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _FusedModel.forward(self, *args, **kwargs)
+
+    signature = inspect.signature(own.forward)  # type: ignore[attr-defined]
+    parameters = [*signature.parameters.values()]
+    ours = [one for one in inspect.signature(_FusedModel.forward).parameters.values() if one.name in ("batch", "loss")]
+    last = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*parameters[:last], *ours, *parameters[last:]]
+    )
+    return forward
 
 
 def use_packed_attention(model: PreTrainedModel, *, attention: str | None = None) -> None:
@@ -187,9 +207,17 @@ def use_packed_attention(model: PreTrainedModel, *, attention: str | None = None
     read_packs(base, logits, attention)
 
 
-def unfuse(model: Model, *, attention: str | None = "sdpa") -> Model:
-    """Undo ``fuse``, in place: the model's own classes, and the given attention implementation."""
+def unfuse(model: Model, *, attention: str | None = "own") -> Model:
+    """Undo ``fuse``, in place: the model's own classes, and the given attention implementation.
+
+    Args:
+        model: what ``fuse`` returned.
+        attention: "own" is the one that the model had before; None leaves it.
+    """
     base = base_of(model)
+    if attention == "own":
+        reading = reading_of(base)
+        attention = None if reading is None else reading.own
     if isinstance(base, _FusedModel):
         linears: list[Any] = head_linears(base.get_output_embeddings())  # type: ignore[attr-defined]
         for layer in linears:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from huggingface_hub import HfApi, try_to_load_from_cache
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -71,10 +72,16 @@ def load_model(
             options["quantization_config"] = _in_8bit()
         return _load_whole(source, name, dtype=dtype, **options)
 
+    def load_readable(source: str | Path, **options: Any) -> Any:
+        try:
+            return load(source, **options)
+        except SafetensorError as error:  # cut off, or something else
+            raise ValueError(f"model {name!r}: its weights cannot be read ({error}); get the files again") from error
+
     def base_at(base: str, base_revision: str) -> Any:
         return load_model(base, revision=base_revision, dtype=dtype, load_in_8bit=load_in_8bit, client=client)
 
-    return _load(load, name, revision, client)
+    return _load(load_readable, name, revision, client)
 
 
 def _load_whole(source: str | Path, name: str, **options: Any) -> Any:
@@ -99,8 +106,9 @@ def _problems(found: Mapping[str, Any], config: Any) -> list[str]:
         "of another shape": sorted(map(_mismatch, found["mismatched_keys"])),
         "that could not be read": [str(error) for error in found.get("error_msgs") or ()],
     }
+    unused = "in the checkpoint, but not in the model"
+    lists[unused] = [key for key in lists[unused] if not _CONSTANT.search(key)]
     if config.get_text_config() is not config or getattr(config, "vision_config", None) is not None:
-        unused = "in the checkpoint, but not in the model"
         lists[unused] = [key for key in lists[unused] if not _OTHER_SENSES.search(key)]
     return [
         f"{len(keys)} {'tensor' if len(keys) == 1 else 'tensors'} {fault} ({keys[0]}{', ...' if len(keys) > 1 else ''})"
@@ -115,6 +123,9 @@ def _mismatch(item: Any) -> str:
     name, saved, own = item
     return f"{name} {tuple(saved)} instead of {tuple(own)}"
 
+
+_CONSTANT = re.compile(r"(^|\.)(attn|attention)(\.attention)?\.(bias|masked_bias)$|(^|\.)(position_ids|inv_freq)$")
+"""Causal masks, positions and frequencies, which checkpoints of GPT-2, GPT-Neo, GPT-J and early Llama hold."""
 
 _OTHER_SENSES = re.compile(r"(^|\.)(vision|visual|audio|image|multi_modal)")
 """Parts of a checkpoint that the causal language model of a composite configuration does not have."""

@@ -48,6 +48,8 @@ class Reading:
         attention: the attention implementation it reads them with.
         own: the one it had when this was found out.
         alone: why every sequence is a pass of its own; None where a pack is one pass.
+        room: tokens of a pack beyond which each sequence is a pass of its own, where the model's own attention has a
+            mask of so many tokens; None is no number.
         limit: tokens of a sequence from which on each sequence of its pack is a pass of its own; None is no number.
         encodings: names of the modules whose position encoding depends on the longest sequence.
         asked: whether somebody chose the attention.
@@ -59,9 +61,12 @@ class Reading:
     limit: int | None = None
     encodings: tuple[str, ...] = ()
     asked: bool = False
+    room: int | None = None
 
-    def splits(self, longest: int) -> bool:
-        """Whether a pack with a sequence of ``longest`` tokens runs one sequence a pass."""
+    def splits(self, longest: int, tokens: int = 0) -> bool:
+        """Whether a pack of ``tokens``, its longest sequence of ``longest``, runs one sequence a pass."""
+        if self.room is not None and tokens > self.room:
+            return True
         return self.alone is not None or (self.limit is not None and longest >= self.limit)
 
 
@@ -94,7 +99,8 @@ def packed_states(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> Ten
     """Return the final hidden states (T, D) of all tokens of a batch."""
     reading, decoder = reading_of(model), decoder_of(model)
     tree = batch if isinstance(batch, TokenTree) else None
-    if reading is None or not reading.splits(max(batch.lengths) + (tree is not None)):
+    longest = max(batch.lengths) + (tree is not None)
+    if reading is None or not reading.splits(longest, len(batch.input_ids)):
         states: Tensor = decoder(**packed_arguments(model, batch, decoder)).last_hidden_state  # (1, T, D)
         return states[0]
     if tree is not None and tree.shared:
@@ -218,7 +224,7 @@ def _measured(model: PreTrainedModel, logits: Logits, ways: Sequence[str], readi
             _check_width(model, got)
             first, second = logits(got).split(_PROBE)
             if equal_logits(model, first, expected) and equal_logits(model, second, first, alike=True):
-                return replace(reading, attention=way)
+                return replace(reading, attention=way, room=None if way == NAME else _mask_size(model))
             reasons.append(f"with {way!r} attention the sequences of a pack change one another's logits")
         _attend(model, reading.own)
         decoder = decoder_of(model)
@@ -232,6 +238,12 @@ def _measured(model: PreTrainedModel, logits: Logits, ways: Sequence[str], readi
                 "the tokens behind them (or from pass to pass); set is_decoder=True where its configuration has that"
             )
         return replace(reading, attention=reading.own, alone="; ".join(reasons))
+
+
+def _mask_size(model: PreTrainedModel) -> int | None:
+    """Return the tokens of the smallest mask that the model keeps as a square buffer, as GPT-Neo does."""
+    shapes = [buffer.shape[-2:] for buffer in model.buffers() if buffer.dim() > 1]
+    return min((rows for rows, columns in shapes if rows == columns > 1), default=None)
 
 
 def _own_logits(model: PreTrainedModel, probe: Tensor) -> Tensor:

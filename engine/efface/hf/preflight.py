@@ -56,6 +56,21 @@ def check_loss(loss: Tensor) -> None:
         )
 
 
+@torch.no_grad()
+def check_weights(model: nn.Module, step: int) -> None:
+    """Raise FloatingPointError if a trained parameter is NaN or infinite after ``step``. Reads the device once."""
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad and weight.numel()]
+    if not trained:
+        return
+    finite = torch.stack([weight.isfinite().all().to(trained[0][1].device) for _, weight in trained]).tolist()
+    if not all(finite):
+        raise FloatingPointError(
+            f"the weights are not finite after step {step} ({trained[finite.index(False)][0]}), so the run stops; they "
+            "were not saved. Try a lower --learning_rate, gradient clipping (--max_grad_norm 1.0), or --bf16 instead "
+            "of --fp16"
+        )
+
+
 def check_gradients(trained: Sequence[nn.Parameter]) -> None:
     """Raise ValueError if, after a backward pass, no trained parameter has a gradient but zero. Reads the device.
 

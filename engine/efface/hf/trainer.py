@@ -44,6 +44,7 @@ from efface.hf.preflight import (
     check_loss,
     check_schedule,
     check_trainable,
+    check_weights,
     prepare_checkpointing,
 )
 from efface.hf.recipe import DataFacts
@@ -279,9 +280,25 @@ class PackedTrainer(CardedTrainer):
             logs = {**logs, **self.meter.read(lambda figures: self.accelerator.gather(figures[None])), **dual}
         super().log(logs, start_time)
 
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> TrainOutput:  # type: ignore[override]
+        """See ``CardedTrainer.train``.
+
+        Raises:
+            FloatingPointError: a loss, or the weights at a checkpoint or at the end, that are not finite.
+        """
+        output = super().train(resume_from_checkpoint, **options)
+        self._check_finite()
+        return output
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._watch.check()
+        self._check_finite()
         super()._save_checkpoint(*args, **kwargs)
+
+    def _check_finite(self) -> None:
+        """Raise FloatingPointError for what must not be saved: a loss shows it one step late."""
+        self._watch.check()
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # shards are in no one's hands
+            check_weights(self.model, self.state.global_step)  # type: ignore[arg-type]
 
     def floating_point_ops(self, inputs: Step) -> int:  # type: ignore[override]
         """6 · parameters · tokens, the usual estimate of a training step."""
@@ -409,7 +426,7 @@ class UnlearnTrainer(PackedTrainer):
                 )
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> TrainOutput:  # type: ignore[override]
-        """See ``CardedTrainer.train``; a run that is not resumed begins with ``check_start``."""
+        """See ``PackedTrainer.train``; a run that is not resumed begins with ``check_start``."""
         if not resume_from_checkpoint:
             self.check_start()
         return super().train(resume_from_checkpoint, **options)

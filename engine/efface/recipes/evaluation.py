@@ -60,8 +60,14 @@ def check_files(command: UnlearnCommand, recipe: Recipe) -> None:
 
 
 def check_sets(command: UnlearnCommand) -> None:
-    """Raise ValueError where TOFU's forget and retain sets share rows: forget10 and retain95 do, by 5 %."""
-    forget, retain = (_SHARE.fullmatch(stem(source or "")) for source in (command.forget, command.retain))
+    """Raise ValueError where TOFU's forget and retain sets share rows: forget10 and retain95 do, by 5 %.
+
+    Files are compared row by row, once they are read (``efface.hf.overlap``); this is about names on the Hub.
+    """
+    sources = [source or "" for source in (command.forget, command.retain)]
+    if any(Path(source).expanduser().exists() for source in sources):
+        return
+    forget, retain = (_SHARE.fullmatch(stem(source)) for source in sources)
     if forget and retain and forget[1] == "forget" and retain[1] == "retain":
         both = int(forget[2]) + int(retain[2]) - 100
         if both > 0 and not (command.forget_filter or command.retain_filter):

@@ -188,7 +188,8 @@ def resolve(words: Sequence[str], point: Point) -> tuple[UnlearnCommand, Unlearn
     command, args = parse([*words, *flag_words(point), "--output_dir=trial", "--dry_run"])
     recipe = recipe_of(command)
     command.make_objective()
-    check_sets(command)
+    if not args.allow_overlap:
+        check_sets(command)
     if recipe is not None and command.evaluate:
         check_evaluation(command, recipe)
     return command, args, recipe
