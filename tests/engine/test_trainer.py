@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+import transformers
 from helpers import TEXTS, arguments, padded, random_store, tiny_llama, tiny_tokenizer
 from padded_loop import Losses, batch_nll, eager_curve, exact_losses
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -294,3 +296,13 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
             objective=NPO(),
             processing_class=tiny_tokenizer(),
         )
+
+
+def test_an_evaluation_set_is_evaluated_as_transformers_does(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in ([3, 4, 5, 6], [7, 8, 9, 10])])
+    model = tiny_llama()
+    options = arguments(tmp_path, per_device_eval_batch_size=2)
+    expected = transformers.Trainer(copy.deepcopy(model), options, eval_dataset=rows).evaluate()["eval_loss"]
+    sets = {"forget": random_store(8, seed=1), "retain": random_store(8, seed=2)}
+    trainer = UnlearnTrainer(model, options, **sets, objective=GradDiff(), eval_dataset=rows)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)

@@ -224,6 +224,8 @@ class PackedTrainer(CardedTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Run one micro-batch: forget and retain in one forward pass, its share of the step's loss out."""
+        if "batch" not in inputs:  # of an ``eval_dataset``, which transformers collates
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = inputs["batch"]
         if isinstance(batch, PaddedPairs):
             return self._padded_loss(model, batch)
