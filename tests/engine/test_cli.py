@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import efface
 from efface.cli.main import COMMANDS, main
 from efface.cli.output import written_whole
+from efface.hf.arguments import UnlearnArguments
 
 
 @pytest.fixture
@@ -173,6 +174,18 @@ def test_a_config_that_is_no_yaml_is_said(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "run.yaml").write_text("forget: [unclosed\n")
     assert main(["unlearn", "--config", str(tmp_path / "run.yaml")]) == 2
     assert "expected YAML, got something else" in capsys.readouterr().err
+    for content, message in (
+        ("learning_rate: 1e-3\nlearning_rate: 5e-3\n", "found 'learning_rate' twice"),
+        ("learning-rate: 1e-3\nlearning_rate: 5e-3\n", "expected each flag once, got 'learning_rate'"),
+    ):
+        (tmp_path / "run.yaml").write_text(content)
+        assert main(["unlearn", "--config", str(tmp_path / "run.yaml")]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_noise_that_depends_on_the_pack_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`neftune_noise_alpha`: expected None, got 5"):
+        UnlearnArguments(output_dir=str(tmp_path), use_cpu=True, neftune_noise_alpha=5)
 
 
 def test_a_failed_write_leaves_the_folder_as_it_was(tmp_path: Path) -> None:

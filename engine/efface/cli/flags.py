@@ -6,13 +6,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from transformers.training_args import OptimizerNames
 
 from efface.hf.arguments import UnlearnArguments
 from efface.recipes import Recipe, load_recipe, local_source
 from efface.recipes.command import UnlearnCommand
-from efface.recipes.flags import FlagParser, flag_words, given_names, not_overridden, taken, typed
+from efface.recipes.flags import FlagParser, flag_words, given_names, not_overridden, read_yaml, taken, typed
 
 _EXAMPLES = """
 examples:
@@ -61,12 +60,12 @@ def config_flags(path: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"config file {path!r} does not exist; check the path")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config file {path!r}: expected YAML, got something else ({error})") from error
+    content = read_yaml(file) or {}
     if not isinstance(content, dict):
         raise ValueError(f"config file {path!r}: expected `flag: value` lines, got a {type(content).__name__}")  # noqa: TRY004 - a file's content is a value
+    names = [str(name).replace("-", "_") for name in content]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"config file {path!r}: expected each flag once, got {twice[0]!r} with a hyphen and without")
     return content
 
 

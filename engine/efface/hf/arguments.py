@@ -142,6 +142,11 @@ class UnlearnArguments(TrainingArguments):
         self._check_warmup()
         self._check_compat()
         self._check_length()
+        if self.neftune_noise_alpha is not None and self.compat is None:
+            raise ValueError(
+                f"`neftune_noise_alpha`: expected None, got {self.neftune_noise_alpha}: its noise depends on the "
+                "tokens of a pass, so that the token budget would change the result; drop it"
+            )
 
     def _check_length(self) -> None:
         # transformers takes max_steps=0 for "as many as the epochs have", and trains nothing in 0 epochs.

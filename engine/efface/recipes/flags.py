@@ -5,8 +5,10 @@ import difflib
 import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from transformers import HfArgumentParser
 
 from efface.registry import plain
@@ -30,6 +32,31 @@ _ABOUT = {
 
 
 _NO = {"save_schedule", "save_strategy", "eval_strategy", "logging_strategy"}  # YAML reads their "no" as False
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that a mapping holds twice, of which YAML's own would take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names: list[Any] = []
+        for key, _ in node.value:
+            name = self.construct_object(key)
+            if name in names:
+                raise yaml.constructor.ConstructorError(None, None, f"found {name!r} twice", key.start_mark)
+            names.append(name)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds.
+
+    Raises:
+        ValueError: it is no YAML, or holds a name twice.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r}: expected YAML, got something else ({error})") from error
 
 
 class FlagParser(HfArgumentParser):

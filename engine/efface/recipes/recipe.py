@@ -10,7 +10,7 @@ import yaml
 
 from efface.hf.arguments import UnlearnArguments
 from efface.recipes.command import UnlearnCommand
-from efface.recipes.flags import check_flags
+from efface.recipes.flags import check_flags, read_yaml
 from efface.recipes.sources import check_source
 
 FOLDER = Path(__file__).parent
@@ -118,10 +118,7 @@ def _path(name: str) -> Path:
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected YAML, got {error}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected sections {', '.join(_REQUIRED)}, got {type(content).__name__}")  # noqa: TRY004 - a file's content is a value
     return content
