@@ -20,7 +20,17 @@ FLOORS: dict[str, set[str]] = {
     "engine/efface/hf": {
         *BASE,
         *("efface.batching", "efface.objectives", "efface.reference", "efface.hf"),
-        *("accelerate", "transformers", "datasets", "tokenizers", "huggingface_hub", "jinja2", "pyarrow", "xxhash"),
+        *(
+            "accelerate",
+            "transformers",
+            "datasets",
+            "tokenizers",
+            "huggingface_hub",
+            "safetensors",
+            "jinja2",
+            "pyarrow",
+        ),
+        "xxhash",
     },
     "engine/efface/evaluate": {
         *BASE,
