@@ -154,6 +154,15 @@ def test_a_run_that_had_ended_trains_no_step_more(tmp_path: Path) -> None:
         assert torch.equal(tensor, parameters(again)[name]), name
 
 
+def test_weights_alone_end_a_run_and_do_not_continue_one(tmp_path: Path) -> None:
+    whole = python_run(tmp_path, max_steps=2, save_only_model=True)
+    assert not (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
+    again = python_run(tmp_path, resume=str(tmp_path / "checkpoint-2"), max_steps=2, save_only_model=True)
+    assert all(torch.equal(tensor, parameters(again)[name]) for name, tensor in parameters(whole).items())
+    with pytest.raises(CheckpointError, match=r"expected optimizer.pt"):
+        python_run(tmp_path, resume=str(tmp_path / "checkpoint-2"), max_steps=4, save_only_model=True)
+
+
 def test_a_callback_may_be_added_to_a_run_that_is_resumed(tmp_path: Path) -> None:
     class Seen(TrainerCallback, ExportableState):
         steps = 0

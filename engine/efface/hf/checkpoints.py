@@ -132,10 +132,10 @@ class ResumableTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"no checkpoint to resume from in {self.args.output_dir!r}; expected checkpoint-N")
         path = None if not resume_from_checkpoint else Path(resume_from_checkpoint)
+        if path is not None and self._has_ended(path):  # the weights are all that it needs
+            return self._take_up(path)
         if path is not None and path.is_dir() and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             _check_complete(path)
-        if path is not None and self._has_ended(path):
-            return self._take_up(path)
         return super().train(resume_from_checkpoint=None if path is None else str(path), **options)
 
     def _has_ended(self, checkpoint: Path) -> bool:
