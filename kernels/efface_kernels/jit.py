@@ -6,8 +6,16 @@ Capital: pointers. Lower case: values. UPPER: compile-time. ``offs_v``, ``mask_v
 import triton
 import triton.language as tl
 
-# Where a running maximum starts: finite, so that a lane that saw only −inf (padded vocabularies) never takes inf − inf.
-LOWEST = tl.constexpr(-3.0e38)
+# Where a running maximum starts: finite, so that a lane that saw only −inf (padded vocabularies) never takes inf − inf;
+# and small enough that its product with log2 e is finite too.
+LOWEST = tl.constexpr(-2.0e38)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def power(x):
+    """e^x in two instructions, a product and the GPU's own 2^x; ``tl.exp`` adds a repair of subnormal results to them."""
+    return tl.exp2(x * LOG2E)
 
 
 @triton.jit
@@ -31,42 +39,49 @@ def expm1(x):
 
 @triton.jit
 def cap(z, SOFTCAP: tl.constexpr):
-    """Return z ← cap · tanh(z / cap) and the cap's derivative; SOFTCAP 0 is none."""
+    """Return z ← cap · tanh(z / cap) and the cap's derivative; SOFTCAP 0 is none.
+
+    With e = e^(−2|z| / cap) ≤ 1, tanh is (1 − e) / (1 + e) and its derivative 4e / (1 + e)². Near 0 this keeps no digits
+    of tanh beyond cap · eps, and a logit needs no more: a softmax sees its absolute error alone.
+    """
     slope = 1.0
     if SOFTCAP > 0:
-        t = tanh(z / SOFTCAP)
-        z = SOFTCAP * t
-        slope = (1.0 - t) * (1.0 + t)
+        e = power(tl.abs(z) * (-2.0 / SOFTCAP))
+        part = 1.0 / (1.0 + e)
+        t = (1.0 - e) * part
+        z = tl.where(z < 0, -SOFTCAP * t, SOFTCAP * t)
+        slope = (4.0 * e) * (part * part)
     return z, slope
 
 
 @triton.jit
-def load(Row, offs_v, mask_v, SOFTCAP: tl.constexpr, ACC: tl.constexpr):
+def load(Row, offs_v, mask_v, SOFTCAP: tl.constexpr, ACC: tl.constexpr, POLICY: tl.constexpr = ""):
     """Return capped logits, −inf outside ``mask_v`` (None: all inside), and the cap's derivative."""
     if mask_v is None:
-        z, slope = cap(tl.load(Row + offs_v).to(ACC), SOFTCAP)
+        z, slope = cap(tl.load(Row + offs_v, eviction_policy=POLICY).to(ACC), SOFTCAP)
     else:
-        z, slope = cap(tl.load(Row + offs_v, mask=mask_v, other=0.0).to(ACC), SOFTCAP)
+        z, slope = cap(tl.load(Row + offs_v, mask=mask_v, other=0.0, eviction_policy=POLICY).to(ACC), SOFTCAP)
         z = tl.where(mask_v, z, float("-inf"))
     return z, slope
 
 
 @triton.jit
-def accumulate(z, top, total):
-    """Add e^(z − top) to every lane's total, where top follows the maximum: one exp an element.
+def accumulate(z, top, total, GROUP: tl.constexpr):
+    """Add e^(z − top) to the totals, where top follows the maximum: of ``GROUP`` neighbours, which one thread loaded.
 
-    A maximum may drop a NaN, the total never does.
+    So a group costs one exponential more than its elements, and a maximum and a total a group take few registers. A
+    maximum may drop a NaN, the total never does.
     """
-    d = z - top
-    e = tl.exp(-tl.abs(d))
-    return tl.maximum(top, z), tl.where(d > 0, total * e + 1.0, total + e)
+    z = tl.reshape(z, [z.shape[0] // GROUP, GROUP])
+    new = tl.maximum(top, tl.max(z, 1))
+    return new, total * power(top - new) + tl.sum(power(z - new[:, None]), 1)
 
 
 @triton.jit
 def combine(top, total):
-    """Reduce the lanes, once a row: its maximum and Σ e^(z − maximum)."""
+    """Reduce the groups, once a row: its maximum and Σ e^(z − maximum)."""
     row_top = tl.max(top, 0)
-    return row_top, tl.sum(total * tl.exp(top - row_top), 0)
+    return row_top, tl.sum(total * power(top - row_top), 0)
 
 
 @triton.jit

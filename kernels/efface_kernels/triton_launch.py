@@ -17,10 +17,26 @@ IMPORTABLE = importlib.util.find_spec("triton") is not None
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one program reads its row: entries a step, and the warps that share them."""
+    """How one program reads its row: entries a step, and the warps that share them.
+
+    ``persistent``: as many programs as the device has multiprocessors, each with one row after the other.
+    """
 
     block: int
     num_warps: int
+    persistent: bool = False
+
+    def programs(self, rows: int, device: torch.device) -> int:
+        """Return the programs to launch for ``rows`` rows."""
+        return min(rows, multiprocessors(device)) if self.persistent else rows
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Return the multiprocessors of a GPU (compute units, Xe cores); 2 in the interpreter."""
+    if device.type == "cpu":
+        return 2
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return int(getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count)
 
 
 def warp_size(device: torch.device) -> int:

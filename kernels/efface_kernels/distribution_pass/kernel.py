@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from efface_kernels.jit import LOWEST, accumulate, combine, load
+from efface_kernels.jit import LOWEST, accumulate, combine, load, power
 
 
 @triton.jit
@@ -12,28 +12,53 @@ def _load_pair(
     RefRow,
     offs_v,
     mask_v,
-    target,
+    place,
     SHIFT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     REFERENCE_SOFTCAP: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    """Return z, the cap's derivative, and the reference's zr, lowered by SHIFT at the target's place."""
     z, slope = load(Row, offs_v, mask_v, SOFTCAP, ACC)
     zr, _ = load(RefRow, offs_v, mask_v, REFERENCE_SOFTCAP, ACC)
     if SHIFT != 0:
-        zr = tl.where(offs_v == target, zr - SHIFT, zr)
+        zr = tl.where(offs_v == place, zr - SHIFT, zr)
     return z, slope, zr
 
 
 @triton.jit
-def _terms(z, zr, p_top, q_top, p_log, q_log):
-    """P − q, and the terms of KL(q‖p) and of q's entropy. The maximum goes first: a difference of logits is exact."""
+def _write(
+    Row,
+    RefRow,
+    OutRow,
+    offs_v,
+    mask_v,
+    place,
+    p_top,
+    q_top,
+    p_log,
+    q_log,
+    SHIFT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    REFERENCE_SOFTCAP: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Second sweep, one block: write p − q, return the terms of KL(q‖p) and of Σ q log q."""
+    z, slope, zr = _load_pair(Row, RefRow, offs_v, mask_v, place, SHIFT, SOFTCAP, REFERENCE_SOFTCAP, ACC)
+    # The maximum goes first: a difference of logits is exact.
     log_p = (z - p_top) - p_log
     log_q = (zr - q_top) - q_log
-    q = tl.exp(log_q)
+    q = power(log_q)
+    if OutRow is not None:
+        difference = (power(log_p) - q) * slope
+        # The row may lie over the reference's, whose entries are no narrower: what a store overwrites, this block or an
+        # earlier one loaded, by threads that all have come to this point.
+        tl.debug_barrier()
+        tl.store(OutRow + offs_v, difference, mask=mask_v)
     # q log q → 0 as q → 0: a class that q excludes adds nothing, whatever p says of it. NaN is not 0.
-    kl = tl.where(q == 0, 0.0, q * (log_q - log_p))
-    return tl.exp(log_p) - q, kl, tl.where(q == 0, 0.0, q * log_q)
+    absent = q == 0
+    log_q = tl.where(absent, 0.0, log_q)
+    return q * (log_q - tl.where(absent, 0.0, log_p)), q * log_q
 
 
 # Targets are a slice of the batch's, which may begin anywhere.
@@ -42,56 +67,55 @@ def distribution_pass_kernel(
     Logits,  # (n, V)
     Reference,  # (n, V)
     Targets,  # (n,)
+    Out,  # (n, V) or None
     Divergence,  # (n,)
     Entropy,  # (n,)
     stride,
     reference_stride,
+    out_stride,
     v,
     SHIFT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     REFERENCE_SOFTCAP: tl.constexpr,
-    GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """KL(q‖p) and the entropy of q of a row and, if GRADIENT, p − q in place of the policy's logits."""
+    """KL(q‖p) and the entropy of q of a row and, in Out if there is one, p − q. Out may be Logits, or over Reference."""
     row = tl.program_id(0).to(tl.int64)  # n · V passes 2^31
     ACC: tl.constexpr = Divergence.dtype.element_ty
+    GROUP: tl.constexpr = 128 // Logits.dtype.element_ty.primitive_bitwidth
+    REF_GROUP: tl.constexpr = 128 // Reference.dtype.element_ty.primitive_bitwidth
     Row, RefRow = Logits + row * stride, Reference + row * reference_stride
+    OutRow = None if Out is None else Out + row * out_stride
     target = tl.load(Targets + row)
+    place = target.to(tl.int32)
     offs_v = tl.arange(0, BLOCK)
     whole = v // BLOCK * BLOCK  # whole blocks carry no mask, see row_pass/kernel.py
 
-    p_top, q_top = tl.full([BLOCK], LOWEST, ACC), tl.full([BLOCK], LOWEST, ACC)
-    p_total, q_total = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
+    p_top, q_top = tl.full([BLOCK // GROUP], LOWEST, ACC), tl.full([BLOCK // REF_GROUP], LOWEST, ACC)
+    p_total, q_total = tl.zeros([BLOCK // GROUP], ACC), tl.zeros([BLOCK // REF_GROUP], ACC)
     for start in range(0, whole, BLOCK):
-        z, _, zr = _load_pair(Row, RefRow, start + offs_v, None, target, SHIFT, SOFTCAP, REFERENCE_SOFTCAP, ACC)
-        p_top, p_total = accumulate(z, p_top, p_total)
-        q_top, q_total = accumulate(zr, q_top, q_total)
+        z, _, zr = _load_pair(Row, RefRow, start + offs_v, None, place, SHIFT, SOFTCAP, REFERENCE_SOFTCAP, ACC)
+        p_top, p_total = accumulate(z, p_top, p_total, GROUP)
+        q_top, q_total = accumulate(zr, q_top, q_total, REF_GROUP)
     at = whole + offs_v
     if whole < v:
-        z, _, zr = _load_pair(Row, RefRow, at, at < v, target, SHIFT, SOFTCAP, REFERENCE_SOFTCAP, ACC)
-        p_top, p_total = accumulate(z, p_top, p_total)
-        q_top, q_total = accumulate(zr, q_top, q_total)
+        z, _, zr = _load_pair(Row, RefRow, at, at < v, place, SHIFT, SOFTCAP, REFERENCE_SOFTCAP, ACC)
+        p_top, p_total = accumulate(z, p_top, p_total, GROUP)
+        q_top, q_total = accumulate(zr, q_top, q_total, REF_GROUP)
     p_row_top, p_row_total = combine(p_top, p_total)
     q_row_top, q_row_total = combine(q_top, q_total)
     # NaN for a target out of range, whose shift would otherwise be left out silently
     p_log = tl.where((target >= 0) & (target < v), tl.log(p_row_total), float("nan"))
     q_log = tl.log(q_row_total)
 
-    divergence, entropy = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
+    divergence, negative = tl.zeros([BLOCK // GROUP], ACC), tl.zeros([BLOCK // GROUP], ACC)
     for start in range(0, whole, BLOCK):
-        z, slope, zr = _load_pair(Row, RefRow, start + offs_v, None, target, SHIFT, SOFTCAP, REFERENCE_SOFTCAP, ACC)
-        difference, kl, negative = _terms(z, zr, p_row_top, q_row_top, p_log, q_log)
-        divergence += kl
-        entropy -= negative
-        if GRADIENT:
-            tl.store(Row + start + offs_v, difference * slope)
+        kl, part = _write(Row, RefRow, OutRow, start + offs_v, None, place, p_row_top, q_row_top, p_log, q_log, SHIFT, SOFTCAP, REFERENCE_SOFTCAP, ACC)
+        divergence += tl.sum(tl.reshape(kl, [BLOCK // GROUP, GROUP]), 1)
+        negative += tl.sum(tl.reshape(part, [BLOCK // GROUP, GROUP]), 1)
     if whole < v:
-        z, slope, zr = _load_pair(Row, RefRow, at, at < v, target, SHIFT, SOFTCAP, REFERENCE_SOFTCAP, ACC)
-        difference, kl, negative = _terms(z, zr, p_row_top, q_row_top, p_log, q_log)
-        divergence += kl
-        entropy -= negative
-        if GRADIENT:
-            tl.store(Row + at, difference * slope, mask=at < v)
+        kl, part = _write(Row, RefRow, OutRow, at, at < v, place, p_row_top, q_row_top, p_log, q_log, SHIFT, SOFTCAP, REFERENCE_SOFTCAP, ACC)
+        divergence += tl.sum(tl.reshape(kl, [BLOCK // GROUP, GROUP]), 1)
+        negative += tl.sum(tl.reshape(part, [BLOCK // GROUP, GROUP]), 1)
     tl.store(Divergence + row, tl.sum(divergence, 0))
-    tl.store(Entropy + row, tl.sum(entropy, 0))
+    tl.store(Entropy + row, -tl.sum(negative, 0))

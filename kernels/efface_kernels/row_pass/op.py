@@ -17,7 +17,7 @@ from efface_kernels.logits import Logits, run_dense
 from efface_kernels.native import row_pass_native
 from efface_kernels.row_pass.config import launch_config
 from efface_kernels.row_pass.reference import row_pass_torch
-from efface_kernels.triton_launch import on_device, warp_size
+from efface_kernels.triton_launch import LaunchConfig, on_device, warp_size
 
 
 class RowPassOutput(NamedTuple):
@@ -27,8 +27,14 @@ class RowPassOutput(NamedTuple):
     reference_logprobs: Tensor | None  # (m,)
 
 
-def row_pass_triton(logits: Logits, targets: Tensor, reference: Logits | None, gradient: bool) -> tuple[Tensor, ...]:
-    """``row_pass_torch`` in Triton."""
+def row_pass_triton(
+    logits: Logits,
+    targets: Tensor,
+    reference: Logits | None,
+    gradient: bool,
+    config: LaunchConfig | None = None,
+) -> tuple[Tensor, ...]:
+    """``row_pass_torch`` in Triton; None lets ``launch_config`` choose."""
     from efface_kernels.row_pass.kernel import row_pass_kernel  # Triton is imported when a kernel first runs
 
     frozen = None if reference is None else reference.unit_stride()
@@ -38,15 +44,16 @@ def row_pass_triton(logits: Logits, targets: Tensor, reference: Logits | None, g
         rows, vocabulary = dense.values.shape
         if rows == 0:  # an empty grid is a launch error
             return
-        other = None if frozen is None else frozen.values.dtype
-        config = launch_config(vocabulary, dense.values.dtype, other, warp_size(dense.values.device))
+        other, device = None if frozen is None else frozen.values.dtype, dense.values.device
+        launch = config or launch_config(vocabulary, dense.values.dtype, other, warp_size(device))
         with on_device(dense.values):
-            row_pass_kernel[(rows,)](
+            row_pass_kernel[(launch.programs(rows, device),)](
                 dense.values,
                 targets.contiguous(),
                 outputs[0],
                 None if frozen is None else frozen.values,
                 None if frozen is None else outputs[1],
+                rows,
                 dense.values.stride(0),
                 vocabulary,
                 0 if frozen is None else frozen.values.shape[0],
@@ -55,8 +62,9 @@ def row_pass_triton(logits: Logits, targets: Tensor, reference: Logits | None, g
                 SOFTCAP=dense.softcap or 0.0,
                 REFERENCE_SOFTCAP=0.0 if frozen is None else frozen.softcap or 0.0,
                 GRADIENT=gradient,
-                BLOCK=config.block,
-                num_warps=config.num_warps,
+                BLOCK=launch.block,
+                PERSISTENT=launch.persistent,
+                num_warps=launch.num_warps,
             )
 
     run_dense(logits, run, writes=gradient)
