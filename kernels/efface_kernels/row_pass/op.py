@@ -59,7 +59,7 @@ def row_pass_triton(logits: Logits, targets: Tensor, reference: Logits | None, g
                 num_warps=config.num_warps,
             )
 
-    run_dense(logits, run, writes=gradient)
+    run_dense(logits, run, into=logits.values if gradient else None)
     return tuple(outputs)
 
 
