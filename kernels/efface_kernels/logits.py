@@ -39,12 +39,15 @@ class Logits:
         return Logits(self.values.contiguous(), self.softcap)
 
 
-def run_dense(logits: Logits, run: Callable[[Logits], None], *, writes: bool) -> None:
-    """Run a pass that wants unit stride, and that overwrites the logits if it ``writes``, on logits of any strides."""
+def run_dense(logits: Logits, run: Callable[[Logits], None], *, into: Tensor | None) -> None:
+    """Run a pass that wants unit stride, and that works in place, on logits of any strides.
+
+    Its result goes ``into`` a matrix of their shape: ``logits.values``, another one, or None if nobody wants it.
+    """
     dense = logits.unit_stride()
     run(dense)
-    if writes and dense is not logits:
-        logits.values.copy_(dense.values)
+    if into is not None and into is not dense.values:
+        into.copy_(dense.values)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -39,12 +39,12 @@ def row_pass_native(logits: Logits, targets: Tensor, reference: Logits | None, g
             threads=torch.get_num_threads(),
         )
 
-    run_dense(logits, run, writes=gradient)
+    run_dense(logits, run, into=logits.values if gradient else None)
     return tuple(outputs)
 
 
 def distribution_pass_native(
-    logits: Logits, reference: Logits, targets: Tensor, shift: float, gradient: bool
+    logits: Logits, reference: Logits, targets: Tensor, shift: float, into: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """``distribution_pass_torch`` in C++."""
     divergence, entropy = logits.row_vector(), logits.row_vector()
@@ -56,11 +56,11 @@ def distribution_pass_native(
             describe(frozen),
             targets.contiguous().numpy(),
             shift=shift,
-            gradient=gradient,
+            gradient=into is not None,
             divergence=divergence.numpy(),
             entropy=entropy.numpy(),
             threads=torch.get_num_threads(),
         )
 
-    run_dense(logits, run, writes=gradient)
+    run_dense(logits, run, into=into)
     return divergence, entropy

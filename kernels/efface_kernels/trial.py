@@ -68,11 +68,11 @@ def _results(device: torch.device, dtype: torch.dtype, vocabulary: int) -> Itera
     """Yield each result of a pass, by Triton and by torch."""
     generator = torch.Generator("cpu").manual_seed(0)
 
-    def random(rows: int) -> Tensor:
+    def random(rows: int, dtype: torch.dtype = dtype) -> Tensor:
         return padded(3 * torch.randn(rows, vocabulary, generator=generator, device="cpu").to(dtype))
 
     def padded(values: Tensor) -> Tensor:  # as the loop's: kernels are compiled for what is known of a stride
-        return aligned(len(values), vocabulary, dtype, device).copy_(values)
+        return aligned(len(values), vocabulary, values.dtype, device).copy_(values)
 
     logits = random(_ROWS)
     frozen = padded(logits + random(_ROWS) / 32)[: -_LENGTHS[-1]]  # another model, not another language
@@ -99,11 +99,13 @@ def _results(device: torch.device, dtype: torch.dtype, vocabulary: int) -> Itera
     yield "the sequence loss", triton.terms, plain.terms
     yield "the sequence loss's derivative", triton.coefficients, plain.coefficients
 
-    first, second = random(_ROWS).float(), random(_ROWS).float()
-    pair = first, first.clone()
-    divergences = [
-        run(Logits(policy), Logits(second), targets, 0.0, True)
-        for run, policy in zip((distribution_pass_triton, distribution_pass_torch), pair, strict=True)
-    ]
+    # As the loop's: fp32 logits whatever the dtype, and a derivative in half precision over the reference's.
+    first, second = (random(_ROWS, torch.float32) for _ in range(2))
+    divergences, derivatives = [], []
+    for run in (distribution_pass_triton, distribution_pass_torch):
+        policy, other = padded(first), padded(second)
+        into = policy if dtype == torch.float32 else other.view(dtype)[:, :vocabulary]
+        divergences.append(run(Logits(policy), Logits(other), targets, 0.0, into))
+        derivatives.append(into)
     yield from zip(("the divergence", "the entropy"), *divergences, strict=True)
-    yield "the divergence's derivative", *pair
+    yield "the divergence's derivative", derivatives[0], derivatives[1]

@@ -82,6 +82,59 @@ def test_nan_comes_out_and_stays_in_its_row(backend: str) -> None:
     assert logits[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("over", ["nothing", "the reference"])
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@pytest.mark.parametrize(("rows", "vocabulary"), [(0, 5), (1, 7), (5, 1), (6, 1031), (3, 50257)])
+def test_the_derivative_may_go_elsewhere(
+    backend: str, rows: int, vocabulary: int, dtype: torch.dtype, over: str
+) -> None:
+    """In any dtype that is no wider, padded rows, and over the reference's logits, which are then gone."""
+    logits = torch.randn(rows, vocabulary) * 3
+    reference = torch.randn(rows, vocabulary + 3)[:, :vocabulary]
+    targets = torch.randint(vocabulary, (rows,))
+    kl, entropy, derivative = gold(logits, reference, targets, 2.0, 4.0)
+    memory = reference if over == "the reference" else torch.full((rows, vocabulary + 1), torch.nan)
+    out = memory.view(dtype)[:, :vocabulary]
+    pair = distribution_pass(
+        logits, reference, targets, shift=2.0, softcap=4.0, reference_softcap=4.0, out=out, backend=backend
+    )
+    torch.testing.assert_close(pair.divergence.double(), kl, rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(pair.entropy.double(), entropy, rtol=2e-5, atol=2e-6)
+    tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 1e-6}
+    torch.testing.assert_close(out.double(), derivative, **tolerance)
+
+
+def test_a_derivative_that_goes_elsewhere_is_the_one_in_place(backend: str) -> None:
+    logits, reference = torch.randn(4, 12).T, torch.randn(12, 4)  # of any strides
+    targets = torch.randint(4, (12,))
+    out, again = torch.empty(4, 12).T, logits.clone()
+    elsewhere = distribution_pass(logits.clone(), reference, targets, out=out, backend=backend)
+    itself = distribution_pass(again, reference, targets, out=again, backend=backend)
+    in_place = distribution_pass(logits, reference, targets, backend=backend)
+    assert torch.equal(out, logits)
+    assert torch.equal(again, logits)
+    assert torch.equal(elsewhere.divergence, in_place.divergence)
+    assert torch.equal(itself.divergence, in_place.divergence)
+
+
+def test_an_unfit_out_is_refused() -> None:
+    logits, reference, targets = torch.randn(2, 6), torch.randn(2, 6), torch.zeros(2, dtype=torch.int64)
+    wide = torch.randn(2, 6, dtype=torch.float64)
+    for out, error, message in (
+        (torch.empty(2, 5), ValueError, r"`out`: expected shape \(2, 6\)"),
+        (torch.empty(2, 6, dtype=torch.int32), TypeError, "`out`: expected dtype torch.float16"),
+        (wide, TypeError, "`out`: expected dtype torch.float16"),
+        (logits.view(torch.bfloat16)[:, :6], ValueError, "`out`: expected `logits` themselves"),
+        (reference.view(torch.bfloat16)[:, 6:], ValueError, "`out`: expected memory of its own, or rows that begin"),
+        (reference.view(torch.bfloat16).view(4, 6)[1:3], ValueError, "`out`: expected memory of its own, or rows"),
+        (reference.view(torch.bfloat16).flatten()[:12].view(2, 6), ValueError, "`out`: expected memory of its own"),
+    ):
+        with pytest.raises(error, match=message):
+            distribution_pass(logits, reference, targets, out=out)
+    with pytest.raises(ValueError, match="`out`: expected None with `gradient=False`"):
+        distribution_pass(logits, reference, targets, gradient=False, out=torch.empty(2, 6))
+
+
 def test_bad_input_is_refused() -> None:
     logits, targets = torch.randn(2, 5), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match="same rows and vocabulary"):

@@ -1,7 +1,8 @@
-"""The distribution pass: KL divergence to a frozen model's distribution and, in place, its derivative."""
+"""The distribution pass: KL divergence to a frozen model's distribution and its derivative, in place or beside."""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from efface_kernels.checks import (
@@ -27,8 +28,48 @@ class DistributionPassOutput(NamedTuple):
     entropy: Tensor  # (n,)
 
 
+def _check_out(out: Tensor, logits: Tensor, reference_logits: Tensor, *, gradient: bool) -> None:
+    check_shape("out", out, logits.shape, "it takes the derivative with respect to `logits`")
+    check_dtype("out", out, [dtype for dtype in FLOATS if dtype.itemsize <= logits.dtype.itemsize])
+    if not gradient:
+        raise ValueError("`out`: expected None with `gradient=False`, which forms no derivative, got a tensor")
+    if _share_memory(out, logits) and _layout(out) != _layout(logits):
+        raise ValueError(
+            f"`out`: expected `logits` themselves or memory that they do not reach, got {_layout(out)} over "
+            f"{_layout(logits)}; give it memory of its own"
+        )
+    if _share_memory(out, reference_logits) and not _row_on_row(out, reference_logits):
+        raise ValueError(
+            "`out`: expected memory of its own, or rows that begin where those of `reference_logits` begin, in a "
+            f"dtype no wider, got {_layout(out)} over {_layout(reference_logits)}; use "
+            "`reference_logits.view(dtype)[:, :V]`"
+        )
+
+
+def _layout(values: Tensor) -> tuple[int, torch.dtype, tuple[int, ...]]:
+    return values.data_ptr(), values.dtype, values.stride()
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether the ranges of memory from the first to the last entry meet."""
+    if not one.numel() or not other.numel():
+        return False
+    (first, last), (other_first, other_last) = (
+        (each.data_ptr(), each[-1:, -1:].data_ptr() + each.dtype.itemsize) for each in (one, other)
+    )
+    return first < other_last and other_first < last
+
+
+def _row_on_row(out: Tensor, reference: Tensor) -> bool:
+    """Whether a row of ``out`` lies on what was read of the same row of ``reference``, and on no other."""
+    if out.data_ptr() != reference.data_ptr() or out.dtype.itemsize > reference.dtype.itemsize:
+        return False
+    starts = [each.stride(0) * each.dtype.itemsize for each in (out, reference)]
+    return (len(out) == 1 or starts[0] == starts[1]) and out.stride(1) == reference.stride(1) == 1
+
+
 def distribution_pass_triton(
-    logits: Logits, reference: Logits, targets: Tensor, shift: float, gradient: bool
+    logits: Logits, reference: Logits, targets: Tensor, shift: float, into: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """``distribution_pass_torch`` in Triton."""
     from efface_kernels.distribution_pass.kernel import (  # Triton is imported when a kernel first runs
@@ -57,12 +98,12 @@ def distribution_pass_triton(
                 SHIFT=float(shift),
                 SOFTCAP=dense.softcap or 0.0,
                 REFERENCE_SOFTCAP=frozen.softcap or 0.0,
-                GRADIENT=gradient,
+                GRADIENT=into is not None,
                 BLOCK=config.block,
                 num_warps=config.num_warps,
             )
 
-    run_dense(logits, run, writes=gradient)
+    run_dense(logits, run, into=into)
     return divergence, entropy
 
 
@@ -75,6 +116,7 @@ def distribution_pass(
     softcap: float | None = None,
     reference_softcap: float | None = None,
     gradient: bool = True,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> DistributionPassOutput:
     """KL(q‖p) of each row, with p = softmax(logits), q = softmax(reference_logits − shift · onehot(targets)).
@@ -96,7 +138,10 @@ def distribution_pass(
         shift: what the target's reference logit is lowered by, after the cap.
         softcap: z ← cap · tanh(z / cap) of ``logits``, or None; its derivative is part of the result.
         reference_softcap: the same for ``reference_logits``.
-        gradient: False leaves ``logits`` as they are.
+        gradient: False forms no derivative and leaves ``logits`` as they are.
+        out: (n, V), any of the dtypes but none wider than that of ``logits``: takes the derivative in their place, and
+            what ``logits`` hold afterwards is not specified. May lie on the memory of ``reference_logits``, row on row
+            and in no wider dtype, as ``reference_logits.view(torch.bfloat16)[:, :V]`` does.
         backend: "auto", "triton" (GPU tensors), "native" (C++, CPU tensors) or "torch".
 
     Returns:
@@ -104,8 +149,9 @@ def distribution_pass(
 
     Raises:
         TypeError: a dtype other than those above.
-        ValueError: shapes that differ, a target out of the vocabulary, tensors on different devices. On a GPU
-            the targets are not looked at beforehand: one out of the vocabulary makes its row's results NaN.
+        ValueError: shapes that differ, a target out of the vocabulary, tensors on different devices, an ``out`` that
+            lies on other memory of the inputs or comes without ``gradient``. On a GPU the targets are not looked at
+            beforehand: one out of the vocabulary makes its row's results NaN.
     """
     check_dtype("logits", logits, FLOATS)
     check_shape("logits", logits, ("n", "V"))
@@ -114,7 +160,10 @@ def distribution_pass(
     check_targets(targets, *logits.shape)
     check_softcap(softcap)
     check_softcap(reference_softcap)
-    check_same_device(logits=logits, reference_logits=reference_logits, targets=targets)
+    check_same_device(logits=logits, reference_logits=reference_logits, targets=targets, out=out)
+    if out is not None:
+        _check_out(out, logits, reference_logits, gradient=gradient)
+    into = (logits if out is None else out) if gradient else None
     passes = {
         "torch": distribution_pass_torch,
         "native": distribution_pass_native,
@@ -122,4 +171,4 @@ def distribution_pass(
     }
     run = passes[resolve_backend(backend, logits.device)]
     pair = Logits(logits, softcap), Logits(reference_logits, reference_softcap)
-    return DistributionPassOutput(*run(*pair, targets, shift, gradient))
+    return DistributionPassOutput(*run(*pair, targets, shift, into))

@@ -7,9 +7,13 @@ from efface_kernels.logits import Logits, accumulation_dtype, row_blocks
 
 
 def distribution_pass_torch(
-    logits: Logits, reference: Logits, targets: Tensor, shift: float, gradient: bool
+    logits: Logits, reference: Logits, targets: Tensor, shift: float, into: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return KL(q‖p) and the entropy of q, (n,) each; ``gradient`` overwrites the logits by p − q."""
+    """Return KL(q‖p) and the entropy of q, (n,) each.
+
+    p − q goes ``into`` a matrix (n, V): ``logits.values``; the memory of the reference's logits, in a dtype no wider
+    and each row from where its row begins; or another one. None wants no p − q.
+    """
     values = logits.values
     dtype = accumulation_dtype(values.dtype)
     divergence, entropy = (torch.empty(values.shape[0], dtype=dtype, device=values.device) for _ in range(2))
@@ -24,7 +28,7 @@ def distribution_pass_torch(
         absent = q == 0
         divergence[rows] = (q * (log_q - log_p)).masked_fill(absent, 0).sum(dim=1)
         entropy[rows] = -(q * log_q).masked_fill(absent, 0).sum(dim=1)
-        if gradient:
+        if into is not None:  # these rows have been read, so they may be written over
             difference = torch.exp(log_p) - q
-            values[rows] = (difference if slope is None else difference * slope).to(values.dtype)
+            into[rows] = difference if slope is None else difference * slope
     return divergence, entropy

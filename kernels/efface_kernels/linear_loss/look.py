@@ -112,6 +112,10 @@ class DistributionLook:
     def __call__(self, rows: slice, *, gradient: bool, again: bool = False) -> Tensor:
         """See ``Look``. Coefficients are known beforehand, so there is no second look."""
         difference, beside = self._policy(rows), self._reference(rows)
+        narrow = difference.dtype != self._dtype
+        # The pass has read a row of the reference's logits when it writes P: their memory takes P in its own dtype.
+        into = beside.view(self._dtype)[:, : difference.shape[1]] if narrow else difference
+        scaled = gradient and self._dtype == torch.float16
         self.divergence[rows], self.entropy[rows] = distribution_pass(
             difference,
             beside,
@@ -120,15 +124,13 @@ class DistributionLook:
             softcap=self._softcap,
             reference_softcap=self._reference_softcap,
             gradient=gradient,
+            out=into if gradient and not scaled else None,
             backend=self._backend,
         )
-        if not gradient or difference.dtype == self._dtype:
-            return difference
-        if self._dtype == torch.float16:
+        if scaled:
             self.peaks[rows] = power_of_two(difference, dim=1)
-            difference /= self.peaks[rows, None]
-        # The reference's logits have been read: their memory takes P.
-        return beside.view(self._dtype)[:, : difference.shape[1]].copy_(difference)
+            into.copy_(difference.div_(self.peaks[rows, None]))
+        return into
 
     def close(self) -> None:
         """See ``Look``."""
