@@ -14,7 +14,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def power(x):
-    """e^x in two instructions, a product and the GPU's own 2^x; ``tl.exp`` adds a repair of subnormal results to them."""
+    """e^x in two instructions, a product and the GPU's own 2^x; ``tl.exp`` adds a repair of subnormal results."""
     return tl.exp2(x * LOG2E)
 
 
@@ -41,8 +41,8 @@ def expm1(x):
 def cap(z, SOFTCAP: tl.constexpr):
     """Return z ← cap · tanh(z / cap) and the cap's derivative; SOFTCAP 0 is none.
 
-    With e = e^(−2|z| / cap) ≤ 1, tanh is (1 − e) / (1 + e) and its derivative 4e / (1 + e)². Near 0 this keeps no digits
-    of tanh beyond cap · eps, and a logit needs no more: a softmax sees its absolute error alone.
+    With e = e^(−2|z| / cap) ≤ 1, tanh is (1 − e) / (1 + e) and its derivative 4e / (1 + e)². Near 0 this keeps no
+    digits of z beyond cap · eps, and a logit needs no more: a softmax sees its absolute error alone.
     """
     slope = 1.0
     if SOFTCAP > 0:
@@ -75,6 +75,12 @@ def accumulate(z, top, total, GROUP: tl.constexpr):
     z = tl.reshape(z, [z.shape[0] // GROUP, GROUP])
     new = tl.maximum(top, tl.max(z, 1))
     return new, total * power(top - new) + tl.sum(power(z - new[:, None]), 1)
+
+
+@triton.jit
+def group_sums(x, GROUP: tl.constexpr):
+    """Return the sums of every ``GROUP`` neighbours."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // GROUP, GROUP]), 1)
 
 
 @triton.jit

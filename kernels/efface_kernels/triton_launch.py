@@ -31,6 +31,19 @@ class LaunchConfig:
         return min(rows, multiprocessors(device)) if self.persistent else rows
 
 
+def streaming_config(
+    vocabulary: int, widest: int, threads: int, warp_size: int = 32, *, persistent: bool = False
+) -> LaunchConfig:
+    """Return the configuration of a pass over rows of ``vocabulary`` entries, the widest of ``widest`` bytes.
+
+    A thread loads 16 bytes twice a step. Once where 16 does not divide the vocabulary: the end of such a row is loaded
+    entry by entry, which takes 60 registers of a thread for two loads (32 for one) and spills some on sm_80.
+    """
+    entries = (16 if vocabulary % 16 else 32) // widest
+    block = max(64, min(threads * entries, 1 << max(vocabulary - 1, 0).bit_length()))
+    return LaunchConfig(block, max(1, block // (entries * warp_size)), persistent)
+
+
 def multiprocessors(device: torch.device) -> int:
     """Return the multiprocessors of a GPU (compute units, Xe cores); 2 in the interpreter."""
     if device.type == "cpu":

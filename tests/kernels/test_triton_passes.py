@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from efface_kernels import distribution_pass, row_pass, triton_launch
+from efface_kernels.distribution_pass.config import launch_config as distribution_config
+from efface_kernels.logits import Logits
 from efface_kernels.row_pass.config import launch_config
+from efface_kernels.row_pass.op import row_pass_triton
+from efface_kernels.triton_launch import LaunchConfig
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -166,9 +170,33 @@ def test_backend_is_refused_on_the_cpu_outside_the_interpreter(monkeypatch: pyte
 @pytest.mark.parametrize("vocabulary", [1, 7, 50257, 128256])
 def test_launch_configuration(vocabulary: int) -> None:
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        config = launch_config(vocabulary, dtype)
-        assert config.block & (config.block - 1) == 0
-        assert config.num_warps in (1, 2, 4, 8)
+        configs = [
+            launch_config(vocabulary, dtype),
+            launch_config(vocabulary, dtype, persistent=True),
+            distribution_config(vocabulary, dtype, torch.float32),
+        ]
+        for config in configs:
+            assert config.block & (config.block - 1) == 0
+            assert config.num_warps in (1, 2, 4, 8, 16, 32)
+            assert config.block >= 16 // dtype.itemsize
     assert launch_config(128256, torch.bfloat16).block == 4096
     assert launch_config(128256, torch.bfloat16, torch.float32).block == 2048
+    assert launch_config(50257, torch.bfloat16).block == 2048  # one load a thread, not two
     assert launch_config(128256, torch.bfloat16, warp_size=64).num_warps == 4
+    assert launch_config(128256, torch.bfloat16, persistent=True) == LaunchConfig(16384, 32, persistent=True)
+    assert distribution_config(128256, torch.float32, torch.float32) == LaunchConfig(2048, 8)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 5])
+def test_persistent_programs_take_all_rows_and_change_no_bit(rows: int) -> None:
+    """The interpreter runs two of them."""
+    logits, frozen = torch.randn(rows, 5003), torch.randn(max(0, rows - 2), 5003)
+    targets = torch.randint(5003, (rows,))
+    results = []
+    for persistent in (False, True):
+        z, config = logits.clone(), LaunchConfig(1024, 4, persistent)
+        results.append((z, *row_pass_triton(Logits(z), targets, Logits(frozen), True, config)))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    assert LaunchConfig(1024, 4, persistent=True).programs(7, torch.device("cpu")) == 2
+    assert LaunchConfig(1024, 4).programs(7, torch.device("cpu")) == 7

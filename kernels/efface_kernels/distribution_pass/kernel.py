@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from efface_kernels.jit import LOWEST, accumulate, combine, load, power
+from efface_kernels.jit import LOWEST, accumulate, combine, group_sums, load, power
 
 
 @triton.jit
@@ -42,8 +42,9 @@ def _write(
     SOFTCAP: tl.constexpr,
     REFERENCE_SOFTCAP: tl.constexpr,
     ACC: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """Second sweep, one block: write p − q, return the terms of KL(q‖p) and of Σ q log q."""
+    """Second sweep, one block: write p − q, return each group's sums of KL(q‖p) and of Σ q log q."""
     z, slope, zr = _load_pair(Row, RefRow, offs_v, mask_v, place, SHIFT, SOFTCAP, REFERENCE_SOFTCAP, ACC)
     # The maximum goes first: a difference of logits is exact.
     log_p = (z - p_top) - p_log
@@ -58,7 +59,7 @@ def _write(
     # q log q → 0 as q → 0: a class that q excludes adds nothing, whatever p says of it. NaN is not 0.
     absent = q == 0
     log_q = tl.where(absent, 0.0, log_q)
-    return q * (log_q - tl.where(absent, 0.0, log_p)), q * log_q
+    return group_sums(q * (log_q - tl.where(absent, 0.0, log_p)), GROUP), group_sums(q * log_q, GROUP)
 
 
 # Targets are a slice of the batch's, which may begin anywhere.
@@ -79,7 +80,7 @@ def distribution_pass_kernel(
     REFERENCE_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """KL(q‖p) and the entropy of q of a row and, in Out if there is one, p − q. Out may be Logits, or over Reference."""
+    """KL(q‖p) and the entropy of q of a row and, if there is an Out, p − q: in Logits, over Reference, or elsewhere."""
     row = tl.program_id(0).to(tl.int64)  # n · V passes 2^31
     ACC: tl.constexpr = Divergence.dtype.element_ty
     GROUP: tl.constexpr = 128 // Logits.dtype.element_ty.primitive_bitwidth
@@ -110,12 +111,18 @@ def distribution_pass_kernel(
 
     divergence, negative = tl.zeros([BLOCK // GROUP], ACC), tl.zeros([BLOCK // GROUP], ACC)
     for start in range(0, whole, BLOCK):
-        kl, part = _write(Row, RefRow, OutRow, start + offs_v, None, place, p_row_top, q_row_top, p_log, q_log, SHIFT, SOFTCAP, REFERENCE_SOFTCAP, ACC)
-        divergence += tl.sum(tl.reshape(kl, [BLOCK // GROUP, GROUP]), 1)
-        negative += tl.sum(tl.reshape(part, [BLOCK // GROUP, GROUP]), 1)
+        kl, part = _write(
+            Row, RefRow, OutRow, start + offs_v, None, place, p_row_top, q_row_top, p_log, q_log,
+            SHIFT, SOFTCAP, REFERENCE_SOFTCAP, ACC, GROUP,
+        )  # fmt: skip
+        divergence += kl
+        negative += part
     if whole < v:
-        kl, part = _write(Row, RefRow, OutRow, at, at < v, place, p_row_top, q_row_top, p_log, q_log, SHIFT, SOFTCAP, REFERENCE_SOFTCAP, ACC)
-        divergence += tl.sum(tl.reshape(kl, [BLOCK // GROUP, GROUP]), 1)
-        negative += tl.sum(tl.reshape(part, [BLOCK // GROUP, GROUP]), 1)
+        kl, part = _write(
+            Row, RefRow, OutRow, at, at < v, place, p_row_top, q_row_top, p_log, q_log,
+            SHIFT, SOFTCAP, REFERENCE_SOFTCAP, ACC, GROUP,
+        )  # fmt: skip
+        divergence += kl
+        negative += part
     tl.store(Divergence + row, tl.sum(divergence, 0))
     tl.store(Entropy + row, -tl.sum(negative, 0))

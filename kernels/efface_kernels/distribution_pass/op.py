@@ -16,7 +16,7 @@ from efface_kernels.checks import (
 )
 from efface_kernels.distribution_pass.config import launch_config
 from efface_kernels.distribution_pass.reference import distribution_pass_torch
-from efface_kernels.logits import Logits, run_dense
+from efface_kernels.logits import Logits
 from efface_kernels.native import distribution_pass_native
 from efface_kernels.triton_launch import on_device, warp_size
 
@@ -76,34 +76,36 @@ def distribution_pass_triton(
         distribution_pass_kernel,
     )
 
-    values = logits.values
-    rows, vocabulary = values.shape
+    policy, frozen = logits.unit_stride().values, reference.unit_stride().values
     divergence, entropy = logits.row_vector(), logits.row_vector()
-    frozen = reference.unit_stride()
-
-    def run(dense: Logits) -> None:
-        if rows == 0:  # an empty grid is a launch error
-            return
-        config = launch_config(vocabulary, values.dtype, warp_size(values.device))
-        with on_device(values):
+    out = into
+    if into is logits.values:
+        out = policy
+    elif into is not None and into.stride(1) != 1:
+        out = into.contiguous()
+    rows, vocabulary = policy.shape
+    if rows:  # an empty grid is a launch error
+        config = launch_config(vocabulary, policy.dtype, frozen.dtype, warp_size(policy.device))
+        with on_device(policy):
             distribution_pass_kernel[(rows,)](
-                dense.values,
-                frozen.values,
+                policy,
+                frozen,
                 targets.contiguous(),
+                out,
                 divergence,
                 entropy,
-                dense.values.stride(0),
-                frozen.values.stride(0),
+                policy.stride(0),
+                frozen.stride(0),
+                0 if out is None else out.stride(0),
                 vocabulary,
                 SHIFT=float(shift),
-                SOFTCAP=dense.softcap or 0.0,
-                REFERENCE_SOFTCAP=frozen.softcap or 0.0,
-                GRADIENT=into is not None,
+                SOFTCAP=logits.softcap or 0.0,
+                REFERENCE_SOFTCAP=reference.softcap or 0.0,
                 BLOCK=config.block,
                 num_warps=config.num_warps,
             )
-
-    run_dense(logits, run, into=into)
+    if into is not None and out is not None and out is not into:
+        into.copy_(out)
     return divergence, entropy
 
 
