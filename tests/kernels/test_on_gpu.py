@@ -21,6 +21,10 @@ from efface_kernels import (
     linear_sequence_loss,
     row_pass,
 )
+from efface_kernels.logits import Logits
+from efface_kernels.memory import aligned
+from efface_kernels.row_pass.config import launch_config
+from efface_kernels.row_pass.op import row_pass_triton
 
 pytestmark = pytest.mark.gpu
 
@@ -112,6 +116,37 @@ def test_offsets_beyond_int32(op: str) -> None:
     whole, some = run(logits, slice(None)), run(alone, last)
     assert torch.equal(whole[last], some)
     assert torch.equal(logits[last], alone)
+
+
+@pytest.mark.parametrize("vocabulary", [7, 50257, 128256])
+def test_persistent_programs_equal_one_a_row(vocabulary: int) -> None:
+    rows = 2000  # many to a program, and a last turn for some
+    logits = (3 * torch.randn(rows, vocabulary)).bfloat16()
+    targets, frozen = torch.randint(vocabulary, (rows,)), logits[: rows // 2].clone()
+    results = []
+    for persistent in (False, True):
+        z = logits.clone()
+        config = launch_config(vocabulary, z.dtype, frozen.dtype, persistent=persistent)
+        results.append((z, *row_pass_triton(Logits(z), targets, Logits(frozen), True, config)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=torch.finfo(one.dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocabulary", [7, 2048, 50257, 128256])
+def test_p_over_the_references_logits_equals_p_elsewhere(vocabulary: int) -> None:
+    """Warps that run ahead must not overwrite what others have yet to read: every row, many times, the same bits."""
+    rows = 512
+    logits = torch.randn(rows, vocabulary)
+    frozen, targets = logits + torch.randn(rows, vocabulary) / 32, torch.randint(vocabulary, (rows,))
+    apart = torch.empty(rows, vocabulary, dtype=torch.bfloat16)
+    expected = distribution_pass(logits, frozen, targets, out=apart, backend="triton")
+    padded = aligned(rows, vocabulary, torch.float32, logits.device)
+    for _ in range(20):
+        over = padded.copy_(frozen).view(torch.bfloat16)[:, :vocabulary]
+        got = distribution_pass(logits, padded, targets, out=over, backend="triton")
+        assert torch.equal(over, apart)
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("rows", [65536, 70001])
