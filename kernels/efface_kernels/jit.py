@@ -55,7 +55,7 @@ def cap(z, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def load(Row, offs_v, mask_v, SOFTCAP: tl.constexpr, ACC: tl.constexpr, POLICY: tl.constexpr = ""):
+def load(Row, offs_v, mask_v, SOFTCAP: tl.constexpr, ACC: tl.constexpr, POLICY: tl.constexpr):
     """Return capped logits, −inf outside ``mask_v`` (None: all inside), and the cap's derivative."""
     if mask_v is None:
         z, slope = cap(tl.load(Row + offs_v, eviction_policy=POLICY).to(ACC), SOFTCAP)

@@ -19,8 +19,8 @@ def _load_pair(
     ACC: tl.constexpr,
 ):
     """Return z, the cap's derivative, and the reference's zr, lowered by SHIFT at the target's place."""
-    z, slope = load(Row, offs_v, mask_v, SOFTCAP, ACC)
-    zr, _ = load(RefRow, offs_v, mask_v, REFERENCE_SOFTCAP, ACC)
+    z, slope = load(Row, offs_v, mask_v, SOFTCAP, ACC, "")
+    zr, _ = load(RefRow, offs_v, mask_v, REFERENCE_SOFTCAP, ACC, "")
     if SHIFT != 0:
         zr = tl.where(offs_v == place, zr - SHIFT, zr)
     return z, slope, zr
