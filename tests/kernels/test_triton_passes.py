@@ -62,6 +62,69 @@ def test_no_further_from_fp64_than_torch(rows: int, vocabulary: int, dtype: torc
     assert rms(logits - gradient) <= 2 * rms(torch_gradient - gradient) + 2 * eps * rms(gradient)
 
 
+def distributions(logits: Tensor, reference: Tensor) -> tuple[Tensor, ...]:
+    """KL(q‖p), the entropy of q, and q, p of fp64 rows, written down once more."""
+    log_p, log_q = torch.log_softmax(logits.double(), 1), torch.log_softmax(reference.double(), 1)
+    q = log_q.exp()
+    return (q * (log_q - log_p)).nansum(1), torch.special.entr(q).sum(1), q, log_p.exp()
+
+
+@pytest.mark.parametrize("over", [False, True], ids=["in place", "over the reference"])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(0, 9), (1, 1), (3, 7), (2, 4097), (2, 50257), (2, 128256)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_distributions_no_further_from_fp64_than_torch(
+    rows: int, vocabulary: int, dtype: torch.dtype, over: bool
+) -> None:
+    """Near models, as in a run: p − q is a hundredth of p, and −inf pads both vocabularies."""
+    logits = torch.randn(rows, vocabulary).to(dtype) * 3
+    reference = (logits.double() + torch.randn(rows, vocabulary) / 64).to(dtype)
+    if vocabulary > 9:
+        logits[:, -7:] = reference[:, -7:] = float("-inf")
+        logits[:1, 5] = reference[:1, 5] = 40.0  # memorised: the others' q is e^-30
+    targets = torch.randint(vocabulary, (rows,))
+    divergence, entropy, q, p = distributions(logits, reference)
+    # A last place of q log q is what KL, and of p what p − q is known to.
+    golds = (divergence, entropy), (entropy, entropy), (p - q, p)
+    results = {}
+    for backend in ("torch", "triton"):
+        z, zr = logits.clone(), reference.clone()
+        out = zr if over else None
+        results[backend] = (*distribution_pass(z, zr, targets, out=out, backend=backend), zr if over else z)
+    for ours, eager, (exact, terms) in zip(results["triton"], results["torch"], golds, strict=True):
+        assert ours.isfinite().all()
+        eps, places = torch.finfo(ours.dtype).eps, 16 if dtype == torch.float64 else 2  # fp64's gold is no better
+        if rows:
+            assert rms(ours - exact) <= 2 * rms(eager - exact) + places * eps * rms(terms)
+
+
+@pytest.mark.parametrize("vocabulary", [7, 2048, 50257])
+def test_half_precision_over_fp32_logits(vocabulary: int) -> None:
+    """Entries of two bytes over those of four: a row of P ends where the middle of the reference's row was."""
+    logits, reference = torch.randn(2, 3, vocabulary)
+    targets, apart = torch.randint(vocabulary, (3,)), torch.empty(3, vocabulary).half()
+    expected = distribution_pass(logits, reference, targets, out=apart, backend="triton")
+    padded = torch.full((3, vocabulary + 5), torch.nan)[:, :vocabulary].copy_(reference)
+    over = padded.view(torch.float16)[:, :vocabulary]
+    got = distribution_pass(logits, padded, targets, out=over, backend="triton")
+    assert torch.equal(over, apart)
+    assert torch.equal(got.divergence, expected.divergence)
+    assert torch.equal(got.entropy, expected.entropy)
+
+
+@pytest.mark.parametrize("softcap", [3.0, 30.0])
+@pytest.mark.parametrize("scale", [0.3, 10.0, 200.0])
+def test_softcapped_logits_are_right_to_the_caps_last_place(scale: float, softcap: float) -> None:
+    """tanh by one exponential: digits near 0 are lost, absolute ones are not; saturated entries have no derivative."""
+    logits, targets = scale * torch.randn(3, 5003), torch.randint(5003, (3,))
+    z = logits.double().requires_grad_()
+    expected = torch.log_softmax(softcap * torch.tanh(z / softcap), 1).gather(1, targets[:, None])[:, 0]
+    (slope,) = torch.autograd.grad(-expected.sum(), z)
+    out = row_pass(logits, targets, softcap=softcap, backend="triton")
+    eps = torch.finfo(torch.float32).eps
+    assert (out.logprobs - expected).abs().max() <= 4 * eps * (softcap + expected.abs().max())
+    assert rms(logits - slope) <= 4 * eps * (1 + softcap) * rms(slope)
+
+
 def test_derivative_equals_finite_differences() -> None:
     z, targets, step = torch.randn(2, 5, dtype=torch.float64), torch.tensor([4, 0]), 1e-6
     derivative = z.clone()
