@@ -21,6 +21,7 @@ from efface_kernels import (
     linear_sequence_loss,
     row_pass,
 )
+from efface_kernels.linear_loss.workspace import budget
 
 pytestmark = pytest.mark.gpu
 
@@ -190,7 +191,7 @@ def test_a_captured_step_replays(n: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("hidden_size", [2048, 3072])
 def test_peak_memory_above_inputs_and_gradients(hidden_size: int) -> None:
-    """At most 1.2 GiB at V = 128256, N = 8192, with a live reference; the sum of dW in fp32 counts as the gradient."""
+    """The budget of logits, or the bf16 gradient beside its fp32 sum, which counts as the gradient."""
     n, v = 8192, 128256
     needs_memory(16 * GIB)
     problem = Problem(n, hidden_size, v)
@@ -204,7 +205,8 @@ def test_peak_memory_above_inputs_and_gradients(hidden_size: int) -> None:
     gradients = n * hidden_size * 2 + v * hidden_size * 4
     above = torch.cuda.max_memory_allocated() - before - gradients
     print(f"D {hidden_size}: {above / GIB:.3f} GiB above inputs and gradients")
-    assert above <= 1.2 * GIB
+    allowed = max(budget(problem.hidden.device), 2 * v * hidden_size)
+    assert above <= allowed + 0.2 * GIB
 
 
 def test_a_compiled_step() -> None:

@@ -16,7 +16,6 @@ from efface_kernels.linear_loss import logprob, sequence_loss
 from efface_kernels.linear_loss.head import Head, ReferenceRows
 from efface_kernels.linear_loss.loop import Wanted
 from efface_kernels.linear_loss.offsets import RowOffsets
-from efface_kernels.linear_loss.workspace import run_within_memory
 from efface_kernels.logits import accumulation_dtype
 from efface_kernels.memory import aligned
 from efface_kernels.sequence_loss import SequenceRule
@@ -68,9 +67,10 @@ def _linear_sequence_loss(
     options = sequence_loss.checked(call)
     wants = Wanted(*wanted)
     with torch.autocast(hidden.device.type, enabled=False):
-        output, coefficients, made = run_within_memory(
-            lambda rows: sequence_loss.compute(hidden, head, targets, options, wants, rows), chunk_rows, hidden, head
-        )
+        output, coefficients, made = sequence_loss.within_memory(
+            lambda rows: sequence_loss.compute(hidden, head, targets, options, wants, rows),
+            chunk_rows, hidden, head, options, wants,
+        )  # fmt: skip
     return (
         output.loss,
         output.terms,

@@ -165,7 +165,11 @@ def linear_distribution_loss(
             )
         return DistributionLossOutput(*output)
 
-    return run_within_memory(run, chunk_rows, hidden, head, logits=dtype)
+    def logits_bytes(rows: int) -> int:
+        return 2 * rows * head.vocabulary * dtype.itemsize
+
+    sums_weight = logits_bytes if wanted.weight else None
+    return run_within_memory(run, chunk_rows, hidden, head, logits=dtype, sums_weight=sums_weight)
 
 
 def _checked_reference(reference: ReferenceRows, hidden: Tensor, head: Head) -> ReferenceRows:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,11 +13,14 @@ from efface_kernels.linear_loss.chunks import Chunk, plan_rows, plan_sequences
 from efface_kernels.linear_loss.head import Head, ReferenceRows, wanted_of
 from efface_kernels.linear_loss.look import RowLook
 from efface_kernels.linear_loss.loop import Gradients, Wanted, graph_is_kept, run_loop
+from efface_kernels.linear_loss.models import Layout
 from efface_kernels.linear_loss.offsets import AnyOffsets, RowOffsets, checked_offsets
 from efface_kernels.linear_loss.sequences import Sequences
 from efface_kernels.linear_loss.workspace import run_within_memory
 from efface_kernels.sequence_loss import SequenceRule
 from efface_kernels.sequence_loss.op import function_terms, sequence_loss_torch, sequence_loss_triton
+
+T = TypeVar("T")
 
 # Sequences (s of them) -> their loss terms (s,); the loss is the sum of all terms.
 TermFunction = Callable[[Sequences], Tensor]
@@ -116,6 +119,17 @@ def compute(hidden: Tensor, head: Head, targets: Tensor, options: Options, wante
     coefficients, gradients = run_loop(hidden, head, look, chunks, wanted=wanted, rule=rule)
     output = SequenceLossOutput(rule.terms.sum(), rule.terms, rule.sums, rule.reference_sums, look.logprobs)
     return Computed(output, coefficients, gradients)
+
+
+def within_memory(
+    run: Callable[[int], T], chunk_rows: int | None, hidden: Tensor, head: Head, options: Options, wanted: Wanted
+) -> T:
+    """Return ``run`` of the rows of a chunk, see ``run_within_memory``."""
+
+    def logits_bytes(rows: int) -> int:
+        return Layout.of(rows, hidden, head, options.reference).nbytes(hidden, head, options.reference)
+
+    return run_within_memory(run, chunk_rows, hidden, head, sums_weight=logits_bytes if wanted.weight else None)
 
 
 class _LinearSequenceLoss(torch.autograd.Function):
@@ -219,7 +233,7 @@ def _eager(call: Call) -> SequenceLossOutput:
             )
         return SequenceLossOutput(*output)
 
-    return run_within_memory(run, call.chunk_rows, hidden, head)
+    return within_memory(run, call.chunk_rows, hidden, head, options, wanted)
 
 
 def _in_graph(call: Call, rule: SequenceRule) -> SequenceLossOutput:
