@@ -83,7 +83,8 @@ def test_no_gradient_is_formed_that_nobody_can_ask_for(
     assert not any(wanted.any for wanted in formed)
     assert not value.requires_grad
     loss = op(hidden, weight, targets, rows)
-    assert torch.equal(loss.detach(), value)
+    # pieces need not end with a sequence there: other shapes of a GEMM may be other bits
+    torch.testing.assert_close(loss.detach(), value, rtol=1e-6, atol=0)
     assert any(wanted.any for wanted in formed) or op is logprob  # which forms them in the backward call
 
 

@@ -22,6 +22,7 @@ from efface_kernels import (
     row_pass,
 )
 from efface_kernels.linear_loss.workspace import budget
+from efface_kernels.scale_pass import scale_pass
 
 pytestmark = pytest.mark.gpu
 
@@ -113,6 +114,16 @@ def test_offsets_beyond_int32(op: str) -> None:
     whole, some = run(logits, slice(None)), run(alone, last)
     assert torch.equal(whole[last], some)
     assert torch.equal(logits[last], alone)
+
+
+def test_a_gradient_of_more_than_int32_entries_is_scaled() -> None:
+    count = 2**31 + 2049
+    needs_memory(6 * GIB)
+    values = torch.ones(count, dtype=torch.bfloat16)
+    for factor in (1.0, 2.0):
+        out = scale_pass(values, torch.tensor(factor), dtype=values.dtype, keep=False, backend="triton")
+        assert out is values
+        assert values.min() == values.max() == factor
 
 
 @pytest.mark.parametrize("rows", [65536, 70001])

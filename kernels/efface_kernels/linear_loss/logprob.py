@@ -37,7 +37,7 @@ def forward(
         return out.logprobs, p
     chunks = plan_pieces(hidden.shape[0], options.chunk_rows)
     look = RowLook(hidden, head, targets, chunks, backend=options.backend)
-    run_loop(hidden, head, look, chunks, wanted=Wanted())
+    run_loop(hidden, head, look, chunks, wanted=Wanted(), backend=options.backend)
     return look.logprobs, None
 
 
@@ -47,15 +47,17 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return (dh, dW, db) for any upstream gradient (N,), from the p that was kept or from logits made again."""
     if p is not None:
-        gradients = Gradients(wanted, hidden, head, chunks=1)
+        gradients, factors = Gradients(wanted, hidden, head, chunks=1, backend=options.backend), -upstream
         gradients.add_hidden(slice(None), p)
         if wanted.head:
-            gradients.add_head(slice(None), p, upstream)
+            gradients.add_head(slice(None), p, factors)
     else:
         chunks = plan_pieces(hidden.shape[0], options.chunk_rows)
         look = RowLook(hidden, head, targets, chunks, backend=options.backend)
-        _, gradients = run_loop(hidden, head, look, chunks, wanted=wanted, rule=lambda chunk: upstream[chunk.rows])
-    return gradients.finish(upstream, keep=False)
+        factors, gradients = run_loop(
+            hidden, head, look, chunks, wanted=wanted, backend=options.backend, rule=lambda chunk: upstream[chunk.rows]
+        )
+    return gradients.finish(factors, keep=False)
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -161,7 +163,10 @@ def _in_graph(hidden: Tensor, head: Head, targets: Tensor, chunk_rows: int | Non
     return logprobs
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _of_device(device: torch.device, vocabulary: int, dtype: torch.dtype) -> tuple[int, bool]:
     """What a graph keeps of the device: the rows of a chunk, and whether it adds up dW through products."""
     return capacity(device, vocabulary, dtype.itemsize), not accumulates_in_float32(device, dtype)
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import the compiler, and Triton with it.
+_of_device._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001

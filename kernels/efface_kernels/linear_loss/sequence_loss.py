@@ -104,7 +104,7 @@ class Computed(NamedTuple):
     """What a forward call computes: its output, and what the backward call needs."""
 
     output: SequenceLossOutput
-    coefficients: Tensor  # (N,)
+    factors: Tensor  # (N,) −c
     gradients: Gradients
 
 
@@ -116,9 +116,9 @@ def compute(hidden: Tensor, head: Head, targets: Tensor, options: Options, wante
         chunks = plan_rows(len(options.row_offsets) - 1, hidden.shape[0], chunk_rows)
     look = RowLook(hidden, head, targets, chunks, reference=options.reference, backend=options.backend)
     rule = _Rule(options, look)
-    coefficients, gradients = run_loop(hidden, head, look, chunks, wanted=wanted, rule=rule)
+    factors, gradients = run_loop(hidden, head, look, chunks, wanted=wanted, backend=options.backend, rule=rule)
     output = SequenceLossOutput(rule.terms.sum(), rule.terms, rule.sums, rule.reference_sums, look.logprobs)
-    return Computed(output, coefficients, gradients)
+    return Computed(output, factors, gradients)
 
 
 def within_memory(
@@ -145,7 +145,7 @@ class _LinearSequenceLoss(torch.autograd.Function):
         chunk_rows: int,
     ) -> tuple[Tensor | None, ...]:
         head = Head(weight, bias, options.softcap)
-        output, ctx.coefficients, ctx.gradients = compute(hidden, head, targets, options, wanted, chunk_rows)
+        output, ctx.factors, ctx.gradients = compute(hidden, head, targets, options, wanted, chunk_rows)
         ctx.mark_non_differentiable(*(each for each in output[1:] if each is not None))
         ctx.set_materialize_grads(False)
         return tuple(output)
@@ -155,7 +155,7 @@ class _LinearSequenceLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 7
-        return (*ctx.gradients.finish(ctx.coefficients, upstream, keep=graph_is_kept()), *(None,) * 4)
+        return (*ctx.gradients.finish(ctx.factors, upstream, keep=graph_is_kept()), *(None,) * 4)
 
 
 def linear_sequence_loss(
