@@ -105,6 +105,24 @@ def test_a_shared_head_sees_both_models_in_one_gemm(case: Case, backend: str, mo
         torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "case", [*CASES, Case("reference for some", (3, 2, 4), reference_sequences=1, chunk_rows=4)], ids=str
+)
+def test_fresh_memory_full_of_nan_changes_nothing(case: Case, backend: str) -> None:
+    problem = oracle.make(case, torch.float32)
+    expected = run(case, problem, backend)
+    memory.release_workspaces()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills every torch.empty with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        got = run(case, problem, backend)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, two in zip(got, expected, strict=True):
+        assert torch.equal(one, two)
+
+
 def test_who_shares_a_workspace() -> None:
     assert not models.shares_workspace("cpu", 1 << 40, 512 << 20)
     assert not models.shares_workspace("cuda", 512 << 20, 512 << 20)

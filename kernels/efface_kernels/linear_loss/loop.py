@@ -182,12 +182,12 @@ def run_loop(
     backend: str,
     rule: CoefficientRule | None = None,
 ) -> tuple[Tensor, Gradients]:
-    """Run the loop over ``chunks`` of ``hidden`` (N, D); return −c (N,), zeros without a rule, and the gradient sums.
+    """Run the loop over ``chunks`` of ``hidden`` (N, D); return −c (N,), or anything without a rule, and the sums.
 
     One look at the logits is enough where the chunk is one piece, or where only dh is wanted, because P W needs no
     coefficient. A sequence of several pieces with a trainable head gets a second look once c is known.
     """
-    factors = torch.zeros(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
+    factors = torch.empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
     gradients = Gradients(wanted, hidden, head, sum(len(chunk.pieces) for chunk in chunks), backend)
     for chunk in chunks:
         one_look = len(chunk.pieces) == 1 or not wanted.head

@@ -75,10 +75,11 @@ class _Rule:
         self._offsets = options.device_offsets
         self._backend = options.backend
         sequences = len(options.row_offsets) - 1
-        self.terms, self.sums = look.logprobs.new_zeros(sequences), look.logprobs.new_zeros(sequences)
+        # Every sequence is in a chunk, which writes all of its entries.
+        self.terms, self.sums = look.logprobs.new_empty(sequences), look.logprobs.new_empty(sequences)
         self.reference_sums = options.reference_sums
         if options.reference is not None:
-            self.reference_sums = look.logprobs.new_zeros(sequences)
+            self.reference_sums = look.logprobs.new_empty(sequences)
 
     def __call__(self, chunk: Chunk) -> Tensor:
         logprobs, frozen = self._look.logprobs[chunk.rows], self._look.reference_logprobs
