@@ -1,4 +1,7 @@
-"""``python -m benchmarks SUITE``: a suite's tables, and its figures as JSON. ``report``: pages and plots of all."""
+"""``python -m benchmarks SUITE``: a suite's tables, and its figures as JSON. ``report``: pages and plots of all.
+
+``expected``: what a GPU is expected to show, computed.
+"""
 
 import argparse
 import importlib
@@ -27,6 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(dest="suite", required=True)
     commands.add_parser("report", description="Pages and plots of all results.")
+    commands.add_parser("expected", description="What a GPU is expected to show, computed and not measured.")
     cpu.add_arguments(commands.add_parser("cpu", description=cpu.__doc__))
     for name, module in SUITES.items():
         command = commands.add_parser(name)
@@ -40,6 +44,12 @@ def main() -> int:
     options = parser.parse_args()
     if options.suite == "cpu":
         return cpu.run(options, SUITES)
+    if options.suite == "expected":
+        expected = importlib.import_module("benchmarks.expected")
+        report = Report(None)
+        report.table("Computed, not measured; milliseconds", expected.HEADINGS, expected.table())
+        report.note(expected.assumptions())
+        return 0
     if options.suite == "report":
         importlib.import_module("benchmarks.publish").everything()
         return 0

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from benchmarks import expected
 from benchmarks.publish import tables
 from benchmarks.publish.results import Result, newest
 
@@ -105,8 +106,13 @@ _TITLES = {
 }
 
 
+_EXPECTED = """**Computed, not measured**, by `python -m benchmarks expected`, in milliseconds: the loss's GEMMs at one
+assumed rate, and the bytes that everything else moves at another, one after the other. "x GEMMs" is the sum against the
+GEMMs alone. Launches are those of a forward and a backward call, GEMMs included."""
+
+
 def page(found: Sequence[Result], drawn: Mapping[str, Sequence[str]]) -> str:
-    """Return docs/benchmarks.md: every file of results, its conditions, plots and tables."""
+    """Return docs/benchmarks.md: every file of results, its conditions, plots and tables; what a GPU is to show."""
     parts = [_TOP.format(faster=tables.FASTER)]
     if not any(result.on_gpu for result in found):
         parts.append("No figure of a GPU has been measured yet; `benchmarks/on_gpu.sh` measures them.")
@@ -116,4 +122,6 @@ def page(found: Sequence[Result], drawn: Mapping[str, Sequence[str]]) -> str:
         parts.append(f"## {title}, {device}, {result.machine['date']} ({result.file})\n\n{result.described}")
         parts += [f"![{name}](../benchmarks/results/plots/{name})" for name in drawn.get(result.file, ())]
         parts.append(tables.table(result))
+    parts += [f"## Expected on a GPU\n\n{_EXPECTED}\n{expected.assumptions()}"]
+    parts.append(tables.markdown(expected.HEADINGS, expected.table()))
     return "\n\n".join(parts) + "\n"

@@ -6,6 +6,8 @@ import threading
 import torch
 from torch import Tensor
 
+from efface_kernels.checks import HALVES
+
 # A fresh 64 MiB buffer costs 15 to 20 ms of page faults, a tenth of the GEMM that fills it. CUDA has a caching
 # allocator, the CPU has none. Larger buffers are not kept.
 _KEPT_BYTES = 256 << 20
@@ -76,7 +78,7 @@ def accumulates_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
     CUDA alone has it, since torch 2.8, and its first versions refused an fp32 matrix to add to.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or dtype not in HALVES:
         return False
     tiny, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
     try:

@@ -13,6 +13,8 @@ from efface_kernels.logits import Logits
 from efface_kernels.memory import aligned
 from efface_kernels.row_pass.op import row_pass_triton
 from efface_kernels.row_pass.reference import row_pass_torch
+from efface_kernels.scale_pass.op import scale_pass_triton
+from efface_kernels.scale_pass.reference import scale_pass_torch
 from efface_kernels.sequence_loss import Kind, SequenceRule, Term
 from efface_kernels.sequence_loss.op import sequence_loss_torch, sequence_loss_triton
 
@@ -98,6 +100,13 @@ def _results(device: torch.device, dtype: torch.dtype, vocabulary: int) -> Itera
     )
     yield "the sequence loss", triton.terms, plain.terms
     yield "the sequence loss's derivative", triton.coefficients, plain.coefficients
+
+    factor, wide = torch.tensor(1 / 3).to(device), random(_ROWS, torch.float32)
+    for name, values, keep in (("", wide, False), (" in place", wide.to(dtype), False), (" of a kept one", wide, True)):
+        triton_scaled, plain_scaled = (
+            run(values.clone(), factor, dtype, keep) for run in (scale_pass_triton, scale_pass_torch)
+        )
+        yield f"the scale pass{name}", triton_scaled, plain_scaled
 
     # As the loop's: fp32 logits whatever the dtype, and a derivative in half precision over the reference's.
     first, second = (random(_ROWS, torch.float32) for _ in range(2))

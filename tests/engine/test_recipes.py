@@ -299,8 +299,14 @@ def test_memory_adds_up_by_the_table() -> None:
     assert plain["weights"] == plain["gradients"] == 2 * count
     assert plain["optimizer states"] == 8 * count
     assert plain["reference model"] == plain["autocast copies"] == 0
-    assert plain["logits"] == 2092 * 128_256 * 2  # 512 MiB of them
-    assert plain["head gradient"] == 6 * head
+    assert plain["logits"] == 4096 * 128_256 * 2  # all of them in one chunk, which writes the gradient itself
+    assert plain["head gradient"] == 2 * head
+    longer = memory(sizes, RunShape(**{**shape, "token_budget": 4097}))
+    assert longer["logits"] == 2048 * 128_256 * 2
+    assert longer["head gradient"] == 6 * head
+    assert longer["logits"] + longer["head gradient"] >= plain["logits"] + plain["head gradient"]
+    h100 = memory(sizes, RunShape(**{**shape, "token_budget": 8192}, gpu_bytes=79 << 30, trained=1000))
+    assert h100["logits"] == 4096 * 128_256 * 2
     live = memory(sizes, RunShape(**shape, reference="live", distributions=True))
     assert live["reference model"] == 2 * count
     assert live["logits"] == 2048 * 128_256 * 4 * 2

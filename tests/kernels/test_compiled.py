@@ -17,6 +17,7 @@ from efface_kernels import (
     linear_logprob,
     linear_sequence_loss,
 )
+from efface_kernels.linear_loss import logprob, workspace
 
 BATCHES = ((3, 4, 5), (6, 2, 9, 4), (1, 7, 3, 3, 20), (2, 2))
 
@@ -101,6 +102,27 @@ def test_logprobs_compile_whole_and_once(compiler: str, chunk_rows: int | None) 
         if i == 1:
             graphs = counters["stats"]["unique_graphs"]
     assert counters["stats"]["unique_graphs"] == graphs == 2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_log_probabilities_of_one_chunk_keep_their_softmax(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled or not, up to the rows for which chunks would need no less memory: R + 2 D on the CPU, here 4 + 16."""
+    for module in (logprob, workspace):
+        monkeypatch.setattr(module, "capacity", lambda *_: 4)
+    planned = []
+    plan = logprob.plan_pieces
+    monkeypatch.setattr(logprob, "plan_pieces", lambda *given: planned.append(given) or plan(*given))
+    model = Model(torch.bfloat16)
+
+    def loss(x: Tensor, targets: Tensor) -> Tensor:
+        return linear_logprob(model.hidden(x), model.head.weight, targets, bias=model.head.bias).sum()
+
+    run = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+    for n, chunks in ((20, 0), (21, 2)):  # of the forward and of the backward call
+        planned.clear()
+        x, targets, _ = batch((n,), torch.bfloat16)
+        gradients(model, run(x, targets))
+        assert planned == [(n, 4)] * chunks
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)

@@ -1,5 +1,9 @@
 """Workspaces as a GPU has them, tried on the CPU: padded rows, one for both models, fp32 sums within the GEMM."""
 
+import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -101,10 +105,28 @@ def test_a_shared_head_sees_both_models_in_one_gemm(case: Case, backend: str, mo
         torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "case", [*CASES, Case("reference for some", (3, 2, 4), reference_sequences=1, chunk_rows=4)], ids=str
+)
+def test_fresh_memory_full_of_nan_changes_nothing(case: Case, backend: str) -> None:
+    problem = oracle.make(case, torch.float32)
+    expected = run(case, problem, backend)
+    memory.release_workspaces()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills every torch.empty with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        got = run(case, problem, backend)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, two in zip(got, expected, strict=True):
+        assert torch.equal(one, two)
+
+
 def test_who_shares_a_workspace() -> None:
-    assert not models.shares_workspace("cpu", 1 << 40)
-    assert not models.shares_workspace("cuda", 512 << 20)
-    assert models.shares_workspace("cuda", 1 << 30)
+    assert not models.shares_workspace("cpu", 1 << 40, 512 << 20)
+    assert not models.shares_workspace("cuda", 512 << 20, 512 << 20)
+    assert models.shares_workspace("cuda", 1 << 30, 512 << 20)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -143,29 +165,94 @@ def test_a_device_without_such_a_gemm_is_found_out(monkeypatch: pytest.MonkeyPat
     assert find_out(torch.device("cuda", 0), torch.bfloat16)
 
 
-def test_rows_are_halved_where_the_device_refuses_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workspace, "_known", {})
+    monkeypatch.setattr(workspace, "_refused", set())
+
+
+def refusing(limit: int, tried: list[int], n: int = 3000) -> Callable[[int], int]:
+    """What runs out of memory where it makes more than ``limit`` rows at once."""
+
+    def run(rows: int) -> int:
+        tried.append(rows)
+        if min(rows, n) > limit:
+            raise torch.OutOfMemoryError("no")
+        return rows
+
+    return run
+
+
+@pytest.mark.usefixtures("_nothing_known")
+def test_rows_are_halved_where_the_device_refuses_the_memory() -> None:
     hidden, head, tried = torch.zeros(3000, 1), Head(torch.zeros(1000, 1)), []
-
-    def refuse_beyond(limit: int) -> object:
-        def run(rows: int) -> int:
-            tried.append(rows)
-            if min(rows, 3000) > limit:
-                raise torch.OutOfMemoryError("no")
-            return rows
-
-        return run
-
-    assert workspace.run_within_memory(refuse_beyond(800), None, hidden, head) == 750
-    assert tried == [4096, 1500, 750]
-    assert workspace.run_within_memory(refuse_beyond(800), None, hidden, head) == 750  # remembered
+    assert workspace.run_within_memory(refusing(800, tried), None, hidden, head) == 512
+    assert tried == [4096, 1280, 512]
+    assert workspace.run_within_memory(refusing(800, tried), None, hidden, head) == 512  # remembered
     with pytest.raises(torch.OutOfMemoryError):
-        workspace.run_within_memory(refuse_beyond(100), None, hidden, head)
+        workspace.run_within_memory(refusing(100, tried), None, hidden, head)
     assert tried[-1] == 256
     tried.clear()
     with pytest.raises(torch.OutOfMemoryError):  # what was asked for is kept to
-        workspace.run_within_memory(refuse_beyond(800), 2000, hidden, head)
+        workspace.run_within_memory(refusing(800, tried), 2000, hidden, head)
     assert tried == [2000]
+
+
+@pytest.mark.usefixtures("_nothing_known")
+def test_all_rows_are_one_chunk_where_that_takes_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "capacity", lambda *_: 2048)
+
+    def rows(
+        n: int, d: int, dtype: torch.dtype = torch.bfloat16, given: int | None = None, *, sums: bool = True
+    ) -> int:
+        hidden, head = (
+            torch.empty(n, d, dtype=dtype, device="meta"),
+            Head(torch.empty(999, d, dtype=dtype, device="meta")),
+        )
+        logits_bytes = (lambda some: 2 * 999 * some) if sums else None
+        return workspace.run_within_memory(lambda some: some, given, hidden, head, sums_weight=logits_bytes)
+
+    assert rows(2048 + 2 * 64, 64) == 2176  # the device has no GEMM that adds in fp32, so there is a product
+    assert rows(2048 + 2 * 64 + 1, 64) == 2048
+    assert rows(100, 64) == 2048
+    assert rows(2100, 64, sums=False) == 2048  # a frozen head
+    assert rows(2100, 64, given=2048) == 2048
+    for dtype in (torch.float16, torch.float32, torch.float64):  # fp16: a single chunk's scale needs the fp32 sum too
+        assert rows(2100, 64, dtype) == 2048
+
+
+@pytest.mark.usefixtures("_nothing_known")
+def test_one_chunk_is_not_tried_again_where_it_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "default_chunk_rows", lambda *_: 2048)
+    hidden, head = torch.zeros(3000, 512, dtype=torch.bfloat16), Head(torch.zeros(999, 512, dtype=torch.bfloat16))
+    tried: list[int] = []
+
+    def logits_bytes(rows: int) -> int:
+        return 2 * 999 * rows
+
+    for expected in ([3000, 2048, 1024], [1024]):
+        tried.clear()
+        assert workspace.run_within_memory(refusing(1500, tried), None, hidden, head, sums_weight=logits_bytes) == 1024
+        assert tried == expected
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_the_layout_counts_what_the_loop_takes(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    lent, matrix = [], memory.Loan.matrix
+
+    def noted(*arguments: object) -> Tensor:
+        lent.append(matrix(*arguments))  # type: ignore[arg-type]
+        return lent[-1]
+
+    monkeypatch.setattr(memory.Loan, "matrix", noted)
+    for shares, same, m in itertools.product((False, True), (False, True), (0, 3, 8)):
+        lent.clear()
+        monkeypatch.setattr(models, "shares_workspace", lambda *_, shares=shares: shares)
+        hidden, head = torch.zeros(8, 4), Head(torch.zeros(11, 4))
+        frozen = ReferenceRows(torch.zeros(m, 4), head if same else Head(torch.zeros(13, 4))) if live else None
+        models.Models(hidden, head, frozen, 5, memory.Loan(), "torch")
+        layout = models.Layout.of(5, hidden, head, frozen)
+        assert layout.nbytes(hidden, head, frozen) == sum(each.nbytes for each in lent)
 
 
 def test_free_memory_is_the_drivers_and_the_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,11 +269,18 @@ def test_free_memory_is_the_drivers_and_the_allocators(monkeypatch: pytest.Monke
         def memory_allocated(_device: torch.device) -> int:
             return 20
 
+        @staticmethod
+        def get_device_properties(_device: torch.device) -> SimpleNamespace:
+            return SimpleNamespace(total_memory=1000)
+
     monkeypatch.setattr(torch, "get_device_module", lambda _: Module)
     assert workspace.free_bytes(torch.device("xpu")) == 130
-    assert workspace.free_bytes(torch.device("cpu")) is None
+    assert workspace.total_bytes(torch.device("xpu")) == 1000
+    assert workspace.free_bytes(torch.device("cpu")) is workspace.total_bytes(torch.device("cpu")) is None
+    assert workspace.budget(torch.device("cpu")) == 128 << 20
     monkeypatch.setattr(torch, "get_device_module", lambda _: object)
-    assert workspace.free_bytes(torch.device("mps")) is None
+    assert workspace.free_bytes(torch.device("mps")) is workspace.total_bytes(torch.device("mps")) is None
+    assert workspace.budget(torch.device("mps")) == 512 << 20
 
 
 def test_aligned_rows() -> None:

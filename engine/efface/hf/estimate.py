@@ -28,7 +28,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
 from efface.hf.packing import decoder_of
-from efface_kernels.linear_loss.chunks import default_chunk_rows
+from efface_kernels.linear_loss.chunks import default_chunk_rows, one_chunk_is_smaller
 
 _ATTENTION = "efface_counted"
 _TOKENS = 16
@@ -198,6 +198,7 @@ class RunShape:
         distributions: whether the loss compares whole distributions.
         token_budget: tokens of a micro-batch.
         chunk_rows: rows of logits alive at a time; None is the GPU's default.
+        gpu_bytes: all memory of the GPU, on which that default depends; None is that of a small one.
         checkpointing: whether layers are computed again in the backward pass.
     """
 
@@ -210,6 +211,7 @@ class RunShape:
     reference_8bit: bool = False
     distributions: bool = False
     chunk_rows: int | None = None
+    gpu_bytes: int | None = None
     checkpointing: bool = False
 
 
@@ -221,12 +223,13 @@ def memory(model: ModelSizes, run: RunShape) -> dict[str, int | None]:
     states = optimizer_bytes(run.optim, trained_bytes)
     computing = 2 if run.autocast else weight
     logit = 4 if run.distributions else computing
-    rows = min(run.chunk_rows or default_chunk_rows("cuda", model.vocabulary, logit), run.token_budget)
+    two = run.reference == "live" or run.distributions
+    logit_row = model.vocabulary * logit * (2 if two else 1)
+    rows = min(_chunk_rows(model, run, logit, logit_row), run.token_budget)
     several = run.token_budget > rows
     reference = 0.0
     if run.reference == "live":
         reference = (model.parameters - head) * 1.0 + head * weight if run.reference_8bit else model.parameters * weight
-    two = run.reference == "live" or run.distributions
     layers = model.layers * model.kept_by_layer
     if run.checkpointing:
         layers = model.layers * model.hidden * computing + model.kept_by_layer
@@ -236,11 +239,23 @@ def memory(model: ModelSizes, run: RunShape) -> dict[str, int | None]:
         "gradients": trained * trained_bytes,
         "optimizer states": None if states is None else trained * states,
         "reference model": reference,
-        "logits": rows * model.vocabulary * logit * (2 if two else 1),
+        "logits": rows * logit_row,
         "head gradient": _head_gradient(head, computing, several=several, run=run),
         "activations": run.token_budget * (model.kept_once + layers),
     }
     return {name: None if size is None else round(size) for name, size in items.items()}
+
+
+def _chunk_rows(model: ModelSizes, run: RunShape, logit: int, logit_row: int) -> int:
+    """Return the rows of a chunk, all of them where bf16 gradients of a trained head make that no larger."""
+    if run.chunk_rows is not None:
+        return run.chunk_rows
+    rows = default_chunk_rows("cuda", model.vocabulary, logit, total_bytes=run.gpu_bytes)
+    halves = run.autocast or run.dtype == torch.bfloat16
+    head = model.vocabulary, model.hidden
+    if run.trained is None and halves and one_chunk_is_smaller(run.token_budget, rows, head, logit_row.__mul__):
+        return run.token_budget
+    return rows
 
 
 def _head_gradient(head: int, computing: int, *, several: bool, run: RunShape) -> int:

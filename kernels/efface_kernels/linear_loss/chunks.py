@@ -1,17 +1,23 @@
 """The plan of the loop: which rows share a chunk of logits. Pure functions, testable without a device."""
 
-from bisect import bisect_right
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 # Chunks of few rows pay on CPUs in the sum of dW: each makes a (V, D) product and adds it in fp32. NPO with a live
 # reference in bf16, N = 1024, D = 1024, V = 32000, against the bare GEMMs (2 cores of an EPYC 9004, torch 2.13,
 # 2026-11-21): 1.05 in one chunk, 1.16 in two, 1.22 in four.
 _CPU_BYTES, _CPU_ROWS = 128 << 20, (256, 4096)
 # On GPUs the accumulation of dW is bound by memory below about 725 rows, and the launch cost by small chunks.
-_GPU_BYTES, _GPU_ROWS = 512 << 20, (2048, 16384)
+_GPU_BYTES, _GPU_ROWS = (512 << 20, 4 << 30), (2048, 16384)
+_GPU_SHARE = 64
 # Where memory is short: fewer rows would have the GEMMs wait for the weights.
 FEWEST_ROWS = 256
+# A GEMM's tiles have 128 rows (or 256), and a chunk costs all tiles that it begins: 2092 rows cost 17 of 128, and with
+# tiles of 128 x 256, dh at D = 2048 is then 136 of them on an H100's 132 multiprocessors, which is two waves; of 2048
+# rows it is 128, which is one (computed).
+_TILE, _CAPACITY_TILE = 128, 256
 
 
 @dataclass(frozen=True)
@@ -31,16 +37,63 @@ class Chunk:
         return slice(self.pieces[0][0], self.pieces[-1][1])
 
 
-def default_chunk_rows(device: str, vocabulary: int, itemsize: int, free_bytes: int | None = None) -> int:
-    """Return the rows of a chunk for a device type, V, the bytes of a logit, and the device's free memory if known.
+def logits_budget(device: str, total_bytes: int | None = None) -> int:
+    """Return the bytes of logits that may be alive, for a device type and all memory that the device has, if known.
 
-    Two workspaces of them, the policy's and a reference's, take half of the free memory at most.
+    On a GPU the largest power of two within a 64th of its memory, between 512 MiB and 4 GiB: 512 MiB of 40 GB, 1 GiB of
+    80 GB, 2 GiB of 141 GB. All of its memory, not what is free, because other chunks are other bits: a run that is
+    resumed finds the optimizer's states in memory when it first asks, and the run that was killed did not.
     """
-    budget, (low, high) = (_CPU_BYTES, _CPU_ROWS) if device == "cpu" else (_GPU_BYTES, _GPU_ROWS)
-    rows = min(max(budget // (vocabulary * itemsize), low), high)
-    if free_bytes is None:
-        return rows
-    return min(rows, max(free_bytes // (4 * vocabulary * itemsize), FEWEST_ROWS))
+    if device == "cpu":
+        return _CPU_BYTES
+    least, most = _GPU_BYTES
+    return min(max(least, 1 << max((total_bytes or 0) // _GPU_SHARE, 1).bit_length() - 1), most)
+
+
+def default_chunk_rows(
+    device: str, vocabulary: int, itemsize: int, free_bytes: int | None = None, total_bytes: int | None = None
+) -> int:
+    """Return the rows of a chunk: a multiple of 256, for V, the bytes of a logit, and the device's type and memory.
+
+    Two workspaces of them, the policy's and a reference's, take half of the free memory at most, and each has 256 rows
+    at least.
+    """
+    low, high = _CPU_ROWS if device == "cpu" else _GPU_ROWS
+    rows = min(max(logits_budget(device, total_bytes) // (vocabulary * itemsize), low), high)
+    if free_bytes is not None:
+        rows = min(rows, max(free_bytes // (4 * vocabulary * itemsize), FEWEST_ROWS))
+    return whole_tiles(rows)
+
+
+def whole_tiles(rows: int) -> int:
+    """Return ``rows`` rounded down to a multiple of 256 where it is at least that."""
+    return rows // _CAPACITY_TILE * _CAPACITY_TILE or rows
+
+
+def one_chunk_is_smaller(
+    rows: int, chunk_rows: int, head: tuple[int, int], logits_bytes: Callable[[int], int], *, product: bool = False
+) -> bool:
+    """Whether one chunk of all N rows needs no more memory than chunks of R = ``chunk_rows``, for a bf16 head (V, D).
+
+    The GEMM of a single chunk writes dW itself, in bf16. Those of several add it up in fp32::
+
+        one chunk        logits_bytes(N) + 2 V D
+        several chunks   logits_bytes(R) + 4 V D      (+ 2 V D where each makes a product that is then added)
+
+    With one workspace of bf16 logits, 2 V bytes a row, one chunk is no larger where N ≤ R + D; with two where
+    N ≤ R + D / 2, with two in fp32 where N ≤ R + D / 4; with a product where N exceeds R by twice as much. So the sum,
+    the accumulation and the cast of what was added up are spared at no cost.
+
+    Args:
+        rows: N.
+        chunk_rows: R.
+        head: (V, D).
+        logits_bytes: from the rows of a chunk to the bytes of all logits that are then alive.
+        product: whether a chunk's dW is made in a buffer of its own before it is added to the sum.
+    """
+    vocabulary, hidden_size = head
+    several = logits_bytes(min(chunk_rows, rows)) + (6 if product else 4) * vocabulary * hidden_size
+    return logits_bytes(rows) + 2 * vocabulary * hidden_size <= several
 
 
 def largest_piece(chunks: Sequence[Chunk]) -> int:
@@ -49,11 +102,39 @@ def largest_piece(chunks: Sequence[Chunk]) -> int:
 
 
 def _pieces(start: int, stop: int, chunk_rows: int) -> tuple[tuple[int, int], ...]:
-    return tuple((row, min(row + chunk_rows, stop)) for row in range(start, stop, chunk_rows))
+    """Cut the rows into as few pieces as ``chunk_rows`` allows: equal ones, rounded up to whole tiles."""
+    count = -(-(stop - start) // chunk_rows)
+    if count == 0:
+        return ()
+    rows = min(-(-(stop - start) // (count * _TILE)) * _TILE, chunk_rows)
+    return tuple((row, min(row + rows, stop)) for row in range(start, stop, rows))
+
+
+def _ends(starts: Sequence[int], capacity: int) -> list[int]:
+    """Return where each chunk ends, as an index into ``starts``, when chunks are filled one after the other."""
+    ends, first = [], 0
+    while first < len(starts) - 1:
+        # the last border within reach of the workspace ends the chunk; one sequence or pair at least
+        first = max(bisect_right(starts, starts[first] + capacity) - 1, first + 1)
+        ends.append(first)
+    return ends
+
+
+def _balanced(starts: Sequence[int], capacity: int) -> int:
+    """Return the smallest capacity, in whole tiles, that needs no more chunks: no small one is left over at the end.
+
+    A chunk of few rows has its GEMMs wait for the weights, and costs as many waves of tiles as a larger one.
+    """
+    count = len(_ends(starts, capacity))
+    lengths = [stop - start for start, stop in pairwise(starts)]
+    longest = max((length for length in lengths if length <= capacity), default=1)  # longer ones are chunks in any case
+    tiles = range(-(-longest // _TILE), capacity // _TILE + 1)
+    enough = bisect_left(tiles, True, key=lambda some: len(_ends(starts, some * _TILE)) <= count)
+    return tiles[enough] * _TILE if enough < len(tiles) else capacity
 
 
 def plan_sequences(row_offsets: Sequence[int], chunk_rows: int, pairs: int = 0) -> list[Chunk]:
-    """Return chunks of whole sequences, as many to a chunk as ``chunk_rows`` holds, in order.
+    """Return chunks of whole sequences in order, as few as ``chunk_rows`` allows, and about equally large.
 
     Args:
         row_offsets: (S + 1) ascending, from 0: the rows of each sequence.
@@ -63,15 +144,11 @@ def plan_sequences(row_offsets: Sequence[int], chunk_rows: int, pairs: int = 0) 
     # The sequences at which a chunk may begin, and S; the rows at which they begin, and N.
     borders = [*range(0, 2 * pairs, 2), *range(2 * pairs, len(row_offsets))]
     starts = [row_offsets[border] for border in borders]
-    chunks = []
-    first = 0
-    while first < len(borders) - 1:
-        # the last border within reach of the workspace ends the chunk; one sequence or pair at least
-        last = max(bisect_right(starts, starts[first] + chunk_rows) - 1, first + 1)
-        pieces = _pieces(starts[first], starts[last], chunk_rows)
-        chunks.append(Chunk(borders[first], borders[last], pieces))
-        first = last
-    return chunks
+    ends = _ends(starts, _balanced(starts, chunk_rows))
+    return [
+        Chunk(borders[first], borders[last], _pieces(starts[first], starts[last], chunk_rows))
+        for first, last in pairwise([0, *ends])
+    ]
 
 
 def plan_rows(sequences: int, rows: int, chunk_rows: int) -> list[Chunk]:

@@ -16,7 +16,6 @@ from efface_kernels.linear_loss import logprob, sequence_loss
 from efface_kernels.linear_loss.head import Head, ReferenceRows
 from efface_kernels.linear_loss.loop import Wanted
 from efface_kernels.linear_loss.offsets import RowOffsets
-from efface_kernels.linear_loss.workspace import run_within_memory
 from efface_kernels.logits import accumulation_dtype
 from efface_kernels.memory import aligned
 from efface_kernels.sequence_loss import SequenceRule
@@ -58,7 +57,10 @@ def _linear_sequence_loss(
     chunk_rows: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss; terms, sums, live reference sums, logprobs; coefficients, P W, dW, db."""
+    """Loss; terms, sums, live reference sums, logprobs; coefficients, P W, dW, db.
+
+    Inductor keeps compiled backward graphs on disk by the names of their ops: outputs must not change their meaning.
+    """
     head, rule = Head(weight, bias, softcap), SequenceRule(roles, table, tuple(kinds))
     offsets = row_offsets if device_offsets is None else RowOffsets(row_offsets, device_offsets)
     live = None
@@ -68,16 +70,17 @@ def _linear_sequence_loss(
     options = sequence_loss.checked(call)
     wants = Wanted(*wanted)
     with torch.autocast(hidden.device.type, enabled=False):
-        output, coefficients, made = run_within_memory(
-            lambda rows: sequence_loss.compute(hidden, head, targets, options, wants, rows), chunk_rows, hidden, head
-        )
+        output, factors, made = sequence_loss.within_memory(
+            lambda rows: sequence_loss.compute(hidden, head, targets, options, wants, rows),
+            chunk_rows, hidden, head, options, wants,
+        )  # fmt: skip
     return (
         output.loss,
         output.terms,
         output.sequence_logprobs,
         _present(output.reference_sums, live is not None, output.terms),
         output.logprobs,
-        coefficients,
+        -factors,
         _present(made.pw, wants.hidden, hidden),
         _present(made.weight, wants.weight, weight).to(_sum_dtype(weight.dtype)),
         _present(made.bias, wants.bias, weight if bias is None else bias).to(_sum_dtype(weight.dtype)),
@@ -119,9 +122,11 @@ def _scale_gradients(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None)
             raise RuntimeError("linear_sequence_loss: expected to be differentiated once; it has no second derivative")
         hidden_dtype, weight_dtype = ctx.dtypes
         made = (
+            # New tensors, as a graph has them; its compiler makes one kernel of each line.
             (pw * (-coefficients * upstream)[:, None]).to(hidden_dtype),
-            (dw * upstream).to(weight_dtype),
-            (db * upstream).to(weight_dtype),
+            # of no dimensions, it would be rounded to the dtype of dW first
+            (dw * upstream.reshape(1, 1)).to(weight_dtype),
+            (db * upstream.reshape(1)).to(weight_dtype),
         )
         gradients[:3] = [each if wanted else None for each, wanted in zip(made, ctx.wanted, strict=True)]
     return tuple(gradients)

@@ -65,12 +65,13 @@ class _LinearDistributionLoss(torch.autograd.Function):
             backend=options.backend,
         )
         weights = options.row_weights
-        ctx.coefficients, ctx.gradients = run_loop(
+        ctx.factors, ctx.gradients = run_loop(
             hidden,
             head,
             look,
             chunks,
             wanted=wanted,
+            backend=options.backend,
             rule=lambda chunk: -weights[chunk.rows] * look.peaks[chunk.rows],
         )
         ctx.mark_non_differentiable(look.divergence, look.entropy)
@@ -83,7 +84,7 @@ class _LinearDistributionLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 7
-        return (*ctx.gradients.finish(ctx.coefficients, upstream, keep=graph_is_kept()), *(None,) * 4)
+        return (*ctx.gradients.finish(ctx.factors, upstream, keep=graph_is_kept()), *(None,) * 4)
 
 
 def linear_distribution_loss(
@@ -165,7 +166,11 @@ def linear_distribution_loss(
             )
         return DistributionLossOutput(*output)
 
-    return run_within_memory(run, chunk_rows, hidden, head, logits=dtype)
+    def logits_bytes(rows: int) -> int:
+        return 2 * rows * head.vocabulary * dtype.itemsize
+
+    sums_weight = logits_bytes if wanted.weight else None
+    return run_within_memory(run, chunk_rows, hidden, head, logits=dtype, sums_weight=sums_weight)
 
 
 def _checked_reference(reference: ReferenceRows, hidden: Tensor, head: Head) -> ReferenceRows:

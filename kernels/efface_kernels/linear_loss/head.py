@@ -27,6 +27,11 @@ class Head:
         """V."""
         return self.weight.shape[0]
 
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.weight.shape[1]
+
     def check(self, hidden: Tensor, *, prefix: str = "") -> None:
         """Raise TypeError or ValueError unless ``hidden`` (N, D) can go through this head."""
         check_dtype(f"{prefix}hidden", hidden, FLOATS)

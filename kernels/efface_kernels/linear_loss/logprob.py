@@ -1,5 +1,6 @@
 """``linear_logprob``: log-probabilities of the targets, differentiable for any upstream gradient."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +9,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from efface_kernels.checks import check_same_device, check_targets, resolve_backend
-from efface_kernels.linear_loss.chunks import default_chunk_rows, plan_pieces
+from efface_kernels.linear_loss.chunks import plan_pieces
 from efface_kernels.linear_loss.head import Head, wanted_of
 from efface_kernels.linear_loss.look import RowLook
 from efface_kernels.linear_loss.loop import Gradients, Wanted, run_loop
-from efface_kernels.linear_loss.workspace import run_within_memory
-from efface_kernels.memory import aligned
+from efface_kernels.linear_loss.workspace import capacity, run_within_memory, takes_one_chunk
+from efface_kernels.memory import accumulates_in_float32, aligned
 from efface_kernels.row_pass import row_pass
 
 
@@ -36,7 +37,7 @@ def forward(
         return out.logprobs, p
     chunks = plan_pieces(hidden.shape[0], options.chunk_rows)
     look = RowLook(hidden, head, targets, chunks, backend=options.backend)
-    run_loop(hidden, head, look, chunks, wanted=Wanted())
+    run_loop(hidden, head, look, chunks, wanted=Wanted(), backend=options.backend)
     return look.logprobs, None
 
 
@@ -46,15 +47,17 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return (dh, dW, db) for any upstream gradient (N,), from the p that was kept or from logits made again."""
     if p is not None:
-        gradients = Gradients(wanted, hidden, head, chunks=1)
+        gradients, factors = Gradients(wanted, hidden, head, chunks=1, backend=options.backend), -upstream
         gradients.add_hidden(slice(None), p)
         if wanted.head:
-            gradients.add_head(slice(None), p, upstream)
+            gradients.add_head(slice(None), p, factors)
     else:
         chunks = plan_pieces(hidden.shape[0], options.chunk_rows)
         look = RowLook(hidden, head, targets, chunks, backend=options.backend)
-        _, gradients = run_loop(hidden, head, look, chunks, wanted=wanted, rule=lambda chunk: upstream[chunk.rows])
-    return gradients.finish(upstream, keep=False)
+        factors, gradients = run_loop(
+            hidden, head, look, chunks, wanted=wanted, backend=options.backend, rule=lambda chunk: upstream[chunk.rows]
+        )
+    return gradients.finish(factors, keep=False)
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -63,7 +66,7 @@ class _LinearLogprob(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options, wanted: Wanted
     ) -> Tensor:
         ctx.options, ctx.wanted = options, wanted
-        # One chunk: its softmax − onehot stays for the backward call, within the workspace.
+        # One chunk: its softmax − onehot stays for the backward call, where chunks would need no less memory.
         keep = wanted.any and 0 < hidden.shape[0] <= options.chunk_rows
         logprobs, p = forward(hidden, Head(weight, bias, options.softcap), targets, options, keep=keep)
         ctx.save_for_backward(hidden, weight, bias, targets, p)
@@ -96,8 +99,8 @@ def linear_logprob(
             logits = softcap * torch.tanh(logits / softcap)
         return torch.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]
 
-    Any function of the result may be differentiated. Up to ``chunk_rows`` rows the softmax is kept for the backward
-    call; beyond, logits are made again chunk by chunk. Where the loss is a sum over sequences,
+    Any function of the result may be differentiated. Where one chunk holds all rows, their softmax is kept for the
+    backward call; else logits are made again chunk by chunk. Where the loss is a sum over sequences,
     ``linear_sequence_loss`` needs one GEMM less.
 
     Args:
@@ -132,7 +135,8 @@ def linear_logprob(
             logprobs: Tensor = _LinearLogprob.apply(hidden, head.weight, head.bias, targets, options, wanted)  # type: ignore[no-untyped-call]
         return logprobs
 
-    return run_within_memory(run, chunk_rows, hidden, head)
+    sums_weight = _logits_bytes(head) if wanted.weight else None
+    return run_within_memory(run, chunk_rows, hidden, head, sums_weight=sums_weight)
 
 
 def check(hidden: Tensor, head: Head, targets: Tensor) -> None:
@@ -142,13 +146,27 @@ def check(hidden: Tensor, head: Head, targets: Tensor) -> None:
     check_same_device(hidden=hidden, targets=targets)
 
 
+def _logits_bytes(head: Head) -> Callable[[int], int]:
+    return lambda rows: rows * head.vocabulary * head.weight.element_size()
+
+
 def _in_graph(hidden: Tensor, head: Head, targets: Tensor, chunk_rows: int | None, backend: str) -> Tensor:
     """``linear_logprob`` while a model is compiled: one op, of ``compiled.py``, which checks its arguments."""
-    if chunk_rows is None:  # a compiled graph does not ask for free memory
-        chunk_rows = default_chunk_rows(hidden.device.type, head.vocabulary, hidden.element_size())
-    wanted = wanted_of(hidden, head)
-    keep = any(wanted) and hidden.shape[0] <= chunk_rows
+    wanted, rows, one_chunk = wanted_of(hidden, head), chunk_rows, False
+    if rows is None:
+        rows, product = _of_device(hidden.device, head.vocabulary, hidden.dtype)
+        one_chunk = wanted[1] and takes_one_chunk(hidden.shape[0], rows, head, _logits_bytes(head), product=product)
+    keep = any(wanted) and (one_chunk or hidden.shape[0] <= rows)
     logprobs: Tensor = torch.ops.efface.linear_logprob(
-        hidden, head.weight, head.bias, targets, head.softcap, wanted, keep, chunk_rows, backend
+        hidden, head.weight, head.bias, targets, head.softcap, wanted, keep, rows, backend
     )[0]
     return logprobs
+
+
+def _of_device(device: torch.device, vocabulary: int, dtype: torch.dtype) -> tuple[int, bool]:
+    """What a graph keeps of the device: the rows of a chunk, and whether it adds up dW through products."""
+    return capacity(device, vocabulary, dtype.itemsize), not accumulates_in_float32(device, dtype)
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import the compiler, and Triton with it.
+_of_device._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001

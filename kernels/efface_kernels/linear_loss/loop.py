@@ -16,6 +16,7 @@ from efface_kernels.linear_loss.chunks import Chunk
 from efface_kernels.linear_loss.head import Head
 from efface_kernels.logits import accumulation_dtype, power_of_two
 from efface_kernels.memory import accumulate_product
+from efface_kernels.scale_pass import scale_pass
 
 # chunk, all of whose rows the look has seen -> c (n,), with ∂loss/∂z = −c ⊙ P
 CoefficientRule = Callable[[Chunk], Tensor]
@@ -55,15 +56,16 @@ class Wanted:
 
 @dataclass
 class Gradients:
-    """Sums over the chunks. The row factor −c is kept apart from P W: it is applied once, in the backward call.
+    """Sums over the chunks. The row factor f = −c is kept apart from P W: it is applied once, in the backward call.
 
-    With ∂loss/∂z = −c ⊙ P:  dh = −c ⊙ (P W),  dW = Pᵀ (−c ⊙ h),  db = Pᵀ (−c).
+    With ∂loss/∂z = f ⊙ P:  dh = f ⊙ (P W),  dW = Pᵀ (f ⊙ h),  db = Pᵀ f.
     """
 
     wanted: Wanted
     hidden: Tensor
     head: Head
     chunks: int
+    backend: str
     spent: bool = field(init=False, default=False)  # handed over
     pw: Tensor | None = field(init=False, default=None)  # (N, D) P W
     weight: Tensor | None = field(init=False, default=None)  # (V, D)
@@ -80,18 +82,26 @@ class Gradients:
         if self.pw is not None:
             torch.mm(p, self.head.weight, out=self.pw[rows])
 
-    def add_head(self, rows: slice, p: Tensor, coefficients: Tensor) -> None:
-        """Add these rows to dW and db."""
+    def add_head(self, rows: slice, p: Tensor, factors: Tensor) -> None:
+        """Add these rows, whose f are given, to dW and db."""
         # NPO's coefficients of a well forgotten sequence fall under the smallest fp16: scale each chunk by a power
         # of two, exact, and take the scale back in the fp32 sum.
-        scale = power_of_two(coefficients) if p.dtype == torch.float16 else None
-        factor = -(coefficients if scale is None else coefficients / scale)[:, None]  # (n, 1)
+        scale = power_of_two(factors) if p.dtype == torch.float16 else None
+        if scale is not None:
+            factors = factors / scale
         if self.wanted.weight:
-            right = (self.hidden[rows] * factor).to(p.dtype)
+            right = self._times(self.hidden[rows], factors)
             self.weight, self._product = self._add(self.weight, p.t(), right, scale, self._product)
         if self.wanted.bias:
             total = None if self.bias is None else self.bias[:, None]
-            self.bias = self._add(total, p.t(), factor.to(p.dtype), scale, None)[0][:, 0]
+            self.bias = self._add(total, p.t(), factors[:, None].to(p.dtype), scale, None)[0][:, 0]
+
+    def _times(self, rows: Tensor, factors: Tensor, *, in_place: bool = False) -> Tensor:
+        """Return factors ⊙ rows, (n, D), in the rows' dtype; on a device in one launch, and ``in_place`` if so."""
+        if self.hidden.device.type == "cpu" and self.backend != "triton":
+            # (1024, 1024) bf16: 2.0 ms, against 2.5 ms in one call (Intel Xeon with AMX, torch 2.13, 2026-11-27)
+            return (rows * factors[:, None]).to(rows.dtype)
+        return torch.mul(rows, factors[:, None], out=rows if in_place else torch.empty_like(rows))
 
     def _add(
         self, total: Tensor | None, left: Tensor, right: Tensor, scale: Tensor | None, product: Tensor | None
@@ -105,20 +115,24 @@ class Gradients:
         return accumulate_product(total, left, right, scale, product)
 
     def finish(
-        self, coefficients: Tensor, upstream: Tensor | None = None, *, keep: bool = True
+        self, factors: Tensor, upstream: Tensor | None = None, *, keep: bool = True
     ) -> tuple[Tensor | None, ...]:
         """Return (dh, dW, db) in the dtypes of their inputs, scaled by the upstream scalar, without a device sync.
 
-        Unless they are to be kept for another backward call, dW and db are scaled in place and handed over.
+        Unless they are to be kept for another backward call, they are scaled in place where that can be, and handed
+        over.
         """
         if self.spent:
             raise RuntimeError(
                 "trying to run backward through this loss a second time: its gradients were handed over by the first; "
                 "give retain_graph=True to the first call"
             )
-        factor = -(coefficients if upstream is None else coefficients * upstream)[:, None]
+        dh, pw = None, self.pw
+        if pw is not None:
+            scaled = factors if upstream is None else factors * upstream
+            dh = self._times(pw, scaled, in_place=not keep)
         gradients = (
-            None if self.pw is None else (self.pw * factor).to(self.hidden.dtype),
+            dh,
             self._scaled(self.wanted.weight, self.weight, upstream, self.head.weight, keep=keep),
             self._scaled(self.wanted.bias, self.bias, upstream, self.head.bias, keep=keep),
         )
@@ -136,21 +150,16 @@ class Gradients:
         bias = None if self.head.bias is None else _outline(self.head.bias)
         self.head = Head(_outline(self.head.weight), bias, self.head.softcap)
 
-    @staticmethod
     def _scaled(
-        wanted: bool, total: Tensor | None, upstream: Tensor | None, like: Tensor | None, *, keep: bool
+        self, wanted: bool, total: Tensor | None, upstream: Tensor | None, like: Tensor | None, *, keep: bool
     ) -> Tensor | None:
         if not wanted or like is None:
             return None
         if total is None:  # no rows at all
             return torch.zeros_like(like)
-        # On the CPU reading a scalar is free; elsewhere it would wait for the device.
-        plain = upstream is None or (upstream.device.type == "cpu" and upstream.item() == 1)
-        if not plain and upstream is not None:
-            total = total * upstream if keep else total.mul_(upstream)
-        if total.dtype != like.dtype:
-            return total.to(like.dtype)
-        return total.clone() if keep and plain else total
+        if upstream is None:
+            return total.to(like.dtype, copy=keep)
+        return scale_pass(total, upstream, dtype=like.dtype, keep=keep, backend=self.backend)
 
 
 def graph_is_kept() -> bool:
@@ -164,15 +173,22 @@ def graph_is_kept() -> bool:
 
 @torch.no_grad()
 def run_loop(
-    hidden: Tensor, head: Head, look: Look, chunks: list[Chunk], *, wanted: Wanted, rule: CoefficientRule | None = None
+    hidden: Tensor,
+    head: Head,
+    look: Look,
+    chunks: list[Chunk],
+    *,
+    wanted: Wanted,
+    backend: str,
+    rule: CoefficientRule | None = None,
 ) -> tuple[Tensor, Gradients]:
-    """Run the loop over ``chunks`` of ``hidden`` (N, D); return c (N,), zeros without a rule, and the gradient sums.
+    """Run the loop over ``chunks`` of ``hidden`` (N, D); return −c (N,), or anything without a rule, and the sums.
 
     One look at the logits is enough where the chunk is one piece, or where only dh is wanted, because P W needs no
     coefficient. A sequence of several pieces with a trainable head gets a second look once c is known.
     """
-    coefficients = torch.zeros(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-    gradients = Gradients(wanted, hidden, head, sum(len(chunk.pieces) for chunk in chunks))
+    factors = torch.empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
+    gradients = Gradients(wanted, hidden, head, sum(len(chunk.pieces) for chunk in chunks), backend)
     for chunk in chunks:
         one_look = len(chunk.pieces) == 1 or not wanted.head
         p = hidden[:0]
@@ -183,20 +199,20 @@ def run_loop(
                 gradients.add_hidden(rows, p)
         if rule is None:
             continue
-        coefficients[chunk.rows] = rule(chunk)
+        torch.neg(rule(chunk), out=factors[chunk.rows])
         if not wanted.head:
             continue
         if one_look:
-            gradients.add_head(chunk.rows, p, coefficients[chunk.rows])
+            gradients.add_head(chunk.rows, p, factors[chunk.rows])
             continue
         for start, stop in chunk.pieces:
             rows = slice(start, stop)
             p = look(rows, gradient=True, again=True)
             gradients.add_hidden(rows, p)
-            gradients.add_head(rows, p, coefficients[rows])
+            gradients.add_head(rows, p, factors[rows])
     look.close()
     gradients.let_go()
-    return coefficients, gradients
+    return factors, gradients
 
 
 def _outline(values: Tensor) -> Tensor:

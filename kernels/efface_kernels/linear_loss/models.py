@@ -1,23 +1,24 @@
 """The logits of some rows of a batch: the policy's, and a live reference's, in memory that all rows reuse."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from efface_kernels.linear_loss.head import Head, ReferenceRows
+from efface_kernels.linear_loss.workspace import budget
 from efface_kernels.logits import accumulation_dtype
 from efface_kernels.memory import Loan
 from efface_kernels.row_pass import row_pass
 
-_BOTH_BYTES = 512 << 20
 
-
-def shares_workspace(device: str, both_bytes: int) -> bool:
+def shares_workspace(device: str, both_bytes: int, budget_bytes: int) -> bool:
     """Whether both models' logits, which take ``both_bytes``, are made in one workspace, one after the other.
 
-    On a GPU, beyond 512 MiB: one launch more, and half the memory. Below, one launch reads both. On the CPU both stay
-    alive, where the passes read them in turn anyway and a large workspace is kept.
+    On a GPU, beyond the budget of logits that may be alive: one launch more, and half the memory. Within it, one launch
+    reads both. On the CPU both stay alive, where the passes read them in turn anyway and a large workspace is kept.
     """
-    return device != "cpu" and both_bytes > _BOTH_BYTES
+    return device != "cpu" and both_bytes > budget_bytes
 
 
 def same_layer(one: Head, other: Head) -> bool:
@@ -34,6 +35,43 @@ def same_layer(one: Head, other: Head) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The workspaces in which the logits of a chunk are made.
+
+    Attributes:
+        rows: of the policy's.
+        frozen_rows: of the reference's own; 0 where it has none, because it comes first or shares the policy's GEMM.
+        together: whether one GEMM makes both models' logits, of their own rows each, in the policy's.
+    """
+
+    rows: int
+    frozen_rows: int = 0
+    together: bool = False
+
+    @classmethod
+    def of(cls, rows: int, hidden: Tensor, head: Head, reference: ReferenceRows | None) -> "Layout":
+        """Return it for chunks of at most ``rows`` of ``hidden``."""
+        if reference is None:
+            return cls(rows)
+        frozen = min(rows, reference.hidden.shape[0])
+        like, columns, dtype = reference.hidden.dtype, reference.head.vocabulary, hidden.dtype
+        both = cls(rows, frozen).nbytes(hidden, head, reference)
+        device = hidden.device
+        if (columns, like) == (head.vocabulary, dtype) and shares_workspace(device.type, both, budget(device)):
+            return cls(rows)
+        if like == dtype and same_layer(head, reference.head):
+            return cls(rows + frozen, together=True)
+        return cls(rows, frozen)
+
+    def nbytes(self, hidden: Tensor, head: Head, reference: ReferenceRows | None) -> int:
+        """Return the bytes of all of them."""
+        own = self.rows * head.vocabulary * hidden.element_size()
+        if reference is None:
+            return own
+        return own + self.frozen_rows * reference.head.vocabulary * reference.hidden.element_size()
+
+
 class Models:
     """The policy, and maybe a live reference for the first M rows, whose log-probabilities it keeps.
 
@@ -45,22 +83,16 @@ class Models:
         self, hidden: Tensor, head: Head, reference: ReferenceRows | None, largest: int, loan: Loan, backend: str
     ) -> None:
         self._hidden, self._head, self._reference, self._backend = hidden, head, reference, backend
-        self._frozen_workspace: Tensor | None = None
-        self._together = False
         self.reference_logprobs: Tensor | None = None
-        rows, device, dtype = largest, hidden.device, hidden.dtype
+        self._frozen_workspace: Tensor | None = None
+        layout, device = Layout.of(largest, hidden, head, reference), hidden.device
+        self._together = layout.together
         if reference is not None:
-            m, like = reference.hidden.shape[0], reference.hidden.dtype
-            self.reference_logprobs = torch.empty(m, dtype=accumulation_dtype(dtype), device=device)
-            frozen_rows, columns = min(largest, m), reference.head.vocabulary
-            both = largest * head.vocabulary * dtype.itemsize + frozen_rows * columns * like.itemsize
-            in_turn = (columns, like) == (head.vocabulary, dtype) and shares_workspace(device.type, both)
-            self._together = not in_turn and like == dtype and same_layer(head, reference.head)
-            if self._together:
-                rows += frozen_rows
-            elif not in_turn:
-                self._frozen_workspace = loan.matrix(frozen_rows, columns, like, device)
-        self._workspace = loan.matrix(rows, head.vocabulary, dtype, device)
+            m, columns, like = reference.hidden.shape[0], reference.head.vocabulary, reference.hidden.dtype
+            self.reference_logprobs = torch.empty(m, dtype=accumulation_dtype(hidden.dtype), device=device)
+            if layout.frozen_rows:
+                self._frozen_workspace = loan.matrix(layout.frozen_rows, columns, like, device)
+        self._workspace = loan.matrix(layout.rows, head.vocabulary, hidden.dtype, device)
 
     def policy(self, rows: slice) -> Tensor:
         """Return the policy's logits alone."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,11 +13,14 @@ from efface_kernels.linear_loss.chunks import Chunk, plan_rows, plan_sequences
 from efface_kernels.linear_loss.head import Head, ReferenceRows, wanted_of
 from efface_kernels.linear_loss.look import RowLook
 from efface_kernels.linear_loss.loop import Gradients, Wanted, graph_is_kept, run_loop
+from efface_kernels.linear_loss.models import Layout
 from efface_kernels.linear_loss.offsets import AnyOffsets, RowOffsets, checked_offsets
 from efface_kernels.linear_loss.sequences import Sequences
 from efface_kernels.linear_loss.workspace import run_within_memory
 from efface_kernels.sequence_loss import SequenceRule
 from efface_kernels.sequence_loss.op import function_terms, sequence_loss_torch, sequence_loss_triton
+
+T = TypeVar("T")
 
 # Sequences (s of them) -> their loss terms (s,); the loss is the sum of all terms.
 TermFunction = Callable[[Sequences], Tensor]
@@ -72,10 +75,11 @@ class _Rule:
         self._offsets = options.device_offsets
         self._backend = options.backend
         sequences = len(options.row_offsets) - 1
-        self.terms, self.sums = look.logprobs.new_zeros(sequences), look.logprobs.new_zeros(sequences)
+        # Every sequence is in a chunk, which writes all of its entries.
+        self.terms, self.sums = look.logprobs.new_empty(sequences), look.logprobs.new_empty(sequences)
         self.reference_sums = options.reference_sums
         if options.reference is not None:
-            self.reference_sums = look.logprobs.new_zeros(sequences)
+            self.reference_sums = look.logprobs.new_empty(sequences)
 
     def __call__(self, chunk: Chunk) -> Tensor:
         logprobs, frozen = self._look.logprobs[chunk.rows], self._look.reference_logprobs
@@ -101,7 +105,7 @@ class Computed(NamedTuple):
     """What a forward call computes: its output, and what the backward call needs."""
 
     output: SequenceLossOutput
-    coefficients: Tensor  # (N,)
+    factors: Tensor  # (N,) −c
     gradients: Gradients
 
 
@@ -113,9 +117,20 @@ def compute(hidden: Tensor, head: Head, targets: Tensor, options: Options, wante
         chunks = plan_rows(len(options.row_offsets) - 1, hidden.shape[0], chunk_rows)
     look = RowLook(hidden, head, targets, chunks, reference=options.reference, backend=options.backend)
     rule = _Rule(options, look)
-    coefficients, gradients = run_loop(hidden, head, look, chunks, wanted=wanted, rule=rule)
+    factors, gradients = run_loop(hidden, head, look, chunks, wanted=wanted, backend=options.backend, rule=rule)
     output = SequenceLossOutput(rule.terms.sum(), rule.terms, rule.sums, rule.reference_sums, look.logprobs)
-    return Computed(output, coefficients, gradients)
+    return Computed(output, factors, gradients)
+
+
+def within_memory(
+    run: Callable[[int], T], chunk_rows: int | None, hidden: Tensor, head: Head, options: Options, wanted: Wanted
+) -> T:
+    """Return ``run`` of the rows of a chunk, see ``run_within_memory``."""
+
+    def logits_bytes(rows: int) -> int:
+        return Layout.of(rows, hidden, head, options.reference).nbytes(hidden, head, options.reference)
+
+    return run_within_memory(run, chunk_rows, hidden, head, sums_weight=logits_bytes if wanted.weight else None)
 
 
 class _LinearSequenceLoss(torch.autograd.Function):
@@ -131,7 +146,7 @@ class _LinearSequenceLoss(torch.autograd.Function):
         chunk_rows: int,
     ) -> tuple[Tensor | None, ...]:
         head = Head(weight, bias, options.softcap)
-        output, ctx.coefficients, ctx.gradients = compute(hidden, head, targets, options, wanted, chunk_rows)
+        output, ctx.factors, ctx.gradients = compute(hidden, head, targets, options, wanted, chunk_rows)
         ctx.mark_non_differentiable(*(each for each in output[1:] if each is not None))
         ctx.set_materialize_grads(False)
         return tuple(output)
@@ -141,7 +156,7 @@ class _LinearSequenceLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 7
-        return (*ctx.gradients.finish(ctx.coefficients, upstream, keep=graph_is_kept()), *(None,) * 4)
+        return (*ctx.gradients.finish(ctx.factors, upstream, keep=graph_is_kept()), *(None,) * 4)
 
 
 def linear_sequence_loss(
@@ -219,7 +234,7 @@ def _eager(call: Call) -> SequenceLossOutput:
             )
         return SequenceLossOutput(*output)
 
-    return run_within_memory(run, call.chunk_rows, hidden, head)
+    return within_memory(run, call.chunk_rows, hidden, head, options, wanted)
 
 
 def _in_graph(call: Call, rule: SequenceRule) -> SequenceLossOutput:

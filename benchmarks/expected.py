@@ -1,0 +1,174 @@
+"""What a GPU is expected to show, computed from shapes: ``python -m benchmarks expected``. Nothing here was measured.
+
+One forward and backward call of ``linear_sequence_loss`` with NPO in bf16, on the Triton backend, with the chunks that
+the card's memory gives it. The GEMMs run at an assumed rate. All other work moves bytes at an assumed rate, and nothing
+overlaps: what a cache keeps between two reads is not taken off. Left out are what instructions take beyond the bytes,
+and what a GEMM loses where its tiles do not fill the last wave. Launches cost no time here: small batches wait for them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from efface_kernels.linear_loss.chunks import (
+    Chunk,
+    default_chunk_rows,
+    largest_piece,
+    logits_budget,
+    one_chunk_is_smaller,
+    plan_rows,
+    plan_sequences,
+)
+from efface_kernels.linear_loss.models import shares_workspace
+
+MODES = ("live", "cached", "frozen, cached")
+HALF, SINGLE = 2, 4  # bytes of a bf16 and of an fp32 number
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is assumed of a GPU."""
+
+    name: str
+    tflops: float  # of a large bf16 GEMM, as cuBLAS reaches it
+    terabytes: float  # a second
+    memory: int
+
+    def milliseconds(self, flop: float = 0.0, moved: float = 0.0) -> float:
+        """Return the time of so many operations and so many bytes, one after the other."""
+        return 1e3 * (flop / (1e12 * self.tflops) + moved / (1e12 * self.terabytes))
+
+
+CARDS = (Card("H100", 750.0, 3.0, 79 << 30), Card("H200", 780.0, 4.3, 139 << 30))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch of N label rows in sequences of equal length, and a head (V, D)."""
+
+    name: str
+    hidden_size: int
+    vocabulary: int
+    rows: int = 8192
+    length: int = 32
+
+
+SHAPES = (
+    Shape("Llama-3.2-1B", 2048, 128256),
+    Shape("Llama-3.2-3B", 3072, 128256),
+    Shape("Llama-2-7B", 4096, 32000),
+    Shape("Phi-1.5", 2048, 51200),
+)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one call does.
+
+    Attributes:
+        chunks: (n,) the rows of each piece of logits.
+        gemms: their number.
+        flop: theirs.
+        moved: bytes of what is not a GEMM's operand or result, by what moves them.
+        launches: kernels of the forward and the backward call, by what launches them.
+    """
+
+    chunks: tuple[int, ...]
+    gemms: int
+    flop: float
+    moved: dict[str, int]
+    launches: dict[str, int]
+
+
+def plan(shape: Shape, mode: str, card_memory: int | None, chunk_rows: int | None = None) -> tuple[list[Chunk], bool]:
+    """Return the chunks that the call makes, and whether both models' logits share a workspace in turn."""
+    n, d, v = shape.rows, shape.hidden_size, shape.vocabulary
+    budget = logits_budget("cuda", card_memory)
+
+    def in_turn(rows: int) -> bool:
+        return mode == "live" and shares_workspace("cuda", 2 * rows * v * HALF, budget)
+
+    def logits_bytes(rows: int) -> int:
+        return rows * v * HALF * (2 if mode == "live" and not in_turn(rows) else 1)
+
+    rows = chunk_rows or default_chunk_rows("cuda", v, HALF, total_bytes=card_memory)
+    trained = mode != "frozen, cached"
+    if chunk_rows is None and trained and n > rows and one_chunk_is_smaller(n, rows, (v, d), logits_bytes):
+        rows = n
+    offsets = [*range(0, n, shape.length), n]
+    chunks = plan_sequences(offsets, rows) if trained else plan_rows(len(offsets) - 1, n, rows)
+    return chunks, in_turn(largest_piece(chunks))
+
+
+def expected(shape: Shape, mode: str, card_memory: int | None, chunk_rows: int | None = None) -> Expected:
+    """Return it for one of ``MODES``: a live reference, a cached one, a cached one and a frozen head."""
+    chunks, in_turn = plan(shape, mode, card_memory, chunk_rows)
+    n, d, v = shape.rows, shape.hidden_size, shape.vocabulary
+    pieces = [stop - start for chunk in chunks for start, stop in chunk.pieces]
+    live, trained, count = mode == "live", mode != "frozen, cached", len(pieces)
+    gemms = 2 + live + trained  # Z and P W; Z of the reference; dW
+    logits = n * v * HALF
+    moved = {
+        # Two sweeps, the second of which writes. A row of 128256 bf16 logits is 250 KiB, and about a thousand of them
+        # are in flight at a time: more than a cache holds, so both sweeps read memory.
+        "row pass": 3 * logits,
+        "reference row pass": logits if live else 0,
+        # What the GEMM that adds to dW moves beyond a bf16 result: the fp32 sum, written by the first chunk, read and
+        # written by the others.
+        "sum of dW": (2 * count - 1) * v * d * SINGLE - count * v * d * HALF if trained and count > 1 else 0,
+        # From the fp32 sum to bf16; the gradient of one chunk is not touched where the upstream scalar is 1.
+        "finish of dW": v * d * (SINGLE + HALF) if trained and count > 1 else 0,
+        "finish of dh": 2 * n * d * HALF,
+        "f h": 2 * n * d * HALF if trained else 0,
+    }
+    launches = {
+        "GEMM": gemms * count,
+        "row pass": count * (2 if in_turn else 1),
+        "keep log-probabilities": count * (2 if live else 1),  # of a piece, among those of the batch
+        "sequence loss": len(chunks),
+        "f = -c": len(chunks),
+        "f h": count if trained else 0,
+        "loss": 1,  # the sum of the terms
+        "finish of dh": 2,  # f times the upstream scalar, and P W times that
+        "finish of dW": 1 if trained else 0,
+    }
+    return Expected(tuple(pieces), gemms * count, gemms * 2.0 * n * d * v, moved, launches)
+
+
+HEADINGS = (
+    "card, head, reference",
+    "chunks",
+    "GEMMs, ms",
+    "row passes",
+    "sum of dW",
+    "finish",
+    "other",
+    "sum",
+    "x GEMMs",
+    "launches",
+)
+
+
+def table(cards: Sequence[Card] = CARDS, shapes: Sequence[Shape] = SHAPES) -> list[list[str]]:
+    """Return the rows of cells under ``HEADINGS``, in milliseconds."""
+    cells = []
+    for card in cards:
+        for shape in shapes:
+            for mode in MODES:
+                found = expected(shape, mode, card.memory)
+                gemms = card.milliseconds(flop=found.flop)
+                ms = {name: card.milliseconds(moved=moved) for name, moved in found.moved.items()}
+                passes, finish = ms["row pass"] + ms["reference row pass"], ms["finish of dW"] + ms["finish of dh"]
+                parts = [gemms, passes, ms["sum of dW"], finish, ms["f h"]]
+                chunks = f"{len(found.chunks)} of {max(found.chunks)}"
+                size = f"{card.name}, {shape.hidden_size} x {shape.vocabulary}, {mode}"
+                figures = [f"{part:.2f}" for part in (*parts, sum(parts))]
+                cells.append([size, chunks, *figures, f"{sum(parts) / gemms:.2f}", str(sum(found.launches.values()))])
+    return cells
+
+
+def assumptions() -> str:
+    """Return what the table stands on."""
+    cards = "; ".join(
+        f"{card.name}: {card.tflops:.0f} TFLOP/s, {card.terabytes:g} TB/s, {card.memory >> 30} GiB" for card in CARDS
+    )
+    return f"N = {SHAPES[0].rows} label rows in sequences of {SHAPES[0].length}, bf16, NPO, upstream scalar 1. {cards}."

@@ -1,0 +1,80 @@
+"""The scale pass: rounded once, in place or not, and nothing moved where the factor is 1."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from efface_kernels import triton_launch
+from efface_kernels.scale_pass import config, scale_pass
+
+# NumPy warns of ∞ times the lanes that the interpreted kernel then leaves out
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def factor_of(values: Tensor, factor: float) -> Tensor:
+    return torch.tensor(factor, dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (7,), (2048,), (2, 2048), (3, 1025), (0, 5), (50257,)], ids=str)
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("factor", [1.0, 1 / 3, 0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_it_equals_a_product(
+    backend: str, dtype: torch.dtype, factor: float, keep: bool, shape: tuple[int, ...]
+) -> None:
+    values = torch.randn(shape).to(dtype)
+    given, scalar = values.clone(), factor_of(values, factor)
+    out = scale_pass(given, scalar, dtype=dtype, keep=keep, backend=backend)
+    # half precision: the product in fp32 and one rounding, not that of a factor that was rounded before
+    expected = (values.to(scalar.dtype) * scalar).to(dtype)
+    torch.testing.assert_close(out, expected, rtol=torch.finfo(dtype).eps if factor != 1 else 0, atol=0, equal_nan=True)
+    assert (out is given) == (not keep)
+    if keep:
+        assert torch.equal(given, values)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("factor", [1.0, 1 / 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_sum_in_fp32_is_rounded_once(backend: str, dtype: torch.dtype, factor: float, keep: bool) -> None:
+    values = torch.randn(3, 2049)
+    out = scale_pass(values.clone(), factor_of(values, factor), dtype=dtype, keep=keep, backend=backend)
+    assert torch.equal(out, (values * factor_of(values, factor)).to(dtype))
+
+
+@pytest.mark.parametrize("strided", [torch.randn(6, 4).T, torch.randn(6, 4)[:, 0]], ids=["transposed", "column"])
+def test_any_strides(backend: str, strided: Tensor) -> None:
+    values = strided.to(torch.get_default_device())
+    out = scale_pass(values.clone(), factor_of(values, 3.0), dtype=torch.float32, keep=False, backend=backend)
+    torch.testing.assert_close(out, 3 * values)
+
+
+def test_nothing_is_moved_where_the_factor_is_one(triton_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither read nor written: what another writes into the memory meanwhile would stay."""
+    pytest.importorskip("triton")
+    if not triton_launch.INTERPRETED:
+        pytest.skip("counts the interpreter's accesses")
+    from triton.runtime import interpreter
+
+    stores, create = [], interpreter.InterpreterBuilder.create_masked_store
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder, "create_masked_store", lambda *given: stores.append(1) or create(*given)
+    )
+    values = torch.randn(5000)
+    for factor, keep, moved in ((1.0, False, False), (2.0, False, True), (1.0, True, True)):
+        stores.clear()
+        scale_pass(values, factor_of(values, factor), dtype=torch.float32, keep=keep, backend=triton_backend)
+        assert bool(stores) == moved
+
+
+def test_more_entries_than_programs_take_in_one_step(triton_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "_PROGRAMS", 3)
+    values = torch.randn(2048 * 10 + 17)
+    out = scale_pass(values.clone(), factor_of(values, 2.0), dtype=torch.float32, keep=False, backend=triton_backend)
+    assert torch.equal(out, 2 * values)
+
+
+def test_programs() -> None:
+    assert [config.programs(count) for count in (1, 2048, 2049, 128256 * 2048)] == [1, 1, 2, 1056]
