@@ -20,6 +20,8 @@ from efface_kernels.distribution_pass.config import launch_config as distributio
 from efface_kernels.distribution_pass.kernel import distribution_pass_kernel
 from efface_kernels.row_pass.config import launch_config as row_config
 from efface_kernels.row_pass.kernel import row_pass_kernel
+from efface_kernels.scale_pass.config import LAUNCH as SCALE_LAUNCH
+from efface_kernels.scale_pass.kernel import scale_kernel
 from efface_kernels.sequence_loss.config import LAUNCH
 from efface_kernels.sequence_loss.kernel import sequence_loss_kernel
 
@@ -61,12 +63,13 @@ class Row:
             return ()
         if self.kernel == "distribution_pass":
             return (own + other,) * 2
+        if self.kernel == "scale_pass":
+            return (own,)
         return (*[other] * (other > 0), *[own] * (2 if self.gradient else 1))
 
     def source(self, warp_size: int) -> tuple[ASTSource, int]:
         """Return what Triton compiles, and the number of warps."""
-        builds = {"row_pass": _row_pass, "distribution_pass": _distribution_pass, "sequence_loss": _sequence_loss}
-        return builds[self.kernel](self, warp_size)
+        return BUILDS[self.kernel](self, warp_size)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ ROWS = (
     Row("distribution_pass", "bf16 + bf16", _BF16, _BF16, budget=38),
     Row("distribution_pass", "fp16 + fp16", _FP16, _FP16, budget=38),
     Row("row_pass", "bf16 + bf16, V = 1", _BF16, _BF16, vocabulary=1),
+    Row("scale_pass", "fp32 to bf16", _FP32, out=_BF16, budget=6),
+    Row("scale_pass", "bf16, in place", _BF16, budget=6),
     Row("sequence_loss", "no reference", _FP32, reference=None),
     Row("sequence_loss", "live reference", _FP32, reference=_FP32),
     Row("sequence_loss", "cached reference", _FP32, reference=torch.float64),
@@ -185,6 +190,25 @@ def _sequence_loss(row: Row, warp_size: int) -> tuple[ASTSource, int]:  # noqa: 
         del given["ReferenceLogprobs"]
     values = {**given, "EPS": torch.finfo(torch.float32).eps, "BLOCK": LAUNCH.block}
     return _source(sequence_loss_kernel, signature, values, integers), LAUNCH.num_warps
+
+
+def _scale_pass(row: Row, warp_size: int) -> tuple[ASTSource, int]:  # noqa: ARG001 - as many of either size
+    signature = {
+        "Values": POINTERS[row.dtype],
+        "Factor": "*fp32",
+        "Out": POINTERS[row.out or row.dtype],
+        "count": "i32",
+    }
+    values = {"IN_PLACE": row.out is None, "BLOCK": SCALE_LAUNCH.block}
+    return _source(scale_kernel, signature, values, {"count": row.vocabulary * 2048}), SCALE_LAUNCH.num_warps
+
+
+BUILDS = {
+    "row_pass": _row_pass,
+    "distribution_pass": _distribution_pass,
+    "scale_pass": _scale_pass,
+    "sequence_loss": _sequence_loss,
+}
 
 
 def measure(row: Row, target: GPUTarget) -> Measured:
