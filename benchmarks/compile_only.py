@@ -20,7 +20,7 @@ from efface_kernels.distribution_pass.config import launch_config as distributio
 from efface_kernels.distribution_pass.kernel import distribution_pass_kernel
 from efface_kernels.row_pass.config import launch_config as row_config
 from efface_kernels.row_pass.kernel import row_pass_kernel
-from efface_kernels.scale_pass.config import LAUNCH as SCALE_LAUNCH
+from efface_kernels.scale_pass.config import launch_config as scale_config
 from efface_kernels.scale_pass.kernel import scale_kernel
 from efface_kernels.sequence_loss.config import LAUNCH
 from efface_kernels.sequence_loss.kernel import sequence_loss_kernel
@@ -152,7 +152,7 @@ def _row_pass(row: Row, warp_size: int) -> tuple[ASTSource, int]:
     signature = {"Logits": POINTERS[row.dtype], "Targets": "*i64", "Logprobs": "*fp32"}
     signature |= dict.fromkeys(integers, "i32")
     values: dict[str, Any] = {"SOFTCAP": row.softcap, "REFERENCE_SOFTCAP": row.softcap}
-    values |= {"GRADIENT": row.gradient, "BLOCK": config.block, "PERSISTENT": config.persistent}
+    values |= {"GRADIENT": row.gradient, "BLOCK": config.block, "PERSISTENT": row.persistent}
     if row.reference is None:
         values |= {"Reference": None, "ReferenceLogprobs": None}
     else:
@@ -192,15 +192,16 @@ def _sequence_loss(row: Row, warp_size: int) -> tuple[ASTSource, int]:  # noqa: 
     return _source(sequence_loss_kernel, signature, values, integers), LAUNCH.num_warps
 
 
-def _scale_pass(row: Row, warp_size: int) -> tuple[ASTSource, int]:  # noqa: ARG001 - as many of either size
+def _scale_pass(row: Row, warp_size: int) -> tuple[ASTSource, int]:
+    config = scale_config(warp_size)
     signature = {
         "Values": POINTERS[row.dtype],
         "Factor": "*fp32",
         "Out": POINTERS[row.out or row.dtype],
         "count": "i32",
     }
-    values = {"IN_PLACE": row.out is None, "BLOCK": SCALE_LAUNCH.block}
-    return _source(scale_kernel, signature, values, {"count": row.vocabulary * 2048}), SCALE_LAUNCH.num_warps
+    values = {"IN_PLACE": row.out is None, "BLOCK": config.block}
+    return _source(scale_kernel, signature, values, {"count": row.vocabulary * 2048}), config.num_warps
 
 
 BUILDS = {

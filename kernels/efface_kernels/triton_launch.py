@@ -1,6 +1,7 @@
 """The border to the Triton passes: is Triton here, and what a launch needs to know. Never imports Triton itself."""
 
 import contextlib
+import functools
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -17,22 +18,23 @@ IMPORTABLE = importlib.util.find_spec("triton") is not None
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one program reads its row: entries a step, and the warps that share them.
+    """How one program reads its entries: how many a step, and the warps that share them.
 
-    ``persistent``: as many programs as the device has multiprocessors, each with one row after the other.
+    ``resident``: programs a multiprocessor, which stay there and take one piece of work after the other; 0 launches one
+    for each piece.
     """
 
     block: int
     num_warps: int
-    persistent: bool = False
+    resident: int = 0
 
-    def programs(self, rows: int, device: torch.device) -> int:
-        """Return the programs to launch for ``rows`` rows."""
-        return min(rows, multiprocessors(device)) if self.persistent else rows
+    def programs(self, pieces: int, device: torch.device) -> int:
+        """Return the programs to launch for so many pieces of work."""
+        return min(pieces, self.resident * multiprocessors(device)) if self.resident else pieces
 
 
 def streaming_config(
-    vocabulary: int, widest: int, threads: int, warp_size: int = 32, *, persistent: bool = False
+    vocabulary: int, widest: int, threads: int, warp_size: int = 32, *, resident: int = 0
 ) -> LaunchConfig:
     """Return the configuration of a pass over rows of ``vocabulary`` entries, the widest of ``widest`` bytes.
 
@@ -41,9 +43,10 @@ def streaming_config(
     """
     entries = (16 if vocabulary % 16 else 32) // widest
     block = max(64, min(threads * entries, 1 << max(vocabulary - 1, 0).bit_length()))
-    return LaunchConfig(block, max(1, block // (entries * warp_size)), persistent)
+    return LaunchConfig(block, max(1, block // (entries * warp_size)), resident)
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Return the multiprocessors of a GPU (compute units, Xe cores); 2 in the interpreter."""
     if device.type == "cpu":

@@ -70,11 +70,14 @@ def test_nothing_is_moved_where_the_factor_is_one(triton_backend: str, monkeypat
 
 
 def test_more_entries_than_programs_take_in_one_step(triton_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "_PROGRAMS", 3)
+    monkeypatch.setattr(config, "_RESIDENT", 1)  # two programs in the interpreter
     values = torch.randn(2048 * 10 + 17)
     out = scale_pass(values.clone(), factor_of(values, 2.0), dtype=torch.float32, keep=False, backend=triton_backend)
     assert torch.equal(out, 2 * values)
 
 
-def test_programs() -> None:
-    assert [config.programs(count) for count in (1, 2048, 2049, 128256 * 2048)] == [1, 1, 2, 1056]
+def test_launch_configuration() -> None:
+    launch = config.launch_config()
+    assert (launch.block, launch.num_warps) == (2048, 8)
+    assert config.launch_config(64).num_warps == 4
+    assert [launch.programs(blocks, torch.device("cpu")) for blocks in (1, 16, 17, 128256)] == [1, 16, 16, 16]

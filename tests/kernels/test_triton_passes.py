@@ -246,7 +246,7 @@ def test_launch_configuration(vocabulary: int) -> None:
     assert launch_config(128256, torch.bfloat16, torch.float32).block == 2048
     assert launch_config(50257, torch.bfloat16).block == 2048  # one load a thread, not two
     assert launch_config(128256, torch.bfloat16, warp_size=64).num_warps == 4
-    assert launch_config(128256, torch.bfloat16, persistent=True) == LaunchConfig(16384, 32, persistent=True)
+    assert launch_config(128256, torch.bfloat16, persistent=True) == LaunchConfig(16384, 32, resident=1)
     assert distribution_config(128256, torch.float32, torch.float32) == LaunchConfig(2048, 8)
 
 
@@ -256,10 +256,10 @@ def test_persistent_programs_take_all_rows_and_change_no_bit(rows: int) -> None:
     logits, frozen = torch.randn(rows, 5003), torch.randn(max(0, rows - 2), 5003)
     targets = torch.randint(5003, (rows,))
     results = []
-    for persistent in (False, True):
-        z, config = logits.clone(), LaunchConfig(1024, 4, persistent)
+    for resident in (0, 1):
+        z, config = logits.clone(), LaunchConfig(1024, 4, resident)
         results.append((z, *row_pass_triton(Logits(z), targets, Logits(frozen), True, config)))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
-    assert LaunchConfig(1024, 4, persistent=True).programs(7, torch.device("cpu")) == 2
+    assert LaunchConfig(1024, 4, resident=1).programs(7, torch.device("cpu")) == 2
     assert LaunchConfig(1024, 4).programs(7, torch.device("cpu")) == 7

@@ -29,4 +29,4 @@ def launch_config(
     """
     widest = max(dtype.itemsize, 0 if reference_dtype is None else reference_dtype.itemsize)
     threads = _THREADS_PERSISTENT if persistent else _THREADS
-    return streaming_config(vocabulary, widest, threads, warp_size, persistent=persistent)
+    return streaming_config(vocabulary, widest, threads, warp_size, resident=int(persistent))

@@ -63,7 +63,7 @@ def row_pass_triton(
                 REFERENCE_SOFTCAP=0.0 if frozen is None else frozen.softcap or 0.0,
                 GRADIENT=gradient,
                 BLOCK=launch.block,
-                PERSISTENT=launch.persistent,
+                PERSISTENT=launch.resident > 0,
                 num_warps=launch.num_warps,
             )
 

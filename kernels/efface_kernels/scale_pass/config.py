@@ -2,13 +2,13 @@
 
 from efface_kernels.triton_launch import LaunchConfig
 
-# Eight entries a thread and step, two 16-byte loads of fp32.
-LAUNCH = LaunchConfig(block=2048, num_warps=8)
-# Eight programs of 256 threads fill a multiprocessor, and an H100 or H200 has 132 of them: where the factor is 1, one
-# wave of programs reads it and returns. With one program a block, (128256, 2048) would be 128256 of them.
-_PROGRAMS = 8 * 132
+# Eight entries a thread and step: two 16-byte loads of fp32, one of half precision.
+_THREADS, _BLOCK = 256, 2048
+# Eight programs of 256 threads fill a multiprocessor. Where the factor is 1, one wave of them reads it and returns;
+# with one program a block, (128256, 2048) would be 128256 of them.
+_RESIDENT = 8
 
 
-def programs(count: int) -> int:
-    """Return the number of programs for ``count`` entries, P; a program takes every P-th block."""
-    return min(-(-count // LAUNCH.block), _PROGRAMS)
+def launch_config(warp_size: int = 32) -> LaunchConfig:
+    """Return the configuration, for any number of entries."""
+    return LaunchConfig(_BLOCK, _THREADS // warp_size, _RESIDENT)

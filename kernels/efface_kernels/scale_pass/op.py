@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from efface_kernels.scale_pass.config import LAUNCH, programs
+from efface_kernels.scale_pass.config import launch_config
 from efface_kernels.scale_pass.reference import scale_pass_torch
-from efface_kernels.triton_launch import on_device
+from efface_kernels.triton_launch import on_device, warp_size
 
 
 def scale_pass_triton(values: Tensor, factor: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
@@ -16,9 +16,11 @@ def scale_pass_triton(values: Tensor, factor: Tensor, dtype: torch.dtype, keep: 
     in_place = values.dtype == dtype and not keep
     out = values if in_place else torch.empty_like(values, dtype=dtype)
     if out.numel():  # an empty grid is a launch error
+        launch = launch_config(warp_size(values.device))
+        blocks = -(-out.numel() // launch.block)
         with on_device(values):
-            scale_kernel[(programs(out.numel()),)](
-                values, factor, out, out.numel(), IN_PLACE=in_place, BLOCK=LAUNCH.block, num_warps=LAUNCH.num_warps
+            scale_kernel[(launch.programs(blocks, values.device),)](
+                values, factor, out, out.numel(), IN_PLACE=in_place, BLOCK=launch.block, num_warps=launch.num_warps
             )
     return out
 
