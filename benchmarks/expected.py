@@ -3,7 +3,8 @@
 One forward and backward call of ``linear_sequence_loss`` with NPO in bf16, on the Triton backend, with the chunks that
 the card's memory gives it. The GEMMs run at an assumed rate. All other work moves bytes at an assumed rate, and nothing
 overlaps: what a cache keeps between two reads is not taken off. Left out are what instructions take beyond the bytes,
-and what a GEMM loses where its tiles do not fill the last wave. Launches cost no time here: small batches wait for them.
+and what a GEMM loses where its tiles do not fill the last wave. Launches cost no time here: small batches wait
+for them.
 """
 
 from collections.abc import Sequence

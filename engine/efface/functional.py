@@ -388,7 +388,7 @@ def dpo_loss(
             "a reference: expected `reference_logprobs` with `alternate_reference_logprobs`, or `reference_hidden` and "
             "`alternate_reference_hidden` with `reference_weight`, got neither in full"
         )
-    is_forget = torch.tensor([True, False], device=hidden.device).repeat(pairs)
+    is_forget = torch.arange(2 * pairs, device=hidden.device) % 2 == 0
     return linear_sequence_loss(
         paired(_rows(hidden, forget.positions), _rows(alternate_hidden, alternate.positions)),
         weight,

@@ -160,3 +160,26 @@ def test_trackers_get_the_figures(tmp_path: Path) -> None:
     wanted = {"forget_loss", "npo_weight", "mean_log_ratio", "padding_saved", "time_forward", "peak_memory_gib"}
     assert {f"train/{name}" for name in wanted} <= tags
     assert [scalar.step for scalar in events.Scalars("train/npo_weight")] == [1, 2, 3]
+
+
+def test_tokens_per_second_are_by_the_clock_of_the_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the host's, which is ahead of a device; waiting for data is no part of a step; the slowest rank counts."""
+    meter, batch = StepMeter(), pack(FORGET, RETAIN, [0, 1], [2])
+    read = [{"forward": 1.0, "backward": 2.0, "optimizer": 0.5, "data": 100.0}]
+    nothing = dict.fromkeys(PHASES, 0.0)
+    monkeypatch.setattr(meter.clock, "read", lambda: read.pop() if read else nothing)
+    meter.add(batch, output_of(-torch.ones(3)), None)
+    meter.on_step_end(None, None, None)  # type: ignore[arg-type]
+    assert meter.seconds == 3.5
+    resumed = StepMeter()
+    resumed.load_state_dict(meter.state_dict())  # a checkpoint between two logs keeps the time, too
+    assert resumed.seconds == 3.5
+
+    def gather(figures: torch.Tensor) -> torch.Tensor:
+        slower = figures.clone()
+        slower[3 + PHASES.index("forward")] = 4.0
+        return torch.stack([figures, slower])
+
+    for each in (meter, resumed):
+        assert each.read(gather)["tokens_per_second"] == pytest.approx(2 * batch.tokens / 6.5, abs=0.1)
+        assert each.seconds == 3.5

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from efface.batching.roles import Role
 from efface.batching.store import TokenStore
+from efface_kernels import RowOffsets
+from efface_kernels.transfer import to_device
 
 Indices = Sequence[int] | NDArray[np.int64]
 
@@ -89,6 +91,12 @@ class PackedBatch:
         """Return the batch with its tensors on ``device``; what the host plans with stays on the host."""
         storage = self.storage.to(device, non_blocking=non_blocking)
         return self if storage is self.storage else replace(self, storage=storage)
+
+    @cached_property
+    def label_offsets(self) -> RowOffsets:
+        """``row_offsets`` in both places, copied once for all who sum over sequences."""
+        host = torch.tensor(self.row_offsets, dtype=torch.int64)
+        return RowOffsets(host, to_device(host, self.storage.device))
 
     @property
     def forget_rows(self) -> int:

@@ -15,6 +15,7 @@ from efface.hf.head_loss import HeadLoss, StepOutput
 from efface.hf.packing import decoder_of
 from efface.objectives import RMU
 from efface_kernels.linear_loss.sequences import segment_sums
+from efface_kernels.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ActivationLoss:
         forget, retain = batch.forget_part(), batch.retain_part()
         rows = answer_rows(activations, batch)
         if forget.lengths:
-            target = objective.steering_vector(rows.shape[1]).to(rows)
+            target = to_device(objective.steering_vector(rows.shape[1]).to(rows.dtype), rows.device)
             weight = objective.forget_weight(self.totals)
             outputs.append(_squared(rows[: batch.forget_rows], target, forget, Role.FORGET, weight))
         if retain.lengths and self.retain is None:
@@ -58,7 +59,7 @@ def answer_rows(activations: Tensor, batch: PackedBatch) -> Tensor:
 def _squared(rows: Tensor, target: Tensor, part: PackedBatch, role: Role, weight: float) -> StepOutput:
     """Weight · Σ over sequences of the mean over their tokens, and over D, of (rows − target)²."""
     values = (rows - target).float().square().mean(1)
-    offsets = torch.tensor(part.row_offsets, device=rows.device)
+    offsets = part.label_offsets.device
     means = segment_sums(values, offsets) / offsets.diff()
     terms = torch.where(part.roles == role, weight * means, 0.0)
     return StepOutput(terms.sum(), terms.detach(), torch.full_like(terms.detach(), torch.nan), None)

@@ -80,7 +80,7 @@ class HeadLoss:
             hidden,
             head.weight,
             part.targets,
-            part.row_offsets,
+            part.label_offsets,
             rule or terms,
             bias=head.bias,
             softcap=head.softcap,
@@ -101,7 +101,7 @@ class HeadLoss:
         part: PackedBatch,
         reference: ReferenceRows | None,
     ) -> StepOutput:
-        offsets = torch.tensor(part.row_offsets, device=hidden.device)
+        offsets = part.label_offsets.device
         rows = HeadRows(hidden, head, part.targets, offsets, reference, self.chunk_rows, self.backend)
         out = loss(rows, weights)
         return StepOutput(out.loss, out.terms, torch.full_like(out.terms, torch.nan), None)

@@ -1,7 +1,6 @@
 """What a run measures about itself, summed on the device and read only when it is logged."""
 
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,8 @@ from efface.hf.head_loss import StepOutput
 from efface.hf.phases import PHASES, PhaseClock
 from efface.objectives import NPO, Objective
 
+_STEP_PHASES = ("forward", "backward", "optimizer")
+
 Gather = Callable[[Tensor], Tensor]
 """(k,) of this rank -> (ranks, k)."""
 
@@ -25,8 +26,10 @@ class StepMeter(TrainerCallback):
     - ``forget_probability``, ``retain_probability``: exp(L / n), TOFU's Probability; over sequences.
     - ``mean_log_ratio``: L − L_ref; over forget sequences, where there is a reference.
     - ``npo_weight``: 2 σ(β (L − L_ref)), what NPO multiplies gradient ascent by; over forget sequences.
-    - ``tokens_per_second`` of all ranks together, and ``time_forward``, ``time_backward``, ``time_optimizer``,
-      ``time_data``: shares of the four in their sum. Data is the time that a step waited for its batches.
+    - ``tokens_per_second`` of all ranks together, while the slowest was in its steps. On CUDA by the device's clock, of
+      which the host runs ahead.
+    - ``time_forward``, ``time_backward``, ``time_optimizer``, ``time_data``: shares of the four in their sum. Data is
+      the time that a step waited for its batches, and no part of it.
     - ``padding_saved``: share of the tokens that padding would have added, had each micro-batch been a padded forget
       batch and a padded retain batch.
     - ``peak_memory_gib``: of the rank with most: the device's allocations, or on the CPU the process's resident memory.
@@ -34,37 +37,43 @@ class StepMeter(TrainerCallback):
 
     def __init__(self) -> None:
         self.tokens = 0  # of the whole run
-        self.seconds = 0.0  # of the whole run, inside optimizer steps
         self.clock = PhaseClock()
+        self._run_seconds = 0.0
         self._reset()
-        self._began: float | None = None
 
     def _reset(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self._tokens = 0
         self._padded = 0
-        self._seconds = 0.0
+        self._phases = dict.fromkeys(PHASES, 0.0)
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run, inside optimizer steps. Waits for the device."""
+        self._read_clock()
+        return self._run_seconds
+
+    def _read_clock(self) -> None:
+        for phase, seconds in self.clock.read().items():
+            self._phases[phase] += seconds
+            self._run_seconds += seconds if phase in _STEP_PHASES else 0.0
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock; evaluation and checkpoints between steps are not counted."""
-        self._began = time.perf_counter()
         self.clock.begin(args.device)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the clock."""
         self.clock.end("optimizer")
-        if self._began is not None:
-            elapsed = time.perf_counter() - self._began
-            self._seconds += elapsed
-            self.seconds += elapsed
         self._steps += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: a resumed run goes on with the sums that it had."""
-        return {name: value for name, value in vars(self).items() if name not in ("_began", "clock")}
+        self._read_clock()
+        return {name: value for name, value in vars(self).items() if name != "clock"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what ``state_dict`` returned."""
@@ -76,8 +85,7 @@ class StepMeter(TrainerCallback):
         self._count_tokens(batch.tokens, padded_tokens(batch))
         forget = batch.roles == Role.FORGET
         weights = {"retain": 1.0} if objective is None else {"forget": objective.gamma, "retain": objective.alpha}
-        lengths = torch.tensor(batch.row_offsets).diff().to(output.terms, non_blocking=True)
-        probability = (output.sequence_logprobs / lengths).exp()
+        probability = (output.sequence_logprobs / batch.label_offsets.device.diff()).exp()
         for name, mask in (("forget", forget), ("retain", batch.roles == Role.RETAIN)):
             if weights.get(name):
                 self._add(f"{name}_loss", torch.where(mask, output.terms, 0).sum() / weights[name])
@@ -117,8 +125,9 @@ class StepMeter(TrainerCallback):
             return {}
         names = sorted(self._sums)
         device = self._sums[names[0]].device if names else torch.device("cpu")
-        phases = self.clock.read()
-        host = [float(self._tokens), float(self._padded), peak_memory_gib(device), *(phases[name] for name in PHASES)]
+        self._read_clock()
+        times = [self._phases[name] for name in PHASES]
+        host = [float(self._tokens), float(self._padded), peak_memory_gib(device), *times]
         device_sums = [self._sums[name].float() for name in names]
         figures = torch.cat([torch.tensor(host, device=device), *(value[None] for value in device_sums)])
         ranks = gather(figures).double().cpu()
@@ -130,8 +139,9 @@ class StepMeter(TrainerCallback):
                 means[name] = sums[name] / self._steps
             elif sums.get(_count(name)):
                 means[name] = sums[name] / sums[_count(name)]
-        if self._seconds > 0:
-            means["tokens_per_second"] = round(tokens / self._seconds, 1)
+        in_steps = ranks[:, [3 + PHASES.index(name) for name in _STEP_PHASES]].sum(1)
+        if (seconds := float(in_steps.max())) > 0:
+            means["tokens_per_second"] = round(tokens / seconds, 1)
         if padded:
             means["padding_saved"] = round(1 - tokens / padded, 4)
         if peak := float(ranks[:, 2].max()):

@@ -87,6 +87,7 @@ from efface.objectives import (
     SatImp,
     SimNPO,
 )
+from efface_kernels.transfer import to_device
 
 IGNORE = -100
 DUAL_EPOCHS = 2**32
@@ -319,7 +320,8 @@ def _forget_loss(  # noqa: PLR0911 - one for each objective
             return -F.logsigmoid(objective.beta * mean).mean() * 2 / objective.beta
         case RMU():
             activations = _activations(model, forget, objective.module_regex)
-            vector = objective.steering_vector(activations.shape[-1]).to(activations)
+            vector = objective.steering_vector(activations.shape[-1]).to(activations.dtype)
+            vector = to_device(vector, activations.device)
             return _activation_loss(activations, vector.expand_as(activations), forget)
         case UNDIAL():
             return _undial(forget.run(model), _frozen_logits(frozen, forget), forget, objective.beta)

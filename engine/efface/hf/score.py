@@ -78,8 +78,7 @@ def packed_logprobs(
                 logprobs = linear_logprob(
                     packed_hidden(model, batch), head.weight, batch.targets, bias=head.bias, softcap=head.softcap
                 )
-                offsets = torch.tensor(batch.row_offsets, device=logprobs.device)
-                sums[rank] = segment_sums(logprobs, offsets).cpu()
+                sums[rank] = segment_sums(logprobs, batch.label_offsets.device).cpu()
             yield np.concatenate(turn), torch.cat(sums)
 
 

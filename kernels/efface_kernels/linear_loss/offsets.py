@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from efface_kernels.checks import check_dtype, check_same_device, check_shape
+from efface_kernels.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def checked_offsets(row_offsets: AnyOffsets, hidden: Tensor) -> tuple[tuple[int,
                 f"{sequence}; drop sequences without a label"
             )
     if not isinstance(row_offsets, RowOffsets):
-        return host, torch.tensor(host, dtype=torch.int64).to(hidden.device, non_blocking=True)
+        return host, to_device(torch.tensor(host, dtype=torch.int64), hidden.device)
     check_dtype("row_offsets.device", row_offsets.device, (torch.int64,))
     check_shape("row_offsets.device", row_offsets.device, (len(host),), "as many as `row_offsets.host`")
     check_same_device(**{"hidden": hidden, "row_offsets.device": row_offsets.device})

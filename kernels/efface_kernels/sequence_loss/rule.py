@@ -13,6 +13,7 @@ from torch import Tensor
 from efface_kernels.checks import check_dtype, check_shape
 from efface_kernels.sequence_loss.kinds import NEED_BETA, NEED_REFERENCE, Kind
 from efface_kernels.sequence_loss.reference import sequence_terms
+from efface_kernels.transfer import to_device
 
 if TYPE_CHECKING:
     from efface_kernels.linear_loss.sequences import Sequences
@@ -92,7 +93,7 @@ class SequenceRule:
             raise ValueError(f"`roles`: expected 0 .. {ROLES - 1}, got {wrong[0]}")
         rows = [astuple(terms.get(role, Term(Kind.NONE, 0.0))) for role in range(ROLES)]
         dtype = torch.float32 if roles.device.type in _NO_FP64 else torch.float64
-        table = torch.tensor(rows, dtype=dtype).to(roles.device, non_blocking=True)
+        table = to_device(torch.tensor(rows, dtype=dtype), roles.device)
         return cls(roles, table, tuple(sorted({int(term.kind) for term in terms.values()})))
 
     @property
