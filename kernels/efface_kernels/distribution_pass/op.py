@@ -80,6 +80,8 @@ def distribution_pass_triton(
     rows, vocabulary = values.shape
     divergence, entropy = logits.row_vector(), logits.row_vector()
     frozen = reference.unit_stride()
+    if frozen.residual is not None:
+        raise ValueError("`reference`: expected no residual, which this pass does not read; give wider logits")
 
     def run(dense: Logits) -> None:
         if rows == 0:  # an empty grid is a launch error
@@ -105,6 +107,13 @@ def distribution_pass_triton(
 
     run_dense(logits, run, into=into)
     return divergence, entropy
+
+
+PASSES = {
+    "torch": distribution_pass_torch,
+    "native": distribution_pass_native,
+    "triton": distribution_pass_triton,
+}
 
 
 def distribution_pass(
@@ -164,11 +173,6 @@ def distribution_pass(
     if out is not None:
         _check_out(out, logits, reference_logits, gradient=gradient)
     into = (logits if out is None else out) if gradient else None
-    passes = {
-        "torch": distribution_pass_torch,
-        "native": distribution_pass_native,
-        "triton": distribution_pass_triton,
-    }
-    run = passes[resolve_backend(backend, logits.device)]
+    run = PASSES[resolve_backend(backend, logits.device)]
     pair = Logits(logits, softcap), Logits(reference_logits, reference_softcap)
     return DistributionPassOutput(*run(*pair, targets, shift, into))
