@@ -212,15 +212,16 @@ efface::Backend backend_of(const std::string& name) {
     throw py::value_error("`backend`: expected best, portable, avx2, avx512 or neon, got " + name);
 }
 
-// (address, dtype, rows, vocabulary, stride in elements, softcap or 0), or None for no rows.
+// (address, dtype, rows, vocabulary, stride in elements, softcap or 0, address of the residual or 0), or None for no
+// rows.
 efface::Logits logits_of(const py::object& description, const char* name) {
     if (description.is_none()) {
         return {};
     }
     const auto fields = description.cast<py::tuple>();
-    if (fields.size() != 6) {
+    if (fields.size() != 7) {
         throw py::value_error("`" + std::string(name) +
-                              "`: expected (address, dtype, rows, vocabulary, stride, softcap), got " +
+                              "`: expected (address, dtype, rows, vocabulary, stride, softcap, residual), got " +
                               std::to_string(fields.size()) + " entries");
     }
     return {.data = reinterpret_cast<void*>(fields[0].cast<std::uintptr_t>()),  // NOLINT: the caller's tensor
@@ -228,7 +229,22 @@ efface::Logits logits_of(const py::object& description, const char* name) {
             .rows = fields[2].cast<std::int64_t>(),
             .vocabulary = fields[3].cast<std::int64_t>(),
             .stride = fields[4].cast<std::int64_t>(),
-            .softcap = fields[5].cast<double>()};
+            .softcap = fields[5].cast<double>(),
+            .residual = reinterpret_cast<const void*>(fields[6].cast<std::uintptr_t>())};  // NOLINT: likewise
+}
+
+// The description of a matrix that takes a derivative, or None for none.
+efface::Destination destination_of(const py::object& description, const efface::Logits& logits) {
+    const auto matrix = logits_of(description, "into");
+    if (matrix.data == nullptr) {
+        return {};
+    }
+    if (matrix.rows != logits.rows || matrix.vocabulary != logits.vocabulary) {
+        throw py::value_error("`into`: expected " + std::to_string(logits.rows) + " x " +
+                              std::to_string(logits.vocabulary) + ", as `logits`, got " + std::to_string(matrix.rows) +
+                              " x " + std::to_string(matrix.vocabulary));
+    }
+    return {.data = matrix.data, .element = matrix.element, .stride = matrix.stride};
 }
 
 // The pass's output vectors: of `rows` entries, float64 beside fp64 logits and float32 beside all others.
@@ -261,16 +277,17 @@ void row_pass(const py::tuple& logits, const py::array& targets, bool gradient, 
 }
 
 void distribution_pass(const py::tuple& logits, const py::tuple& reference, const py::array& targets, double shift,
-                       bool gradient, py::array divergence, py::array entropy, int threads,
+                       const py::object& into, py::array divergence, py::array entropy, int threads,
                        const std::string& backend) {
     const auto policy = logits_of(logits, "logits");
     const auto frozen = logits_of(reference, "reference_logits");
     const auto labels = view<std::int64_t>(targets, "targets");
+    const auto destination = destination_of(into, policy);
     void* divergence_out = output(divergence, policy, "divergence");
     void* entropy_out = output(entropy, policy, "entropy");
     const efface::Execution execution{.threads = threads, .backend = backend_of(backend)};
     py::gil_scoped_release release;
-    efface::distribution_pass(policy, frozen, labels, shift, gradient, divergence_out, entropy_out, execution);
+    efface::distribution_pass(policy, frozen, labels, shift, destination, divergence_out, entropy_out, execution);
 }
 
 }  // namespace
@@ -315,19 +332,22 @@ Raises ValueError for lengths, counts or sets that make no plan.)");
           py::arg("threads") = 1, py::arg("backend") = "best",
           R"(Write the targets' log-probabilities; with `gradient`, logits become softmax - onehot in place.
 
-logits, reference_logits: (address, dtype, rows, vocabulary, stride, softcap), the memory of a tensor that the caller
-keeps alive; dtype one of bfloat16, float16, float32, float64; stride in elements; softcap 0 for none. The reference may
-have fewer rows, another dtype and another vocabulary; it is only read.
+logits, reference_logits: (address, dtype, rows, vocabulary, stride, softcap, residual), the memory of a tensor that the
+caller keeps alive; dtype one of bfloat16, float16, float32, float64; stride in elements; softcap and residual 0 for none.
+The reference may have fewer rows, another dtype and another vocabulary; it is only read.
 targets: int64 (rows). logprobs: float32 (rows), float64 for float64 logits; reference_logprobs likewise.
 threads: upper bound; the result does not depend on it. backend: best, portable, avx2, avx512 or neon.
 Raises ValueError for shapes that do not fit, a target out of the vocabulary, a backend that this machine lacks.)");
     m.def("distribution_pass", &distribution_pass, py::arg("logits"), py::arg("reference_logits"), py::arg("targets"),
-          py::kw_only(), py::arg("shift"), py::arg("gradient"), py::arg("divergence"), py::arg("entropy"),
+          py::kw_only(), py::arg("shift"), py::arg("into"), py::arg("divergence"), py::arg("entropy"),
           py::arg("threads") = 1, py::arg("backend") = "best",
-          R"(Write KL(q || p) and the entropy of q; with `gradient`, logits become p - q in place.
+          R"(Write KL(q || p) and the entropy of q, and p - q into a matrix.
 
 p is the softmax of `logits`, q that of `reference_logits` with the target's logit lowered by `shift`. Arguments are
-those of `row_pass`; both logits have the same rows and vocabulary.)");
+those of `row_pass`; both logits have the same rows and vocabulary. A residual is the address of what is to be added to
+logits before their cap, of the same dtype, rows and stride.
+into: as `logits`, without softcap and residual, for the same rows and vocabulary: the logits themselves, other memory, or
+that of the reference, row on row, in a dtype no wider; or None.)");
     m.def(
         "backends",
         [] {

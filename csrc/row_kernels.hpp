@@ -7,23 +7,38 @@
 
 namespace efface::kernels {
 
-// One row. `scratch` holds at least `vocabulary` values of the accumulation type (float, or double for fp64).
+// One row of the row pass. `scratch` holds at least `vocabulary` values of the accumulation type (float, or double for
+// fp64).
 struct Row {
     void* logits;
-    const void* reference;  // distribution pass only
+    std::int64_t vocabulary;
+    std::int64_t target;
+    double softcap;
+    bool gradient;
+    void* scratch;
+};
+
+// One row of the distribution pass, with scratch for either model.
+struct RowPair {
+    const void* logits;
+    const void* residual;  // or null
+    const void* reference;
+    const void* reference_residual;  // or null
     std::int64_t vocabulary;
     std::int64_t target;
     double softcap;
     double reference_softcap;
     double shift;
-    bool gradient;
+    void* into;  // or null
+    Element into_element;
     void* scratch;
-    void* reference_scratch;  // distribution pass only
+    void* reference_scratch;
 };
 
 struct Table {
-    double (*logprob[4])(const Row&);                                           // by Element
-    void (*divergence[4][4])(const Row&, double* divergence, double* entropy);  // by Element of policy and reference
+    double (*logprob[4])(const Row&);  // by Element
+    // by Element of policy and reference
+    void (*divergence[4][4])(const RowPair&, double* divergence, double* entropy);
     void (*exp)(float* values, std::int64_t count);
     void (*tanh)(float* values, std::int64_t count);
 };

@@ -1,19 +1,22 @@
 // The maths of the row passes, once, over a vector type `V` that the including file defines:
 //
 //   V::width, V::set(x), V::load(const T*), V::store(T*) for T in float, Bf16, Fp16;
-//   + - * /, fma(a, b, c) = a b + c, max, abs, select(mask, a, b), a < b, round, times_power_of_two(x, n), sum(v),
-//   largest(v)
+//   + - * /, fma(a, b, c) = a b + c, max(a, b), which is NaN where b is, abs, select(mask, a, b), a < b,
+//   times_power_of_two(x, n), sum(v), largest(v)
 //
 // Everything is in an unnamed namespace, so that each backend's translation unit keeps its own copy: a function that
 // the linker could share would let instructions of one machine run on another.
 namespace {
 
+using efface::Element;
 using efface::kernels::Row;
+using efface::kernels::RowPair;
 
-// e^x for |x| up to the range of float; ≤ 1 ulp in [-87, 88], gradual underflow below (the polynomial of Cephes' expf).
-inline V exp(V x) {
-    // x = n ln 2 + r, |r| ≤ ln 2 / 2; ln 2 in two parts, so that n ln 2 is exact to the last bit of r
-    const V n = round(x * V::set(1.44269504088896341F));
+// e^x, ≤ 1 ulp in [-87, 88], gradual underflow down to -104 (the polynomial of Cephes' expf); NaN for NaN.
+inline V exp_in_range(V x) {
+    // x = n ln 2 + r, |r| ≤ ln 2 / 2; ln 2 in two parts, so that n ln 2 is exact to the last bit of r. Adding and
+    // taking away 1.5 · 2^23 leaves the nearest integer, ties to even.
+    const V n = fma(x, V::set(1.44269504088896341F), V::set(0x1.8p23F)) - V::set(0x1.8p23F);
     V r = fma(n, V::set(-0.693359375F), x);
     r = fma(n, V::set(2.12194440e-4F), r);
     V p = V::set(1.9875691500e-4F);
@@ -23,9 +26,15 @@ inline V exp(V x) {
     p = fma(p, r, V::set(1.6666665459e-1F));
     p = fma(p, r, V::set(5.0000001201e-1F));
     p = fma(p, r * r, r) + V::set(1.0F);
-    V y = times_power_of_two(p, n);
-    y = select(x < V::set(-104.0F), V::set(0.0F), y);
-    // the comparison is false for NaN, which passes through
+    return times_power_of_two(p, n);
+}
+
+// e^x for x ≤ 0, as everything relative to a maximum is. e^−104 rounds to 0.
+inline V exp_below_one(V x) { return exp_in_range(max(V::set(-104.0F), x)); }
+
+// e^x for any x. The comparisons are false for NaN, which passes through.
+inline V exp(V x) {
+    const V y = select(x < V::set(-104.0F), V::set(0.0F), exp_in_range(x));
     return select(V::set(88.7228394F) < x, V::set(__builtin_inff()), y);
 }
 
@@ -95,23 +104,37 @@ inline void store(V v, T* to, int n) {
 constexpr float lowest = -__builtin_inff();
 
 // max() may drop a NaN; the sum of the exponentials does not, so it comes out of a row that holds one.
-// Reads a row: scratch ← capped logits if there is a cap; returns their maximum.
 template <typename T>
-float row_maximum(const T* logits, std::int64_t vocabulary, float softcap, float* scratch) {
+float row_maximum(const T* logits, std::int64_t vocabulary) {
     V top = V::set(lowest);
-    if (softcap == 0.0F) {
-        for_each_vector(vocabulary, [&](std::int64_t i, int n) { top = max(top, load(logits + i, n, lowest)); });
-    } else {
-        const V cap = V::set(softcap);
-        const V inverse = V::set(1.0F / softcap);
-        for_each_vector(vocabulary, [&](std::int64_t i, int n) {
-            const V z = cap * tanh(load(logits + i, n, lowest) * inverse);
-            store(z, scratch + i, n);
-            // tanh maps the fill to −cap, which the row may not reach
-            top = max(top, n == V::width ? z : load(scratch + i, n, lowest));
-        });
-    }
+    for_each_vector(vocabulary, [&](std::int64_t i, int n) { top = max(top, load(logits + i, n, lowest)); });
     return largest(top);
+}
+
+// values ← logits, plus their residuals unless those are null, capped if there is a cap; returns the maximum.
+template <typename T>
+float row_values(const T* logits, const T* residuals, std::int64_t vocabulary, float softcap, float* values) {
+    const auto sweep = [&](const auto& value) {
+        V top = V::set(lowest);
+        for_each_vector(vocabulary, [&](std::int64_t i, int n) {
+            const V z = value(i, n);
+            store(z, values + i, n);
+            // a fill that went through tanh is −cap, which the row may not reach
+            top = max(top, n == V::width ? z : load(values + i, n, lowest));
+        });
+        return largest(top);
+    };
+    const auto plain = [&](std::int64_t i, int n) { return load(logits + i, n, lowest); };
+    const auto whole = [&](std::int64_t i, int n) { return plain(i, n) + load(residuals + i, n, 0.0F); };
+    const auto capped = [&](const auto& value) {
+        return [&value, cap = V::set(softcap), inverse = V::set(1.0F / softcap)](std::int64_t i, int n) {
+            return cap * tanh(value(i, n) * inverse);
+        };
+    };
+    if (softcap == 0.0F) {
+        return residuals == nullptr ? sweep(plain) : sweep(whole);
+    }
+    return residuals == nullptr ? sweep(capped(plain)) : sweep(capped(whole));
 }
 
 // Returns Σ e^(z − top), and keeps the terms in `keep` unless that is null (it may be `from` itself).
@@ -123,7 +146,7 @@ double row_exponentials(const T* from, std::int64_t vocabulary, float top, float
         V part = V::set(0.0F);
         for_each_vector(end - begin, [&](std::int64_t i, int n) {
             // the fill of a last vector becomes e^(−∞) = 0, unless top is infinite and the row is NaN all the same
-            const V e = exp(load(from + begin + i, n, lowest) - shift);
+            const V e = exp_below_one(load(from + begin + i, n, lowest) - shift);
             if (keep != nullptr) {
                 store(e, keep + begin + i, n);
             }
@@ -134,10 +157,9 @@ double row_exponentials(const T* from, std::int64_t vocabulary, float top, float
     return total;
 }
 
-// (1 − (z / cap)²) from the uncapped logits.
-template <typename T>
-inline V cap_slope(const T* logits, int n, V inverse) {
-    const V t = tanh(load(logits, n, 0.0F) * inverse);
+// (1 − (z / cap)²) from the uncapped z.
+inline V cap_slope(V z, V inverse) {
+    const V t = tanh(z * inverse);
     return (V::set(1.0F) - t) * (V::set(1.0F) + t);
 }
 
@@ -146,15 +168,18 @@ double row_logprob(const Row& row) {
     auto* logits = static_cast<T*>(row.logits);
     auto* scratch = static_cast<float*>(row.scratch);
     const auto softcap = static_cast<float>(row.softcap);
-    const float top = row_maximum(logits, row.vocabulary, softcap, scratch);
-    const float target = softcap == 0.0F ? widen(logits[row.target]) : scratch[row.target];
-    const double total = softcap == 0.0F ? row_exponentials(logits, row.vocabulary, top, scratch)
-                                         : row_exponentials(scratch, row.vocabulary, top, scratch);
+    const bool plain = softcap == 0.0F;
+    float* keep = row.gradient ? scratch : nullptr;
+    const float top =
+        plain ? row_maximum(logits, row.vocabulary) : row_values<T>(logits, nullptr, row.vocabulary, softcap, scratch);
+    const float target = plain ? widen(logits[row.target]) : scratch[row.target];
+    const double total = plain ? row_exponentials(logits, row.vocabulary, top, keep)
+                               : row_exponentials(scratch, row.vocabulary, top, keep);
     const double logprob = static_cast<double>(target - top) - __builtin_log(total);
     if (row.gradient) {
         const V scale = V::set(static_cast<float>(1 / total));
         const float entry = static_cast<float>(__builtin_expm1(logprob));
-        if (softcap == 0.0F) {
+        if (plain) {
             for_each_vector(row.vocabulary,
                             [&](std::int64_t i, int n) { store(load(scratch + i, n, 0.0F) * scale, logits + i, n); });
             logits[row.target] = narrow<T>(entry);
@@ -162,69 +187,120 @@ double row_logprob(const Row& row) {
             scratch[row.target] = static_cast<float>(static_cast<double>(entry) * total);
             const V inverse = V::set(1.0F / softcap);
             for_each_vector(row.vocabulary, [&](std::int64_t i, int n) {
-                store(load(scratch + i, n, 0.0F) * scale * cap_slope(logits + i, n, inverse), logits + i, n);
+                const V slope = cap_slope(load(logits + i, n, 0.0F), inverse);
+                store(load(scratch + i, n, 0.0F) * scale * slope, logits + i, n);
             });
         }
     }
     return logprob;
 }
 
-template <typename T, typename R>
-void row_divergence(const Row& row, double* divergence, double* entropy) {
-    auto* logits = static_cast<T*>(row.logits);
-    const auto* reference = static_cast<const R*>(row.reference);
-    auto* p = static_cast<float*>(row.scratch);
-    auto* q = static_cast<float*>(row.reference_scratch);
-    const auto softcap = static_cast<float>(row.softcap);
-    const auto reference_softcap = static_cast<float>(row.reference_softcap);
-    const std::int64_t count = row.vocabulary;
+// Calls write(into) with the row's destination as a pointer to its elements, of at most 32 bits.
+template <typename Write>
+inline void with_destination(const RowPair& row, Write write) {
+    if (row.into_element == Element::bf16) {
+        write(static_cast<Bf16*>(row.into));
+    } else if (row.into_element == Element::fp16) {
+        write(static_cast<Fp16*>(row.into));
+    } else {
+        write(static_cast<float*>(row.into));
+    }
+}
 
-    // The values z and zr stay in scratch until both are known: log(q / p) is a difference of logits, not of
-    // logarithms.
-    const auto values = [&](const auto* from, float cap, float* to) {
-        if (cap != 0.0F) {
-            row_maximum(from, count, cap, to);
-        } else {
-            for_each_vector(count, [&](std::int64_t i, int n) { store(load(from + i, n, 0.0F), to + i, n); });
-        }
-    };
-    values(logits, softcap, p);
-    values(reference, reference_softcap, q);
-    q[row.target] -= static_cast<float>(row.shift);
-    const float p_top = row_maximum(p, count, 0.0F, nullptr);
-    const float q_top = row_maximum(q, count, 0.0F, nullptr);
-    const V p_log = V::set(static_cast<float>(__builtin_log(row_exponentials(p, count, p_top, nullptr))));
-    const V q_log = V::set(static_cast<float>(__builtin_log(row_exponentials(q, count, q_top, nullptr))));
+// What a sweep over both rows adds up: Σ e^(z − p_top), Σ e^(zr − q_top), and over the latter's terms e
+// Σ e ((zr − q_top) − (z − p_top)) and Σ e (zr − q_top).
+struct PairSums {
+    double p = 0;
+    double q = 0;
+    double apart = 0;
+    double own = 0;
+};
 
-    const V inverse = V::set(softcap == 0.0F ? 1.0F : 1.0F / softcap);
+// Replaces z in `p` and zr in `q` by the exponentials. log(q / p) is a difference of logits, not of logarithms, and it
+// is taken first: that of two close logits is exact.
+inline PairSums pair_exponentials(float* p, float* q, std::int64_t vocabulary, float p_top, float q_top) {
     const V zero = V::set(0.0F);
-    *divergence = 0;
-    *entropy = 0;
-    for_each_block(count, [&](std::int64_t begin, std::int64_t end) {
-        V kl = zero;
-        V h = zero;
+    const V tops = V::set(q_top - p_top);
+    PairSums sums;
+    for_each_block(vocabulary, [&](std::int64_t begin, std::int64_t end) {
+        V p_part = zero;
+        V q_part = zero;
+        V apart = zero;
+        V own = zero;
         for_each_vector(end - begin, [&](std::int64_t at, int n) {
             const std::int64_t i = begin + at;
-            const V log_p = load(p + i, n, lowest) - V::set(p_top) - p_log;
-            const V log_q = load(q + i, n, lowest) - V::set(q_top) - q_log;
-            const V prob_p = exp(log_p);
-            const V prob_q = exp(log_q);
+            const V z = load(p + i, n, lowest);
+            const V zr = load(q + i, n, lowest);
+            const V from_top = zr - V::set(q_top);
+            const V e = exp_below_one(z - V::set(p_top));
+            const V er = exp_below_one(from_top);
             // q log q → 0 as q → 0: a class that q excludes adds nothing, whatever p says of it. NaN is not 0.
-            const auto absent = !(zero < prob_q);
-            const auto poisoned = !(prob_q < V::set(2.0F));
-            kl = kl + select(absent, select(poisoned, prob_q, zero), prob_q * (log_q - log_p));
-            h = h - select(absent, select(poisoned, prob_q, zero), prob_q * log_q);
-            if (row.gradient) {
-                V difference = prob_p - prob_q;
-                if (softcap != 0.0F) {
-                    difference = difference * cap_slope(logits + i, n, inverse);
-                }
-                store(difference, logits + i, n);
-            }
+            const auto present = zero < er;
+            apart = apart + select(present, er * ((zr - z) - tops), er);
+            own = own + select(present, er * from_top, er);
+            p_part = p_part + e;
+            q_part = q_part + er;
+            store(e, p + i, n);
+            store(er, q + i, n);
         });
-        *divergence += static_cast<double>(sum(kl));
-        *entropy += static_cast<double>(sum(h));
+        sums.p += static_cast<double>(sum(p_part));
+        sums.q += static_cast<double>(sum(q_part));
+        sums.apart += static_cast<double>(sum(apart));
+        sums.own += static_cast<double>(sum(own));
     });
+    return sums;
+}
+
+// Writes p − q from the exponentials and their sums, times the slope of the cap.
+template <typename T>
+void write_difference(const RowPair& row, const PairSums& sums) {
+    const auto* logits = static_cast<const T*>(row.logits);
+    const auto* residuals = static_cast<const T*>(row.residual);
+    const auto* p = static_cast<const float*>(row.scratch);
+    const auto* q = static_cast<const float*>(row.reference_scratch);
+    const auto softcap = static_cast<float>(row.softcap);
+    const V scale = V::set(static_cast<float>(1 / sums.p));
+    // (e − er · ratio) · scale: that of equal distributions is 0.
+    const V ratio = V::set(static_cast<float>(-sums.p / sums.q));
+    const auto difference = [&](std::int64_t i, int n) {
+        return fma(load(q + i, n, 0.0F), ratio, load(p + i, n, 0.0F)) * scale;
+    };
+    with_destination(row, [&](auto* into) {
+        if (softcap == 0.0F) {
+            for_each_vector(row.vocabulary, [&](std::int64_t i, int n) { store(difference(i, n), into + i, n); });
+            return;
+        }
+        const V inverse = V::set(1.0F / softcap);
+        for_each_vector(row.vocabulary, [&](std::int64_t i, int n) {
+            V z = load(logits + i, n, 0.0F);
+            if (residuals != nullptr) {
+                z = z + load(residuals + i, n, 0.0F);
+            }
+            store(difference(i, n) * cap_slope(z, inverse), into + i, n);
+        });
+    });
+}
+
+template <typename T, typename R>
+void row_divergence(const RowPair& row, double* divergence, double* entropy) {
+    auto* p = static_cast<float*>(row.scratch);
+    auto* q = static_cast<float*>(row.reference_scratch);
+    const std::int64_t count = row.vocabulary;
+    const float p_top = row_values(static_cast<const T*>(row.logits), static_cast<const T*>(row.residual), count,
+                                   static_cast<float>(row.softcap), p);
+    float q_top = row_values(static_cast<const R*>(row.reference), static_cast<const R*>(row.reference_residual), count,
+                             static_cast<float>(row.reference_softcap), q);
+    if (row.shift != 0) {
+        q[row.target] -= static_cast<float>(row.shift);
+        q_top = row_maximum(q, count);
+    }
+    const PairSums sums = pair_exponentials(p, q, count, p_top, q_top);
+    const double q_log = __builtin_log(sums.q);
+    *divergence = sums.apart / sums.q + (__builtin_log(sums.p) - q_log);
+    *entropy = q_log - sums.own / sums.q;
+    if (row.into != nullptr) {
+        write_difference<T>(row, sums);
+    }
 }
 
 // fp64: the same formulas one element at a time; it serves exact comparisons, not speed.
@@ -257,22 +333,35 @@ double row_logprob_fp64(const Row& row) {
     return logprob;
 }
 
+inline void assign(double& to, double x) { to = x; }
+
+template <typename T>
+void assign(T& to, double x) {
+    to = narrow<T>(static_cast<float>(x));
+}
+
 template <typename R>
-void row_divergence_fp64(const Row& row, double* divergence, double* entropy) {
-    auto* z = static_cast<double*>(row.logits);
-    const auto* zr = static_cast<const R*>(row.reference);
-    const auto p_value = [&](std::int64_t i) { return capped(z[i], row.softcap); };
-    const auto q_value = [&](std::int64_t i) {
-        return capped(static_cast<double>(widen(zr[i])), row.reference_softcap) - (i == row.target ? row.shift : 0);
+void row_divergence_fp64(const RowPair& row, double* divergence, double* entropy) {
+    const auto value = [](const auto* values, const auto* residuals, std::int64_t i) {
+        const auto x = static_cast<double>(widen(values[i]));
+        return residuals == nullptr ? x : x + static_cast<double>(widen(residuals[i]));
     };
-    const auto log_total = [&](const auto& value) {
+    const auto uncapped = [&](std::int64_t i) {
+        return value(static_cast<const double*>(row.logits), static_cast<const double*>(row.residual), i);
+    };
+    const auto p_value = [&](std::int64_t i) { return capped(uncapped(i), row.softcap); };
+    const auto q_value = [&](std::int64_t i) {
+        const double zr = value(static_cast<const R*>(row.reference), static_cast<const R*>(row.reference_residual), i);
+        return capped(zr, row.reference_softcap) - (i == row.target ? row.shift : 0);
+    };
+    const auto log_total = [&](const auto& value_of) {
         double top = -__builtin_inf();
         for (std::int64_t i = 0; i < row.vocabulary; ++i) {
-            top = value(i) > top ? value(i) : top;
+            top = value_of(i) > top ? value_of(i) : top;
         }
         double total = 0;
         for (std::int64_t i = 0; i < row.vocabulary; ++i) {
-            total += __builtin_exp(value(i) - top);
+            total += __builtin_exp(value_of(i) - top);
         }
         return top + __builtin_log(total);
     };
@@ -280,17 +369,24 @@ void row_divergence_fp64(const Row& row, double* divergence, double* entropy) {
     const double q_log = log_total(q_value);
     *divergence = 0;
     *entropy = 0;
-    for (std::int64_t i = 0; i < row.vocabulary; ++i) {
-        const double log_p = p_value(i) - p_log;
-        const double log_q = q_value(i) - q_log;
-        const double q = __builtin_exp(log_q);
-        if (!(q <= 0)) {
-            *divergence += q * (log_q - log_p);
-            *entropy -= q * log_q;
+    const auto write = [&](auto* into) {
+        for (std::int64_t i = 0; i < row.vocabulary; ++i) {
+            const double log_p = p_value(i) - p_log;
+            const double log_q = q_value(i) - q_log;
+            const double q = __builtin_exp(log_q);
+            if (!(q <= 0)) {
+                *divergence += q * (log_q - log_p);
+                *entropy -= q * log_q;
+            }
+            if (into != nullptr) {
+                assign(into[i], (__builtin_exp(log_p) - q) * slope(uncapped(i), row.softcap));
+            }
         }
-        if (row.gradient) {
-            z[i] = (__builtin_exp(log_p) - q) * slope(z[i], row.softcap);
-        }
+    };
+    if (row.into_element == Element::fp64) {
+        write(static_cast<double*>(row.into));
+    } else {
+        with_destination(row, write);
     }
 }
 

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "parallel.hpp"
@@ -14,6 +16,7 @@ namespace efface {
 namespace {
 
 using kernels::Row;
+using kernels::RowPair;
 using kernels::Table;
 
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
@@ -80,8 +83,13 @@ void check(const Logits& logits, std::span<const std::int64_t> targets, const ch
     }
 }
 
-void* row_of(const Logits& logits, std::int64_t row) {
-    return static_cast<char*>(logits.data) + static_cast<std::size_t>(row * logits.stride) * size_of(logits.element);
+// The address of a row, of the logits, their residual or a destination; null stays null.
+template <typename Pointer>
+Pointer row_of(Pointer data, const auto& rows, std::int64_t row) {
+    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+    return data == nullptr
+               ? nullptr
+               : static_cast<Byte*>(data) + static_cast<std::size_t>(row * rows.stride) * size_of(rows.element);
 }
 
 void write(void* to, Element element, std::int64_t row, double value) {
@@ -97,14 +105,14 @@ void write(void* to, Element element, std::int64_t row, double value) {
 template <typename Work>
 void for_each_row(std::int64_t rows, int threads, std::size_t scratch_floats, Work work) {
     const int workers = static_cast<int>(std::clamp<std::int64_t>(threads, 1, std::max<std::int64_t>(rows, 1)));
-    std::vector<std::vector<float>> scratch(static_cast<std::size_t>(workers));
+    std::vector<std::unique_ptr<float[]>> scratch(static_cast<std::size_t>(workers));
     for (auto& buffer : scratch) {
-        buffer.resize(scratch_floats);
+        buffer.reset(new float[scratch_floats]);  // not filled
     }
     std::atomic<std::int64_t> next{0};
     run_in_parallel(workers, [&](std::size_t worker) {
         for (std::int64_t row = next.fetch_add(1); row < rows; row = next.fetch_add(1)) {
-            work(row, scratch[worker].data());
+            work(row, scratch[worker].get());
         }
     });
 }
@@ -144,21 +152,20 @@ void row_pass(const Logits& logits, std::span<const std::int64_t> targets, bool 
     if (reference.rows > 0) {
         check(reference, targets, "reference_logits");
     }
+    if (logits.residual != nullptr || reference.residual != nullptr) {
+        refuse("`logits`, `reference_logits`: expected no residual in the row pass, got one");
+    }
     const Table& table = table_of(execution.backend);
     // fp64 rows keep nothing in scratch
     const std::int64_t widest = std::max(logits.vocabulary, reference.rows > 0 ? reference.vocabulary : 0);
     for_each_row(logits.rows, execution.threads, static_cast<std::size_t>(widest), [&](std::int64_t i, float* scratch) {
         const auto run = [&](const Logits& model, bool overwrite, void* out) {
-            const Row row{.logits = row_of(model, i),
-                          .reference = nullptr,
+            const Row row{.logits = row_of(model.data, model, i),
                           .vocabulary = model.vocabulary,
                           .target = targets[static_cast<std::size_t>(i)],
                           .softcap = model.softcap,
-                          .reference_softcap = 0,
-                          .shift = 0,
                           .gradient = overwrite,
-                          .scratch = scratch,
-                          .reference_scratch = nullptr};
+                          .scratch = scratch};
             write(out, model.element, i, table.logprob[index(model.element)](row));
         };
         if (i < reference.rows) {
@@ -169,7 +176,8 @@ void row_pass(const Logits& logits, std::span<const std::int64_t> targets, bool 
 }
 
 void distribution_pass(const Logits& logits, const Logits& reference, std::span<const std::int64_t> targets,
-                       double shift, bool gradient, void* divergence, void* entropy, const Execution& execution) {
+                       double shift, const Destination& into, void* divergence, void* entropy,
+                       const Execution& execution) {
     check(logits, targets, "logits");
     check(reference, targets, "reference_logits");
     if (logits.rows != reference.rows || logits.vocabulary != reference.vocabulary ||
@@ -179,22 +187,31 @@ void distribution_pass(const Logits& logits, const Logits& reference, std::span<
                std::to_string(reference.rows) + " x " + std::to_string(reference.vocabulary) + " and " +
                std::to_string(targets.size()));
     }
+    if (into.stride < 0) {
+        refuse("`into`: expected stride >= 0, got " + std::to_string(into.stride));
+    }
+    if (into.element == Element::fp64 && logits.element != Element::fp64) {
+        refuse("`into`: fp64 needs fp64 `logits`");
+    }
     const auto kernel = table_of(execution.backend).divergence[index(logits.element)][index(reference.element)];
     if (kernel == nullptr) {
         refuse("`reference_logits`: fp64 needs fp64 `logits`");
     }
     const auto width = static_cast<std::size_t>(logits.vocabulary);
     for_each_row(logits.rows, execution.threads, 2 * width, [&](std::int64_t i, float* scratch) {
-        const Row row{.logits = row_of(logits, i),
-                      .reference = row_of(reference, i),
-                      .vocabulary = logits.vocabulary,
-                      .target = targets[static_cast<std::size_t>(i)],
-                      .softcap = logits.softcap,
-                      .reference_softcap = reference.softcap,
-                      .shift = shift,
-                      .gradient = gradient,
-                      .scratch = scratch,
-                      .reference_scratch = scratch + width};
+        const RowPair row{.logits = row_of(logits.data, logits, i),
+                          .residual = row_of(logits.residual, logits, i),
+                          .reference = row_of(reference.data, reference, i),
+                          .reference_residual = row_of(reference.residual, reference, i),
+                          .vocabulary = logits.vocabulary,
+                          .target = targets[static_cast<std::size_t>(i)],
+                          .softcap = logits.softcap,
+                          .reference_softcap = reference.softcap,
+                          .shift = shift,
+                          .into = row_of(into.data, into, i),
+                          .into_element = into.element,
+                          .scratch = scratch,
+                          .reference_scratch = scratch + width};
         double row_divergence = 0;
         double row_entropy = 0;
         kernel(row, &row_divergence, &row_entropy);

@@ -2,7 +2,7 @@
 //
 // With z the logits of a row, optionally soft-capped (z ← cap · tanh(z / cap)), and y its target:
 //   row pass            ℓ = z_y − logsumexp(z);                     logits ← softmax(z) − onehot(y)
-//   distribution pass   q = softmax(zr − shift · onehot(y));        logits ← softmax(z) − q
+//   distribution pass   q = softmax(zr − shift · onehot(y));        into   ← softmax(z) − q
 // both times multiplied by the derivative of the soft-cap, so that what is written is the derivative of −ℓ, or of the
 // cross entropy to q, with respect to the logits as they were.
 //
@@ -28,6 +28,16 @@ struct Logits {
     std::int64_t vocabulary = 0;
     std::int64_t stride = 0;
     double softcap = 0;  // 0: none
+    // What the elements' rounding took away, to be added before the cap: as many elements, as far apart; or null. Not
+    // for the row pass.
+    const void* residual = nullptr;
+};
+
+// Rows that take a derivative: row i is the elements from data + i · stride elements, as many as the logits have.
+struct Destination {
+    void* data = nullptr;  // null: no derivative is wanted
+    Element element = Element::fp32;
+    std::int64_t stride = 0;
 };
 
 // Implementations of the vector arithmetic. `best` is the fastest that this machine runs.
@@ -45,11 +55,13 @@ struct Execution {
 void row_pass(const Logits& logits, std::span<const std::int64_t> targets, bool gradient, void* logprobs,
               const Logits& reference, void* reference_logprobs, const Execution& execution);
 
-// Writes Σ q log(q / p) and the entropy −Σ q log q of every row, and softmax − q into `logits` if `gradient`. `shift`
-// lowers the reference logit of the target (UNDIAL's β; KL has 0). Elements of the two may differ, their vocabularies
-// may not.
+// Writes Σ q log(q / p) and the entropy −Σ q log q of every row, and softmax − q `into` rows of any element: the
+// logits' own memory, memory that neither model has, or the reference's, where each row begins where the reference's
+// does and no element is wider than its. `shift` lowers the reference logit of the target (UNDIAL's β; KL has 0).
+// Elements of the two may differ, their vocabularies may not.
 void distribution_pass(const Logits& logits, const Logits& reference, std::span<const std::int64_t> targets,
-                       double shift, bool gradient, void* divergence, void* entropy, const Execution& execution);
+                       double shift, const Destination& into, void* divergence, void* entropy,
+                       const Execution& execution);
 
 // The backend that `best` stands for, and whether this machine runs a given one.
 Backend best_backend();

@@ -42,7 +42,6 @@ inline V fma(V a, V b, V c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 inline V max(V a, V b) { return {vmaxq_f32(a.v, b.v)}; }
 inline V abs(V a) { return {vabsq_f32(a.v)}; }
 inline V select(Mask mask, V a, V b) { return {vbslq_f32(mask.m, a.v, b.v)}; }
-inline V round(V a) { return {vrndnq_f32(a.v)}; }
 
 inline V power_of_two(int32x4_t n) { return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23))}; }
 

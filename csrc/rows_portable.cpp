@@ -81,10 +81,6 @@ inline V abs(const V& a) {
 inline V select(const Mask& mask, const V& a, const V& b) {
     return map([&](int i) { return mask.lane[i] ? a.lane[i] : b.lane[i]; });
 }
-// Adding and taking away 1.5 · 2^23 leaves the nearest integer, ties to even.
-inline V round(const V& a) {
-    return map([&](int i) { return (a.lane[i] + 0x1.8p23F) - 0x1.8p23F; });
-}
 inline float power_of_two(std::int32_t n) { return __builtin_bit_cast(float, (n + 127) << 23); }
 
 // In two factors, so that the result may be subnormal. NaN fails both comparisons and becomes a bound.

@@ -14,14 +14,30 @@ _BLOCK_ELEMENTS_ON_DEVICE = 1 << 25  # 128 MiB: there a block costs a dozen laun
 
 @dataclass(frozen=True)
 class Logits:
-    """(n, V) logits as the head's GEMM made them, and the soft-cap z ← cap · tanh(z / cap), or None."""
+    """(n, V) logits as the head's GEMM made them.
+
+    Attributes:
+        values: the logits, rounded to their dtype.
+        softcap: z ← cap · tanh(z / cap), or None.
+        residual: what the rounding of ``values`` took away, in the same dtype and layout: the logits are their sum, in
+            the accumulation dtype, before the cap. None: nothing. For the torch and native passes.
+    """
 
     values: Tensor
     softcap: float | None = None
+    residual: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a residual that does not lie as the values do."""
+        layout = [(each.shape, each.stride(), each.dtype) for each in (self.values, self.residual) if each is not None]
+        if layout[0] != layout[-1]:
+            raise ValueError(f"`residual`: expected shape, strides and dtype {layout[0]} of `values`, got {layout[-1]}")
 
     def capped(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Return these rows after the cap, in the accumulation dtype, and the cap's derivative (None without one)."""
         z = self.values[rows].to(accumulation_dtype(self.values.dtype))
+        if self.residual is not None:
+            z = z + self.residual[rows].to(z.dtype)
         if self.softcap is None:
             return z, None
         tanh = torch.tanh(z / self.softcap)
@@ -36,14 +52,18 @@ class Logits:
         """Return the logits with their columns side by side in memory, as a copy where they are not."""
         if self.values.stride(1) == 1:
             return self
-        return Logits(self.values.contiguous(), self.softcap)
+        residual = None if self.residual is None else self.residual.contiguous()
+        return Logits(self.values.contiguous(), self.softcap, residual)
 
 
 def run_dense(logits: Logits, run: Callable[[Logits], None], *, into: Tensor | None) -> None:
     """Run a pass that wants unit stride, and that works in place, on logits of any strides.
 
     Its result goes ``into`` a matrix of their shape: ``logits.values``, another one, or None if nobody wants it.
+    Raises ValueError for logits with a residual, which such a pass does not read.
     """
+    if logits.residual is not None:
+        raise ValueError("`logits`: expected no residual, which this pass does not read; give wider logits")
     dense = logits.unit_stride()
     run(dense)
     if into is not None and into is not dense.values:

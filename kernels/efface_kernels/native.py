@@ -12,15 +12,15 @@ except ImportError as error:  # a source checkout without a compiler
 else:
     IMPORT_ERROR = None
 
-Description = tuple[int, str, int, int, int, float]
+Description = tuple[int, str, int, int, int, float, int]
 
 
 def describe(logits: Logits) -> Description:
-    """Return (address, dtype, rows, vocabulary, row stride, softcap or 0)."""
-    values = logits.values
+    """Return (address, dtype, rows, vocabulary, row stride, softcap or 0, address of the residual or 0)."""
+    values, residual = logits.values, 0 if logits.residual is None else logits.residual.data_ptr()
     rows, vocabulary = values.shape
     dtype = str(values.dtype).removeprefix("torch.")
-    return values.data_ptr(), dtype, rows, vocabulary, values.stride(0), logits.softcap or 0.0
+    return values.data_ptr(), dtype, rows, vocabulary, values.stride(0), logits.softcap or 0.0, residual
 
 
 def row_pass_native(logits: Logits, targets: Tensor, reference: Logits | None, gradient: bool) -> tuple[Tensor, ...]:
@@ -48,19 +48,18 @@ def distribution_pass_native(
 ) -> tuple[Tensor, Tensor]:
     """``distribution_pass_torch`` in C++."""
     divergence, entropy = logits.row_vector(), logits.row_vector()
-    frozen = reference.unit_stride()
-
-    def run(dense: Logits) -> None:
-        efface_native.distribution_pass(
-            describe(dense),
-            describe(frozen),
-            targets.contiguous().numpy(),
-            shift=shift,
-            gradient=into is not None,
-            divergence=divergence.numpy(),
-            entropy=entropy.numpy(),
-            threads=torch.get_num_threads(),
-        )
-
-    run_dense(logits, run, into=into)
+    policy, frozen = logits.unit_stride(), reference.unit_stride()
+    out = into if into is None or into.stride(1) == 1 else torch.empty(into.shape, dtype=into.dtype)
+    efface_native.distribution_pass(
+        describe(policy),
+        describe(frozen),
+        targets.contiguous().numpy(),
+        shift=shift,
+        into=None if out is None else describe(Logits(out)),
+        divergence=divergence.numpy(),
+        entropy=entropy.numpy(),
+        threads=torch.get_num_threads(),
+    )
+    if into is not None and out is not None and out is not into:
+        into.copy_(out)
     return divergence, entropy

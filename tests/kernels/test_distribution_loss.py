@@ -8,7 +8,7 @@ from torch import Tensor
 
 import oracle
 from efface_kernels import Head, ReferenceRows, linear_distribution_loss, memory, release_workspaces
-from efface_kernels.linear_loss import workspace
+from efface_kernels.linear_loss import wide_logits, workspace
 from efface_kernels.linear_loss.distribution_loss import DistributionLossOutput
 from largest_tensor import LargestTensor
 from oracle import Case, Problem
@@ -133,12 +133,25 @@ def test_a_model_beside_itself_has_neither_loss_nor_gradient(backend: str, dtype
         assert gradient.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_the_gradient_between_close_models_is_not_rounding(backend: str, dtype: torch.dtype) -> None:
-    """p and q differ by 1e-4 of themselves: by less than bf16 logits tell apart, and than fp16 can hold."""
+@pytest.mark.parametrize(
+    ("dtype", "apart", "pairs"),
+    [
+        (torch.float32, 1e-4, False),
+        (torch.float16, 1e-4, False),
+        (torch.bfloat16, 1e-4, False),
+        (torch.bfloat16, 1e-3, True),  # 17 bits of a logit, and fp32 has 24
+    ],
+    ids=str,
+)
+def test_the_gradient_between_close_models_is_not_rounding(
+    backend: str, dtype: torch.dtype, apart: float, pairs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits differ by so much of themselves: by less than bf16 tells apart, and p and q by less than fp16 can hold."""
+    if not pairs:
+        monkeypatch.setattr(wide_logits, "_has_fast_bfloat16", lambda: False)
     case = Case("close", (12,), vocabulary=1500, hidden_size=24, chunk_rows=5)
     problem = oracle.make(case, dtype)
-    frozen = problem.reference_hidden[:, :1] * 0 + problem.hidden.detach().float() * (1 + 1e-4)
+    frozen = problem.reference_hidden[:, :1] * 0 + problem.hidden.detach().float() * (1 + apart)
     problem.reference_hidden, problem.reference_weight = frozen.float(), problem.weight.detach().float()
     exact = oracle.exact(problem)
     results = []
@@ -265,8 +278,8 @@ def test_rows_are_those_of_fp32_logits_and_halved_where_memory_ends(monkeypatch:
     tried, matrix = [], memory.Loan.matrix
 
     def short(loan: memory.Loan, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        tried.append(rows)
-        if rows > 300:
+        tried.append(rows * dtype.itemsize // 4)
+        if tried[-1] > 300:
             raise torch.OutOfMemoryError("no")
         return matrix(loan, rows, columns, dtype, device)
 

@@ -5,12 +5,15 @@ import numpy as np
 import pytest
 
 BACKENDS = efface_native.backends()
-Description = tuple[int, str, int, int, int, float]
+Description = tuple[int, str, int, int, int, float, int]
 
 
-def describe(array: np.ndarray, dtype: str | None = None, softcap: float = 0.0) -> Description:
+def describe(
+    array: np.ndarray, dtype: str | None = None, softcap: float = 0.0, residual: np.ndarray | None = None
+) -> Description:
     rows, vocabulary = array.shape
-    return array.ctypes.data, dtype or str(array.dtype), rows, vocabulary, array.strides[0] // array.itemsize, softcap
+    stride, rest = array.strides[0] // array.itemsize, 0 if residual is None else residual.ctypes.data
+    return array.ctypes.data, dtype or str(array.dtype), rows, vocabulary, stride, softcap, rest
 
 
 def bf16(values: np.ndarray) -> np.ndarray:
@@ -120,14 +123,14 @@ def small() -> dict[str, object]:
         ({"targets": np.array([0, 1], np.int32)}, TypeError, "`targets`: expected dtype int64"),
         ({"logprobs": np.zeros(3, np.float32)}, ValueError, "`logprobs`: expected 2 entries, got 3"),
         ({"logprobs": np.zeros(2)}, TypeError, "`logprobs`: expected dtype float32, got float64"),
-        ({"logits": (0, "float32", 2, 5, 5, 0.0)}, ValueError, "expected an address, got null"),
-        ({"logits": (8, "float32", -1, 5, 5, 0.0)}, ValueError, "`logprobs`: expected -1 entries"),
-        ({"logits": (8, "float32", 2, 0, 5, 0.0)}, ValueError, "vocabulary >= 1"),
-        ({"logits": (8, "float32", 2, 5, -5, 0.0)}, ValueError, "stride >= 0"),
-        ({"logits": (8, "int8", 2, 5, 5, 0.0)}, ValueError, "`dtype`: expected bfloat16"),
+        ({"logits": (0, "float32", 2, 5, 5, 0.0, 0)}, ValueError, "expected an address, got null"),
+        ({"logits": (8, "float32", -1, 5, 5, 0.0, 0)}, ValueError, "`logprobs`: expected -1 entries"),
+        ({"logits": (8, "float32", 2, 0, 5, 0.0, 0)}, ValueError, "vocabulary >= 1"),
+        ({"logits": (8, "float32", 2, 5, -5, 0.0, 0)}, ValueError, "stride >= 0"),
+        ({"logits": (8, "int8", 2, 5, 5, 0.0, 0)}, ValueError, "`dtype`: expected bfloat16"),
         ({"logits": (8, "float32", 2, 5)}, ValueError, r"expected \(address, dtype, rows"),
-        ({"logits": (8, "float32", 2, 5, 5, -1.0)}, ValueError, "softcap: expected 0"),
-        ({"logits": (8, "float32", 2, 5, 5, float("nan"))}, ValueError, "softcap: expected 0"),
+        ({"logits": (8, "float32", 2, 5, 5, -1.0, 0)}, ValueError, "softcap: expected 0"),
+        ({"logits": (8, "float32", 2, 5, 5, float("nan"), 0)}, ValueError, "softcap: expected 0"),
     ],
 )
 def test_bad_input_is_refused(change: dict[str, object], error: type[Exception], message: str) -> None:

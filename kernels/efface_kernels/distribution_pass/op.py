@@ -76,6 +76,8 @@ def distribution_pass_triton(
         distribution_pass_kernel,
     )
 
+    if logits.residual is not None or reference.residual is not None:
+        raise ValueError("`logits`: expected no residual, which this pass does not read; give wider logits")
     policy, frozen = logits.unit_stride().values, reference.unit_stride().values
     divergence, entropy = logits.row_vector(), logits.row_vector()
     out = into
@@ -107,6 +109,13 @@ def distribution_pass_triton(
     if into is not None and out is not None and out is not into:
         into.copy_(out)
     return divergence, entropy
+
+
+PASSES = {
+    "torch": distribution_pass_torch,
+    "native": distribution_pass_native,
+    "triton": distribution_pass_triton,
+}
 
 
 def distribution_pass(
@@ -166,11 +175,6 @@ def distribution_pass(
     if out is not None:
         _check_out(out, logits, reference_logits, gradient=gradient)
     into = (logits if out is None else out) if gradient else None
-    passes = {
-        "torch": distribution_pass_torch,
-        "native": distribution_pass_native,
-        "triton": distribution_pass_triton,
-    }
-    run = passes[resolve_backend(backend, logits.device)]
+    run = PASSES[resolve_backend(backend, logits.device)]
     pair = Logits(logits, softcap), Logits(reference_logits, reference_softcap)
     return DistributionPassOutput(*run(*pair, targets, shift, into))

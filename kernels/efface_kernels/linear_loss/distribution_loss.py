@@ -132,8 +132,9 @@ def linear_distribution_loss(
     Returns:
         DistributionLossOutput, in nats, float32 (float64 for float64 inputs), as are the logits: bfloat16 ones would
         make the gradient rounding noise where p is close to q. On devices whose GEMM cannot write them from
-        half-precision operands, the two heads are copied to float32 for the call. Gradients have the dtypes of their
-        inputs; sums over chunks run in float32.
+        half-precision operands, the two heads are copied to float32 for the call; on CPUs with bfloat16 instructions
+        bfloat16 logits come in pairs, of 17 bits. Gradients have the dtypes of their inputs; sums over chunks run in
+        float32.
 
     Raises:
         TypeError: dtypes that differ, or targets that are not int64.

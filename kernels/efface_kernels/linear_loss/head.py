@@ -58,6 +58,10 @@ class Head:
             return torch.mm(hidden, self.weight.t(), out=out)
         return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
 
+    def residual(self, hidden: Tensor, logits: Tensor, workspace: Tensor) -> Tensor:
+        """Write what the rounding of ``logits(hidden)`` took away into ``workspace``, for a head without a bias."""
+        return torch.addmm(logits, hidden, self.weight.t(), beta=-1, out=workspace[: hidden.shape[0]])
+
     def writing(self, dtype: torch.dtype) -> "Head":
         """Return the head that writes logits of ``dtype``: this one, or a copy with its parameters in ``dtype``.
 

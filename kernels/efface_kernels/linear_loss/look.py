@@ -3,27 +3,14 @@
 import torch
 from torch import Tensor
 
-from efface_kernels.distribution_pass import distribution_pass
+from efface_kernels.distribution_pass.op import PASSES
 from efface_kernels.linear_loss.chunks import Chunk, largest_piece
 from efface_kernels.linear_loss.head import Head, ReferenceRows
 from efface_kernels.linear_loss.models import Models
+from efface_kernels.linear_loss.wide_logits import WideLogits
 from efface_kernels.logits import accumulation_dtype, power_of_two
 from efface_kernels.memory import Loan
 from efface_kernels.row_pass import row_pass
-
-
-class _WideLogits:
-    """A model's logits in fp32 (fp64), piece by piece in one workspace."""
-
-    def __init__(self, hidden: Tensor, head: Head, loan: Loan, largest: int) -> None:
-        dtype = accumulation_dtype(hidden.dtype)
-        self._hidden = hidden
-        self._head = head.writing(dtype)
-        self._workspace = loan.matrix(min(largest, hidden.shape[0]), head.vocabulary, dtype, hidden.device)
-
-    def __call__(self, rows: slice) -> Tensor:
-        hidden = self._hidden[rows].to(self._head.weight.dtype)
-        return self._head.logits(hidden, self._workspace)
 
 
 class RowLook:
@@ -79,8 +66,8 @@ class RowLook:
 class DistributionLook:
     """P = (p − q) / peak, so that c = −∂loss/∂KL(q‖p) · peak.
 
-    Logits of either model are float32 (float64 for float64): at the start of a run p = q, and the difference of
-    bfloat16 ones would be rounding. P has the dtype of the hidden states, for the gradients' GEMMs.
+    Logits of either model are wider than half precision: at the start of a run p = q, and the difference of bfloat16
+    ones would be rounding. P has the dtype of the hidden states, for the gradients' GEMMs.
 
     Attributes:
         divergence: (N,) KL(q‖p) of the rows that were seen.
@@ -100,36 +87,28 @@ class DistributionLook:
         shift: float,
         backend: str,
     ) -> None:
-        self._targets, self._shift, self._backend = targets, shift, backend
-        self._softcap, self._reference_softcap = head.softcap, reference.head.softcap
-        self._loan, largest = Loan(), largest_piece(chunks)
-        self._policy = _WideLogits(hidden, head, self._loan, largest)
-        self._reference = _WideLogits(reference.hidden, reference.head, self._loan, largest)
+        self._targets, self._shift, self._pass = targets, shift, PASSES[backend]
+        self._loan, largest, pairs = Loan(), largest_piece(chunks), backend != "triton"
+        self._policy = WideLogits(hidden, head, self._loan, largest, pairs=pairs)
+        self._reference = WideLogits(reference.hidden, reference.head, self._loan, largest, pairs=pairs)
         self._dtype, dtype = hidden.dtype, accumulation_dtype(hidden.dtype)
         self.divergence, self.entropy = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(2))
         self.peaks = torch.ones_like(self.divergence)
 
     def __call__(self, rows: slice, *, gradient: bool, again: bool = False) -> Tensor:
         """See ``Look``. Coefficients are known beforehand, so there is no second look."""
-        difference, beside = self._policy(rows), self._reference(rows)
-        narrow = difference.dtype != self._dtype
-        # The pass has read a row of the reference's logits when it writes P: their memory takes P in its own dtype.
-        into = beside.view(self._dtype)[:, : difference.shape[1]] if narrow else difference
+        logits, frozen = self._policy(rows), self._reference(rows)
+        p = into = logits.values
+        if p.dtype != self._dtype:
+            # The pass has read a row of the reference's logits when it writes P: their memory takes it.
+            into = frozen.values.view(self._dtype)[:, : p.shape[1]]
         scaled = gradient and self._dtype == torch.float16
-        self.divergence[rows], self.entropy[rows] = distribution_pass(
-            difference,
-            beside,
-            self._targets[rows],
-            shift=self._shift,
-            softcap=self._softcap,
-            reference_softcap=self._reference_softcap,
-            gradient=gradient,
-            out=into if gradient and not scaled else None,
-            backend=self._backend,
+        self.divergence[rows], self.entropy[rows] = self._pass(
+            logits, frozen, self._targets[rows], self._shift, (p if scaled else into) if gradient else None
         )
         if scaled:
-            self.peaks[rows] = power_of_two(difference, dim=1)
-            into.copy_(difference.div_(self.peaks[rows, None]))
+            self.peaks[rows] = power_of_two(p, dim=1)
+            into.copy_(p.div_(self.peaks[rows, None]))
         return into
 
     def close(self) -> None:

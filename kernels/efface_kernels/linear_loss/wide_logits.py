@@ -1,0 +1,76 @@
+"""A model's logits in more digits than half precision has, for what compares two distributions."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from efface_kernels.linear_loss.head import Head
+from efface_kernels.logits import Logits, accumulation_dtype
+from efface_kernels.memory import Loan
+
+
+class WideLogits:
+    """A model's logits in fp32 (fp64), or in bf16 with what their rounding took away; piece by piece in one workspace.
+
+    The pair takes as much memory as fp32 logits. It is made by two bf16 GEMMs where those are the CPU's fast ones, and
+    has 17 of fp32's 24 bits: the second product is rounded to bf16 after the first was subtracted from it.
+    """
+
+    def __init__(self, hidden: Tensor, head: Head, loan: Loan, largest: int, *, pairs: bool) -> None:
+        """``pairs``: whether the pass that reads the logits takes a residual."""
+        rows, device = min(largest, hidden.shape[0]), hidden.device
+        self._hidden, self._residuals = hidden, None
+        if pairs and _makes_residuals(hidden, head):
+            both = loan.matrix(2 * rows, head.vocabulary, hidden.dtype, device)
+            self._head, self._workspace, self._residuals = head, both[:rows], both[rows:]
+        else:
+            dtype = accumulation_dtype(hidden.dtype)
+            self._head = head.writing(dtype)
+            self._workspace = loan.matrix(rows, head.vocabulary, dtype, device)
+
+    def __call__(self, rows: slice) -> Logits:
+        """Return the logits of these rows, valid until the next call."""
+        hidden = self._hidden[rows].to(self._head.weight.dtype)
+        values = self._head.logits(hidden, self._workspace)
+        residual = None if self._residuals is None else self._head.residual(hidden, values, self._residuals)
+        return Logits(values, self._head.softcap, residual)
+
+
+def _makes_residuals(hidden: Tensor, head: Head) -> bool:
+    """Whether two bf16 GEMMs are the way to this head's logits on this machine.
+
+    bf16 products are oneDNN's only where the processor has instructions for them, and slower than fp32's elsewhere. At
+    (256, 1024) x (1024, 32000), 2 cores of an Intel Xeon with AMX, torch 2.13, 2026-11-27: 9.7 + 10.4 ms, fp32 61 ms.
+    """
+    if hidden.device.type != "cpu" or hidden.dtype != torch.bfloat16 or head.bias is not None:
+        return False
+    return _has_fast_bfloat16() and _subtracts_before_rounding(hidden.shape[1])
+
+
+def _has_fast_bfloat16() -> bool:
+    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return ask is not None and bool(ask())
+
+
+@functools.cache
+def _subtracts_before_rounding(depth: int) -> bool:
+    """Whether this machine's GEMM over ``depth`` products subtracts in fp32, found out by trying.
+
+    One that rounded its sum first would leave residuals of zero, or of another rounding.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def random(rows: int) -> Tensor:
+        return torch.randn(rows, depth, generator=generator, dtype=torch.float32, device="cpu").bfloat16()
+
+    head = Head(random(256))
+    for rows in (1, 32):  # a row has kernels of its own
+        hidden = random(rows)
+        values, residual = (torch.empty(rows, head.vocabulary, dtype=hidden.dtype, device="cpu") for _ in range(2))
+        values = head.logits(hidden, values)
+        residual = head.residual(hidden, values, residual)
+        exact = hidden.double() @ head.weight.double().t()
+        if not (values.double() + residual - exact).abs().max() <= 2**-16 * exact.abs().max():
+            return False
+    return True
