@@ -49,6 +49,7 @@ def main() -> int:
         report = Report(None)
         report.table("Computed, not measured; milliseconds", expected.HEADINGS, expected.table())
         report.note(expected.assumptions())
+        report.table("Computed, not measured; MiB", expected.MEMORY_HEADINGS, expected.memory_table())
         return 0
     if options.suite == "report":
         importlib.import_module("benchmarks.publish").everything()

@@ -167,6 +167,26 @@ def table(cards: Sequence[Card] = CARDS, shapes: Sequence[Shape] = SHAPES) -> li
     return cells
 
 
+MEMORY_HEADINGS = ("memory of the card, head", "chunks", "logits", "fp32 sum of dW", "above inputs and gradients")
+
+
+def memory_table(shapes: Sequence[Shape] = SHAPES) -> list[list[str]]:
+    """Return the rows of cells under ``MEMORY_HEADINGS``: MiB at the peak of a call with a live reference."""
+    cells = []
+    for memory in (24 << 30, *(card.memory for card in CARDS)):
+        for shape in shapes:
+            chunks, in_turn = plan(shape, "live", memory)
+            v, d, rows = shape.vocabulary, shape.hidden_size, largest_piece(chunks)
+            logits = rows * v * HALF * (1 if in_turn else 2)
+            total = v * d * SINGLE if len(chunks) > 1 else 0
+            # Once all chunks are summed up the logits are free, and the bf16 gradient is made beside the sum.
+            above = max(logits + total - v * d * HALF, total) if total else logits
+            sizes = [str(round(size / (1 << 20))) for size in (logits, total, above)]
+            name = f"{memory >> 30} GiB, {d} x {v}"
+            cells.append([name, f"{len(chunks)} of {rows}", *sizes])
+    return cells
+
+
 def assumptions() -> str:
     """Return what the table stands on."""
     cards = "; ".join(

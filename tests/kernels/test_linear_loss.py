@@ -23,6 +23,7 @@ from efface_kernels import (
     memory,
     release_workspaces,
 )
+from efface_kernels.linear_loss import sequence_loss, workspace
 from largest_tensor import LargestTensor
 from oracle import CASES, Case, Problem
 
@@ -132,6 +133,33 @@ def test_loss_and_gradients_are_as_exact_as_eager(backend: str, objective: str, 
     for name, gradient in gradients(ours, problem).items():
         assert gradient.dtype == dtype
         oracle.assert_as_exact(f"d{name}", gradient, eager_gradients[name], gold_gradients[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("objective", ["npo live", "npo cached", "dpo live"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_chunks_of_a_device_are_as_exact_as_eager(
+    backend: str, objective: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rows at a time, or in bf16 all at once: the largest batch that is one chunk, and one more row."""
+    monkeypatch.setattr(workspace, "capacity", lambda *_: 3)
+    taken = []
+    for plan in ("plan_sequences", "plan_rows"):
+        planned = getattr(sequence_loss, plan)
+        monkeypatch.setattr(sequence_loss, plan, lambda *given, of=planned: taken.append(of(*given)) or taken[-1])
+    d = 4
+    most = 3 + (d if objective.endswith("live") else 2 * d)
+    for n in (1, 3, most, most + 1):
+        case = Case("own", (1,) * n, hidden_size=d, vocabulary=97, reference_sequences=n, bias=True)
+        problem = oracle.make(case, dtype)
+        exact = oracle.exact(problem)
+        values = [oracle_loss(objective, case, each) for each in (exact, problem)]
+        ours = our_loss(objective, case, problem, backend)
+        assert (len(taken[-1]) == 1) == (n <= 3 or (n <= most and dtype == torch.bfloat16)), n
+        oracle.assert_as_exact("loss", ours.detach(), values[1].detach(), values[0].detach(), dtype)
+        gold, eager = gradients(values[0], exact), gradients(values[1], problem)
+        for name, gradient in gradients(ours, problem).items():
+            oracle.assert_as_exact(f"d{name}", gradient, eager[name], gold[name], dtype)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.vocabulary < 100], ids=str)

@@ -36,16 +36,32 @@ print(json.dumps(status("VmHWM") - before))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("chunk_rows", [1024, 256])
-def test_peak_memory_is_two_chunks_and_the_gradients(chunk_rows: int) -> None:
-    n, d, v = 1024, 128, 32000
+SLACK = 32 << 20  # the GEMM library's own buffers
+
+
+def peak(n: int, d: int, v: int, chunk_rows: int | None) -> int:
     code = SCRIPT.replace("loss(N, D, V, CHUNK)", f"loss({n}, {d}, {v}, {chunk_rows})")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return int(json.loads(done.stdout))
+
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+
+
+@LINUX
+@pytest.mark.parametrize("chunk_rows", [1024, 256])
+def test_peak_memory_is_two_chunks_and_the_gradients(chunk_rows: int) -> None:
+    n, d, v = 1024, 128, 32000
     chunk = chunk_rows * v * 2  # bf16; policy and reference
     gradients = v * d * 2 + n * d * 2
     # several chunks sum dW in fp32, from a product in bf16
     sums = 0 if chunk_rows >= n else v * d * (4 + 2)
-    slack = 32 << 20  # the GEMM library's own buffers
-    assert json.loads(done.stdout) <= 2 * chunk + gradients + sums + slack
+    assert peak(n, d, v, chunk_rows) <= 2 * chunk + gradients + sums + SLACK
+
+
+@LINUX
+def test_one_chunk_takes_no_more_than_chunks_would() -> None:
+    """R + D rows with a live reference, all in one chunk, within what chunks of R = 2048 rows are allowed."""
+    n, d, v = 2048 + 512, 512, 32000
+    assert peak(n, d, v, None) <= 2 * 2048 * v * 2 + v * d * (4 + 2) + n * d * 2 + SLACK

@@ -169,3 +169,11 @@ def test_the_page_says_what_is_computed() -> None:
     assert expected.assumptions() in text
     assert "**Computed, not measured**" in pages.page([], {})
     assert len(expected.table()) == len(expected.CARDS) * len(expected.SHAPES) * len(expected.MODES)
+
+
+def test_the_kernels_readme_has_the_memory_that_is_computed() -> None:
+    text = (ROOT / "kernels" / "efface_kernels" / "linear_loss" / "README.md").read_text(encoding="utf-8")
+    assert tables.markdown(expected.MEMORY_HEADINGS, expected.memory_table()) in text, "python -m benchmarks expected"
+    by_name = {row[0]: row[2:] for row in expected.memory_table()}
+    assert by_name["24 GiB, 2048 x 128256"] == ["501", "1002", "1002"]
+    assert by_name["139 GiB, 2048 x 128256"] == ["2004", "0", "2004"]

@@ -118,7 +118,8 @@ class UnlearnArguments(TrainingArguments):
         },
     )
     chunk_rows: int | None = field(
-        default=None, metadata={"help": "rows of logits alive at a time in the loss; default: chosen from the model"}
+        default=None,
+        metadata={"help": "rows of logits alive at a time in the loss; default: by the model and the device"},
     )
     loss_backend: str = field(
         default="auto", metadata={"help": "implementation of the loss: auto, native, triton or torch"}

@@ -139,7 +139,7 @@ class Padded(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Padded":
         """Return it on a device."""
-        return Padded(*(tensor.to(device) for tensor in self))
+        return Padded(*(to_device(tensor, torch.device(device)) for tensor in self))
 
     def run(self, model: nn.Module) -> Tensor:
         """Return the logits (B, T, V) in float32, as the models of transformers 4.45 do."""

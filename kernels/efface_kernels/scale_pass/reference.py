@@ -16,8 +16,8 @@ def scale_pass_torch(values: Tensor, factor: Tensor, dtype: torch.dtype, keep: b
 def _on_the_cpu(values: Tensor, factor: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
     """Reading the factor is free here, and torch is slow to multiply into another dtype.
 
-    (32000, 1024) from fp32 to bf16: 57 ms in one call, 30 in two (2 cores of an Intel Xeon with AMX, torch 2.13,
-    2026-11-27).
+    (32000, 1024) from fp32 to bf16: 57 ms by ``torch.mul(values, factor, out=half)``, 30 by ``values.mul_(factor).to``
+    (medians of 7, 2 cores of an Intel Xeon with AMX, torch 2.13, 2026-11-27).
     """
     if factor.item() != 1:
         values, keep = values * factor if keep else values.mul_(factor), False

@@ -1,0 +1,48 @@
+"""One chunk against several, where the loss chooses one: ``python -m benchmarks.one_chunk N D V [ROUNDS]``, on the CPU.
+
+NPO in bf16 with a trained head, forward and backward, interleaved; the median over rounds of the ratio within a round.
+"""
+
+import sys
+
+import torch
+
+from benchmarks.loss.inputs import LossInputs, Shape, make_inputs
+from benchmarks.timing import interleaved, median_ratio
+from efface_kernels import Head, ReferenceRows, linear_sequence_loss
+from efface_kernels.linear_loss.chunks import default_chunk_rows
+
+
+def _run(inputs: LossInputs, *, live: bool, chunk_rows: int | None) -> None:
+    assert inputs.rule is not None
+    loss = linear_sequence_loss(
+        inputs.hidden,
+        inputs.weight,
+        inputs.targets,
+        inputs.row_offsets,
+        inputs.rule,
+        reference=ReferenceRows(inputs.reference_hidden, Head(inputs.reference_weight)) if live else None,
+        reference_sums=None if live else inputs.reference_sums,
+        chunk_rows=chunk_rows,
+    ).loss
+    torch.autograd.grad(loss, inputs.wanted)
+
+
+def main(n: int, d: int, v: int, rounds: int = 7) -> None:
+    """Print the ratios of a shape."""
+    inputs = make_inputs(Shape(n, d, v, torch.bfloat16))
+    rows = default_chunk_rows("cpu", v, 2)
+    print(f"N {n}, D {d}, V {v}; chunks of {rows} rows; torch {torch.__version__}")
+    for live in (True, False):
+        calls = {
+            chunk_rows: lambda _, live=live, chunk_rows=chunk_rows: _run(inputs, live=live, chunk_rows=chunk_rows)
+            for chunk_rows in (None, rows)
+        }
+        times = interleaved(calls, rounds, warm_up=1)
+        ratio = median_ratio(times[None], times[rows])
+        print(f"{'live' if live else 'cached'}: the loss's choice takes {ratio:.2f} of the time of chunks", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    main(*map(int, sys.argv[1:]))
