@@ -27,7 +27,8 @@ from efface_kernels.linear_loss import chunks, models
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import expected  # noqa: E402
+import benchmarks.__main__  # noqa: E402
+from benchmarks import expected, one_chunk  # noqa: E402
 from benchmarks.publish import pages, tables  # noqa: E402
 
 # The targets' range is looked at on the CPU alone; the root of a backward call is autograd's.
@@ -177,3 +178,13 @@ def test_the_kernels_readme_has_the_memory_that_is_computed() -> None:
     by_name = {row[0]: row[2:] for row in expected.memory_table()}
     assert by_name["24 GiB, 2048 x 128256"] == ["501", "1002", "1002"]
     assert by_name["139 GiB, 2048 x 128256"] == ["2004", "0", "2004"]
+
+
+def test_the_commands_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["python -m benchmarks", "expected"])
+    assert benchmarks.__main__.main() == 0
+    printed = capsys.readouterr().out
+    assert printed.count("not measured") == 2
+    assert "H200, 2048 x 128256, live" in printed
+    one_chunk.main(64, 8, 97, rounds=1)
+    assert capsys.readouterr().out.count("of the time of chunks") == 2

@@ -74,7 +74,9 @@ def packed_logprobs(
             sums = [torch.zeros(len(pack), dtype=accumulation_dtype(head.weight.dtype)) for pack in turn]
             if rank < len(turn):
                 roles = np.full(len(turn[rank]), Role.RETAIN, np.int8)
-                batch = pack_items((TokenStore.empty(), store), roles, turn[rank]).to(model.device)
+                pinned = model.device.type == "cuda"
+                batch = pack_items((TokenStore.empty(), store), roles, turn[rank], pin_memory=pinned)
+                batch = batch.to(model.device, non_blocking=True)
                 logprobs = linear_logprob(
                     packed_hidden(model, batch), head.weight, batch.targets, bias=head.bias, softcap=head.softcap
                 )

@@ -126,6 +126,8 @@ def _balanced(starts: Sequence[int], capacity: int) -> int:
     A chunk of few rows has its GEMMs wait for the weights, and costs as many waves of tiles as a larger one.
     """
     count = len(_ends(starts, capacity))
+    if count <= 1:
+        return capacity
     lengths = [stop - start for start, stop in pairwise(starts)]
     longest = max((length for length in lengths if length <= capacity), default=1)  # longer ones are chunks in any case
     tiles = range(-(-longest // _TILE), capacity // _TILE + 1)

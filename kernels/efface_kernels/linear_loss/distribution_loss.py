@@ -126,7 +126,8 @@ def linear_distribution_loss(
         cross_entropy: add the entropy of q, a constant, to each row's divergence.
         bias: (V,), same dtype, or None.
         softcap: Gemma-2's cap on the logits, or None; the reference's is that of its head.
-        chunk_rows: rows of logits alive at a time; None chooses from the device and V.
+        chunk_rows: rows of logits alive at a time; None chooses from the device and V, and takes all where that needs
+            no more memory than several chunks.
         backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
 
     Returns:

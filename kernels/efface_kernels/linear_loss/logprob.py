@@ -109,7 +109,8 @@ def linear_logprob(
         targets: (N,) int64, in 0 .. V − 1.
         bias: (V,), same dtype, or None.
         softcap: Gemma-2's cap on the logits, or None.
-        chunk_rows: rows of logits alive at a time; None chooses from the device, V and the dtype.
+        chunk_rows: rows of logits alive at a time; None chooses from the device, V and the dtype, and takes all where
+            that needs no more memory than several chunks.
         backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
 
     Returns:

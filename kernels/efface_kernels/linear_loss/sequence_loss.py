@@ -198,8 +198,8 @@ def linear_sequence_loss(
         softcap: Gemma-2's cap on the logits, or None.
         reference: a live reference for the first M rows; its logits are read in the same pass.
         reference_sums: (S,) known L_ref instead, from a cache. Not both.
-        chunk_rows: rows of logits alive at a time; None chooses from the device, V and the dtype. A sequence or pair
-            that is longer is looked at twice.
+        chunk_rows: rows of logits alive at a time; None chooses from the device, V and the dtype, and takes all where
+            that needs no more memory than several chunks. A sequence or pair that is longer is looked at twice.
         backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
 
     Returns:
