@@ -16,6 +16,7 @@ struct Row {
     double softcap;
     bool gradient;
     void* scratch;
+    std::int64_t ahead;  // bytes from this row to the one that the thread likely reads next, or 0
 };
 
 // One row of the distribution pass, with scratch for either model.

@@ -137,14 +137,23 @@ float row_values(const T* logits, const T* residuals, std::int64_t vocabulary, f
     return residuals == nullptr ? sweep(capped(plain)) : sweep(capped(whole));
 }
 
+// Has the element `ahead` bytes away brought near, while the exponentials keep the processor busy: a GEMM's logits come
+// from beyond the second cache. 1.42 ms instead of 1.66 for the row pass on (256, 32000) bf16 after its GEMM (2 cores
+// of an Intel Xeon with AMX, 2026-11-27); the distribution pass, of four times the rows, gained nothing.
+template <typename T>
+inline void prefetch(const T* element, std::int64_t ahead) {
+    __builtin_prefetch(reinterpret_cast<const char*>(element) + ahead, 0, 2);
+}
+
 // Returns Σ e^(z − top), and keeps the terms in `keep` unless that is null (it may be `from` itself).
 template <typename T>
-double row_exponentials(const T* from, std::int64_t vocabulary, float top, float* keep) {
+double row_exponentials(const T* from, std::int64_t vocabulary, float top, float* keep, std::int64_t ahead) {
     const V shift = V::set(top);
     double total = 0;
     for_each_block(vocabulary, [&](std::int64_t begin, std::int64_t end) {
         V part = V::set(0.0F);
         for_each_vector(end - begin, [&](std::int64_t i, int n) {
+            prefetch(from + begin + i, ahead);
             // the fill of a last vector becomes e^(−∞) = 0, unless top is infinite and the row is NaN all the same
             const V e = exp_below_one(load(from + begin + i, n, lowest) - shift);
             if (keep != nullptr) {
@@ -173,8 +182,8 @@ double row_logprob(const Row& row) {
     const float top =
         plain ? row_maximum(logits, row.vocabulary) : row_values<T>(logits, nullptr, row.vocabulary, softcap, scratch);
     const float target = plain ? widen(logits[row.target]) : scratch[row.target];
-    const double total = plain ? row_exponentials(logits, row.vocabulary, top, keep)
-                               : row_exponentials(scratch, row.vocabulary, top, keep);
+    const double total = plain ? row_exponentials(logits, row.vocabulary, top, keep, row.ahead)
+                               : row_exponentials(scratch, row.vocabulary, top, keep, 0);
     const double logprob = static_cast<double>(target - top) - __builtin_log(total);
     if (row.gradient) {
         const V scale = V::set(static_cast<float>(1 / total));
@@ -283,13 +292,15 @@ void write_difference(const RowPair& row, const PairSums& sums) {
 
 template <typename T, typename R>
 void row_divergence(const RowPair& row, double* divergence, double* entropy) {
+    const auto* logits = static_cast<const T*>(row.logits);
+    const auto* residual = static_cast<const T*>(row.residual);
+    const auto* reference = static_cast<const R*>(row.reference);
+    const auto* reference_residual = static_cast<const R*>(row.reference_residual);
     auto* p = static_cast<float*>(row.scratch);
     auto* q = static_cast<float*>(row.reference_scratch);
     const std::int64_t count = row.vocabulary;
-    const float p_top = row_values(static_cast<const T*>(row.logits), static_cast<const T*>(row.residual), count,
-                                   static_cast<float>(row.softcap), p);
-    float q_top = row_values(static_cast<const R*>(row.reference), static_cast<const R*>(row.reference_residual), count,
-                             static_cast<float>(row.reference_softcap), q);
+    const float p_top = row_values(logits, residual, count, static_cast<float>(row.softcap), p);
+    float q_top = row_values(reference, reference_residual, count, static_cast<float>(row.reference_softcap), q);
     if (row.shift != 0) {
         q[row.target] -= static_cast<float>(row.shift);
         q_top = row_maximum(q, count);

@@ -92,6 +92,12 @@ Pointer row_of(Pointer data, const auto& rows, std::int64_t row) {
                : static_cast<Byte*>(data) + static_cast<std::size_t>(row * rows.stride) * size_of(rows.element);
 }
 
+// Bytes from a row to the one that the same thread likely takes next, 0 where there is none.
+std::int64_t bytes_ahead(const Logits& logits, std::int64_t row, int threads) {
+    const std::int64_t rows = std::max(threads, 1);
+    return row + rows < logits.rows ? rows * logits.stride * static_cast<std::int64_t>(size_of(logits.element)) : 0;
+}
+
 void write(void* to, Element element, std::int64_t row, double value) {
     if (element == Element::fp64) {
         static_cast<double*>(to)[row] = value;
@@ -165,7 +171,8 @@ void row_pass(const Logits& logits, std::span<const std::int64_t> targets, bool 
                           .target = targets[static_cast<std::size_t>(i)],
                           .softcap = model.softcap,
                           .gradient = overwrite,
-                          .scratch = scratch};
+                          .scratch = scratch,
+                          .ahead = bytes_ahead(model, i, execution.threads)};
             write(out, model.element, i, table.logprob[index(model.element)](row));
         };
         if (i < reference.rows) {

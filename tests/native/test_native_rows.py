@@ -93,6 +93,88 @@ def test_every_backend_equals_the_naive_pass(backend: str, vocabulary: int, dtyp
         np.testing.assert_allclose(after[row], p, rtol=1.01 * eps, atol=6e-8 if dtype == "float16" else 1e-30)
 
 
+def softmax(z: np.ndarray) -> np.ndarray:
+    e = np.exp(z - z.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("place", ["in place", "elsewhere", "over the reference"])
+@pytest.mark.parametrize("vocabulary", [1, 15, 16, 17, 1025, 4099])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16_pairs_give_the_distributions_of_their_sums(backend: str, vocabulary: int, place: str) -> None:
+    rng = np.random.default_rng(vocabulary)
+    exact = rng.normal(size=(2, 4, vocabulary)) * 4
+    high = bf16(exact)
+    low = bf16(exact - widened(high, "bfloat16"))
+    z, zr = widened(high, "bfloat16") + widened(low, "bfloat16")
+    targets, rows = rng.integers(0, vocabulary, 4), np.arange(4)
+    zr[rows, targets] -= 2.0
+    p, q = softmax(z), softmax(zr)
+    policy, reference, elsewhere = high[0].copy(), high[1].copy(), np.full_like(high[0], 0x7FC0)
+    into = {"in place": policy, "elsewhere": elsewhere, "over the reference": reference}[place]
+    divergence, entropy = np.full(4, np.nan, np.float32), np.full(4, np.nan, np.float32)
+    efface_native.distribution_pass(
+        describe(policy, "bfloat16", residual=low[0]),
+        describe(reference, "bfloat16", residual=low[1]),
+        targets,
+        shift=2.0,
+        into=describe(into, "bfloat16"),
+        divergence=divergence,
+        entropy=entropy,
+        threads=2,
+        backend=backend,
+    )
+    np.testing.assert_allclose(divergence, (q * np.log(q / p)).sum(1), rtol=3e-6, atol=1e-6)
+    np.testing.assert_allclose(entropy, -(q * np.log(q)).sum(1), rtol=3e-6, atol=1e-6)
+    np.testing.assert_allclose(widened(into, "bfloat16"), p - q, rtol=1.01 * 2**-8, atol=1e-7)
+    for kept, before in ((policy, high[0]), (reference, high[1])):
+        assert kept is into or np.array_equal(kept, before)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_distributions_have_no_difference_at_all(backend: str, dtype: str) -> None:
+    values = np.random.default_rng(0).normal(size=(3, 1000))
+    logits = bf16(values) if dtype == "bfloat16" else values.astype(dtype)
+    divergence, entropy = np.ones(3, np.float32), np.ones(3, np.float32)
+    out = logits.copy()
+    efface_native.distribution_pass(
+        describe(out, dtype),
+        describe(logits, dtype),
+        np.array([0, 1, 999]),
+        shift=0.0,
+        into=describe(out, dtype),
+        divergence=divergence,
+        entropy=entropy,
+        backend=backend,
+    )
+    assert not out.any()
+    assert not divergence.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_of_every_payload_stays_nan(backend: str) -> None:
+    """Rounding to bf16 adds to the bits: those of 0xffffffff would wrap around to 0."""
+    for bits in (0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001):
+        z = np.zeros((1, 40), np.float32)
+        z.view(np.uint32)[0, 3] = bits
+        out = np.zeros((1, 40), np.uint16)
+        divergence, entropy = np.zeros(1, np.float32), np.zeros(1, np.float32)
+        for policy, reference in ((z, np.zeros_like(z)), (np.zeros_like(z), z)):
+            efface_native.distribution_pass(
+                describe(policy),
+                describe(reference),
+                np.array([0]),
+                shift=0.0,
+                into=describe(out, "bfloat16"),
+                divergence=divergence,
+                entropy=entropy,
+                backend=backend,
+            )
+            assert np.isnan(widened(out, "bfloat16")).all()
+            assert np.isnan(divergence).all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_is_rounded_to_nearest_even(backend: str) -> None:
     """With equal logits and V a power of two, p is exact; with V = 3 it is 1/3 rounded."""
@@ -131,6 +213,7 @@ def small() -> dict[str, object]:
         ({"logits": (8, "float32", 2, 5)}, ValueError, r"expected \(address, dtype, rows"),
         ({"logits": (8, "float32", 2, 5, 5, -1.0, 0)}, ValueError, "softcap: expected 0"),
         ({"logits": (8, "float32", 2, 5, 5, float("nan"), 0)}, ValueError, "softcap: expected 0"),
+        ({"logits": (8, "float32", 2, 5, 5, 0.0, 8)}, ValueError, "expected no residual in the row pass"),
     ],
 )
 def test_bad_input_is_refused(change: dict[str, object], error: type[Exception], message: str) -> None:
@@ -138,3 +221,19 @@ def test_bad_input_is_refused(change: dict[str, object], error: type[Exception],
     arguments = {**keep, **change}
     with pytest.raises(error, match=message):
         efface_native.row_pass(arguments.pop("logits"), arguments.pop("targets"), **arguments)
+
+
+def test_a_bad_destination_is_refused() -> None:
+    z, vectors = (
+        np.zeros((2, 5), np.float32),
+        {"divergence": np.zeros(2, np.float32), "entropy": np.zeros(2, np.float32)},
+    )
+    for into, message in (
+        (describe(np.zeros((2, 6), np.float32)), "`into`: expected 2 x 5, as `logits`, got 2 x 6"),
+        (describe(np.zeros((2, 5), np.float64)), "`into`: fp64 needs fp64"),
+        ((8, "float32", 2, 5, -5, 0.0, 0), "`into`: expected stride >= 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            efface_native.distribution_pass(
+                describe(z), describe(z.copy()), np.array([0, 4]), shift=0.0, into=into, **vectors
+            )

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from efface_kernels.distribution_pass.op import PASSES
+from efface_kernels.distribution_pass import op as distribution_pass
 from efface_kernels.linear_loss.chunks import Chunk, largest_piece
 from efface_kernels.linear_loss.head import Head, ReferenceRows
 from efface_kernels.linear_loss.models import Models
 from efface_kernels.linear_loss.wide_logits import WideLogits
-from efface_kernels.logits import accumulation_dtype, power_of_two
+from efface_kernels.logits import Logits, accumulation_dtype, power_of_two
 from efface_kernels.memory import Loan
-from efface_kernels.row_pass import row_pass
+from efface_kernels.row_pass import op as row_pass
 
 
 class RowLook:
@@ -30,7 +30,7 @@ class RowLook:
         reference: ReferenceRows | None = None,
         backend: str,
     ) -> None:
-        self._targets, self._backend = targets, backend
+        self._targets, self._pass = targets, row_pass.PASSES[backend]
         self._softcap, self._reference_softcap = head.softcap, None if reference is None else reference.head.softcap
         self._loan = Loan()
         self._models = Models(hidden, head, reference, largest_piece(chunks), self._loan, backend)
@@ -44,18 +44,12 @@ class RowLook:
     def __call__(self, rows: slice, *, gradient: bool, again: bool = False) -> Tensor:
         """See ``Look``. A second look reads the policy's logits alone."""
         p, frozen = (self._models.policy(rows), None) if again else self._models.logits(rows, self._targets)
-        out = row_pass(
-            p,
-            self._targets[rows],
-            reference_logits=frozen,
-            softcap=self._softcap,
-            reference_softcap=self._reference_softcap,
-            gradient=gradient,
-            backend=self._backend,
-        )
+        # The loss checked what the public pass would check again, for 0.09 of the 0.23 ms before a pass on the CPU.
+        reference = None if frozen is None else Logits(frozen, self._reference_softcap)
+        logprobs, *others = self._pass(Logits(p, self._softcap), self._targets[rows], reference, gradient)
         if not again:
-            self.logprobs[rows] = out.logprobs
-            self._models.keep(rows, out.reference_logprobs)
+            self.logprobs[rows] = logprobs
+            self._models.keep(rows, others[0] if others else None)
         return p
 
     def close(self) -> None:
@@ -87,7 +81,7 @@ class DistributionLook:
         shift: float,
         backend: str,
     ) -> None:
-        self._targets, self._shift, self._pass = targets, shift, PASSES[backend]
+        self._targets, self._shift, self._pass = targets, shift, distribution_pass.PASSES[backend]
         self._loan, largest, pairs = Loan(), largest_piece(chunks), backend != "triton"
         self._policy = WideLogits(hidden, head, self._loan, largest, pairs=pairs)
         self._reference = WideLogits(reference.hidden, reference.head, self._loan, largest, pairs=pairs)

@@ -71,6 +71,9 @@ def row_pass_triton(
     return tuple(outputs)
 
 
+PASSES = {"torch": row_pass_torch, "native": row_pass_native, "triton": row_pass_triton}
+
+
 def row_pass(
     logits: Tensor,
     targets: Tensor,
@@ -128,7 +131,6 @@ def row_pass(
             )
         check_targets(targets[:m], *reference_logits.shape)
         reference = Logits(reference_logits, reference_softcap)
-    passes = {"torch": row_pass_torch, "native": row_pass_native, "triton": row_pass_triton}
-    run = passes[resolve_backend(backend, logits.device)]
+    run = PASSES[resolve_backend(backend, logits.device)]
     logprobs, *others = run(Logits(logits, softcap), targets, reference, gradient)
     return RowPassOutput(logprobs, others[0] if others else None)
