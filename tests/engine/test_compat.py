@@ -310,6 +310,8 @@ def test_a_run_ends_in_their_weights(name: str, tmp_path: Path) -> None:
     if lora:
         pytest.importorskip("peft", reason="needs peft: pip install 'efface[lora]'")
     rows, model = run_data(count), add_lora(llama(), r=4) if lora else llama()
+    if name == "RMU":  # Adam makes much of fp32's rounding here, and CPUs round differently
+        model = model.double()
     schedule = replace(schedule, trainable=(r".*lora_.*",)) if lora else schedule
     before = {parameter: weight.detach().clone() for parameter, weight in model.named_parameters()}
     twin = copy.deepcopy(model)
