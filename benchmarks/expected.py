@@ -1,6 +1,7 @@
 """What a GPU is expected to show, computed from shapes: ``python -m benchmarks expected``. Nothing here was measured.
 
-One forward and backward call of ``linear_sequence_loss`` with NPO in bf16, on the Triton backend, with the chunks that
+One forward and backward call of ``linear_sequence_loss`` with NPO, or of ``linear_distribution_loss``, the KL retain
+term, to a live reference, in bf16, on the Triton backend, with the chunks that
 the card's memory gives it. The GEMMs run at an assumed rate. All other work moves bytes at an assumed rate, and nothing
 overlaps: what a cache keeps between two reads is not taken off. Left out are what instructions take beyond the bytes,
 and what a GEMM loses where its tiles do not fill the last wave. Launches cost no time here: small batches wait
@@ -16,12 +17,14 @@ from efface_kernels.linear_loss.chunks import (
     largest_piece,
     logits_budget,
     one_chunk_is_smaller,
+    plan_pieces,
     plan_rows,
     plan_sequences,
 )
 from efface_kernels.linear_loss.models import shares_workspace
 
-MODES = ("live", "cached", "frozen, cached")
+KL = "KL, live"
+MODES = ("live", "cached", "frozen, cached", KL)
 HALF, SINGLE = 2, 4  # bytes of a bf16 and of an fp32 number
 
 
@@ -84,6 +87,11 @@ def plan(shape: Shape, mode: str, card_memory: int | None, chunk_rows: int | Non
     """Return the chunks that the call makes, and whether both models' logits share a workspace in turn."""
     n, d, v = shape.rows, shape.hidden_size, shape.vocabulary
     budget = logits_budget("cuda", card_memory)
+    if mode == KL:  # the logits of both models at a time, in fp32
+        rows = chunk_rows or default_chunk_rows("cuda", v, SINGLE, total_bytes=card_memory)
+        if chunk_rows is None and n > rows and one_chunk_is_smaller(n, rows, (v, d), lambda r: 2 * r * v * SINGLE):
+            rows = n
+        return plan_pieces(n, rows), False
 
     def in_turn(rows: int) -> bool:
         return mode == "live" and shares_workspace("cuda", 2 * rows * v * HALF, budget)
@@ -101,18 +109,23 @@ def plan(shape: Shape, mode: str, card_memory: int | None, chunk_rows: int | Non
 
 
 def expected(shape: Shape, mode: str, card_memory: int | None, chunk_rows: int | None = None) -> Expected:
-    """Return it for one of ``MODES``: a live reference, a cached one, a cached one and a frozen head."""
+    """Return it for one of ``MODES``: a live reference, a cached one, a cached one and a frozen head; KL, live."""
     chunks, in_turn = plan(shape, mode, card_memory, chunk_rows)
     n, d, v = shape.rows, shape.hidden_size, shape.vocabulary
     pieces = [stop - start for chunk in chunks for start, stop in chunk.pieces]
-    live, trained, count = mode == "live", mode != "frozen, cached", len(pieces)
+    kl, trained, count = mode == KL, mode != "frozen, cached", len(pieces)
+    live = kl or mode == "live"
     gemms = 2 + live + trained  # Z and P W; Z of the reference; dW
     logits = n * v * HALF
     moved = {
         # Two sweeps, the second of which writes. A row of 128256 bf16 logits is 250 KiB, and about a thousand of them
         # are in flight at a time: more than a cache holds, so both sweeps read memory.
-        "row pass": 3 * logits,
-        "reference row pass": logits if live else 0,
+        "row pass": 0 if kl else 3 * logits,
+        "reference row pass": logits if mode == "live" else 0,
+        # Both models' fp32 logits twice, and P in bf16; of the GEMMs' own operands and results, what fp32 logits have
+        # beyond bf16 ones.
+        "distribution pass": n * v * (2 * 2 * SINGLE + HALF) if kl else 0,
+        "fp32 logits": n * v * 2 * (SINGLE - HALF) if kl else 0,
         # What the GEMM that adds to dW moves beyond a bf16 result: the fp32 sum, written by the first chunk, read and
         # written by the others.
         "sum of dW": (2 * count - 1) * v * d * SINGLE - count * v * d * HALF if trained and count > 1 else 0,
@@ -123,12 +136,15 @@ def expected(shape: Shape, mode: str, card_memory: int | None, chunk_rows: int |
     }
     launches = {
         "GEMM": gemms * count,
-        "row pass": count * (2 if in_turn else 1),
-        "keep log-probabilities": count * (2 if live else 1),  # of a piece, among those of the batch
-        "sequence loss": len(chunks),
+        "row pass": 0 if kl else count * (2 if in_turn else 1),
+        "distribution pass": count if kl else 0,
+        # of a piece, among those of the batch: log-probabilities of either model, or divergence and entropy
+        "keep": count * (2 if live else 1),
+        "sequence loss": 0 if kl else len(chunks),
+        "c = -w": len(chunks) if kl else 0,
         "f = -c": len(chunks),
         "f h": count if trained else 0,
-        "loss": 1,  # the sum of the terms
+        "loss": 2 if kl else 1,  # the sum of the terms; KL's have weights
         "finish of dh": 2,  # f times the upstream scalar, and P W times that
         "finish of dW": 1 if trained else 0,
     }
@@ -139,7 +155,7 @@ HEADINGS = (
     "card, head, reference",
     "chunks",
     "GEMMs, ms",
-    "row passes",
+    "passes",
     "sum of dW",
     "finish",
     "other",
@@ -158,8 +174,9 @@ def table(cards: Sequence[Card] = CARDS, shapes: Sequence[Shape] = SHAPES) -> li
                 found = expected(shape, mode, card.memory)
                 gemms = card.milliseconds(flop=found.flop)
                 ms = {name: card.milliseconds(moved=moved) for name, moved in found.moved.items()}
-                passes, finish = ms["row pass"] + ms["reference row pass"], ms["finish of dW"] + ms["finish of dh"]
-                parts = [gemms, passes, ms["sum of dW"], finish, ms["f h"]]
+                passes = sum(ms[name] for name in ("row pass", "reference row pass", "distribution pass"))
+                finish, other = ms["finish of dW"] + ms["finish of dh"], ms["f h"] + ms["fp32 logits"]
+                parts = [gemms, passes, ms["sum of dW"], finish, other]
                 chunks = f"{len(found.chunks)} of {max(found.chunks)}"
                 size = f"{card.name}, {shape.hidden_size} x {shape.vocabulary}, {mode}"
                 figures = [f"{part:.2f}" for part in (*parts, sum(parts))]
@@ -192,4 +209,5 @@ def assumptions() -> str:
     cards = "; ".join(
         f"{card.name}: {card.tflops:.0f} TFLOP/s, {card.terabytes:g} TB/s, {card.memory >> 30} GiB" for card in CARDS
     )
-    return f"N = {SHAPES[0].rows} label rows in sequences of {SHAPES[0].length}, bf16, NPO, upstream scalar 1. {cards}."
+    rows, length = SHAPES[0].rows, SHAPES[0].length
+    return f"N = {rows} label rows in sequences of {length}, bf16, NPO or KL, upstream scalar 1. {cards}."

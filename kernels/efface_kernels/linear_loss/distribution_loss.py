@@ -15,7 +15,7 @@ from efface_kernels.checks import (
     check_targets,
     resolve_backend,
 )
-from efface_kernels.linear_loss.chunks import plan_pieces
+from efface_kernels.linear_loss.chunks import Chunk, plan_pieces
 from efface_kernels.linear_loss.head import Head, ReferenceRows, wanted_of
 from efface_kernels.linear_loss.look import DistributionLook
 from efface_kernels.linear_loss.loop import Wanted, graph_is_kept, run_loop
@@ -65,6 +65,11 @@ class _LinearDistributionLoss(torch.autograd.Function):
             backend=options.backend,
         )
         weights = options.row_weights
+
+        def rule(chunk: Chunk) -> Tensor:
+            coefficients = -weights[chunk.rows]
+            return coefficients if look.peaks is None else coefficients.mul_(look.peaks[chunk.rows])
+
         ctx.factors, ctx.gradients = run_loop(
             hidden,
             head,
@@ -72,7 +77,7 @@ class _LinearDistributionLoss(torch.autograd.Function):
             chunks,
             wanted=wanted,
             backend=options.backend,
-            rule=lambda chunk: -weights[chunk.rows] * look.peaks[chunk.rows],
+            rule=rule,
         )
         ctx.mark_non_differentiable(look.divergence, look.entropy)
         ctx.set_materialize_grads(False)

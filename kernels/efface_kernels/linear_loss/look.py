@@ -67,7 +67,7 @@ class DistributionLook:
         divergence: (N,) KL(q‖p) of the rows that were seen.
         entropy: (N,) that of q.
         peaks: (N,) powers of two. p − q of two close models lies below the smallest float16: there a row's peak is its
-            largest entry, rounded up. Else 1.
+            largest entry, rounded up. Else None, for 1.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class DistributionLook:
         self._reference = WideLogits(reference.hidden, reference.head, self._loan, largest, pairs=pairs)
         self._dtype, dtype = hidden.dtype, accumulation_dtype(hidden.dtype)
         self.divergence, self.entropy = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(2))
-        self.peaks = torch.ones_like(self.divergence)
+        self.peaks = torch.ones_like(self.divergence) if self._dtype == torch.float16 else None
 
     def __call__(self, rows: slice, *, gradient: bool, again: bool = False) -> Tensor:
         """See ``Look``. Coefficients are known beforehand, so there is no second look."""
@@ -96,11 +96,11 @@ class DistributionLook:
         if p.dtype != self._dtype:
             # The pass has read a row of the reference's logits when it writes P: their memory takes it.
             into = frozen.values.view(self._dtype)[:, : p.shape[1]]
-        scaled = gradient and self._dtype == torch.float16
+        scaled = gradient and self.peaks is not None
         self.divergence[rows], self.entropy[rows] = self._pass(
             logits, frozen, self._targets[rows], self._shift, (p if scaled else into) if gradient else None
         )
-        if scaled:
+        if gradient and self.peaks is not None:
             self.peaks[rows] = power_of_two(p, dim=1)
             into.copy_(p.div_(self.peaks[rows, None]))
         return into
