@@ -94,7 +94,7 @@ def test_the_derivative_may_go_elsewhere(
     targets = torch.randint(vocabulary, (rows,))
     kl, entropy, derivative = gold(logits, reference, targets, 2.0, 4.0)
     memory = reference if over == "the reference" else torch.full((rows, vocabulary + 1), torch.nan)
-    out = memory.view(dtype)[:, :vocabulary]
+    out, before = memory.view(dtype)[:, :vocabulary], logits.clone()
     pair = distribution_pass(
         logits, reference, targets, shift=2.0, softcap=4.0, reference_softcap=4.0, out=out, backend=backend
     )
@@ -102,6 +102,7 @@ def test_the_derivative_may_go_elsewhere(
     torch.testing.assert_close(pair.entropy.double(), entropy, rtol=2e-5, atol=2e-6)
     tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 1e-6}
     torch.testing.assert_close(out.double(), derivative, **tolerance)
+    assert torch.equal(logits, before)
 
 
 def test_a_derivative_that_goes_elsewhere_is_the_one_in_place(backend: str) -> None:

@@ -151,7 +151,7 @@ def distribution_pass(
         reference_softcap: the same for ``reference_logits``.
         gradient: False forms no derivative and leaves ``logits`` as they are.
         out: (n, V), any of the dtypes but none wider than that of ``logits``: takes the derivative in their place, and
-            what ``logits`` hold afterwards is not specified. May lie on the memory of ``reference_logits``, row on row
+            they are only read. May lie on the memory of ``reference_logits``, row on row
             and in no wider dtype, as ``reference_logits.view(torch.bfloat16)[:, :V]`` does.
         backend: "auto", "triton" (GPU tensors), "native" (C++, CPU tensors) or "torch".
 
