@@ -3,7 +3,7 @@
 NPO in bf16 with a trained head, forward and backward, interleaved; the median over rounds of the ratio within a round.
 """
 
-import sys
+import argparse
 
 import torch
 
@@ -44,5 +44,9 @@ def main(n: int, d: int, v: int, rounds: int = 7) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.one_chunk", description=__doc__)
+    for name, said in (("n", "label rows"), ("d", "hidden size"), ("v", "vocabulary")):
+        parser.add_argument(name, type=int, help=said)
+    parser.add_argument("rounds", type=int, nargs="?", default=7)
     torch.set_num_threads(2)
-    main(*map(int, sys.argv[1:]))
+    main(**vars(parser.parse_args()))

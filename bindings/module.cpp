@@ -235,9 +235,19 @@ efface::Logits logits_of(const py::object& description, const char* name) {
 
 // The description of a matrix that takes a derivative, or None for none.
 efface::Destination destination_of(const py::object& description, const efface::Logits& logits) {
-    const auto matrix = logits_of(description, "into");
-    if (matrix.data == nullptr) {
+    if (description.is_none()) {
         return {};
+    }
+    const auto matrix = logits_of(description, "into");
+    if (matrix.data == nullptr && logits.rows > 0) {
+        throw py::value_error("`into`: expected an address, or None for no derivative, got null");
+    }
+    if (matrix.softcap != 0 || matrix.residual != nullptr) {
+        throw py::value_error("`into`: expected neither softcap nor residual");
+    }
+    if (matrix.stride >= 0 && matrix.stride < matrix.vocabulary && matrix.rows > 1) {
+        throw py::value_error("`into`: expected rows that do not overlap, stride >= " +
+                              std::to_string(matrix.vocabulary) + ", got " + std::to_string(matrix.stride));
     }
     if (matrix.rows != logits.rows || matrix.vocabulary != logits.vocabulary) {
         throw py::value_error("`into`: expected " + std::to_string(logits.rows) + " x " +

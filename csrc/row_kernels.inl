@@ -225,11 +225,12 @@ struct PairSums {
     double own = 0;
 };
 
-// Replaces z in `p` and zr in `q` by the exponentials. log(q / p) is a difference of logits, not of logarithms, and it
-// is taken first: that of two close logits is exact.
+// Replaces z in `p` and zr in `q` by the exponentials. log(q / p) is a difference of logits, not of logarithms. Where
+// the models' maxima are close it is taken first: that of two close logits is exact. Elsewhere each maximum goes first.
 inline PairSums pair_exponentials(float* p, float* q, std::int64_t vocabulary, float p_top, float q_top) {
     const V zero = V::set(0.0F);
     const V tops = V::set(q_top - p_top);
+    const bool close = __builtin_fabsf(q_top - p_top) < 8.0F;
     PairSums sums;
     for_each_block(vocabulary, [&](std::int64_t begin, std::int64_t end) {
         V p_part = zero;
@@ -241,11 +242,12 @@ inline PairSums pair_exponentials(float* p, float* q, std::int64_t vocabulary, f
             const V z = load(p + i, n, lowest);
             const V zr = load(q + i, n, lowest);
             const V from_top = zr - V::set(q_top);
-            const V e = exp_below_one(z - V::set(p_top));
+            const V from_p_top = z - V::set(p_top);
+            const V e = exp_below_one(from_p_top);
             const V er = exp_below_one(from_top);
             // q log q → 0 as q → 0: a class that q excludes adds nothing, whatever p says of it. NaN is not 0.
             const auto present = zero < er;
-            apart = fma(er, select(present, (zr - z) - tops, er), apart);
+            apart = fma(er, select(present, close ? (zr - z) - tops : from_top - from_p_top, er), apart);
             own = fma(er, select(present, from_top, er), own);
             p_part = p_part + e;
             q_part = q_part + er;
@@ -315,7 +317,9 @@ void row_divergence(const RowPair& row, double* divergence, double* entropy) {
 }
 
 // fp64: the same formulas one element at a time; it serves exact comparisons, not speed.
-inline double capped(double z, double cap) { return cap == 0 ? z : cap * __builtin_tanh(z / cap); }
+// Not inlined: the compiler would fuse its product into one caller's subtraction and not another's, and equal models
+// would differ in the last place.
+[[gnu::noinline]] double capped(double z, double cap) { return cap == 0 ? z : cap * __builtin_tanh(z / cap); }
 
 inline double slope(double z, double cap) {
     const double t = cap == 0 ? 0 : __builtin_tanh(z / cap);
@@ -363,9 +367,15 @@ void row_divergence_fp64(const RowPair& row, double* divergence, double* entropy
     const auto p_value = [&](std::int64_t i) { return capped(uncapped(i), row.softcap); };
     const auto q_value = [&](std::int64_t i) {
         const double zr = value(static_cast<const R*>(row.reference), static_cast<const R*>(row.reference_residual), i);
-        return capped(zr, row.reference_softcap) - (i == row.target ? row.shift : 0);
+        const double capped_zr = capped(zr, row.reference_softcap);
+        return i == row.target ? capped_zr - row.shift : capped_zr;
     };
-    const auto log_total = [&](const auto& value_of) {
+    struct Normalisation {
+        double top;
+        double log_total;
+        double operator()(double x) const { return (x - top) - log_total; }
+    };
+    const auto normalisation = [&](const auto& value_of) {
         double top = -__builtin_inf();
         for (std::int64_t i = 0; i < row.vocabulary; ++i) {
             top = value_of(i) > top ? value_of(i) : top;
@@ -374,16 +384,16 @@ void row_divergence_fp64(const RowPair& row, double* divergence, double* entropy
         for (std::int64_t i = 0; i < row.vocabulary; ++i) {
             total += __builtin_exp(value_of(i) - top);
         }
-        return top + __builtin_log(total);
+        return Normalisation{.top = top, .log_total = __builtin_log(total)};
     };
-    const double p_log = log_total(p_value);
-    const double q_log = log_total(q_value);
+    const Normalisation of_p = normalisation(p_value);
+    const Normalisation of_q = normalisation(q_value);
     *divergence = 0;
     *entropy = 0;
     const auto write = [&](auto* into) {
         for (std::int64_t i = 0; i < row.vocabulary; ++i) {
-            const double log_p = p_value(i) - p_log;
-            const double log_q = q_value(i) - q_log;
+            const double log_p = of_p(p_value(i));
+            const double log_q = of_q(q_value(i));
             const double q = __builtin_exp(log_q);
             if (!(q <= 0)) {
                 *divergence += q * (log_q - log_p);

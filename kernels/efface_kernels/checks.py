@@ -59,9 +59,17 @@ def check_targets(targets: Tensor, rows: int, vocabulary: int) -> None:
 
 
 def check_softcap(softcap: float | None) -> None:
-    """Raise ValueError unless ``softcap`` is None or positive."""
-    if softcap is not None and not softcap > 0:
+    """Raise ValueError unless ``softcap`` is None, or positive and finite."""
+    if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"`softcap`: expected a positive number or None, got {softcap}")
+
+
+def check_chunk_rows(chunk_rows: int) -> None:
+    """Raise TypeError or ValueError unless ``chunk_rows`` is a whole number of at least 1."""
+    if not isinstance(chunk_rows, int):
+        raise TypeError(f"`chunk_rows`: expected a whole number, got {chunk_rows!r}")
+    if chunk_rows < 1:
+        raise ValueError(f"`chunk_rows`: expected at least 1, got {chunk_rows}")
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:

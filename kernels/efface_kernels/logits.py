@@ -33,9 +33,12 @@ class Logits:
         if layout[0] != layout[-1]:
             raise ValueError(f"`residual`: expected shape, strides and dtype {layout[0]} of `values`, got {layout[-1]}")
 
-    def capped(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Return these rows after the cap, in the accumulation dtype, and the cap's derivative (None without one)."""
-        z = self.values[rows].to(accumulation_dtype(self.values.dtype))
+    def capped(self, rows: slice, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return these rows after the cap, and the cap's derivative (None without one), in the accumulation ``dtype``.
+
+        By default it is that of the logits' own.
+        """
+        z = self.values[rows].to(dtype or accumulation_dtype(self.values.dtype))
         if self.residual is not None:
             z = z + self.residual[rows].to(z.dtype)
         if self.softcap is None:

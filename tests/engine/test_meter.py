@@ -162,6 +162,15 @@ def test_trackers_get_the_figures(tmp_path: Path) -> None:
     assert [scalar.step for scalar in events.Scalars("train/npo_weight")] == [1, 2, 3]
 
 
+def test_figures_of_another_version_are_not_taken_up() -> None:
+    meter = StepMeter()
+    state = meter.state_dict()
+    meter.load_state_dict({**state, "tokens": 10, "seconds": 3.0, "_seconds": 3.0})  # of 0.1.0's first checkpoints
+    assert (meter.tokens, meter.seconds) == (0, 0.0)
+    meter.load_state_dict({**state, "tokens": 10})
+    assert meter.tokens == 10
+
+
 def test_tokens_per_second_are_by_the_clock_of_the_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by the host's, which is ahead of a device; waiting for data is no part of a step; the slowest rank counts."""
     meter, batch = StepMeter(), pack(FORGET, RETAIN, [0, 1], [2])

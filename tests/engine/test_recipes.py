@@ -311,6 +311,10 @@ def test_memory_adds_up_by_the_table() -> None:
     assert live["reference model"] == 2 * count
     assert live["logits"] == 2048 * 128_256 * 4 * 2
     assert live["head gradient"] == (8 + 6) * head
+    # A live reference's logits come first, in the policy's place, where both would exceed the device's budget.
+    for rows, card, alive in ((8192, 79, 4096), (8192, 139, 8192), (5900, 79, 5900), (1000, 79, 2000)):
+        run = RunShape(**{**shape, "token_budget": rows}, gpu_bytes=card << 30, reference="live")
+        assert memory(sizes, run)["logits"] == alive * 128_256 * 2
     less = memory(sizes, RunShape(**shape, checkpointing=True))
     assert plain["activations"] == pytest.approx(4096 * (sizes.kept_once + 16 * sizes.kept_by_layer))
     assert less["activations"] == pytest.approx(4096 * (sizes.kept_once + 16 * 2048 * 2 + sizes.kept_by_layer))

@@ -1,6 +1,7 @@
 """``torch.compile`` of a model that ends in the loss op: no graph break, the same gradients, no graph a batch."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -106,9 +107,9 @@ def test_logprobs_compile_whole_and_once(compiler: str, chunk_rows: int | None) 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_log_probabilities_of_one_chunk_keep_their_softmax(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled or not, up to the rows for which chunks would need no less memory: R + 2 D on the CPU, here 4 + 16."""
-    for module in (logprob, workspace):
-        monkeypatch.setattr(module, "capacity", lambda *_: 4)
+    """Compiled or not, up to R rows, here 4: every call of a graph keeps its own until the backward call."""
+    monkeypatch.setattr(logprob, "default_chunk_rows", lambda *_, **__: 4)
+    monkeypatch.setattr(workspace, "capacity", lambda *_: 4)
     planned = []
     plan = logprob.plan_pieces
     monkeypatch.setattr(logprob, "plan_pieces", lambda *given: planned.append(given) or plan(*given))
@@ -118,11 +119,35 @@ def test_log_probabilities_of_one_chunk_keep_their_softmax(compiled: bool, monke
         return linear_logprob(model.hidden(x), model.head.weight, targets, bias=model.head.bias).sum()
 
     run = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
-    for n, chunks in ((20, 0), (21, 2)):  # of the forward and of the backward call
+    for n, chunks in ((4, 0), (5, 2)):  # of the forward and of the backward call
         planned.clear()
         x, targets, _ = batch((n,), torch.bfloat16)
         gradients(model, run(x, targets))
         assert planned == [(n, 4)] * chunks
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("chunk_rows", "error"), [(0, ValueError), (-5, ValueError), (2.5, TypeError)])
+@pytest.mark.filterwarnings("ignore")  # torch says that it could not compile what raises
+def test_chunk_rows_that_are_none(compiled: bool, chunk_rows: Any, error: type[Exception]) -> None:
+    if compiled and error is TypeError:
+        pytest.skip("a schema's own error")
+    hidden, weight, targets = torch.randn(4, 8), torch.randn(9, 8), torch.zeros(4, dtype=torch.int64)
+
+    def values(hidden: Tensor) -> Tensor:
+        return linear_logprob(hidden, weight, targets, chunk_rows=chunk_rows)
+
+    torch.compiler.reset()
+    with pytest.raises(error, match="`chunk_rows`: expected"):
+        (torch.compile(values, backend="eager") if compiled else values)(hidden)
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_log_probabilities_are_one_graph(dynamic: bool | None) -> None:
+    torch.compiler.reset()
+    hidden, weight, targets = torch.randn(4, 8), torch.randn(9, 8), torch.zeros(4, dtype=torch.int64)
+    run = torch.compile(linear_logprob, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    torch.testing.assert_close(run(hidden, weight, targets), linear_logprob(hidden, weight, targets))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)

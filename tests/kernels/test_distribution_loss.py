@@ -289,6 +289,37 @@ def test_rows_are_those_of_fp32_logits_and_halved_where_memory_ends(monkeypatch:
     assert tried == [600, 256, 256]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch looks at it where a graph breaks
+def test_compiled_it_is_the_same(dtype: torch.dtype) -> None:
+    """Also after a call that left workspaces behind: one that a compiler traced took them for both models."""
+    hidden, weight = (torch.randn(size, 16).to(dtype).requires_grad_() for size in (6, 50))
+    frozen = ReferenceRows(torch.randn(6, 16).to(dtype), Head(torch.randn(50, 16).to(dtype)))
+    targets = torch.randint(50, (6,))
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_distribution_loss(hidden, weight, targets, 1.0, frozen).loss
+
+    torch.compiler.reset()
+    results = []
+    for function in (loss, torch.compile(loss, backend="eager")):
+        value = function(hidden, weight)
+        results.append((value.detach(), *torch.autograd.grad(value, (hidden, weight))))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+        assert one.any()
+
+
+@pytest.mark.parametrize("vocabulary", [33, 100, 1000, 50257])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gemm_that_reads_beyond_its_rows_finds_numbers(vocabulary: int, bias: bool) -> None:
+    """Bits of fp32 logits beside P may be NaN in bf16, and oneDNN multiplies what it reads beyond a row by 0."""
+    case = Case("beyond", (128, 128), vocabulary=vocabulary, hidden_size=16, bias=bias)
+    problem = oracle.make(case, torch.bfloat16)
+    for gradient in gradients(run(case, problem, 1.0).loss, problem).values():
+        assert gradient.isfinite().all()
+
+
 def test_strided_inputs() -> None:
     case = Case("strided", (5,), chunk_rows=2)
     problem = oracle.make(case, torch.float64)

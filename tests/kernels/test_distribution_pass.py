@@ -118,6 +118,27 @@ def test_a_derivative_that_goes_elsewhere_is_the_one_in_place(backend: str) -> N
     assert torch.equal(itself.divergence, in_place.divergence)
 
 
+def test_the_value_does_not_depend_on_a_models_offset(backend: str) -> None:
+    logits = torch.randn(3, 1000)
+    reference = logits + torch.randn(3, 1000) / 100
+    targets = torch.zeros(3, dtype=torch.int64)
+    for offset in (0.0, 7.0, 100.0, 30000.0):
+        moved = reference + offset
+        kl, _, _ = gold(logits, moved, targets, 0.0, None)
+        out = distribution_pass(logits.clone(), moved, targets, backend=backend)
+        torch.testing.assert_close(out.divergence.double(), kl, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+def test_equal_models_are_exactly_equal(backend: str, dtype: torch.dtype, cap: float | None) -> None:
+    logits = (torch.randn(4, 999) * 5).to(dtype)
+    targets, other = torch.zeros(4, dtype=torch.int64), logits.clone()
+    out = distribution_pass(logits, other, targets, softcap=cap, reference_softcap=cap, backend=backend)
+    assert not out.divergence.any()
+    assert not logits.any()
+
+
 def test_an_unfit_out_is_refused() -> None:
     logits, reference, targets = torch.randn(2, 6), torch.randn(2, 6), torch.zeros(2, dtype=torch.int64)
     wide = torch.randn(2, 6, dtype=torch.float64)
@@ -125,6 +146,8 @@ def test_an_unfit_out_is_refused() -> None:
         (torch.empty(2, 5), ValueError, r"`out`: expected shape \(2, 6\)"),
         (torch.empty(2, 6, dtype=torch.int32), TypeError, "`out`: expected dtype torch.float16"),
         (wide, TypeError, "`out`: expected dtype torch.float16"),
+        (torch.empty(1, 6).expand(2, 6), ValueError, "`out`: expected entries apart in memory"),
+        (torch.empty(11).as_strided((2, 6), (5, 1)), ValueError, "`out`: expected entries apart in memory"),
         (logits.view(torch.bfloat16)[:, :6], ValueError, "`out`: expected `logits` themselves"),
         (reference.view(torch.bfloat16)[:, 6:], ValueError, "`out`: expected memory of its own, or rows that begin"),
         (reference.view(torch.bfloat16).view(4, 6)[1:3], ValueError, "`out`: expected memory of its own, or rows"),

@@ -232,6 +232,10 @@ def test_a_bad_destination_is_refused() -> None:
         (describe(np.zeros((2, 6), np.float32)), "`into`: expected 2 x 5, as `logits`, got 2 x 6"),
         (describe(np.zeros((2, 5), np.float64)), "`into`: fp64 needs fp64"),
         ((8, "float32", 2, 5, -5, 0.0, 0), "`into`: expected stride >= 0"),
+        ((8, "float32", 2, 5, 4, 0.0, 0), "`into`: expected rows that do not overlap, stride >= 5, got 4"),
+        ((0, "float32", 2, 5, 5, 0.0, 0), "`into`: expected an address, or None"),
+        ((8, "float32", 2, 5, 5, 3.0, 0), "`into`: expected neither softcap nor residual"),
+        ((8, "float32", 2, 5, 5, 0.0, 8), "`into`: expected neither softcap nor residual"),
     ):
         with pytest.raises(ValueError, match=message):
             efface_native.distribution_pass(

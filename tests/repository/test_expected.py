@@ -158,7 +158,7 @@ def test_launches_are_those_of_a_call_for_kl(chunk_rows: int, count: Any) -> Non
     of = {name: launches for name, launches in found.launches.items() if launches}
     assert forward.pop("mm") == of["GEMM"] == found.gemms
     assert forward.pop("distribution_pass_kernel") == of["distribution pass"]
-    assert forward.pop("copy_") == of["keep"]
+    assert forward.pop("copy_") == of["keep"] + len(found.chunks)  # on the CPU P is copied, its rows side by side
     assert forward.pop("neg") == of["c = -w"] + of["f = -c"]
     assert forward.pop("mul") + forward.pop("sum") == of["f h"] + of["loss"]
     forward.pop("_to_copy")  # heads and hidden states in fp32, on the CPU alone

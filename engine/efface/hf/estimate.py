@@ -8,7 +8,8 @@ vocabulary, D hidden size, T tokens of a micro-batch (``token_budget``), n rows 
     gradients          P_t b
     optimizer states   P_t x what the optimizer keeps of a parameter
     reference model    live: P b; cached, adapter: 0
-    logits             n V b, a live reference's too; with a distribution (KL, UNDIAL) both in fp32
+    logits             n V b, twice with a live reference, whose own take their place beyond the device's budget of
+                       logits; with a distribution (KL, UNDIAL) both in fp32
     head gradient      V D b, + 4 V D for its fp32 sum over several chunks; with a distribution + 8 V D for fp32 heads
     activations        T (once + layers x by layer); with gradient checkpointing T (once + layers x D b + by layer)
 
@@ -18,7 +19,7 @@ Allocator blocks, library workspaces and the loss's small tensors are not in it.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,8 @@ from torch._subclasses import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
 from efface.hf.packing import decoder_of
-from efface_kernels.linear_loss.chunks import default_chunk_rows, one_chunk_is_smaller
+from efface_kernels.linear_loss.chunks import default_chunk_rows, logits_budget, one_chunk_is_smaller
+from efface_kernels.linear_loss.models import shares_workspace
 
 _ATTENTION = "efface_counted"
 _TOKENS = 16
@@ -223,9 +225,15 @@ def memory(model: ModelSizes, run: RunShape) -> dict[str, int | None]:
     states = optimizer_bytes(run.optim, trained_bytes)
     computing = 2 if run.autocast else weight
     logit = 4 if run.distributions else computing
-    two = run.reference == "live" or run.distributions
-    logit_row = model.vocabulary * logit * (2 if two else 1)
-    rows = min(_chunk_rows(model, run, logit, logit_row), run.token_budget)
+
+    def logits(rows: int) -> int:
+        own = rows * model.vocabulary * logit
+        if run.distributions:
+            return 2 * own
+        in_turn = shares_workspace("cuda", 2 * own, logits_budget("cuda", run.gpu_bytes))
+        return 2 * own if run.reference == "live" and not in_turn else own
+
+    rows = min(_chunk_rows(model, run, logit, logits), run.token_budget)
     several = run.token_budget > rows
     reference = 0.0
     if run.reference == "live":
@@ -239,21 +247,21 @@ def memory(model: ModelSizes, run: RunShape) -> dict[str, int | None]:
         "gradients": trained * trained_bytes,
         "optimizer states": None if states is None else trained * states,
         "reference model": reference,
-        "logits": rows * logit_row,
+        "logits": logits(rows),
         "head gradient": _head_gradient(head, computing, several=several, run=run),
         "activations": run.token_budget * (model.kept_once + layers),
     }
     return {name: None if size is None else round(size) for name, size in items.items()}
 
 
-def _chunk_rows(model: ModelSizes, run: RunShape, logit: int, logit_row: int) -> int:
+def _chunk_rows(model: ModelSizes, run: RunShape, logit: int, logits: Callable[[int], int]) -> int:
     """Return the rows of a chunk, all of them where bf16 gradients of a trained head make that no larger."""
     if run.chunk_rows is not None:
         return run.chunk_rows
     rows = default_chunk_rows("cuda", model.vocabulary, logit, total_bytes=run.gpu_bytes)
     halves = run.autocast or run.dtype == torch.bfloat16
     head = model.vocabulary, model.hidden
-    if run.trained is None and halves and one_chunk_is_smaller(run.token_budget, rows, head, logit_row.__mul__):
+    if run.trained is None and halves and one_chunk_is_smaller(run.token_budget, rows, head, logits):
         return run.token_budget
     return rows
 

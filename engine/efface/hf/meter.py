@@ -1,5 +1,6 @@
 """What a run measures about itself, summed on the device and read only when it is logged."""
 
+import copy
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -73,11 +74,13 @@ class StepMeter(TrainerCallback):
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: a resumed run goes on with the sums that it had."""
         self._read_clock()
-        return {name: value for name, value in vars(self).items() if name != "clock"}
+        return {name: copy.copy(value) for name, value in vars(self).items() if name != "clock"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what ``state_dict`` returned."""
-        vars(self).update(state)
+        """Take up what ``state_dict`` returned, of this version: another's figures would be of other things."""
+        known = {name: value for name, value in state.items() if name in vars(self)}
+        if state.keys() == known.keys():
+            vars(self).update(known)
 
     @torch.no_grad()
     def add(self, batch: PackedBatch, output: StepOutput, objective: Objective | None) -> None:

@@ -31,23 +31,41 @@ class DistributionPassOutput(NamedTuple):
 def _check_out(out: Tensor, logits: Tensor, reference_logits: Tensor, *, gradient: bool) -> None:
     check_shape("out", out, logits.shape, "it takes the derivative with respect to `logits`")
     check_dtype("out", out, [dtype for dtype in FLOATS if dtype.itemsize <= logits.dtype.itemsize])
+    if _overlaps_itself(out):
+        raise ValueError(f"`out`: expected entries apart in memory, got strides {out.stride()} of {tuple(out.shape)}")
     if not gradient:
         raise ValueError("`out`: expected None with `gradient=False`, which forms no derivative, got a tensor")
     if _share_memory(out, logits) and _layout(out) != _layout(logits):
         raise ValueError(
-            f"`out`: expected `logits` themselves or memory that they do not reach, got {_layout(out)} over "
-            f"{_layout(logits)}; give it memory of its own"
+            f"`out`: expected `logits` themselves or memory that they do not reach, got {_said(out)} over "
+            f"{_said(logits)}; give it memory of its own"
         )
     if _share_memory(out, reference_logits) and not _row_on_row(out, reference_logits):
         raise ValueError(
             "`out`: expected memory of its own, or rows that begin where those of `reference_logits` begin, in a "
-            f"dtype no wider, got {_layout(out)} over {_layout(reference_logits)}; use "
+            f"dtype no wider, got {_said(out)} over {_said(reference_logits)}; use "
             "`reference_logits.view(dtype)[:, :V]`"
         )
 
 
+def _overlaps_itself(values: Tensor) -> bool:
+    """Whether two entries of a matrix may share memory."""
+    reach = 0
+    for stride, size in sorted(zip(values.stride(), values.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
 def _layout(values: Tensor) -> tuple[int, torch.dtype, tuple[int, ...]]:
-    return values.data_ptr(), values.dtype, values.stride()
+    """Where the entries lie; a stride along which there is one entry says nothing."""
+    strides = tuple(0 if size < 2 else stride for size, stride in zip(values.shape, values.stride(), strict=True))
+    return values.data_ptr(), values.dtype, strides
+
+
+def _said(values: Tensor) -> str:
+    return f"{values.dtype} of strides {values.stride()} from entry {values.storage_offset()}"
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
@@ -65,7 +83,8 @@ def _row_on_row(out: Tensor, reference: Tensor) -> bool:
     if out.data_ptr() != reference.data_ptr() or out.dtype.itemsize > reference.dtype.itemsize:
         return False
     starts = [each.stride(0) * each.dtype.itemsize for each in (out, reference)]
-    return (len(out) == 1 or starts[0] == starts[1]) and out.stride(1) == reference.stride(1) == 1
+    rows, columns = out.shape
+    return (rows == 1 or starts[0] == starts[1]) and (columns == 1 or out.stride(1) == reference.stride(1) == 1)
 
 
 def distribution_pass_triton(

@@ -19,7 +19,7 @@ def distribution_pass_torch(
     divergence, entropy = (torch.empty(values.shape[0], dtype=dtype, device=values.device) for _ in range(2))
     for rows in row_blocks(values):
         z, slope = logits.capped(rows)
-        zr, _ = reference.capped(rows)
+        zr, _ = reference.capped(rows, dtype)
         zr = zr.to(dtype, copy=True)
         zr.scatter_add_(1, targets[rows, None], torch.full_like(zr[:, :1], -shift))
         log_p, log_q = torch.log_softmax(z, dim=1), torch.log_softmax(zr, dim=1)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efface_kernels.checks import resolve_backend
+from efface_kernels.checks import check_chunk_rows, resolve_backend
 from efface_kernels.linear_loss import logprob, sequence_loss
 from efface_kernels.linear_loss.head import Head, ReferenceRows
 from efface_kernels.linear_loss.loop import Wanted
@@ -149,6 +149,7 @@ def _linear_logprob(
 ) -> tuple[Tensor, Tensor]:
     """ℓ, and softmax − onehot if it is to be kept."""
     head = Head(weight, bias, softcap)
+    check_chunk_rows(chunk_rows)
     logprob.check(hidden, head, targets)
     options = logprob.Options(softcap, chunk_rows, resolve_backend(backend, hidden.device))
     with torch.autocast(hidden.device.type, enabled=False):

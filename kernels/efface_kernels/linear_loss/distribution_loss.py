@@ -1,5 +1,6 @@
 """``linear_distribution_loss``: the distance of two models' distributions, with its gradients, in one loop."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -149,7 +150,26 @@ def linear_distribution_loss(
             On a GPU targets are not looked at: one out of the vocabulary makes the loss NaN, or ends in a device-side
             assertion.
     """
-    hidden, head = Head(weight, bias, softcap).cast_for(hidden)
+    call = (hidden, Head(weight, bias, softcap), targets, row_weights, reference, shift, cross_entropy)
+    if not torch.compiler.is_compiling():
+        return _eager(*call, chunk_rows, backend)
+    # Not traced: workspaces that calls share are what a compiler takes for its own.
+    outside: Callable[..., DistributionLossOutput] = torch.compiler.disable(_eager)
+    return outside(*call, chunk_rows, backend)
+
+
+def _eager(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    row_weights: Tensor | float,
+    reference: ReferenceRows,
+    shift: float,
+    cross_entropy: bool,
+    chunk_rows: int | None,
+    backend: str,
+) -> DistributionLossOutput:
+    hidden, head = head.cast_for(hidden)
     head.check(hidden)
     check_targets(targets, hidden.shape[0], head.vocabulary)
     reference = _checked_reference(reference, hidden, head)
@@ -163,7 +183,7 @@ def linear_distribution_loss(
         weights = torch.full(hidden.shape[:1], row_weights, dtype=dtype, device=hidden.device)
     check_same_device(hidden=hidden, targets=targets)
     resolved = resolve_backend(backend, hidden.device)
-    options = _Options(weights, reference, shift, cross_entropy, softcap, resolved)
+    options = _Options(weights, reference, shift, cross_entropy, head.softcap, resolved)
     wanted = Wanted(*wanted_of(hidden, head))
 
     def run(rows: int) -> DistributionLossOutput:

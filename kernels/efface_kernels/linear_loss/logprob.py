@@ -1,6 +1,5 @@
 """``linear_logprob``: log-probabilities of the targets, differentiable for any upstream gradient."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +8,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from efface_kernels.checks import check_same_device, check_targets, resolve_backend
-from efface_kernels.linear_loss.chunks import plan_pieces
+from efface_kernels.linear_loss.chunks import default_chunk_rows, plan_pieces
 from efface_kernels.linear_loss.head import Head, wanted_of
 from efface_kernels.linear_loss.look import RowLook
 from efface_kernels.linear_loss.loop import Gradients, Wanted, run_loop
-from efface_kernels.linear_loss.workspace import capacity, run_within_memory, takes_one_chunk
-from efface_kernels.memory import accumulates_in_float32, aligned
+from efface_kernels.linear_loss.workspace import run_within_memory, total_bytes
+from efface_kernels.memory import aligned
 from efface_kernels.row_pass import row_pass
 
 
@@ -66,7 +65,7 @@ class _LinearLogprob(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options, wanted: Wanted
     ) -> Tensor:
         ctx.options, ctx.wanted = options, wanted
-        # One chunk: its softmax − onehot stays for the backward call, where chunks would need no less memory.
+        # One chunk: its softmax − onehot stays for the backward call, within the workspace.
         keep = wanted.any and 0 < hidden.shape[0] <= options.chunk_rows
         logprobs, p = forward(hidden, Head(weight, bias, options.softcap), targets, options, keep=keep)
         ctx.save_for_backward(hidden, weight, bias, targets, p)
@@ -99,8 +98,8 @@ def linear_logprob(
             logits = softcap * torch.tanh(logits / softcap)
         return torch.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]
 
-    Any function of the result may be differentiated. Where one chunk holds all rows, their softmax is kept for the
-    backward call; else logits are made again chunk by chunk. Where the loss is a sum over sequences,
+    Any function of the result may be differentiated. Up to ``chunk_rows`` rows the softmax is kept for the backward
+    call; beyond, logits are made again chunk by chunk. Where the loss is a sum over sequences,
     ``linear_sequence_loss`` needs one GEMM less.
 
     Args:
@@ -109,8 +108,7 @@ def linear_logprob(
         targets: (N,) int64, in 0 .. V − 1.
         bias: (V,), same dtype, or None.
         softcap: Gemma-2's cap on the logits, or None.
-        chunk_rows: rows of logits alive at a time; None chooses from the device, V and the dtype, and takes all where
-            that needs no more memory than several chunks.
+        chunk_rows: rows of logits alive at a time; None chooses from the device, V and the dtype.
         backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
 
     Returns:
@@ -136,8 +134,8 @@ def linear_logprob(
             logprobs: Tensor = _LinearLogprob.apply(hidden, head.weight, head.bias, targets, options, wanted)  # type: ignore[no-untyped-call]
         return logprobs
 
-    sums_weight = _logits_bytes(head) if wanted.weight else None
-    return run_within_memory(run, chunk_rows, hidden, head, sums_weight=sums_weight)
+    # Not one chunk where several would take as much: what is kept until the backward call is as much for every call.
+    return run_within_memory(run, chunk_rows, hidden, head)
 
 
 def check(hidden: Tensor, head: Head, targets: Tensor) -> None:
@@ -147,27 +145,23 @@ def check(hidden: Tensor, head: Head, targets: Tensor) -> None:
     check_same_device(hidden=hidden, targets=targets)
 
 
-def _logits_bytes(head: Head) -> Callable[[int], int]:
-    return lambda rows: rows * head.vocabulary * head.weight.element_size()
-
-
 def _in_graph(hidden: Tensor, head: Head, targets: Tensor, chunk_rows: int | None, backend: str) -> Tensor:
     """``linear_logprob`` while a model is compiled: one op, of ``compiled.py``, which checks its arguments."""
-    wanted, rows, one_chunk = wanted_of(hidden, head), chunk_rows, False
-    if rows is None:
-        rows, product = _of_device(hidden.device, head.vocabulary, hidden.dtype)
-        one_chunk = wanted[1] and takes_one_chunk(hidden.shape[0], rows, head, _logits_bytes(head), product=product)
-    keep = any(wanted) and (one_chunk or hidden.shape[0] <= rows)
+    wanted, rows = wanted_of(hidden, head), chunk_rows
+    if rows is None:  # a compiled graph does not ask for free memory
+        total = _total_bytes(hidden.device)
+        rows = default_chunk_rows(hidden.device.type, head.vocabulary, hidden.element_size(), total_bytes=total)
+    keep = any(wanted) and hidden.shape[0] <= rows
     logprobs: Tensor = torch.ops.efface.linear_logprob(
         hidden, head.weight, head.bias, targets, head.softcap, wanted, keep, rows, backend
     )[0]
     return logprobs
 
 
-def _of_device(device: torch.device, vocabulary: int, dtype: torch.dtype) -> tuple[int, bool]:
-    """What a graph keeps of the device: the rows of a chunk, and whether it adds up dW through products."""
-    return capacity(device, vocabulary, dtype.itemsize), not accumulates_in_float32(device, dtype)
+def _total_bytes(device: torch.device) -> int | None:
+    """What a graph keeps of the device."""
+    return total_bytes(device)
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import the compiler, and Triton with it.
-_of_device._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
+_total_bytes._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001

@@ -93,16 +93,23 @@ class DistributionLook:
         """See ``Look``. Coefficients are known beforehand, so there is no second look."""
         logits, frozen = self._policy(rows), self._reference(rows)
         p = into = logits.values
-        if p.dtype != self._dtype:
-            # The pass has read a row of the reference's logits when it writes P: their memory takes it.
+        narrow, later = p.dtype != self._dtype, gradient and self.peaks is not None
+        # The memory of the reference's logits takes P: on a GPU when the pass has read a row of them, and in its place.
+        if narrow and p.device.type != "cpu":
             into = frozen.values.view(self._dtype)[:, : p.shape[1]]
-        scaled = gradient and self.peaks is not None
+        elif narrow:
+            # Later, and rows side by side: oneDNN's bf16 GEMM multiplies what lies beyond a row of V entries by 0, and
+            # the bits of fp32 logits may be NaN in bf16 (V = 100 and 50257, torch 2.13, a Xeon with AMX, 2026-11-27).
+            later = gradient
+            into = frozen.values.view(self._dtype).flatten()[: p.numel()].view(p.shape)
         self.divergence[rows], self.entropy[rows] = self._pass(
-            logits, frozen, self._targets[rows], self._shift, (p if scaled else into) if gradient else None
+            logits, frozen, self._targets[rows], self._shift, (p if later else into) if gradient else None
         )
         if gradient and self.peaks is not None:
             self.peaks[rows] = power_of_two(p, dim=1)
-            into.copy_(p.div_(self.peaks[rows, None]))
+            p.div_(self.peaks[rows, None])
+        if later:
+            into.copy_(p)
         return into
 
     def close(self) -> None:

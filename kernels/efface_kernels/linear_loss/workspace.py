@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from efface_kernels.checks import check_chunk_rows
 from efface_kernels.linear_loss.chunks import (
     FEWEST_ROWS,
     default_chunk_rows,
@@ -50,11 +51,11 @@ def run_within_memory(
             models. All rows are one chunk where that needs no more memory.
 
     Raises:
+        TypeError: ``chunk_rows`` that are no whole number.
         ValueError: ``chunk_rows`` below 1.
     """
     if chunk_rows is not None:
-        if chunk_rows < 1:
-            raise ValueError(f"`chunk_rows`: expected at least 1, got {chunk_rows}")
+        check_chunk_rows(chunk_rows)
         return run(chunk_rows)
     key = (hidden.device, head.vocabulary, (logits or hidden.dtype).itemsize)
     rows, n = capacity(*key), hidden.shape[0]
