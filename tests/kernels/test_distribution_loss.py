@@ -9,7 +9,9 @@ from torch import Tensor
 import oracle
 from efface_kernels import Head, ReferenceRows, linear_distribution_loss, memory, release_workspaces
 from efface_kernels.linear_loss import wide_logits, workspace
+from efface_kernels.linear_loss.chunks import plan_pieces
 from efface_kernels.linear_loss.distribution_loss import DistributionLossOutput
+from efface_kernels.linear_loss.look import DistributionLook
 from largest_tensor import LargestTensor
 from oracle import Case, Problem
 
