@@ -59,18 +59,17 @@ class Logits:
         return Logits(self.values.contiguous(), self.softcap, residual)
 
 
-def run_dense(logits: Logits, run: Callable[[Logits], None], *, into: Tensor | None) -> None:
-    """Run a pass that wants unit stride, and that works in place, on logits of any strides.
+def run_dense(logits: Logits, run: Callable[[Logits], None], *, writes: bool) -> None:
+    """Run a pass that wants unit stride, and that overwrites the logits if it ``writes``, on logits of any strides.
 
-    Its result goes ``into`` a matrix of their shape: ``logits.values``, another one, or None if nobody wants it.
     Raises ValueError for logits with a residual, which such a pass does not read.
     """
     if logits.residual is not None:
         raise ValueError("`logits`: expected no residual, which this pass does not read; give wider logits")
     dense = logits.unit_stride()
     run(dense)
-    if into is not None and into is not dense.values:
-        into.copy_(dense.values)
+    if writes and dense is not logits:
+        logits.values.copy_(dense.values)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -39,7 +39,7 @@ def row_pass_native(logits: Logits, targets: Tensor, reference: Logits | None, g
             threads=torch.get_num_threads(),
         )
 
-    run_dense(logits, run, into=logits.values if gradient else None)
+    run_dense(logits, run, writes=gradient)
     return tuple(outputs)
 
 

@@ -39,7 +39,8 @@ def streaming_config(
     """Return the configuration of a pass over rows of ``vocabulary`` entries, the widest of ``widest`` bytes.
 
     A thread loads 16 bytes twice a step. Once where 16 does not divide the vocabulary: the end of such a row is loaded
-    entry by entry, which takes 60 registers of a thread for two loads (32 for one) and spills some on sm_80.
+    entry by entry, which takes 48 to 60 registers of a thread for two loads, 32 to 40 for one, and KL's spills some
+    on sm_80 (compiled by triton 3.7.1, 2026-11-27).
     """
     entries = (16 if vocabulary % 16 else 32) // widest
     block = max(64, min(threads * entries, 1 << max(vocabulary - 1, 0).bit_length()))

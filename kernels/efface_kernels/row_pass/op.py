@@ -67,7 +67,7 @@ def row_pass_triton(
                 num_warps=launch.num_warps,
             )
 
-    run_dense(logits, run, into=logits.values if gradient else None)
+    run_dense(logits, run, writes=gradient)
     return tuple(outputs)
 
 
