@@ -1,0 +1,75 @@
+"""A section's process: ``python -m benchmarks.gpu.section FOLDER NAME MODULE [ARGUMENT ...]``.
+
+The module is imported at once, while the section before is still measuring; ``run`` begins when a line comes in, and it
+touches no GPU before.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+RESULTS = "results.jsonl"
+SMOKE = "EFFACE_GPU_SMOKE"  # set where there is no GPU: tiny shapes on the CPU
+COMMIT = "EFFACE_COMMIT"
+SECONDS = "EFFACE_GPU_SECONDS"  # after which the driver ends the section
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a section is given.
+
+    Attributes:
+        name: the section's.
+        folder: for its files; a few, since a borrowed machine hands few back.
+        arguments: of the section in this call.
+        device: "cuda", or "cpu" for a run that only shows that the section works: there everything is tiny.
+        deadline: by ``time.monotonic``; what is not measured by then is lost.
+    """
+
+    name: str
+    folder: Path
+    arguments: tuple[str, ...] = ()
+    device: str = "cuda"
+    deadline: float = float("inf")
+
+    @property
+    def smoke(self) -> bool:
+        """Whether this is no measurement."""
+        return self.device == "cpu"
+
+    def row(self, said: str = "", **figures: object) -> None:
+        """Append a row to the results at once: a run that is killed keeps it.
+
+        Args:
+            said: the row in a line, which the driver prints; most rows have none.
+            **figures: what JSON can hold.
+        """
+        head = {"section": self.name, "commit": os.environ.get(COMMIT, ""), "gpu": _gpu(self.device)}
+        line = json.dumps({**head, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "said": said, **figures})
+        with (self.folder / RESULTS).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")  # closed, and so flushed, row by row
+
+
+def _gpu(device: str) -> str:
+    if device == "cpu":
+        return ""
+    import torch  # noqa: PLC0415 - sections that fail to import it still have rows
+
+    return torch.cuda.get_device_name(0)
+
+
+def main(folder: str, name: str, module: str, *arguments: str) -> None:
+    """Run a section."""
+    section = importlib.import_module(module)
+    sys.stdin.readline()
+    device = "cpu" if os.environ.get(SMOKE) == "1" else "cuda"
+    deadline = time.monotonic() + float(os.environ.get(SECONDS, "inf"))
+    section.run(Run(name, Path(folder), arguments, device, deadline))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
