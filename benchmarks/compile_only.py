@@ -152,7 +152,7 @@ def _row_pass(row: Row, warp_size: int) -> tuple[ASTSource, int]:
     signature = {"Logits": POINTERS[row.dtype], "Targets": "*i64", "Logprobs": "*fp32"}
     signature |= dict.fromkeys(integers, "i32")
     values: dict[str, Any] = {"SOFTCAP": row.softcap, "REFERENCE_SOFTCAP": row.softcap}
-    values |= {"GRADIENT": row.gradient, "BLOCK": config.block, "PERSISTENT": row.persistent}
+    values |= {"GRADIENT": row.gradient, "BLOCK": config.block, "PERSISTENT": config.resident > 0, "HOLD": config.hold}
     if row.reference is None:
         values |= {"Reference": None, "ReferenceLogprobs": None}
     else:

@@ -30,23 +30,58 @@ def interleaved(
     return times
 
 
+# Of a GPU's clock at most: a wait of so many cycles lasts no less than the seconds it stands for.
+_CYCLES_A_SECOND = 2.0e9
+_LONGEST_WAIT = 0.05  # seconds; what takes longer to launch than this is timed with its launches
+
+
 def interleaved_on_gpu(
-    calls: Mapping[Key, Callable[[int], object]], rounds: int, *, warm_up: int = 0
+    calls: Mapping[Key, Callable[[int], object]], rounds: int, *, warm_up: int = 1
 ) -> dict[Key, list[float]]:
-    """``interleaved`` by the GPU's own clock: between two events around each call, read after the round."""
+    """``interleaved`` by the GPU's own clock, between two events around each call: its kernels, and not its launches.
+
+    A kernel that does nothing comes before the first event, so that the GPU is still busy with it while the call is
+    being launched: for twice as long as the launches took the last time. ``wall_times`` has what this leaves out. At
+    least one round warms up.
+    """
+    launching: dict[Key, float] = {}  # seconds, of the last time
     times: dict[Key, list[float]] = {key: [] for key in calls}
-    for round_ in range(-warm_up, rounds):
+    for round_ in range(-max(1, warm_up), rounds):
         events = {key: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for key in calls}
         for key, call in calls.items():
-            torch.cuda.synchronize()  # so that no call hides its launches behind the one before
+            torch.cuda.synchronize()
+            wait = min(_LONGEST_WAIT, 2 * launching.get(key, 0.0))
+            torch.cuda._sleep(int(_CYCLES_A_SECOND * wait))  # noqa: SLF001 - torch's benchmarks have no other
+            begin = time.perf_counter()
             events[key][0].record()
             call(round_)
             events[key][1].record()
+            launching[key] = time.perf_counter() - begin
         torch.cuda.synchronize()
-        for key, (begin, end) in events.items():
+        for key, (first, last) in events.items():
             if round_ >= 0:
-                times[key].append(begin.elapsed_time(end))
+                times[key].append(first.elapsed_time(last))
     return times
+
+
+def medians(calls: Mapping[Key, Callable[[int], object]], rounds: int, device: str) -> dict[Key, float]:
+    """Return the median milliseconds of every call, interleaved, by the clock of a "cuda" or a "cpu" device."""
+    times = (interleaved_on_gpu if device == "cuda" else interleaved)(calls, rounds, warm_up=1)
+    return {key: statistics.median(each) for key, each in times.items()}
+
+
+def wall_times(calls: Mapping[Key, Callable[[int], object]], rounds: int) -> dict[Key, list[float]]:
+    """``interleaved`` with a GPU at rest before and after each call: launches and kernels, as a caller waits."""
+
+    def finished(call: Callable[[int], object]) -> Callable[[int], object]:
+        def run(round_: int) -> None:
+            call(round_)
+            torch.cuda.synchronize()
+
+        return run
+
+    torch.cuda.synchronize()
+    return interleaved({key: finished(call) for key, call in calls.items()}, rounds, warm_up=1)
 
 
 def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:

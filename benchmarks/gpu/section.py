@@ -1,7 +1,7 @@
 """A section's process: ``python -m benchmarks.gpu.section FOLDER NAME MODULE [ARGUMENT ...]``.
 
-The module is imported at once, while the section before is still measuring; ``run`` begins when a line comes in, and it
-touches no GPU before.
+The module is imported at once, while the section before is still measuring, and touches no GPU. ``run`` begins when a
+line comes in: the seconds after which the driver ends it.
 """
 
 import importlib
@@ -15,7 +15,6 @@ from pathlib import Path
 RESULTS = "results.jsonl"
 SMOKE = "EFFACE_GPU_SMOKE"  # set where there is no GPU: tiny shapes on the CPU
 COMMIT = "EFFACE_COMMIT"
-SECONDS = "EFFACE_GPU_SECONDS"  # after which the driver ends the section
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,8 @@ def _gpu(device: str) -> str:
 def main(folder: str, name: str, module: str, *arguments: str) -> None:
     """Run a section."""
     section = importlib.import_module(module)
-    sys.stdin.readline()
+    deadline = float(sys.stdin.readline()) + time.monotonic()
     device = "cpu" if os.environ.get(SMOKE) == "1" else "cuda"
-    deadline = time.monotonic() + float(os.environ.get(SECONDS, "inf"))
     section.run(Run(name, Path(folder), arguments, device, deadline))
 
 

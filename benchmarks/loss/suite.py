@@ -10,18 +10,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from benchmarks import BadOption
 from benchmarks.loss.gold import gold
 from benchmarks.loss.inputs import LossInputs, Shape, make_inputs
 from benchmarks.loss.objectives import KL
-from benchmarks.loss.providers import Provider, gemms, providers
+from benchmarks.loss.providers import RIVALS, Provider, gemms, providers
 from benchmarks.report import Report
-from benchmarks.timing import gpu_clocks, interleaved, interleaved_on_gpu, median_ratio
+from benchmarks.timing import gpu_clocks, interleaved, interleaved_on_gpu, median_ratio, wall_times
 from efface_kernels import row_pass
 
 _HALF, _FULL = torch.bfloat16, torch.float32
@@ -83,9 +84,10 @@ CHECKS = (
     Shape(64, 64, 512, _HALF, "NPO", _NPO),
 )
 ROUNDS = 9
-_SECONDS = {"cpu": 150.0, "cuda": 6.0}  # of a row's rounds; at least three are run
+_SECONDS = {"cpu": 150.0, "cuda": 6.0}  # of a shape's rounds; at least three are run
 # The rows on which gradients are compared with fp64, where all would take most of the time.
 _COMPARED_ROWS = {"cpu": 256, "cuda": 4096}  # on a GPU more than a chunk
+_WALL_ROUNDS = 7
 _WITH_PEAK_ON_CPU = ("Llama-2 head, D 1024, bf16", "Llama-3.2-1B head, bf16")
 # How far from fp64 a gradient may be, relative rms, or three times eager's own distance; beyond, it is not timed.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -122,6 +124,7 @@ class Row:
     against_floor: float  # median of the ratio to the bare GEMMs of the same round
     of_floor_percent: float  # the same the other way round: what share of the time the products alone would take
     errors: dict[str, float] = field(default_factory=dict)  # dh, dw, db
+    wall_ms: float | None = None  # on a GPU, of a call that waits for nothing but itself: with its launches, median
     peak_gib: float | None = None  # above inputs and gradients: of GPU memory, or resident
     clocks: dict[str, str] = field(default_factory=dict)  # of a GPU, before and after the row
 
@@ -201,7 +204,8 @@ def _rounds_for(calls: dict[str, Callable[[int], object]], options: argparse.Nam
         call(0)
     if device == "cuda":
         torch.cuda.synchronize()
-    return max(min(3, options.rounds), min(options.rounds, int(_SECONDS[device] / (time.perf_counter() - begin))))
+    seconds = _SECONDS[device] if options.seconds is None else options.seconds
+    return max(min(3, options.rounds), min(options.rounds, int(seconds / (time.perf_counter() - begin))))
 
 
 def measure(name: str, options: argparse.Namespace) -> tuple[list[Row], list[str]]:
@@ -216,6 +220,7 @@ def _measure(name: str, options: argparse.Namespace) -> tuple[list[Row], list[st
     shape = SHAPES[name]
     gpu = shape.device == "cuda"
     found, missing = providers(shape)
+    found = [provider for provider in found if not _left_out(provider, options.without)]
     errors, refused = checked(found, shape)
     missing += [f"{reason} ({name})" for reason in refused]
     inputs = make_inputs(shape)
@@ -237,6 +242,7 @@ def _measure(name: str, options: argparse.Namespace) -> tuple[list[Row], list[st
     rounds = _rounds_for(calls, options, shape.device)
     times = (interleaved_on_gpu if gpu else interleaved)(calls, rounds)
     clocks = {"before": before, "after": gpu_clocks()} if gpu else {}
+    wall = wall_times(calls, min(rounds, _WALL_ROUNDS)) if gpu else {}
     rows = []
     for provider in timed:
         own, floor = times[provider.name], times[f"{gemms.NAME}, {provider.mode}"]
@@ -263,6 +269,7 @@ def _measure(name: str, options: argparse.Namespace) -> tuple[list[Row], list[st
             against_floor=median_ratio(own, floor),
             of_floor_percent=100 * median_ratio(floor, own),
             errors=errors[provider.name],
+            wall_ms=statistics.median(wall[provider.name]) if gpu else None,
             clocks=clocks,
         )
         if provider.who != gemms.NAME and gpu:
@@ -271,6 +278,11 @@ def _measure(name: str, options: argparse.Namespace) -> tuple[list[Row], list[st
             row.peak_gib = _resident_gib(name, provider)
         rows.append(row)
     return rows, missing
+
+
+def _left_out(provider: Provider, without: Sequence[str]) -> bool:
+    """Whether a text of ``without`` is part of its name; never the products, against which all others are measured."""
+    return provider.who != gemms.NAME and any(text in provider.name for text in without)
 
 
 def row_pass_alone(rounds: int) -> dict[str, float]:
@@ -296,6 +308,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", action="store_true", help="on the CPU, peaks too: a process for each (slow)")
     parser.add_argument("--check", action="store_true", help="time nothing: compare every provider's gradients")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="TEXT", help="leave out providers with TEXT in their name"
+    )
+    parser.add_argument("--seconds", type=float, help="of a shape's rounds, at least three of which are run")
 
 
 def check(report: Report) -> None:
@@ -315,11 +331,21 @@ def check(report: Report) -> None:
         raise ArithmeticError("\n".join(wrong))
 
 
+def _check_without(options: argparse.Namespace) -> None:
+    names = {provider.name for shape in options.shape for provider in providers(SHAPES[shape])[0]}
+    names |= {rival.NAME for rival in RIVALS}  # those that this machine lacks, too
+    for text in options.without:
+        if not any(text in name for name in names):
+            listed = ", ".join(sorted(names))
+            raise BadOption(f"--without: expected a part of a provider's name, got {text!r}; they are {listed}")
+
+
 def run(options: argparse.Namespace, report: Report) -> None:
     """Measure the chosen shapes, then on the CPU the row pass alone."""
     if options.check:
         check(report)
         return
+    _check_without(options)
     rows: list[Row] = []
     notes: set[str] = set()
     report.save(loss=[], not_measured=[])  # a run that is cut short leaves what it has, be it nothing
@@ -345,6 +371,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
                 "% of floor",
                 "error dh",
                 "error dW",
+                "wall ms",
                 "peak GiB",
             ),
             [_cells(row) for row in measured],
@@ -364,4 +391,5 @@ def _cells(row: Row) -> list[str]:
     errors = [f"{row.errors[n]:.1e}" if n in row.errors else "" for n in ("dh", "dw")]
     peak = "" if row.peak_gib is None else f"{row.peak_gib:.2f}"
     ratio = [f"{row.against_floor:.2f}", f"{row.of_floor_percent:.0f}"]
-    return [row.provider, str(row.gemms), f"{row.median_ms:.2f}", quartiles, *ratio, *errors, peak]
+    wall = "" if row.wall_ms is None else f"{row.wall_ms:.2f}"
+    return [row.provider, str(row.gemms), f"{row.median_ms:.2f}", quartiles, *ratio, *errors, wall, peak]

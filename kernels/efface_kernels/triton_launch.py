@@ -21,21 +21,20 @@ class LaunchConfig:
     """How one program reads its entries: how many a step, and the warps that share them.
 
     ``resident``: programs a multiprocessor, which stay there and take one piece of work after the other; 0 launches one
-    for each piece.
+    for each piece. ``hold``: ask the L2 cache to hold a row until its last sweep.
     """
 
     block: int
     num_warps: int
     resident: int = 0
+    hold: bool = False
 
     def programs(self, pieces: int, device: torch.device) -> int:
         """Return the programs to launch for so many pieces of work."""
         return min(pieces, self.resident * multiprocessors(device)) if self.resident else pieces
 
 
-def streaming_config(
-    vocabulary: int, widest: int, threads: int, warp_size: int = 32, *, resident: int = 0
-) -> LaunchConfig:
+def streaming_config(vocabulary: int, widest: int, threads: int, warp_size: int = 32) -> LaunchConfig:
     """Return the configuration of a pass over rows of ``vocabulary`` entries, the widest of ``widest`` bytes.
 
     A thread loads 16 bytes twice a step. Once where 16 does not divide the vocabulary: the end of such a row is loaded
@@ -44,7 +43,7 @@ def streaming_config(
     """
     entries = (16 if vocabulary % 16 else 32) // widest
     block = max(64, min(threads * entries, 1 << max(vocabulary - 1, 0).bit_length()))
-    return LaunchConfig(block, max(1, block // (entries * warp_size)), resident)
+    return LaunchConfig(block, max(1, block // (entries * warp_size)))
 
 
 @functools.cache

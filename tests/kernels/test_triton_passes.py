@@ -1,5 +1,6 @@
 """The Triton passes in the interpreter, on what the shared pass tests leave out. fp32, fp16, fp64: bf16 needs a GPU."""
 
+import itertools
 import mmap
 
 import pytest
@@ -92,7 +93,8 @@ def test_distributions_no_further_from_fp64_than_torch(
         results[backend] = (*distribution_pass(z, zr, targets, out=out, backend=backend), zr if over else z)
     for ours, eager, (exact, terms) in zip(results["triton"], results["torch"], golds, strict=True):
         assert ours.isfinite().all()
-        eps, places = torch.finfo(ours.dtype).eps, 128 if dtype == torch.float64 else 2  # fp64's gold is no better
+        # fp64's gold is no better: a sum of V roundings, of exponentials that differ from processor to processor
+        eps, places = torch.finfo(ours.dtype).eps, max(128, vocabulary**0.5) if dtype == torch.float64 else 2
         if rows:
             assert rms(ours - exact) <= 2 * rms(eager - exact) + places * eps * rms(terms)
 
@@ -246,7 +248,7 @@ def test_launch_configuration(vocabulary: int) -> None:
     assert launch_config(128256, torch.bfloat16, torch.float32).block == 2048
     assert launch_config(50257, torch.bfloat16).block == 2048  # one load a thread, not two
     assert launch_config(128256, torch.bfloat16, warp_size=64).num_warps == 4
-    assert launch_config(128256, torch.bfloat16, persistent=True) == LaunchConfig(16384, 32, resident=1)
+    assert launch_config(128256, torch.bfloat16, persistent=True) == LaunchConfig(16384, 32, resident=1, hold=True)
     assert distribution_config(128256, torch.float32, torch.float32) == LaunchConfig(2048, 8)
 
 
@@ -256,10 +258,10 @@ def test_persistent_programs_take_all_rows_and_change_no_bit(rows: int) -> None:
     logits, frozen = torch.randn(rows, 5003), torch.randn(max(0, rows - 2), 5003)
     targets = torch.randint(5003, (rows,))
     results = []
-    for resident in (0, 1):
-        z, config = logits.clone(), LaunchConfig(1024, 4, resident)
+    for resident, hold in itertools.product((0, 1), (False, True)):
+        z, config = logits.clone(), LaunchConfig(1024, 4, resident, hold)
         results.append((z, *row_pass_triton(Logits(z), targets, Logits(frozen), True, config)))
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one, other)
+    for first, *others in zip(*results, strict=True):
+        assert all(torch.equal(first, other) for other in others)
     assert LaunchConfig(1024, 4, resident=1).programs(7, torch.device("cpu")) == 2
     assert LaunchConfig(1024, 4).programs(7, torch.device("cpu")) == 7

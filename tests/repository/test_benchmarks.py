@@ -1,10 +1,7 @@
 """The suites run and refuse to time what differs; synthetic data has TOFU's lengths."""
 
 import json
-import os
 import runpy
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,33 +41,6 @@ def test_the_pack_suite_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     rows = smoke("pack", tmp_path, monkeypatch)["packing"]
     assert {row["task"].split()[0] for row in rows} == {"plan", "assemble"}
     assert all(row["median_ms"] > 0 for row in rows)
-
-
-@pytest.mark.slow
-def test_the_script_for_a_borrowed_gpu(tmp_path: Path) -> None:
-    """All its legs, on the CPU with tiny shapes; then a leg that fails, which the next one survives."""
-    if shutil.which("bash") is None or shutil.which("timeout") is None:
-        pytest.skip("needs bash and timeout")
-    script = [str(ROOT / "benchmarks" / "on_gpu.sh")]
-    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path), "EFFACE_ON_GPU_SMOKE": "1"}
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (loss,) = tmp_path.glob("gpu-*-loss.json")
-    assert json.loads(loss.read_text())["loss"]
-    summary = (tmp_path / "gpu-summary.txt").read_text()
-    assert "tests: exit 0" in summary
-    assert "bench: exit 0" in summary
-    assert "step: exit 0" in summary
-    (step,) = tmp_path.glob("gpu-*-step.json")
-    assert json.loads(step.read_text())["step"]
-    failing = tmp_path / "python"
-    failing.write_text(f'#!/bin/sh\ncase "$*" in *"-m pytest"*) exit 3;; *) exec {sys.executable} "$@";; esac\n')
-    failing.chmod(0o755)
-    environment |= {"PYTHON": str(failing), "OUT": str(tmp_path / "again"), "LEGS": "tests bench"}
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 3, done.stdout + done.stderr
-    assert "tests: exit 3" in done.stdout
-    assert "bench: exit 0" in done.stdout
 
 
 def test_numpy_fills_as_few_micro_batches_as_the_planner() -> None:

@@ -3,6 +3,7 @@
 import gc
 import json
 import runpy
+import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import BadOption  # noqa: E402
 from benchmarks.loss import providers as everybody  # noqa: E402
 from benchmarks.loss import suite  # noqa: E402
 from benchmarks.loss.gold import gold  # noqa: E402
@@ -26,6 +28,10 @@ from benchmarks.report import Report  # noqa: E402
 
 _1B = (2048, 128256)
 NAMES = [f"{shape.objective}-{i}" for i, shape in enumerate(suite.CHECKS)]
+
+
+def asked(device: str, rounds: int, without: tuple[str, ...] = (), seconds: float | None = None) -> Namespace:
+    return Namespace(device=device, rounds=rounds, memory=False, without=without, seconds=seconds)
 
 
 def quick(shape: Shape) -> base.Found:
@@ -66,7 +72,7 @@ def test_a_provider_with_another_gradient_is_not_timed(monkeypatch: pytest.Monke
 
     lame = [*from_nll("wrong", 0, "", wrong, shape), *from_nll("broken", 1, "", raises, shape)]
     monkeypatch.setattr(suite, "providers", lambda s: ([*quick(s)[0], *lame], []))
-    rows, missing = suite.measure("smoke", Namespace(device="cpu", rounds=2, memory=False))
+    rows, missing = suite.measure("smoke", asked("cpu", 2))
     assert {row.who for row in rows} == {"bare GEMMs", "efface native", "efface torch", "eager"}
     assert any(reason.startswith("wrong, live: other gradients than in fp64, dh is off by") for reason in missing)
     assert "broken, live: RuntimeError: no kernel for this shape (smoke)" in missing
@@ -96,6 +102,25 @@ def test_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(row["errors"]) == expected
 
 
+def test_providers_are_left_out_by_a_part_of_their_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "providers", quick)
+    rows, missing = suite.measure("smoke", asked("cpu", 1, ("torch", "frozen")))
+    assert {row.who for row in rows} == {"bare GEMMs", "efface native", "eager"}
+    assert {row.mode for row in rows if row.who != "bare GEMMs"} == {"live", "cached"}
+    assert missing == ["another: absent"]
+
+
+def test_a_provider_that_nobody_knows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Namespace(**vars(asked("cpu", 1, ("liger", "unheard-of"))), shape=["smoke"], check=False)
+    with pytest.raises(BadOption, match="--without: expected a part of a provider's name, got 'unheard-of'; they are"):
+        suite.run(options, Report(None))
+    command = [sys.executable, "-m", "benchmarks", "loss", "--shape", "smoke", "--without", "unheard-of"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("python -m benchmarks loss: --without: expected")
+    assert "Traceback" not in done.stderr
+
+
 def test_as_a_gpu_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its clock and its memory counters stood in for: every mode, the peaks and the clocks."""
 
@@ -111,6 +136,7 @@ def test_as_a_gpu_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda _: None)
     for name in ("memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda: 0)
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -119,12 +145,13 @@ def test_as_a_gpu_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "make_inputs", lambda shape, **k: make_inputs(replace(shape, device="cpu"), **k))
     monkeypatch.setattr(suite, "providers", lambda shape: quick(replace(shape, device="cpu")))
     monkeypatch.setattr(suite, "gpu_clocks", lambda: "1980 MHz, 300 W, 50")
-    rows, _ = suite.measure("smoke", Namespace(device="cuda", rounds=3, memory=False))
+    rows, _ = suite.measure("smoke", asked("cuda", 3))
     assert [row.mode for row in rows[:3]] == list(on_gpu.modes)
     for row in rows:
         assert row.median_ms == 2.0
         assert row.against_floor == 1.0
         assert row.of_floor_percent == 100
+        assert row.wall_ms > 0
         assert (row.peak_gib is None) == (row.who == "bare GEMMs")
         assert row.clocks["before"] == row.clocks["after"] == "1980 MHz, 300 W, 50"
 

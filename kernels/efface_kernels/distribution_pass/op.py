@@ -18,7 +18,7 @@ from efface_kernels.distribution_pass.config import launch_config
 from efface_kernels.distribution_pass.reference import distribution_pass_torch
 from efface_kernels.logits import Logits
 from efface_kernels.native import distribution_pass_native
-from efface_kernels.triton_launch import on_device, warp_size
+from efface_kernels.triton_launch import LaunchConfig, on_device, warp_size
 
 
 class DistributionPassOutput(NamedTuple):
@@ -88,9 +88,14 @@ def _row_on_row(out: Tensor, reference: Tensor) -> bool:
 
 
 def distribution_pass_triton(
-    logits: Logits, reference: Logits, targets: Tensor, shift: float, into: Tensor | None
+    logits: Logits,
+    reference: Logits,
+    targets: Tensor,
+    shift: float,
+    into: Tensor | None,
+    config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``distribution_pass_torch`` in Triton."""
+    """``distribution_pass_torch`` in Triton; None lets ``launch_config`` choose."""
     from efface_kernels.distribution_pass.kernel import (  # Triton is imported when a kernel first runs
         distribution_pass_kernel,
     )
@@ -106,7 +111,7 @@ def distribution_pass_triton(
         out = into.contiguous()
     rows, vocabulary = policy.shape
     if rows:  # an empty grid is a launch error
-        config = launch_config(vocabulary, policy.dtype, frozen.dtype, warp_size(policy.device))
+        launch = config or launch_config(vocabulary, policy.dtype, frozen.dtype, warp_size(policy.device))
         with on_device(policy):
             distribution_pass_kernel[(rows,)](
                 policy,
@@ -122,8 +127,8 @@ def distribution_pass_triton(
                 SHIFT=float(shift),
                 SOFTCAP=logits.softcap or 0.0,
                 REFERENCE_SOFTCAP=reference.softcap or 0.0,
-                BLOCK=config.block,
-                num_warps=config.num_warps,
+                BLOCK=launch.block,
+                num_warps=launch.num_warps,
             )
     if into is not None and out is not None and out is not into:
         into.copy_(out)

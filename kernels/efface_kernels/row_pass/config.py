@@ -3,6 +3,8 @@
 `python -m benchmarks.compile_only` prints what it takes of a GPU: registers, instructions an element.
 """
 
+import dataclasses
+
 import torch
 
 from efface_kernels.triton_launch import LaunchConfig, streaming_config
@@ -29,4 +31,5 @@ def launch_config(
     """
     widest = max(dtype.itemsize, 0 if reference_dtype is None else reference_dtype.itemsize)
     threads = _THREADS_PERSISTENT if persistent else _THREADS
-    return streaming_config(vocabulary, widest, threads, warp_size, resident=int(persistent))
+    config = streaming_config(vocabulary, widest, threads, warp_size)
+    return dataclasses.replace(config, resident=1, hold=True) if persistent else config

@@ -86,14 +86,15 @@ def row_pass_kernel(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    HOLD: tl.constexpr,
 ):
     """ℓ of a row, ℓ_ref of its reference row if it has one and, if GRADIENT, softmax − onehot in place.
 
-    One program a row; PERSISTENT: a program takes every ``num_programs``-th row, and asks the L2 cache to hold it until
-    the second sweep has read it.
+    One program a row; PERSISTENT: a program takes every ``num_programs``-th row. HOLD: the L2 cache is asked to hold a
+    row until the second sweep has read it.
     """
-    FIRST: tl.constexpr = "evict_last" if PERSISTENT else ""
-    SECOND: tl.constexpr = "evict_first" if PERSISTENT else ""
+    FIRST: tl.constexpr = "evict_last" if HOLD else ""
+    SECOND: tl.constexpr = "evict_first" if HOLD else ""
     ACC: tl.constexpr = Logprobs.dtype.element_ty
     first = tl.program_id(0)
     end = rows if PERSISTENT else first + 1

@@ -64,6 +64,7 @@ def row_pass_triton(
                 GRADIENT=gradient,
                 BLOCK=launch.block,
                 PERSISTENT=launch.resident > 0,
+                HOLD=launch.hold,
                 num_warps=launch.num_warps,
             )
 

@@ -1,0 +1,55 @@
+"""``python -m benchmarks.gpu CALL``: measure on a borrowed GPU. ``python -m benchmarks.gpu prepare`` comes before.
+
+Exits with 1 where a section failed, was stopped or measured nothing.
+"""
+
+import argparse
+import dataclasses
+import signal
+import sys
+from pathlib import Path
+
+from benchmarks import BadOption
+from benchmarks.gpu import prepare
+from benchmarks.gpu.driver import Driver
+from benchmarks.gpu.plan import CALLS
+from benchmarks.gpu.section import RESULTS
+
+
+def main() -> int:
+    """Prepare, or run a call."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    prepare.add_arguments(commands.add_parser("prepare", description=prepare.__doc__))
+    for number, call in CALLS.items():
+        listed = ", ".join(section.name for section in call.sections)
+        command = commands.add_parser(str(number), description=f"{listed}; {call.seconds:.0f} seconds at most.")
+        command.add_argument("--out", type=Path, default=Path("gpu-out"), help="folder of the results (gpu-out)")
+        command.add_argument("--section", action="append", choices=[each.name for each in call.sections])
+        command.add_argument("--seconds", type=float, help="instead of the call's own")
+        command.add_argument("--smoke", action="store_true", help="on the CPU, tiny, to see that all runs")
+    options = parser.parse_args()
+    if options.command == "prepare":
+        try:
+            return prepare.run(options)
+        except BadOption as error:
+            print(f"python -m benchmarks.gpu prepare: {error}", file=sys.stderr)
+            return 2
+    call = CALLS[int(options.command)]
+    chosen = tuple(each for each in call.sections if not options.section or each.name in options.section)
+    seconds = options.seconds or (call.seconds if not options.smoke else 20 * call.seconds)
+    if options.smoke:
+        chosen = tuple(dataclasses.replace(each, seconds=20 * each.seconds) for each in chosen)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the sections end with the driver
+    call = dataclasses.replace(call, seconds=seconds, sections=chosen)
+    try:
+        ended = Driver(options.out, smoke=options.smoke).run(call)
+    except KeyboardInterrupt:
+        print(f"interrupted; what was measured is in {options.out / RESULTS}", flush=True)
+        return 130
+    print(f"{options.out / RESULTS}", flush=True)
+    return 0 if all(each.good for each in ended) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""Runs the sections of a call, each in a process of its own and within its own time, and says what they measured.
+
+Torch is not imported: the next section's process does that while one is measuring.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+from benchmarks.gpu import extension, prepare
+from benchmarks.gpu.plan import Call, Section
+from benchmarks.gpu.section import COMMIT, RESULTS, SMOKE
+
+LOG = "log.txt"
+Process: TypeAlias = "subprocess.Popen[bytes]"
+_GRACE = 3.0  # seconds from a polite end of a process to its end
+_FEWEST_SECONDS = 3.0  # with which a section is still begun
+_PRINTED = 60  # lines of a section, at most
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a section ended."""
+
+    section: Section
+    status: str
+    seconds: float
+    rows: int
+
+    @property
+    def good(self) -> bool:
+        """Whether it ended by itself, without a fault, and measured something."""
+        return self.status == "ended" and self.rows > 0
+
+
+class Driver:
+    """Runs sections in a folder: their rows in ``results.jsonl``, all that they print in ``log.txt``."""
+
+    def __init__(self, folder: Path, *, smoke: bool = False, path: Sequence[Path] = ()) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder.resolve()
+        self._environment = environment(smoke=smoke, path=path)
+        self._building: Process | None = None
+
+    def run(self, call: Call) -> list[Ended]:
+        """Run the call's sections, whatever becomes of each; print rows as they come, and how each ended last."""
+        deadline = time.monotonic() + call.seconds
+        ended: list[Ended] = []
+        waiting: Process | None = None  # the next section's, which has begun to import
+        with (self._folder / LOG).open("ab") as log:
+            self._build(log)
+            try:
+                for section, following in itertools.zip_longest(call.sections, call.sections[1:]):
+                    if section.native:
+                        self._finish_building(deadline)
+                    process, waiting = waiting or self._start(section, log), None
+                    if following is not None and not (following.native and self._building):
+                        waiting = self._start(following, log)
+                    ended.append(self._one(section, process, min(section.seconds, deadline - time.monotonic())))
+                self._finish_building(deadline)
+            finally:
+                for process in (waiting, self._building):
+                    if process is not None:
+                        end(process)
+        print(table(ended), flush=True)
+        return ended
+
+    def _start(self, section: Section, log: BinaryIO) -> Process:
+        command = [sys.executable, "-m", "benchmarks.gpu.section", str(self._folder), section.name, section.imported]
+        return self._begin([*command, *section.arguments], log)
+
+    def _begin(self, command: Sequence[str], log: BinaryIO) -> Process:
+        """Start a process of a group of its own, with which what it starts ends. A session would outlive the driver."""
+        return subprocess.Popen(
+            command,
+            cwd=prepare.ROOT,
+            env=self._environment,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=os.setpgrp,  # noqa: PLW1509 - the driver has one thread
+        )
+
+    def _one(self, section: Section, process: Process, limit: float) -> Ended:
+        rows, begin = self._rows_from(self._size()), time.monotonic()
+        if limit < _FEWEST_SECONDS:
+            end(process)
+            return Ended(section, "no time left", 0.0, 0)
+        print(f"--- {section.name} (at most {limit:.0f} s)", flush=True)
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it failed while it was imported
+            process.stdin.write(f"{limit}\n".encode())
+            process.stdin.close()
+        try:
+            code = process.wait(limit)
+            status = "ended" if code == 0 else f"failed, exit {code}"
+        except subprocess.TimeoutExpired:
+            status = "stopped at its limit"
+        finally:
+            end(process)  # whatever it left running
+        count = 0
+        for row in rows:
+            if row.get("section") != section.name:
+                continue
+            count += 1
+            if row["said"] and count <= _PRINTED:
+                print(row["said"], flush=True)
+        if status.startswith("failed"):
+            print(f"{section.name}: {status}; the end of {LOG}:\n{self._tail()}", flush=True)
+        return Ended(section, status, time.monotonic() - begin, count)
+
+    def _size(self) -> int:
+        path = self._folder / RESULTS
+        return path.stat().st_size if path.exists() else 0
+
+    def _rows_from(self, offset: int) -> Iterator[dict[str, Any]]:
+        """Yield the rows behind an offset, when they are asked for; a line that was cut is none."""
+        path = self._folder / RESULTS
+        if not path.exists():
+            return
+        for line in path.read_bytes()[offset:].splitlines():
+            with contextlib.suppress(ValueError):
+                yield json.loads(line)
+
+    def _tail(self) -> str:
+        return "\n".join((self._folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()[-6:])
+
+    def _native(self) -> bool:
+        command = [sys.executable, "-c", f"import {extension.NAME}"]  # one for another Python or C library fails
+        done = subprocess.run(command, cwd=prepare.ROOT, env=self._environment, check=False, capture_output=True)
+        return done.returncode == 0
+
+    def _build(self, log: BinaryIO) -> None:
+        """Begin to build the extension where it is missing, beside the sections that do without."""
+        if self._native():
+            return
+        self._building = self._begin(extension.command(self._folder), log)
+
+    def _finish_building(self, deadline: float) -> None:
+        if self._building is None:
+            return
+        process, self._building = self._building, None
+        try:
+            code = process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            code = -1
+        finally:
+            end(process)
+        built = sorted(self._folder.glob(f"{extension.NAME}*.so"))
+        if code or not built:
+            print(f"the extension could not be built: exit {code}, see {LOG}", flush=True)
+            return
+        site = prepare.CARRIED / prepare.SITE
+        site.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(built[0], site / built[0].name)
+        print(f"{built[0].name}: built here; give it to `prepare --extension` for the next call", flush=True)
+
+
+def environment(*, smoke: bool, path: Sequence[Path] = ()) -> dict[str, str]:
+    """Return the environment of the sections: the sources and what was carried on the path, no network, the commit."""
+    root = prepare.ROOT
+    places = [root / "engine", root / "kernels", root, prepare.CARRIED / prepare.SITE, *path]
+    known = os.environ.get("PYTHONPATH", "")
+    given = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*map(str, places), *([known] if known else [])]),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        COMMIT: prepare.commit(),
+    }
+    tofu = prepare.CARRIED / prepare.TOFU
+    if tofu.is_dir():
+        given.setdefault("EFFACE_TOFU", str(tofu))
+    if smoke:
+        given |= {SMOKE: "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return given
+
+
+def end(process: Process) -> None:
+    """End a process and all that it started: politely, then at once."""
+    for sent, patience in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, _GRACE)):
+        try:
+            os.killpg(process.pid, sent)
+        except (ProcessLookupError, PermissionError):
+            break
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            continue
+    process.wait()
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+
+
+def table(ended: Sequence[Ended]) -> str:
+    """Return how every section ended, a line each."""
+    lines = [f"{'section':12} {'rows':>5} {'seconds':>8} {'limit':>6}  how it ended"]
+    for each in ended:
+        status = each.status if each.rows or each.status != "ended" else "measured nothing"
+        lines.append(f"{each.section.name:12} {each.rows:5} {each.seconds:8.1f} {each.section.seconds:6.0f}  {status}")
+    return "\n".join(lines)

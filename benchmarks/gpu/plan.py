@@ -1,0 +1,92 @@
+"""The calls: what is measured in each, in the order of what would be missed most, and for how long at most."""
+
+from dataclasses import dataclass
+
+_HEADS = ("GPU: Llama-3.2-1B", "GPU: Llama-3.2-3B", "GPU: Llama-2-7B", "GPU: Phi-1.5, without")
+_SMALL = ("GPU: Llama-3.2-1B, 64 rows", "GPU: Llama-3.2-1B, 1024 rows")
+_OTHERS = ("GPU: KL retain", "GPU: SimNPO", "GPU: NLL", "GPU: GradDiff", "GPU: DPO")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A process of its own.
+
+    Attributes:
+        name: in the results; of each call one.
+        seconds: after which it is ended.
+        module: below ``benchmarks.gpu.sections``, or anywhere with its whole name; None is the name.
+        arguments: of its ``run``.
+        native: whether it packs, and so needs the C++ extension.
+    """
+
+    name: str
+    seconds: float
+    module: str | None = None
+    arguments: tuple[str, ...] = ()
+    native: bool = False
+
+    @property
+    def imported(self) -> str:
+        """The module's whole name."""
+        module = self.module or self.name
+        return module if "." in module else f"benchmarks.gpu.sections.{module}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """Sections one after another, and the seconds of all: a section's own limit is never more than what is left."""
+
+    seconds: float
+    sections: tuple[Section, ...]
+
+
+def _loss(*shapes: str, without: tuple[str, ...], seconds: float) -> tuple[str, ...]:
+    shaped = [part for shape in shapes for part in ("--shape", shape)]
+    left_out = [part for text in without for part in ("--without", text)]
+    return ("loss", *shaped, *left_out, "--rounds", "25", "--seconds", str(seconds))
+
+
+# torch.compile is left out everywhere: its compilations alone would take most of a call.
+_COMPILED, _RIVALS = "torch.compile", ("liger", "cut-cross-entropy", "torch linear_cross_entropy")
+CALLS = {
+    # Is it right, and where is the time?
+    1: Call(
+        190,
+        (
+            Section("machine", 40),  # the first import of torch on a fresh disk is in it
+            Section("trial", 25),
+            Section("floor", 45, "suite", _loss(*_HEADS, without=(_COMPILED, *_RIVALS), seconds=2.0)),
+            Section("profile", 15),
+            Section("attention", 20),
+            Section("products", 25),
+            Section("sweep", 35),
+            Section("tests", 70, arguments=("on_gpu", "row_pass", "distribution_pass", "linear_loss_rule")),
+        ),
+    ),
+    # After fixes: is all of it right, and who is faster?
+    2: Call(
+        200,
+        (
+            Section("machine", 40),
+            Section("rivals", 70, "suite", _loss(*_HEADS, without=(_COMPILED,), seconds=3.0)),
+            Section("small", 20, "suite", _loss(*_SMALL, without=(_COMPILED,), seconds=1.5)),
+            Section("others", 40, "suite", _loss(*_OTHERS, without=(_COMPILED,), seconds=1.5)),
+            Section("tests", 90, arguments=("--parallel",)),
+        ),
+    ),
+    # Whole steps.
+    3: Call(
+        215,
+        (
+            Section("train", 50, native=True),
+            Section(
+                "steps",
+                150,
+                "suite",
+                ("step", "--without", "LoRA", "--without", "cut-cross-entropy", "--rounds", "8"),
+                native=True,
+            ),
+            Section("machine", 30),
+        ),
+    ),
+}

@@ -1,0 +1,71 @@
+"""A suite of ``python -m benchmarks`` as a section: its tables in the log, its JSON file, and its rows at once."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.__main__ import parsed, run_suite
+from benchmarks.gpu.section import Run
+from benchmarks.report import Report
+
+
+class Rows(Report):
+    """A report whose rows go to the section's results too, again where they changed."""
+
+    def __init__(self, run: Run, suite: str, path: Path) -> None:
+        super().__init__(path)
+        self._run, self._suite = run, suite
+        self._seen: list[dict[str, Any]] = []
+        self._missing: set[str] = set()
+
+    def save(self, **figures: object) -> None:
+        """Write the file, and append what is new."""
+        super().save(**figures)
+        rows: Any = figures.get(self._suite, self._seen)
+        for row in rows:
+            if row not in self._seen:
+                self._run.row(SAID[self._suite](row), **row)
+        self._seen = list(rows)
+        missing: Any = figures.get("not_measured", ())
+        for reason in missing:
+            if reason not in self._missing:
+                self._missing.add(reason)
+                self._run.row(f"not measured: {reason}", not_measured=reason)
+
+
+def _given(form: str, value: float | None) -> list[str]:
+    return [] if value is None else [form.format(value)]
+
+
+def _loss(row: dict[str, Any]) -> str:
+    figures = [f"{row['median_ms']:.2f} ms", f"x {row['against_floor']:.3f}"]
+    figures += _given("wall {:.2f} ms", row["wall_ms"]) + _given("{:.2f} GiB", row["peak_gib"])
+    figures += _given("dh {:.0e}", row["errors"].get("dh"))
+    return f"{row['shape'].removeprefix('GPU: ')}, {row['provider']}: {', '.join(figures)}"
+
+
+def _step(row: dict[str, Any]) -> str:
+    name = f"{row['shape'].removeprefix('GPU: ')}, {row['provider']}"
+    if row["problem"] or row["whole_median_ms"] is None:
+        return f"{name}: {row['problem'] or 'no figure'}"
+    figures = [f"{row['whole_median_ms']:.1f} ms", f"{row['tokens_per_second']:.0f} tokens/s"]
+    figures += _given("MFU {:.1%}", row["utilisation"]) + _given("{:.1f} GiB", row["peak_gib"])
+    figures += _given("x {:.2f}", row["whole_faster_than_live"])
+    return f"{name}: {', '.join(figures)}"
+
+
+SAID: dict[str, Callable[[dict[str, Any]], str]] = {"loss": _loss, "step": _step}
+
+
+def run(run: Run) -> None:
+    """Run the suite that ``run.arguments`` name, with its options."""
+    suite_name, *arguments = run.arguments
+    if run.smoke:
+        arguments = ["--shape", "smoke", "--rounds", "2"]
+    else:
+        arguments += ["--device", "cuda"]
+    path = run.folder / f"gpu-{time.strftime('%Y-%m-%d')}-{run.name}.json"
+    options, suite = parsed([suite_name, *arguments])
+    assert suite is not None
+    run_suite(suite, options, Rows(run, suite_name, path))

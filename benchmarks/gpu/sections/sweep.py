@@ -1,0 +1,207 @@
+"""The passes by their launch configurations: variant x block x warps x eviction, and what the library takes itself.
+
+TB/s count each byte once: what the second sweep reads again is not in it, so that a row held in the L2 cache shows.
+"""
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.section import Run
+from benchmarks.timing import medians
+from efface_kernels.distribution_pass.config import launch_config as distribution_config
+from efface_kernels.distribution_pass.op import distribution_pass_triton
+from efface_kernels.logits import Logits
+from efface_kernels.memory import aligned
+from efface_kernels.row_pass.config import launch_config as row_config
+from efface_kernels.row_pass.op import row_pass_triton
+from efface_kernels.scale_pass.config import launch_config as scale_config
+from efface_kernels.scale_pass.op import scale_pass_triton
+from efface_kernels.triton_launch import LaunchConfig
+
+_ROUNDS = 7
+_COMPARED = 8  # rows, of which every configuration must give what the first gives
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pass over (rows, V) logits as the loss runs it, in bf16 where that is not said.
+
+    Attributes:
+        name: in tables.
+        op: "row", "row and reference", "KL" (fp32 logits, P in bf16 over the reference's) or "scale" (fp32 to bf16).
+    """
+
+    name: str
+    op: str
+    rows: int
+    vocabulary: int
+    half: torch.dtype = torch.bfloat16
+
+    @property
+    def wide(self) -> bool:
+        """Whether logits are fp32."""
+        return self.op in ("KL", "scale")
+
+    @property
+    def moved(self) -> int:
+        """Bytes, each once."""
+        half = self.half.itemsize
+        each = {"row": 2 * half, "row and reference": 3 * half, "KL": 8 + half, "scale": 4 + half}
+        return each[self.op] * self.rows * self.vocabulary
+
+    def default(self) -> LaunchConfig:
+        """What the library takes."""
+        if self.op == "KL":
+            return distribution_config(self.vocabulary, torch.float32, torch.float32)
+        if self.op == "scale":
+            return scale_config()
+        return row_config(self.vocabulary, self.half, None if self.op == "row" else self.half)
+
+    def configs(self) -> Iterator[LaunchConfig]:
+        """The library's own, then those of 4 to 32 warps whose threads load 16 bytes once, twice or four times."""
+        yield self.default()
+        entries = 16 // (4 if self.wide else self.half.itemsize)
+        holds = (False,) if self.wide else (False, True)
+        residents = {"KL": (0,), "scale": (4, 8, 16)}.get(self.op, (0, 1, 2))
+        for warps, loads in itertools.product((8, 4, 16, 32), (2, 1, 4)):
+            for resident, hold in itertools.product(residents, holds):
+                if max(resident, 1) * warps <= 64:  # a multiprocessor has no more
+                    yield LaunchConfig(32 * warps * entries * loads, warps, resident, hold)
+
+
+CASES = (
+    Case("row pass, V 128256", "row", 4096, 128256),
+    Case("row pass with a reference, V 128256", "row and reference", 4096, 128256),
+    Case("KL, V 128256", "KL", 2048, 128256),
+    Case("row pass, V 32000", "row", 8192, 32000),
+    Case("row pass, V 50257", "row", 8192, 50257),
+    Case("KL, V 32000", "KL", 8192, 32000),
+    Case("scale, (128256, 2048)", "scale", 128256, 2048),
+)
+_TINY = (
+    Case("row pass, tiny", "row and reference", 5, 1000, torch.float16),
+    Case("KL, tiny", "KL", 5, 1000, torch.float16),
+    Case("scale, tiny", "scale", 5, 1000, torch.float16),
+)
+
+
+class Work:
+    """A case's tensors, and the pass over them; run again on what it left, it does the same work."""
+
+    def __init__(self, case: Case, rows: int, device: str) -> None:
+        self.case = case
+        where, dtype = torch.device(device), torch.float32 if case.wide else case.half
+        generator = torch.Generator(device).manual_seed(0)
+        self.logits, self.frozen = (
+            aligned(rows, case.vocabulary, dtype, where).normal_(generator=generator) for _ in range(2)
+        )
+        self.targets = torch.randint(case.vocabulary, (rows,), device=where, generator=generator)
+        self.factor = torch.tensor(0.5, device=where)
+
+    def run(self, config: LaunchConfig) -> tuple[Tensor, ...]:
+        """Return all that the pass writes."""
+        case, logits = self.case, Logits(self.logits)
+        if case.op == "scale":
+            return (scale_pass_triton(self.logits, self.factor, case.half, True, config),)
+        if case.op == "KL":
+            over = self.frozen.view(case.half)[:, : case.vocabulary]
+            outputs = distribution_pass_triton(logits, Logits(self.frozen), self.targets, 0.0, over, config)
+            return (over, *outputs)
+        frozen = None if case.op == "row" else Logits(self.frozen)
+        return (self.logits, *row_pass_triton(logits, self.targets, frozen, True, config))
+
+
+def run(run: Run) -> None:
+    """Append a row for each case and configuration, and say the best ones.
+
+    Raises:
+        ArithmeticError: a configuration gives other results than the library's own.
+    """
+    faults = []
+    for case in _TINY if run.smoke else CASES:
+        begin = time.perf_counter()
+        configs = list(dict.fromkeys(case.configs()))
+        if run.smoke:
+            configs = configs[:3]
+        able, refused = _able(case, configs, run.device)
+        compiled = time.perf_counter() - begin
+        for config, why in refused.items():
+            run.row(case=case.name, **vars(config), refused=why)
+        faults += [f"{case.name}, {config}: {why}" for config, why in refused.items() if "other results" in why]
+        _measure(run, case, able, compiled)
+        if run.device == "cuda":
+            torch.cuda.empty_cache()
+    if faults:
+        raise ArithmeticError("; ".join(faults))
+
+
+def _able(case: Case, configs: list[LaunchConfig], device: str) -> tuple[list[LaunchConfig], dict[LaunchConfig, str]]:
+    """Compile every configuration, on all processors, and compare what it gives; return those that run, and why not."""
+
+    def attempt(config: LaunchConfig) -> tuple[Tensor, ...] | str:
+        if device == "cuda":
+            torch.cuda.set_device(0)  # a thread has no device of its own yet
+        try:
+            return tuple(each.clone() for each in Work(case, _COMPARED, device).run(config))
+        except Exception as error:  # noqa: BLE001 - whatever Triton and the driver raise of registers and memory
+            return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+    with ThreadPoolExecutor(1 if device == "cpu" else min(12, os.cpu_count() or 1)) as pool:
+        results = dict(zip(configs, pool.map(attempt, configs), strict=True))
+    able: list[LaunchConfig] = []
+    refused: dict[LaunchConfig, str] = {}
+    expected = results[configs[0]]
+    for config, got in results.items():
+        if isinstance(got, str):
+            refused[config] = got
+        elif isinstance(expected, str) or _same(got, expected):
+            able.append(config)
+        else:
+            refused[config] = "other results than the library's own configuration"
+    return able, refused
+
+
+def _same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    """Whether results differ by no more than the order of a sum."""
+    return all(
+        torch.allclose(one.float(), other.float(), rtol=max(2 * torch.finfo(one.dtype).eps, 1e-4), atol=1e-5)
+        for one, other in zip(got, expected, strict=True)
+    )
+
+
+def _measure(run: Run, case: Case, configs: list[LaunchConfig], compiled: float) -> None:
+    work = Work(case, case.rows, run.device)
+    source = torch.ones(case.moved // 2, dtype=torch.uint8, device=run.device)
+    target = torch.empty_like(source)
+    calls: dict[LaunchConfig | str, Callable[[int], object]] = {"copy": lambda _: target.copy_(source)}
+    calls |= {config: lambda _, config=config: work.run(config) for config in configs}
+    took = medians(calls, 1 if run.smoke else _ROUNDS, run.device)
+    copy = took.pop("copy")
+    own = case.default()
+    for config, ms in took.items():
+        figures = {"ms": ms, "terabytes": case.moved / (1e9 * ms), "of_copy": copy / ms, "own": config == own}
+        run.row(case=case.name, **vars(config), **figures)
+    ranked = sorted(took, key=took.__getitem__)
+    places = [config for config in (own, *ranked[:3]) if config in took]
+    listed = "; ".join(
+        f"{_said(config)} {took[config]:.3f} ms, {copy / took[config]:.0%} of a copy" for config in places
+    )
+    run.row(
+        f"{case.name}: the library's {listed} ({len(took)} configurations, compiled in {compiled:.1f} s)",
+        case=case.name,
+        best=[vars(replace(config)) for config in ranked[:3]],
+        copy_ms=copy,
+    )
+
+
+def _said(config: LaunchConfig) -> str:
+    parts = [f"{config.block}/{config.num_warps}"]
+    parts += [f"resident {config.resident}"] * (config.resident > 0) + ["hold"] * config.hold
+    return " ".join(parts)

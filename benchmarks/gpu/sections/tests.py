@@ -1,0 +1,109 @@
+"""The tests that are marked ``gpu``, in the order of what would be learnt; a row each that fails, and one of all."""
+
+import importlib.util
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu.section import Run
+
+ROOT = Path(__file__).resolve().parents[3]
+KERNELS = ROOT / "tests" / "kernels"
+# What only a GPU can show comes first, then the oracle tests of each op.
+FILES = (
+    "on_gpu",
+    "trial",
+    "row_pass",
+    "distribution_pass",
+    "linear_loss_rule",
+    "distribution_loss",
+    "sequence_loss",
+    "workspace",
+    "scale_pass",
+)
+PARALLEL = "--parallel"
+_RESERVE = 4.0  # seconds before the deadline in which pytest ends in good order
+
+
+class Recorder:
+    """A pytest plugin that keeps outcomes, and stops where the time is up."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.outcomes: Counter[str] = Counter()
+        self.collected = 0
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Count them."""
+        self.collected = self.collected or len(session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        """Count them, where other processes run them."""
+        self.collected = len(ids)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A file that cannot be imported."""
+        if report.failed:
+            self._failed(report.nodeid, str(report.longrepr))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A test's set-up, call or end."""
+        if report.failed:
+            self._failed(report.nodeid, report.longreprtext)
+        elif report.skipped or report.when == "call":
+            self.outcomes[report.outcome] += 1
+        if report.when == "call" and report.passed and "test_on_gpu" in report.nodeid:
+            printed = " ".join(text for name, text in report.sections if "stdout" in name).strip()
+            self.run.row(test=report.nodeid, seconds=report.duration, printed=printed)
+
+    def pytest_runtest_logfinish(self) -> None:
+        """End where the time is up."""
+        if time.monotonic() > self.run.deadline - _RESERVE:
+            pytest.exit("the section's time is up")
+
+    def _failed(self, name: str, text: str) -> None:
+        self.outcomes["failed"] += 1
+        last = (text.strip().splitlines() or [""])[-1]
+        reason = next((line[1:].strip() for line in text.splitlines() if line.startswith("E ")), last)
+        self.run.row(f"FAILED {Path(name).name}: {reason[:160]}", test=name, failure=text[-4000:])
+
+
+def run(run: Run) -> None:
+    """Run ``run.arguments``, of ``FILES`` or paths, none being all of ``FILES``. ``--parallel``: a process a file.
+
+    Raises:
+        AssertionError: a test failed.
+    """
+    parallel = PARALLEL in run.arguments and importlib.util.find_spec("xdist") is not None
+    chosen = [name for name in run.arguments if name != PARALLEL] or FILES
+    if run.smoke and not run.arguments:
+        chosen = ["chunks"]
+    files = [name if name.endswith(".py") else str(KERNELS / f"test_{name}.py") for name in chosen]
+    recorder, begin = Recorder(run), time.perf_counter()
+    # The machine's versions raise other warnings than ours, and its pytest may lack our plugins: hence the two -o.
+    options = [
+        "-o",
+        "addopts=",
+        "-o",
+        "filterwarnings=default",
+        "--strict-markers",
+        "-q",
+        "-rf",
+        "-p",
+        "no:cacheprovider",
+    ]
+    options += ["--continue-on-collection-errors", "--durations=15", f"--config-file={ROOT / 'pyproject.toml'}"]
+    # A file is one process's: what one test leaves free of the memory is what the next one finds.
+    options += ["-n", str(len(files)), "--dist", "loadfile"] if parallel else ["-p", "no:xdist"]
+    options += ["-m", "not gpu" if run.smoke else "gpu"]
+    status = pytest.main([*options, *files], plugins=[recorder])
+    seconds, outcomes = time.perf_counter() - begin, recorder.outcomes
+    left = recorder.collected - sum(outcomes.values())
+    listed = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+    said = f"{listed or 'none ran'} in {seconds:.0f} s" + (f"; {left} not reached" if left > 0 else "")
+    run.row(said, outcomes=dict(outcomes), not_reached=left, seconds=seconds, status=int(status))
+    if outcomes["failed"] or not outcomes["passed"]:
+        raise AssertionError(f"expected tests that pass, got {said}")

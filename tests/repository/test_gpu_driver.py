@@ -1,0 +1,221 @@
+"""The driver of a borrowed GPU: what becomes of good, silent, failing and hanging sections; what is carried."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs process groups")
+
+MODULES = {
+    "good": "def run(run):\n    run.row('all well', figure=1.5)\n    run.row(figure=2.5, named=run.arguments)\n",
+    "silent": "def run(run):\n    print('nothing to say')\n",
+    "failing": "def run(run):\n    run.row(figure=1)\n    raise ArithmeticError('2 + 2 = 5')\n",
+    "absent": "import a_package_that_nobody_has\n",
+    "dying": "import os, signal\ndef run(run):\n    run.row(figure=1)\n    os.kill(os.getpid(), signal.SIGSEGV)\n",
+    "hanging": """
+import signal, subprocess, sys, time
+def run(run):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
+    run.row('before it hangs', child=child.pid)
+    time.sleep(600)
+""",
+    "timed": "import time\ndef run(run):\n    run.row(left=run.deadline - time.monotonic())\n",
+}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The package; what is prepared, in a folder of the test's, and modules of sections."""
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.gpu import driver, extension, plan, prepare
+
+    monkeypatch.setattr(prepare, "CARRIED", tmp_path / "carried")
+    monkeypatch.setattr(extension, "NAME", "json")  # is there on every machine
+    for name, text in MODULES.items():
+        (tmp_path / "modules" / "sections").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "modules" / "sections" / f"{name}.py").write_text(text)
+    return Namespace(driver=driver, extension=extension, plan=plan, prepare=prepare, modules=tmp_path / "modules")
+
+
+def run(gpu: Any, folder: Path, *names: str, seconds: float = 60, limit: float = 30, **changes: Any) -> list[Any]:
+    sections = tuple(gpu.plan.Section(name, limit, f"sections.{name}", **changes) for name in names)
+    made = gpu.driver.Driver(folder, smoke=True, path=[gpu.modules])
+    ended: list[Any] = made.run(gpu.plan.Call(seconds, sections))
+    return ended
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_sections_end_as_they_do_and_leave_the_others_their_turn(
+    gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = run(gpu, tmp_path / "out", "silent", "failing", "absent", "dying", "good")
+    assert [each.status for each in ended] == ["ended", "failed, exit 1", "failed, exit 1", "failed, exit -11", "ended"]
+    assert [each.rows for each in ended] == [0, 1, 0, 1, 2]
+    assert [each.good for each in ended] == [False, False, False, False, True]
+    found = rows(tmp_path / "out")
+    assert [row["section"] for row in found] == ["failing", "dying", "good", "good"]
+    assert found[2]["figure"] == 1.5
+    assert all(row["commit"] == gpu.prepare.commit() and row["gpu"] == "" and row["time"] for row in found)
+    printed = capsys.readouterr().out
+    assert "all well" in printed
+    assert "2 + 2 = 5" in printed
+    table = printed.splitlines()[-6:]
+    assert table[0].split()[:2] == ["section", "rows"]
+    assert table[1].endswith("measured nothing")
+    assert "nothing to say" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_a_section_that_hangs_is_ended_with_all_that_it_started(gpu: Any, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    hanging, good = run(gpu, tmp_path / "out", "hanging", "good", limit=4)
+    assert time.monotonic() - begin < 30
+    assert hanging.status == "stopped at its limit"
+    assert hanging.rows == 1  # what it had measured is kept
+    assert not hanging.good
+    assert good.good
+    assert not alive(rows(tmp_path / "out")[0]["child"])
+
+
+def test_no_section_outlasts_the_call(gpu: Any, tmp_path: Path) -> None:
+    timed, late = run(gpu, tmp_path / "out", "timed", "good", seconds=5, limit=1000)
+    assert timed.good
+    assert 0 < rows(tmp_path / "out")[0]["left"] <= 5
+    assert late.good
+    hanging, late = run(gpu, tmp_path / "again", "hanging", "good", seconds=5, limit=1000)
+    assert hanging.status == "stopped at its limit"
+    assert late.status == "no time left"
+    assert not late.good
+
+
+def test_sections_end_with_the_driver(gpu: Any, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from benchmarks.gpu import __main__, driver, plan\n"
+        "section = plan.Section('hanging', 60, 'sections.hanging')\n"
+        "plan.CALLS[1] = plan.Call(60, (section, plan.Section('good', 60, 'sections.good')))\n"
+        f"sys.argv = ['gpu', '1', '--smoke', '--out', {str(tmp_path / 'out')!r}]\n"
+        "sys.exit(__main__.main())\n"
+    )
+    path = os.pathsep.join([str(ROOT), str(gpu.modules)])
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})
+    results = tmp_path / "out" / "results.jsonl"
+    for _ in range(600):
+        if results.exists() and results.read_text().endswith("\n"):
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130
+    assert not alive(rows(tmp_path / "out")[0]["child"])
+
+
+def test_the_extension_is_built_there_where_none_was_carried(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu.extension, "NAME", "efface_nowhere")
+    made = "open({!r}, 'w').close()"
+    monkeypatch.setattr(
+        gpu.extension,
+        "command",
+        lambda folder: [sys.executable, "-c", made.format(str(folder / "efface_nowhere.cpython-312.so"))],
+    )
+    (good,) = run(gpu, tmp_path / "out", "good", native=True)
+    assert good.good
+    assert "prepare --extension" in capsys.readouterr().out
+    assert (gpu.prepare.CARRIED / "site" / "efface_nowhere.cpython-312.so").is_file()
+    monkeypatch.setattr(gpu.extension, "command", lambda folder: [sys.executable, "-c", "raise SystemExit(3)"])
+    (good,) = run(gpu, tmp_path / "again", "good", native=True)
+    assert good.good  # of a section that needs it, the import says what is missing
+    assert "could not be built: exit 3" in capsys.readouterr().out
+
+
+def test_the_commit_is_known_with_and_without_git(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare, source = gpu.prepare, tmp_path / "tree" / "kernels" / "a.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("a = 1\n")
+    digest = prepare.digest(tmp_path / "tree")
+    monkeypatch.setattr(prepare, "ROOT", tmp_path / "tree")
+    monkeypatch.setattr(prepare, "digest", lambda found=prepare.digest: found(tmp_path / "tree"))
+    assert prepare.commit() == "unknown"
+    prepare.CARRIED.mkdir()
+    (prepare.CARRIED / "prepared.json").write_text(json.dumps({"commit": "abc", "sources": digest}))
+    assert prepare.commit() == "abc"
+    source.write_text("a = 2\n")
+    assert prepare.commit() == "abc+changes"
+    if shutil.which("git"):
+        git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
+        for command in (["init", "-q"], ["add", "kernels"], ["commit", "-qm", "one"]):
+            subprocess.run([*git, *command], cwd=tmp_path / "tree", check=True)
+        assert len(prepare.commit()) == 40
+
+
+def test_what_is_carried(gpu: Any, tmp_path: Path) -> None:
+    prepare = gpu.prepare
+    assert not prepare.copy_rows(tmp_path / "nowhere", tmp_path / "rows")
+    for name in prepare.ROWS:
+        (tmp_path / name).write_text('{"question": "q", "answer": "a"}\n')
+    assert prepare.copy_rows(tmp_path, tmp_path / "rows")
+    assert {path.name for path in (tmp_path / "rows").iterdir()} == set(prepare.ROWS)
+    prepare.write_stub(tmp_path)
+    (stub,) = importlib.metadata.distributions(name="efface", path=[str(tmp_path)])
+    assert stub.version == importlib.metadata.version("efface")
+
+
+def test_an_extension_for_another_python_or_a_newer_library_is_refused(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import BadOption
+
+    options = Namespace(extension=None, python=sys.executable)
+    monkeypatch.setattr(gpu.prepare, "PYTHON", "2.7")
+    with pytest.raises(BadOption, match=r"--python: expected an interpreter of Python 2.7, got"):
+        gpu.prepare.extension_into(tmp_path, options)
+    assert "no python2.7 here" in gpu.prepare.extension_into(tmp_path, Namespace(extension=None, python=None))[0]
+    with pytest.raises(BadOption, match="--extension: expected a file of"):
+        gpu.prepare.extension_into(tmp_path, Namespace(extension=tmp_path / "absent.so", python=None))
+    built = importlib.util.find_spec("efface_native")
+    if built is not None and built.origin is not None and sys.platform == "linux":
+        assert (2, 2, 5) <= gpu.extension.newest_symbol(Path(built.origin), "GLIBC") < (3,)
+    (tmp_path / "x.so").write_bytes(b"\0GLIBC_2.4\0GLIBC_2.34\0GLIBC_2.4\0GLIBC_PRIVATE\0")
+    assert gpu.extension.newest_symbol(tmp_path / "x.so", "GLIBC") == (2, 34)
+    assert gpu.extension.newest_symbol(tmp_path / "x.so", "GLIBCXX") == (0,)
+
+
+def test_every_section_of_the_plan_is_there(gpu: Any) -> None:
+    from benchmarks.__main__ import parsed
+
+    assert sorted(gpu.plan.CALLS) == [1, 2, 3]
+    assert sum(call.seconds for call in gpu.plan.CALLS.values()) <= 605  # of 900, with three starts
+    for call in gpu.plan.CALLS.values():
+        names = [section.name for section in call.sections]
+        assert len(set(names)) == len(names)
+        for section in call.sections:
+            assert importlib.util.find_spec(section.imported) is not None
+            if section.module == "suite":
+                options, suite = parsed([*section.arguments, "--device", "cuda"])
+                assert suite is not None
+                assert all(name.startswith("GPU: ") for name in options.shape)
+                if section.arguments[0] == "loss":
+                    suite._check_without(options)
