@@ -68,9 +68,7 @@ CALLS = {
         200,
         (
             Section("machine", 40),
-            Section("rivals", 70, "suite", _loss(*_HEADS, without=(_COMPILED,), seconds=3.0)),
-            Section("small", 20, "suite", _loss(*_SMALL, without=(_COMPILED,), seconds=1.5)),
-            Section("others", 40, "suite", _loss(*_OTHERS, without=(_COMPILED,), seconds=1.5)),
+            Section("rivals", 125, "suite", _loss(*_HEADS, *_SMALL, *_OTHERS, without=(_COMPILED,), seconds=2.0)),
             Section("tests", 90, arguments=("--parallel",)),
         ),
     ),

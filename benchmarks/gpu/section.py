@@ -1,7 +1,8 @@
 """A section's process: ``python -m benchmarks.gpu.section FOLDER NAME MODULE [ARGUMENT ...]``.
 
-The module is imported at once, while the section before is still measuring, and touches no GPU. ``run`` begins when a
-line comes in: the seconds after which the driver ends it.
+The module is imported at once, while the section before is still measuring, and so is what its ``imports(arguments)``
+imports, if it has one; no GPU is touched. ``run`` begins when a line comes in: the seconds after which the driver ends
+it.
 """
 
 import importlib
@@ -47,13 +48,22 @@ class Run:
             said: the row in a line, which the driver prints; most rows have none.
             **figures: what JSON can hold.
         """
-        head = {"section": self.name, "commit": os.environ.get(COMMIT, ""), "gpu": _gpu(self.device)}
-        line = json.dumps({**head, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "said": said, **figures})
+        head = {
+            "section": self.name,
+            "commit": os.environ.get(COMMIT, ""),
+            "gpu": card(self.device),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "said": said,
+        }
+        if taken := sorted(head.keys() & figures.keys()):
+            raise ValueError(f"`figures`: expected names other than those of every row, got {', '.join(taken)}")
+        line = json.dumps(head | figures)
         with (self.folder / RESULTS).open("a", encoding="utf-8") as file:
             file.write(line + "\n")  # closed, and so flushed, row by row
 
 
-def _gpu(device: str) -> str:
+def card(device: str) -> str:
+    """Return the GPU's name; empty on a CPU."""
     if device == "cpu":
         return ""
     import torch  # noqa: PLC0415 - sections that fail to import it still have rows
@@ -64,6 +74,7 @@ def _gpu(device: str) -> str:
 def main(folder: str, name: str, module: str, *arguments: str) -> None:
     """Run a section."""
     section = importlib.import_module(module)
+    getattr(section, "imports", lambda _: None)(arguments)
     deadline = float(sys.stdin.readline()) + time.monotonic()
     device = "cpu" if os.environ.get(SMOKE) == "1" else "cuda"
     section.run(Run(name, Path(folder), arguments, device, deadline))

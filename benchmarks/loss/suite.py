@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -219,8 +219,7 @@ def measure(name: str, options: argparse.Namespace) -> tuple[list[Row], list[str
 def _measure(name: str, options: argparse.Namespace) -> tuple[list[Row], list[str]]:
     shape = SHAPES[name]
     gpu = shape.device == "cuda"
-    found, missing = providers(shape)
-    found = [provider for provider in found if not _left_out(provider, options.without)]
+    found, missing = providers(shape, options.without)
     errors, refused = checked(found, shape)
     missing += [f"{reason} ({name})" for reason in refused]
     inputs = make_inputs(shape)
@@ -278,11 +277,6 @@ def _measure(name: str, options: argparse.Namespace) -> tuple[list[Row], list[st
             row.peak_gib = _resident_gib(name, provider)
         rows.append(row)
     return rows, missing
-
-
-def _left_out(provider: Provider, without: Sequence[str]) -> bool:
-    """Whether a text of ``without`` is part of its name; never the products, against which all others are measured."""
-    return provider.who != gemms.NAME and any(text in provider.name for text in without)
 
 
 def row_pass_alone(rounds: int) -> dict[str, float]:

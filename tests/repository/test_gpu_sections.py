@@ -178,7 +178,9 @@ def test_the_loss_suite_as_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyP
     from benchmarks.loss import suite as loss
     from benchmarks.loss.providers import gemms, ours
 
-    monkeypatch.setattr(loss, "providers", lambda shape: (gemms.providers(shape)[0] + ours.providers(shape)[0], []))
+    monkeypatch.setattr(
+        loss, "providers", lambda shape, without=(): (gemms.providers(shape)[0] + ours.providers(shape)[0], [])
+    )
     section = Section(tmp_path, "floor", "loss", "--shape", "GPU: Llama-3.2-1B")
     suite.run(section.run)
     assert len(section.rows) == 3 * 3

@@ -1,12 +1,14 @@
 """A suite of ``python -m benchmarks`` as a section: its tables in the log, its JSON file, and its rows at once."""
 
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.__main__ import parsed, run_suite
-from benchmarks.gpu.section import Run
+from benchmarks.gpu.section import Run, card
+from benchmarks.loss.providers import providers
 from benchmarks.report import Report
 
 
@@ -58,6 +60,14 @@ def _step(row: dict[str, Any]) -> str:
 SAID: dict[str, Callable[[dict[str, Any]], str]] = {"loss": _loss, "step": _step}
 
 
+def imports(arguments: Sequence[str]) -> None:
+    """Import the suite, and of the loss's the rivals that are asked for: some take seconds."""
+    options, suite = parsed([*arguments, "--device", "cuda"])
+    if arguments[0] == "loss":
+        assert suite is not None
+        providers(suite.SHAPES[options.shape[0]], options.without)
+
+
 def run(run: Run) -> None:
     """Run the suite that ``run.arguments`` name, with its options."""
     suite_name, *arguments = run.arguments
@@ -65,7 +75,13 @@ def run(run: Run) -> None:
         arguments = ["--shape", "smoke", "--rounds", "2"]
     else:
         arguments += ["--device", "cuda"]
-    path = run.folder / f"gpu-{time.strftime('%Y-%m-%d')}-{run.name}.json"
+    path = run.folder / f"{_slug(card(run.device))}-{time.strftime('%Y-%m-%d')}-{suite_name}.json"
     options, suite = parsed([suite_name, *arguments])
     assert suite is not None
     run_suite(suite, options, Rows(run, suite_name, path))
+
+
+def _slug(name: str) -> str:
+    """Return what names a card in the file of results: "h200" of "NVIDIA H200"."""
+    found = re.search(r"[A-Z]+\d+[A-Z]*", name)
+    return found.group().lower() if found else "gpu"

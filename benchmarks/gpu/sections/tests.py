@@ -79,8 +79,8 @@ def run(run: Run) -> None:
     """
     parallel = PARALLEL in run.arguments and importlib.util.find_spec("xdist") is not None
     chosen = [name for name in run.arguments if name != PARALLEL] or FILES
-    if run.smoke and not run.arguments:
-        chosen = ["chunks"]
+    if run.smoke:
+        chosen = [name for name in chosen if name.endswith(".py")] or ["chunks"]
     files = [name if name.endswith(".py") else str(KERNELS / f"test_{name}.py") for name in chosen]
     recorder, begin = Recorder(run), time.perf_counter()
     # The machine's versions raise other warnings than ours, and its pytest may lack our plugins: hence the two -o.

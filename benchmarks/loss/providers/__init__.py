@@ -1,5 +1,7 @@
 """The objectives at the head, forward and backward, by everybody who offers them. A file a provider."""
 
+from collections.abc import Sequence
+
 from benchmarks.loss.inputs import Shape
 from benchmarks.loss.providers import cut, eager, gemms, liger, liger_chunked, ours, quack, torch_chunked
 from benchmarks.loss.providers.base import Found, Provider
@@ -9,11 +11,17 @@ __all__ = ["RIVALS", "Found", "Provider", "providers"]
 RIVALS = (eager, torch_chunked, liger, liger_chunked, cut, quack)
 
 
-def providers(shape: Shape) -> Found:
-    """Return the floors, ours, every rival that is installed and can do the shape, and why others are missing."""
+def providers(shape: Shape, without: Sequence[str] = ()) -> Found:
+    """Return the floors, ours, every rival that is installed and can do the shape, and why others are missing.
+
+    Left out is who has a text of ``without`` in the name, the products excepted; such a rival is not imported.
+    """
     found, missing = [*gemms.providers(shape)[0], *ours.providers(shape)[0]], []
     for rival in RIVALS:
+        if any(text in rival.NAME for text in without):
+            continue
         able, reasons = rival.providers(shape)
         found += able
         missing += reasons
-    return found, missing
+    kept = [each for each in found if each.who == gemms.NAME or not any(text in each.name for text in without)]
+    return kept, missing
