@@ -20,7 +20,7 @@ from benchmarks import BadOption
 from benchmarks.loss.gold import gold
 from benchmarks.loss.inputs import LossInputs, Shape, make_inputs
 from benchmarks.loss.objectives import KL
-from benchmarks.loss.providers import RIVALS, Provider, gemms, providers
+from benchmarks.loss.providers import RIVALS, Provider, eager, gemms, providers
 from benchmarks.report import Report
 from benchmarks.timing import gpu_clocks, interleaved, interleaved_on_gpu, median_ratio, wall_times
 from efface_kernels import row_pass
@@ -326,8 +326,9 @@ def check(report: Report) -> None:
 
 
 def _check_without(options: argparse.Namespace) -> None:
-    names = {provider.name for shape in options.shape for provider in providers(SHAPES[shape])[0]}
-    names |= {rival.NAME for rival in RIVALS}  # those that this machine lacks, too
+    rivals = [rival.NAME for rival in RIVALS]  # by name alone: not imported, be they installed or not
+    names = {provider.name for shape in options.shape for provider in providers(SHAPES[shape], rivals)[0]}
+    names |= {*rivals, eager.COMPILED}
     for text in options.without:
         if not any(text in name for name in names):
             listed = ", ".join(sorted(names))

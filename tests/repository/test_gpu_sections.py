@@ -185,7 +185,7 @@ def test_the_loss_suite_as_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyP
     suite.run(section.run)
     assert len(section.rows) == 3 * 3
     assert "x 1.000" in section.rows[0]["said"]
-    (path,) = tmp_path.glob("gpu-*-floor.json")
+    (path,) = tmp_path.glob("gpu-*-loss.json")
     assert len(json.loads(path.read_text())["loss"]) == 9
 
 

@@ -71,7 +71,7 @@ def test_a_provider_with_another_gradient_is_not_timed(monkeypatch: pytest.Monke
         raise RuntimeError("no kernel for this shape")
 
     lame = [*from_nll("wrong", 0, "", wrong, shape), *from_nll("broken", 1, "", raises, shape)]
-    monkeypatch.setattr(suite, "providers", lambda s, _: ([*quick(s)[0], *lame], []))
+    monkeypatch.setattr(suite, "providers", lambda s, _=(): ([*quick(s)[0], *lame], []))
     rows, missing = suite.measure("smoke", asked("cpu", 2))
     assert {row.who for row in rows} == {"bare GEMMs", "efface native", "efface torch", "eager"}
     assert any(reason.startswith("wrong, live: other gradients than in fp64, dh is off by") for reason in missing)

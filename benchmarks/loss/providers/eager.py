@@ -11,6 +11,7 @@ from benchmarks.loss.objectives import KL
 from benchmarks.loss.providers.base import Found, Gradients, Head, Provider, detached, from_nll, gradients, of_modes
 
 NAME = "eager"
+COMPILED = f"{NAME} + torch.compile"
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
@@ -53,5 +54,5 @@ def _kl(divergence: Callable[..., Tensor]) -> Callable[[LossInputs, str], Gradie
 def providers(shape: Shape) -> Found:
     """Eager and torch.compile."""
     found: list[Provider] = _of(NAME, "all logits, a copy in fp32", shape, lambda f: f)[0]
-    found += _of(f"{NAME} + torch.compile", "the same, compiled", shape, lambda f: torch.compile(f, dynamic=False))[0]
+    found += _of(COMPILED, "the same, compiled", shape, lambda f: torch.compile(f, dynamic=False))[0]
     return found, []
