@@ -41,10 +41,11 @@ def interleaved_on_gpu(
     """``interleaved`` by the GPU's own clock, between two events around each call: its kernels, and not its launches.
 
     A kernel that does nothing comes before the first event, so that the GPU is still busy with it while the call is
-    being launched: for twice as long as the launches took the last time. ``wall_times`` has what this leaves out. At
-    least one round warms up.
+    being launched: for twice as long as the launches took at least. ``wall_times`` has what this leaves out. One round
+    or more warms up.
     """
-    launching: dict[Key, float] = {}  # seconds, of the last time
+    # Seconds, the least so far: a call that waits for the GPU waits for that kernel too, but not the first time.
+    launching: dict[Key, float] = {}
     times: dict[Key, list[float]] = {key: [] for key in calls}
     for round_ in range(-max(1, warm_up), rounds):
         events = {key: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for key in calls}
@@ -56,7 +57,8 @@ def interleaved_on_gpu(
             events[key][0].record()
             call(round_)
             events[key][1].record()
-            launching[key] = time.perf_counter() - begin
+            taken = time.perf_counter() - begin
+            launching[key] = min(taken, launching.get(key, taken))
         torch.cuda.synchronize()
         for key, (first, last) in events.items():
             if round_ >= 0:

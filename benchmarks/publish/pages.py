@@ -115,7 +115,10 @@ def page(found: Sequence[Result], drawn: Mapping[str, Sequence[str]]) -> str:
     """Return docs/benchmarks.md: every file of results, its conditions, plots and tables; what a GPU is to show."""
     parts = [_TOP.format(faster=tables.FASTER)]
     if not any(result.on_gpu for result in found):
-        parts.append("No figure of a GPU has been measured yet; `python -m benchmarks.gpu` measures them (benchmarks/gpu/README.md).")
+        parts.append(
+            "No figure of a GPU has been measured yet; `python -m benchmarks.gpu` measures them, see "
+            "benchmarks/gpu/README.md."
+        )
     for result in found:
         title = _TITLES[result.suite]
         device = result.machine.get("gpu") or "CPU"
