@@ -1,4 +1,4 @@
-"""Questions and the answers to score: TOFU's evaluation files where they lie beside the checkout, else made-up ones."""
+"""Questions and the answers to score: TOFU's evaluation files where they are at hand, else made-up ones."""
 
 import json
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks import tofu
 from efface.cli.demo.tokenizer import train_tokenizer
 
-TOFU = Path(__file__).resolve().parents[3] / "shared" / "tofu"
 SPLITS = ("forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
 
 
@@ -25,7 +25,7 @@ class Split:
 
 def splits(rows: int) -> tuple[list[Split], str]:
     """Return so many rows of each split, evenly spread over it, and what they are."""
-    files = [TOFU / f"{name}.json" for name in SPLITS]
+    files = [tofu.FOLDER / f"{name}.json" for name in SPLITS]
     if not all(file.is_file() for file in files):
         return [_made_up(name, rows) for name in SPLITS], "made up"
     return [_read(file, rows) for file in files], f"TOFU {', '.join(SPLITS)}"

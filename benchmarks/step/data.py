@@ -1,8 +1,7 @@
-"""The pairs of some training steps, packed and padded: TOFU where it lies beside the checkout, else its lengths."""
+"""The pairs of some training steps, packed and padded: TOFU where its files are at hand, else its lengths."""
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,11 +9,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from benchmarks import tofu
 from efface.batching import Assembler, PackedBatch, StepTotals, TokenStore, plan_epoch
 from efface.cli.demo.tokenizer import train_tokenizer
 from efface.hf.score import store_logprobs
 
-TOFU = Path(__file__).resolve().parents[3] / "shared" / "tofu"
 FORGET, RETAIN = "forget10", "retain90"
 
 
@@ -49,24 +48,28 @@ class Step:
 
 def stores(vocabulary: int) -> tuple[TokenStore, TokenStore, str]:
     """Return the forget store, the retain store, and what they are."""
-    forget, retain = TOFU / f"{FORGET}.json", TOFU / f"{RETAIN}.json"
+    forget, retain = tofu.FOLDER / f"{FORGET}.json", tofu.FOLDER / f"{RETAIN}.json"
     if not (forget.is_file() and retain.is_file()):
-        return synthetic(400, vocabulary, seed=0), synthetic(3600, vocabulary, seed=1), "synthetic, TOFU's lengths"
-    from efface.hf.data import token_store  # noqa: PLC0415 - needs datasets, which a borrowed machine may lack
-
+        return _like_tofu(vocabulary, "")
+    try:
+        from efface.hf.data import token_store  # noqa: PLC0415 - needs datasets, which a borrowed machine may lack
+    except ImportError as error:
+        return _like_tofu(vocabulary, f" ({error})")
     rows = [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in (forget, retain)]
     tokenizer = train_tokenizer([text for part in rows for row in part for text in row.values()], min(vocabulary, 8192))
     made = [token_store(part, tokenizer, name=name) for part, name in zip(rows, (FORGET, RETAIN), strict=True)]
     return made[0], made[1], f"TOFU {FORGET} / {RETAIN}"
 
 
-def synthetic(sequences: int, vocabulary: int, *, seed: int) -> TokenStore:
-    """Random tokens with the lengths of TOFU under an 8k BPE: mean 57, p95 82, none over 139, answers 58 % of them.
+def _like_tofu(vocabulary: int, why: str) -> tuple[TokenStore, TokenStore, str]:
+    forget, retain = synthetic(400, vocabulary, seed=0), synthetic(3600, vocabulary, seed=1)
+    return forget, retain, f"synthetic, TOFU's lengths{why}"
 
-    A log-normal with that mean and p95 has σ = 0.24.
-    """
+
+def synthetic(sequences: int, vocabulary: int, *, seed: int) -> TokenStore:
+    """Random tokens with the lengths of TOFU; answers are 58 % of them."""
     rng = np.random.default_rng(seed)
-    lengths = np.clip(np.round(rng.lognormal(np.log(55.4), 0.24, sequences)), 8, 139).astype(int)
+    lengths = tofu.lengths(rng, sequences)
     rows = [rng.integers(0, vocabulary, length).tolist() for length in lengths]
     return TokenStore.from_sequences(rows, [round(0.42 * length) for length in lengths])
 

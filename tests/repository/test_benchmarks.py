@@ -17,11 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def _benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Importable, and without TOFU: the same tokens on every machine, and no tokenizer to train."""
     monkeypatch.syspath_prepend(ROOT)
-    from benchmarks.evaluate import data as evaluation
-    from benchmarks.step import data
+    from benchmarks import tofu
 
-    for source in (data, evaluation):
-        monkeypatch.setattr(source, "TOFU", tmp_path / "absent")
+    monkeypatch.setattr(tofu, "FOLDER", tmp_path / "absent")
 
 
 def smoke(suite: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

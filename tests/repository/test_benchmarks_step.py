@@ -18,10 +18,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 def providers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Importable, without TOFU, and without the provider that compiles, which takes long."""
     monkeypatch.syspath_prepend(ROOT)
-    from benchmarks.step import data, suite
+    from benchmarks import tofu
     from benchmarks.step import providers as module
+    from benchmarks.step import suite
 
-    monkeypatch.setattr(data, "TOFU", tmp_path / "absent")
+    monkeypatch.setattr(tofu, "FOLDER", tmp_path / "absent")
     monkeypatch.setattr(suite, "PROVIDERS", tuple(p for p in module.PROVIDERS if p is not module.CutCompiled))
     return module
 

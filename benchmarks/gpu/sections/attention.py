@@ -1,0 +1,217 @@
+"""Packed attention: torch's own kernel, forward and backward in bf16, against SDPA by segment in fp32.
+
+On the CPU, which that kernel does not serve, a plain loop in fp32 against SDPA by segment in fp64.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import tofu
+from benchmarks.gpu.section import Run
+from benchmarks.timing import interleaved, interleaved_on_gpu, median_ratio
+from efface.hf.attention import interface
+from efface.hf.attention.choice import AttentionCall, choose_kernel
+from efface.hf.attention.segments import band, segment_attention
+from efface.hf.attention.torch_varlen import torch_varlen_attention
+
+NAMES = ("out", "dq", "dk", "dv")
+_ROUNDS = 9
+
+
+@dataclass(frozen=True)
+class Case:
+    """A packed batch: H query and H_kv key heads of size d, the tokens of each sequence, and its keys if they differ.
+
+    Attributes:
+        window: tokens that a token sees, itself among them; None is all before it.
+    """
+
+    name: str
+    heads: int
+    key_heads: int
+    head_dim: int
+    lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...] | None = None
+    window: int | None = None
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        """The keys of each sequence."""
+        return self.lengths if self.key_lengths is None else self.key_lengths
+
+
+Attention = Callable[[Tensor, Tensor, Tensor, Case], Tensor]
+"""(T, H, d), (E, H_kv, d) twice -> (T, H, d)."""
+
+
+def cases(*, smoke: bool) -> list[Case]:
+    """Return what is asked of the kernel; "smoke" are the same things asked of a few tokens."""
+    mixed, longest = (6, 24) if smoke else (64, 2048)
+    drawn = tofu.lengths(np.random.default_rng(0), mixed)
+    short = tuple(max(2, n // 8) for n in drawn) if smoke else tuple(drawn)
+    plain = (1, *short[: mixed // 2], longest, *short[mixed // 2 :], 1, 1)
+    # Sequences that share what comes before them, as a token tree's segments do: a path is longer than its segment.
+    paths = tuple(n + extra for n, extra in zip(plain, itertools.cycle((0, *short[:5])), strict=False))
+    window = 5 if smoke else 32
+    return [
+        Case("heads of 64", 8, 8, 64, plain),
+        Case("heads of 128", 8, 8, 128, plain),
+        Case("grouped heads of 64", 32, 8, 64, plain),
+        Case("grouped heads of 128", 32, 8, 128, plain),
+        Case("TOFU alone, grouped heads of 64", 32, 8, 64, short),
+        Case("a sliding window", 32, 8, 64, plain, window=window),
+        Case("more keys than queries", 32, 8, 64, plain, key_lengths=paths),
+        Case("more keys than queries, a sliding window", 32, 8, 64, plain, key_lengths=paths, window=window),
+    ]
+
+
+def by_varlen(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
+    """The kernel of torch, as ``interface.py`` calls it."""
+    return torch_varlen_attention(
+        query,
+        key,
+        value,
+        _borders(case.lengths, query.device),
+        max(case.lengths),
+        cu_keys=_borders(case.keys, query.device),
+        longest_keys=max(case.keys),
+        window=case.window,
+    )
+
+
+def by_segment(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
+    """SDPA, one sequence after another."""
+    query, key, value = (states.transpose(0, 1)[None] for states in (query, key, value))
+    return segment_attention(query, key, value, case.lengths, key_lengths=case.keys, window=case.window)[0]
+
+
+def by_loop(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
+    """softmax(q kᵀ / √d) v, a sequence at a time."""
+    outputs = []
+    for q, k, v in zip(query.split(case.lengths), key.split(case.keys), value.split(case.keys), strict=True):
+        k, v = (states.repeat_interleave(case.heads // case.key_heads, dim=1) for states in (k, v))  # noqa: PLW2901
+        scores = torch.einsum("nhd,mhd->hnm", q, k) * case.head_dim**-0.5
+        seen = band(len(q), len(k), case.window, q.device)
+        outputs.append(torch.einsum("hnm,mhd->nhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v))
+    return torch.cat(outputs)
+
+
+def run(run: Run) -> None:
+    """Append a row a case.
+
+    Raises:
+        ArithmeticError: errors beyond what SDPA's own are in the same dtype, results that do not repeat, or a kernel
+            that ``choice.py`` does not take.
+    """
+    wrong = [fault for case in cases(smoke=run.smoke) for fault in _measured(case, run)]
+    if wrong:
+        raise ArithmeticError("packed attention: " + "; ".join(wrong))
+
+
+def _measured(case: Case, run: Run) -> list[str]:
+    """``_measure``, of which a failure leaves the other cases their turn."""
+    try:
+        return _measure(case, run)
+    except Exception as error:  # noqa: BLE001 - whatever it is
+        text = f"{case.name}: {type(error).__name__}: {error}"
+        run.row(text.splitlines()[0], case=case.name, problem=text)
+        return [text]
+
+
+def _measure(case: Case, run: Run) -> list[str]:
+    """Append the case's row; return what is wrong."""
+    kernel: Attention = by_loop if run.smoke else by_varlen
+    dtype, wider = (torch.float32, torch.float64) if run.smoke else (torch.bfloat16, torch.float32)
+    inputs, upstream = _inputs(case, dtype, run.device)
+    with sdpa_kernel(SDPBackend.MATH):
+        gold = _results(by_segment, [states.to(wider) for states in inputs], upstream.to(wider), case)
+    ours, again = (_results(kernel, inputs, upstream, case) for _ in range(2))
+    yardstick = _results(by_segment, inputs, upstream, case)
+    errors = {name: _distance(got, want) for name, got, want in zip(NAMES, ours, gold, strict=True)}
+    allowed = {name: 2 * _distance(got, want) + 1e-3 for name, got, want in zip(NAMES, yardstick, gold, strict=True)}
+    repeats = [name for name, first, second in zip(NAMES, ours, again, strict=True) if torch.equal(first, second)]
+    chosen = _chosen(case, dtype, run.device)
+
+    calls = {each: lambda _, each=each: _results(each, inputs, upstream, case) for each in (kernel, by_segment)}
+    timed = interleaved(calls, 2) if run.smoke else interleaved_on_gpu(calls, _ROUNDS, warm_up=3)
+    medians = [sorted(times)[len(times) // 2] for times in timed.values()]
+    faster = median_ratio(timed[by_segment], timed[kernel])
+
+    wrong = [
+        f"{case.name}: {name} is {errors[name]:.1e} from {wider}, expected at most {allowed[name]:.1e}"
+        for name in NAMES
+        if not errors[name] <= allowed[name]
+    ]
+    wrong += [f"{case.name}: {name} has other bits the second time" for name in NAMES if name not in repeats]
+    if not run.smoke and chosen == "segments":
+        wrong.append(f"{case.name}: expected a packed kernel to serve it, got {chosen!r}")
+    run.row(
+        f"{case.name}: {medians[0]:.2f} ms, {faster:.1f} x SDPA by segment, error "
+        + ", ".join(f"{name} {errors[name]:.1e} of {allowed[name]:.1e}" for name in NAMES)
+        + f"; {chosen!r} serves it; the same bits twice: {', '.join(repeats) or 'nothing'}",
+        case=case.name,
+        heads=case.heads,
+        key_heads=case.key_heads,
+        head_dim=case.head_dim,
+        window=case.window,
+        tokens=sum(case.lengths),
+        keys=sum(case.keys),
+        sequences=len(case.lengths),
+        longest=max(case.lengths),
+        dtype=str(dtype),
+        kernel=chosen,
+        errors=errors,
+        allowed=allowed,
+        repeats=repeats,
+        ms=medians[0],
+        segments_ms=medians[1],
+        faster_than_segments=faster,
+        wrong=wrong,
+    )
+    return wrong
+
+
+def _inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
+    """Query, key and value, and the gradient of the output, all drawn from N(0, 1)."""
+    generator = torch.Generator(device).manual_seed(0)
+    tokens, keys = sum(case.lengths), sum(case.keys)
+    shapes = [(tokens, case.heads), (keys, case.key_heads), (keys, case.key_heads), (tokens, case.heads)]
+    drawn = [
+        torch.randn(rows, heads, case.head_dim, generator=generator, device=device).to(dtype) for rows, heads in shapes
+    ]
+    return drawn[:3], drawn[3]
+
+
+def _results(attention: Attention, inputs: list[Tensor], upstream: Tensor, case: Case) -> list[Tensor]:
+    """The output and the gradients of query, key and value."""
+    leaves = [states.detach().requires_grad_() for states in inputs]
+    out = attention(*leaves, case)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+def _chosen(case: Case, dtype: torch.dtype, device: str) -> str:
+    """What a model's call of this kind is served by."""
+    call = AttentionCall(
+        device=device,
+        capability=torch.cuda.get_device_capability() if device == "cuda" else (0, 0),
+        dtype=dtype,
+        head_dim=case.head_dim,
+        value_dim=case.head_dim,
+        window=case.window,
+    )
+    return choose_kernel(call, interface._installed(torch.device(device)))  # noqa: SLF001 - what is at hand
+
+
+def _borders(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device)
+
+
+def _distance(got: Tensor, want: Tensor) -> float:
+    """The root of the mean square of their difference, relative to that of ``want``."""
+    return float((got.to(want.dtype) - want).norm() / want.norm())
