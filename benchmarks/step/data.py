@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -52,13 +54,18 @@ def stores(vocabulary: int) -> tuple[TokenStore, TokenStore, str]:
     if not (forget.is_file() and retain.is_file()):
         return _like_tofu(vocabulary, "")
     try:
-        from efface.hf.data import token_store  # noqa: PLC0415 - needs datasets, which a borrowed machine may lack
+        return *_tokenised(forget, retain, min(vocabulary, 8192)), f"TOFU {FORGET} / {RETAIN}"
     except ImportError as error:
         return _like_tofu(vocabulary, f" ({error})")
+
+
+@cache  # on a borrowed machine seconds count
+def _tokenised(forget: Path, retain: Path, vocabulary: int) -> tuple[TokenStore, TokenStore]:
+    from efface.hf.data import token_store  # noqa: PLC0415 - needs datasets, which a borrowed machine may lack
+
     rows = [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in (forget, retain)]
-    tokenizer = train_tokenizer([text for part in rows for row in part for text in row.values()], min(vocabulary, 8192))
-    made = [token_store(part, tokenizer, name=name) for part, name in zip(rows, (FORGET, RETAIN), strict=True)]
-    return made[0], made[1], f"TOFU {FORGET} / {RETAIN}"
+    tokenizer = train_tokenizer([text for part in rows for row in part for text in row.values()], vocabulary)
+    return token_store(rows[0], tokenizer, name=FORGET), token_store(rows[1], tokenizer, name=RETAIN)
 
 
 def _like_tofu(vocabulary: int, why: str) -> tuple[TokenStore, TokenStore, str]:

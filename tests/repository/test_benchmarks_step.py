@@ -1,8 +1,13 @@
 """The step suite times what computes the same, in rounds or in blocks, and survives what does not fit."""
 
+import argparse
 import json
+import os
 import runpy
+import subprocess
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,6 +83,91 @@ def test_a_provider_with_another_loss_is_not_timed(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
+def rounding(monkeypatch: pytest.MonkeyPatch, providers: Any) -> Callable[[float], None]:
+    """Let the eager step in fp32 be off by so much."""
+    loss = providers.Eager.loss
+
+    def off_by(error: float) -> None:
+        def rounded(self: Any, step: Any) -> Any:
+            exact = loss(self, step)
+            return exact * (1 + error) if self.trained[0].dtype == torch.float32 else exact
+
+        monkeypatch.setattr(providers.Eager, "loss", rounded)
+
+    return off_by
+
+
+def test_what_the_eager_step_rounds_others_may_round_too(
+    monkeypatch: pytest.MonkeyPatch, providers: Any, rounding: Callable[[float], None]
+) -> None:
+    from benchmarks.step.models import SHAPES
+    from benchmarks.step.run import checked, steps_of
+
+    rounding(0.01)
+    both = [providers.Eager, providers.EffaceCached]
+    steps, _ = steps_of(both, SHAPES["smoke"], "cpu")
+    loss = providers.EffaceCached.loss
+    monkeypatch.setattr(providers.EffaceCached, "loss", lambda self, step: 1.025 * loss(self, step))
+    errors, refused = checked(both, SHAPES["smoke"], "cpu", steps)
+    assert refused == []
+    assert errors[providers.Eager] == pytest.approx((0.01, 0.01), rel=1e-2)
+    assert errors[providers.EffaceCached] == pytest.approx((0.025, 0.025), rel=1e-2)
+    # The same where the eager step itself is left out.
+    monkeypatch.setattr(providers.EffaceCached, "loss", lambda self, step: 1.035 * loss(self, step))
+    errors, refused = checked(both[1:], SHAPES["smoke"], "cpu", steps)
+    assert errors == {}
+    (reason,) = refused
+    assert "expected the eager step's loss within 3.0e-02 and gradients within 3.0e-02, got 3.5e-02 and 3.5" in reason
+
+
+@pytest.mark.parametrize(("error", "said"), [(0.3, "3.0e-01"), (float("nan"), "inf")])
+def test_an_eager_step_that_is_far_off_is_not_timed_and_allows_nothing(
+    error: float, said: str, providers: Any, rounding: Callable[[float], None]
+) -> None:
+    from benchmarks.step.models import SHAPES
+    from benchmarks.step.run import checked, steps_of
+
+    rounding(error)
+    both = [providers.Eager, providers.EffaceCached]
+    steps, _ = steps_of(both, SHAPES["smoke"], "cpu")
+    errors, refused = checked(both, SHAPES["smoke"], "cpu", steps)
+    assert list(errors) == [providers.EffaceCached]
+    assert errors[providers.EffaceCached].gradient <= 1e-4
+    (reason,) = refused
+    assert "'padded, two forwards, live' is not timed: expected rounding alone, at most 0.25" in reason
+    assert f"got {said} of the loss and {said} of the gradients" in reason
+
+
+def test_a_gradient_that_is_nan_is_an_infinite_error(providers: Any) -> None:
+    from benchmarks.step.check import Gold, errors_of
+    from benchmarks.step.models import SHAPES
+    from benchmarks.step.run import made, steps_of
+
+    steps = steps_of([providers.EagerCached], SHAPES["smoke"], "cpu")[0][False]
+    provider = made(providers.EagerCached, SHAPES["smoke"], "cpu")
+    gold = Gold.of(provider, steps)
+    assert errors_of(provider, steps, gold) == (0.0, 0.0)
+    provider.trained[-1].register_hook(lambda grad: grad * float("nan"))
+    assert errors_of(provider, steps, gold) == (0.0, float("inf"))
+
+
+def test_providers_can_be_left_out(monkeypatch: pytest.MonkeyPatch, providers: Any) -> None:
+    from benchmarks.report import BadOption, Report
+    from benchmarks.step import suite
+
+    rows, missing = suite.measure("smoke", 1, without=["LoRA", "padded, rows", "cut-cross-entropy", "live"])
+    assert [row.provider for row in rows] == ["padded, two forwards, cached", "efface, cached"]
+    assert missing == []  # Liger's name has "live" in it
+    assert all(row.faster_than_live is None and row.faster_than_same > 0 for row in rows)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", action="append")
+    suite.add_arguments(parser)
+    options = parser.parse_args(["--shape", "smoke", "--without", "LoRA", "--without", "lora"])
+    with pytest.raises(BadOption, match=r"--without: expected a part of a provider's name \('padded.*, got 'lora'"):
+        suite.run(options, Report(None))
+
+
+@pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A CPU that answers as an H200; what was asked of it."""
     from benchmarks.step import models, run
@@ -150,6 +240,45 @@ def test_the_step_suite_as_a_gpu_runs_it(monkeypatch: pytest.MonkeyPatch, provid
     assert gpu.count("reset_peak_memory_stats") == 7
 
 
+def test_what_did_not_fit_is_gone_before_the_next_provider_is_made(
+    monkeypatch: pytest.MonkeyPatch, providers: Any, gpu: list[str]
+) -> None:
+    """A failure's traceback holds the frames, and those hold the models and all activations."""
+    from benchmarks.step import run
+    from benchmarks.step.suite import measure
+
+    held: list[weakref.ref[Any]] = []
+
+    class Large(providers.EffaceLive):
+        """Does not fit."""
+
+        name = "large"
+
+        def train(self, step: Any, watch: Any) -> Any:
+            with watch.part("loss"):
+                loss = self.loss(step)
+            self.last = loss  # a cycle
+            self.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 26.12 GiB.")
+            held.extend(map(weakref.ref, (self.policy, self._frozen, loss, self.trained[0])))
+            raise self.error from KeyError(loss)
+
+    made, after = run.made, []
+
+    def watched(kind: Any, *arguments: Any) -> Any:
+        if held:
+            after.append([ref() for ref in held])
+            assert gpu[-1] == "reset_peak_memory_stats"
+            assert gpu[-2] == "empty_cache"
+        return made(kind, *arguments)
+
+    monkeypatch.setattr(run, "made", watched)
+    only(monkeypatch, Large, providers.EffaceCached)
+    rows, _ = measure("smoke", 2, "cuda")
+    assert [row.problem for row in rows] == ["out of memory: asked for 26.12 GiB", ""]
+    assert len(held) == 4
+    assert after == [[None] * 4] * 2
+
+
 def test_another_first_loss_is_a_problem(monkeypatch: pytest.MonkeyPatch, providers: Any, gpu: list[str]) -> None:
     """Where only a smaller model was checked, a kernel that fails at the large size is seen by its loss."""
     from benchmarks.step.suite import measure
@@ -159,6 +288,47 @@ def test_another_first_loss_is_a_problem(monkeypatch: pytest.MonkeyPatch, provid
     only(monkeypatch, providers.Eager, providers.EffaceCached)
     rows, _ = measure("smoke", 2, "cuda")
     assert [row.problem.split(":")[0] for row in rows] == ["", "another loss"]
+
+
+def test_a_second_block_warms_up_on_the_largest_steps(providers: Any) -> None:
+    from types import SimpleNamespace
+
+    from benchmarks.step.run import _warm_up
+
+    sizes = [(30, 90), (50, 60), (10, 80), (40, 70), (20, 100)]
+    steps: Any = [SimpleNamespace(batch=SimpleNamespace(tokens=n), padded_tokens=m) for n, m in sizes]
+    assert _warm_up(providers.Eager, steps, first=True) == steps
+    assert [step.padded_tokens for step in _warm_up(providers.Eager, steps, first=False)] == [100, 90, 80]
+    assert [step.batch.tokens for step in _warm_up(providers.EffaceLive, steps, first=False)] == [50, 40, 30]
+    assert _warm_up(providers.Eager, steps[:2], first=False) == steps[:2]
+
+
+def test_without_the_package_that_reads_rows_data_are_made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """TOFU's files are there, but a borrowed machine may lack ``datasets``."""
+    from benchmarks import tofu
+    from benchmarks.step.data import FORGET, RETAIN, stores
+
+    monkeypatch.setattr(tofu, "FOLDER", tmp_path)
+    for name in (FORGET, RETAIN):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"question": "Who?", "answer": name}) + "\n")
+    monkeypatch.setitem(sys.modules, "efface.hf.data", None)
+    forget, retain, data = stores(512)
+    assert (len(forget), len(retain)) == (400, 3600)
+    assert data.startswith("synthetic, TOFU's lengths (import of efface.hf.data")
+    monkeypatch.undo()
+    monkeypatch.setattr(tofu, "FOLDER", tmp_path)
+    forget, retain, data = stores(512)
+    assert (len(forget), len(retain), data) == (1, 1, "TOFU forget10 / retain90")
+
+
+def test_the_environment_names_the_folder_of_tofu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = "from benchmarks import tofu; print(tofu.FOLDER)"
+    for value, expected in ((str(tmp_path), tmp_path), ("", ROOT.parent / "shared" / "tofu")):
+        environment = {**os.environ, "EFFACE_TOFU": value}
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+        assert Path(done.stdout.strip()) == expected
 
 
 def test_every_gpu_shape_is_for_a_gpu() -> None:
