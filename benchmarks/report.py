@@ -20,10 +20,6 @@ except ImportError:  # a borrowed machine with torch and little else: plain line
     Console = None
 
 
-class BadOption(ValueError):  # noqa: N818 - not an error of the program
-    """An option of the command line that its parser lets pass."""
-
-
 class Report:
     """Prints, and writes the JSON file anew at every ``save``: a run that is stopped keeps what it measured."""
 

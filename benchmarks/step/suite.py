@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from benchmarks.report import BadOption, Report
+from benchmarks import BadOption
+from benchmarks.report import Report
 from benchmarks.step import run as runs
 from benchmarks.step.check import TOLERANCES, Errors
 from benchmarks.step.cost import model_flop, peak_flops
@@ -211,8 +212,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _check_without(without: Sequence[str]) -> None:
     for text in without:
         if not any(_left_out(kind, [text]) for kind in PROVIDERS):
-            names = ", ".join(repr(kind.name) for kind in PROVIDERS)
-            raise BadOption(f"--without: expected a part of a provider's name ({names}), got {text!r}")
+            listed = ", ".join(repr(kind.name) for kind in PROVIDERS)
+            raise BadOption(f"--without: expected a part of a provider's name, got {text!r}; they are {listed}")
 
 
 def run(options: argparse.Namespace, report: Report) -> None:

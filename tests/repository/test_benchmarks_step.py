@@ -1,6 +1,5 @@
 """The step suite times what computes the same, in rounds or in blocks, and survives what does not fit."""
 
-import argparse
 import json
 import os
 import runpy
@@ -152,19 +151,25 @@ def test_a_gradient_that_is_nan_is_an_infinite_error(providers: Any) -> None:
 
 
 def test_providers_can_be_left_out(monkeypatch: pytest.MonkeyPatch, providers: Any) -> None:
-    from benchmarks.report import BadOption, Report
     from benchmarks.step import suite
 
     rows, missing = suite.measure("smoke", 1, without=["LoRA", "padded, rows", "cut-cross-entropy", "live"])
     assert [row.provider for row in rows] == ["padded, two forwards, cached", "efface, cached"]
     assert missing == []  # Liger's name has "live" in it
     assert all(row.faster_than_live is None and row.faster_than_same > 0 for row in rows)
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", action="append")
-    suite.add_arguments(parser)
-    options = parser.parse_args(["--shape", "smoke", "--without", "LoRA", "--without", "lora"])
-    with pytest.raises(BadOption, match=r"--without: expected a part of a provider's name \('padded.*, got 'lora'"):
-        suite.run(options, Report(None))
+
+
+def test_a_text_that_is_in_no_providers_name_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.__main__ import main
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    argv = ["benchmarks", "step", "--shape", "smoke", "--without", "LoRA", "--without", "lora"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert main() == 2
+    said = capsys.readouterr().err
+    assert "--without: expected a part of a provider's name, got 'lora'; they are 'padded, two forwards, live" in said
 
 
 @pytest.fixture
