@@ -102,6 +102,42 @@ def test_attention_that_is_wrong_is_said_and_the_other_cases_are_measured(
     rows = measure(attention, fails="heads of 64: out is 1.0e-02 from torch.float64, expected at most 1.0e-03")
 
 
+def test_torchs_kernel_is_asked_for_what_the_case_says(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the kernel, the loop under its signature of torch 2.11."""
+    from benchmarks.gpu.sections import attention
+
+    from efface.hf.attention import torch_varlen
+
+    loop = attention.by_loop
+
+    def case_of(query: Any, key: Any, borders: Any, keys: Any, longest: tuple[int, int], left: int) -> Any:
+        lengths, key_lengths = (tuple(each.diff().tolist()) for each in (borders, keys))
+        assert longest == (max(lengths), max(key_lengths))
+        heads, key_heads, window = query.shape[1], key.shape[1], None if left == -1 else left + 1
+        return attention.Case("", heads, key_heads, query.shape[2], lengths, key_lengths, window)
+
+    def forward(q: Any, k: Any, v: Any, borders: Any, keys: Any, *longest: int, **options: Any) -> Any:
+        assert options["window_size"][1] == 0
+        case = case_of(q, k, borders, keys, longest, options["window_size"][0])
+        return loop(q, k, v, case), q.new_empty(0)
+
+    def backward(
+        grad: Any, q: Any, k: Any, v: Any, out: Any, _: Any, borders: Any, keys: Any, *more: Any, **at: Any
+    ) -> Any:
+        case = case_of(q, k, borders, keys, tuple(more[:2]), at["window_size_left"])
+        with torch.enable_grad():
+            leaves = [states.detach().requires_grad_() for states in (q, k, v)]
+            return torch.autograd.grad(loop(*leaves, case), leaves, grad)
+
+    installed = torch_varlen.Varlen(forward, frozenset({"return_aux", "scale", "window_size"}), "lse")
+    monkeypatch.setattr(torch_varlen, "load", lambda: installed)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
+    monkeypatch.setattr(attention, "by_loop", attention.by_varlen)
+    rows = measure(attention)
+    assert len(rows) == len(attention.cases(smoke=True))
+    assert all(error <= 1e-5 for row in rows for error in row["errors"].values())
+
+
 @pytest.mark.parametrize("references", [[], ["cached", "live"]])
 def test_the_trainer_is_measured(references: list[str], measure: Measure) -> None:
     from benchmarks.gpu.sections import train
