@@ -16,7 +16,7 @@ class Section:
         seconds: after which it is ended.
         module: below ``benchmarks.gpu.sections``, or anywhere with its whole name; None is the name.
         arguments: of its ``run``.
-        native: whether it packs, and so needs the C++ extension.
+        native: whether it imports ``efface``, and so needs the C++ extension.
     """
 
     name: str
@@ -57,7 +57,7 @@ CALLS = {
             Section("trial", 25),
             Section("floor", 45, "suite", _loss(*_HEADS, without=(_COMPILED, *_RIVALS), seconds=2.0)),
             Section("profile", 15),
-            Section("attention", 20),
+            Section("attention", 20, native=True),
             Section("products", 25),
             Section("sweep", 35),
             Section("tests", 70, arguments=("on_gpu", "row_pass", "distribution_pass", "linear_loss_rule")),
@@ -81,7 +81,7 @@ CALLS = {
                 "steps",
                 150,
                 "suite",
-                ("step", "--without", "LoRA", "--without", "cut-cross-entropy", "--rounds", "8"),
+                ("step", "--without", "LoRA", "--without", "cut-cross-entropy", "--rounds", "16"),
                 native=True,
             ),
             Section("machine", 30),
