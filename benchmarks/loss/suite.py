@@ -87,7 +87,7 @@ ROUNDS = 9
 _SECONDS = {"cpu": 150.0, "cuda": 6.0}  # of a shape's rounds; at least three are run
 # The rows on which gradients are compared with fp64, where all would take most of the time.
 _COMPARED_ROWS = {"cpu": 256, "cuda": 4096}  # on a GPU more than a chunk
-_WALL_ROUNDS = 7
+_WALL_ROUNDS = 3
 _WITH_PEAK_ON_CPU = ("Llama-2 head, D 1024, bf16", "Llama-3.2-1B head, bf16")
 # How far from fp64 a gradient may be, relative rms, or three times eager's own distance; beyond, it is not timed.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
