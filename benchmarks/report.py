@@ -23,10 +23,11 @@ except ImportError:  # a borrowed machine with torch and little else: plain line
 class Report:
     """Prints, and writes the JSON file anew at every ``save``: a run that is stopped keeps what it measured."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, arguments: Sequence[str] | None = None) -> None:
+        """``arguments``: of ``python -m benchmarks``, where the process was started otherwise."""
         self._path = path
         self._console = None if Console is None else Console(width=170)
-        self._record: dict[str, object] = {"machine": machine()}
+        self._record: dict[str, object] = {"machine": machine(sys.argv[1:] if arguments is None else arguments)}
 
     def table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table; its first column holds names, the others figures."""
@@ -52,7 +53,7 @@ class Report:
             self._path.write_text(json.dumps(self._record, indent=2) + "\n", encoding="utf-8")
 
 
-def machine() -> dict[str, object]:
+def machine(arguments: Sequence[str]) -> dict[str, object]:
     """Return what the figures depend on besides the code, and the code's commit."""
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -65,7 +66,7 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit(),
-        "command": "python -m benchmarks " + shlex.join(sys.argv[1:]),
+        "command": "python -m benchmarks " + shlex.join(arguments),
         **_gpu(),
     }
 

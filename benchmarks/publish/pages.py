@@ -95,7 +95,8 @@ def filled(text: str, found: Sequence[Result]) -> str:
 _TOP = """# Benchmarks
 
 Made by `python -m benchmarks report` from `benchmarks/results/*.json`. Providers are interleaved in one run; times are
-medians. "x floor" is the ratio to the bare matrix products, timed in the same rounds. Errors are relative to fp64.
+medians; on a GPU they are of its kernels, and "wall ms" has what Python takes to launch them too. "x floor" is the
+ratio to the bare matrix products, timed in the same rounds. Errors are relative to fp64.
 Where a rival's median is below efface's, its row says {faster}."""
 _TITLES = {
     "evaluate": "Evaluation",

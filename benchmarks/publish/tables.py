@@ -54,11 +54,13 @@ def loss(result: Result) -> str:
     parts = []
     for (shape,), rows in grouped(result.rows, "shape").items():
         first = rows[0]
+        wall = any(row.get("wall_ms") is not None for row in rows)
         size = f"{first['objective']}, N {first['n']}, D {first['d']}, V {first['v']}, {first['dtype']}"
         headings = [
             "provider",
             "GEMMs",
             "median ms",
+            *(["wall ms"] if wall else []),
             "quartiles",
             "x floor",
             "% of floor",
@@ -66,7 +68,7 @@ def loss(result: Result) -> str:
             "error dW",
             "GiB",
         ]
-        cells = [_loss_cells(row, rows) for row in rows]
+        cells = [_loss_cells(row, rows, wall=wall) for row in rows]
         parts.append(f"### {shape}: {size}, {first['state']}, {first['rounds']} rounds\n\n{markdown(headings, cells)}")
     if "row_pass_ms" in result.record:
         passes = [[name, f"{ms:.3g}"] for name, ms in result.record["row_pass_ms"].items()]
@@ -77,11 +79,12 @@ def loss(result: Result) -> str:
     return "\n\n".join(parts)
 
 
-def _loss_cells(row: dict[str, Any], rows: Rows) -> list[str]:
+def _loss_cells(row: dict[str, Any], rows: Rows, *, wall: bool) -> list[str]:
     return [
         _name(row, rows),
         str(row["gemms"]),
         f"{row['median_ms']:.4g}",
+        *([_number(row.get("wall_ms"), ".4g")] if wall else []),
         f"{row['quarter_ms']:.4g} .. {row['three_quarters_ms']:.4g}",
         f"{row['against_floor']:.2f}",
         f"{row['of_floor_percent']:.0f}",

@@ -157,7 +157,7 @@ def test_a_suites_rows_are_kept_as_they_come(tmp_path: Path) -> None:
     from benchmarks.gpu.sections.suite import Rows
 
     section = Section(tmp_path, "steps", "step")
-    report = Rows(section.run, "step", tmp_path / "step.json")
+    report = Rows(section.run, tmp_path / "step.json", "step", "--shape", "a b")
     row = {"shape": "GPU: a", "provider": "eager", "problem": "", "whole_median_ms": None}
     full = {"tokens_per_second": 10.0, "utilisation": 0.5, "peak_gib": None, "whole_faster_than_live": 1.0}
     report.save(step=[row], not_measured=[])
@@ -170,7 +170,9 @@ def test_a_suites_rows_are_kept_as_they_come(tmp_path: Path) -> None:
         "not measured: a rival: absent",
         "a, eager: out of memory",
     ]
-    assert len(json.loads((tmp_path / "step.json").read_text())["step"]) == 2
+    record = json.loads((tmp_path / "step.json").read_text())
+    assert len(record["step"]) == 2
+    assert record["machine"]["command"] == "python -m benchmarks step --shape 'a b'"
 
 
 def test_the_loss_suite_as_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

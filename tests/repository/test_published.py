@@ -119,6 +119,14 @@ def test_a_faster_rival_stays_in_and_is_marked() -> None:
     assert text.count("\n|") == len(rows) + 2  # and the heading
 
 
+def test_a_gpus_wall_times_have_a_column() -> None:
+    assert "wall ms" not in tables.loss(loss_of(row("bare GEMMs, live", 10.0, wall_ms=None)))
+    text = tables.loss(loss_of(row("bare GEMMs, live", 10.0, wall_ms=12.5), row("efface triton, live", 11.0)))
+    assert "| median ms | wall ms | quartiles |" in text
+    assert "| 10 | 12.5 |" in text
+    assert "| 11 |  |" in text
+
+
 def test_a_step_that_ran_out_of_memory_says_so() -> None:
     rows = [
         {"shape": "7B", "provider": "padded", "median_ms": None, "problem": "out of memory: asked for 12 GiB"},

@@ -24,7 +24,7 @@ def run(run: Run) -> None:
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     tools = {name: shutil.which(name) is not None for name in ("c++", "nvcc", "git")} | {"Python.h": header.is_file()}
     said = f"Python {platform.python_version()}, " + ", ".join(f"{name} {said}" for name, said in versions.items())
-    run.row(said, versions=versions, tools=tools, cores=os.cpu_count(), libc=platform.libc_ver(), machine=machine())
+    run.row(said, versions=versions, tools=tools, cores=os.cpu_count(), libc=platform.libc_ver(), machine=machine(()))
     run.row(f"{_card(run)}; {', '.join(name for name, there in tools.items() if there)}", card=_card(run))
 
     gib = 1 << 30

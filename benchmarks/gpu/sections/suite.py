@@ -15,8 +15,8 @@ from benchmarks.report import Report
 class Rows(Report):
     """A report whose rows go to the section's results too, again where they changed."""
 
-    def __init__(self, run: Run, suite: str, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, run: Run, path: Path, suite: str, *arguments: str) -> None:
+        super().__init__(path, [suite, *arguments])
         self._run, self._suite = run, suite
         self._seen: list[dict[str, Any]] = []
         self._missing: set[str] = set()
@@ -78,7 +78,7 @@ def run(run: Run) -> None:
     path = run.folder / f"{_slug(card(run.device))}-{time.strftime('%Y-%m-%d')}-{suite_name}.json"
     options, suite = parsed([suite_name, *arguments])
     assert suite is not None
-    run_suite(suite, options, Rows(run, suite_name, path))
+    run_suite(suite, options, Rows(run, path, suite_name, *arguments))
 
 
 def _slug(name: str) -> str:
