@@ -102,8 +102,11 @@ def test_attention_that_is_wrong_is_said_and_the_other_cases_are_measured(
     rows = measure(attention, fails="heads of 64: out is 1.0e-02 from torch.float64, expected at most 1.0e-03")
 
 
-def test_torchs_kernel_is_asked_for_what_the_case_says(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for the kernel, the loop under its signature of torch 2.11."""
+def test_torchs_kernel_is_asked_for_what_the_case_says(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With stand-ins for the kernel and for the operator below it, the loop under their signatures of torch 2.11."""
+    from benchmarks.gpu.section import Run
     from benchmarks.gpu.sections import attention
 
     from efface.hf.attention import torch_varlen
@@ -136,6 +139,24 @@ def test_torchs_kernel_is_asked_for_what_the_case_says(measure: Measure, monkeyp
     rows = measure(attention)
     assert len(rows) == len(attention.cases(smoke=True))
     assert all(error <= 1e-5 for row in rows for error in row["errors"].values())
+
+    def operator(q: Any, k: Any, v: Any, borders: Any, keys: Any, *more: Any, **at: Any) -> Any:
+        assert more[2:] == (0.0, True, False)
+        assert at["window_size_right"] == 0
+        return loop(q, k, v, case_of(q, k, borders, keys, more[:2], at["window_size_left"])), None
+
+    def refused(*_: Any, **at: Any) -> Any:
+        raise RuntimeError("Number of heads in key/value must divide\nnumber of heads in query")
+
+    for name in ("interleaved_on_gpu", "wall_times"):
+        monkeypatch.setattr(attention, name, lambda calls, rounds: {key: [1.0] * rounds for key in calls})
+    run = Run("here", tmp_path, (), "cpu")
+    for stand_in in (operator, refused):
+        monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", stand_in)
+        attention._compare_operator(run, attention.cases(smoke=True)[6])
+    compared, problem = (json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()[-2:])
+    assert compared["apart"] == 0.0
+    assert problem["said"] == "the operator refuses grouped heads: Number of heads in key/value must divide"
 
 
 @pytest.mark.parametrize("references", [[], ["cached", "live"]])

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import tofu
 from benchmarks.gpu.section import Run
-from benchmarks.timing import interleaved, interleaved_on_gpu, median_ratio
+from benchmarks.timing import interleaved, interleaved_on_gpu, median_ratio, wall_times
 from efface.hf.attention import interface
 from efface.hf.attention.choice import AttentionCall, choose_kernel
 from efface.hf.attention.segments import band, segment_attention
@@ -102,14 +102,28 @@ def by_loop(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
     return torch.cat(outputs)
 
 
+def by_operator(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
+    """The operator below ``varlen_attn``, which is given the key heads as they are; forward alone."""
+    borders, keys = (_borders(lengths, query.device) for lengths in (case.lengths, case.keys))
+    longest = max(case.lengths), max(case.keys)
+    left = -1 if case.window is None else case.window - 1
+    out: Tensor = torch.ops.aten._flash_attention_forward(  # noqa: SLF001 - what varlen_attn itself calls
+        query, key, value, borders, keys, *longest, 0.0, True, False, window_size_left=left, window_size_right=0
+    )[0]
+    return out
+
+
 def run(run: Run) -> None:
-    """Append a row a case.
+    """Append a row a case, and one of what grouped heads could be spared.
 
     Raises:
         ArithmeticError: errors beyond what SDPA's own are in the same dtype, results that do not repeat, or a kernel
             that ``choice.py`` does not take.
     """
-    wrong = [fault for case in cases(smoke=run.smoke) for fault in _measured(case, run)]
+    every = cases(smoke=run.smoke)
+    wrong = [fault for case in every for fault in _measured(case, run)]
+    if not run.smoke:
+        _compare_operator(run, next(case for case in every if case.heads > case.key_heads))
     if wrong:
         raise ArithmeticError("packed attention: " + "; ".join(wrong))
 
@@ -175,6 +189,35 @@ def _measure(case: Case, run: Run) -> list[str]:
         wrong=wrong,
     )
     return wrong
+
+
+def _compare_operator(run: Run, case: Case) -> None:
+    """Append whether torch's operator takes fewer key heads than query heads, which we repeat for ``varlen_attn``.
+
+    No fault where it does not: nothing of the library calls it so yet.
+    """
+    inputs, _ = _inputs(case, torch.bfloat16, run.device)
+    try:
+        with torch.no_grad():
+            apart = _distance(by_operator(*inputs, case).float(), by_varlen(*inputs, case).float())
+            calls = {each: lambda _, each=each: each(*inputs, case) for each in (by_operator, by_varlen)}
+            ms, whole = (
+                [sorted(times)[len(times) // 2] for times in timed.values()]
+                for timed in (interleaved_on_gpu(calls, _ROUNDS), wall_times(calls, _ROUNDS))
+            )
+    except Exception as error:  # noqa: BLE001 - whatever it is
+        run.row(f"the operator refuses grouped heads: {error}".splitlines()[0], case=case.name, problem=str(error))
+        return
+    run.row(
+        f"the operator with grouped heads, forward: {ms[0]:.3f} ms and {whole[0]:.3f} by the wall, varlen_attn "
+        f"{ms[1]:.3f} and {whole[1]:.3f}; apart by {apart:.1e}",
+        case=case.name,
+        operator_ms=ms[0],
+        operator_wall_ms=whole[0],
+        varlen_ms=ms[1],
+        varlen_wall_ms=whole[1],
+        apart=apart,
+    )
 
 
 def _inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
