@@ -93,7 +93,11 @@ def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> fl
 
 def gpu_clocks() -> str:
     """Return the first GPU's clock, power and temperature at this moment, as its tool says them."""
-    fields = "clocks.sm,power.draw,temperature.gpu"
+    return gpu_says("clocks.sm,power.draw,temperature.gpu")
+
+
+def gpu_says(fields: str) -> str:
+    """Return what nvidia-smi says of these fields of the first GPU; nothing where it is missing or hangs."""
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout.strip()

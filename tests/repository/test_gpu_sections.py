@@ -52,6 +52,24 @@ def test_the_machine(tmp_path: Path) -> None:
     assert launch["launch_us"] > 0
 
 
+def test_a_missing_nvidia_smi_costs_nothing_but_the_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import timing
+
+    monkeypatch.setenv("PATH", "")
+    assert timing.gpu_says("clocks.sm") == timing.gpu_clocks() == ""
+
+
+def test_of_two_installed_versions_the_imported_one_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.report import versions
+
+    for version in ("1", "2"):
+        stub = tmp_path / version / f"twice-{version}.dist-info"
+        stub.mkdir(parents=True)
+        (stub / "METADATA").write_text(f"Metadata-Version: 2.1\nName: twice\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(tmp_path / version)
+    assert versions(["twice", "a-package-that-nobody-has"]) == {"twice": "2"}
+
+
 def test_the_products(tmp_path: Path) -> None:
     from benchmarks.expected import SHAPES
     from benchmarks.gpu.sections import products
