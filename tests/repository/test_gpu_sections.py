@@ -143,6 +143,26 @@ def test_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sweep.run(section.run)
 
 
+def test_the_sweep_compiles_a_kernel_once_and_tries_again_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu.sections import sweep
+
+    tried: list[Any] = []
+
+    def run(self: Any, config: Any) -> tuple[torch.Tensor, ...]:
+        tried.append(config)
+        if config == configs[3] and tried.count(config) == 1:
+            raise TypeError("a kernel that another thread is loading has no function")
+        return (torch.ones(2),)
+
+    monkeypatch.setattr(sweep.Work, "run", run)
+    some = sweep.LaunchConfig
+    configs = [some(64, 4), some(64, 4, 2), some(64, 4, 1), some(64, 8, 2, True), some(64, 8, 1, True)]
+    able, refused = sweep._able(sweep._TINY[0], configs, "cpu")
+    assert (able, refused) == (configs, {})
+    assert set(tried[:3]) == {configs[0], configs[1], configs[3]}  # no two of one kernel
+    assert tried[3:] == configs[2:]
+
+
 def test_the_sweep_has_the_librarys_own_and_what_a_multiprocessor_holds() -> None:
     from benchmarks.gpu.sections import sweep
 
