@@ -32,6 +32,12 @@ def run(run):
     run.row('before it hangs', child=child.pid)
     time.sleep(600)
 """,
+    "wordy": """
+def run(run):
+    run.row('much ' * 9999)
+    print('noise ' * 99999)
+    raise ValueError('x' * 9999)
+""",
     "timed": "import time\ndef run(run):\n    run.row(left=run.deadline - time.monotonic())\n",
 }
 
@@ -129,6 +135,51 @@ def test_sections_end_with_the_driver(gpu: Any, tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 130
     assert not alive(rows(tmp_path / "out")[0]["child"])
+
+
+def test_a_section_ends_by_itself_where_the_driver_was_killed(gpu: Any, tmp_path: Path) -> None:
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv.pop()); from benchmarks.gpu import section\n"
+        "section._LATE = 0.0\n"
+        "section.main(*sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), "hanging", "sections.hanging", str(gpu.modules)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "EFFACE_GPU_SMOKE": "1"}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE)
+    process.communicate(b"1.5\n", timeout=30)
+    assert process.returncode == -signal.SIGALRM
+    (row,) = rows(tmp_path)
+    os.kill(row["child"], signal.SIGKILL)
+
+
+def test_what_is_printed_is_bounded(gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (wordy,) = run(gpu, tmp_path / "out", "wordy")
+    assert wordy.status == "failed, exit 1"
+    printed = capsys.readouterr().out
+    assert len(printed) < 6000
+    assert "ValueError: xxx" in printed
+    assert len(rows(tmp_path / "out")[0]["said"]) == 5 * 9999  # whole in the results
+
+
+def test_a_line_that_was_cut_costs_no_other(gpu: Any, tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text('{"section": "good", "fig')
+    (good,) = run(gpu, tmp_path, "good")
+    assert good.rows == 2
+    cut, *whole = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert cut == '{"section": "good", "fig'
+    assert [json.loads(line)["section"] for line in whole] == ["good", "good"]
+
+
+def test_a_folder_that_cannot_be_written_is_an_options_error(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.gpu import __main__ as program
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["gpu", "1", "--smoke", "--out", str(tmp_path / "file" / "out")])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert program.main() == 2
+    assert "python -m benchmarks.gpu 1: --out: " in capsys.readouterr().err
 
 
 def test_the_extension_is_built_there_where_none_was_carried(
