@@ -234,6 +234,16 @@ def test_what_is_carried(gpu: Any, tmp_path: Path) -> None:
     assert stub.version == importlib.metadata.version("efface")
 
 
+def test_a_wrong_option_costs_nothing_of_what_was_prepared(gpu: Any, tmp_path: Path) -> None:
+    from benchmarks import BadOption
+
+    gpu.prepare.CARRIED.mkdir()
+    (gpu.prepare.CARRIED / "prepared.json").write_text("{}")
+    with pytest.raises(BadOption, match="--extension: expected a file of"):
+        gpu.prepare.run(Namespace(extension=tmp_path / "absent.so", python=None, tofu=tmp_path))
+    assert (gpu.prepare.CARRIED / "prepared.json").is_file()
+
+
 def test_an_extension_for_another_python_or_a_newer_library_is_refused(
     gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
