@@ -190,6 +190,15 @@ def test_the_profile(tmp_path: Path) -> None:
     assert math.fsum(row["share"] for row in kernels) <= 1 + 1e-9
 
 
+def test_a_profile_without_kernels_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu.sections import profile
+
+    monkeypatch.setattr(torch.profiler.profile, "key_averages", lambda _: [])
+    section = Section(tmp_path, "profile")
+    with pytest.raises(ArithmeticError, match="expected kernels, got none"):
+        profile._profile(section.run, "nothing", lambda: None)
+
+
 def test_a_suites_rows_are_kept_as_they_come(tmp_path: Path) -> None:
     """Again where they changed; what is missing, once."""
     from benchmarks.gpu.sections.suite import Rows

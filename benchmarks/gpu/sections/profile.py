@@ -17,7 +17,11 @@ _HEADS = {"Llama-3.2-1B": (2048, 128256), "Llama-2-7B": (4096, 32000)}
 
 
 def run(run: Run) -> None:
-    """Append a row for each kernel of NPO, live and cached, and of KL, for two heads."""
+    """Append a row for each kernel of NPO, live and cached, and of KL, for two heads.
+
+    Raises:
+        ArithmeticError: the profiler saw no kernel.
+    """
     cases = [(head, "NPO", mode) for head in _HEADS for mode in ("live", "cached")] + [("Llama-3.2-1B", KL, "live")]
     for head, objective, mode in cases[:1] if run.smoke else cases:
         d, v = (32, 100) if run.smoke else _HEADS[head]
@@ -48,6 +52,8 @@ def _profile(run: Run, name: str, call: Callable[[], object]) -> None:
         for event in events
         if str(event.device_type) == kind
     }
+    if not spent:
+        raise ArithmeticError(f"{name}: expected kernels, got none; the profiler sees nothing on this machine")
     total = sum(time for time, _ in spent.values())
     launches = sum(count for _, count in spent.values()) / _CALLS
     run.row(f"{name}: {total / _CALLS / 1e3:.2f} ms in {launches:.0f} kernels a call", call=name, kernels=launches)
