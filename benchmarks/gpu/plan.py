@@ -54,9 +54,11 @@ CALLS = {
         190,
         (
             Section("machine", 40),  # the first import of torch on a fresh disk is in it
-            Section("trial", 25),
-            Section("floor", 45, "suite", _loss(*_HEADS, without=(_COMPILED, *_RIVALS), seconds=2.0)),
-            Section("profile", 15),
+            Section(
+                "trial", 40
+            ),  # compiles every kernel for three dtypes, and a launcher for each, one after the other
+            Section("floor", 55, "suite", _loss(*_HEADS, without=(_COMPILED, *_RIVALS), seconds=2.0)),
+            Section("profile", 20),
             Section("attention", 20, native=True),
             Section("products", 25),
             Section("sweep", 35),
