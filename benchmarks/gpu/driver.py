@@ -210,7 +210,8 @@ def end(process: Process) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience)
             continue
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that the GPU's driver holds must not hold this one
+        process.wait(_GRACE)
     if process.stdin is not None:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()

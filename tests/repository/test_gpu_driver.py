@@ -152,6 +152,19 @@ def test_a_section_ends_by_itself_where_the_driver_was_killed(gpu: Any, tmp_path
     os.kill(row["child"], signal.SIGKILL)
 
 
+def test_a_process_that_cannot_be_ended_does_not_hold_the_driver(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(timeout: float) -> int:
+        raise subprocess.TimeoutExpired("a kernel that hangs", timeout)
+
+    monkeypatch.setattr(gpu.driver, "_GRACE", 0.01)
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    process = subprocess.Popen(command, preexec_fn=os.setpgrp)  # noqa: PLW1509 - as the driver does
+    with monkeypatch.context() as held:
+        held.setattr(process, "wait", never)
+        gpu.driver.end(process)
+    assert process.wait(30) < 0
+
+
 def test_what_is_printed_is_bounded(gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (wordy,) = run(gpu, tmp_path / "out", "wordy")
     assert wordy.status == "failed, exit 1"
