@@ -46,7 +46,8 @@ def _loss(*shapes: str, without: tuple[str, ...], seconds: float) -> tuple[str, 
     return ("loss", *shaped, *left_out, "--rounds", "25", "--seconds", str(seconds))
 
 
-# torch.compile is left out everywhere: its compilations alone would take most of a call.
+# eager's torch.compile is left out everywhere: its compilations alone would take most of a call. What rivals compile
+# themselves stays: cut-cross-entropy's default an argsort, Liger's DPO its chunks, which therefore come last.
 _COMPILED, _RIVALS = "torch.compile", ("liger", "cut-cross-entropy", "torch linear_cross_entropy")
 CALLS = {
     # Is it right, and where is the time?
