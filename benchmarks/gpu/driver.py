@@ -111,12 +111,13 @@ class Driver:
             status = "stopped at its limit"
         finally:
             end(process)  # whatever it left running
-        count = 0
+        count = printed = 0
         for row in rows:
             if row.get("section") != section.name:
                 continue
             count += 1
-            if row["said"] and count <= _PRINTED:
+            if row["said"] and printed < _PRINTED:
+                printed += 1
                 print(row["said"][:_WIDEST], flush=True)
         if status.startswith("failed"):
             print(f"{section.name}: {status}; the end of {LOG}:\n{self._tail()}", flush=True)

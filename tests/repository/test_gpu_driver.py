@@ -32,6 +32,11 @@ def run(run):
     run.row('before it hangs', child=child.pid)
     time.sleep(600)
 """,
+    "counting": """
+def run(run):
+    for number in range(500):
+        run.row(f'the {number}.' if number % 5 == 0 else '', figure=number)
+""",
     "wordy": """
 def run(run):
     run.row('much ' * 9999)
@@ -172,6 +177,16 @@ def test_what_is_printed_is_bounded(gpu: Any, tmp_path: Path, capsys: pytest.Cap
     assert len(printed) < 6000
     assert "ValueError: xxx" in printed
     assert len(rows(tmp_path / "out")[0]["said"]) == 5 * 9999  # whole in the results
+
+
+def test_rows_that_say_nothing_take_no_line_of_those_that_do(
+    gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (counting,) = run(gpu, tmp_path / "out", "counting")
+    assert counting.rows == 500
+    printed = capsys.readouterr().out
+    assert "the 295." in printed  # the 60th
+    assert "the 300." not in printed
 
 
 def test_a_line_that_was_cut_costs_no_other(gpu: Any, tmp_path: Path) -> None:
