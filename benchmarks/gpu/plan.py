@@ -79,7 +79,7 @@ CALLS = {
     3: Call(
         215,
         (
-            Section("train", 50, native=True),
+            Section("train", 75, native=True),  # torch from a fresh disk, and the trial of every kernel, are in it
             Section(
                 "steps",
                 150,
