@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -104,7 +104,13 @@ def _gpu() -> dict[str, object]:
 def _versions() -> dict[str, str]:
     """Return the versions of the packages that providers come from."""
     names = ("transformers", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "trl")
-    return {name: found.version for name in names for found in importlib.metadata.distributions(name=name)}
+    return versions(names)
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed: of two, that of the one that is imported."""
+    found = {name: list(importlib.metadata.distributions(name=name)) for name in names}
+    return {name: each[0].version for name, each in found.items() if each}  # in the order of the path
 
 
 def _processor() -> str:

@@ -73,7 +73,10 @@ def medians(calls: Mapping[Key, Callable[[int], object]], rounds: int, device: s
 
 
 def wall_times(calls: Mapping[Key, Callable[[int], object]], rounds: int) -> dict[Key, list[float]]:
-    """``interleaved`` with a GPU at rest before and after each call: launches and kernels, as a caller waits."""
+    """``interleaved`` with a GPU at rest before and after each call: launches and kernels, as a caller waits.
+
+    Of calls that have run before: nothing warms up.
+    """
 
     def finished(call: Callable[[int], object]) -> Callable[[int], object]:
         def run(round_: int) -> None:
@@ -83,7 +86,7 @@ def wall_times(calls: Mapping[Key, Callable[[int], object]], rounds: int) -> dic
         return run
 
     torch.cuda.synchronize()
-    return interleaved({key: finished(call) for key, call in calls.items()}, rounds, warm_up=1)
+    return interleaved({key: finished(call) for key, call in calls.items()}, rounds)
 
 
 def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
@@ -93,7 +96,11 @@ def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> fl
 
 def gpu_clocks() -> str:
     """Return the first GPU's clock, power and temperature at this moment, as its tool says them."""
-    fields = "clocks.sm,power.draw,temperature.gpu"
+    return gpu_says("clocks.sm,power.draw,temperature.gpu")
+
+
+def gpu_says(fields: str) -> str:
+    """Return what nvidia-smi says of these fields of the first GPU; nothing where it is missing or hangs."""
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout.strip()

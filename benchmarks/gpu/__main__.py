@@ -40,10 +40,16 @@ def main() -> int:
     seconds = options.seconds or (call.seconds if not options.smoke else 20 * call.seconds)
     if options.smoke:
         chosen = tuple(dataclasses.replace(each, seconds=20 * each.seconds) for each in chosen)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the sections end with the driver
+    for sent in (signal.SIGTERM, signal.SIGHUP):  # so that the sections end with the driver
+        signal.signal(sent, signal.default_int_handler)
     call = dataclasses.replace(call, seconds=seconds, sections=chosen)
     try:
-        ended = Driver(options.out, smoke=options.smoke).run(call)
+        driver = Driver(options.out, smoke=options.smoke)
+    except OSError as error:
+        print(f"python -m benchmarks.gpu {options.command}: --out: {error}", file=sys.stderr)
+        return 2
+    try:
+        ended = driver.run(call)
     except KeyboardInterrupt:
         print(f"interrupted; what was measured is in {options.out / RESULTS}", flush=True)
         return 130

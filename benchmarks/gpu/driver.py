@@ -26,6 +26,8 @@ Process: TypeAlias = "subprocess.Popen[bytes]"
 _GRACE = 3.0  # seconds from a polite end of a process to its end
 _FEWEST_SECONDS = 3.0  # with which a section is still begun
 _PRINTED = 60  # lines of a section, at most
+_WIDEST = 500  # characters of a line, at most
+_TAIL = 16384  # bytes of the log's end, of which the last lines are printed
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Driver:
     def __init__(self, folder: Path, *, smoke: bool = False, path: Sequence[Path] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder.resolve()
+        (self._folder / LOG).touch()  # a folder that nothing can be written to is an error now
         self._environment = environment(smoke=smoke, path=path)
         self._building: Process | None = None
 
@@ -108,20 +111,28 @@ class Driver:
             status = "stopped at its limit"
         finally:
             end(process)  # whatever it left running
-        count = 0
+        count = printed = 0
         for row in rows:
             if row.get("section") != section.name:
                 continue
             count += 1
-            if row["said"] and count <= _PRINTED:
-                print(row["said"], flush=True)
+            if row["said"] and printed < _PRINTED:
+                printed += 1
+                print(row["said"][:_WIDEST], flush=True)
         if status.startswith("failed"):
             print(f"{section.name}: {status}; the end of {LOG}:\n{self._tail()}", flush=True)
         return Ended(section, status, time.monotonic() - begin, count)
 
     def _size(self) -> int:
+        """Return the bytes of the results so far; a line that was cut is ended, so that the next one is whole."""
         path = self._folder / RESULTS
-        return path.stat().st_size if path.exists() else 0
+        if not path.exists():
+            return 0
+        with path.open("rb+") as file:
+            if size := file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                size += file.write(b"\n") if file.read(1) != b"\n" else 0
+        return size
 
     def _rows_from(self, offset: int) -> Iterator[dict[str, Any]]:
         """Yield the rows behind an offset, when they are asked for; a line that was cut is none."""
@@ -133,7 +144,10 @@ class Driver:
                 yield json.loads(line)
 
     def _tail(self) -> str:
-        return "\n".join((self._folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()[-6:])
+        with (self._folder / LOG).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            lines = file.read().decode(errors="replace").splitlines()[-6:]
+        return "\n".join(line[:_WIDEST] for line in lines)
 
     def _native(self) -> bool:
         command = [sys.executable, "-c", f"import {extension.NAME}"]  # one for another Python or C library fails
@@ -197,7 +211,8 @@ def end(process: Process) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience)
             continue
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that the GPU's driver holds must not hold this one
+        process.wait(_GRACE)
     if process.stdin is not None:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()

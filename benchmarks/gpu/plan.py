@@ -46,7 +46,8 @@ def _loss(*shapes: str, without: tuple[str, ...], seconds: float) -> tuple[str, 
     return ("loss", *shaped, *left_out, "--rounds", "25", "--seconds", str(seconds))
 
 
-# torch.compile's compilations alone would take most of a call; efface's torch passes are what a GPU falls back to.
+# torch.compile of eager would take most of a call; efface's torch passes are what a GPU falls back to. What rivals compile
+# themselves stays: cut-cross-entropy's default an argsort, Liger's DPO its chunks, which therefore come last.
 _NEVER = ("torch.compile", "efface torch")
 _RIVALS = ("liger", "cut-cross-entropy", "quack", "torch linear_cross_entropy")
 CALLS = {
@@ -55,13 +56,15 @@ CALLS = {
         190,
         (
             Section("machine", 40),  # the first import of torch on a fresh disk is in it
-            Section("trial", 40),
-            Section("floor", 50, "suite", _loss(*_HEADS, without=(*_NEVER, *_RIVALS), seconds=2.5)),
-            Section("profile", 15),
+            Section("trial", 40),  # compiles every kernel for three dtypes, and a launcher for each, one by one
+            Section("floor", 55, "suite", _loss(*_HEADS, without=(*_NEVER, *_RIVALS), seconds=2.5)),
+            Section("profile", 20),
             Section("attention", 20, native=True),
             Section("products", 25),
             Section("sweep", 35),
-            Section("tests", 70, arguments=("on_gpu", "row_pass", "distribution_pass", "linear_loss_rule")),
+            Section(
+                "tests", 70, arguments=("on_gpu", "row_pass", "distribution_pass", "linear_loss_rule", "--parallel")
+            ),
         ),
     ),
     # After fixes: is all of it right, and who is faster?
@@ -69,15 +72,15 @@ CALLS = {
         200,
         (
             Section("machine", 40),
-            Section("rivals", 125, "suite", _loss(*_HEADS, *_SMALL, *_OTHERS, without=(*_NEVER, "quack"), seconds=5.0)),
-            Section("tests", 90, arguments=("--parallel",)),
+            Section("tests", 80, arguments=("--parallel",)),
+            Section("rivals", 150, "suite", _loss(*_HEADS, *_SMALL, *_OTHERS, without=(*_NEVER, "quack"), seconds=3.0)),
         ),
     ),
     # Whole steps.
     3: Call(
         215,
         (
-            Section("train", 50, native=True),
+            Section("train", 75, native=True),  # torch from a fresh disk, and the trial of every kernel, are in it
             Section(
                 "steps",
                 150,

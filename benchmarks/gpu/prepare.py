@@ -46,14 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Fill the folder anew, and say what it holds and what it lacks."""
-    shutil.rmtree(CARRIED, ignore_errors=True)
     site = CARRIED / SITE
-    site.mkdir(parents=True)
+    with tempfile.TemporaryDirectory() as built:  # first: a wrong option costs nothing of what was prepared before
+        without = extension_into(Path(built), options)
+        shutil.rmtree(CARRIED, ignore_errors=True)
+        shutil.copytree(built, site)
     install(site, PACKAGES)
     write_stub(site)
     copied = copy_rows(options.tofu, CARRIED / TOFU)
     lacks = [] if copied else [f"no TOFU rows ({options.tofu}): made-up ones of the same lengths take their place"]
-    lacks += extension_into(site, options)
+    lacks += without
     asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True)
     record = {

@@ -7,7 +7,9 @@ it.
 
 import importlib
 import json
+import math
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from pathlib import Path
 RESULTS = "results.jsonl"
 SMOKE = "EFFACE_GPU_SMOKE"  # set where there is no GPU: tiny shapes on the CPU
 COMMIT = "EFFACE_COMMIT"
+_LATE = 15.0  # seconds after its deadline in which the driver has surely ended a section
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,9 @@ def main(folder: str, name: str, module: str, *arguments: str) -> None:
     """Run a section."""
     section = importlib.import_module(module)
     getattr(section, "imports", lambda _: None)(arguments)
-    deadline = float(sys.stdin.readline()) + time.monotonic()
+    seconds = float(sys.stdin.readline())
+    signal.alarm(math.ceil(seconds + _LATE))  # ends it where the driver was killed and can no longer do so
+    deadline = seconds + time.monotonic()
     device = "cpu" if os.environ.get(SMOKE) == "1" else "cuda"
     section.run(Run(name, Path(folder), arguments, device, deadline))
 

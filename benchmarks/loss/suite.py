@@ -194,9 +194,7 @@ def _resident_gib(name: str, provider: Provider) -> float | None:
 
 
 def _rounds_for(calls: dict[str, Callable[[int], object]], options: argparse.Namespace, device: str) -> int:
-    """Return the rounds that fit the row's time: after a warm-up round, by the length of another."""
-    for call in calls.values():
-        call(0)
+    """Return the rounds that fit the shape's time, by the length of one. Every call has run before."""
     if device == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()

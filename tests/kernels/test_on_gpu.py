@@ -28,7 +28,8 @@ from efface_kernels.row_pass.config import launch_config
 from efface_kernels.row_pass.op import row_pass_triton
 from efface_kernels.scale_pass import scale_pass
 
-pytestmark = pytest.mark.gpu
+# One process's: they ask for much of the memory, and what one leaves free of it is what the next one finds.
+pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("on_gpu")]
 
 GIB = 1 << 30
 

@@ -32,6 +32,17 @@ def run(run):
     run.row('before it hangs', child=child.pid)
     time.sleep(600)
 """,
+    "counting": """
+def run(run):
+    for number in range(500):
+        run.row(f'the {number}.' if number % 5 == 0 else '', figure=number)
+""",
+    "wordy": """
+def run(run):
+    run.row('much ' * 9999)
+    print('noise ' * 99999)
+    raise ValueError('x' * 9999)
+""",
     "timed": "import time\ndef run(run):\n    run.row(left=run.deadline - time.monotonic())\n",
 }
 
@@ -131,6 +142,74 @@ def test_sections_end_with_the_driver(gpu: Any, tmp_path: Path) -> None:
     assert not alive(rows(tmp_path / "out")[0]["child"])
 
 
+def test_a_section_ends_by_itself_where_the_driver_was_killed(gpu: Any, tmp_path: Path) -> None:
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv.pop()); from benchmarks.gpu import section\n"
+        "section._LATE = 0.0\n"
+        "section.main(*sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), "hanging", "sections.hanging", str(gpu.modules)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "EFFACE_GPU_SMOKE": "1"}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE)
+    process.communicate(b"1.5\n", timeout=30)
+    assert process.returncode == -signal.SIGALRM
+    (row,) = rows(tmp_path)
+    os.kill(row["child"], signal.SIGKILL)
+
+
+def test_a_process_that_cannot_be_ended_does_not_hold_the_driver(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(timeout: float) -> int:
+        raise subprocess.TimeoutExpired("a kernel that hangs", timeout)
+
+    monkeypatch.setattr(gpu.driver, "_GRACE", 0.01)
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    process = subprocess.Popen(command, preexec_fn=os.setpgrp)  # noqa: PLW1509 - as the driver does
+    with monkeypatch.context() as held:
+        held.setattr(process, "wait", never)
+        gpu.driver.end(process)
+    assert process.wait(30) < 0
+
+
+def test_what_is_printed_is_bounded(gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (wordy,) = run(gpu, tmp_path / "out", "wordy")
+    assert wordy.status == "failed, exit 1"
+    printed = capsys.readouterr().out
+    assert len(printed) < 6000
+    assert "ValueError: xxx" in printed
+    assert len(rows(tmp_path / "out")[0]["said"]) == 5 * 9999  # whole in the results
+
+
+def test_rows_that_say_nothing_take_no_line_of_those_that_do(
+    gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (counting,) = run(gpu, tmp_path / "out", "counting")
+    assert counting.rows == 500
+    printed = capsys.readouterr().out
+    assert "the 295." in printed  # the 60th
+    assert "the 300." not in printed
+
+
+def test_a_line_that_was_cut_costs_no_other(gpu: Any, tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text('{"section": "good", "fig')
+    (good,) = run(gpu, tmp_path, "good")
+    assert good.rows == 2
+    cut, *whole = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert cut == '{"section": "good", "fig'
+    assert [json.loads(line)["section"] for line in whole] == ["good", "good"]
+
+
+def test_a_folder_that_cannot_be_written_is_an_options_error(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.gpu import __main__ as program
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["gpu", "1", "--smoke", "--out", str(tmp_path / "file" / "out")])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert program.main() == 2
+    assert "python -m benchmarks.gpu 1: --out: " in capsys.readouterr().err
+
+
 def test_the_extension_is_built_there_where_none_was_carried(
     gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,6 +260,16 @@ def test_what_is_carried(gpu: Any, tmp_path: Path) -> None:
     prepare.write_stub(tmp_path)
     (stub,) = importlib.metadata.distributions(name="efface", path=[str(tmp_path)])
     assert stub.version == importlib.metadata.version("efface")
+
+
+def test_a_wrong_option_costs_nothing_of_what_was_prepared(gpu: Any, tmp_path: Path) -> None:
+    from benchmarks import BadOption
+
+    gpu.prepare.CARRIED.mkdir()
+    (gpu.prepare.CARRIED / "prepared.json").write_text("{}")
+    with pytest.raises(BadOption, match="--extension: expected a file of"):
+        gpu.prepare.run(Namespace(extension=tmp_path / "absent.so", python=None, tofu=tmp_path))
+    assert (gpu.prepare.CARRIED / "prepared.json").is_file()
 
 
 def test_an_extension_for_another_python_or_a_newer_library_is_refused(

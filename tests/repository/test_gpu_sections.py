@@ -52,6 +52,24 @@ def test_the_machine(tmp_path: Path) -> None:
     assert launch["launch_us"] > 0
 
 
+def test_a_missing_nvidia_smi_costs_nothing_but_the_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import timing
+
+    monkeypatch.setenv("PATH", "")
+    assert timing.gpu_says("clocks.sm") == timing.gpu_clocks() == ""
+
+
+def test_of_two_installed_versions_the_imported_one_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.report import versions
+
+    for version in ("1", "2"):
+        stub = tmp_path / version / f"twice-{version}.dist-info"
+        stub.mkdir(parents=True)
+        (stub / "METADATA").write_text(f"Metadata-Version: 2.1\nName: twice\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(tmp_path / version)
+    assert versions(["twice", "a-package-that-nobody-has"]) == {"twice": "2"}
+
+
 def test_the_products(tmp_path: Path) -> None:
     from benchmarks.expected import SHAPES
     from benchmarks.gpu.sections import products
@@ -125,6 +143,26 @@ def test_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sweep.run(section.run)
 
 
+def test_the_sweep_compiles_a_kernel_once_and_tries_again_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu.sections import sweep
+
+    tried: list[Any] = []
+
+    def run(self: Any, config: Any) -> tuple[torch.Tensor, ...]:
+        tried.append(config)
+        if config == configs[3] and tried.count(config) == 1:
+            raise TypeError("a kernel that another thread is loading has no function")
+        return (torch.ones(2),)
+
+    monkeypatch.setattr(sweep.Work, "run", run)
+    some = sweep.LaunchConfig
+    configs = [some(64, 4), some(64, 4, 2), some(64, 4, 1), some(64, 8, 2, True), some(64, 8, 1, True)]
+    able, refused = sweep._able(sweep._TINY[0], configs, "cpu")
+    assert (able, refused) == (configs, {})
+    assert set(tried[:3]) == {configs[0], configs[1], configs[3]}  # no two of one kernel
+    assert tried[3:] == configs[2:]
+
+
 def test_the_sweep_has_the_librarys_own_and_what_a_multiprocessor_holds() -> None:
     from benchmarks.gpu.sections import sweep
 
@@ -150,6 +188,15 @@ def test_the_profile(tmp_path: Path) -> None:
     assert total["kernels"] > 0
     assert any("mm" in row["kernel"] for row in kernels)
     assert math.fsum(row["share"] for row in kernels) <= 1 + 1e-9
+
+
+def test_a_profile_without_kernels_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu.sections import profile
+
+    monkeypatch.setattr(torch.profiler.profile, "key_averages", lambda _: [])
+    section = Section(tmp_path, "profile")
+    with pytest.raises(ArithmeticError, match="expected kernels, got none"):
+        profile._profile(section.run, "nothing", lambda: None)
 
 
 def test_a_suites_rows_are_kept_as_they_come(tmp_path: Path) -> None:
@@ -280,4 +327,4 @@ def test_a_gpus_clock_waits_for_the_launches(monkeypatch: pytest.MonkeyPatch) ->
     order.clear()
     wall = timing.wall_times({"a": call(0.5)}, 1)
     assert wall == {"a": [pytest.approx(500.0)]}
-    assert order == ["wait", "call", "wait", "call", "wait"]
+    assert order == ["wait", "call", "wait"]

@@ -1,18 +1,16 @@
 """The machine: versions, the card, its clocks, and the two ceilings, bytes copied and products made a second."""
 
-import importlib.metadata
 import os
 import platform
 import shutil
-import subprocess
 import sysconfig
 from pathlib import Path
 
 import torch
 
 from benchmarks.gpu.section import Run
-from benchmarks.report import machine
-from benchmarks.timing import medians
+from benchmarks.report import machine, versions
+from benchmarks.timing import gpu_says, medians
 
 _PACKAGES = ("torch", "triton", "transformers", "numpy", "accelerate", "peft", "datasets", "pybind11", "pytest-xdist")
 _CARD = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,pstate"
@@ -20,12 +18,13 @@ _CARD = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,pow
 
 def run(run: Run) -> None:
     """Append a row of what is there, one of what it can do, and one of what a launch costs."""
-    versions = {name: found.version for name in _PACKAGES for found in importlib.metadata.distributions(name=name)}
+    found = versions(_PACKAGES)
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     tools = {name: shutil.which(name) is not None for name in ("c++", "nvcc", "git")} | {"Python.h": header.is_file()}
-    said = f"Python {platform.python_version()}, " + ", ".join(f"{name} {said}" for name, said in versions.items())
-    run.row(said, versions=versions, tools=tools, cores=os.cpu_count(), libc=platform.libc_ver(), machine=machine(()))
-    run.row(f"{_card(run)}; {', '.join(name for name, there in tools.items() if there)}", card=_card(run))
+    said = f"Python {platform.python_version()}, " + ", ".join(f"{name} {said}" for name, said in found.items())
+    run.row(said, versions=found, tools=tools, cores=os.cpu_count(), libc=platform.libc_ver(), machine=machine(()))
+    card = _card(run)
+    run.row(f"{card}; {', '.join(name for name, there in tools.items() if there)}", card=card)
 
     gib = 1 << 30
     source = torch.ones(gib >> (12 if run.smoke else 0), dtype=torch.float32, device=run.device)  # 4 GiB
@@ -62,5 +61,4 @@ def _card(run: Run) -> str:
 def _query(run: Run, fields: str) -> str:
     if run.smoke:
         return "no clocks"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout.strip()
+    return gpu_says(fields) or "nvidia-smi says nothing"

@@ -76,14 +76,15 @@ class Case:
                     yield LaunchConfig(32 * warps * entries * loads, warps, resident, hold)
 
 
+# V 128256 and V 32000 share their kernels, V 50257 has its own: compilation is most of the time, so it comes last.
 CASES = (
     Case("row pass, V 128256", "row", 4096, 128256),
+    Case("row pass, V 32000", "row", 8192, 32000),
     Case("row pass with a reference, V 128256", "row and reference", 4096, 128256),
     Case("KL, V 128256", "KL", 2048, 128256),
-    Case("row pass, V 32000", "row", 8192, 32000),
-    Case("row pass, V 50257", "row", 8192, 50257),
     Case("KL, V 32000", "KL", 8192, 32000),
     Case("scale, (128256, 2048)", "scale", 128256, 2048),
+    Case("row pass, V 50257", "row", 8192, 50257),
 )
 _TINY = (
     Case("row pass, tiny", "row and reference", 5, 1000, torch.float16),
@@ -143,7 +144,12 @@ def run(run: Run) -> None:
 
 
 def _able(case: Case, configs: list[LaunchConfig], device: str) -> tuple[list[LaunchConfig], dict[LaunchConfig, str]]:
-    """Compile every configuration, on all processors, and compare what it gives; return those that run, and why not."""
+    """Compile every configuration, on all processors, and compare what it gives; return those that run, and why not.
+
+    Those of another number of programs are no other kernels: they come afterwards, and so does what failed, once more,
+    one after the other. Two threads that compile the same kernel both do so, and while one of them loads it, the other
+    finds it without its function.
+    """
 
     def attempt(config: LaunchConfig) -> tuple[Tensor, ...] | str:
         if device == "cuda":
@@ -153,12 +159,18 @@ def _able(case: Case, configs: list[LaunchConfig], device: str) -> tuple[list[La
         except Exception as error:  # noqa: BLE001 - whatever Triton and the driver raise of registers and memory
             return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
+    kernels = {replace(config, resident=min(config.resident, 1)): config for config in reversed(configs)}
+    first = list(kernels.values())[::-1]
     with ThreadPoolExecutor(1 if device == "cpu" else min(12, os.cpu_count() or 1)) as pool:
-        results = dict(zip(configs, pool.map(attempt, configs), strict=True))
+        results = dict(zip(first, pool.map(attempt, first), strict=True))
+    for config in configs:
+        if isinstance(results.get(config, ""), str):
+            results[config] = attempt(config)
     able: list[LaunchConfig] = []
     refused: dict[LaunchConfig, str] = {}
     expected = results[configs[0]]
-    for config, got in results.items():
+    for config in configs:
+        got = results[config]
         if isinstance(got, str):
             refused[config] = got
         elif isinstance(expected, str) or _same(got, expected):

@@ -1,6 +1,7 @@
 """The tests that are marked ``gpu``, in the order of what would be learnt; a row each that fails, and one of all."""
 
 import importlib.util
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,6 +25,7 @@ FILES = (
     "scale_pass",
 )
 PARALLEL = "--parallel"
+_PROCESSES = 14  # at most; each has its own CUDA context, half a GiB
 _RESERVE = 4.0  # seconds before the deadline in which pytest ends in good order
 
 
@@ -72,7 +74,7 @@ class Recorder:
 
 
 def run(run: Run) -> None:
-    """Run ``run.arguments``, of ``FILES`` or paths, none being all of ``FILES``. ``--parallel``: a process a file.
+    """Run ``run.arguments``, of ``FILES`` or paths, none being all of ``FILES``. ``--parallel``: in several processes.
 
     Raises:
         AssertionError: a test failed.
@@ -96,8 +98,9 @@ def run(run: Run) -> None:
         "no:cacheprovider",
     ]
     options += ["--continue-on-collection-errors", "--durations=15", f"--config-file={ROOT / 'pyproject.toml'}"]
-    # A file is one process's: what one test leaves free of the memory is what the next one finds.
-    options += ["-n", str(len(files)), "--dist", "loadfile"] if parallel else ["-p", "no:xdist"]
+    # Most of the time kernels are compiled, of some files for longer than all the time there is: they are shared out.
+    processes = str(max(2, min(_PROCESSES, os.cpu_count() or 1)))
+    options += ["-n", processes, "--dist", "loadgroup"] if parallel else ["-p", "no:xdist"]
     options += ["-m", "not gpu" if run.smoke else "gpu"]
     status = pytest.main([*options, *files], plugins=[recorder])
     seconds, outcomes = time.perf_counter() - begin, recorder.outcomes

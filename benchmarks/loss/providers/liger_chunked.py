@@ -1,7 +1,8 @@
 """liger-kernel's chunked DPO, the only rival with a reference in its op: torch ops, a chunk of pairs at a time.
 
-Default: one pair a chunk and ``torch.compile`` in every call; tuned: pairs of 2048 rows. It takes the chosen sequences
-before the rejected ones, so a call copies the hidden states. Its loss is β/2 of ours. No soft-cap.
+Default: one pair a chunk; tuned: pairs of 2048 rows. Both by ``torch.compile``, for which the first call of a batch's
+size takes its time. It takes the chosen sequences before the rejected ones, so a call copies the hidden states. Its
+loss is β/2 of ours. No soft-cap.
 """
 
 import torch
@@ -16,7 +17,7 @@ _TUNED_PAIRS = 2048 // (2 * LENGTH)
 
 
 def providers(shape: Shape) -> Found:
-    """Default and tuned; on a CPU not compiled, which takes half a minute a call."""
+    """Default and tuned; on a CPU not compiled, which takes half a minute."""
     if shape.objective != "DPO":
         return [], []
     if shape.softcap is not None:
@@ -41,7 +42,7 @@ def providers(shape: Shape) -> Found:
     if shape.device == "cpu":
         settings["tuned"]["compiled"] = False
         del settings["default"]
-    missing = [f"{NAME}, default: compiles in every call on a CPU"] if shape.device == "cpu" else []
+    missing = [f"{NAME}, default: compiles for half a minute on a CPU"] if shape.device == "cpu" else []
     found = []
     for name, given in settings.items():
         found += of_modes(f"{NAME}, {name}", 0, "torch ops in chunks of pairs", made(**given), shape, ("live",))
