@@ -11,13 +11,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from benchmarks.gpu import extension, prepare
+from benchmarks.gpu import extension, precompile, prepare
 from benchmarks.gpu.plan import Call, Section
 from benchmarks.gpu.section import COMMIT, RESULTS, SMOKE
 
@@ -193,6 +194,11 @@ def environment(*, smoke: bool, path: Sequence[Path] = ()) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         COMMIT: prepare.commit(),
     }
+    kernels = prepare.CARRIED / prepare.KERNELS
+    if kernels.is_dir() and "TRITON_CACHE_DIR" not in os.environ:
+        cache = Path(tempfile.mkdtemp(prefix="efface-triton-"))
+        precompile.unpack(kernels, cache)
+        given["TRITON_CACHE_DIR"] = str(cache)
     tofu = prepare.CARRIED / prepare.TOFU
     if tofu.is_dir():
         given.setdefault("EFFACE_TOFU", str(tofu))

@@ -46,8 +46,8 @@ def _loss(*shapes: str, without: tuple[str, ...], seconds: float) -> tuple[str, 
     return ("loss", *shaped, *left_out, "--rounds", "25", "--seconds", str(seconds))
 
 
-# torch.compile of eager would take most of a call; efface's torch passes are what a GPU falls back to. What rivals compile
-# themselves stays: cut-cross-entropy's default an argsort, Liger's DPO its chunks, which therefore come last.
+# Eager's torch.compile would take most of a call; efface's torch passes are what a GPU falls back to. What rivals
+# compile themselves stays: cut-cross-entropy's default an argsort, Liger's DPO its chunks, which therefore come last.
 _NEVER = ("torch.compile", "efface torch")
 _RIVALS = ("liger", "cut-cross-entropy", "quack", "torch linear_cross_entropy")
 CALLS = {

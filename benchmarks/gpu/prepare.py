@@ -1,13 +1,14 @@
 """``python -m benchmarks.gpu prepare``: all that a borrowed machine lacks, into ``build/gpu``, which git ignores.
 
-The packages that it has not, TOFU's rows, the C++ extension for its Python, and the commit. Carry the folder there
-beside the working tree; the driver finds it.
+The packages that it has not, TOFU's rows, the C++ extension for its Python, compiled Triton kernels, and the commit.
+Carry the folder there beside the working tree; the driver finds it.
 """
 
 import argparse
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,11 +19,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import BadOption
-from benchmarks.gpu import extension
+from benchmarks.gpu import extension, precompile
 
 ROOT = extension.ROOT
 CARRIED = ROOT / "build" / "gpu"
-SITE, TOFU, RECORD = "site", "tofu", "prepared.json"
+SITE, TOFU, KERNELS, RECORD = "site", "tofu", "triton", "prepared.json"
+CACHE = ROOT / "build" / "gpu-kernels"  # kept: what did not change is not compiled again
 PYTHON = "3.12"
 # Pure Python, none of them brings another torch. quack-kernels does not import there: its CUDA libraries are others.
 PACKAGES = (
@@ -56,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
     copied = copy_rows(options.tofu, CARRIED / TOFU)
     lacks = [] if copied else [f"no TOFU rows ({options.tofu}): made-up ones of the same lengths take their place"]
     lacks += without
+    lacks += kernels_into(CARRIED / KERNELS, site, options.python or shutil.which(f"python{PYTHON}") or "")
     asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True)
     record = {
@@ -145,6 +148,26 @@ def extension_into(site: Path, options: argparse.Namespace) -> Sequence[str]:
             f"--python: expected an interpreter of Python {PYTHON}, got {options.python!r}, {version or 'none'}"
         )
     extension.build(site, python)
+    return []
+
+
+def kernels_into(packed: Path, site: Path, python: str) -> Sequence[str]:
+    """Compile the Triton kernels by an interpreter that has that machine's Triton; return why they are lacking."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "engine", ROOT / "kernels", ROOT, site))),
+        "TRITON_CACHE_DIR": str(CACHE),
+        "TRITON_STORE_BINARY_ONLY": "1",  # a tenth of the size
+    }
+    command = [python or f"python{PYTHON}", "-m", "benchmarks.gpu.precompile"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        said = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+    except OSError as error:
+        said = str(error)
+    if said:
+        return [f"compiled kernels, which take a minute of the first call there: {said}"]
+    precompile.pack(CACHE, packed)
     return []
 
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -308,3 +309,70 @@ def test_every_section_of_the_plan_is_there(gpu: Any) -> None:
                 assert all(name.startswith("GPU: ") for name in options.shape)
                 if section.arguments[0] == "loss":
                     suite._check_without(options)
+
+
+def cached(folder: Path) -> dict[str, bytes]:
+    """The files of a cache of Triton's, but for its groups, whose times differ."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+
+
+def test_a_packed_cache_is_one_again_elsewhere(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu import precompile
+
+    cache, packed = tmp_path / "cache", gpu.prepare.CARRIED / "triton"
+    (cache / "KEY").mkdir(parents=True)
+    (cache / "KEY" / "a.cubin").write_bytes(b"\x7fELF")
+    (cache / "KEY" / "a.lock").write_bytes(b"")
+    group = {"child_paths": {"a.cubin": str(cache / "KEY" / "a.cubin")}, "more": 1}
+    (cache / "KEY" / "__grp__a.json").write_text(json.dumps(group))
+    precompile.pack(cache, packed)
+    shutil.rmtree(cache)
+    assert not any(str(tmp_path) in path.read_text() for path in packed.rglob("*.json"))
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    given = Path(gpu.driver.environment(smoke=False)["TRITON_CACHE_DIR"])
+    again = json.loads((given / "KEY" / "__grp__a.json").read_text())
+    assert again == {"child_paths": {"a.cubin": str(given / "KEY" / "a.cubin")}, "more": 1}
+    assert Path(again["child_paths"]["a.cubin"]).read_bytes() == b"\x7fELF"
+    assert {path.name for path in (given / "KEY").iterdir()} == {"a.cubin", "__grp__a.json"}
+    monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
+    assert gpu.driver.environment(smoke=False)["TRITON_CACHE_DIR"] == "mine"
+
+
+@pytest.mark.slow
+def test_kernels_compiled_here_are_found_there(tmp_path: Path) -> None:
+    """Without a GPU; a second run, from the packed cache, compiles nothing."""
+    pytest.importorskip("triton")
+    from benchmarks.gpu import precompile
+
+    def fill(cache: Path) -> dict[str, bytes]:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        path = os.pathsep.join(str(ROOT / name) for name in ("engine", "kernels", "."))
+        environment |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1"}
+        command = [sys.executable, "-m", "benchmarks.gpu.precompile", "--dtype", "float32", "--cases", "0"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        assert re.search(r"[1-9]\d* launches compiled", done.stdout)
+        return cached(cache)
+
+    first = fill(tmp_path / "here")
+    assert {name.rpartition(".")[2] for name in first} >= {"cubin", "json"}
+    precompile.pack(tmp_path / "here", tmp_path / "packed")
+    shutil.rmtree(tmp_path / "here")
+    precompile.unpack(tmp_path / "packed", tmp_path / "there")
+    expected = cached(tmp_path / "there")
+    assert fill(tmp_path / "there") == expected
+    assert first.keys() == expected.keys()
+
+
+def test_kernels_that_cannot_be_compiled_are_lacking(gpu: Any, tmp_path: Path) -> None:
+    for python, said in (("", "No such file"), (str(tmp_path / "absent"), "No such file")):
+        if shutil.which(python or "python3.12"):
+            continue
+        (lack,) = gpu.prepare.kernels_into(tmp_path / "packed", tmp_path, python)
+        assert lack.startswith("compiled kernels")
+        assert said in lack
+    failing = tmp_path / "python"
+    failing.write_text("#!/bin/sh\necho more >&2; echo 'ModuleNotFoundError: triton' >&2; exit 1\n")
+    failing.chmod(0o755)
+    (lack,) = gpu.prepare.kernels_into(tmp_path / "packed", tmp_path, str(failing))
+    assert lack.endswith("ModuleNotFoundError: triton")
+    assert not (tmp_path / "packed").exists()

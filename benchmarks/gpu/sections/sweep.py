@@ -26,7 +26,7 @@ from efface_kernels.scale_pass.op import scale_pass_triton
 from efface_kernels.triton_launch import LaunchConfig
 
 _ROUNDS = 7
-_COMPARED = 8  # rows, of which every configuration must give what the first gives
+COMPARED = 8  # rows, of which every configuration must give what the first gives
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _able(case: Case, configs: list[LaunchConfig], device: str) -> tuple[list[La
         if device == "cuda":
             torch.cuda.set_device(0)  # a thread has no device of its own yet
         try:
-            return tuple(each.clone() for each in Work(case, _COMPARED, device).run(config))
+            return tuple(each.clone() for each in Work(case, COMPARED, device).run(config))
         except Exception as error:  # noqa: BLE001 - whatever Triton and the driver raise of registers and memory
             return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 

@@ -1,0 +1,101 @@
+"""The Triton kernels of the trial, the sweep and the loss, compiled for a GPU that is not here.
+
+``python -m benchmarks.gpu.precompile`` fills Triton's cache (``TRITON_CACHE_DIR``), which ``pack`` makes ready to
+travel and ``unpack`` makes one again. Triton finds a kernel there where its own build, the kernel's source and all that
+the launch says are the same; anything else it compiles.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_PLACE = "{cache}"  # of the cache's folder, in its own files
+CAPABILITY = 90  # H100 and H200
+
+
+class _Absent:
+    """Says to Triton's launcher what an NVIDIA GPU's driver would say before a launch."""
+
+    utils = None
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget  # noqa: PLC0415 - what packs needs no Triton
+
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+
+def fill(dtypes: Sequence[str], cases: int) -> int:
+    """Compile what the trial launches for these dtypes, and the first cases of the sweep; return the launches.
+
+    The library's own functions run, on the CPU, with launches that compile and do nothing else.
+    """
+    import torch  # noqa: PLC0415
+    from triton.runtime import driver  # noqa: PLC0415
+    from triton.runtime.jit import JITFunction  # noqa: PLC0415
+
+    from benchmarks.gpu.sections import sweep  # noqa: PLC0415
+    from efface_kernels import trial  # noqa: PLC0415
+
+    launch, launched = JITFunction.run, 0
+
+    def compile_alone(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:  # noqa: ARG001
+        nonlocal launched
+        launched += 1
+        return launch(self, *arguments, grid=grid, warmup=True, **options)
+
+    def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.zeros(rows, -(-columns // 16) * 16, dtype=dtype, device=device)[:, :columns]  # as on a GPU
+
+    driver.set_active(_Absent())
+    JITFunction.run = compile_alone
+    trial.aligned = sweep.aligned = aligned  # type: ignore[attr-defined]
+    for name in dtypes:
+        list(trial._results(torch.device("cpu"), getattr(torch, name), trial._VOCABULARY))  # noqa: SLF001
+    for case in sweep.CASES[:cases]:
+        work = sweep.Work(case, sweep.COMPARED, "cpu")
+        for config in dict.fromkeys(case.configs()):
+            work.run(config)
+    return launched
+
+
+def pack(cache: Path, target: Path) -> None:
+    """Copy a cache; its files name each other by their place relative to the cache."""
+    _copy(cache, target, str(cache), _PLACE)
+
+
+def unpack(packed: Path, cache: Path) -> None:
+    """Copy a packed cache to where Triton will read it."""
+    _copy(packed, cache, _PLACE, str(cache))
+
+
+def _copy(source: Path, target: Path, old: str, new: str) -> None:
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.lock", "*.tmp*"))
+    for path in target.rglob("__grp__*.json"):
+        group = json.loads(path.read_text(encoding="utf-8"))
+        children = {name: child.replace(old, new, 1) for name, child in group["child_paths"].items()}
+        path.write_text(json.dumps(group | {"child_paths": children}), encoding="utf-8")
+
+
+def main() -> None:
+    """Fill the cache."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.precompile", description=__doc__)
+    parser.add_argument("--dtype", action="append", help="of the trial; default: bfloat16, float16 and float32")
+    parser.add_argument("--cases", type=int, default=1000, help="of the sweep (all)")
+    options = parser.parse_args()
+    begin = time.perf_counter()
+    launches = fill(options.dtype or ("bfloat16", "float16", "float32"), options.cases)
+    print(f"{launches} launches compiled in {time.perf_counter() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
