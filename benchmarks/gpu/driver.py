@@ -195,7 +195,7 @@ def environment(*, smoke: bool, path: Sequence[Path] = ()) -> dict[str, str]:
         COMMIT: prepare.commit(),
     }
     kernels = prepare.CARRIED / prepare.KERNELS
-    if kernels.is_dir() and "TRITON_CACHE_DIR" not in os.environ:
+    if kernels.is_dir() and not smoke and "TRITON_CACHE_DIR" not in os.environ:
         cache = Path(tempfile.mkdtemp(prefix="efface-triton-"))
         precompile.unpack(kernels, cache)
         given["TRITON_CACHE_DIR"] = str(cache)

@@ -85,19 +85,10 @@ def run(run: Run) -> None:
         chosen = [name for name in chosen if name.endswith(".py")] or ["chunks"]
     files = [name if name.endswith(".py") else str(KERNELS / f"test_{name}.py") for name in chosen]
     recorder, begin = Recorder(run), time.perf_counter()
-    # The machine's versions raise other warnings than ours, and its pytest may lack our plugins: hence the two -o.
-    options = [
-        "-o",
-        "addopts=",
-        "-o",
-        "filterwarnings=default",
-        "--strict-markers",
-        "-q",
-        "-rf",
-        "-p",
-        "no:cacheprovider",
-    ]
-    options += ["--continue-on-collection-errors", "--durations=15", f"--config-file={ROOT / 'pyproject.toml'}"]
+    # The machine's versions raise other warnings than ours, and its pytest may lack our plugins.
+    options = ["--override-ini=addopts=", "--override-ini=filterwarnings=default", "--strict-markers", "-q", "-rf"]
+    options += [f"--config-file={ROOT / 'pyproject.toml'}", "-p", "no:cacheprovider"]
+    options += ["--continue-on-collection-errors", "--durations=15"]
     # Most of the time kernels are compiled, of some files for longer than all the time there is: they are shared out.
     processes = str(max(2, min(_PROCESSES, os.cpu_count() or 1)))
     options += ["-n", processes, "--dist", "loadgroup"] if parallel else ["-p", "no:xdist"]
