@@ -12,7 +12,8 @@ from types import ModuleType
 
 import torch
 
-from benchmarks import BadOption, cpu
+from benchmarks import cpu
+from benchmarks.options import BadOption
 from benchmarks.report import Report
 
 # A suite has SHAPES (the one called "smoke" only on demand), ROUNDS, add_arguments(parser) and run(options, report);

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.timing import gpu_says
+
 try:
     from rich.console import Console
     from rich.table import Table
@@ -87,11 +89,7 @@ def _gpu() -> dict[str, object]:
     if not torch.cuda.is_available():
         return {}
     fields = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
-    try:
-        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
-        asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        asked = ""
+    asked = gpu_says(fields)
     return {
         "gpu": torch.cuda.get_device_name(0),
         "gpu_memory_gib": round(torch.cuda.get_device_properties(0).total_memory / (1 << 30), 1),

@@ -4,11 +4,30 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 Key = TypeVar("Key", bound=Hashable)
+
+
+class Clock:
+    """A device's own clock: on a GPU moments are events, and nothing waits until a time is made of two of them."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._gpu = torch.device(device).type == "cuda"
+
+    def now(self) -> Any:
+        """Return this moment."""
+        if not self._gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, begin: Any, end: Any) -> float:
+        """Return the milliseconds from one moment to another, both past."""
+        return float(begin.elapsed_time(end) if self._gpu else (end - begin) * 1e3)
 
 
 def interleaved(

@@ -9,11 +9,11 @@ import signal
 import sys
 from pathlib import Path
 
-from benchmarks import BadOption
 from benchmarks.gpu import prepare
 from benchmarks.gpu.driver import Driver
 from benchmarks.gpu.plan import CALLS
 from benchmarks.gpu.section import RESULTS
+from benchmarks.options import BadOption
 
 
 def main() -> int:

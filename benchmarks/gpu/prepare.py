@@ -18,8 +18,8 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import BadOption
 from benchmarks.gpu import extension, precompile
+from benchmarks.options import BadOption
 
 ROOT = extension.ROOT
 CARRIED = ROOT / "build" / "gpu"

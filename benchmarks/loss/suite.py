@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor
 
-from benchmarks import BadOption
 from benchmarks.loss.gold import gold
 from benchmarks.loss.inputs import LossInputs, Shape, make_inputs
 from benchmarks.loss.objectives import KL
 from benchmarks.loss.providers import RIVALS, Provider, eager, gemms, providers
+from benchmarks.options import add_without, check_without
 from benchmarks.report import Report
 from benchmarks.timing import gpu_clocks, interleaved, interleaved_on_gpu, median_ratio, wall_times
 from efface_kernels import row_pass
@@ -300,9 +300,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", action="store_true", help="on the CPU, peaks too: a process for each (slow)")
     parser.add_argument("--check", action="store_true", help="time nothing: compare every provider's gradients")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--without", action="append", default=[], metavar="TEXT", help="leave out providers with TEXT in their name"
-    )
+    add_without(parser)
     parser.add_argument("--seconds", type=float, help="of a shape's rounds, at least three of which are run")
 
 
@@ -327,10 +325,7 @@ def _check_without(options: argparse.Namespace) -> None:
     rivals = [rival.NAME for rival in RIVALS]  # by name alone: not imported, be they installed or not
     names = {provider.name for shape in options.shape for provider in providers(SHAPES[shape], rivals)[0]}
     names |= {*rivals, eager.COMPILED}
-    for text in options.without:
-        if not any(text in name for name in names):
-            listed = ", ".join(sorted(names))
-            raise BadOption(f"--without: expected a part of a provider's name, got {text!r}; they are {listed}")
+    check_without(options.without, sorted(names))
 
 
 def run(options: argparse.Namespace, report: Report) -> None:

@@ -1,12 +1,12 @@
 """The parts of a training step, by the device's own clock."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from benchmarks.timing import Clock
 from efface.hf.adapted_head import base_of
 from efface.hf.packing import decoder_of
 
@@ -19,6 +19,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device | str) -> None:
         self._gpu = torch.device(device).type == "cuda"
+        self._clock = Clock(device)
         self._steps: list[list[tuple[str, Any, Any]]] = []
         self._spans: list[tuple[str, Any, Any]] = []
 
@@ -27,11 +28,11 @@ class Stopwatch:
         begun: list[Any] = []
 
         def begin(*_: object) -> None:
-            begun.append(self._now())
+            begun.append(self._clock.now())
 
         def end(*_: object) -> None:
             part = "forward" if torch.is_grad_enabled() else "reference"
-            self._spans.append((part, begun.pop(), self._now()))
+            self._spans.append((part, begun.pop(), self._clock.now()))
 
         for model in models:
             decoder = decoder_of(base_of(model))
@@ -41,9 +42,9 @@ class Stopwatch:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Time what is within."""
-        begin = self._now()
+        begin = self._clock.now()
         yield
-        self._spans.append((name, begin, self._now()))
+        self._spans.append((name, begin, self._clock.now()))
 
     def end_step(self) -> None:
         """What follows belongs to the next step."""
@@ -60,13 +61,6 @@ class Stopwatch:
     def _parts(self, spans: list[tuple[str, Any, Any]]) -> dict[str, float]:
         times = dict.fromkeys(("loss", *PARTS), 0.0)
         for name, begin, end in spans:
-            times[name] += begin.elapsed_time(end) if self._gpu else (end - begin) * 1e3
+            times[name] += self._clock.between(begin, end)
         times["head"] = times.pop("loss") - times["forward"] - times["reference"]
         return times
-
-    def _now(self) -> Any:
-        if not self._gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event

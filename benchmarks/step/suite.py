@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from benchmarks import BadOption
+from benchmarks.options import add_without, check_without, left_out
 from benchmarks.report import Report
 from benchmarks.step import run as runs
 from benchmarks.step.check import TOLERANCES, Errors
@@ -169,7 +169,7 @@ def measure(
     ``without`` leaves out providers with such a text in their name. ``seen`` is given the rows so far, block after
     block.
     """
-    asked = [kind for kind in PROVIDERS if not _left_out(kind, without)]
+    asked = [kind for kind in PROVIDERS if not left_out(kind.name, without)]
     missing = [reason for kind in asked if (reason := kind.why_not(device)) is not None]
     kinds = [kind for kind in asked if kind.why_not(device) is None]
     shape = SHAPES[name]
@@ -191,10 +191,6 @@ def measure(
     return rows, [*missing, *refused]
 
 
-def _left_out(kind: Kind, without: Sequence[str]) -> bool:
-    return any(text in kind.name for text in without)
-
-
 def default_shapes(options: argparse.Namespace) -> list[str]:
     """Return the shapes that are meant for the device."""
     return timed_on(options.device)
@@ -204,21 +200,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what only this suite can be asked."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--blocks", action="store_true", help="one provider after another; always so on a GPU")
-    parser.add_argument(
-        "--without", action="append", default=[], metavar="TEXT", help="leave out providers with TEXT in their name"
-    )
-
-
-def _check_without(without: Sequence[str]) -> None:
-    for text in without:
-        if not any(_left_out(kind, [text]) for kind in PROVIDERS):
-            listed = ", ".join(repr(kind.name) for kind in PROVIDERS)
-            raise BadOption(f"--without: expected a part of a provider's name, got {text!r}; they are {listed}")
+    add_without(parser)
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
     """Measure the chosen shapes."""
-    _check_without(options.without)
+    check_without(options.without, [kind.name for kind in PROVIDERS])
     rows: list[Row] = []
     missing: set[str] = set()
 

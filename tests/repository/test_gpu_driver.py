@@ -264,7 +264,7 @@ def test_what_is_carried(gpu: Any, tmp_path: Path) -> None:
 
 
 def test_a_wrong_option_costs_nothing_of_what_was_prepared(gpu: Any, tmp_path: Path) -> None:
-    from benchmarks import BadOption
+    from benchmarks.options import BadOption
 
     gpu.prepare.CARRIED.mkdir()
     (gpu.prepare.CARRIED / "prepared.json").write_text("{}")
@@ -276,7 +276,7 @@ def test_a_wrong_option_costs_nothing_of_what_was_prepared(gpu: Any, tmp_path: P
 def test_an_extension_for_another_python_or_a_newer_library_is_refused(
     gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from benchmarks import BadOption
+    from benchmarks.options import BadOption
 
     options = Namespace(extension=None, python=sys.executable)
     monkeypatch.setattr(gpu.prepare, "PYTHON", "2.7")

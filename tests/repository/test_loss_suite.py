@@ -16,7 +16,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import BadOption  # noqa: E402
 from benchmarks.loss import providers as everybody  # noqa: E402
 from benchmarks.loss import suite  # noqa: E402
 from benchmarks.loss.gold import gold  # noqa: E402
@@ -24,6 +23,7 @@ from benchmarks.loss.inputs import Shape, make_inputs  # noqa: E402
 from benchmarks.loss.objectives import FLOOR, FUNCTIONS  # noqa: E402
 from benchmarks.loss.providers import base, eager, gemms, liger, ours  # noqa: E402
 from benchmarks.loss.providers.base import Head, from_mean, from_nll  # noqa: E402
+from benchmarks.options import BadOption  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 
 _1B = (2048, 128256)

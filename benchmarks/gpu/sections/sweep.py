@@ -208,7 +208,7 @@ def _measure(run: Run, case: Case, configs: list[LaunchConfig], compiled: float)
     run.row(
         f"{case.name}: the library's {listed} ({len(took)} configurations, compiled in {compiled:.1f} s)",
         case=case.name,
-        best=[vars(replace(config)) for config in ranked[:3]],
+        best=[vars(config) for config in ranked[:3]],
         copy_ms=copy,
     )
 

@@ -25,6 +25,7 @@ from benchmarks.step.data import stores
 from benchmarks.step.models import SHAPES, Shape, make_model
 from benchmarks.step.providers.base import OBJECTIVE
 from benchmarks.step.run import free
+from benchmarks.timing import Clock
 from efface import UnlearnTrainer
 from efface.hf.arguments import UnlearnArguments
 
@@ -116,18 +117,18 @@ class Moments(TrainerCallback):
     """Marks the begin and the end of each step by the device's own clock, and lets torch warn in the watched ones."""
 
     def __init__(self, device: str, watched: range) -> None:
-        self._gpu, self._watched = device == "cuda", watched
+        self._gpu, self._watched, self._clock = device == "cuda", watched, Clock(device)
         self._spans: list[list[Any]] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin a step."""
         if self._gpu and state.global_step + 1 == self._watched.start:
             torch.cuda.set_sync_debug_mode("warn")
-        self._spans.append([self._now()])
+        self._spans.append([self._clock.now()])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End it."""
-        self._spans[-1].append(self._now())
+        self._spans[-1].append(self._clock.now())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What follows the last step may wait."""
@@ -140,21 +141,11 @@ class Moments(TrainerCallback):
 
     def steps(self, numbers: range) -> list[float]:
         """Return the milliseconds of each of these steps, once the device has done them."""
-        return [self._between(*self._spans[number - 1]) for number in numbers]
+        return [self._clock.between(*self._spans[number - 1]) for number in numbers]
 
     def whole(self, numbers: range) -> float:
         """Return the milliseconds from the first one's begin to the last one's end."""
-        return self._between(self._spans[numbers[0] - 1][0], self._spans[numbers[-1] - 1][1])
-
-    def _between(self, begin: Any, end: Any) -> float:
-        return float(begin.elapsed_time(end) if self._gpu else (end - begin) * 1e3)
-
-    def _now(self) -> Any:
-        if not self._gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return self._clock.between(self._spans[numbers[0] - 1][0], self._spans[numbers[-1] - 1][1])
 
 
 def run(run: Run) -> None:

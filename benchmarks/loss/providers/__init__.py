@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from benchmarks.loss.inputs import Shape
 from benchmarks.loss.providers import cut, eager, gemms, liger, liger_chunked, ours, quack, torch_chunked
 from benchmarks.loss.providers.base import Found, Provider
+from benchmarks.options import left_out
 
 __all__ = ["RIVALS", "Found", "Provider", "providers"]
 
@@ -18,10 +19,10 @@ def providers(shape: Shape, without: Sequence[str] = ()) -> Found:
     """
     found, missing = [*gemms.providers(shape)[0], *ours.providers(shape)[0]], []
     for rival in RIVALS:
-        if any(text in rival.NAME for text in without):
+        if left_out(rival.NAME, without):
             continue
         able, reasons = rival.providers(shape)
         found += able
         missing += reasons
-    kept = [each for each in found if each.who == gemms.NAME or not any(text in each.name for text in without)]
+    kept = [each for each in found if each.who == gemms.NAME or not left_out(each.name, without)]
     return kept, missing
