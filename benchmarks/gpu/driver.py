@@ -16,19 +16,18 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 from benchmarks.gpu import extension, precompile, prepare
 from benchmarks.gpu.plan import Call, Section
 from benchmarks.gpu.section import COMMIT, RESULTS, SMOKE
 
-LOG = "log.txt"
 Process: TypeAlias = "subprocess.Popen[bytes]"
 _GRACE = 3.0  # seconds from a polite end of a process to its end
 _FEWEST_SECONDS = 3.0  # with which a section is still begun
 _PRINTED = 60  # lines of a section, at most
 _WIDEST = 500  # characters of a line, at most
-_TAIL = 16384  # bytes of the log's end, of which the last lines are printed
+_TAIL = 16384  # bytes of a log's end, of which the last lines are printed
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,12 @@ class Ended:
 
 
 class Driver:
-    """Runs sections in a folder: their rows in ``results.jsonl``, all that they print in ``log.txt``."""
+    """Runs sections in a folder: their rows in ``results.jsonl``, what each prints in ``NAME.log``."""
 
     def __init__(self, folder: Path, *, smoke: bool = False, path: Sequence[Path] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder.resolve()
-        (self._folder / LOG).touch()  # a folder that nothing can be written to is an error now
+        (self._folder / RESULTS).touch()  # a folder that nothing can be written to is an error now
         self._environment = environment(smoke=smoke, path=path)
         self._building: Process | None = None
 
@@ -61,39 +60,43 @@ class Driver:
         deadline = time.monotonic() + call.seconds
         ended: list[Ended] = []
         waiting: Process | None = None  # the next section's, which has begun to import
-        with (self._folder / LOG).open("ab") as log:
-            self._build(log)
-            try:
-                for section, following in itertools.zip_longest(call.sections, call.sections[1:]):
-                    if section.native:
-                        self._finish_building(deadline)
-                    process, waiting = waiting or self._start(section, log), None
-                    if following is not None and not (following.native and self._building):
-                        waiting = self._start(following, log)
-                    ended.append(self._one(section, process, min(section.seconds, deadline - time.monotonic())))
-                self._finish_building(deadline)
-            finally:
-                for process in (waiting, self._building):
-                    if process is not None:
-                        end(process)
+        self._build()
+        try:
+            for section, following in itertools.zip_longest(call.sections, call.sections[1:]):
+                if section.native:
+                    self._finish_building(deadline)
+                process, waiting = waiting or self._start(section), None
+                if following is not None and not (following.native and self._building):
+                    waiting = self._start(following)
+                ended.append(self._one(section, process, min(section.seconds, deadline - time.monotonic())))
+            self._finish_building(deadline)
+        finally:
+            for process in (waiting, self._building):
+                if process is not None:
+                    end(process)
         print(table(ended), flush=True)
         return ended
 
-    def _start(self, section: Section, log: BinaryIO) -> Process:
+    def _start(self, section: Section) -> Process:
         command = [sys.executable, "-m", "benchmarks.gpu.section", str(self._folder), section.name, section.imported]
-        return self._begin([*command, *section.arguments], log)
+        return self._begin([*command, *section.arguments], section.name)
 
-    def _begin(self, command: Sequence[str], log: BinaryIO) -> Process:
+    def _begin(self, command: Sequence[str], name: str) -> Process:
         """Start a process of a group of its own, with which what it starts ends. A session would outlive the driver."""
-        return subprocess.Popen(
-            command,
-            cwd=prepare.ROOT,
-            env=self._environment,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            preexec_fn=os.setpgrp,  # noqa: PLW1509 - the driver has one thread
-        )
+        with self._log(name).open("ab") as log:
+            return subprocess.Popen(
+                command,
+                cwd=prepare.ROOT,
+                env=self._environment,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=os.setpgrp,  # noqa: PLW1509 - the driver has one thread
+            )
+
+    def _log(self, name: str) -> Path:
+        """Return the file of what a process prints: its own, since the next section begins before one ends."""
+        return self._folder / f"{name}.log"
 
     def _one(self, section: Section, process: Process, limit: float) -> Ended:
         rows, begin = self._rows_from(self._size()), time.monotonic()
@@ -121,7 +124,7 @@ class Driver:
                 printed += 1
                 print(row["said"][:_WIDEST], flush=True)
         if status.startswith("failed"):
-            print(f"{section.name}: {status}; the end of {LOG}:\n{self._tail()}", flush=True)
+            print(f"{section.name}: {status}; the end of {section.name}.log:\n{self._tail(section.name)}", flush=True)
         return Ended(section, status, time.monotonic() - begin, count)
 
     def _size(self) -> int:
@@ -144,8 +147,8 @@ class Driver:
             with contextlib.suppress(ValueError):
                 yield json.loads(line)
 
-    def _tail(self) -> str:
-        with (self._folder / LOG).open("rb") as file:
+    def _tail(self, name: str) -> str:
+        with self._log(name).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
             lines = file.read().decode(errors="replace").splitlines()[-6:]
         return "\n".join(line[:_WIDEST] for line in lines)
@@ -155,11 +158,11 @@ class Driver:
         done = subprocess.run(command, cwd=prepare.ROOT, env=self._environment, check=False, capture_output=True)
         return done.returncode == 0
 
-    def _build(self, log: BinaryIO) -> None:
+    def _build(self) -> None:
         """Begin to build the extension where it is missing, beside the sections that do without."""
         if self._native():
             return
-        self._building = self._begin(extension.command(self._folder), log)
+        self._building = self._begin(extension.command(self._folder), extension.NAME)
 
     def _finish_building(self, deadline: float) -> None:
         if self._building is None:
@@ -173,7 +176,7 @@ class Driver:
             end(process)
         built = sorted(self._folder.glob(f"{extension.NAME}*.so"))
         if code or not built:
-            print(f"the extension could not be built: exit {code}, see {LOG}", flush=True)
+            print(f"the extension could not be built: exit {code}, see {extension.NAME}.log", flush=True)
             return
         site = prepare.CARRIED / prepare.SITE
         site.mkdir(parents=True, exist_ok=True)

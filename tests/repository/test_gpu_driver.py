@@ -98,7 +98,7 @@ def test_sections_end_as_they_do_and_leave_the_others_their_turn(
     table = printed.splitlines()[-6:]
     assert table[0].split()[:2] == ["section", "rows"]
     assert table[1].endswith("measured nothing")
-    assert "nothing to say" in (tmp_path / "out" / "log.txt").read_text()
+    assert "nothing to say" in (tmp_path / "out" / "silent.log").read_text()
 
 
 def test_a_section_that_hangs_is_ended_with_all_that_it_started(gpu: Any, tmp_path: Path) -> None:
