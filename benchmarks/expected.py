@@ -11,17 +11,8 @@ for them.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from efface_kernels.linear_loss.chunks import (
-    Chunk,
-    default_chunk_rows,
-    largest_piece,
-    logits_budget,
-    one_chunk_is_smaller,
-    plan_pieces,
-    plan_rows,
-    plan_sequences,
-)
-from efface_kernels.linear_loss.models import shares_workspace
+from efface_kernels import default_chunk_rows, logits_budget, one_chunk_is_smaller, shares_workspace
+from efface_kernels.linear_loss.chunks import Chunk, largest_piece, plan_pieces, plan_rows, plan_sequences
 
 KL = "KL, live"
 MODES = ("live", "cached", "frozen, cached", KL)

@@ -9,8 +9,7 @@ import torch
 
 from benchmarks.loss.inputs import LossInputs, Shape, make_inputs
 from benchmarks.timing import interleaved, median_ratio
-from efface_kernels import Head, ReferenceRows, linear_sequence_loss
-from efface_kernels.linear_loss.chunks import default_chunk_rows
+from efface_kernels import Head, ReferenceRows, default_chunk_rows, linear_sequence_loss
 
 
 def _run(inputs: LossInputs, *, live: bool, chunk_rows: int | None) -> None:

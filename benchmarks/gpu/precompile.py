@@ -44,7 +44,7 @@ def fill(dtypes: Sequence[str], cases: int) -> int:
     from triton.runtime.jit import JITFunction  # noqa: PLC0415
 
     from benchmarks.gpu.sections import sweep  # noqa: PLC0415
-    from efface_kernels import trial  # noqa: PLC0415
+    from efface_kernels import backends  # noqa: PLC0415
 
     launch, launched = JITFunction.run, 0
 
@@ -60,7 +60,7 @@ def fill(dtypes: Sequence[str], cases: int) -> int:
     JITFunction.run = compile_alone
     trial.aligned = sweep.aligned = aligned  # type: ignore[attr-defined]
     for name in dtypes:
-        list(trial._results(torch.device("cpu"), getattr(torch, name), trial._VOCABULARY))  # noqa: SLF001
+        list(backends._results(torch.device("cpu"), getattr(torch, name), backends._VOCABULARY))  # noqa: SLF001
     for case in sweep.CASES[:cases]:
         work = sweep.Work(case, sweep.COMPARED, "cpu")
         for config in dict.fromkeys(case.configs()):

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from efface_kernels import Kind, SequenceRule, Term
-from efface_kernels.linear_loss.sequences import segment_sums
+from efface_kernels import Kind, SequenceRule, Term, segment_sums
 
 BETA = 0.1  # of NPO and DPO
 SIMNPO_BETA, SIMNPO_DELTA = 4.5, 0.0

@@ -21,7 +21,7 @@ from benchmarks.step.providers import PROVIDERS, Eager, EagerCached, EagerLora, 
 from benchmarks.step.run import Kind, Outcome
 from benchmarks.step.stopwatch import PARTS
 from benchmarks.timing import median_ratio
-from efface_kernels.checks import resolve_backend
+from efface_kernels import resolve_backend
 
 ROUNDS = 16  # every step twice
 

@@ -9,32 +9,36 @@ Only rows that predict a label enter the head. Finding them reads the labels on 
 GPU; the trainer's packed batches know their rows and do not.
 """
 
-import functools
-import itertools
-from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from efface.objectives.base import check_not_negative, check_positive, nll_terms
-from efface.objectives.ceu import ceu_terms
-from efface.objectives.dpo import dpo_terms
-from efface.objectives.grad_ascent import grad_ascent_terms
-from efface.objectives.npo import npo_terms
-from efface.objectives.satimp import satimp_terms
-from efface.objectives.simnpo import simnpo_terms
-from efface.objectives.wga import wga_terms
+from efface.batching.roles import Role, StepTotals
+from efface.objectives import (
+    CEU,
+    DPO,
+    NPO,
+    WGA,
+    GradAscent,
+    IdkNLL,
+    Objective,
+    SatImp,
+    SimNPO,
+    step_terms,
+)
+from efface.objectives.base import check_positive
 from efface_kernels import (
     Head,
     ReferenceRows,
-    Sequences,
+    check_dtype,
+    check_shape,
     linear_distribution_loss,
     linear_logprob,
     linear_sequence_loss,
+    segment_sums,
 )
-from efface_kernels.checks import check_dtype, check_shape
-from efface_kernels.linear_loss.sequences import segment_sums
 
 __all__ = [
     "ceu_loss",
@@ -143,9 +147,9 @@ def sequence_logprobs(
         ValueError: shapes that do not fit, a label out of the vocabulary, a sequence without a label. On a GPU labels
             are not looked at: one out of the vocabulary makes the loss NaN, or ends in a device-side assertion.
     """
-    positions, targets, row_offsets = label_rows(hidden, labels, cu_seqlens)
-    logprobs = linear_logprob(_rows(hidden, positions), weight, targets, bias=bias, softcap=softcap, backend=backend)
-    return segment_sums(logprobs, row_offsets.to(logprobs.device))
+    rows = _rows(hidden, weight, labels, bias, softcap, cu_seqlens)
+    logprobs = linear_logprob(rows.hidden, weight, rows.targets, bias=bias, softcap=softcap, backend=backend)
+    return segment_sums(logprobs, rows.offsets.to(logprobs.device))
 
 
 def nll_loss(
@@ -163,7 +167,7 @@ def nll_loss(
     Arguments, dtypes and errors are those of ``sequence_logprobs``. Returns a float32 scalar (float64 for float64
     inputs).
     """
-    return _mean_over_tokens(nll_terms, hidden, weight, labels, bias, softcap, cu_seqlens, backend)
+    return _loss(IdkNLL(), _rows(hidden, weight, labels, bias, softcap, cu_seqlens), backend)
 
 
 def grad_ascent_loss(
@@ -181,7 +185,7 @@ def grad_ascent_loss(
     Arguments, dtypes and errors are those of ``sequence_logprobs``. Returns a float32 scalar (float64 for float64
     inputs).
     """
-    return _mean_over_tokens(grad_ascent_terms, hidden, weight, labels, bias, softcap, cu_seqlens, backend)
+    return _loss(GradAscent(), _rows(hidden, weight, labels, bias, softcap, cu_seqlens), backend)
 
 
 def npo_loss(
@@ -227,32 +231,16 @@ def npo_loss(
         TypeError: dtypes that differ, or labels that are not int64.
         ValueError: as ``sequence_logprobs``; no reference, or both kinds; ``beta`` that is not positive.
     """
-    check_positive("beta", beta)
+    objective, rows = NPO(beta=beta), _rows(hidden, weight, labels, bias, softcap, cu_seqlens)
     _check_whole(reference_hidden=reference_hidden, reference_weight=reference_weight)
-    positions, targets, row_offsets = label_rows(hidden, labels, cu_seqlens)
     reference = None
     if reference_hidden is not None and reference_weight is not None:
-        reference = ReferenceRows(
-            _reference_rows("reference_hidden", reference_hidden, hidden, positions),
-            _reference_head(reference_weight, reference_bias, softcap),
-        )
+        reference = _frozen(rows, reference_hidden, reference_weight, reference_bias)
     elif reference_logprobs is None:
         raise ValueError(
             "a reference: expected `reference_logprobs`, or `reference_hidden` with `reference_weight`, got neither"
         )
-    sequences = row_offsets.shape[0] - 1
-    return linear_sequence_loss(
-        _rows(hidden, positions),
-        weight,
-        targets,
-        row_offsets,
-        lambda s: npo_terms(s, beta=beta) / sequences,
-        bias=bias,
-        softcap=softcap,
-        reference=reference,
-        reference_sums=None if reference_logprobs is None else reference_logprobs.detach(),
-        backend=backend,
-    ).loss
+    return _loss(objective, rows, backend, reference, reference_logprobs)
 
 
 def simnpo_loss(
@@ -277,19 +265,7 @@ def simnpo_loss(
     ``beta`` > 0 is the inverse temperature, ``delta`` the reward margin; the other arguments, dtypes and errors are
     those of ``sequence_logprobs``. Returns a float32 scalar (float64 for float64 inputs).
     """
-    check_positive("beta", beta)
-    positions, targets, row_offsets = label_rows(hidden, labels, cu_seqlens)
-    sequences = row_offsets.shape[0] - 1
-    return linear_sequence_loss(
-        _rows(hidden, positions),
-        weight,
-        targets,
-        row_offsets,
-        lambda s: simnpo_terms(s, beta=beta, delta=delta) / sequences,
-        bias=bias,
-        softcap=softcap,
-        backend=backend,
-    ).loss
+    return _loss(SimNPO(beta=beta, delta=delta), _rows(hidden, weight, labels, bias, softcap, cu_seqlens), backend)
 
 
 def dpo_loss(
@@ -349,59 +325,50 @@ def dpo_loss(
         ValueError: as ``sequence_logprobs``; unequally many sequences; no reference, or both kinds; ``beta`` that is
             not positive.
     """
-    check_positive("beta", beta)
-    forget = label_rows(hidden, labels, cu_seqlens)
-    alternate = label_rows(alternate_hidden, alternate_labels, alternate_cu_seqlens)
-    lengths = forget.row_offsets.diff().tolist(), alternate.row_offsets.diff().tolist()
-    pairs = len(lengths[0])
-    if len(lengths[1]) != pairs:
+    objective, forget = DPO(beta=beta), _rows(hidden, weight, labels, bias, softcap, cu_seqlens)
+    alternate = _rows(alternate_hidden, weight, alternate_labels, bias, softcap, alternate_cu_seqlens)
+    pairs = forget.offsets.shape[0] - 1
+    if alternate.offsets.shape[0] - 1 != pairs:
         raise ValueError(
-            f"`alternate_labels`: expected {pairs} sequences, one for each of `labels`, got {len(lengths[1])}"
+            f"`alternate_labels`: expected {pairs} sequences, one for each of `labels`, got "
+            f"{alternate.offsets.shape[0] - 1}"
         )
-
-    def paired(first: Tensor, second: Tensor) -> Tensor:
-        """Interleave: the rows of forget sequence 0, of alternate 0, of forget sequence 1 and so on."""
-        split = zip(first.split(lengths[0]), second.split(lengths[1]), strict=True)
-        return torch.cat([first[:0], *(rows for pair in split for rows in pair)])
-
     _check_whole(
         reference_hidden=reference_hidden,
         alternate_reference_hidden=alternate_reference_hidden,
         reference_weight=reference_weight,
     )
     _check_whole(reference_logprobs=reference_logprobs, alternate_reference_logprobs=alternate_reference_logprobs)
+    counts = torch.stack([forget.offsets.diff(), alternate.offsets.diff()], 1)  # (pairs, 2)
+
+    def paired(first: Tensor, second: Tensor) -> Tensor:
+        """Interleave: the rows of forget sequence 0, of alternate 0, of forget sequence 1 and so on."""
+        split = zip(first.split(counts[:, 0].tolist()), second.split(counts[:, 1].tolist()), strict=True)
+        return torch.cat([first[:0], *(rows for pair in split for rows in pair)])
+
     reference, reference_sums = None, None
     if reference_hidden is not None and alternate_reference_hidden is not None and reference_weight is not None:
-        rows = paired(
-            _reference_rows("reference_hidden", reference_hidden, hidden, forget.positions),
-            _reference_rows(
-                "alternate_reference_hidden", alternate_reference_hidden, alternate_hidden, alternate.positions
-            ),
+        frozen = _frozen(forget, reference_hidden, reference_weight, reference_bias)
+        other = _frozen(
+            alternate, alternate_reference_hidden, reference_weight, reference_bias, "alternate_reference_hidden"
         )
-        reference = ReferenceRows(rows, _reference_head(reference_weight, reference_bias, softcap))
+        reference = ReferenceRows(paired(frozen.hidden, other.hidden), frozen.head)
     if reference_logprobs is not None and alternate_reference_logprobs is not None:
         check_shape("reference_logprobs", reference_logprobs, (pairs,))
         check_shape("alternate_reference_logprobs", alternate_reference_logprobs, (pairs,))
-        reference_sums = torch.stack([reference_logprobs, alternate_reference_logprobs], 1).flatten().detach()
+        reference_sums = torch.stack([reference_logprobs, alternate_reference_logprobs], 1).flatten()
     if reference is None and reference_sums is None:
         raise ValueError(
             "a reference: expected `reference_logprobs` with `alternate_reference_logprobs`, or `reference_hidden` and "
             "`alternate_reference_hidden` with `reference_weight`, got neither in full"
         )
-    is_forget = torch.arange(2 * pairs, device=hidden.device) % 2 == 0
-    return linear_sequence_loss(
-        paired(_rows(hidden, forget.positions), _rows(alternate_hidden, alternate.positions)),
-        weight,
-        paired(forget.targets, alternate.targets),
-        [0, *itertools.accumulate(itertools.chain.from_iterable(zip(*lengths, strict=True)))],
-        lambda s: torch.where(s.own(is_forget), dpo_terms(s, beta=beta), 0) / pairs,
-        pairs=pairs,
-        bias=bias,
-        softcap=softcap,
-        reference=reference,
-        reference_sums=reference_sums,
-        backend=backend,
-    ).loss
+    both = replace(
+        forget,
+        hidden=paired(forget.hidden, alternate.hidden),
+        targets=paired(forget.targets, alternate.targets),
+        offsets=torch.cat([counts.new_zeros(1), counts.flatten().cumsum(0)]),
+    )
+    return _loss(objective, both, backend, reference, reference_sums)
 
 
 def wga_loss(
@@ -420,9 +387,7 @@ def wga_loss(
     ``beta`` ≥ 0; with 0 it is ``grad_ascent_loss``. The other arguments, dtypes and errors are those of
     ``sequence_logprobs``. Returns a float32 scalar (float64 for float64 inputs).
     """
-    check_not_negative("beta", beta)
-    terms = functools.partial(wga_terms, beta=beta)
-    return _mean_over_tokens(terms, hidden, weight, labels, bias, softcap, cu_seqlens, backend)
+    return _loss(WGA(beta=beta), _rows(hidden, weight, labels, bias, softcap, cu_seqlens), backend)
 
 
 def satimp_loss(
@@ -443,10 +408,7 @@ def satimp_loss(
     arguments, dtypes and errors are those of ``sequence_logprobs``. Returns a float32 scalar (float64 for float64
     inputs).
     """
-    check_not_negative("beta1", beta1)
-    check_not_negative("beta2", beta2)
-    terms = functools.partial(satimp_terms, beta1=beta1, beta2=beta2)
-    return _mean_over_tokens(terms, hidden, weight, labels, bias, softcap, cu_seqlens, backend)
+    return _loss(SatImp(beta1=beta1, beta2=beta2), _rows(hidden, weight, labels, bias, softcap, cu_seqlens), backend)
 
 
 def ceu_loss(
@@ -469,11 +431,8 @@ def ceu_loss(
     is 0. The other arguments, dtypes and errors are those of ``sequence_logprobs``. Returns a float32 scalar (float64
     for float64 inputs).
     """
-    check_not_negative("ignore_first_n_answer_tokens", ignore_first_n_answer_tokens)
-    terms = functools.partial(ceu_terms, ignore_first_n_answer_tokens=ignore_first_n_answer_tokens)
-    return _mean_over_tokens(
-        terms, hidden, weight, labels, bias, softcap, cu_seqlens, backend, ignored=ignore_first_n_answer_tokens
-    )
+    objective = CEU(ignore_first_n_answer_tokens=ignore_first_n_answer_tokens)
+    return _loss(objective, _rows(hidden, weight, labels, bias, softcap, cu_seqlens), backend)
 
 
 def kl_loss(
@@ -518,10 +477,8 @@ def kl_loss(
         TypeError: dtypes that differ, or labels that are not int64.
         ValueError: as ``sequence_logprobs``; a reference of another layout or vocabulary.
     """
-    head = _reference_head(reference_weight, reference_bias, softcap)
-    return _mean_beside_reference(
-        hidden, weight, labels, reference_hidden, head, bias, softcap, cu_seqlens, backend, shift=0, cross_entropy=False
-    )
+    rows = _rows(hidden, weight, labels, bias, softcap, cu_seqlens)
+    return _distance(rows, _frozen(rows, reference_hidden, reference_weight, reference_bias), backend)
 
 
 def undial_loss(
@@ -551,29 +508,42 @@ def undial_loss(
     ``kl_loss``. Returns a float32 scalar (float64 for float64 inputs).
     """
     check_positive("beta", beta)
-    head = _reference_head(reference_weight, reference_bias, softcap)
-    return _mean_beside_reference(
-        hidden,
-        weight,
-        labels,
-        reference_hidden,
-        head,
-        bias,
-        softcap,
-        cu_seqlens,
-        backend,
-        shift=beta,
-        cross_entropy=True,
-    )
+    rows = _rows(hidden, weight, labels, bias, softcap, cu_seqlens)
+    frozen = _frozen(rows, reference_hidden, reference_weight, reference_bias)
+    return _distance(rows, frozen, backend, shift=beta, cross_entropy=True)
 
 
-def _rows(hidden: Tensor, positions: Tensor) -> Tensor:
-    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)  # (N, D)
+@dataclass(frozen=True)
+class _Rows:
+    """The label rows of S sequences, at the head."""
+
+    hidden: Tensor  # (N, D)
+    head: Head
+    targets: Tensor  # (N,)
+    offsets: Tensor  # (S + 1,), on the CPU
+    positions: Tensor  # (N,) where they stood
+    layout: tuple[int, ...]  # (B, T) or (T,)
 
 
-def _reference_rows(name: str, reference_hidden: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
-    check_shape(name, reference_hidden, (*hidden.shape[:-1], "D"), "use the layout of the policy's hidden states")
-    return _rows(reference_hidden.detach(), positions)
+def _rows(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    cu_seqlens: Tensor | None,
+) -> _Rows:
+    positions, targets, offsets = label_rows(hidden, labels, cu_seqlens)
+    at_labels = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
+    return _Rows(at_labels, Head(weight, bias, softcap), targets, offsets, positions, hidden.shape[:-1])
+
+
+def _frozen(
+    rows: _Rows, hidden: Tensor, weight: Tensor, bias: Tensor | None, name: str = "reference_hidden"
+) -> ReferenceRows:
+    check_shape(name, hidden, (*rows.layout, "D"), "use the layout of the policy's hidden states")
+    at_labels = hidden.detach().reshape(-1, hidden.shape[-1]).index_select(0, rows.positions)
+    return ReferenceRows(at_labels, Head(weight.detach(), None if bias is None else bias.detach(), rows.head.softcap))
 
 
 def _check_whole(**parts: Tensor | None) -> None:
@@ -584,61 +554,47 @@ def _check_whole(**parts: Tensor | None) -> None:
         raise ValueError(f"`{given[0]}`: expected {missing} beside it, got none")
 
 
-def _reference_head(weight: Tensor, bias: Tensor | None, softcap: float | None) -> Head:
-    return Head(weight.detach(), None if bias is None else bias.detach(), softcap)
-
-
-def _mean_over_tokens(
-    terms: Callable[[Sequences], Tensor],
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    cu_seqlens: Tensor | None,
+def _loss(
+    objective: Objective,
+    rows: _Rows,
     backend: str,
-    *,
-    ignored: int = 0,
+    reference: ReferenceRows | None = None,
+    reference_sums: Tensor | None = None,
 ) -> Tensor:
-    """``ignored``: how many of the first labels of each sequence the terms leave out."""
-    positions, targets, row_offsets = label_rows(hidden, labels, cu_seqlens)
-    tokens = max(int((row_offsets.diff() - ignored).clamp(min=0).sum()), 1)
+    """The objective's mean over all rows or sequences, with gamma 1; a pair's second sequences are its alternates."""
+    counts = rows.offsets.diff().tolist()
+    roles = torch.full((len(counts),), Role.FORGET, dtype=torch.int8, device=rows.hidden.device)
+    pairs = len(counts) // 2 if objective.forget_data == "both" else 0
+    roles[1 : 2 * pairs : 2] = Role.ALTERNATE
+    totals = StepTotals(pairs or len(counts), sum(counts), forget_label_counts=tuple(counts))
     return linear_sequence_loss(
-        _rows(hidden, positions),
-        weight,
-        targets,
-        row_offsets,
-        lambda s: terms(s) / tokens,
-        bias=bias,
-        softcap=softcap,
+        rows.hidden,
+        rows.head.weight,
+        rows.targets,
+        rows.offsets,
+        step_terms(replace(objective, gamma=1.0), roles, totals),
+        pairs=pairs,
+        bias=rows.head.bias,
+        softcap=rows.head.softcap,
+        reference=reference,
+        reference_sums=None if reference_sums is None else reference_sums.detach(),
         backend=backend,
     ).loss
 
 
-def _mean_beside_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    reference_hidden: Tensor,
-    reference_head: Head,
-    bias: Tensor | None,
-    softcap: float | None,
-    cu_seqlens: Tensor | None,
-    backend: str,
-    *,
-    shift: float,
-    cross_entropy: bool,
+def _distance(
+    rows: _Rows, reference: ReferenceRows, backend: str, *, shift: float = 0.0, cross_entropy: bool = False
 ) -> Tensor:
-    positions, targets, _ = label_rows(hidden, labels, cu_seqlens)
+    """The mean over all rows of KL(q‖p) to a frozen model's distribution, or of the cross entropy to it."""
     return linear_distribution_loss(
-        _rows(hidden, positions),
-        weight,
-        targets,
-        1 / max(positions.shape[0], 1),
-        ReferenceRows(_reference_rows("reference_hidden", reference_hidden, hidden, positions), reference_head),
+        rows.hidden,
+        rows.head.weight,
+        rows.targets,
+        1 / max(rows.hidden.shape[0], 1),
+        reference,
         shift=shift,
         cross_entropy=cross_entropy,
-        bias=bias,
-        softcap=softcap,
+        bias=rows.head.bias,
+        softcap=rows.head.softcap,
         backend=backend,
     ).loss

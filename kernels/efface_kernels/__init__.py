@@ -4,27 +4,39 @@ Knows no model, no dataset and no trainer. Letters used throughout:
 N label rows, D hidden size, V vocabulary, S sequences; ``z`` logits, ``ℓ`` log-probabilities of the targets.
 """
 
-from efface_kernels.distribution_pass import DistributionPassOutput, distribution_pass
-from efface_kernels.linear_loss import (
-    DistributionLossOutput,
-    Head,
-    ReferenceRows,
-    RowOffsets,
-    SequenceLossOutput,
-    Sequences,
-    linear_distribution_loss,
-    linear_logprob,
-    linear_sequence_loss,
+from efface_kernels.backends import resolve_backend
+from efface_kernels.checks import check_dtype, check_shape
+from efface_kernels.distribution_pass.op import DistributionPassOutput, distribution_pass
+from efface_kernels.linear_loss import compiled  # noqa: F401 - registers the ops of compiled graphs
+from efface_kernels.linear_loss.chunks import (
+    chunk_capacity,
+    default_chunk_rows,
+    device_memory,
+    logits_budget,
+    one_chunk_is_smaller,
+    run_within_memory,
 )
+from efface_kernels.linear_loss.distribution_loss import DistributionLossOutput, linear_distribution_loss
+from efface_kernels.linear_loss.fused_loss import SequenceLossOutput, linear_sequence_loss
+from efface_kernels.linear_loss.head import Head, ReferenceRows
+from efface_kernels.linear_loss.logprob import linear_logprob
+from efface_kernels.linear_loss.look import shares_workspace
+from efface_kernels.logits import Logits, accumulation_dtype, row_blocks
 from efface_kernels.memory import release_workspaces
-from efface_kernels.row_pass import RowPassOutput, row_pass
-from efface_kernels.sequence_loss import Kind, SequenceRule, SequenceTerms, Term, sequence_loss
+from efface_kernels.row_pass.op import RowPassOutput, row_pass
+from efface_kernels.sequence_loss.kinds import Kind
+from efface_kernels.sequence_loss.op import sequence_loss
+from efface_kernels.sequence_loss.rule import SequenceRule, SequenceTerms, Term, TermFunction
+from efface_kernels.sequences import RowOffsets, Sequences, segment_sums
+from efface_kernels.transfer import to_device
 
+# The ops; what they take and give; what a loss of one's own is made of; the plan of their memory.
 __all__ = [
     "DistributionLossOutput",
     "DistributionPassOutput",
     "Head",
     "Kind",
+    "Logits",
     "ReferenceRows",
     "RowOffsets",
     "RowPassOutput",
@@ -33,11 +45,26 @@ __all__ = [
     "SequenceTerms",
     "Sequences",
     "Term",
+    "TermFunction",
+    "accumulation_dtype",
+    "check_dtype",
+    "check_shape",
+    "chunk_capacity",
+    "default_chunk_rows",
+    "device_memory",
     "distribution_pass",
     "linear_distribution_loss",
     "linear_logprob",
     "linear_sequence_loss",
+    "logits_budget",
+    "one_chunk_is_smaller",
     "release_workspaces",
+    "resolve_backend",
+    "row_blocks",
     "row_pass",
+    "run_within_memory",
+    "segment_sums",
     "sequence_loss",
+    "shares_workspace",
+    "to_device",
 ]

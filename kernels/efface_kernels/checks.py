@@ -1,17 +1,12 @@
 """Refusals of bad input, in one voice: the argument's name, what was expected, what came, what to do."""
 
-import functools
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from efface_kernels import native, triton_launch
-
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (*HALVES, torch.float32, torch.float64)
-BACKENDS = ("auto", "triton", "native", "torch")
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
@@ -70,56 +65,3 @@ def check_chunk_rows(chunk_rows: int) -> None:
         raise TypeError(f"`chunk_rows`: expected a whole number, got {chunk_rows!r}")
     if chunk_rows < 1:
         raise ValueError(f"`chunk_rows`: expected at least 1, got {chunk_rows}")
-
-
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """Return the implementation, ``"triton"``, ``"native"`` or ``"torch"``, that ``backend`` names on ``device``.
-
-    "auto" is native on the CPU, or torch where the extension is missing; Triton on GPUs, where on its first use it gave
-    what torch gives (``trial.agrees``); torch elsewhere. What falls back says so in one warning.
-
-    Raises:
-        ValueError: an unknown name, or a backend that this build or device does not have.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"`backend`: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    if backend == "triton":
-        _check_triton(device)
-        return "triton"
-    if backend == "auto" and device.type in triton_launch.DEVICES and triton_launch.IMPORTABLE:
-        from efface_kernels import trial  # noqa: PLC0415 - it imports the passes, which import this
-
-        return "triton" if trial.agrees(device) else "torch"
-    if backend == "torch" or (backend == "auto" and device.type != "cpu"):
-        return "torch"
-    if device.type != "cpu":
-        raise ValueError(f"`backend`: 'native' runs on the CPU, got tensors on {device}; use 'auto' or 'torch'")
-    if native.IMPORT_ERROR is None:
-        return "native"
-    if backend == "native":
-        raise ValueError(
-            f"`backend`: the extension efface_native cannot be imported ({native.IMPORT_ERROR}); reinstall efface "
-            "with a C++20 compiler at hand, or use 'torch'"
-        )
-    _warn_missing_extension()
-    return "torch"
-
-
-def _check_triton(device: torch.device) -> None:
-    if not triton_launch.IMPORTABLE:
-        raise ValueError("`backend`: 'triton' is not installed; install triton, or use 'auto', 'native' or 'torch'")
-    runs = device.type in triton_launch.DEVICES or (device.type == "cpu" and triton_launch.INTERPRETED)
-    if not runs:
-        raise ValueError(
-            f"`backend`: 'triton' runs on CUDA, ROCm and XPU devices, got tensors on {device}; use 'auto', 'native' or "
-            "'torch' (or set TRITON_INTERPRET=1 before Python starts, to debug a kernel on the CPU)"
-        )
-
-
-@functools.cache
-def _warn_missing_extension() -> None:
-    warnings.warn(
-        f"the extension efface_native cannot be imported ({native.IMPORT_ERROR}); the loss runs on plain torch, "
-        "more slowly. Reinstall efface with a C++20 compiler at hand.",
-        stacklevel=5,
-    )

@@ -14,51 +14,51 @@ _KEPT_BYTES = 256 << 20
 _BLOCK_ELEMENTS = 1 << 19
 
 
-class _Shelf(threading.local):
+class _Idle(threading.local):
     """Buffers of this thread that nobody uses at the moment."""
 
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []  # flat, uint8
 
 
-_shelf = _Shelf()
+_idle = _Idle()
 
 
-class Loan:
-    """Workspaces of one run of the loop. Given back at its end; after an error they are simply freed."""
+class BufferPool:
+    """The workspaces of one run of the loop, out of the thread's idle buffers; after an error they are simply freed."""
 
     def __init__(self) -> None:
-        self._lent: list[Tensor] = []
+        self._used: list[Tensor] = []
 
     def matrix(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return an uninitialised (rows, columns) matrix, its columns side by side."""
         if device.type != "cpu":
             return aligned(rows, columns, dtype, device)
         size = rows * columns * dtype.itemsize
-        fitting = [buffer for buffer in _shelf.buffers if buffer.numel() >= size]
+        fitting = [buffer for buffer in _idle.buffers if buffer.numel() >= size]
         if fitting:
             flat = min(fitting, key=Tensor.numel)
-            _shelf.buffers = [buffer for buffer in _shelf.buffers if buffer is not flat]
+            _idle.buffers = [buffer for buffer in _idle.buffers if buffer is not flat]
         else:
-            with torch.inference_mode(False):  # the shelf outlives the caller's mode
+            with torch.inference_mode(False):  # the pool outlives the caller's mode
                 flat = torch.empty(size, dtype=torch.uint8, device=device)
-        self._lent.append(flat)
+        self._used.append(flat)
         return flat[:size].view(dtype).view(rows, columns)
 
-    def give_back(self) -> None:
-        """Keep the largest of the buffers, lent and idle, for the next call."""
-        buffers = sorted([*_shelf.buffers, *self._lent], key=Tensor.numel, reverse=True)
-        self._lent = []
-        _shelf.buffers, kept = [], 0
+    def release(self) -> None:
+        """Keep the largest of the buffers, used and idle, for the next run."""
+        buffers = sorted([*_idle.buffers, *self._used], key=Tensor.numel, reverse=True)
+        self._used = []
+        _idle.buffers, kept = [], 0
         for buffer in buffers[:2]:  # a policy's and a reference's
             if kept + buffer.numel() <= _KEPT_BYTES:
-                _shelf.buffers.append(buffer)
+                _idle.buffers.append(buffer)
                 kept += buffer.numel()
 
 
 def release_workspaces() -> None:
     """Free this thread's idle workspaces: at most 256 MiB, kept between calls for speed."""
-    _shelf.buffers = []
+    _idle.buffers = []
 
 
 def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -55,7 +55,7 @@ def multiprocessors(device: torch.device) -> int:
     return int(getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count)
 
 
-def warp_size(device: torch.device) -> int:
+def warp_size_of(device: torch.device) -> int:
     """Return the threads of a warp: 64 on AMD's data-centre cards, 32 elsewhere."""
     if device.type == "cuda" and torch.version.hip is not None:
         return int(torch.cuda.get_device_properties(device).warp_size)

@@ -30,7 +30,7 @@ from efface.hf.adapters import AdapterReference, add_lora, check_mergeable
 from efface.hf.head import fuse, head_of, packed_hidden, unfuse
 from efface.hf.head_loss import HeadLoss
 from efface.hf.score import store_logprobs
-from efface_kernels.linear_loss import sequence_loss
+from efface_kernels.linear_loss import fused_loss
 
 peft = pytest.importorskip("peft", reason="needs peft: pip install 'efface[lora]'")
 
@@ -126,14 +126,14 @@ def test_a_young_adapter_on_a_bf16_head_counts() -> None:
 
 def test_a_frozen_head_gets_no_gradient_and_costs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    run_loop = sequence_loss.run_loop
+    run_loop = fused_loss.run_loop
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         result = run_loop(*args, **kwargs)
         seen.append((kwargs["wanted"], result[1].weight))
         return result
 
-    monkeypatch.setattr(sequence_loss, "run_loop", watched)
+    monkeypatch.setattr(fused_loss, "run_loop", watched)
     UnlearnTrainer(
         adapted(model=tiny_llama()),
         arguments(tmp_path, max_steps=2),

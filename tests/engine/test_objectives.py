@@ -34,9 +34,8 @@ from efface import (
 )
 from efface.batching import Role, StepTotals
 from efface.hf.reference import reference_kind
-from efface.objectives import StepTerms, known_objectives, registry
-from efface.objectives.npo import npo_terms
-from efface_kernels import Sequences
+from efface.objectives import base, known_objectives, step_terms
+from efface_kernels import Kind, SequenceRule, Sequences, Term
 
 
 def test_defaults_are_those_of_open_unlearning() -> None:
@@ -64,7 +63,7 @@ def test_beta_must_be_positive(cls: type) -> None:
 
 def test_npo_says_that_it_needs_a_reference() -> None:
     with pytest.raises(ValueError, match="give a live or cached reference"):
-        NPO().forget_terms(Sequences(torch.zeros(2), torch.tensor([0, 2])))
+        of_npo(Sequences(torch.zeros(2), torch.tensor([0, 2])))
 
 
 def test_a_step_mixes_roles_with_means_over_the_whole_step() -> None:
@@ -72,24 +71,57 @@ def test_a_step_mixes_roles_with_means_over_the_whole_step() -> None:
     sequences = Sequences(logprobs, torch.tensor([0, 1, 4]), first=0)
     totals = StepTotals(forget_sequences=5, forget_tokens=10, retain_sequences=5, retain_tokens=20)
     roles = torch.tensor([Role.FORGET, Role.RETAIN], dtype=torch.int8)
-    terms = StepTerms(GradDiff(gamma=3.0, alpha=2.0), roles, totals)(sequences)
+    terms = step_terms(GradDiff(gamma=3.0, alpha=2.0), roles, totals)(sequences)
     torch.testing.assert_close(terms, torch.tensor([3.0 * -1 / 10, 2.0 * 9 / 20]))
 
 
 def test_a_rule_needs_no_reference_where_nothing_is_forgotten_and_no_more_than_is_declared() -> None:
-    class Doubled(NPO):
-        def forget_terms(self, sequences: Sequences) -> Tensor:
-            return 2 * super().forget_terms(sequences)
-
     roles = torch.tensor([Role.RETAIN], dtype=torch.int8)
-    idle = StepTerms(DPO(), roles, StepTotals()).rule(forgets=False)
-    assert idle is not None
+    idle = step_terms(DPO(), roles, StepTotals(), forgets=False)
+    assert isinstance(idle, SequenceRule)
     assert not idle.needs_reference
     assert not idle.pairs
-    assert StepTerms(NPO(), roles, StepTotals()).rule(forgets=True) is not None
-    # whose declared term would be that of NPO
-    assert StepTerms(Doubled(), roles, StepTotals()).rule(forgets=True) is None
-    assert StepTerms(FunctionObjective(function=lambda s: s.sums), roles, StepTotals()).rule(forgets=True) is None
+    assert isinstance(step_terms(NPO(), roles, StepTotals()), SequenceRule)
+    function = FunctionObjective(function=lambda s: s.sums)
+    assert not isinstance(step_terms(function, roles, StepTotals()), SequenceRule)
+    assert isinstance(step_terms(function, roles, StepTotals(), forgets=False), SequenceRule)
+
+
+def test_a_function_under_a_declared_term_is_refused() -> None:
+    """It would never be called."""
+    with pytest.raises(TypeError, match="Doubled: defines forget_terms, but NPO declares its term, which is what counts"):
+
+        class Doubled(NPO):
+            def forget_terms(self, sequences: Sequences) -> Tensor:
+                return 2 * sequences.sums
+
+    class Own:
+        def forget_terms(self, sequences: Sequences) -> Tensor:
+            return 2 * sequences.sums
+
+    with pytest.raises(TypeError, match="Mixed: defines forget_terms, but DPO declares its term"):
+
+        class Mixed(Own, DPO):  # type: ignore[misc]
+            pass
+
+    class Chosen(Own, NPO):  # type: ignore[misc]
+        def term(self) -> Any:
+            return self.forget_terms
+
+    assert Chosen().term()(Sequences(torch.ones(2), torch.tensor([0, 2]))) == 4
+    with pytest.raises(TypeError, match="Nothing: defines no forget_terms; an objective of ours declares its `term`"):
+        type("Nothing", (Objective,), {})().term()(Sequences(torch.ones(2), torch.tensor([0, 2])))
+
+
+def test_the_weight_of_a_declared_term_counts() -> None:
+    class Twice(NPO):
+        def term(self) -> Term:
+            return Term(Kind.NPO, weight=2.0, beta=self.beta)
+
+    sequences = Sequences(torch.tensor([-1.0]), torch.tensor([0, 1]), 0, torch.tensor([-2.0]))
+    roles = torch.tensor([Role.FORGET], dtype=torch.int8)
+    one, two = (step_terms(each, roles, StepTotals(forget_sequences=3))(sequences) for each in (NPO(), Twice()))
+    assert two == 2 * one
 
 
 README = Path(efface.__file__).parent / "objectives" / "README.md"
@@ -108,7 +140,7 @@ def test_a_function_is_an_objective(tmp_path: Path) -> None:
     two = Sequences(torch.tensor([-1.0, -5.0]), torch.tensor([0, 1, 2]))
     assert names["objective"].forget_terms(two).tolist() == [2.0, 0.0]
     losses = []
-    for objective in (names["objective"], names["hinge"], FunctionObjective(function=npo, reads_reference=True)):
+    for objective in (names["objective"], names["hinge"], FunctionObjective(function=of_npo, reads_reference=True)):
         trainer = UnlearnTrainer(
             tiny_llama(),
             arguments(tmp_path, num_train_epochs=4),
@@ -128,17 +160,17 @@ def test_what_a_function_makes_of_other_rows_has_no_gradient() -> None:
     roles = torch.tensor([Role.FORGET, Role.RETAIN], dtype=torch.int8)
     logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
     sequences = Sequences(logprobs, torch.tensor([0, 1, 3]), 0, torch.tensor([-2.0, 0.0]))
-    StepTerms(objective, roles, StepTotals(forget_sequences=1, retain_tokens=2))(sequences).sum().backward()
+    step_terms(objective, roles, StepTotals(forget_sequences=1, retain_tokens=2))(sequences).sum().backward()
     assert logprobs.grad is not None
     assert logprobs.grad.tolist() == [0.5, -0.5, -0.5]
 
 
-def npo(sequences: Sequences) -> Tensor:
-    return npo_terms(sequences, beta=0.1)
+def of_npo(sequences: Sequences) -> Tensor:
+    return SequenceRule.of(torch.zeros(len(sequences), dtype=torch.int8), {0: NPO(beta=0.1).term()})(sequences)
 
 
 def test_ten_lines_make_an_objective(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry._OBJECTIVES, "_classes", known_objectives())
+    monkeypatch.setattr(base._OBJECTIVES, "_classes", known_objectives())
     names = run(BLOCKS[1])
     assert len(BLOCKS[1].strip().splitlines()) <= 18
     Hinge = names["Hinge"]
@@ -152,6 +184,15 @@ def test_ten_lines_make_an_objective(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(ValueError, match="'npo': already registered"):
         register_objective(Impostor)
+
+
+def test_a_declared_objective_is_a_rule() -> None:
+    objective = run(BLOCKS[2])["objective"]
+    roles, logprobs = torch.zeros(1, dtype=torch.int8), torch.tensor([-1.0, -2.0])
+    rule = step_terms(objective, roles, StepTotals(forget_tokens=2))
+    assert isinstance(rule, SequenceRule)
+    expected = sum(each * (1 - math.exp(each)) ** 2 for each in logprobs.tolist()) / 2
+    assert rule(Sequences(logprobs, torch.tensor([0, 2]))).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("objective", known_objectives().values(), ids=lambda o: o.name)
@@ -187,8 +228,8 @@ def test_parameters_out_of_range_are_refused(cls: Any, parameters: dict[str, Any
 
 
 def test_what_needs_a_model_says_so() -> None:
-    with pytest.raises(TypeError, match="UNDIAL: its forget loss is one of logits; it defines no forget_terms"):
-        UNDIAL().forget_terms(Sequences(torch.zeros(2), torch.tensor([0, 2])))
+    with pytest.raises(TypeError, match="UNDIAL: its forget loss is one of logits; it has no term"):
+        UNDIAL().term()
     for objective in (UNDIAL(), NPO(retain_loss_type="KL"), RMU()):
         assert objective.needs_reference_model()
         with pytest.raises(ValueError, match="which nobody caches; give 'live'"):

@@ -18,7 +18,7 @@ from efface_kernels import (
     linear_logprob,
     linear_sequence_loss,
 )
-from efface_kernels.linear_loss import logprob, workspace
+from efface_kernels.linear_loss import chunks, logprob
 
 BATCHES = ((3, 4, 5), (6, 2, 9, 4), (1, 7, 3, 3, 20), (2, 2))
 
@@ -109,7 +109,7 @@ def test_logprobs_compile_whole_and_once(compiler: str, chunk_rows: int | None) 
 def test_log_probabilities_of_one_chunk_keep_their_softmax(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled or not, up to R rows, here 4: every call of a graph keeps its own until the backward call."""
     monkeypatch.setattr(logprob, "default_chunk_rows", lambda *_, **__: 4)
-    monkeypatch.setattr(workspace, "capacity", lambda *_: 4)
+    monkeypatch.setattr(chunks, "chunk_capacity", lambda *_: 4)
     planned = []
     plan = logprob.plan_pieces
     monkeypatch.setattr(logprob, "plan_pieces", lambda *given: planned.append(given) or plan(*given))
@@ -119,11 +119,11 @@ def test_log_probabilities_of_one_chunk_keep_their_softmax(compiled: bool, monke
         return linear_logprob(model.hidden(x), model.head.weight, targets, bias=model.head.bias).sum()
 
     run = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
-    for n, chunks in ((4, 0), (5, 2)):  # of the forward and of the backward call
+    for n, calls in ((4, 0), (5, 2)):  # of the forward and of the backward call
         planned.clear()
         x, targets, _ = batch((n,), torch.bfloat16)
         gradients(model, run(x, targets))
-        assert planned == [(n, 4)] * chunks
+        assert planned == [(n, 4)] * calls
 
 
 @pytest.mark.parametrize("compiled", [False, True])

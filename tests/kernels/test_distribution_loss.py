@@ -8,7 +8,7 @@ from torch import Tensor
 
 import oracle
 from efface_kernels import Head, ReferenceRows, linear_distribution_loss, memory, release_workspaces
-from efface_kernels.linear_loss import wide_logits, workspace
+from efface_kernels.linear_loss import chunks, wide_logits
 from efface_kernels.linear_loss.chunks import plan_pieces
 from efface_kernels.linear_loss.distribution_loss import DistributionLossOutput
 from efface_kernels.linear_loss.look import DistributionLook
@@ -245,7 +245,7 @@ def test_bitwise_repeatable_whatever_a_reused_workspace_held() -> None:
     release_workspaces()
     first = run(case, problem, 1.0).loss
     expected = gradients(first, problem)
-    for buffer in memory._shelf.buffers:
+    for buffer in memory._idle.buffers:
         buffer.fill_(255)  # NaN
     again = run(case, problem, 1.0).loss
     assert torch.equal(again, first)
@@ -263,10 +263,10 @@ def test_padded_rows_of_a_workspace_change_nothing(
     expected = run(case, problem, 1.0, backend=backend).loss
     wanted = gradients(expected, problem)
 
-    def padded(_loan: memory.Loan, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def padded(_pool: memory.BufferPool, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.full((rows, columns + 3), torch.nan, dtype=dtype, device=device)[:, :columns]
 
-    monkeypatch.setattr(memory.Loan, "matrix", padded)
+    monkeypatch.setattr(memory.BufferPool, "matrix", padded)
     got = run(case, problem, 1.0, backend=backend).loss
     torch.testing.assert_close(got, expected)
     eps = torch.finfo(dtype).eps  # another stride may be another GEMM kernel
@@ -275,17 +275,17 @@ def test_padded_rows_of_a_workspace_change_nothing(
 
 
 def test_rows_are_those_of_fp32_logits_and_halved_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workspace, "_known", {})
-    monkeypatch.setattr(workspace, "_refused", set())
-    tried, matrix = [], memory.Loan.matrix
+    monkeypatch.setattr(chunks, "_known", {})
+    monkeypatch.setattr(chunks, "_refused", set())
+    tried, matrix = [], memory.BufferPool.matrix
 
-    def short(loan: memory.Loan, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def short(pool: memory.BufferPool, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         tried.append(rows * dtype.itemsize // 4)
         if tried[-1] > 300:
             raise torch.OutOfMemoryError("no")
-        return matrix(loan, rows, columns, dtype, device)
+        return matrix(pool, rows, columns, dtype, device)
 
-    monkeypatch.setattr(memory.Loan, "matrix", short)
+    monkeypatch.setattr(memory.BufferPool, "matrix", short)
     case = Case("short", (600,), vocabulary=35000, hidden_size=1)
     assert run(case, oracle.make(case, torch.bfloat16)).loss.isfinite()
     assert tried == [600, 256, 256]

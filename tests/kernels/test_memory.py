@@ -11,8 +11,7 @@ from efface_kernels.linear_loss.wide_logits import _has_fast_bfloat16
 
 SCRIPT = """
 import json, torch
-from efface.objectives.npo import npo_terms
-from efface_kernels import Head, ReferenceRows, linear_sequence_loss
+from efface_kernels import Head, Kind, ReferenceRows, SequenceRule, Term, linear_sequence_loss
 
 def status(name):
     with open("/proc/self/status") as lines:
@@ -23,8 +22,9 @@ def loss(n, d, v, chunk_rows):
     weight, frozen = (torch.randn(v, d).bfloat16() for _ in range(2))
     hidden.requires_grad_(), weight.requires_grad_()
     targets, offsets = torch.randint(v, (n,)), list(range(0, n + 1, 32))
+    terms = SequenceRule.of(torch.zeros(len(offsets) - 1, dtype=torch.int8), {0: Term(Kind.NPO, beta=0.1)})
     def run():
-        out = linear_sequence_loss(hidden, weight, targets, offsets, lambda s: npo_terms(s, beta=0.1),
+        out = linear_sequence_loss(hidden, weight, targets, offsets, terms,
                                    reference=ReferenceRows(reference, Head(frozen)), chunk_rows=chunk_rows)
         return torch.autograd.grad(out.loss, [hidden, weight])
     return run

@@ -12,6 +12,7 @@ from torch import Tensor
 from efface_kernels import (
     Head,
     Kind,
+    Logits,
     ReferenceRows,
     RowOffsets,
     SequenceRule,
@@ -21,12 +22,10 @@ from efface_kernels import (
     linear_sequence_loss,
     row_pass,
 )
-from efface_kernels.linear_loss.workspace import budget
-from efface_kernels.logits import Logits
+from efface_kernels.linear_loss.chunks import budget
 from efface_kernels.memory import aligned
-from efface_kernels.row_pass.config import launch_config
-from efface_kernels.row_pass.op import row_pass_triton
-from efface_kernels.scale_pass import scale_pass
+from efface_kernels.row_pass.launch import launch_config, row_pass_triton
+from efface_kernels.scale_pass.op import scale_pass
 
 # One process's: they ask for much of the memory, and what one leaves free of it is what the next one finds.
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("on_gpu")]

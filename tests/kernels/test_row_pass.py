@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from efface_kernels import checks, native, row_pass
+from efface_kernels import backends, native, row_pass
 from efface_kernels import logits as logits_module
 
 
@@ -131,7 +131,7 @@ def test_a_missing_extension_warns_once_and_falls_back(monkeypatch: pytest.Monke
     logits, targets = torch.randn(3, 5), torch.tensor([0, 4, 2])
     expected = row_pass(logits.clone(), targets, backend="torch").logprobs
     monkeypatch.setattr(native, "IMPORT_ERROR", ImportError("no such module"))
-    checks._warn_missing_extension.cache_clear()
+    backends._warn_missing_extension.cache_clear()
     with pytest.warns(UserWarning, match="efface_native cannot be imported .* plain torch"):
         assert torch.equal(row_pass(logits.clone(), targets).logprobs, expected)
     row_pass(logits.clone(), targets)  # a second warning would be an error

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from efface_kernels import triton_launch
-from efface_kernels.scale_pass import config, scale_pass
+from efface_kernels.scale_pass import launch
+from efface_kernels.scale_pass.op import scale_pass
 
 # NumPy warns of ∞ times the lanes that the interpreted kernel then leaves out
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -70,14 +71,14 @@ def test_nothing_is_moved_where_the_factor_is_one(triton_backend: str, monkeypat
 
 
 def test_more_entries_than_programs_take_in_one_step(triton_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "_RESIDENT", 1)  # two programs in the interpreter
+    monkeypatch.setattr(launch, "_RESIDENT", 1)  # two programs in the interpreter
     values = torch.randn(2048 * 10 + 17)
     out = scale_pass(values.clone(), factor_of(values, 2.0), dtype=torch.float32, keep=False, backend=triton_backend)
     assert torch.equal(out, 2 * values)
 
 
 def test_launch_configuration() -> None:
-    launch = config.launch_config()
-    assert (launch.block, launch.num_warps) == (2048, 8)
-    assert config.launch_config(64).num_warps == 4
+    config = launch.launch_config()
+    assert (config.block, config.num_warps) == (2048, 8)
+    assert launch.launch_config(64).num_warps == 4
     assert [launch.programs(blocks, torch.device("cpu")) for blocks in (1, 16, 17, 128256)] == [1, 16, 16, 16]

@@ -7,11 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from efface_kernels import distribution_pass, row_pass, triton_launch
-from efface_kernels.distribution_pass.config import launch_config as distribution_config
-from efface_kernels.logits import Logits
-from efface_kernels.row_pass.config import launch_config
-from efface_kernels.row_pass.op import row_pass_triton
+from efface_kernels import Logits, distribution_pass, row_pass, triton_launch
+from efface_kernels.distribution_pass.launch import launch_config as distribution_config
+from efface_kernels.row_pass.launch import launch_config, row_pass_triton
 from efface_kernels.triton_launch import LaunchConfig
 
 pytest.importorskip("triton")

@@ -89,7 +89,7 @@ def test_a_pair_has_17_bits(rows: int, depth: int, vocabulary: int, monkeypatch:
     if not wide_logits._subtracts_before_rounding(depth):
         pytest.skip("this machine's bf16 GEMM rounds before it subtracts")
     hidden, weight = torch.randn(rows, depth).bfloat16(), torch.randn(vocabulary, depth).bfloat16()
-    logits = WideLogits(hidden, Head(weight), memory.Loan(), rows, pairs=True)(slice(0, rows))
+    logits = WideLogits(hidden, Head(weight), memory.BufferPool(), rows, pairs=True)(slice(0, rows))
     assert logits.residual is not None
     exact = hidden.double() @ weight.double().t()
     error = (logits.values.double() + logits.residual.double() - exact).abs()
@@ -139,10 +139,10 @@ def test_padded_rows_of_a_workspace_change_nothing(way: str, cpu_backend: str, m
     expected = loss_of(case, problem, cpu_backend, shift=1.0)
     wanted = torch.autograd.grad(expected, list(problem.leaves().values()))
 
-    def padded(_loan: memory.Loan, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def padded(_pool: memory.BufferPool, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.full((rows, columns + 3), torch.nan, dtype=dtype, device=device)[:, :columns]
 
-    monkeypatch.setattr(memory.Loan, "matrix", padded)
+    monkeypatch.setattr(memory.BufferPool, "matrix", padded)
     got = loss_of(case, problem, cpu_backend, shift=1.0)
     torch.testing.assert_close(got, expected)
     eps = torch.finfo(torch.bfloat16).eps  # another stride may be another GEMM kernel
@@ -191,7 +191,7 @@ def test_pairs_are_for_bf16_heads_without_a_bias_on_fast_machines(monkeypatch: p
 
     def residual(dtype: torch.dtype, *, biased: bool = False, pairs: bool = True) -> Tensor | None:
         head = Head(weight.to(dtype), bias.to(dtype) if biased else None)
-        return WideLogits(torch.randn(2, 4).to(dtype), head, memory.Loan(), 2, pairs=pairs)(slice(0, 2)).residual
+        return WideLogits(torch.randn(2, 4).to(dtype), head, memory.BufferPool(), 2, pairs=pairs)(slice(0, 2)).residual
 
     assert residual(torch.bfloat16) is not None
     assert residual(torch.bfloat16, pairs=False) is None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import oracle
 from efface_kernels import Head, Kind, ReferenceRows, SequenceRule, Term, linear_sequence_loss, memory
-from efface_kernels.linear_loss import models, workspace
+from efface_kernels.linear_loss import chunks, look
 from oracle import Case, Problem
 
 CASES = (
@@ -48,11 +48,11 @@ def test_padded_rows_change_nothing(
     problem = oracle.make(case, dtype)
     expected, made = run(case, problem, backend), []
 
-    def padded(_loan: memory.Loan, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def padded(_pool: memory.BufferPool, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         made.append(torch.full((rows, columns + 3), torch.nan, dtype=dtype, device=device))
         return made[-1][:, :columns]
 
-    monkeypatch.setattr(memory.Loan, "matrix", padded)
+    monkeypatch.setattr(memory.BufferPool, "matrix", padded)
     for got, want in zip(run(case, problem, backend), expected, strict=True):
         eps = torch.finfo(got.dtype).eps  # another stride may be another GEMM kernel
         torch.testing.assert_close(got, want, rtol=4 * eps, atol=4 * eps * oracle.rms(want))
@@ -66,16 +66,16 @@ def test_one_workspace_for_both_models_changes_no_bit(
     case: Case, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = oracle.make(case, torch.float32)
-    lent, matrix = [], memory.Loan.matrix
+    lent, matrix = [], memory.BufferPool.matrix
 
     def noted(*arguments: object) -> Tensor:
         lent.append(arguments)
         return matrix(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(memory.Loan, "matrix", noted)
+    monkeypatch.setattr(memory.BufferPool, "matrix", noted)
     results = []
     for shares in (False, True):
-        monkeypatch.setattr(models, "shares_workspace", lambda *_, shares=shares: shares)
+        monkeypatch.setattr(look, "shares_workspace", lambda *_, shares=shares: shares)
         results.append(run(case, problem, backend))
     assert len(lent) == 2 + 1
     for one, two in zip(*results, strict=True):
@@ -124,9 +124,9 @@ def test_fresh_memory_full_of_nan_changes_nothing(case: Case, backend: str) -> N
 
 
 def test_who_shares_a_workspace() -> None:
-    assert not models.shares_workspace("cpu", 1 << 40, 512 << 20)
-    assert not models.shares_workspace("cuda", 512 << 20, 512 << 20)
-    assert models.shares_workspace("cuda", 1 << 30, 512 << 20)
+    assert not look.shares_workspace("cpu", 1 << 40, 512 << 20)
+    assert not look.shares_workspace("cuda", 512 << 20, 512 << 20)
+    assert look.shares_workspace("cuda", 1 << 30, 512 << 20)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -167,8 +167,8 @@ def test_a_device_without_such_a_gemm_is_found_out(monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workspace, "_known", {})
-    monkeypatch.setattr(workspace, "_refused", set())
+    monkeypatch.setattr(chunks, "_known", {})
+    monkeypatch.setattr(chunks, "_refused", set())
 
 
 def refusing(limit: int, tried: list[int], n: int = 3000) -> Callable[[int], int]:
@@ -186,21 +186,21 @@ def refusing(limit: int, tried: list[int], n: int = 3000) -> Callable[[int], int
 @pytest.mark.usefixtures("_nothing_known")
 def test_rows_are_halved_where_the_device_refuses_the_memory() -> None:
     hidden, head, tried = torch.zeros(3000, 1), Head(torch.zeros(1000, 1)), []
-    assert workspace.run_within_memory(refusing(800, tried), None, hidden, head) == 512
+    assert chunks.run_within_memory(refusing(800, tried), None, hidden, head) == 512
     assert tried == [4096, 1280, 512]
-    assert workspace.run_within_memory(refusing(800, tried), None, hidden, head) == 512  # remembered
+    assert chunks.run_within_memory(refusing(800, tried), None, hidden, head) == 512  # remembered
     with pytest.raises(torch.OutOfMemoryError):
-        workspace.run_within_memory(refusing(100, tried), None, hidden, head)
+        chunks.run_within_memory(refusing(100, tried), None, hidden, head)
     assert tried[-1] == 256
     tried.clear()
     with pytest.raises(torch.OutOfMemoryError):  # what was asked for is kept to
-        workspace.run_within_memory(refusing(800, tried), 2000, hidden, head)
+        chunks.run_within_memory(refusing(800, tried), 2000, hidden, head)
     assert tried == [2000]
 
 
 @pytest.mark.usefixtures("_nothing_known")
 def test_all_rows_are_one_chunk_where_that_takes_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workspace, "capacity", lambda *_: 2048)
+    monkeypatch.setattr(chunks, "chunk_capacity", lambda *_: 2048)
 
     def rows(
         n: int, d: int, dtype: torch.dtype = torch.bfloat16, given: int | None = None, *, sums: bool = True
@@ -210,7 +210,7 @@ def test_all_rows_are_one_chunk_where_that_takes_no_more_memory(monkeypatch: pyt
             Head(torch.empty(999, d, dtype=dtype, device="meta")),
         )
         logits_bytes = (lambda some: 2 * 999 * some) if sums else None
-        return workspace.run_within_memory(lambda some: some, given, hidden, head, sums_weight=logits_bytes)
+        return chunks.run_within_memory(lambda some: some, given, hidden, head, sums_weight=logits_bytes)
 
     assert rows(2048 + 2 * 64, 64) == 2176  # the device has no GEMM that adds in fp32, so there is a product
     assert rows(2048 + 2 * 64 + 1, 64) == 2048
@@ -223,7 +223,7 @@ def test_all_rows_are_one_chunk_where_that_takes_no_more_memory(monkeypatch: pyt
 
 @pytest.mark.usefixtures("_nothing_known")
 def test_one_chunk_is_not_tried_again_where_it_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workspace, "default_chunk_rows", lambda *_: 2048)
+    monkeypatch.setattr(chunks, "default_chunk_rows", lambda *_: 2048)
     hidden, head = torch.zeros(3000, 512, dtype=torch.bfloat16), Head(torch.zeros(999, 512, dtype=torch.bfloat16))
     tried: list[int] = []
 
@@ -232,26 +232,26 @@ def test_one_chunk_is_not_tried_again_where_it_was_refused(monkeypatch: pytest.M
 
     for expected in ([3000, 2048, 1024], [1024]):
         tried.clear()
-        assert workspace.run_within_memory(refusing(1500, tried), None, hidden, head, sums_weight=logits_bytes) == 1024
+        assert chunks.run_within_memory(refusing(1500, tried), None, hidden, head, sums_weight=logits_bytes) == 1024
         assert tried == expected
 
 
 @pytest.mark.parametrize("live", [False, True])
 def test_the_layout_counts_what_the_loop_takes(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    lent, matrix = [], memory.Loan.matrix
+    lent, matrix = [], memory.BufferPool.matrix
 
     def noted(*arguments: object) -> Tensor:
         lent.append(matrix(*arguments))  # type: ignore[arg-type]
         return lent[-1]
 
-    monkeypatch.setattr(memory.Loan, "matrix", noted)
+    monkeypatch.setattr(memory.BufferPool, "matrix", noted)
     for shares, same, m in itertools.product((False, True), (False, True), (0, 3, 8)):
         lent.clear()
-        monkeypatch.setattr(models, "shares_workspace", lambda *_, shares=shares: shares)
+        monkeypatch.setattr(look, "shares_workspace", lambda *_, shares=shares: shares)
         hidden, head = torch.zeros(8, 4), Head(torch.zeros(11, 4))
         frozen = ReferenceRows(torch.zeros(m, 4), head if same else Head(torch.zeros(13, 4))) if live else None
-        models.Models(hidden, head, frozen, 5, memory.Loan(), "torch")
-        layout = models.Layout.of(5, hidden, head, frozen)
+        look.Models(hidden, head, frozen, 5, memory.BufferPool(), "torch")
+        layout = look.Layout.of(5, hidden, head, frozen)
         assert layout.nbytes(hidden, head, frozen) == sum(each.nbytes for each in lent)
 
 
@@ -274,13 +274,13 @@ def test_free_memory_is_the_drivers_and_the_allocators(monkeypatch: pytest.Monke
             return SimpleNamespace(total_memory=1000)
 
     monkeypatch.setattr(torch, "get_device_module", lambda _: Module)
-    assert workspace.free_bytes(torch.device("xpu")) == 130
-    assert workspace.total_bytes(torch.device("xpu")) == 1000
-    assert workspace.free_bytes(torch.device("cpu")) is workspace.total_bytes(torch.device("cpu")) is None
-    assert workspace.budget(torch.device("cpu")) == 128 << 20
+    assert chunks.free_memory(torch.device("xpu")) == 130
+    assert chunks.device_memory(torch.device("xpu")) == 1000
+    assert chunks.free_memory(torch.device("cpu")) is chunks.device_memory(torch.device("cpu")) is None
+    assert chunks.budget(torch.device("cpu")) == 128 << 20
     monkeypatch.setattr(torch, "get_device_module", lambda _: object)
-    assert workspace.free_bytes(torch.device("mps")) is workspace.total_bytes(torch.device("mps")) is None
-    assert workspace.budget(torch.device("mps")) == 512 << 20
+    assert chunks.free_memory(torch.device("mps")) is chunks.device_memory(torch.device("mps")) is None
+    assert chunks.budget(torch.device("mps")) == 512 << 20
 
 
 def test_aligned_rows() -> None:

@@ -23,7 +23,7 @@ from efface_kernels import (
     memory,
     triton_launch,
 )
-from efface_kernels.linear_loss import chunks, models
+from efface_kernels.linear_loss import chunks, look
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -94,7 +94,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], tupl
 def test_launches_are_those_of_a_call(
     mode: str, chunk_rows: int, in_turn: bool, count: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (models, expected):
+    for module in (look, expected):
         monkeypatch.setattr(module, "shares_workspace", lambda *_: in_turn)
     n, d, v = 256, 8, 50
     hidden, weight = (torch.randn(size, d, dtype=torch.bfloat16).requires_grad_() for size in (n, v))

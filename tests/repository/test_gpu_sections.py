@@ -103,7 +103,7 @@ def test_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     agreed, auto = section.rows
     assert agreed["fault"] is None
     assert auto["auto"] in ("native", "torch")
-    monkeypatch.setattr(trial.trial, "disagreement", lambda *_: "the row pass differs")
+    monkeypatch.setattr(trial.backends, "disagreement", lambda *_: "the row pass differs")
     with pytest.raises(ArithmeticError, match="the row pass differs"):
         trial.run(section.run)
     assert section.rows[-2]["fault"] == "the row pass differs"

@@ -1,12 +1,15 @@
 """The plan of the house: who may import whom, and what an import costs."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import efface_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,6 +76,21 @@ def test_nothing_imports_upward(folder: str) -> None:
                 continue
             allowed = any(module == name or module.startswith(name + ".") for name in FLOORS[folder])
             assert allowed, f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_the_engine_takes_what_the_kernels_export() -> None:
+    """Benchmarks measure single kernels, and take launches and plans from inside."""
+    exported = set(efface_kernels.__all__)
+    inside = re.compile(r"efface_kernels\.(jit|memory|triton_launch|backends|\w+\.(kernel|launch|chunks))")
+    for path in [*(ROOT / "engine").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            if module == "efface_kernels":
+                taken = {name.name for name in node.names} - exported
+                assert not taken or (path.is_relative_to(ROOT / "benchmarks") and taken == {"backends"}), path
+            elif module is not None and module.startswith("efface_kernels."):
+                assert path.is_relative_to(ROOT / "benchmarks"), path
+                assert inside.fullmatch(module), f"{path}: {module}"
 
 
 def test_every_package_stands_on_a_floor() -> None:

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from benchmarks.gpu.section import Run
 from benchmarks.timing import medians
-from efface_kernels.distribution_pass.config import launch_config as distribution_config
-from efface_kernels.distribution_pass.op import distribution_pass_triton
-from efface_kernels.logits import Logits
+from efface_kernels import Logits
+from efface_kernels.distribution_pass.launch import distribution_pass_triton
+from efface_kernels.distribution_pass.launch import launch_config as distribution_config
 from efface_kernels.memory import aligned
-from efface_kernels.row_pass.config import launch_config as row_config
-from efface_kernels.row_pass.op import row_pass_triton
-from efface_kernels.scale_pass.config import launch_config as scale_config
-from efface_kernels.scale_pass.op import scale_pass_triton
+from efface_kernels.row_pass.launch import launch_config as row_config
+from efface_kernels.row_pass.launch import row_pass_triton
+from efface_kernels.scale_pass.launch import launch_config as scale_config
+from efface_kernels.scale_pass.launch import scale_pass_triton
 from efface_kernels.triton_launch import LaunchConfig
 
 _ROUNDS = 7

@@ -15,7 +15,7 @@ KERNELS = ROOT / "tests" / "kernels"
 # What only a GPU can show comes first, then the oracle tests of each op.
 FILES = (
     "on_gpu",
-    "trial",
+    "backends",
     "row_pass",
     "distribution_pass",
     "linear_loss_rule",

@@ -5,8 +5,7 @@ import time
 import torch
 
 from benchmarks.gpu.section import Run
-from efface_kernels import trial
-from efface_kernels.checks import resolve_backend
+from efface_kernels import backends, resolve_backend
 
 
 def run(run: Run) -> None:
@@ -20,7 +19,7 @@ def run(run: Run) -> None:
     faults = {}
     for dtype in dtypes:
         begin = time.perf_counter()
-        fault = trial.disagreement(device, (dtype,), *((101,) if run.smoke else ()))
+        fault = backends.disagreement(device, (dtype,), *((101,) if run.smoke else ()))
         seconds = time.perf_counter() - begin
         said = f"{dtype}: {fault or 'every pass gives what torch gives'}; {seconds:.1f} s with compilation"
         run.row(said, dtype=str(dtype), fault=fault, seconds=seconds)

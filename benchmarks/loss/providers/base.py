@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.loss.inputs import LossInputs, Shape
 from benchmarks.loss.objectives import FLOOR, FUNCTIONS, KL
-from efface_kernels.linear_loss.sequences import segment_sums
+from efface_kernels import segment_sums
 
 Gradients = tuple[Tensor, ...]  # of ``LossInputs.wanted``
 Found = tuple[list["Provider"], list[str]]  # providers of a shape, and why others are missing

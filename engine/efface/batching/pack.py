@@ -12,8 +12,7 @@ from torch import Tensor
 
 from efface.batching.roles import Role
 from efface.batching.store import TokenStore
-from efface_kernels import RowOffsets
-from efface_kernels.transfer import to_device
+from efface_kernels import RowOffsets, to_device
 
 Indices = Sequence[int] | NDArray[np.int64]
 

@@ -26,7 +26,7 @@ from efface.hf.templates import AUTO, TEMPLATES
 from efface.hf.trainer import accumulation_steps, pairs_per_step, unlearning_stores
 from efface.objectives import Objective
 from efface.recipes import Recipe
-from efface_kernels.linear_loss.workspace import total_bytes
+from efface_kernels import device_memory
 
 Lines = dict[str, Any]
 
@@ -327,7 +327,7 @@ def _needs(
             and objective.reads != "activations",
             token_budget=args.token_budget,
             chunk_rows=args.chunk_rows,
-            gpu_bytes=total_bytes(torch.device("cuda")) if torch.cuda.is_available() else None,
+            gpu_bytes=device_memory(torch.device("cuda")) if torch.cuda.is_available() else None,
             checkpointing=checkpointing,
         ),
     )

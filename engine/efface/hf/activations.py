@@ -14,8 +14,7 @@ from efface.hf.adapted_head import base_of
 from efface.hf.head_loss import HeadLoss, StepOutput
 from efface.hf.packing import decoder_of
 from efface.objectives import RMU
-from efface_kernels.linear_loss.sequences import segment_sums
-from efface_kernels.transfer import to_device
+from efface_kernels import segment_sums, to_device
 
 
 @dataclass(frozen=True)

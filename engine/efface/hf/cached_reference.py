@@ -17,7 +17,7 @@ from efface.hf.recipe import DataFacts
 from efface.hf.score import packed_logprobs
 from efface.hf.token_cache import cache_folder
 from efface.reference import DistinctSequences, ReferenceCache
-from efface_kernels.logits import accumulation_dtype
+from efface_kernels import accumulation_dtype
 
 NO_FILE = "none"
 _SAMPLE = 4  # sequences of the file that are scored anew

@@ -29,8 +29,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
 from efface.hf.packing import decoder_of
-from efface_kernels.linear_loss.chunks import default_chunk_rows, logits_budget, one_chunk_is_smaller
-from efface_kernels.linear_loss.models import shares_workspace
+from efface_kernels import default_chunk_rows, logits_budget, one_chunk_is_smaller, shares_workspace
 
 _ATTENTION = "efface_counted"
 _TOKENS = 16

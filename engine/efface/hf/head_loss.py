@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from efface.batching import PackedBatch, Role, StepTotals
-from efface.objectives import Objective, StepTerms
+from efface.objectives import Objective, step_terms
 from efface.objectives.role_loss import HeadRows, RoleLoss
-from efface_kernels import Head, ReferenceRows, linear_sequence_loss
-from efface_kernels.checks import resolve_backend
-from efface_kernels.logits import accumulation_dtype
+from efface_kernels import Head, ReferenceRows, accumulation_dtype, linear_sequence_loss
 
 
 class StepOutput(NamedTuple):
@@ -73,15 +71,12 @@ class HeadLoss:
 
     def _of_logprobs(self, hidden: Tensor, head: Head, part: PackedBatch, sums: Tensor | None) -> StepOutput:
         paired = self.objective is not None and self.objective.forget_data == "both"
-        terms, rule = StepTerms(self.objective, part.roles, self.totals), None
-        if resolve_backend(self.backend, hidden.device) == "triton":
-            rule = terms.rule(forgets=part.forget_sequences > 0)
         out = linear_sequence_loss(
             hidden,
             head.weight,
             part.targets,
             part.label_offsets,
-            rule or terms,
+            step_terms(self.objective, part.roles, self.totals, forgets=part.forget_sequences > 0),
             bias=head.bias,
             softcap=head.softcap,
             reference=self.forget_reference if part.forget_sequences else None,

@@ -87,7 +87,7 @@ from efface.objectives import (
     SatImp,
     SimNPO,
 )
-from efface_kernels.transfer import to_device
+from efface_kernels import to_device
 
 IGNORE = -100
 DUAL_EPOCHS = 2**32

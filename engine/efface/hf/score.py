@@ -12,9 +12,7 @@ from transformers import PreTrainedModel
 
 from efface.batching import Role, TokenStore, pack_items
 from efface.hf.head import head_of, packed_hidden, use_packed_attention
-from efface_kernels import linear_logprob
-from efface_kernels.linear_loss.sequences import segment_sums
-from efface_kernels.logits import accumulation_dtype
+from efface_kernels import accumulation_dtype, linear_logprob, segment_sums
 
 
 def budgeted(store: TokenStore, index: NDArray[np.int64], token_budget: int) -> Iterator[NDArray[np.int64]]:

@@ -1,14 +1,15 @@
-"""What an objective is: per-sequence loss terms, and means that run over the whole optimizer step."""
+"""What an objective is: loss terms of forget and retain sequences, and means that run over the whole optimizer step."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from efface.batching.roles import Role, StepTotals
 from efface.objectives.role_loss import DistributionLoss, RoleLoss
-from efface_kernels import Kind, SequenceRule, Sequences, Term
+from efface.registry import Registry
+from efface_kernels import Kind, SequenceRule, Sequences, Term, TermFunction
 
 RETAIN_LOSS_TYPES = ("NLL", "KL")
 
@@ -17,7 +18,8 @@ RETAIN_LOSS_TYPES = ("NLL", "KL")
 class Objective:
     """loss = gamma · mean(forget terms) + alpha · retain loss.
 
-    Parameter names are those of open-unlearning. A subclass sets the class variables and ``forget_terms``.
+    Parameter names are those of open-unlearning. A subclass sets the class variables and defines ``forget_terms``, or
+    declares its ``term``.
 
     Attributes:
         gamma: weight of the forget term.
@@ -29,7 +31,7 @@ class Objective:
         forget_data: the answers that a forget question comes with: its own, an alternate (refusals, or a column), or
             both, as a pair.
         needs_reference: whether ``Sequences.reference_sums`` is read.
-        reads: what the forget loss is a function of; "logits" and "activations" define no ``forget_terms``.
+        reads: what the forget loss is a function of; "logits" and "activations" have no ``term``.
     """
 
     gamma: float = 1.0
@@ -45,23 +47,41 @@ class Objective:
     def __post_init__(self) -> None:
         check_choice("retain_loss_type", self.retain_loss_type, RETAIN_LOSS_TYPES)
 
-    def forget_terms(self, sequences: Sequences) -> Tensor:
-        """Return the loss terms (s,) of forget sequences, not yet divided by what the mean runs over.
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Raise TypeError for a class whose ``forget_terms`` would not be asked."""
+        super().__init_subclass__(**options)
+        mro = cls.__mro__
+        function, term = (
+            next(place for place, base in enumerate(mro) if name in vars(base)) for name in ("forget_terms", "term")
+        )
+        if function < term and mro[term] is not Objective:
+            raise TypeError(
+                f"{cls.__name__}: defines forget_terms, but {mro[term].__name__} declares its term, which is what "
+                "counts; derive from Objective, or define `term` too"
+            )
+
+    def term(self) -> Term | TermFunction:
+        """Return the loss term of a forget sequence, not yet divided by what the mean runs over.
+
+        Declared as one of ``efface_kernels.Kind`` with its parameters, or a function of ``Sequences``.
 
         Raises:
             TypeError: the forget loss is no function of log-probabilities.
         """
-        raise TypeError(f"{type(self).__name__}: its forget loss is one of {self.reads}; it defines no forget_terms")
+        if self.reads != "logprobs":
+            raise TypeError(f"{type(self).__name__}: its forget loss is one of {self.reads}; it has no term")
+        return self.forget_terms
 
-    def forget_term(self) -> Term | None:
-        """Return what ``forget_terms`` computes, declared for the Triton backend's one launch; None: a function only.
+    def forget_terms(self, sequences: Sequences) -> Tensor:
+        """Return the loss terms (s,) of forget sequences: what an objective of your own defines, in torch.
 
-        Whoever overrides ``forget_terms`` overrides this as well, or is computed by the function.
+        Raises:
+            TypeError: there is no such function.
         """
-        return None
+        raise TypeError(f"{type(self).__name__}: defines no forget_terms; an objective of ours declares its `term`")
 
     def forget_loss(self) -> RoleLoss | None:
-        """Return what takes the place of ``forget_terms`` where log-probabilities are not enough."""
+        """Return what takes the place of ``term`` where log-probabilities are not enough."""
         return None
 
     def retain_loss(self) -> RoleLoss | None:
@@ -90,11 +110,6 @@ class Objective:
         return self.alpha / max(totals.retain_tokens, 1)
 
 
-def nll_terms(sequences: Sequences) -> Tensor:
-    """−L_s. Divided by the label tokens it is the cross entropy of a Hugging Face causal language model."""
-    return -sequences.sums
-
-
 def check_positive(name: str, value: float) -> None:
     """Raise ValueError unless ``value`` is positive."""
     if not value > 0:
@@ -113,71 +128,73 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}`: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def reference_sums(sequences: Sequences, name: str) -> Tensor:
-    """Return L_ref (s,), which ``name`` cannot do without.
+def step_terms(
+    objective: Objective | None, roles: Tensor, totals: StepTotals, *, forgets: bool = True
+) -> SequenceRule | TermFunction:
+    """Return the loss terms of a batch that mixes forget and retain sequences, for ``linear_sequence_loss``.
 
-    Raises:
-        ValueError: none were given.
-    """
-    if sequences.reference_sums is None:
-        raise ValueError(
-            f"{name} needs the reference model's sequence log-probabilities, got none; give a live or cached reference"
-        )
-    return sequences.reference_sums
+    Their sum over the micro-batches of a step, on all ranks, is the step's loss.
 
-
-@dataclass(frozen=True)
-class StepTerms:
-    """The loss terms of a batch that mixes forget and retain sequences; what ``linear_sequence_loss`` calls.
-
-    Attributes:
+    Args:
         objective: whose terms; None where every sequence is plain NLL (fine-tuning).
         roles: (S,) int8 on the device, a ``Role`` for each sequence of the batch.
         totals: of the optimizer step.
+        forgets: whether the batch has forget sequences: without them it needs neither a reference nor pairs.
     """
+    weight = 1 / max(totals.retain_tokens, 1) if objective is None else objective.retain_weight(totals)
+    terms: dict[int, Term] = {Role.RETAIN: Term(Kind.NLL, weight)}
+    if objective is None or not forgets or objective.reads != "logprobs":
+        return SequenceRule.of(roles, terms)
+    term, weight = objective.term(), objective.forget_weight(totals)
+    if not isinstance(term, Term):
+        return _OwnTerms(term, weight, roles, SequenceRule.of(roles, terms))
+    terms[Role.FORGET] = replace(term, weight=term.weight * weight)
+    if term.kind == Kind.DPO:
+        terms[Role.ALTERNATE] = Term(Kind.ALTERNATE)
+    return SequenceRule.of(roles, terms)
 
-    objective: Objective | None
-    roles: Tensor
-    totals: StepTotals
+
+@dataclass(frozen=True)
+class _OwnTerms:
+    """A user's function of the forget sequences, times a weight, and a rule for the others."""
+
+    function: TermFunction
+    weight: float
+    roles: Tensor  # (S,)
+    others: SequenceRule
 
     def __call__(self, sequences: Sequences) -> Tensor:
-        """Weighted terms (s,); their sum over the micro-batches of a step, on all ranks, is the step's loss."""
         roles = sequences.own(self.roles)
-        terms = torch.where(roles == Role.RETAIN, nll_terms(sequences) * self._retain_weight, 0)
-        if self.objective is not None and self.objective.reads == "logprobs":
-            # Others' rows are constants to it: what it makes of them, infinite perhaps, has no gradient.
-            theirs = sequences.of_rows((roles == Role.FORGET) | (roles == Role.ALTERNATE))
-            logprobs = torch.where(theirs, sequences.logprobs, sequences.logprobs.detach())
-            seen = replace(sequences, logprobs=logprobs)
-            forget = self.objective.forget_terms(seen) * self.objective.forget_weight(self.totals)
-            terms = torch.where(roles == Role.FORGET, forget, terms)
-        return terms
-
-    def rule(self, *, forgets: bool) -> SequenceRule | None:
-        """Return the same terms as a rule; None where the objective declares none.
-
-        Args:
-            forgets: whether the batch has forget sequences: without them it needs neither a reference nor pairs.
-        """
-        terms: dict[int, Term] = {Role.RETAIN: Term(Kind.NLL, self._retain_weight)}
-        objective = self.objective
-        if forgets and objective is not None and objective.reads == "logprobs":
-            term = _declared(objective)
-            if term is None:
-                return None
-            terms[Role.FORGET] = replace(term, weight=objective.forget_weight(self.totals))
-            if term.kind == Kind.DPO:
-                terms[Role.ALTERNATE] = Term(Kind.ALTERNATE)
-        return SequenceRule.of(self.roles, terms)
-
-    @property
-    def _retain_weight(self) -> float:
-        if self.objective is None:
-            return 1 / max(self.totals.retain_tokens, 1)
-        return self.objective.retain_weight(self.totals)
+        # Others' rows are constants to it: what it makes of them, infinite perhaps, has no gradient.
+        theirs = sequences.of_rows((roles == Role.FORGET) | (roles == Role.ALTERNATE))
+        logprobs = torch.where(theirs, sequences.logprobs, sequences.logprobs.detach())
+        forget = self.function(replace(sequences, logprobs=logprobs)) * self.weight
+        return torch.where(roles == Role.FORGET, forget, self.others(sequences))
 
 
-def _declared(objective: Objective) -> Term | None:
-    """Return the declared term, unless it is of a class whose ``forget_terms`` a subclass has replaced."""
-    author = next(cls for cls in type(objective).__mro__ if "forget_terms" in vars(cls))
-    return objective.forget_term() if "forget_term" in vars(author) else None
+_OBJECTIVES: Registry[Objective] = Registry("objective")
+
+T = TypeVar("T", bound=type[Objective])
+
+
+def register_objective(cls: T) -> T:
+    """Class decorator: make an ``Objective`` subclass known under its ``name``.
+
+    Raises:
+        ValueError: the name is taken by another class.
+    """
+    return _OBJECTIVES.register(cls)
+
+
+def known_objectives() -> dict[str, type[Objective]]:
+    """Return the registered classes by name."""
+    return _OBJECTIVES.known()
+
+
+def get_objective(name: str, **parameters: Any) -> Objective:
+    """Return the objective called ``name`` with the given parameters; case and underscores do not matter.
+
+    Raises:
+        ValueError: an unknown name, or a parameter that this objective does not have; both list what is known.
+    """
+    return _OBJECTIVES.make(name, **parameters)

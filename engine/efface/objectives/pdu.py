@@ -3,8 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from efface.objectives.base import Objective, check_choice
-from efface.objectives.registry import register_objective
+from efface.objectives.base import Objective, check_choice, register_objective
 from efface.objectives.role_loss import MarginLoss, RoleLoss
 
 

@@ -6,8 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from efface.objectives.base import RETAIN_LOSS_TYPES, Objective, check_choice
-from efface.objectives.registry import register_objective
+from efface.objectives.base import RETAIN_LOSS_TYPES, Objective, check_choice, register_objective
 
 
 @register_objective

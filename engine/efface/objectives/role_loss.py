@@ -1,6 +1,6 @@
 """Losses of label rows that are no function of their log-probabilities alone: what UNDIAL, KL and PDU hand to the head.
 
-Most objectives need none of these: ``Objective.forget_terms`` on the log-probabilities is their loss.
+Most objectives need none of these: their ``Objective.term`` of the log-probabilities is their loss.
 """
 
 from abc import ABC, abstractmethod
@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from efface_kernels import Head, ReferenceRows, linear_distribution_loss
-from efface_kernels.linear_loss.sequences import segment_sums
-from efface_kernels.linear_loss.workspace import run_within_memory
+from efface_kernels import (
+    Head,
+    ReferenceRows,
+    accumulation_dtype,
+    linear_distribution_loss,
+    run_within_memory,
+    segment_sums,
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def _margins(hidden: Tensor, head: Head, chunk_rows: int) -> Tensor:
             return torch.cat([checkpoint(_capped_margins, piece, head, use_reentrant=False) for piece in pieces])
         with torch.no_grad():
             largest = torch.cat([torch.nn.functional.linear(piece, *_linear(head)).argmax(-1) for piece in pieces])
-        mean = head.weight.mean(0, dtype=_wide(hidden))
+        mean = head.weight.mean(0, dtype=accumulation_dtype(hidden.dtype))
         margins = (hidden.to(mean.dtype) * (head.weight[largest].to(mean.dtype) - mean)).sum(-1)
         if head.bias is not None:
             bias = head.bias.to(mean.dtype)
@@ -125,14 +130,10 @@ def _margins(hidden: Tensor, head: Head, chunk_rows: int) -> Tensor:
 def _capped_margins(hidden: Tensor, head: Head) -> Tensor:
     if head.softcap is None:
         raise ValueError("`head`: expected one with a soft-cap, got none")
-    logits = torch.nn.functional.linear(hidden, *_linear(head)).to(_wide(hidden))
+    logits = torch.nn.functional.linear(hidden, *_linear(head)).to(accumulation_dtype(hidden.dtype))
     logits = head.softcap * torch.tanh(logits / head.softcap)
     return logits.amax(-1) - logits.mean(-1)
 
 
 def _linear(head: Head) -> tuple[Tensor, Tensor | None]:
     return head.weight, head.bias
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from efface.objectives.base import Objective, check_positive
-from efface.objectives.registry import register_objective
+from efface.objectives.base import Objective, check_positive, register_objective
 from efface.objectives.role_loss import DistributionLoss
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from efface_kernels.backends import resolve_backend
 from efface_kernels.checks import (
     FLOATS,
     check_dtype,
@@ -12,13 +13,11 @@ from efface_kernels.checks import (
     check_shape,
     check_softcap,
     check_targets,
-    resolve_backend,
 )
-from efface_kernels.distribution_pass.config import launch_config
+from efface_kernels.distribution_pass.launch import distribution_pass_triton
 from efface_kernels.distribution_pass.reference import distribution_pass_torch
 from efface_kernels.logits import Logits
 from efface_kernels.native import distribution_pass_native
-from efface_kernels.triton_launch import LaunchConfig, on_device, warp_size
 
 
 class DistributionPassOutput(NamedTuple):
@@ -85,54 +84,6 @@ def _row_on_row(out: Tensor, reference: Tensor) -> bool:
     starts = [each.stride(0) * each.dtype.itemsize for each in (out, reference)]
     rows, columns = out.shape
     return (rows == 1 or starts[0] == starts[1]) and (columns == 1 or out.stride(1) == reference.stride(1) == 1)
-
-
-def distribution_pass_triton(
-    logits: Logits,
-    reference: Logits,
-    targets: Tensor,
-    shift: float,
-    into: Tensor | None,
-    config: LaunchConfig | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``distribution_pass_torch`` in Triton; None lets ``launch_config`` choose."""
-    from efface_kernels.distribution_pass.kernel import (  # Triton is imported when a kernel first runs
-        distribution_pass_kernel,
-    )
-
-    if logits.residual is not None or reference.residual is not None:
-        raise ValueError("`logits`: expected no residual, which this pass does not read; give wider logits")
-    policy, frozen = logits.unit_stride().values, reference.unit_stride().values
-    divergence, entropy = logits.row_vector(), logits.row_vector()
-    out = into
-    if into is logits.values:
-        out = policy
-    elif into is not None and into.stride(1) != 1:
-        out = into.contiguous()
-    rows, vocabulary = policy.shape
-    if rows:  # an empty grid is a launch error
-        launch = config or launch_config(vocabulary, policy.dtype, frozen.dtype, warp_size(policy.device))
-        with on_device(policy):
-            distribution_pass_kernel[(rows,)](
-                policy,
-                frozen,
-                targets.contiguous(),
-                out,
-                divergence,
-                entropy,
-                policy.stride(0),
-                frozen.stride(0),
-                0 if out is None else out.stride(0),
-                vocabulary,
-                SHIFT=float(shift),
-                SOFTCAP=logits.softcap or 0.0,
-                REFERENCE_SOFTCAP=reference.softcap or 0.0,
-                BLOCK=launch.block,
-                num_warps=launch.num_warps,
-            )
-    if into is not None and out is not None and out is not into:
-        into.copy_(out)
-    return divergence, entropy
 
 
 PASSES = {

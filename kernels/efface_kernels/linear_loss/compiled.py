@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efface_kernels.checks import check_chunk_rows, resolve_backend
-from efface_kernels.linear_loss import logprob, sequence_loss
+from efface_kernels.backends import resolve_backend
+from efface_kernels.checks import check_chunk_rows
+from efface_kernels.linear_loss import logprob
+from efface_kernels.linear_loss.fused_loss import Call, compute
 from efface_kernels.linear_loss.head import Head, ReferenceRows
 from efface_kernels.linear_loss.loop import Wanted
-from efface_kernels.linear_loss.offsets import RowOffsets
 from efface_kernels.logits import accumulation_dtype
 from efface_kernels.memory import aligned
-from efface_kernels.sequence_loss import SequenceRule
+from efface_kernels.sequence_loss.rule import SequenceRule
+from efface_kernels.sequences import RowOffsets
 
 Loss = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -61,19 +63,13 @@ def _linear_sequence_loss(
 
     Inductor keeps compiled backward graphs on disk by the names of their ops: outputs must not change their meaning.
     """
-    head, rule = Head(weight, bias, softcap), SequenceRule(roles, table, tuple(kinds))
     offsets = row_offsets if device_offsets is None else RowOffsets(row_offsets, device_offsets)
     live = None
     if reference_hidden is not None and reference_weight is not None:
         live = ReferenceRows(reference_hidden, Head(reference_weight, reference_bias, reference_softcap))
-    call = sequence_loss.Call(hidden, head, targets, offsets, rule, pairs, live, reference_sums, chunk_rows, backend)
-    options = sequence_loss.checked(call)
-    wants = Wanted(*wanted)
-    with torch.autocast(hidden.device.type, enabled=False):
-        output, factors, made = sequence_loss.within_memory(
-            lambda rows: sequence_loss.compute(hidden, head, targets, options, wants, rows),
-            chunk_rows, hidden, head, options, wants,
-        )  # fmt: skip
+    head, rule, wants = Head(weight, bias, softcap), SequenceRule(roles, table, tuple(kinds)), Wanted(*wanted)
+    call = Call(hidden, head, targets, offsets, rule, wants, pairs, live, reference_sums, chunk_rows, backend)
+    output, factors, made = call.checked().run(compute)
     return (
         output.loss,
         output.terms,

@@ -1,26 +1,20 @@
 """``linear_distribution_loss``: the distance of two models' distributions, with its gradients, in one loop."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from efface_kernels.checks import (
-    FLOATS,
-    check_dtype,
-    check_same_device,
-    check_shape,
-    check_targets,
-    resolve_backend,
-)
-from efface_kernels.linear_loss.chunks import Chunk, plan_pieces
-from efface_kernels.linear_loss.head import Head, ReferenceRows, wanted_of
+from efface_kernels.backends import resolve_backend
+from efface_kernels.checks import FLOATS, check_dtype, check_same_device, check_shape, check_targets
+from efface_kernels.linear_loss.chunks import Chunk, plan_pieces, run_within_memory
+from efface_kernels.linear_loss.head import Head, ReferenceRows
 from efface_kernels.linear_loss.look import DistributionLook
 from efface_kernels.linear_loss.loop import Wanted, graph_is_kept, run_loop
-from efface_kernels.linear_loss.workspace import run_within_memory
 from efface_kernels.logits import accumulation_dtype
 
 
@@ -33,13 +27,37 @@ class DistributionLossOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Options:
-    row_weights: Tensor
+class _Call:
+    """A call of ``linear_distribution_loss``; ``row_weights`` become a tensor (N,) once ``checked``."""
+
+    hidden: Tensor
+    head: Head
+    targets: Tensor
+    row_weights: Tensor | float
     reference: ReferenceRows
     shift: float
     cross_entropy: bool
-    softcap: float | None
+    chunk_rows: int | None
     backend: str
+
+    def checked(self) -> "_Call":
+        hidden, head = self.head.cast_for(self.hidden)
+        head.check(hidden)
+        check_targets(self.targets, hidden.shape[0], head.vocabulary)
+        reference = _checked_reference(self.reference, hidden, head)
+        weights, dtype = self.row_weights, accumulation_dtype(hidden.dtype)
+        if isinstance(weights, Tensor):
+            check_shape("row_weights", weights, hidden.shape[:1], "one weight for each row of `hidden`")
+            check_dtype("row_weights", weights, (torch.float32, torch.float64))
+            check_same_device(hidden=hidden, row_weights=weights)
+            weights = weights.detach().to(dtype)
+        else:
+            weights = torch.full(hidden.shape[:1], weights, dtype=dtype, device=hidden.device)
+        check_same_device(hidden=hidden, targets=self.targets)
+        backend = resolve_backend(self.backend, hidden.device)
+        return dataclasses.replace(
+            self, hidden=hidden, head=head, row_weights=weights, reference=reference, backend=backend
+        )
 
 
 class _LinearDistributionLoss(torch.autograd.Function):
@@ -47,50 +65,42 @@ class _LinearDistributionLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        options: _Options,
+        weight: Tensor,  # noqa: ARG004 - the call has it, and autograd is told of it here; so the next one
+        bias: Tensor | None,  # noqa: ARG004
+        call: _Call,
         wanted: Wanted,
         chunk_rows: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        head = Head(weight, bias, options.softcap)
+        weights = cast("Tensor", call.row_weights)  # of a checked call
         chunks = plan_pieces(hidden.shape[0], chunk_rows)
         look = DistributionLook(
             hidden,
-            head,
-            targets,
+            call.head,
+            call.targets,
             chunks,
-            reference=options.reference,
-            shift=options.shift,
-            backend=options.backend,
+            reference=call.reference,
+            shift=call.shift,
+            backend=call.backend,
         )
-        weights = options.row_weights
 
         def rule(chunk: Chunk) -> Tensor:
             coefficients = -weights[chunk.rows]
             return coefficients if look.peaks is None else coefficients.mul_(look.peaks[chunk.rows])
 
         ctx.factors, ctx.gradients = run_loop(
-            hidden,
-            head,
-            look,
-            chunks,
-            wanted=wanted,
-            backend=options.backend,
-            rule=rule,
+            hidden, call.head, look, chunks, wanted=wanted, backend=call.backend, rule=rule
         )
         ctx.mark_non_differentiable(look.divergence, look.entropy)
         ctx.set_materialize_grads(False)
-        values = look.divergence + look.entropy if options.cross_entropy else look.divergence
+        values = look.divergence + look.entropy if call.cross_entropy else look.divergence
         return (weights * values).sum(), look.divergence, look.entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 7
-        return (*ctx.gradients.finish(ctx.factors, upstream, keep=graph_is_kept()), *(None,) * 4)
+            return (None,) * 6
+        return (*ctx.gradients.finish(ctx.factors, upstream, keep=graph_is_kept()), *(None,) * 3)
 
 
 def linear_distribution_loss(
@@ -150,54 +160,30 @@ def linear_distribution_loss(
             On a GPU targets are not looked at: one out of the vocabulary makes the loss NaN, or ends in a device-side
             assertion.
     """
-    call = (hidden, Head(weight, bias, softcap), targets, row_weights, reference, shift, cross_entropy)
+    head = Head(weight, bias, softcap)
+    call = _Call(hidden, head, targets, row_weights, reference, shift, cross_entropy, chunk_rows, backend)
     if not torch.compiler.is_compiling():
-        return _eager(*call, chunk_rows, backend)
+        return _eager(call)
     # Not traced: workspaces that calls share are what a compiler takes for its own.
-    outside: Callable[..., DistributionLossOutput] = torch.compiler.disable(_eager)
-    return outside(*call, chunk_rows, backend)
+    outside: Callable[[_Call], DistributionLossOutput] = torch.compiler.disable(_eager)
+    return outside(call)
 
 
-def _eager(
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    row_weights: Tensor | float,
-    reference: ReferenceRows,
-    shift: float,
-    cross_entropy: bool,
-    chunk_rows: int | None,
-    backend: str,
-) -> DistributionLossOutput:
-    hidden, head = head.cast_for(hidden)
-    head.check(hidden)
-    check_targets(targets, hidden.shape[0], head.vocabulary)
-    reference = _checked_reference(reference, hidden, head)
-    dtype = accumulation_dtype(hidden.dtype)
-    if isinstance(row_weights, Tensor):
-        check_shape("row_weights", row_weights, hidden.shape[:1], "one weight for each row of `hidden`")
-        check_dtype("row_weights", row_weights, (torch.float32, torch.float64))
-        check_same_device(hidden=hidden, row_weights=row_weights)
-        weights = row_weights.detach().to(dtype)
-    else:
-        weights = torch.full(hidden.shape[:1], row_weights, dtype=dtype, device=hidden.device)
-    check_same_device(hidden=hidden, targets=targets)
-    resolved = resolve_backend(backend, hidden.device)
-    options = _Options(weights, reference, shift, cross_entropy, head.softcap, resolved)
-    wanted = Wanted(*wanted_of(hidden, head))
+def _eager(call: _Call) -> DistributionLossOutput:
+    call = call.checked()
+    hidden, head = call.hidden, call.head
+    wanted, dtype = Wanted.of(hidden, head), accumulation_dtype(hidden.dtype)
 
     def run(rows: int) -> DistributionLossOutput:
         with torch.autocast(hidden.device.type, enabled=False):
-            output = _LinearDistributionLoss.apply(  # type: ignore[no-untyped-call]
-                hidden, head.weight, head.bias, targets, options, wanted, rows
-            )
+            output = _LinearDistributionLoss.apply(hidden, head.weight, head.bias, call, wanted, rows)  # type: ignore[no-untyped-call]
         return DistributionLossOutput(*output)
 
     def logits_bytes(rows: int) -> int:
         return 2 * rows * head.vocabulary * dtype.itemsize
 
     sums_weight = logits_bytes if wanted.weight else None
-    return run_within_memory(run, chunk_rows, hidden, head, logits=dtype, sums_weight=sums_weight)
+    return run_within_memory(run, call.chunk_rows, hidden, head, logits=dtype, sums_weight=sums_weight)
 
 
 def _checked_reference(reference: ReferenceRows, hidden: Tensor, head: Head) -> ReferenceRows:

@@ -113,9 +113,3 @@ class ReferenceRows:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, float | None]:
         """Hidden states, weight, bias and soft-cap: what an op's schema can hold."""
         return self.hidden, self.head.weight, self.head.bias, self.head.softcap
-
-
-def wanted_of(hidden: Tensor, head: Head) -> list[bool]:
-    """Return whether hidden states, weight and bias want a gradient."""
-    grad = torch.is_grad_enabled()
-    return [grad and each is not None and each.requires_grad for each in (hidden, head.weight, head.bias)]

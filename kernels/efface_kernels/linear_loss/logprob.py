@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from efface_kernels.checks import check_same_device, check_targets, resolve_backend
-from efface_kernels.linear_loss.chunks import default_chunk_rows, plan_pieces
-from efface_kernels.linear_loss.head import Head, wanted_of
+from efface_kernels.backends import resolve_backend
+from efface_kernels.checks import check_same_device, check_targets
+from efface_kernels.linear_loss.chunks import default_chunk_rows, device_memory, plan_pieces, run_within_memory
+from efface_kernels.linear_loss.head import Head
 from efface_kernels.linear_loss.look import RowLook
 from efface_kernels.linear_loss.loop import Gradients, Wanted, run_loop
-from efface_kernels.linear_loss.workspace import run_within_memory, total_bytes
 from efface_kernels.memory import aligned
-from efface_kernels.row_pass import row_pass
+from efface_kernels.row_pass.op import row_pass
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def linear_logprob(
         return _in_graph(hidden, head, targets, chunk_rows, backend)
     check(hidden, head, targets)
     resolved = resolve_backend(backend, hidden.device)
-    wanted = Wanted(*wanted_of(hidden, head))
+    wanted = Wanted.of(hidden, head)
 
     def run(rows: int) -> Tensor:
         options = Options(softcap, rows, resolved)
@@ -147,21 +147,21 @@ def check(hidden: Tensor, head: Head, targets: Tensor) -> None:
 
 def _in_graph(hidden: Tensor, head: Head, targets: Tensor, chunk_rows: int | None, backend: str) -> Tensor:
     """``linear_logprob`` while a model is compiled: one op, of ``compiled.py``, which checks its arguments."""
-    wanted, rows = wanted_of(hidden, head), chunk_rows
+    wanted, rows = Wanted.of(hidden, head), chunk_rows
     if rows is None:  # a compiled graph does not ask for free memory
-        total = _total_bytes(hidden.device)
+        total = _device_memory(hidden.device)
         rows = default_chunk_rows(hidden.device.type, head.vocabulary, hidden.element_size(), total_bytes=total)
-    keep = any(wanted) and hidden.shape[0] <= rows
+    keep = wanted.any and hidden.shape[0] <= rows
     logprobs: Tensor = torch.ops.efface.linear_logprob(
-        hidden, head.weight, head.bias, targets, head.softcap, wanted, keep, rows, backend
+        hidden, head.weight, head.bias, targets, head.softcap, wanted.flags, keep, rows, backend
     )[0]
     return logprobs
 
 
-def _total_bytes(device: torch.device) -> int | None:
+def _device_memory(device: torch.device) -> int | None:
     """What a graph keeps of the device."""
-    return total_bytes(device)
+    return device_memory(device)
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import the compiler, and Triton with it.
-_total_bytes._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
+_device_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001

@@ -16,7 +16,7 @@ from efface_kernels.linear_loss.chunks import Chunk
 from efface_kernels.linear_loss.head import Head
 from efface_kernels.logits import accumulation_dtype, power_of_two
 from efface_kernels.memory import accumulate_product
-from efface_kernels.scale_pass import scale_pass
+from efface_kernels.scale_pass.op import scale_pass
 
 # chunk, all of whose rows the look has seen -> c (n,), with ∂loss/∂z = −c ⊙ P
 CoefficientRule = Callable[[Chunk], Tensor]
@@ -42,6 +42,17 @@ class Wanted:
     hidden: bool = False
     weight: bool = False
     bias: bool = False
+
+    @classmethod
+    def of(cls, hidden: Tensor, head: Head) -> "Wanted":
+        """Return those that autograd is to give."""
+        grad = torch.is_grad_enabled()
+        return cls(*(grad and each is not None and each.requires_grad for each in (hidden, head.weight, head.bias)))
+
+    @property
+    def flags(self) -> list[bool]:
+        """The three, as an op's schema holds them."""
+        return [self.hidden, self.weight, self.bias]
 
     @property
     def any(self) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from efface_kernels.linear_loss.head import Head
 from efface_kernels.logits import Logits, accumulation_dtype
-from efface_kernels.memory import Loan
+from efface_kernels.memory import BufferPool
 
 
 class WideLogits:
@@ -17,17 +17,17 @@ class WideLogits:
     has 17 of fp32's 24 bits: the second product is rounded to bf16 after the first was subtracted from it.
     """
 
-    def __init__(self, hidden: Tensor, head: Head, loan: Loan, largest: int, *, pairs: bool) -> None:
+    def __init__(self, hidden: Tensor, head: Head, pool: BufferPool, largest: int, *, pairs: bool) -> None:
         """``pairs``: whether the pass that reads the logits takes a residual."""
         rows, device = min(largest, hidden.shape[0]), hidden.device
         self._hidden, self._residuals = hidden, None
         if pairs and _makes_residuals(hidden, head):
-            both = loan.matrix(2 * rows, head.vocabulary, hidden.dtype, device)
+            both = pool.matrix(2 * rows, head.vocabulary, hidden.dtype, device)
             self._head, self._workspace, self._residuals = head, both[:rows], both[rows:]
         else:
             dtype = accumulation_dtype(hidden.dtype)
             self._head = head.writing(dtype)
-            self._workspace = loan.matrix(rows, head.vocabulary, dtype, device)
+            self._workspace = pool.matrix(rows, head.vocabulary, dtype, device)
 
     def __call__(self, rows: slice) -> Logits:
         """Return the logits of these rows, valid until the next call."""

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from efface_kernels.backends import resolve_backend
 from efface_kernels.checks import (
     FLOATS,
     check_dtype,
@@ -11,13 +12,11 @@ from efface_kernels.checks import (
     check_shape,
     check_softcap,
     check_targets,
-    resolve_backend,
 )
-from efface_kernels.logits import Logits, run_dense
+from efface_kernels.logits import Logits
 from efface_kernels.native import row_pass_native
-from efface_kernels.row_pass.config import launch_config
+from efface_kernels.row_pass.launch import row_pass_triton
 from efface_kernels.row_pass.reference import row_pass_torch
-from efface_kernels.triton_launch import LaunchConfig, on_device, warp_size
 
 
 class RowPassOutput(NamedTuple):
@@ -25,51 +24,6 @@ class RowPassOutput(NamedTuple):
 
     logprobs: Tensor  # (n,)
     reference_logprobs: Tensor | None  # (m,)
-
-
-def row_pass_triton(
-    logits: Logits,
-    targets: Tensor,
-    reference: Logits | None,
-    gradient: bool,
-    config: LaunchConfig | None = None,
-) -> tuple[Tensor, ...]:
-    """``row_pass_torch`` in Triton; None lets ``launch_config`` choose."""
-    from efface_kernels.row_pass.kernel import row_pass_kernel  # Triton is imported when a kernel first runs
-
-    frozen = None if reference is None else reference.unit_stride()
-    outputs = [each.row_vector() for each in (logits, frozen) if each is not None]
-
-    def run(dense: Logits) -> None:
-        rows, vocabulary = dense.values.shape
-        if rows == 0:  # an empty grid is a launch error
-            return
-        other, device = None if frozen is None else frozen.values.dtype, dense.values.device
-        launch = config or launch_config(vocabulary, dense.values.dtype, other, warp_size(device))
-        with on_device(dense.values):
-            row_pass_kernel[(launch.programs(rows, device),)](
-                dense.values,
-                targets.contiguous(),
-                outputs[0],
-                None if frozen is None else frozen.values,
-                None if frozen is None else outputs[1],
-                rows,
-                dense.values.stride(0),
-                vocabulary,
-                0 if frozen is None else frozen.values.shape[0],
-                0 if frozen is None else frozen.values.stride(0),
-                0 if frozen is None else frozen.values.shape[1],
-                SOFTCAP=dense.softcap or 0.0,
-                REFERENCE_SOFTCAP=0.0 if frozen is None else frozen.softcap or 0.0,
-                GRADIENT=gradient,
-                BLOCK=launch.block,
-                PERSISTENT=launch.resident > 0,
-                HOLD=launch.hold,
-                num_warps=launch.num_warps,
-            )
-
-    run_dense(logits, run, writes=gradient)
-    return tuple(outputs)
 
 
 PASSES = {"torch": row_pass_torch, "native": row_pass_native, "triton": row_pass_triton}

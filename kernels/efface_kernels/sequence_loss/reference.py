@@ -4,20 +4,15 @@ Coefficients are written down, not left to autograd: they are the formulas that 
 autograd cannot be used within a custom op.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from efface_kernels.sequence_loss.kinds import Kind
-
-if TYPE_CHECKING:
-    from efface_kernels.linear_loss.sequences import Sequences
+from efface_kernels.sequences import Sequences
 
 Pair = tuple[Tensor, Tensor]  # terms (s,), and c = ∂Σterms/∂ℓ (n,)
 
@@ -36,10 +31,6 @@ class _Batch:
     ignored: Tensor
 
     @property
-    def sums(self) -> Tensor:
-        return self.sequences.sums
-
-    @property
     def rewards(self) -> Tensor:
         """L − L_ref."""
         reference = self.sequences.reference_sums
@@ -48,45 +39,36 @@ class _Batch:
                 "NPO and DPO need the reference model's sequence log-probabilities, got none; give a live or cached "
                 "reference"
             )
-        return self.sums - reference
-
-    @property
-    def probabilities(self) -> tuple[Tensor, Tensor]:
-        """(n,) p and 1 − p."""
-        return torch.exp(self.sequences.logprobs), -torch.expm1(self.sequences.logprobs)
-
-    def rows(self, values: Tensor) -> Tensor:
-        """Repeat one value a sequence, (s,), for its rows, (n,)."""
-        lengths = self.sequences.row_offsets.diff()
-        return values.repeat_interleave(lengths, output_size=self.sequences.logprobs.shape[0])
+        return self.sequences.sums - reference
 
     def linear(self, slope: float) -> Pair:
         """Slope · L."""
-        return self.weight * slope * self.sums, self.rows(self.weight * slope)
+        weight = slope * self.weight
+        return weight * self.sequences.sums, self.sequences.of_rows(weight)
 
-    def preference(self, x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    def preference(self, x: Tensor, slope: Tensor) -> Pair:
         """−(2/β) log σ(x) and its derivative by L, both (s,), where ``slope`` = ∂x/∂L."""
         scale = 2 * self.weight / self.beta
         return -scale * logsigmoid(x), -scale * torch.sigmoid(-x) * slope
 
     def weighted(self, weight: Tensor) -> Pair:
-        """Σ weight · ℓ with a constant weight a row."""
-        weight = self.rows(self.weight) * weight
+        """Σ weight · ℓ with a constant weight a row, (n,)."""
+        weight = self.sequences.of_rows(self.weight) * weight
         return self.sequences.sums_of(weight * self.sequences.logprobs), weight
 
 
 def _npo(batch: _Batch) -> Pair:
     terms, c = batch.preference(-batch.beta * batch.rewards, -batch.beta)
-    return terms, batch.rows(c)
+    return terms, batch.sequences.of_rows(c)
 
 
 def _simnpo(batch: _Batch) -> Pair:
     slope = -batch.beta / batch.sequences.lengths
-    terms, c = batch.preference(slope * batch.sums - batch.beta * batch.delta, slope)
-    return terms, batch.rows(c)
+    terms, c = batch.preference(slope * batch.sequences.sums - batch.beta * batch.delta, slope)
+    return terms, batch.sequences.of_rows(c)
 
 
-def _first_of_pair(batch: _Batch) -> tuple[Tensor, Tensor]:
+def _first_of_pair(batch: _Batch) -> Pair:
     """DPO's term and its derivative by L of the first, (s,); that by L' of the second is the negative."""
     margin = batch.sequences.following(batch.rewards) - batch.rewards
     terms, c = batch.preference(batch.beta * margin, -batch.beta)
@@ -97,32 +79,37 @@ def _first_of_pair(batch: _Batch) -> tuple[Tensor, Tensor]:
 
 def _dpo(batch: _Batch) -> Pair:
     terms, c = _first_of_pair(batch)
-    return terms, batch.rows(c)
+    return terms, batch.sequences.of_rows(c)
 
 
 def _alternate(batch: _Batch) -> Pair:
     _, c = _first_of_pair(batch)
     first = torch.where(batch.kind == Kind.DPO, c, 0).roll(1)
     first[:1] = 0  # what rolled over the edge
-    return torch.zeros_like(c), batch.rows(-first)
+    return torch.zeros_like(c), batch.sequences.of_rows(-first)
 
 
 def _wga(batch: _Batch) -> Pair:
-    return batch.weighted(torch.exp(batch.rows(batch.beta) * batch.sequences.logprobs))
+    return batch.weighted(torch.exp(batch.sequences.of_rows(batch.beta) * batch.sequences.logprobs))
 
 
 def _satimp(batch: _Batch) -> Pair:
-    p, rest = batch.probabilities
-    return batch.weighted(p.pow(batch.rows(batch.beta1)) * rest.pow(batch.rows(batch.beta2)))
+    logprobs, beta1, beta2 = (batch.sequences.logprobs, *map(batch.sequences.of_rows, (batch.beta1, batch.beta2)))
+    # 1 − p as −expm1(ℓ): of memorised tokens the difference would keep no digit
+    return batch.weighted(torch.exp(beta1 * logprobs) * (-torch.expm1(logprobs)) ** beta2)
 
 
 def _ceu(batch: _Batch) -> Pair:
-    """−Σ log(1 − p), c = p / (1 − p), with eps added to 1 − p: p → 1 would be an infinite step."""
-    p, rest = batch.probabilities
-    rest = torch.finfo(rest.dtype).eps + rest
-    counted = batch.sequences.places >= batch.rows(batch.ignored)
-    terms = batch.weight * batch.sequences.sums_of(torch.where(counted, -torch.log(rest), 0))
-    return terms, torch.where(counted, batch.rows(batch.weight) * p / rest, 0)
+    """−Σ log(1 − p), c = p / (1 − p); a target q, the model's softmax without the true token, detached.
+
+    The cross entropy to q is −log(1 − p) + H(q), and its gradient p − q that of −log(1 − p) with a live p. ℓ near 0 is
+    known to eps, so that 1 − p may be 0: with eps added c stays finite, and c (softmax − onehot) below about 1.
+    """
+    sequences = batch.sequences
+    rest = torch.finfo(sequences.logprobs.dtype).eps - torch.expm1(sequences.logprobs)
+    counted = sequences.places >= sequences.of_rows(batch.ignored)
+    terms = batch.weight * sequences.sums_of(torch.where(counted, -torch.log(rest), 0))
+    return terms, torch.where(counted, sequences.of_rows(batch.weight) * torch.exp(sequences.logprobs) / rest, 0)
 
 
 _FORMULAS: dict[int, Callable[[_Batch], Pair]] = {
@@ -150,7 +137,7 @@ def sequence_terms(sequences: Sequences, roles: Tensor, table: Tensor, kinds: Se
     """
     batch = _Batch(sequences, *table.to(sequences.logprobs.dtype)[roles.long()].unbind(1))
     terms, coefficients = torch.zeros_like(batch.weight), torch.zeros_like(sequences.logprobs)
-    row_kind = batch.rows(batch.kind)
+    row_kind = sequences.of_rows(batch.kind)
     for kind in kinds:
         if kind in _FORMULAS:
             some_terms, some_coefficients = _FORMULAS[kind](batch)

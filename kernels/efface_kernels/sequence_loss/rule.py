@@ -1,11 +1,12 @@
-"""``SequenceRule``: loss terms declared instead of programmed, so that one kernel can do them."""
+"""``SequenceRule``: loss terms declared instead of programmed, so that one kernel can do them.
 
-from __future__ import annotations
+Where there is no kernel, torch makes a chunk's terms and coefficients here: of a rule, or of a function of one's own.
+"""
 
 import math
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, replace
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,10 +14,8 @@ from torch import Tensor
 from efface_kernels.checks import check_dtype, check_shape
 from efface_kernels.sequence_loss.kinds import NEED_BETA, NEED_REFERENCE, Kind
 from efface_kernels.sequence_loss.reference import sequence_terms
+from efface_kernels.sequences import Sequences, segment_sums
 from efface_kernels.transfer import to_device
-
-if TYPE_CHECKING:
-    from efface_kernels.linear_loss.sequences import Sequences
 
 ROLES = 8  # rows of the table
 _NO_FP64 = ("mps", "xpu")
@@ -57,8 +56,9 @@ class Term:
 class SequenceRule:
     """What each sequence of a batch adds to the loss; what ``linear_sequence_loss`` takes as ``terms``.
 
-    Made by ``SequenceRule.of``. The Triton backend reads it in one launch, and ``torch.compile`` without a graph break;
-    elsewhere it is called as the function of ``Sequences`` that it is too. Nothing of it is read on the host.
+    Made by ``SequenceRule.of``. The Triton backend reads it in one launch, the others by torch's formulas, and
+    ``torch.compile`` without a graph break. Nothing of it is read on the host. It is also a differentiable function of
+    ``Sequences``, for whoever has log-probabilities already.
 
     Attributes:
         roles: (S,) int8 on the device of the batch: rows of the table.
@@ -71,7 +71,7 @@ class SequenceRule:
     kinds: tuple[int, ...]
 
     @classmethod
-    def of(cls, roles: Tensor, terms: Mapping[int, Term]) -> SequenceRule:
+    def of(cls, roles: Tensor, terms: Mapping[int, Term]) -> "SequenceRule":
         """Return the rule under which a sequence of role r adds ``terms[r]``, and one of no such role nothing.
 
         Copies the table to the device: call it before a CUDA graph is captured or a model compiled, not within.
@@ -111,3 +111,56 @@ class SequenceRule:
         terms, coefficients = sequence_terms(sequences, sequences.own(self.roles), self.table, self.kinds)
         # 0, with c for its derivative
         return terms + sequences.sums_of(coefficients * (sequences.logprobs - sequences.logprobs.detach()))
+
+
+# Sequences (s of them) -> their loss terms (s,); the loss is the sum of all terms.
+TermFunction: TypeAlias = Callable[[Sequences], Tensor]
+
+
+class SequenceTerms(NamedTuple):
+    """What the loss is made of, and its derivative by the log-probabilities."""
+
+    terms: Tensor  # (s,) weighted; the loss is their sum
+    coefficients: Tensor  # (n,) c = ∂Σterms/∂ℓ
+    sums: Tensor  # (s,) L
+    reference_sums: Tensor | None  # (s,) L_ref, 0 for sequences without a reference
+
+
+def sequence_loss_torch(
+    sequences: Sequences, terms: SequenceRule | TermFunction, reference_logprobs: Tensor | None
+) -> SequenceTerms:
+    """Return the terms and coefficients of a chunk: a rule's by its formulas, a function's by autograd.
+
+    Args:
+        sequences: whole ones; their first offset is the first row of their log-probabilities.
+        terms: what they add to the loss.
+        reference_logprobs: (m,) a live reference's ℓ of the first m rows, m ≤ n, or None.
+    """
+    offsets, reference_sums = sequences.row_offsets - sequences.row_offsets[0], sequences.reference_sums
+    if reference_logprobs is not None:
+        # Rows beyond the reference's M belong to sequences without one: they add nothing.
+        padded = torch.zeros_like(sequences.logprobs)
+        padded[: reference_logprobs.shape[0]] = reference_logprobs
+        reference_sums = segment_sums(padded, offsets)
+    seen = Sequences(sequences.logprobs.detach(), offsets, sequences.first, reference_sums)
+    if isinstance(terms, SequenceRule):
+        made = sequence_terms(seen, seen.own(terms.roles), terms.table, terms.kinds)
+    else:
+        made = _differentiated(terms, seen)
+    return SequenceTerms(*made, seen.sums, reference_sums)
+
+
+def _differentiated(terms_of: TermFunction, seen: Sequences) -> tuple[Tensor, Tensor]:
+    """Return a function's terms, and their derivative by autograd on these few numbers."""
+    with torch.enable_grad():
+        leaf = seen.logprobs.clone().requires_grad_()
+        terms = terms_of(replace(seen, logprobs=leaf))
+        if terms.shape != (len(seen),):
+            raise ValueError(
+                f"the term function: expected one loss term for each of {len(seen)} sequences, "
+                f"got shape {tuple(terms.shape)}"
+            )
+        gradient = None  # where the terms do not depend on the log-probabilities
+        if terms.requires_grad:
+            (gradient,) = torch.autograd.grad(terms.sum(), leaf, allow_unused=True)
+    return terms.detach(), torch.zeros_like(leaf) if gradient is None else gradient

@@ -15,9 +15,7 @@ from efface.evaluate.task import RowResult, Task
 from efface.hf.head import head_of, packed_hidden
 from efface.hf.score import scoring
 from efface.reference.keys import KEY_BYTES, sequence_keys
-from efface_kernels import Head
-from efface_kernels.linear_loss.workspace import capacity
-from efface_kernels.logits import Logits, row_blocks
+from efface_kernels import Head, Logits, chunk_capacity, row_blocks
 
 # Far below the log of the smallest float64: p is 0 there, and 0 · log p must be 0 for a logit of −inf too.
 _NO_PROBABILITY = -1000.0
@@ -57,7 +55,7 @@ def token_statistics(hidden: Tensor, head: Head, targets: Tensor, *, chunk_rows:
         targets: (N,) int64.
         chunk_rows: rows of logits alive at a time; None chooses as the loss op does.
     """
-    rows = chunk_rows or capacity(hidden.device, head.vocabulary, hidden.dtype.itemsize)
+    rows = chunk_rows or chunk_capacity(hidden.device, head.vocabulary, hidden.dtype.itemsize)
     workspace = hidden.new_empty(min(rows, len(hidden)), head.vocabulary)
     parts = [
         _of_logits(Logits(head.logits(part, workspace), head.softcap), labels)

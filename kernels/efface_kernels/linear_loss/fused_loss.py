@@ -1,29 +1,25 @@
 """``linear_sequence_loss``: a loss over sequence log-probabilities, with its gradients, in one loop."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from efface_kernels.checks import check_dtype, check_same_device, check_shape, check_targets, resolve_backend
-from efface_kernels.linear_loss.chunks import Chunk, plan_rows, plan_sequences
-from efface_kernels.linear_loss.head import Head, ReferenceRows, wanted_of
-from efface_kernels.linear_loss.look import RowLook
+from efface_kernels.backends import resolve_backend
+from efface_kernels.checks import check_dtype, check_same_device, check_shape, check_targets
+from efface_kernels.linear_loss.chunks import Chunk, plan_rows, plan_sequences, run_within_memory
+from efface_kernels.linear_loss.head import Head, ReferenceRows
+from efface_kernels.linear_loss.look import Layout, RowLook
 from efface_kernels.linear_loss.loop import Gradients, Wanted, graph_is_kept, run_loop
-from efface_kernels.linear_loss.models import Layout
-from efface_kernels.linear_loss.offsets import AnyOffsets, RowOffsets, checked_offsets
-from efface_kernels.linear_loss.sequences import Sequences
-from efface_kernels.linear_loss.workspace import run_within_memory
-from efface_kernels.sequence_loss import SequenceRule
-from efface_kernels.sequence_loss.op import function_terms, sequence_loss_torch, sequence_loss_triton
+from efface_kernels.sequence_loss.launch import sequence_loss_triton
+from efface_kernels.sequence_loss.rule import SequenceRule, TermFunction, sequence_loss_torch
+from efface_kernels.sequences import AnyOffsets, RowOffsets, Sequences, checked_offsets
 
 T = TypeVar("T")
-
-# Sequences (s of them) -> their loss terms (s,); the loss is the sum of all terms.
-TermFunction = Callable[[Sequences], Tensor]
 
 
 class SequenceLossOutput(NamedTuple):
@@ -36,71 +32,6 @@ class SequenceLossOutput(NamedTuple):
     logprobs: Tensor  # (N,) ℓ_i
 
 
-@dataclass(frozen=True)
-class Call:
-    """The arguments of a call, as they came."""
-
-    hidden: Tensor
-    head: Head
-    targets: Tensor
-    row_offsets: AnyOffsets
-    terms: TermFunction
-    pairs: int
-    reference: ReferenceRows | None
-    reference_sums: Tensor | None
-    chunk_rows: int | None
-    backend: str
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a call is asked for besides its differentiable inputs; checked."""
-
-    terms: TermFunction
-    row_offsets: tuple[int, ...]
-    device_offsets: Tensor
-    pairs: int
-    softcap: float | None
-    reference: ReferenceRows | None
-    reference_sums: Tensor | None
-    backend: str
-
-
-class _Rule:
-    """Turns a chunk's log-probabilities into coefficients; keeps what it saw."""
-
-    def __init__(self, options: Options, look: RowLook) -> None:
-        self._look = look
-        self._terms_of = options.terms
-        self._offsets = options.device_offsets
-        self._backend = options.backend
-        sequences = len(options.row_offsets) - 1
-        # Every sequence is in a chunk, which writes all of its entries.
-        self.terms, self.sums = look.logprobs.new_empty(sequences), look.logprobs.new_empty(sequences)
-        self.reference_sums = options.reference_sums
-        if options.reference is not None:
-            self.reference_sums = look.logprobs.new_empty(sequences)
-
-    def __call__(self, chunk: Chunk) -> Tensor:
-        logprobs, frozen = self._look.logprobs[chunk.rows], self._look.reference_logprobs
-        reference_logprobs = None if frozen is None else frozen[chunk.rows]
-        span = slice(chunk.first, chunk.last)
-        reference_sums = None if self.reference_sums is None else self.reference_sums[span]
-        # Absolute offsets: the passes take a chunk's first row from its first offset.
-        sequences = Sequences(logprobs, self._offsets[chunk.first : chunk.last + 1], chunk.first, reference_sums)
-        if not isinstance(self._terms_of, SequenceRule):
-            out = function_terms(sequences, self._terms_of, reference_logprobs)
-        elif self._backend == "triton":
-            into = self.terms[span], self.sums[span], reference_sums
-            return sequence_loss_triton(sequences, self._terms_of, reference_logprobs, into).coefficients
-        else:
-            out = sequence_loss_torch(sequences, self._terms_of, reference_logprobs)
-        self.terms[span], self.sums[span] = out.terms, out.sums
-        if reference_logprobs is not None and reference_sums is not None and out.reference_sums is not None:
-            reference_sums.copy_(out.reference_sums)
-        return out.coefficients
-
-
 class Computed(NamedTuple):
     """What a forward call computes: its output, and what the backward call needs."""
 
@@ -109,44 +40,141 @@ class Computed(NamedTuple):
     gradients: Gradients
 
 
-def compute(hidden: Tensor, head: Head, targets: Tensor, options: Options, wanted: Wanted, chunk_rows: int) -> Computed:
+@dataclass(frozen=True)
+class Call:
+    """A call of ``linear_sequence_loss``, whose arguments these are; what the eager and the compiled path run.
+
+    Attributes:
+        hidden: in the dtype of the GEMM, as the head.
+        wanted: the gradients that the caller wants.
+    """
+
+    hidden: Tensor
+    head: Head
+    targets: Tensor
+    row_offsets: AnyOffsets
+    terms: SequenceRule | TermFunction
+    wanted: Wanted
+    pairs: int
+    reference: ReferenceRows | None
+    reference_sums: Tensor | None
+    chunk_rows: int | None
+    backend: str
+
+    def checked(self) -> "Call":
+        """Return the call with its offsets in both places, its reference in the dtype of the GEMM and a known backend.
+
+        Raises what ``linear_sequence_loss`` says.
+        """
+        hidden, terms, reference, sums = self.hidden, self.terms, self.reference, self.reference_sums
+        self.head.check(hidden)
+        check_targets(self.targets, hidden.shape[0], self.head.vocabulary)
+        check_same_device(hidden=hidden, targets=self.targets, reference_sums=sums)
+        offsets = checked_offsets(self.row_offsets, hidden)
+        sequences = len(offsets.host) - 1
+        if not 0 <= 2 * self.pairs <= sequences:
+            raise ValueError(
+                f"`pairs`: expected at most half of the {sequences} sequences, got {self.pairs}; pairs are the "
+                "sequences (0, 1), (2, 3), …, before all others"
+            )
+        if isinstance(terms, SequenceRule):
+            check_shape("terms.roles", terms.roles, (sequences,), "one role for each sequence")
+            check_same_device(hidden=hidden, roles=terms.roles)
+            if terms.needs_reference and reference is None and sums is None:
+                raise ValueError(
+                    "`terms`: NPO and DPO need a reference, got none; give `reference` or `reference_sums`"
+                )
+            if terms.pairs and self.pairs == 0 and sequences:
+                raise ValueError("`pairs`: expected the number of DPO's pairs, got 0; chunks would come between them")
+        if reference is not None:
+            reference = _checked_reference(reference, self.targets, offsets)
+            if sums is not None:
+                raise ValueError("expected `reference` (live) or `reference_sums` (cached), got both; drop one")
+        if sums is not None:
+            check_shape("reference_sums", sums, (sequences,), "one value for each sequence")
+            check_dtype("reference_sums", sums, (torch.float32, torch.float64))
+            # Autograd would take the caller's own tensor, which is returned, out of its graph.
+            sums = sums.detach()
+        return dataclasses.replace(
+            self,
+            row_offsets=offsets,
+            reference=reference,
+            reference_sums=sums,
+            backend=resolve_backend(self.backend, hidden.device),
+        )
+
+    def run(self, compute: Callable[["Call", int], T]) -> T:
+        """Return what ``compute`` makes of the call and the rows of a chunk, for as many as the device has memory for.
+
+        Autocast is off: hidden states and heads have the dtype of the GEMM already.
+        """
+
+        def run(rows: int) -> T:
+            with torch.autocast(self.hidden.device.type, enabled=False):
+                return compute(self, rows)
+
+        def logits_bytes(rows: int) -> int:
+            layout = Layout.of(rows, self.hidden, self.head, self.reference)
+            return layout.nbytes(self.hidden, self.head, self.reference)
+
+        sums_weight = logits_bytes if self.wanted.weight else None
+        return run_within_memory(run, self.chunk_rows, self.hidden, self.head, sums_weight=sums_weight)
+
+
+class _Coefficients:
+    """Turns a chunk's log-probabilities into coefficients; keeps the terms and the sums that it saw."""
+
+    def __init__(self, call: Call, offsets: Tensor, look: RowLook) -> None:
+        self._call, self._offsets, self._look = call, offsets, look
+        # Every sequence is in a chunk, which writes all of its entries.
+        self.terms, self.sums = (look.logprobs.new_empty(len(offsets) - 1) for _ in range(2))
+        self.reference_sums = call.reference_sums if call.reference is None else torch.empty_like(self.sums)
+
+    def __call__(self, chunk: Chunk) -> Tensor:
+        terms, frozen = self._call.terms, self._look.reference_logprobs
+        reference_logprobs = None if frozen is None else frozen[chunk.rows]
+        span = slice(chunk.first, chunk.last)
+        reference_sums = None if self.reference_sums is None else self.reference_sums[span]
+        # Absolute offsets: the passes take a chunk's first row from its first offset.
+        offsets = self._offsets[chunk.first : chunk.last + 1]
+        sequences = Sequences(self._look.logprobs[chunk.rows], offsets, chunk.first, reference_sums)
+        if isinstance(terms, SequenceRule) and self._call.backend == "triton":
+            into = self.terms[span], self.sums[span], reference_sums
+            return sequence_loss_triton(sequences, terms, reference_logprobs, into).coefficients
+        out = sequence_loss_torch(sequences, terms, reference_logprobs)
+        self.terms[span], self.sums[span] = out.terms, out.sums
+        if reference_logprobs is not None and reference_sums is not None and out.reference_sums is not None:
+            reference_sums.copy_(out.reference_sums)
+        return out.coefficients
+
+
+def compute(call: Call, chunk_rows: int) -> Computed:
     """Run the loop over chunks of whole sequences, or of any rows where no gradient waits for a sequence's end."""
-    if wanted.head:
-        chunks = plan_sequences(options.row_offsets, chunk_rows, options.pairs)
+    offsets = cast("RowOffsets", call.row_offsets)  # of a checked call
+    if call.wanted.head:
+        chunks = plan_sequences(offsets.host.tolist(), chunk_rows, call.pairs)
     else:
-        chunks = plan_rows(len(options.row_offsets) - 1, hidden.shape[0], chunk_rows)
-    look = RowLook(hidden, head, targets, chunks, reference=options.reference, backend=options.backend)
-    rule = _Rule(options, look)
-    factors, gradients = run_loop(hidden, head, look, chunks, wanted=wanted, backend=options.backend, rule=rule)
+        chunks = plan_rows(len(offsets.host) - 1, call.hidden.shape[0], chunk_rows)
+    look = RowLook(call.hidden, call.head, call.targets, chunks, reference=call.reference, backend=call.backend)
+    rule = _Coefficients(call, offsets.device, look)
+    factors, gradients = run_loop(
+        call.hidden, call.head, look, chunks, wanted=call.wanted, backend=call.backend, rule=rule
+    )
     output = SequenceLossOutput(rule.terms.sum(), rule.terms, rule.sums, rule.reference_sums, look.logprobs)
     return Computed(output, factors, gradients)
-
-
-def within_memory(
-    run: Callable[[int], T], chunk_rows: int | None, hidden: Tensor, head: Head, options: Options, wanted: Wanted
-) -> T:
-    """Return ``run`` of the rows of a chunk, see ``run_within_memory``."""
-
-    def logits_bytes(rows: int) -> int:
-        return Layout.of(rows, hidden, head, options.reference).nbytes(hidden, head, options.reference)
-
-    return run_within_memory(run, chunk_rows, hidden, head, sums_weight=logits_bytes if wanted.weight else None)
 
 
 class _LinearSequenceLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        options: Options,
-        wanted: Wanted,
+        hidden: Tensor,  # noqa: ARG004 - the call has it, and autograd is told of it here; so the next two
+        weight: Tensor,  # noqa: ARG004
+        bias: Tensor | None,  # noqa: ARG004
+        call: Call,
         chunk_rows: int,
     ) -> tuple[Tensor | None, ...]:
-        head = Head(weight, bias, options.softcap)
-        output, ctx.factors, ctx.gradients = compute(hidden, head, targets, options, wanted, chunk_rows)
+        output, ctx.factors, ctx.gradients = compute(call, chunk_rows)
         ctx.mark_non_differentiable(*(each for each in output[1:] if each is not None))
         ctx.set_materialize_grads(False)
         return tuple(output)
@@ -155,8 +183,8 @@ class _LinearSequenceLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 7
-        return (*ctx.gradients.finish(ctx.factors, upstream, keep=graph_is_kept()), *(None,) * 4)
+            return (None,) * 5
+        return (*ctx.gradients.finish(ctx.factors, upstream, keep=graph_is_kept()), None, None)
 
 
 def linear_sequence_loss(
@@ -164,7 +192,7 @@ def linear_sequence_loss(
     weight: Tensor,
     targets: Tensor,
     row_offsets: AnyOffsets,
-    terms: TermFunction,
+    terms: SequenceRule | TermFunction,
     *,
     pairs: int = 0,
     bias: Tensor | None = None,
@@ -214,7 +242,10 @@ def linear_sequence_loss(
             assertion.
     """
     hidden, head = Head(weight, bias, softcap).cast_for(hidden)
-    call = Call(hidden, head, targets, row_offsets, terms, pairs, reference, reference_sums, chunk_rows, backend)
+    wanted = Wanted.of(hidden, head)
+    call = Call(
+        hidden, head, targets, row_offsets, terms, wanted, pairs, reference, reference_sums, chunk_rows, backend
+    )
     if not torch.compiler.is_compiling():
         return _eager(call)
     if isinstance(terms, SequenceRule):
@@ -224,17 +255,12 @@ def linear_sequence_loss(
 
 
 def _eager(call: Call) -> SequenceLossOutput:
-    hidden, head, options = call.hidden, call.head, checked(call)
-    wanted = Wanted(*wanted_of(hidden, head))
+    def differentiable(call: Call, rows: int) -> tuple[Tensor, ...]:
+        head = call.head
+        output: tuple[Tensor, ...] = _LinearSequenceLoss.apply(call.hidden, head.weight, head.bias, call, rows)  # type: ignore[no-untyped-call]
+        return output
 
-    def run(rows: int) -> SequenceLossOutput:
-        with torch.autocast(hidden.device.type, enabled=False):
-            output = _LinearSequenceLoss.apply(  # type: ignore[no-untyped-call]
-                hidden, head.weight, head.bias, call.targets, options, wanted, rows
-            )
-        return SequenceLossOutput(*output)
-
-    return within_memory(run, call.chunk_rows, hidden, head, options, wanted)
+    return SequenceLossOutput(*call.checked().run(differentiable))
 
 
 def _in_graph(call: Call, rule: SequenceRule) -> SequenceLossOutput:
@@ -258,7 +284,7 @@ def _in_graph(call: Call, rule: SequenceRule) -> SequenceLossOutput:
         head.softcap,
         *((None, None, None, None) if call.reference is None else call.reference.tensors()),
         call.reference_sums,
-        wanted_of(call.hidden, head),
+        call.wanted.flags,
         call.chunk_rows,
         call.backend,
     )
@@ -267,48 +293,15 @@ def _in_graph(call: Call, rule: SequenceRule) -> SequenceLossOutput:
     return SequenceLossOutput(loss, terms, sums, reference_sums, logprobs)
 
 
-def checked(call: Call) -> Options:
-    """Return the options of a call, or raise what ``linear_sequence_loss`` says."""
-    hidden, terms, reference = call.hidden, call.terms, call.reference
-    call.head.check(hidden)
-    check_targets(call.targets, hidden.shape[0], call.head.vocabulary)
-    check_same_device(hidden=hidden, targets=call.targets, reference_sums=call.reference_sums)
-    offsets, device_offsets = checked_offsets(call.row_offsets, hidden)
-    sequences = len(offsets) - 1
-    if not 0 <= 2 * call.pairs <= sequences:
-        raise ValueError(
-            f"`pairs`: expected at most half of the {sequences} sequences, got {call.pairs}; pairs are the sequences "
-            "(0, 1), (2, 3), …, before all others"
-        )
-    if isinstance(terms, SequenceRule):
-        check_shape("terms.roles", terms.roles, (sequences,), "one role for each sequence")
-        check_same_device(hidden=hidden, roles=terms.roles)
-        if terms.needs_reference and reference is None and call.reference_sums is None:
-            raise ValueError("`terms`: NPO and DPO need a reference, got none; give `reference` or `reference_sums`")
-        if terms.pairs and call.pairs == 0:
-            raise ValueError("`pairs`: expected the number of DPO's pairs, got 0; chunks would come between them")
-    if reference is not None:
-        reference = _checked_reference(reference, call.targets, offsets)
-        if call.reference_sums is not None:
-            raise ValueError("expected `reference` (live) or `reference_sums` (cached), got both; drop one")
-    if call.reference_sums is not None:
-        check_shape("reference_sums", call.reference_sums, (sequences,), "one value for each sequence")
-        check_dtype("reference_sums", call.reference_sums, (torch.float32, torch.float64))
-    backend = resolve_backend(call.backend, hidden.device)
-    # Detached: autograd would take the caller's own tensor, which is returned, out of its graph.
-    sums = None if call.reference_sums is None else call.reference_sums.detach()
-    return Options(terms, offsets, device_offsets, call.pairs, call.head.softcap, reference, sums, backend)
-
-
-def _checked_reference(reference: ReferenceRows, targets: Tensor, offsets: tuple[int, ...]) -> ReferenceRows:
+def _checked_reference(reference: ReferenceRows, targets: Tensor, offsets: RowOffsets) -> ReferenceRows:
     reference = reference.cast()
     hidden, head = reference.hidden, reference.head
     head.check(hidden, prefix="reference_")
-    m = hidden.shape[0]
-    if m not in offsets:
+    m, ends = hidden.shape[0], offsets.host.tolist()
+    if m not in ends:
         raise ValueError(
             f"`reference_hidden`: expected the rows of the first sequences, whole, got {m} rows; "
-            f"sequences end at rows {', '.join(map(str, offsets[1:4]))} …"
+            f"sequences end at rows {', '.join(map(str, ends[1:4]))} …"
         )
     check_targets(targets[:m], m, head.vocabulary)
     check_same_device(hidden=targets, reference_hidden=hidden)

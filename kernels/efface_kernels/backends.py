@@ -1,28 +1,84 @@
-"""A device's first use of Triton: every pass once, against plain torch, before "auto" chooses them there."""
+"""The choice of a pass's implementation, and the self-test of the Triton passes that "auto" asks for."""
 
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from efface_kernels.distribution_pass.op import distribution_pass_triton
+from efface_kernels import native, triton_launch
+from efface_kernels.distribution_pass.launch import distribution_pass_triton
 from efface_kernels.distribution_pass.reference import distribution_pass_torch
-from efface_kernels.linear_loss.sequences import Sequences
 from efface_kernels.logits import Logits
 from efface_kernels.memory import aligned
-from efface_kernels.row_pass.op import row_pass_triton
+from efface_kernels.row_pass.launch import row_pass_triton
 from efface_kernels.row_pass.reference import row_pass_torch
-from efface_kernels.scale_pass.op import scale_pass_triton
+from efface_kernels.scale_pass.launch import scale_pass_triton
 from efface_kernels.scale_pass.reference import scale_pass_torch
-from efface_kernels.sequence_loss import Kind, SequenceRule, Term
-from efface_kernels.sequence_loss.op import sequence_loss_torch, sequence_loss_triton
+from efface_kernels.sequence_loss.kinds import Kind
+from efface_kernels.sequence_loss.launch import sequence_loss_triton
+from efface_kernels.sequence_loss.rule import SequenceRule, Term, sequence_loss_torch
+from efface_kernels.sequences import Sequences
+
+BACKENDS = ("auto", "triton", "native", "torch")
 
 _VOCABULARY = 50257  # several blocks of every configuration, and a ragged end
 _ROWS = 6
 _LENGTHS = (2, 1, 3)
 
 _known: dict[torch.device, bool] = {}
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """Return the implementation, ``"triton"``, ``"native"`` or ``"torch"``, that ``backend`` names on ``device``.
+
+    "auto" is native on the CPU, or torch where the extension is missing; Triton on GPUs, where on its first use it gave
+    what torch gives (``agrees``); torch elsewhere. What falls back says so in one warning.
+
+    Raises:
+        ValueError: an unknown name, or a backend that this build or device does not have.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"`backend`: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend == "triton":
+        _check_triton(device)
+        return "triton"
+    if backend == "auto" and device.type in triton_launch.DEVICES and triton_launch.IMPORTABLE:
+        return "triton" if agrees(device) else "torch"
+    if backend == "torch" or (backend == "auto" and device.type != "cpu"):
+        return "torch"
+    if device.type != "cpu":
+        raise ValueError(f"`backend`: 'native' runs on the CPU, got tensors on {device}; use 'auto' or 'torch'")
+    if native.IMPORT_ERROR is None:
+        return "native"
+    if backend == "native":
+        raise ValueError(
+            f"`backend`: the extension efface_native cannot be imported ({native.IMPORT_ERROR}); reinstall efface "
+            "with a C++20 compiler at hand, or use 'torch'"
+        )
+    _warn_missing_extension()
+    return "torch"
+
+
+def _check_triton(device: torch.device) -> None:
+    if not triton_launch.IMPORTABLE:
+        raise ValueError("`backend`: 'triton' is not installed; install triton, or use 'auto', 'native' or 'torch'")
+    runs = device.type in triton_launch.DEVICES or (device.type == "cpu" and triton_launch.INTERPRETED)
+    if not runs:
+        raise ValueError(
+            f"`backend`: 'triton' runs on CUDA, ROCm and XPU devices, got tensors on {device}; use 'auto', 'native' or "
+            "'torch' (or set TRITON_INTERPRET=1 before Python starts, to debug a kernel on the CPU)"
+        )
+
+
+@functools.cache
+def _warn_missing_extension() -> None:
+    warnings.warn(
+        f"the extension efface_native cannot be imported ({native.IMPORT_ERROR}); the loss runs on plain torch, "
+        "more slowly. Reinstall efface with a C++20 compiler at hand.",
+        stacklevel=5,
+    )
 
 
 def agrees(device: torch.device) -> bool:

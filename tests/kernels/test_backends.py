@@ -8,15 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from efface_kernels import trial, triton_launch
-from efface_kernels.checks import resolve_backend
+from efface_kernels import backends, resolve_backend, triton_launch
 
 GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "_known", {})
+    monkeypatch.setattr(backends, "_known", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
@@ -25,19 +24,19 @@ def test_the_passes_agree_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     if not triton_launch.INTERPRETED:
         pytest.skip("these tensors are on the CPU, where Triton runs under TRITON_INTERPRET=1 alone")
-    assert trial.disagreement(torch.device("cpu"), (torch.float16, torch.float32), vocabulary=9001) is None
+    assert backends.disagreement(torch.device("cpu"), (torch.float16, torch.float32), vocabulary=9001) is None
 
 
 @pytest.mark.gpu
 def test_the_passes_agree_on_a_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    assert trial.disagreement(torch.device("cuda", torch.cuda.current_device())) is None
+    assert backends.disagreement(torch.device("cuda", torch.cuda.current_device())) is None
 
 
 def _torch_in_place_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("row_pass", "sequence_loss", "distribution_pass", "scale_pass"):
-        monkeypatch.setattr(trial, f"{name}_triton", getattr(trial, f"{name}_torch"))
+        monkeypatch.setattr(backends, f"{name}_triton", getattr(backends, f"{name}_torch"))
 
 
 @pytest.mark.parametrize(
@@ -51,8 +50,8 @@ def _torch_in_place_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_each_pass_is_compared(monkeypatch: pytest.MonkeyPatch, name: str, said: str) -> None:
     _torch_in_place_of_triton(monkeypatch)
-    device, right = torch.device("cpu"), getattr(trial, f"{name}_torch")
-    assert trial.disagreement(device, vocabulary=101) is None
+    device, right = torch.device("cpu"), getattr(backends, f"{name}_torch")
+    assert backends.disagreement(device, vocabulary=101) is None
 
     def wrong(*arguments: Any) -> Any:
         out = right(*arguments)
@@ -60,21 +59,21 @@ def test_each_pass_is_compared(monkeypatch: pytest.MonkeyPatch, name: str, said:
         first[-1] += 1e-1
         return out
 
-    monkeypatch.setattr(trial, f"{name}_triton", wrong)
-    fault = trial.disagreement(device, vocabulary=101)
+    monkeypatch.setattr(backends, f"{name}_triton", wrong)
+    fault = backends.disagreement(device, vocabulary=101)
     assert fault is not None
     assert said in fault
 
     def refused(*arguments: Any) -> Any:
         raise RuntimeError("PassManager::run failed")
 
-    monkeypatch.setattr(trial, f"{name}_triton", refused)
-    assert "PassManager::run failed" in str(trial.disagreement(device, vocabulary=101))
+    monkeypatch.setattr(backends, f"{name}_triton", refused)
+    assert "PassManager::run failed" in str(backends.disagreement(device, vocabulary=101))
 
 
 def test_what_agrees_is_used_and_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(trial, "disagreement", asked.append)
+    monkeypatch.setattr(backends, "disagreement", asked.append)
     monkeypatch.setattr(triton_launch, "IMPORTABLE", True)
     assert [resolve_backend("auto", GPU) for _ in range(2)] == ["triton"] * 2
     assert asked == [GPU]
@@ -82,7 +81,7 @@ def test_what_agrees_is_used_and_asked_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_differs_is_left_alone_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "disagreement", lambda _: "the row pass differs")
+    monkeypatch.setattr(backends, "disagreement", lambda _: "the row pass differs")
     monkeypatch.setattr(triton_launch, "IMPORTABLE", True)
     with pytest.warns(UserWarning, match="not used on cuda:0: the row pass differs"):
         assert resolve_backend("auto", GPU) == "torch"
@@ -94,9 +93,9 @@ def test_a_full_or_a_capturing_device_is_asked_later(monkeypatch: pytest.MonkeyP
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(triton_launch, "IMPORTABLE", True)
-    monkeypatch.setattr(trial, "disagreement", full)
+    monkeypatch.setattr(backends, "disagreement", full)
     assert resolve_backend("auto", GPU) == "torch"
-    monkeypatch.setattr(trial, "disagreement", lambda _: None)
+    monkeypatch.setattr(backends, "disagreement", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert resolve_backend("auto", GPU) == "torch"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -109,5 +108,5 @@ def test_without_triton_a_gpu_gets_torch(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_it_imports_no_triton() -> None:
-    code = "import sys, efface_kernels.trial; sys.exit('triton' in sys.modules)"
+    code = "import sys, efface_kernels.backends; sys.exit('triton' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
