@@ -4,7 +4,9 @@ with efface.
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,9 +137,14 @@ def logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
     return torch.stack(rows) if rows else hidden.new_zeros(0)
 
 
-def sums(values: Tensor, offsets: tuple[int, ...]) -> list[Tensor]:
+def split(values: Tensor, offsets: Sequence[int]) -> list[Tensor]:
+    """The rows of each sequence."""
+    return [values[start:stop] for start, stop in itertools.pairwise(offsets)]
+
+
+def sums(values: Tensor, offsets: Sequence[int]) -> list[Tensor]:
     """L_s for each sequence."""
-    return [values[start:stop].sum() for start, stop in itertools.pairwise(offsets)]
+    return [rows.sum() for rows in split(values, offsets)]
 
 
 def sigmoid_log(x: Tensor) -> Tensor:
@@ -145,30 +152,109 @@ def sigmoid_log(x: Tensor) -> Tensor:
     return torch.minimum(x, torch.zeros_like(x)) - torch.log1p(torch.exp(-x.abs()))
 
 
-def npo(sequence_sums: list[Tensor], reference_sums: list[Tensor], beta: float) -> Tensor:
-    """Zhang et al. 2024, equation 3."""
-    total = torch.zeros((), dtype=sequence_sums[0].dtype)
-    for policy, reference in zip(sequence_sums, reference_sums, strict=True):
-        total = total - 2 / beta * sigmoid_log(-beta * (policy - reference))
-    return total / len(sequence_sums)
+def nll(rows: Tensor) -> Tensor:
+    """−Σ ℓ."""
+    return -ascent(rows)
 
 
-def dpo(sequence_sums: list[Tensor], reference_sums: list[Tensor], pairs: int, beta: float) -> Tensor:
-    """Rafailov et al. 2023, equation 7, times 2/β: sequence 2i loses against 2i + 1. Summed over the pairs."""
-    total = torch.zeros((), dtype=sequence_sums[0].dtype)
-    for loser in range(0, 2 * pairs, 2):
-        lost = sequence_sums[loser] - reference_sums[loser]
-        won = sequence_sums[loser + 1] - reference_sums[loser + 1]
-        total = total - 2 / beta * sigmoid_log(beta * (won - lost))
+def ascent(rows: Tensor) -> Tensor:
+    """Maini et al. 2024, section 4: Σ ℓ."""
+    total = rows.new_zeros(())
+    for row in rows:
+        total = total + row
     return total
 
 
-def simnpo(sequence_sums: list[Tensor], lengths: tuple[int, ...], beta: float, delta: float) -> Tensor:
+def npo(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """Zhang et al. 2024, equation 3."""
+    return -2 / beta * sigmoid_log(-beta * (policy - reference))
+
+
+def simnpo(policy: Tensor, length: int, beta: float, delta: float) -> Tensor:
     """Fan et al. 2024, equation 4."""
-    total = torch.zeros((), dtype=sequence_sums[0].dtype)
-    for policy, length in zip(sequence_sums, lengths, strict=True):
-        total = total - 2 / beta * sigmoid_log(-beta / length * policy - beta * delta)
-    return total / len(sequence_sums)
+    return -2 / beta * sigmoid_log(-beta / length * policy - beta * delta)
+
+
+def dpo(lost: tuple[Tensor, Tensor], won: tuple[Tensor, Tensor], beta: float) -> Tensor:
+    """Rafailov et al. 2023, equation 7, times 2/β; of each of the two L and L_ref."""
+    return -2 / beta * sigmoid_log(beta * ((won[0] - won[1]) - (lost[0] - lost[1])))
+
+
+def wga(rows: Tensor, beta: float) -> Tensor:
+    """Wang et al. 2025, arXiv 2502.19301: Σ p^β ℓ, the weight a constant."""
+    total = rows.new_zeros(())
+    for row in rows:
+        total = total + torch.exp(row.detach()) ** beta * row
+    return total
+
+
+def satimp(rows: Tensor, beta1: float, beta2: float) -> Tensor:
+    """Yang et al. 2025, arXiv 2505.11953: Σ p^β₁ (1 − p)^β₂ ℓ, the weight a constant."""
+    total = rows.new_zeros(())
+    for row in rows:
+        known = row.detach()
+        total = total + torch.exp(known) ** beta1 * (-torch.expm1(known)) ** beta2 * row
+    return total
+
+
+def ceu(rows: Tensor, ignored: int, eps: float) -> Tensor:
+    """−Σ log(1 − p + eps) without the first rows: ``ceu_cross_entropy`` but for a constant, and finite at p = 1."""
+    total = 0 * rows.sum()  # differentiable where no row counts
+    for row in rows[ignored:]:
+        # each form where it and its derivative, p, keep their digits
+        rest = 1 - torch.exp(row) if row < -1 else -torch.expm1(row)
+        total = total - torch.log(eps + rest)
+    return total
+
+
+def ceu_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Yang 2025, arXiv 2503.01224: the cross entropy to the model's own softmax without the true token, a constant."""
+    total = logits.new_zeros(())
+    for row, target in zip(logits, targets, strict=True):
+        others = row.detach().clone()
+        others[target] = -math.inf
+        q = torch.exp(others - others.max()) / torch.exp(others - others.max()).sum()
+        shifted = row - row.max().detach()
+        log_p = shifted - torch.log(torch.exp(shifted).sum())
+        total = total - (q * log_p).sum()
+    return total
+
+
+def term(declared: Any, rows: list[Tensor], references: list[Tensor], eps: float) -> Tensor:
+    """One sequence's weighted term. ``declared``: an ``efface_kernels.Term``, whose names alone are read.
+
+    ``rows`` and ``references``: ℓ and L_ref of the sequence, and of the one behind it, which DPO prefers; ``eps`` of
+    the dtype that CE-U is computed in.
+    """
+    own, reference = rows[0], references[0]
+    match declared.kind.name:
+        case "NONE" | "ALTERNATE":
+            value = 0 * ascent(own)
+        case "NLL":
+            value = nll(own)
+        case "ASCENT":
+            value = ascent(own)
+        case "NPO":
+            value = npo(ascent(own), reference, declared.beta)
+        case "SIMNPO":
+            value = simnpo(ascent(own), len(own), declared.beta, declared.delta)
+        case "DPO":
+            value = dpo((ascent(own), reference), (ascent(rows[1]), references[1]), declared.beta)
+        case "WGA":
+            value = wga(own, declared.beta)
+        case "SATIMP":
+            value = satimp(own, declared.beta1, declared.beta2)
+        case "CEU":
+            value = ceu(own, declared.ignored, eps)
+        case name:
+            raise AssertionError(name)
+    return declared.weight * value
+
+
+def terms(declared: Sequence[Any], rows: list[Tensor], references: list[Tensor], eps: float) -> Tensor:
+    """The weighted terms of a batch of whole sequences, (S,)."""
+    each = [term(one, rows[i : i + 2], references[i : i + 2], eps) for i, one in enumerate(declared)]
+    return torch.stack(each)
 
 
 def exact(problem: Problem) -> Problem:
@@ -185,14 +271,17 @@ def rms(tensor: Tensor) -> float:
     return tensor.double().pow(2).mean().sqrt().item() if tensor.numel() else 0.0
 
 
-def assert_as_exact(name: str, ours: Tensor, eager: Tensor, gold: Tensor, dtype: torch.dtype) -> None:
+def assert_as_exact(
+    name: str, ours: Tensor, eager: Tensor, gold: Tensor, dtype: torch.dtype, exponent: float = 0
+) -> None:
     """rms(ours − gold) ≤ 2 · rms(torch − gold) + k · eps · rms(gold), with eps of ``dtype``.
 
     k = 4: a scalar's eager error may be zero by luck. In fp64 the gold is as inexact as ours and eager's error is 0
-    by construction: there k = 64.
+    by construction: there k = 64, times 1 + ``exponent`` where the terms, or c, have powers of p: an error of ℓ = −13,
+    which in NLL is divided by 13, is multiplied by the exponent.
     """
     assert ours.shape == gold.shape, name
     assert torch.isfinite(ours).all(), name
-    k = 64 if dtype == torch.float64 else 4
+    k = 64 * (1 + exponent) if dtype == torch.float64 else 4
     error, allowed = rms(ours.double() - gold), 2 * rms(eager.double() - gold) + k * torch.finfo(dtype).eps * rms(gold)
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}, rms(gold) {rms(gold):.3e}"

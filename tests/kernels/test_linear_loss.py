@@ -7,17 +7,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 import oracle
-from efface.objectives.base import nll_terms
-from efface.objectives.dpo import dpo_terms
-from efface.objectives.grad_ascent import grad_ascent_terms
-from efface.objectives.npo import npo_terms
-from efface.objectives.simnpo import simnpo_terms
 from efface_kernels import (
     Head,
+    Kind,
     ReferenceRows,
+    SequenceRule,
     Sequences,
+    Term,
     linear_logprob,
     linear_sequence_loss,
     memory,
@@ -32,7 +31,13 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BETA, DELTA = 0.3, 0.1
 # Four sums cancel in DPO's margin: with its usual β the loss is large beside their rounding, as in a run.
 DPO_BETA = 0.1
-OBJECTIVES = ("nll", "grad_ascent", "npo live", "npo cached", "dpo live", "dpo cached", "simnpo", "graddiff")
+DECLARED = (
+    *("nll", "grad_ascent", "npo live", "npo cached", "dpo live", "dpo cached", "simnpo", "graddiff"),
+    *("wga", "satimp", "ceu"),
+)
+OF_A_FUNCTION = ("npo live", "dpo cached", "graddiff")
+OBJECTIVES = (*DECLARED, *(f"{name}, a function" for name in OF_A_FUNCTION))
+EXPONENTS = {"wga": 1.5, "satimp": 2.0, "ceu": 1.0}  # of p
 UPSTREAM = 0.7
 
 
@@ -44,64 +49,90 @@ def reference_sums(problem: Problem, softcap: float | None) -> list[Tensor]:
     return oracle.sums(padded, problem.offsets)
 
 
-def oracle_loss(objective: str, case: Case, problem: Problem) -> Tensor:
-    values = oracle.logprobs(problem.hidden, problem.weight, problem.bias, problem.targets, case.softcap)
-    sequence_sums = oracle.sums(values, problem.offsets)
-    n = len(problem.targets)
+def terms_of(objective: str, case: Case) -> list[Term]:
+    """What each sequence adds."""
+    n, sequences = sum(case.lengths), len(case.lengths)
+    pairs = sequences // 2  # an odd sequence at the end is kept
+    ascent, kept = Term(Kind.ASCENT, 1 / n), Term(Kind.NLL, 1 / n)
     match objective:
-        case "nll":
-            return -values.sum() / n
-        case "grad_ascent":
-            return values.sum() / n
-        case "npo live" | "npo cached":
-            return oracle.npo(sequence_sums, reference_sums(problem, case.softcap), BETA)
-        case "dpo live" | "dpo cached":
-            pairs = len(sequence_sums) // 2  # an odd sequence at the end is kept
-            alone = sequence_sums[2 * pairs :]
-            return oracle.dpo(sequence_sums, reference_sums(problem, case.softcap), pairs, DPO_BETA) - sum(alone) / n
-        case "simnpo":
-            return oracle.simnpo(sequence_sums, case.lengths, BETA, DELTA)
         case "graddiff":  # even sequences are forgotten, odd ones kept, with weights of their own
-            signed = [value if i % 2 == 0 else -2 * value for i, value in enumerate(sequence_sums)]
-            return torch.stack(signed).sum() / n
-    raise AssertionError(objective)
+            return [Term(Kind.NLL, 2 / n) if i % 2 else ascent for i in range(sequences)]
+        case "dpo live" | "dpo cached":
+            return [Term(Kind.DPO, beta=DPO_BETA), Term(Kind.ALTERNATE)] * pairs + [kept] * (sequences % 2)
+    one = {
+        "nll": kept,
+        "grad_ascent": ascent,
+        "npo live": Term(Kind.NPO, 1 / sequences, beta=BETA),
+        "npo cached": Term(Kind.NPO, 1 / sequences, beta=BETA),
+        "simnpo": Term(Kind.SIMNPO, 1 / sequences, beta=BETA, delta=DELTA),
+        "wga": Term(Kind.WGA, 1 / n, beta=EXPONENTS["wga"]),
+        "satimp": Term(Kind.SATIMP, 1 / n, beta1=EXPONENTS["satimp"], beta2=0.5),
+        "ceu": Term(Kind.CEU, 1 / n, ignored=1),
+    }
+    return [one[objective]] * sequences
 
 
-def term_function(objective: str, case: Case) -> Callable[[Sequences], Tensor]:
+def oracle_loss(objective: str, case: Case, problem: Problem, dtype: torch.dtype) -> Tensor:
+    """``dtype``: of the problem before it was made exact, which says what eps CE-U has."""
+    values = oracle.logprobs(problem.hidden, problem.weight, problem.bias, problem.targets, case.softcap)
+    policy, frozen = oracle.sums(values, problem.offsets), reference_sums(problem, case.softcap)
+    n, pairs = len(values), len(policy) // 2
+    match objective:  # means written down; those of a rule are weights
+        case "npo live, a function":
+            return sum(oracle.npo(*each, BETA) for each in zip(policy, frozen, strict=True)) / len(policy)
+        case "dpo cached, a function":
+            both = list(zip(policy, frozen, strict=True))
+            won = sum(oracle.dpo(both[i], both[i + 1], DPO_BETA) for i in range(0, 2 * pairs, 2))
+            return won - sum(policy[2 * pairs :]) / n
+        case "graddiff, a function":
+            return torch.stack([-2 * each if i % 2 else each for i, each in enumerate(policy)]).sum() / n
+    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    return oracle.terms(terms_of(objective, case), oracle.split(values, problem.offsets), frozen, eps).sum()
+
+
+def npo_terms(s: Sequences) -> Tensor:
+    return -2 / BETA * logsigmoid(-BETA * (s.sums - s.reference_sums))
+
+
+def declared(objective: str, case: Case) -> SequenceRule:
+    terms = terms_of(objective, case)
+    table = list(dict.fromkeys(terms))
+    return SequenceRule.of(
+        torch.tensor([table.index(each) for each in terms], dtype=torch.int8), dict(enumerate(table))
+    )
+
+
+def function(objective: str, case: Case) -> Callable[[Sequences], Tensor]:
     n, sequences = sum(case.lengths), len(case.lengths)
     even = torch.arange(sequences) % 2 == 0
-    alternate = ~even
     alone = torch.arange(sequences) >= sequences // 2 * 2
 
     def dpo(s: Sequences) -> Tensor:
-        terms = dpo_terms(s, beta=DPO_BETA).masked_fill(s.own(alternate), 0)
-        return torch.where(s.own(alone), nll_terms(s) / n, terms)
+        ratio = s.sums - s.reference_sums
+        terms = -2 / DPO_BETA * logsigmoid(DPO_BETA * (s.following(ratio) - ratio))
+        return torch.where(s.own(alone), -s.sums / n, terms.masked_fill(s.own(~even), 0))
 
     return {
-        "nll": lambda s: nll_terms(s) / n,
-        "grad_ascent": lambda s: grad_ascent_terms(s) / n,
-        "npo live": lambda s: npo_terms(s, beta=BETA) / sequences,
-        "npo cached": lambda s: npo_terms(s, beta=BETA) / sequences,
-        "dpo live": dpo,
+        "npo live": lambda s: npo_terms(s) / sequences,
         "dpo cached": dpo,
-        "simnpo": lambda s: simnpo_terms(s, beta=BETA, delta=DELTA) / sequences,
-        "graddiff": lambda s: torch.where(s.own(even), grad_ascent_terms(s), 2 * nll_terms(s)) / n,
+        "graddiff": lambda s: torch.where(s.own(even), s.sums, -2 * s.sums) / n,
     }[objective]
 
 
 def our_loss(objective: str, case: Case, problem: Problem, backend: str = "auto") -> Tensor:
     reference, cached = None, None
-    if objective in ("npo live", "dpo live"):
+    name = objective.removesuffix(", a function")
+    if name.endswith("live"):
         reference = ReferenceRows(problem.reference_hidden, Head(problem.reference_weight, None, case.softcap))
-    if objective in ("npo cached", "dpo cached"):
+    if name.endswith("cached"):
         cached = torch.stack(reference_sums(problem, case.softcap))
     return linear_sequence_loss(
         problem.hidden,
         problem.weight,
         problem.targets,
         problem.offsets,
-        term_function(objective, case),
-        pairs=len(case.lengths) // 2 if objective.startswith("dpo") else 0,
+        declared(name, case) if name == objective else function(name, case),
+        pairs=len(case.lengths) // 2 if name.startswith("dpo") else 0,
         bias=problem.bias,
         softcap=case.softcap,
         reference=reference,
@@ -123,16 +154,29 @@ def gradients(loss: Tensor, problem: Problem) -> dict[str, Tensor]:
 def test_loss_and_gradients_are_as_exact_as_eager(backend: str, objective: str, case: Case, dtype: torch.dtype) -> None:
     problem = oracle.make(case, dtype)
     exact = oracle.exact(problem)
-    gold = oracle_loss(objective, case, exact)
-    eager = oracle_loss(objective, case, problem)
+    exponent = EXPONENTS.get(objective, 0)
+    gold = oracle_loss(objective, case, exact, dtype)
+    eager = oracle_loss(objective, case, problem, dtype)
     ours = our_loss(objective, case, problem, backend)
     assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # In half dtypes the logits are rounded, in eager as in ours, so the loss is known to eps of that dtype.
-    oracle.assert_as_exact("loss", ours.detach(), eager.detach(), gold.detach(), dtype)
+    oracle.assert_as_exact("loss", ours.detach(), eager.detach(), gold.detach(), dtype, exponent)
     gold_gradients, eager_gradients = gradients(gold, exact), gradients(eager, problem)
     for name, gradient in gradients(ours, problem).items():
         assert gradient.dtype == dtype
-        oracle.assert_as_exact(f"d{name}", gradient, eager_gradients[name], gold_gradients[name], dtype)
+        oracle.assert_as_exact(f"d{name}", gradient, eager_gradients[name], gold_gradients[name], dtype, exponent)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.vocabulary < 100 and case.scale == 1], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ceu_has_the_gradient_of_a_cross_entropy_to_the_other_tokens(backend: str, case: Case) -> None:
+    problem = oracle.make(case, torch.float64)
+    logits = oracle.capped_logits(problem.hidden, problem.weight, problem.bias, case.softcap)
+    rows = zip(oracle.split(logits, problem.offsets), oracle.split(problem.targets, problem.offsets), strict=True)
+    expected = sum(oracle.ceu_cross_entropy(each[1:], targets[1:]) for each, targets in rows) / len(logits)
+    gold = gradients(expected + 0 * logits.sum(), problem)
+    for name, gradient in gradients(our_loss("ceu", case, problem, backend), problem).items():
+        torch.testing.assert_close(gradient, gold[name], rtol=1e-11, atol=1e-13, msg=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -153,7 +197,7 @@ def test_the_chunks_of_a_device_are_as_exact_as_eager(
         case = Case("own", (1,) * n, hidden_size=d, vocabulary=97, reference_sequences=n, bias=True)
         problem = oracle.make(case, dtype)
         exact = oracle.exact(problem)
-        values = [oracle_loss(objective, case, each) for each in (exact, problem)]
+        values = [oracle_loss(objective, case, each, dtype) for each in (exact, problem)]
         ours = our_loss(objective, case, problem, backend)
         assert (len(taken[-1]) == 1) == (n <= 3 or (n <= most and dtype == torch.bfloat16)), n
         oracle.assert_as_exact("loss", ours.detach(), values[1].detach(), values[0].detach(), dtype)
@@ -359,7 +403,7 @@ def test_no_tensor_of_all_logits_is_ever_alive(op: str) -> None:
                 weight,
                 targets,
                 offsets,
-                lambda s: npo_terms(s, beta=0.1),
+                npo_terms,
                 reference=reference,
                 chunk_rows=chunk_rows,
             ).loss
@@ -416,14 +460,14 @@ def test_workspaces_are_reused_and_can_be_released() -> None:
     case = Case("reuse", (3, 4))
     problem = oracle.make(case, torch.float32)
     release_workspaces()
-    first = our_loss("npo live", case, problem)
+    first = our_loss("npo live, a function", case, problem)
     for buffer in memory._shelf.buffers:
         buffer.fill_(255)  # NaN
-    assert torch.equal(our_loss("npo live", case, problem), first)
+    assert torch.equal(our_loss("npo live, a function", case, problem), first)
 
     def nested(s: Sequences) -> Tensor:
         our_loss("simnpo", case, problem)
-        return npo_terms(s, beta=BETA) / 2
+        return npo_terms(s) / 2
 
     out = linear_sequence_loss(
         problem.hidden,
@@ -458,7 +502,7 @@ def test_the_output_says_what_the_loss_was_made_of() -> None:
         problem.weight,
         problem.targets,
         torch.tensor(problem.offsets),
-        lambda s: npo_terms(s, beta=BETA),
+        npo_terms,
         reference=ReferenceRows(problem.reference_hidden, Head(problem.reference_weight)),
         chunk_rows=3,
     )
@@ -502,9 +546,7 @@ def test_a_float32_head_meets_half_precision_in_its_dtype(dtype: torch.dtype, he
     leaves = [each.to(head_dtype or dtype).requires_grad_() for each in (weight, bias)]
     reference = ReferenceRows(hidden.detach(), Head(leaves[0].detach(), leaves[1].detach()))
     loss = (
-        linear_sequence_loss(
-            hidden, leaves[0], targets, [0, 6], lambda s: npo_terms(s, beta=BETA), bias=leaves[1], reference=reference
-        ).loss
+        linear_sequence_loss(hidden, leaves[0], targets, [0, 6], npo_terms, bias=leaves[1], reference=reference).loss
         + linear_logprob(hidden, leaves[0], targets, bias=leaves[1]).sum()
     )
     for got, leaf in zip(torch.autograd.grad(loss, [hidden, *leaves]), [hidden, *leaves], strict=True):

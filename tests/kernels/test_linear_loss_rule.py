@@ -34,8 +34,8 @@ def oracle_loss(case: Case, problem: Problem) -> Tensor:
     )
     frozen = torch.cat([frozen, frozen.new_zeros(len(values) - m)])
     sums, reference = (oracle.sums(each, problem.offsets) for each in (values, frozen))
-    forget = oracle.npo(sums[::2], reference[::2], BETA)
-    return forget - torch.stack([*sums[1::2], 0 * sums[0]]).sum() / 2 / len(values)
+    forget = [oracle.npo(*each, BETA) for each in zip(sums[::2], reference[::2], strict=True)]
+    return torch.stack(forget).mean() - torch.stack([*sums[1::2], 0 * sums[0]]).sum() / 2 / len(values)
 
 
 def our_loss(case: Case, problem: Problem, backend: str) -> Tensor:

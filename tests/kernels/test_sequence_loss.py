@@ -1,22 +1,14 @@
-"""The sequence loss against the engine's objectives, in fp64, differentiated by autograd."""
+"""The sequence loss against the fp64 oracle, differentiated by autograd; the objectives' rules too."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+import oracle
 from efface.batching.roles import StepTotals
 from efface.objectives import CEU, DPO, NPO, WGA, GradAscent, GradDiff, IdkNLL, Objective, SatImp, SimNPO, StepTerms
-from efface.objectives.base import nll_terms
-from efface.objectives.ceu import ceu_terms
-from efface.objectives.dpo import dpo_terms
-from efface.objectives.grad_ascent import grad_ascent_terms
-from efface.objectives.npo import npo_terms
-from efface.objectives.satimp import satimp_terms
-from efface.objectives.simnpo import simnpo_terms
-from efface.objectives.wga import wga_terms
 from efface_kernels import Kind, SequenceRule, Sequences, Term, sequence_loss
 
 # NumPy warns of infinities that the interpreted kernel then leaves out
@@ -37,19 +29,6 @@ TERMS = {
 }
 
 
-# The engine's objectives, whose formulas have tests of their own.
-FUNCTIONS: dict[Kind, Callable[[Term, Sequences], Tensor]] = {
-    Kind.NLL: lambda _, s: nll_terms(s),
-    Kind.ASCENT: lambda _, s: grad_ascent_terms(s),
-    Kind.NPO: lambda t, s: npo_terms(s, beta=t.beta),
-    Kind.SIMNPO: lambda t, s: simnpo_terms(s, beta=t.beta, delta=t.delta),
-    Kind.DPO: lambda t, s: dpo_terms(s, beta=t.beta),
-    Kind.WGA: lambda t, s: wga_terms(s, beta=t.beta),
-    Kind.SATIMP: lambda t, s: satimp_terms(s, beta1=t.beta1, beta2=t.beta2),
-    Kind.CEU: lambda t, s: ceu_terms(s, ignore_first_n_answer_tokens=t.ignored),
-}
-
-
 def batch(dtype: torch.dtype, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor, Tensor]:
     """ℓ, row offsets, ℓ_ref of the first rows; a third of the targets memorised."""
     g = torch.Generator().manual_seed(0)
@@ -63,24 +42,14 @@ def batch(dtype: torch.dtype, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tenso
 
 
 def gold(terms: list[Term], logprobs: Tensor, offsets: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor]:
-    """Terms and c by the engine's functions, sequence by sequence, in fp64; CE-U's guard is the eps of the inputs."""
+    """Terms and c by the oracle, in fp64; CE-U's guard is the eps of the inputs."""
     leaf = logprobs.double().detach().requires_grad_()
     padded = torch.cat([frozen.double(), frozen.new_zeros(len(logprobs) - len(frozen), dtype=torch.float64)])
     bounds = offsets.tolist()
-    values = []
-    for i, term in enumerate(terms):
-        if term.kind in (Kind.ALTERNATE, Kind.NONE):
-            values.append(leaf[bounds[i]] * 0)
-            continue
-        own = bounds[i : i + (3 if term.kind == Kind.DPO else 2)]
-        rows = slice(own[0], own[-1])
-        own_offsets = torch.tensor(own) - own[0]
-        reference = torch.segment_reduce(padded[rows], "sum", offsets=own_offsets)
-        seen = leaf[rows].to(logprobs.dtype if term.kind == Kind.CEU else torch.float64)
-        value = FUNCTIONS[term.kind](term, Sequences(seen, own_offsets, 0, reference))[0]
-        values.append(term.weight * value.double())
-    stacked = torch.stack(values)
-    return stacked.detach(), torch.autograd.grad(stacked.sum(), leaf)[0]
+    values = oracle.terms(
+        terms, oracle.split(leaf, bounds), oracle.sums(padded, bounds), torch.finfo(logprobs.dtype).eps
+    )
+    return values.detach(), torch.autograd.grad(values.sum(), leaf)[0]
 
 
 def check(terms: list[Term], table: dict[int, Term], dtype: torch.dtype, backend: str) -> None:
@@ -126,40 +95,47 @@ def test_dpo_pairs_beside_retained_sequences(dtype: torch.dtype, backend: str) -
     check([table[i] for i in (2, 0, 2, 2, 1, 0, 2, 2, 1)], table, dtype, backend)
 
 
-OBJECTIVES = (
-    NPO(beta=0.3, gamma=1.5, alpha=2.0),
-    SimNPO(beta=2.5, delta=0.1),
-    DPO(beta=0.2),
-    WGA(beta=1.5),
-    SatImp(gamma=0.4, beta2=0.5),
-    CEU(ignore_first_n_answer_tokens=2, alpha=1.0),
-    GradAscent(),
-    GradDiff(gamma=0.5),
-    IdkNLL(),
-    None,
+# What each adds for a forget sequence, its weight gamma divided by 3 sequences or 160 label tokens (154 of them behind
+# the first 2 of each sequence), and alpha divided by 34 label tokens to retain.
+OBJECTIVES: tuple[tuple[Objective | None, Term, float], ...] = (
+    (NPO(beta=0.3, gamma=1.5, alpha=2.0), Term(Kind.NPO, 1.5 / 3, beta=0.3), 2 / 34),
+    (SimNPO(beta=2.5, delta=0.1), Term(Kind.SIMNPO, 0.125 / 3, beta=2.5, delta=0.1), 1 / 34),
+    (DPO(beta=0.2), Term(Kind.DPO, 1 / 3, beta=0.2), 1 / 34),
+    (WGA(beta=1.5), Term(Kind.WGA, 1 / 160, beta=1.5), 1 / 34),
+    (SatImp(gamma=0.4, beta2=0.5), Term(Kind.SATIMP, 0.4 / 160, beta1=5.0, beta2=0.5), 1 / 34),
+    (CEU(ignore_first_n_answer_tokens=2, alpha=1.0), Term(Kind.CEU, 1 / 154, ignored=2), 1 / 34),
+    (GradAscent(), Term(Kind.ASCENT, 1 / 160), 0.0),
+    (GradDiff(gamma=0.5), Term(Kind.ASCENT, 0.5 / 160), 1 / 34),
+    (IdkNLL(), Term(Kind.NLL, 1 / 160), 1 / 34),
+    (None, Term(Kind.NONE), 1 / 34),
 )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.name if objective else "fine-tuning")
-def test_the_rule_of_an_objective_is_its_terms(objective: Objective | None, dtype: torch.dtype, backend: str) -> None:
-    """Coefficients by autograd; alternates of no pair and idle sequences add nothing."""
+@pytest.mark.parametrize(
+    ("objective", "forget", "alpha"),
+    OBJECTIVES,
+    ids=[each[0].name if each[0] else "fine-tuning" for each in OBJECTIVES],
+)
+def test_the_rule_of_an_objective_is_its_terms(
+    objective: Objective | None, forget: Term, alpha: float, dtype: torch.dtype, backend: str
+) -> None:
+    """Alternates of no pair and idle sequences add nothing."""
     logprobs, offsets, frozen = batch(dtype)
     roles = torch.tensor([0, 2, 0, 2, 0, 2, 1, 1, 3], dtype=torch.int8)
+    of_role = (forget, Term(Kind.NLL, alpha), Term(Kind.ALTERNATE), Term(Kind.NONE))
+    expected, slopes = gold([of_role[role] for role in roles.tolist()], logprobs, offsets, frozen)
     reference = torch.segment_reduce(
         torch.cat([frozen, frozen.new_zeros(len(logprobs) - len(frozen))]), "sum", offsets=offsets
     )
-    step = StepTerms(objective, roles, StepTotals(3, 160, 2, 34, forget_label_counts=(3, 150, 7)))
-    leaf = logprobs.clone().requires_grad_()
-    expected = step(Sequences(leaf, offsets, 0, reference))
-    (slopes,) = torch.autograd.grad(expected.sum(), leaf)
-    rule = step.rule(forgets=True)
+    rule = StepTerms(objective, roles, StepTotals(3, 160, 2, 34, forget_label_counts=(3, 150, 7))).rule(forgets=True)
     assert rule is not None
     out = sequence_loss(logprobs, offsets, rule, reference_sums=reference, backend=backend)
     # sums of 150 addends in another order, which the sigmoid of a large margin magnifies
     rtol, atol = (1e-12, 1e-15) if dtype == torch.float64 else (2e-5, 1e-7)
-    torch.testing.assert_close(out.terms, expected.detach(), rtol=rtol, atol=atol)
-    torch.testing.assert_close(out.coefficients, slopes, rtol=rtol, atol=atol)
+    assert out.terms.dtype == out.coefficients.dtype == dtype
+    torch.testing.assert_close(out.terms.double(), expected, rtol=rtol, atol=atol)
+    torch.testing.assert_close(out.coefficients.double(), slopes, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
