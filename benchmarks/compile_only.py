@@ -16,14 +16,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import sass
-from efface_kernels.distribution_pass.launch import launch_config as distribution_config
 from efface_kernels.distribution_pass.kernel import distribution_pass_kernel
-from efface_kernels.row_pass.launch import launch_config as row_config
+from efface_kernels.distribution_pass.launch import launch_config as distribution_config
 from efface_kernels.row_pass.kernel import row_pass_kernel
-from efface_kernels.scale_pass.launch import launch_config as scale_config
+from efface_kernels.row_pass.launch import launch_config as row_config
 from efface_kernels.scale_pass.kernel import scale_kernel
-from efface_kernels.sequence_loss.launch import LAUNCH
+from efface_kernels.scale_pass.launch import launch_config as scale_config
 from efface_kernels.sequence_loss.kernel import sequence_loss_kernel
+from efface_kernels.sequence_loss.launch import LAUNCH
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -58,7 +58,7 @@ def fill(dtypes: Sequence[str], cases: int) -> int:
 
     driver.set_active(_Absent())
     JITFunction.run = compile_alone
-    trial.aligned = sweep.aligned = aligned  # type: ignore[attr-defined]
+    backends.aligned = sweep.aligned = aligned  # type: ignore[attr-defined]
     for name in dtypes:
         list(backends._results(torch.device("cpu"), getattr(torch, name), backends._VOCABULARY))  # noqa: SLF001
     for case in sweep.CASES[:cases]:

@@ -22,7 +22,7 @@ from efface_kernels import (
     memory,
     release_workspaces,
 )
-from efface_kernels.linear_loss import sequence_loss, workspace
+from efface_kernels.linear_loss import chunks, fused_loss
 from largest_tensor import LargestTensor
 from oracle import CASES, Case, Problem
 
@@ -186,11 +186,11 @@ def test_the_chunks_of_a_device_are_as_exact_as_eager(
     backend: str, objective: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three rows at a time, or in bf16 all at once: the largest batch that is one chunk, and one more row."""
-    monkeypatch.setattr(workspace, "capacity", lambda *_: 3)
+    monkeypatch.setattr(chunks, "chunk_capacity", lambda *_: 3)
     taken = []
     for plan in ("plan_sequences", "plan_rows"):
-        planned = getattr(sequence_loss, plan)
-        monkeypatch.setattr(sequence_loss, plan, lambda *given, of=planned: taken.append(of(*given)) or taken[-1])
+        planned = getattr(fused_loss, plan)
+        monkeypatch.setattr(fused_loss, plan, lambda *given, of=planned: taken.append(of(*given)) or taken[-1])
     d = 4
     most = 3 + (d if objective.endswith("live") else 2 * d)
     for n in (1, 3, most, most + 1):
@@ -461,7 +461,7 @@ def test_workspaces_are_reused_and_can_be_released() -> None:
     problem = oracle.make(case, torch.float32)
     release_workspaces()
     first = our_loss("npo live, a function", case, problem)
-    for buffer in memory._shelf.buffers:
+    for buffer in memory._idle.buffers:
         buffer.fill_(255)  # NaN
     assert torch.equal(our_loss("npo live, a function", case, problem), first)
 
@@ -481,7 +481,7 @@ def test_workspaces_are_reused_and_can_be_released() -> None:
     for got, expected in zip(gradients(out.loss, problem).values(), gradients(first, problem).values(), strict=True):
         assert torch.equal(got, expected)
     release_workspaces()
-    assert not memory._shelf.buffers
+    assert not memory._idle.buffers
 
 
 def test_closed_forms() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import oracle
 from efface.batching.roles import StepTotals
-from efface.objectives import CEU, DPO, NPO, WGA, GradAscent, GradDiff, IdkNLL, Objective, SatImp, SimNPO, StepTerms
+from efface.objectives import CEU, DPO, NPO, WGA, GradAscent, GradDiff, IdkNLL, Objective, SatImp, SimNPO, step_terms
 from efface_kernels import Kind, SequenceRule, Sequences, Term, sequence_loss
 
 # NumPy warns of infinities that the interpreted kernel then leaves out
@@ -128,7 +128,7 @@ def test_the_rule_of_an_objective_is_its_terms(
     reference = torch.segment_reduce(
         torch.cat([frozen, frozen.new_zeros(len(logprobs) - len(frozen))]), "sum", offsets=offsets
     )
-    rule = StepTerms(objective, roles, StepTotals(3, 160, 2, 34, forget_label_counts=(3, 150, 7))).rule(forgets=True)
+    rule = step_terms(objective, roles, StepTotals(3, 160, 2, 34, forget_label_counts=(3, 150, 7)))
     assert rule is not None
     out = sequence_loss(logprobs, offsets, rule, reference_sums=reference, backend=backend)
     # sums of 150 addends in another order, which the sigmoid of a large margin magnifies
