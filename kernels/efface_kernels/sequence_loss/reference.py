@@ -53,8 +53,8 @@ class _Batch:
 
     def weighted(self, weight: Tensor) -> Pair:
         """Σ weight · ℓ with a constant weight a row, (n,)."""
-        weight = self.sequences.of_rows(self.weight) * weight
-        return self.sequences.sums_of(weight * self.sequences.logprobs), weight
+        sequences = self.sequences
+        return self.weight * sequences.sums_of(weight * sequences.logprobs), sequences.of_rows(self.weight) * weight
 
 
 def _npo(batch: _Batch) -> Pair:
