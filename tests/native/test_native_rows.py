@@ -1,7 +1,9 @@
 """The C++ row passes through their bindings: accuracy, every vector backend, hostile input. No torch."""
 
+import ast
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import efface_native
@@ -10,6 +12,7 @@ import pytest
 from efface_native import Logits
 
 BACKENDS = efface_native.backends()
+STUB = Path(__file__).resolve().parents[2] / "bindings" / "efface_native.pyi"
 
 
 def describe(
@@ -323,3 +326,31 @@ def test_every_name_that_an_error_lists_is_accepted(accept: Callable[[str], obje
         lacking = message.startswith("`backend`") and name not in {"best", *BACKENDS}
         expected = "`backend`: this machine, or this build, does not run it" if lacking else ""
         assert error_of(accept, name) == expected
+
+
+def parameters(function: ast.FunctionDef) -> list[tuple[str, ...]]:
+    """Return names with their defaults, by kind; without ``self``."""
+    given = function.args
+    defaults = [None] * (len(given.args) - len(given.defaults)) + given.defaults
+    pairs = [[*zip(given.args, defaults, strict=True)], [*zip(given.kwonlyargs, given.kw_defaults, strict=True)]]
+    return [
+        (kind, name.arg, ast.unparse(default) if default else "")
+        for kind, group in zip(("positional", "by name"), pairs, strict=True)
+        for name, default in group
+        if name.arg != "self"
+    ]
+
+
+def test_the_stub_has_the_parameters_of_the_module() -> None:
+    """mypy's stubtest sees none of them: pybind11 writes signatures into docstrings only."""
+    module = ast.parse(STUB.read_text(encoding="utf-8"))
+    places: list[tuple[object, ast.Module | ast.ClassDef]] = [(efface_native, module)]
+    places += [(getattr(efface_native, c.name, None), c) for c in module.body if isinstance(c, ast.ClassDef)]
+    functions = [(place, each) for place, node in places for each in node.body if isinstance(each, ast.FunctionDef)]
+    assert len(functions) == 11
+    for place, function in functions:
+        signature = getattr(place, function.name).__doc__.splitlines()[0]
+        (built,) = ast.parse(f"def {signature}: ...").body
+        assert isinstance(built, ast.FunctionDef)
+        if function.name != "__len__":  # whose only argument pybind11 leaves without a name
+            assert parameters(built) == parameters(function), function.name
