@@ -31,6 +31,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest --concise --mypy-config-file pyproject.toml efface_native
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 format: $(READY)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Werror"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
@@ -31,5 +32,18 @@ if os.name != "nt":
     extension.include_dirs = [d for d in extension.include_dirs if d != pybind11.get_include()]
     extension.extra_compile_args = ["-isystem", pybind11.get_include(), *extension.extra_compile_args]
 
+
+class BuildPy(build_py):
+    """Adds the extension's types as a stub-only package: where PEP 561 has type checkers look for those of a module."""
+
+    def run(self) -> None:
+        """Copy the Python files, then the stub."""
+        super().run()
+        if not self.editable_mode:
+            stubs = Path(self.build_lib, "efface_native-stubs")
+            self.mkpath(str(stubs))
+            self.copy_file("bindings/efface_native.pyi", str(stubs / "__init__.pyi"))
+
+
 ParallelCompile(default=0).install()  # all cores
-setup(ext_modules=[extension])
+setup(ext_modules=[extension], cmdclass={"build_py": BuildPy})

@@ -5,14 +5,17 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "packer.hpp"
 #include "planner.hpp"
+#include "refuse.hpp"
 #include "row_pass.hpp"
 #include "token_store.hpp"
 
@@ -20,15 +23,17 @@ namespace py = pybind11;
 
 namespace {
 
+using efface::quoted;
+
 // A 1-D C-contiguous array of exactly dtype T; nothing is converted, so no hidden copy is made or written to.
 void check_vector(const py::array& array, const py::dtype& dtype, const char* name) {
     if (!array.dtype().equal(dtype)) {
-        throw py::type_error("`" + std::string(name) + "`: expected dtype " + std::string(py::str(dtype)) + ", got " +
+        throw py::type_error(quoted(name) + ": expected dtype " + std::string(py::str(dtype)) + ", got " +
                              std::string(py::str(array.dtype())));
     }
     if (array.ndim() != 1 || (array.size() > 1 && array.strides(0) != array.itemsize())) {
-        throw py::value_error("`" + std::string(name) + "`: expected a contiguous 1-D array, got " +
-                              std::to_string(array.ndim()) + " dimension(s)" + (array.ndim() == 1 ? ", strided" : ""));
+        throw py::value_error(quoted(name) + ": expected a contiguous 1-D array, got " + std::to_string(array.ndim()) +
+                              " dimension(s)" + (array.ndim() == 1 ? ", strided" : ""));
     }
 }
 
@@ -42,7 +47,7 @@ template <typename T>
 std::span<T> buffer(py::array& array, const char* name) {
     check_vector(array, py::dtype::of<T>(), name);
     if (!array.writeable()) {
-        throw py::value_error("`" + std::string(name) + "`: expected a writeable array, got a read-only one");
+        throw py::value_error(quoted(name) + ": expected a writeable array, got a read-only one");
     }
     return {static_cast<T*>(array.mutable_data()), static_cast<std::size_t>(array.size())};
 }
@@ -52,10 +57,43 @@ template <typename T>
 std::span<const T> entry(const py::tuple& arrays, std::size_t i, const char* name) {
     const py::object item = arrays[i];
     if (!py::isinstance<py::array>(item)) {
-        throw py::type_error("`" + std::string(name) + "`: expected a NumPy array, got " +
+        throw py::type_error(quoted(name) + ": expected a NumPy array, got " +
                              std::string(py::str(py::type::of(item))));
     }
     return view<T>(py::reinterpret_borrow<py::array>(item), name);
+}
+
+// What Python calls the values of an enum, in the order in which an error lists them.
+template <typename Value>
+using Name = std::pair<std::string_view, Value>;
+
+constexpr Name<efface::RetainSampling> samplings[] = {{"random", efface::RetainSampling::random},
+                                                      {"cycle", efface::RetainSampling::cycle},
+                                                      {"paired", efface::RetainSampling::paired}};
+constexpr Name<efface::Element> elements[] = {{"bfloat16", efface::Element::bf16},
+                                              {"float16", efface::Element::fp16},
+                                              {"float32", efface::Element::fp32},
+                                              {"float64", efface::Element::fp64}};
+// `best` first, then from the slowest to the fastest
+constexpr Name<efface::Backend> backends[] = {{"best", efface::Backend::best},
+                                              {"portable", efface::Backend::portable},
+                                              {"avx2", efface::Backend::avx2},
+                                              {"avx512", efface::Backend::avx512},
+                                              {"neon", efface::Backend::neon}};
+
+// The value of a name in a table, for an argument; an error puts `quote` around each name.
+template <typename Value, std::size_t N>
+Value named(const Name<Value> (&names)[N], std::string_view name, const char* argument, const char* quote = "") {
+    for (const auto& [known, value] : names) {
+        if (known == name) {
+            return value;
+        }
+    }
+    std::string message = quoted(argument) + ": expected ";
+    for (std::size_t i = 0; i < N; ++i) {
+        message.append(i == 0 ? "" : i + 1 < N ? ", " : " or ").append(quote).append(names[i].first).append(quote);
+    }
+    throw py::value_error(message.append(", got ").append(quote).append(name).append(quote));
 }
 
 // A token store, and the arrays that its spans look at.
@@ -125,19 +163,6 @@ py::tuple pack(const std::vector<const LentStore*>& lent, const py::array& roles
     return py::make_tuple(tuple_of(packed.lengths), tuple_of(packed.row_offsets), packed.forget_sequences);
 }
 
-efface::RetainSampling sampling_of(const std::string& name) {
-    if (name == "random") {
-        return efface::RetainSampling::random;
-    }
-    if (name == "cycle") {
-        return efface::RetainSampling::cycle;
-    }
-    if (name == "paired") {
-        return efface::RetainSampling::paired;
-    }
-    throw py::value_error("`retain_sampling`: expected 'random', 'cycle' or 'paired', got '" + name + "'");
-}
-
 // Hands a vector's memory to NumPy without a copy; it is freed with the array.
 template <typename T>
 py::array given_away(std::vector<T>&& values) {
@@ -158,7 +183,7 @@ py::dict plan_epoch(const py::array& forget_lengths, const py::array& retain_len
                                          .world_size = world_size,
                                          .seed = seed,
                                          .epoch = epoch,
-                                         .retain_sampling = sampling_of(retain_sampling),
+                                         .retain_sampling = named(samplings, retain_sampling, "retain_sampling", "'"),
                                          .drop_last = drop_last};
     efface::EpochPlan plan;
     {
@@ -177,84 +202,41 @@ py::dict plan_epoch(const py::array& forget_lengths, const py::array& retain_len
     return out;
 }
 
-efface::Element element_of(const std::string& dtype) {
-    if (dtype == "bfloat16") {
-        return efface::Element::bf16;
-    }
-    if (dtype == "float16") {
-        return efface::Element::fp16;
-    }
-    if (dtype == "float32") {
-        return efface::Element::fp32;
-    }
-    if (dtype == "float64") {
-        return efface::Element::fp64;
-    }
-    throw py::value_error("`dtype`: expected bfloat16, float16, float32 or float64, got " + dtype);
+// The address of a tensor's elements, which the caller keeps alive; 0 is null.
+void* address_of(std::uintptr_t address) { return reinterpret_cast<void*>(address); }  // NOLINT
+
+efface::Logits make_logits(std::uintptr_t address, const std::string& dtype, std::int64_t rows, std::int64_t vocabulary,
+                           std::int64_t stride, double softcap, std::uintptr_t residual) {
+    return {.data = address_of(address),
+            .element = named(elements, dtype, "dtype"),
+            .rows = rows,
+            .vocabulary = vocabulary,
+            .stride = stride,
+            .softcap = softcap,
+            .residual = address_of(residual)};
 }
 
-efface::Backend backend_of(const std::string& name) {
-    if (name == "best") {
-        return efface::Backend::best;
-    }
-    if (name == "portable") {
-        return efface::Backend::portable;
-    }
-    if (name == "avx2") {
-        return efface::Backend::avx2;
-    }
-    if (name == "avx512") {
-        return efface::Backend::avx512;
-    }
-    if (name == "neon") {
-        return efface::Backend::neon;
-    }
-    throw py::value_error("`backend`: expected best, portable, avx2, avx512 or neon, got " + name);
-}
-
-// (address, dtype, rows, vocabulary, stride in elements, softcap or 0, address of the residual or 0), or None for no
-// rows.
-efface::Logits logits_of(const py::object& description, const char* name) {
-    if (description.is_none()) {
+// The matrix that takes a derivative, or nothing.
+efface::Destination destination_of(const std::optional<efface::Logits>& into, const efface::Logits& logits) {
+    if (!into) {
         return {};
     }
-    const auto fields = description.cast<py::tuple>();
-    if (fields.size() != 7) {
-        throw py::value_error("`" + std::string(name) +
-                              "`: expected (address, dtype, rows, vocabulary, stride, softcap, residual), got " +
-                              std::to_string(fields.size()) + " entries");
-    }
-    return {.data = reinterpret_cast<void*>(fields[0].cast<std::uintptr_t>()),  // NOLINT: the caller's tensor
-            .element = element_of(fields[1].cast<std::string>()),
-            .rows = fields[2].cast<std::int64_t>(),
-            .vocabulary = fields[3].cast<std::int64_t>(),
-            .stride = fields[4].cast<std::int64_t>(),
-            .softcap = fields[5].cast<double>(),
-            .residual = reinterpret_cast<const void*>(fields[6].cast<std::uintptr_t>())};  // NOLINT: likewise
-}
-
-// The description of a matrix that takes a derivative, or None for none.
-efface::Destination destination_of(const py::object& description, const efface::Logits& logits) {
-    if (description.is_none()) {
-        return {};
-    }
-    const auto matrix = logits_of(description, "into");
-    if (matrix.data == nullptr && logits.rows > 0) {
+    if (into->data == nullptr && logits.rows > 0) {
         throw py::value_error("`into`: expected an address, or None for no derivative, got null");
     }
-    if (matrix.softcap != 0 || matrix.residual != nullptr) {
+    if (into->softcap != 0 || into->residual != nullptr) {
         throw py::value_error("`into`: expected neither softcap nor residual");
     }
-    if (matrix.stride >= 0 && matrix.stride < matrix.vocabulary && matrix.rows > 1) {
+    if (into->stride >= 0 && into->stride < into->vocabulary && into->rows > 1) {
         throw py::value_error("`into`: expected rows that do not overlap, stride >= " +
-                              std::to_string(matrix.vocabulary) + ", got " + std::to_string(matrix.stride));
+                              std::to_string(into->vocabulary) + ", got " + std::to_string(into->stride));
     }
-    if (matrix.rows != logits.rows || matrix.vocabulary != logits.vocabulary) {
+    if (into->rows != logits.rows || into->vocabulary != logits.vocabulary) {
         throw py::value_error("`into`: expected " + std::to_string(logits.rows) + " x " +
-                              std::to_string(logits.vocabulary) + ", as `logits`, got " + std::to_string(matrix.rows) +
-                              " x " + std::to_string(matrix.vocabulary));
+                              std::to_string(logits.vocabulary) + ", as `logits`, got " + std::to_string(into->rows) +
+                              " x " + std::to_string(into->vocabulary));
     }
-    return {.data = matrix.data, .element = matrix.element, .stride = matrix.stride};
+    return {.data = into->data, .element = into->element, .stride = into->stride};
 }
 
 // The pass's output vectors: of `rows` entries, float64 beside fp64 logits and float32 beside all others.
@@ -263,41 +245,40 @@ void* output(py::array& array, const efface::Logits& logits, const char* name) {
     void* data = wide ? static_cast<void*>(buffer<double>(array, name).data())
                       : static_cast<void*>(buffer<float>(array, name).data());
     if (array.size() != logits.rows) {
-        throw py::value_error("`" + std::string(name) + "`: expected " + std::to_string(logits.rows) +
-                              " entries, got " + std::to_string(array.size()));
+        throw py::value_error(quoted(name) + ": expected " + std::to_string(logits.rows) + " entries, got " +
+                              std::to_string(array.size()));
     }
     return data;
 }
 
-void row_pass(const py::tuple& logits, const py::array& targets, bool gradient, py::array logprobs,
-              const py::object& reference, const py::object& reference_logprobs, int threads,
+void row_pass(const efface::Logits& logits, const py::array& targets, bool gradient, py::array logprobs,
+              const std::optional<efface::Logits>& reference, std::optional<py::array> reference_logprobs, int threads,
               const std::string& backend) {
-    const auto policy = logits_of(logits, "logits");
-    const auto frozen = logits_of(reference, "reference_logits");
+    const efface::Logits frozen = reference.value_or(efface::Logits{});
     const auto labels = view<std::int64_t>(targets, "targets");
-    void* out = output(logprobs, policy, "logprobs");
+    void* out = output(logprobs, logits, "logprobs");
     void* reference_out = nullptr;
-    if (!reference.is_none()) {
-        auto array = reference_logprobs.cast<py::array>();
-        reference_out = output(array, frozen, "reference_logprobs");
+    if (reference) {
+        if (!reference_logprobs) {
+            throw py::type_error("`reference_logprobs`: expected an array beside `reference_logits`, got None");
+        }
+        reference_out = output(*reference_logprobs, frozen, "reference_logprobs");
     }
-    const efface::Execution execution{.threads = threads, .backend = backend_of(backend)};
+    const efface::Execution execution{.threads = threads, .backend = named(backends, backend, "backend")};
     py::gil_scoped_release release;
-    efface::row_pass(policy, labels, gradient, out, frozen, reference_out, execution);
+    efface::row_pass(logits, labels, gradient, out, frozen, reference_out, execution);
 }
 
-void distribution_pass(const py::tuple& logits, const py::tuple& reference, const py::array& targets, double shift,
-                       const py::object& into, py::array divergence, py::array entropy, int threads,
-                       const std::string& backend) {
-    const auto policy = logits_of(logits, "logits");
-    const auto frozen = logits_of(reference, "reference_logits");
+void distribution_pass(const efface::Logits& logits, const efface::Logits& reference, const py::array& targets,
+                       double shift, const std::optional<efface::Logits>& into, py::array divergence, py::array entropy,
+                       int threads, const std::string& backend) {
     const auto labels = view<std::int64_t>(targets, "targets");
-    const auto destination = destination_of(into, policy);
-    void* divergence_out = output(divergence, policy, "divergence");
-    void* entropy_out = output(entropy, policy, "entropy");
-    const efface::Execution execution{.threads = threads, .backend = backend_of(backend)};
+    const auto destination = destination_of(into, logits);
+    void* divergence_out = output(divergence, logits, "divergence");
+    void* entropy_out = output(entropy, logits, "entropy");
+    const efface::Execution execution{.threads = threads, .backend = named(backends, backend, "backend")};
     py::gil_scoped_release release;
-    efface::distribution_pass(policy, frozen, labels, shift, destination, divergence_out, entropy_out, execution);
+    efface::distribution_pass(logits, reference, labels, shift, destination, divergence_out, entropy_out, execution);
 }
 
 }  // namespace
@@ -313,6 +294,16 @@ ids[offsets[i]:offsets[i + 1]], its tokens from label_starts[i] on are labels. R
 layout, ValueError for arrays that do not fit one another.)")
         .def(py::init<std::string, const py::iterable&>(), py::arg("name"), py::arg("chunks"))
         .def("__len__", [](const LentStore& lent) { return lent.store.size(); });
+    py::class_<efface::Logits>(
+        m, "Logits",
+        R"(Rows of logits: the memory of a matrix that the caller keeps alive, and how to read it.
+
+address: of the first element. dtype: bfloat16, float16, float32 or float64. stride: elements from a row to the next.
+softcap: z becomes cap * tanh(z / cap) before all else; 0 for none. residual: the address of what is added to the
+elements before the cap, of the same dtype, rows and stride; 0 for none.
+Raises ValueError for another dtype. All else is checked by the passes, which know what the matrix is for.)")
+        .def(py::init(&make_logits), py::arg("address"), py::arg("dtype"), py::arg("rows"), py::arg("vocabulary"),
+             py::arg("stride"), py::arg("softcap") = 0.0, py::arg("residual") = 0);
     m.def("measure", &measure, py::arg("stores"), py::arg("roles"), py::arg("sequences"),
           R"(Return (sequences, tokens, label rows, words of storage) of the packed batch of the chosen sequences.
 
@@ -342,9 +333,8 @@ Raises ValueError for lengths, counts or sets that make no plan.)");
           py::arg("threads") = 1, py::arg("backend") = "best",
           R"(Write the targets' log-probabilities; with `gradient`, logits become softmax - onehot in place.
 
-logits, reference_logits: (address, dtype, rows, vocabulary, stride, softcap, residual), the memory of a tensor that the
-caller keeps alive; dtype one of bfloat16, float16, float32, float64; stride in elements; softcap and residual 0 for none.
-The reference may have fewer rows, another dtype and another vocabulary; it is only read.
+reference_logits: None, or Logits of as many rows or fewer, in any dtype, of any vocabulary; they are only read. Neither
+may have a residual.
 targets: int64 (rows). logprobs: float32 (rows), float64 for float64 logits; reference_logprobs likewise.
 threads: upper bound; the result does not depend on it. backend: best, portable, avx2, avx512 or neon.
 Raises ValueError for shapes that do not fit, a target out of the vocabulary, a backend that this machine lacks.)");
@@ -354,16 +344,15 @@ Raises ValueError for shapes that do not fit, a target out of the vocabulary, a 
           R"(Write KL(q || p) and the entropy of q, and p - q into a matrix.
 
 p is the softmax of `logits`, q that of `reference_logits` with the target's logit lowered by `shift`. Arguments are
-those of `row_pass`; both logits have the same rows and vocabulary. A residual is the address of what is to be added to
-logits before their cap, of the same dtype, rows and stride.
-into: as `logits`, without softcap and residual, for the same rows and vocabulary: the logits themselves, other memory, or
+those of `row_pass`; both logits have the same rows and vocabulary.
+into: Logits without softcap and residual, for the same rows and vocabulary: the logits themselves, other memory, or
 that of the reference, row on row, in a dtype no wider; or None.)");
     m.def(
         "backends",
         [] {
             py::list names;
-            for (const auto* name : {"portable", "avx2", "avx512", "neon"}) {
-                if (efface::supported(backend_of(name))) {
+            for (const auto& [name, backend] : backends) {
+                if (backend != efface::Backend::best && efface::supported(backend)) {
                     names.append(name);
                 }
             }
@@ -373,13 +362,13 @@ that of the reference, row on row, in a dtype no wider; or None.)");
     m.def(
         "exp_in_place",
         [](py::array values, const std::string& backend) {
-            efface::exp_in_place(buffer<float>(values, "values"), backend_of(backend));
+            efface::exp_in_place(buffer<float>(values, "values"), named(backends, backend, "backend"));
         },
         py::arg("values"), py::arg("backend") = "best", "Replace float32 values by exp, as the passes compute it.");
     m.def(
         "tanh_in_place",
         [](py::array values, const std::string& backend) {
-            efface::tanh_in_place(buffer<float>(values, "values"), backend_of(backend));
+            efface::tanh_in_place(buffer<float>(values, "values"), named(backends, backend, "backend"));
         },
         py::arg("values"), py::arg("backend") = "best", "Replace float32 values by tanh, as the passes compute it.");
 }

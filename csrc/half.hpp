@@ -1,5 +1,4 @@
-// Half-precision values as they lie in memory, and their conversion one at a time (the vector backends convert many).
-// Included before any instruction-set pragma; `static` keeps a copy in each translation unit.
+// Half-precision values as they lie in memory. half.inl converts them one at a time, the vector backends many.
 #pragma once
 
 #include <cstdint>

@@ -7,19 +7,18 @@
 
 namespace efface::kernels {
 
-// One row of the row pass. `scratch` holds at least `vocabulary` values of the accumulation type (float, or double for
-// fp64).
+// One row of the row pass. `scratch` has room for `vocabulary` floats or more; fp64 rows do not use it.
 struct Row {
     void* logits;
     std::int64_t vocabulary;
     std::int64_t target;
     double softcap;
     bool gradient;
-    void* scratch;
+    float* scratch;
     std::int64_t ahead;  // bytes from this row to the one that the thread likely reads next, or 0
 };
 
-// One row of the distribution pass, with scratch for either model.
+// One row of the distribution pass, with scratch as above for each model.
 struct RowPair {
     const void* logits;
     const void* residual;  // or null
@@ -32,8 +31,8 @@ struct RowPair {
     double shift;
     void* into;  // or null
     Element into_element;
-    void* scratch;
-    void* reference_scratch;
+    float* scratch;
+    float* reference_scratch;
 };
 
 struct Table {

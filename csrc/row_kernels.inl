@@ -175,7 +175,7 @@ inline V cap_slope(V z, V inverse) {
 template <typename T>
 double row_logprob(const Row& row) {
     auto* logits = static_cast<T*>(row.logits);
-    auto* scratch = static_cast<float*>(row.scratch);
+    float* scratch = row.scratch;
     const auto softcap = static_cast<float>(row.softcap);
     const bool plain = softcap == 0.0F;
     float* keep = row.gradient ? scratch : nullptr;
@@ -267,8 +267,8 @@ template <typename T>
 void write_difference(const RowPair& row, const PairSums& sums) {
     const auto* logits = static_cast<const T*>(row.logits);
     const auto* residuals = static_cast<const T*>(row.residual);
-    const auto* p = static_cast<const float*>(row.scratch);
-    const auto* q = static_cast<const float*>(row.reference_scratch);
+    const float* p = row.scratch;
+    const float* q = row.reference_scratch;
     const auto softcap = static_cast<float>(row.softcap);
     const V scale = V::set(static_cast<float>(1 / sums.p));
     // (e − er · ratio) · scale: that of equal distributions is 0.
@@ -298,8 +298,8 @@ void row_divergence(const RowPair& row, double* divergence, double* entropy) {
     const auto* residual = static_cast<const T*>(row.residual);
     const auto* reference = static_cast<const R*>(row.reference);
     const auto* reference_residual = static_cast<const R*>(row.reference_residual);
-    auto* p = static_cast<float*>(row.scratch);
-    auto* q = static_cast<float*>(row.reference_scratch);
+    float* p = row.scratch;
+    float* q = row.reference_scratch;
     const std::int64_t count = row.vocabulary;
     const float p_top = row_values(logits, residual, count, static_cast<float>(row.softcap), p);
     float q_top = row_values(reference, reference_residual, count, static_cast<float>(row.reference_softcap), q);

@@ -4,12 +4,12 @@
 #include <array>
 #include <atomic>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
 
 #include "parallel.hpp"
+#include "refuse.hpp"
 #include "row_kernels.hpp"
 
 namespace efface {
@@ -18,8 +18,6 @@ namespace {
 using kernels::Row;
 using kernels::RowPair;
 using kernels::Table;
-
-[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
 std::size_t size_of(Element element) {
     switch (element) {
@@ -59,27 +57,27 @@ const Table& table_of(Backend backend) {
 }
 
 void check(const Logits& logits, std::span<const std::int64_t> targets, const char* name) {
-    const std::string quoted = std::string("`").append(name).append("`");
+    const std::string called = quoted(name);
     if (logits.rows < 0 || logits.vocabulary < 1 || logits.stride < 0) {
-        refuse(quoted + ": expected rows >= 0, vocabulary >= 1, stride >= 0, got " + std::to_string(logits.rows) +
+        refuse(called + ": expected rows >= 0, vocabulary >= 1, stride >= 0, got " + std::to_string(logits.rows) +
                ", " + std::to_string(logits.vocabulary) + ", " + std::to_string(logits.stride));
     }
     if (logits.rows > 0 && logits.data == nullptr) {
-        refuse(quoted + ": expected an address, got null");
+        refuse(called + ": expected an address, got null");
     }
     if (logits.rows > static_cast<std::int64_t>(targets.size())) {
-        refuse("`targets`: expected " + std::to_string(logits.rows) + " entries, one for each row of " + quoted +
+        refuse("`targets`: expected " + std::to_string(logits.rows) + " entries, one for each row of " + called +
                ", got " + std::to_string(targets.size()));
     }
     for (std::int64_t i = 0; i < logits.rows; ++i) {
         const std::int64_t target = targets[static_cast<std::size_t>(i)];
         if (target < 0 || target >= logits.vocabulary) {
             refuse("`targets`: expected token ids in 0 .. " + std::to_string(logits.vocabulary - 1) +
-                   " (the columns of " + quoted + "), got " + std::to_string(target) + " in row " + std::to_string(i));
+                   " (the columns of " + called + "), got " + std::to_string(target) + " in row " + std::to_string(i));
         }
     }
     if (!(logits.softcap >= 0)) {
-        refuse(quoted + " softcap: expected 0 (none) or a positive number, got " + std::to_string(logits.softcap));
+        refuse(called + " softcap: expected 0 (none) or a positive number, got " + std::to_string(logits.softcap));
     }
 }
 
@@ -162,7 +160,6 @@ void row_pass(const Logits& logits, std::span<const std::int64_t> targets, bool 
         refuse("`logits`, `reference_logits`: expected no residual in the row pass, got one");
     }
     const Table& table = table_of(execution.backend);
-    // fp64 rows keep nothing in scratch
     const std::int64_t widest = std::max(logits.vocabulary, reference.rows > 0 ? reference.vocabulary : 0);
     for_each_row(logits.rows, execution.threads, static_cast<std::size_t>(widest), [&](std::int64_t i, float* scratch) {
         const auto run = [&](const Logits& model, bool overwrite, void* out) {

@@ -46,7 +46,6 @@ struct V {
 
 struct Mask {
     __m256 m;
-    Mask operator!() const { return {_mm256_xor_ps(m, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))}; }
 };
 
 inline V operator+(V a, V b) { return {_mm256_add_ps(a.v, b.v)}; }

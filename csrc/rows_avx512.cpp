@@ -67,7 +67,6 @@ struct V {
 
 struct Mask {
     __mmask16 m;
-    Mask operator!() const { return {static_cast<__mmask16>(~m)}; }
 };
 
 inline V operator+(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }

@@ -30,7 +30,6 @@ struct V {
 
 struct Mask {
     uint32x4_t m;
-    Mask operator!() const { return {vmvnq_u32(m)}; }
 };
 
 inline V operator+(V a, V b) { return {vaddq_f32(a.v, b.v)}; }

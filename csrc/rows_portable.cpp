@@ -34,13 +34,6 @@ struct V {
 
 struct Mask {
     bool lane[V::width];
-    Mask operator!() const {
-        Mask m;
-        for (int i = 0; i < V::width; ++i) {
-            m.lane[i] = !lane[i];
-        }
-        return m;
-    }
 };
 
 template <typename Function>

@@ -31,7 +31,6 @@ class TokenStore {
     TokenStore(std::string name, std::vector<TokenChunk> chunks);
 
     [[nodiscard]] std::int64_t size() const { return firsts_.back(); }
-    [[nodiscard]] const std::string& name() const { return name_; }
 
     // Throws std::invalid_argument, with the offending values, for an index out of range, offsets that leave the chunk,
     // or a sequence without labels. Offsets of sequences that nobody asks for are never read: a batch costs what it

@@ -12,15 +12,16 @@ except ImportError as error:  # a source checkout without a compiler
 else:
     IMPORT_ERROR = None
 
-Description = tuple[int, str, int, int, int, float, int]
 
-
-def describe(logits: Logits) -> Description:
-    """Return (address, dtype, rows, vocabulary, row stride, softcap or 0, address of the residual or 0)."""
+def describe(logits: Logits) -> "efface_native.Logits":
+    """Return where the C++ passes find the logits, whose columns are side by side."""
     values, residual = logits.values, 0 if logits.residual is None else logits.residual.data_ptr()
     rows, vocabulary = values.shape
     dtype = str(values.dtype).removeprefix("torch.")
-    return values.data_ptr(), dtype, rows, vocabulary, values.stride(0), logits.softcap or 0.0, residual
+    # by position: names would cost a microsecond and more
+    return efface_native.Logits(
+        values.data_ptr(), dtype, rows, vocabulary, values.stride(0), logits.softcap or 0.0, residual
+    )
 
 
 def row_pass_native(logits: Logits, targets: Tensor, reference: Logits | None, gradient: bool) -> tuple[Tensor, ...]:

@@ -1,19 +1,26 @@
 """The C++ row passes through their bindings: accuracy, every vector backend, hostile input. No torch."""
 
+import ast
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import efface_native
 import numpy as np
 import pytest
+from efface_native import Logits
 
 BACKENDS = efface_native.backends()
-Description = tuple[int, str, int, int, int, float, int]
+STUB = Path(__file__).resolve().parents[2] / "bindings" / "efface_native.pyi"
 
 
 def describe(
     array: np.ndarray, dtype: str | None = None, softcap: float = 0.0, residual: np.ndarray | None = None
-) -> Description:
+) -> Logits:
     rows, vocabulary = array.shape
     stride, rest = array.strides[0] // array.itemsize, 0 if residual is None else residual.ctypes.data
-    return array.ctypes.data, dtype or str(array.dtype), rows, vocabulary, stride, softcap, rest
+    return Logits(array.ctypes.data, dtype or str(array.dtype), rows, vocabulary, stride, softcap, rest)
 
 
 def bf16(values: np.ndarray) -> np.ndarray:
@@ -205,15 +212,17 @@ def small() -> dict[str, object]:
         ({"targets": np.array([0, 1], np.int32)}, TypeError, "`targets`: expected dtype int64"),
         ({"logprobs": np.zeros(3, np.float32)}, ValueError, "`logprobs`: expected 2 entries, got 3"),
         ({"logprobs": np.zeros(2)}, TypeError, "`logprobs`: expected dtype float32, got float64"),
-        ({"logits": (0, "float32", 2, 5, 5, 0.0, 0)}, ValueError, "expected an address, got null"),
-        ({"logits": (8, "float32", -1, 5, 5, 0.0, 0)}, ValueError, "`logprobs`: expected -1 entries"),
-        ({"logits": (8, "float32", 2, 0, 5, 0.0, 0)}, ValueError, "vocabulary >= 1"),
-        ({"logits": (8, "float32", 2, 5, -5, 0.0, 0)}, ValueError, "stride >= 0"),
-        ({"logits": (8, "int8", 2, 5, 5, 0.0, 0)}, ValueError, "`dtype`: expected bfloat16"),
-        ({"logits": (8, "float32", 2, 5)}, ValueError, r"expected \(address, dtype, rows"),
-        ({"logits": (8, "float32", 2, 5, 5, -1.0, 0)}, ValueError, "softcap: expected 0"),
-        ({"logits": (8, "float32", 2, 5, 5, float("nan"), 0)}, ValueError, "softcap: expected 0"),
-        ({"logits": (8, "float32", 2, 5, 5, 0.0, 8)}, ValueError, "expected no residual in the row pass"),
+        ({"logits": Logits(0, "float32", 2, 5, 5, 0.0, 0)}, ValueError, "expected an address, got null"),
+        ({"logits": Logits(8, "float32", -1, 5, 5, 0.0, 0)}, ValueError, "`logprobs`: expected -1 entries"),
+        ({"logits": Logits(8, "float32", 2, 0, 5, 0.0, 0)}, ValueError, "vocabulary >= 1"),
+        ({"logits": Logits(8, "float32", 2, 5, -5, 0.0, 0)}, ValueError, "stride >= 0"),
+        ({"logits": (8, "float32", 2, 5, 5, 0.0, 0)}, TypeError, "incompatible function arguments"),
+        ({"logits": None}, TypeError, "incompatible function arguments"),
+        ({"reference_logits": (8, "float32", 2, 5, 5, 0.0, 0)}, TypeError, "incompatible function arguments"),
+        ({"reference_logits": Logits(8, "float32", 2, 5, 5)}, TypeError, "`reference_logprobs`: expected an array"),
+        ({"logits": Logits(8, "float32", 2, 5, 5, -1.0, 0)}, ValueError, "softcap: expected 0"),
+        ({"logits": Logits(8, "float32", 2, 5, 5, float("nan"), 0)}, ValueError, "softcap: expected 0"),
+        ({"logits": Logits(8, "float32", 2, 5, 5, 0.0, 8)}, ValueError, "expected no residual in the row pass"),
     ],
 )
 def test_bad_input_is_refused(change: dict[str, object], error: type[Exception], message: str) -> None:
@@ -231,13 +240,117 @@ def test_a_bad_destination_is_refused() -> None:
     for into, message in (
         (describe(np.zeros((2, 6), np.float32)), "`into`: expected 2 x 5, as `logits`, got 2 x 6"),
         (describe(np.zeros((2, 5), np.float64)), "`into`: fp64 needs fp64"),
-        ((8, "float32", 2, 5, -5, 0.0, 0), "`into`: expected stride >= 0"),
-        ((8, "float32", 2, 5, 4, 0.0, 0), "`into`: expected rows that do not overlap, stride >= 5, got 4"),
-        ((0, "float32", 2, 5, 5, 0.0, 0), "`into`: expected an address, or None"),
-        ((8, "float32", 2, 5, 5, 3.0, 0), "`into`: expected neither softcap nor residual"),
-        ((8, "float32", 2, 5, 5, 0.0, 8), "`into`: expected neither softcap nor residual"),
+        (Logits(8, "float32", 2, 5, -5, 0.0, 0), "`into`: expected stride >= 0"),
+        (Logits(8, "float32", 2, 5, 4, 0.0, 0), "`into`: expected rows that do not overlap, stride >= 5, got 4"),
+        (Logits(0, "float32", 2, 5, 5, 0.0, 0), "`into`: expected an address, or None"),
+        (Logits(8, "float32", 2, 5, 5, 3.0, 0), "`into`: expected neither softcap nor residual"),
+        (Logits(8, "float32", 2, 5, 5, 0.0, 8), "`into`: expected neither softcap nor residual"),
     ):
         with pytest.raises(ValueError, match=message):
             efface_native.distribution_pass(
                 describe(z), describe(z.copy()), np.array([0, 4]), shift=0.0, into=into, **vectors
             )
+
+
+def test_logits_by_name_by_position_and_by_default_are_the_same() -> None:
+    """What is left out is 0: no cap, no residual."""
+    z, target = np.array([[1.0, 2.0, 3.0]]), np.array([2])
+    names = ("address", "dtype", "rows", "vocabulary", "stride", "softcap", "residual")
+    everything = (z.ctypes.data, "float64", 1, 3, 3, 0.0, 0)
+    expected = naive(z[0], 2)[0]
+    for logits in (
+        Logits(*everything),
+        Logits(*everything[:5]),
+        Logits(**dict(zip(names, everything, strict=True))),
+        Logits(**dict(zip(names, everything[:5], strict=False))),
+    ):
+        for reference in (None, logits):
+            out, reference_out = np.zeros(1), np.zeros(1)
+            efface_native.row_pass(
+                logits,
+                target,
+                gradient=False,
+                logprobs=out,
+                reference_logits=reference,
+                reference_logprobs=None if reference is None else reference_out,
+            )
+            assert out[0] == pytest.approx(expected, rel=1e-14)
+            assert reference_out[0] == (0 if reference is None else out[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"address": -1},
+        {"address": 0.5},
+        {"dtype": None},
+        {"rows": "2"},
+        {"stride": 1.5},
+        {"softcap": None},
+        {"more": 1},
+    ],
+)
+def test_logits_of_other_types_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"address: .*dtype: .*rows: .*vocabulary: .*stride: .*softcap: .*residual: "):
+        Logits(**{"address": 8, "dtype": "float32", "rows": 2, "vocabulary": 5, "stride": 5, **change})
+
+
+def error_of(accept: Callable[[str], object], name: str) -> str:
+    try:
+        accept(name)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def plan(retain_sampling: str) -> None:
+    lengths = np.array([3, 3])
+    numbers = dict.fromkeys(("pairs_per_step", "token_budget", "world_size", "seed", "epoch"), 1)
+    efface_native.plan_epoch(lengths, lengths, lengths[:0], **numbers, retain_sampling=retain_sampling, drop_last=False)
+
+
+@pytest.mark.parametrize(
+    ("accept", "message"),
+    [
+        (plan, "`retain_sampling`: expected 'random', 'cycle' or 'paired', got 'none'"),
+        (lambda name: Logits(8, name, 2, 5, 5), "`dtype`: expected bfloat16, float16, float32 or float64, got none"),
+        (
+            lambda name: efface_native.exp_in_place(np.zeros(1, np.float32), name),
+            "`backend`: expected best, portable, avx2, avx512 or neon, got none",
+        ),
+    ],
+)
+def test_every_name_that_an_error_lists_is_accepted(accept: Callable[[str], object], message: str) -> None:
+    assert error_of(accept, "none") == message
+    for name in re.findall(r"\w{3,}", message.partition("expected")[2].partition("got")[0]):
+        lacking = message.startswith("`backend`") and name not in {"best", *BACKENDS}
+        expected = "`backend`: this machine, or this build, does not run it" if lacking else ""
+        assert error_of(accept, name) == expected
+
+
+def parameters(function: ast.FunctionDef) -> list[tuple[str, ...]]:
+    """Return names with their defaults, by kind; without ``self``."""
+    given = function.args
+    defaults = [None] * (len(given.args) - len(given.defaults)) + given.defaults
+    pairs = [[*zip(given.args, defaults, strict=True)], [*zip(given.kwonlyargs, given.kw_defaults, strict=True)]]
+    return [
+        (kind, name.arg, ast.unparse(default) if default else "")
+        for kind, group in zip(("positional", "by name"), pairs, strict=True)
+        for name, default in group
+        if name.arg != "self"
+    ]
+
+
+def test_the_stub_has_the_parameters_of_the_module() -> None:
+    """mypy's stubtest sees none of them: pybind11 writes signatures into docstrings only."""
+    module = ast.parse(STUB.read_text(encoding="utf-8"))
+    places: list[tuple[object, ast.Module | ast.ClassDef]] = [(efface_native, module)]
+    places += [(getattr(efface_native, c.name, None), c) for c in module.body if isinstance(c, ast.ClassDef)]
+    functions = [(place, each) for place, node in places for each in node.body if isinstance(each, ast.FunctionDef)]
+    assert len(functions) == 11
+    for place, function in functions:
+        signature = getattr(place, function.name).__doc__.splitlines()[0]
+        (built,) = ast.parse(f"def {signature}: ...").body
+        assert isinstance(built, ast.FunctionDef)
+        if function.name != "__len__":  # whose only argument pybind11 leaves without a name
+            assert parameters(built) == parameters(function), function.name

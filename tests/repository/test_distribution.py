@@ -32,6 +32,7 @@ def test_sdist_and_wheel_build_and_import_in_a_clean_environment(tmp_path: Path)
     assert {f"efface/evaluate/report/templates/{name}" for name in templates} <= set(names)
     assert {"efface/recipes/tofu-npo.yaml", "efface/recipes/idk.txt"} <= set(names)
     assert any(name.startswith("efface_native.") for name in names)
+    assert "efface_native-stubs/__init__.pyi" in names
     assert not any(name.startswith(("tests", "benchmarks", "csrc", "engine", "kernels/")) for name in names)
 
     environment = tmp_path / "venv"

@@ -165,10 +165,10 @@ def pack_items(
         ValueError: an index out of range, a role without a store, a sequence without a label.
     """
     native = [store.native(name) for store, name in zip(stores, _STORES, strict=False)]
-    *layout, words = efface_native.measure(native, roles, sequences)
-    storage = torch.empty(words, dtype=torch.int64, pin_memory=pin_memory)
+    size = efface_native.measure(native, roles, sequences)
+    storage = torch.empty(size[3], dtype=torch.int64, pin_memory=pin_memory)
     packed = efface_native.pack(native, roles, sequences, storage.numpy())
-    return PackedBatch(storage, tuple(layout), *packed)
+    return PackedBatch(storage, size[:3], *packed)
 
 
 def pack(forget: TokenStore, retain: TokenStore, forget_index: Indices, retain_index: Indices) -> PackedBatch:
