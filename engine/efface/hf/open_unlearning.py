@@ -67,7 +67,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import get_parameter_names
 
-from efface.batching import EpochPlan, TokenStore
+from efface.batching import EpochPlan, Role, TokenStore
 from efface.hf.accumulation import Accumulation
 from efface.hf.activations import watched
 from efface.hf.dataset import PackedSteps
@@ -87,6 +87,7 @@ from efface.objectives import (
     SatImp,
     SimNPO,
 )
+from efface_kernels import Kind, SequenceRule, Sequences, Term
 from efface_kernels.transfer import to_device
 
 IGNORE = -100
@@ -124,22 +125,25 @@ class Padded(NamedTuple):
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T)
     labels: Tensor  # (B, T), unshifted, −100 ignored
+    spans: Tensor  # (B, 2) on the host: where the labels of each sequence begin and end
 
     @classmethod
     def of(cls, store: TokenStore, sequences: Sequence[int], pad_token_id: int) -> "Padded":
         """Pad sequences of a store on the right, as open-unlearning's collator does."""
         ids = [torch.from_numpy(store[index].astype(np.int64)) for index in sequences]
         labels = [row.clone() for row in ids]
-        for row, index in zip(labels, sequences, strict=True):
-            row[: store.label_starts[index]] = IGNORE
+        spans = torch.tensor([(store.label_starts[index], store.lengths[index]) for index in sequences])
+        for row, start in zip(labels, spans[:, 0], strict=True):
+            row[:start] = IGNORE
         padded = pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
         # Its mask also hides real tokens that equal the padding token, such as an end-of-sequence token.
         mask = padded.ne(pad_token_id)
-        return cls(padded, mask, pad_sequence(labels, batch_first=True, padding_value=IGNORE))
+        return cls(padded, mask, pad_sequence(labels, batch_first=True, padding_value=IGNORE), spans)
 
     def to(self, device: torch.device | str) -> "Padded":
         """Return it on a device."""
-        return Padded(*(to_device(tensor, torch.device(device)) for tensor in self))
+        ids, mask, labels = (to_device(tensor, torch.device(device)) for tensor in self[:3])
+        return Padded(ids, mask, labels, self.spans)
 
     def run(self, model: nn.Module) -> Tensor:
         """Return the logits (B, T, V) in float32, as the models of transformers 4.45 do."""
@@ -149,6 +153,11 @@ class Padded(NamedTuple):
     def answers(self) -> Tensor:
         """Return where the answer tokens stand, (B, T)."""
         return self.labels != IGNORE
+
+    @property
+    def predicted(self) -> int:
+        """The labels after the first position, which nothing predicts: what open-unlearning's token means run over."""
+        return int((self.spans[:, 1] - self.spans[:, 0].clamp(min=1)).sum())
 
 
 @dataclass(frozen=True)
@@ -305,19 +314,8 @@ def padded_loss(
     return PaddedLoss(loss, forget.detach(), retain.detach())
 
 
-def _forget_loss(  # noqa: PLR0911 - one for each objective
-    objective: Objective, model: Any, frozen: Frozen, forget: Padded, alternate: Padded | None
-) -> Tensor:
+def _forget_loss(objective: Objective, model: Any, frozen: Frozen, forget: Padded, alternate: Padded | None) -> Tensor:
     match objective:
-        case NPO() | DPO():
-            lose = _sequence_nll(forget.run(model), forget) - _frozen_nll(frozen, forget)
-            win: Tensor | float = 0.0
-            if alternate is not None:
-                win = _sequence_nll(alternate.run(model), alternate) - _frozen_nll(frozen, alternate)
-            return -2 / objective.beta * F.logsigmoid(objective.beta * (lose - win)).mean()
-        case SimNPO():
-            mean = _sequence_nll(forget.run(model), forget) / forget.answers().sum(-1) - objective.delta
-            return -F.logsigmoid(objective.beta * mean).mean() * 2 / objective.beta
         case RMU():
             activations = _activations(model, forget, objective.module_regex)
             vector = objective.steering_vector(activations.shape[-1]).to(activations.dtype)
@@ -331,23 +329,21 @@ def _forget_loss(  # noqa: PLR0911 - one for each objective
             return (margins * forget.answers()).sum() / forget.answers().sum()
         case CEU():
             return _ceu(forget.run(model), forget, objective.ignore_first_n_answer_tokens)
-        case IdkNLL():
-            return _token_nll(forget.run(model), forget)
-        case GradAscent():
-            return -_token_nll(forget.run(model), forget)
-        case WGA() | SatImp():
-            nll = _each_nll(forget.run(model), forget)
-            p = (-nll).exp().detach()
-            weight = (
-                p**objective.beta if isinstance(objective, WGA) else p**objective.beta1 * (1 - p) ** objective.beta2
-            )
-            return -(weight * nll)[forget.labels[:, 1:] != IGNORE].mean()
-    raise ValueError(f"`compat`: open-unlearning has no objective {objective.name!r}")  # refused before
+    term = objective.forget_term()
+    if term is None:
+        raise ValueError(f"`compat`: open-unlearning has no objective {objective.name!r}")  # refused before
+    parts = [forget] if alternate is None else [forget, alternate]
+    nll = [_each_nll(part.run(model), part) for part in parts]
+    if objective.needs_reference:
+        sequences = _compared(nll, [_each_nll(_frozen_logits(frozen, part), part) for part in parts])
+    else:
+        sequences = _labels(nll[0], forget)
+    return _sum(term, sequences) / (len(nll[0]) if objective.mean_over == "sequences" else forget.predicted)
 
 
 def _retain_loss(objective: Objective, model: Any, frozen: Frozen, retain: Padded) -> Tensor:
     if objective.retain_loss_type == "NLL":
-        return _token_nll(retain.run(model), retain)
+        return _mean_nll(retain.run(model), retain)
     if isinstance(objective, RMU) and objective.compares_activations:
         with torch.no_grad(), frozen() as reference:
             target = _activations(reference, retain, objective.module_regex)
@@ -360,7 +356,7 @@ def _retain_loss(objective: Objective, model: Any, frozen: Frozen, retain: Padde
 @torch.no_grad()
 def drawn_retain_loss(model: Any, batches: Iterator[Padded]) -> float:
     """Return the mean over micro-batches of their retain NLL, what PDU's dual variable ascends by after an epoch."""
-    losses = [float(_token_nll(batch.run(model), batch)) for batch in batches]
+    losses = [float(_mean_nll(batch.run(model), batch)) for batch in batches]
     return sum(losses) / len(losses)
 
 
@@ -369,12 +365,37 @@ def _each_nll(logits: Tensor, batch: Padded) -> Tensor:
     return F.cross_entropy(logits[:, :-1].transpose(1, 2), batch.labels[:, 1:], ignore_index=IGNORE, reduction="none")
 
 
-def _sequence_nll(logits: Tensor, batch: Padded) -> Tensor:
-    return _each_nll(logits, batch).sum(-1)
+def _labels(nll: Tensor, batch: Padded) -> Sequences:
+    """Return the sequences of a batch, a row for each label.
+
+    A label in the first position, which nothing predicts, has 0: SimNPO's mean counts it.
+    """
+    spans = zip(F.pad(-nll, (1, 0)), batch.spans.tolist(), strict=True)
+    offsets = F.pad(batch.spans.diff().flatten().cumsum(0), (1, 0))
+    return Sequences(torch.cat([row[start:end] for row, (start, end) in spans]), to_device(offsets, nll.device))
 
 
-def _token_nll(logits: Tensor, batch: Padded) -> Tensor:
-    return _each_nll(logits, batch).sum() / (batch.labels[:, 1:] != IGNORE).sum()
+def _compared(nll: list[Tensor], frozen_nll: list[Tensor]) -> Sequences:
+    """Return the sequences of a batch, each before its alternate where there are two parts, and their references.
+
+    NPO and DPO read sums alone: one row a sequence, added up as theirs is, for L − L_ref shows how a sum was rounded.
+    """
+    sums, reference_sums = (-torch.stack([part.sum(-1) for part in parts], 1).flatten() for parts in (nll, frozen_nll))
+    return Sequences(sums, torch.arange(len(sums) + 1, device=sums.device), 0, reference_sums)
+
+
+def _sum(term: Term, sequences: Sequences) -> Tensor:
+    """Return the sum of a term over sequences; of DPO's over those that an alternate follows, every other one."""
+    terms, roles = {int(Role.FORGET): term}, [Role.FORGET] * len(sequences)
+    if term.kind == Kind.DPO:
+        terms[Role.ALTERNATE] = Term(Kind.ALTERNATE)
+        roles[1::2] = [Role.ALTERNATE] * (len(sequences) // 2)
+    rule = SequenceRule.of(to_device(torch.tensor(roles, dtype=torch.int8), sequences.logprobs.device), terms)
+    return rule(sequences).sum()
+
+
+def _mean_nll(logits: Tensor, batch: Padded) -> Tensor:
+    return _sum(Term(Kind.NLL), _labels(_each_nll(logits, batch), batch)) / batch.predicted
 
 
 def _undial(logits: Tensor, teacher: Tensor, batch: Padded, beta: float) -> Tensor:
@@ -422,7 +443,3 @@ def _running(
 def _frozen_logits(frozen: Frozen, batch: Padded) -> Tensor:
     with frozen() as model:
         return batch.run(model)
-
-
-def _frozen_nll(frozen: Frozen, batch: Padded) -> Tensor:
-    return _sequence_nll(_frozen_logits(frozen, batch), batch)
