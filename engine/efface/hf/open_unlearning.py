@@ -63,15 +63,17 @@ import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_parameter_names
 
 from efface.batching import EpochPlan, Role, TokenStore
 from efface.hf.accumulation import Accumulation
-from efface.hf.activations import watched
-from efface.hf.dataset import PackedSteps
+from efface.hf.activations import training_only, watched
+from efface.hf.arguments import UnlearnArguments
+from efface.hf.callbacks import undisturbed
+from efface.hf.dataset import PackedSteps, Steps
 from efface.hf.live_reference import ModelReference
+from efface.hf.stepping import Run, Stepping, Stores, pairs_per_step, planned_steps
 from efface.objectives import (
     CEU,
     DPO,
@@ -205,8 +207,8 @@ class PaddedStep:
         return replace(self, batches=tuple(batch.to(device) for batch in self.batches))
 
 
-class PaddedSteps(Dataset[PaddedStep]):
-    """Item k is optimizer step k of what transformers counts as the current epoch.
+class PaddedSteps(Steps[PaddedStep]):
+    """Steps of padded micro-batches; an epoch is what transformers counts as one.
 
     Args:
         packed: plans the pairs; its steps are our micro-batches.
@@ -229,6 +231,7 @@ class PaddedSteps(Dataset[PaddedStep]):
         pad_token_id: int,
     ) -> None:
         self._packed, self._pad_token_id = packed, pad_token_id
+        self.stores = packed.stores
         self._alternate, self._replaced, self._seed = alternate, replaced, seed
         self.accumulation = Accumulation(len(packed), accumulate)
         self._epoch = 0
@@ -238,6 +241,11 @@ class PaddedSteps(Dataset[PaddedStep]):
     def __len__(self) -> int:
         """Return the optimizer steps that an epoch counts as."""
         return self.accumulation.steps
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of an epoch."""
+        return self._packed.pairs
 
     def begin_epoch(self, epoch: int) -> None:
         """Number the items on from the steps of so many epochs."""
@@ -253,14 +261,14 @@ class PaddedSteps(Dataset[PaddedStep]):
         """Draw the retain micro-batches of an epoch once more, for the dual variable after ``epoch``."""
         plan = self._packed.plan(DUAL_EPOCHS + epoch)
         for batch in range(len(plan)):
-            retain = self._part(self._packed.stores[1], plan.pairs(batch)[1])
+            retain = self._part(self.stores[1], plan.pairs(batch)[1])
             if retain is not None:
                 yield retain
 
     def _pairs(self, position: int) -> PaddedPairs:
         epoch, batch = divmod(position, self.accumulation.batches)
         index, retained = self._plan(epoch).pairs(batch)
-        forget, retain = self._packed.stores[:2]
+        forget, retain = self.stores[:2]
         own, kept = self._part(forget, index), self._part(retain, retained)
         if self._alternate is None:
             return PaddedPairs(own, kept, None, position)
@@ -443,3 +451,104 @@ def _running(
 def _frozen_logits(frozen: Frozen, batch: Padded) -> Tensor:
     with frozen() as model:
         return batch.run(model)
+
+
+class PaddedStepping(Stepping):
+    """open-unlearning's way of stepping, with the losses above."""
+
+    runs_reference = True
+    draws_refusals = True
+    steps: PaddedSteps
+
+    def __init__(
+        self,
+        args: UnlearnArguments,
+        stores: Stores,
+        objective: Objective | None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """See ``Stepping``; the tokenizer knows what sequences are padded with."""
+        pad_token_id = getattr(tokenizer, "pad_token_id", None)
+        if pad_token_id is None:
+            pad_token_id = getattr(tokenizer, "eos_token_id", None)
+        micro_batches = planned_steps(
+            args,
+            stores._replace(alternate=None),
+            pairs_per_step=self.planned_pairs(args),
+            token_budget=2**31 - 1,  # there is none
+        )
+        self.steps = PaddedSteps(
+            micro_batches,
+            stores.alternate,
+            replaced=objective is not None and objective.forget_data == "alternate",
+            accumulate=pairs_per_step(args) // self.planned_pairs(args),
+            seed=args.seed,
+            pad_token_id=0 if pad_token_id is None else int(pad_token_id),
+        )
+        self.epoch_pairs = len(stores.forget)
+
+    @classmethod
+    def planned_pairs(cls, args: UnlearnArguments) -> int:
+        """Return those of a micro-batch: an epoch is no whole number of steps."""
+        return int(args.per_device_train_batch_size)
+
+    @classmethod
+    def check_objective(cls, objective: Objective) -> None:
+        """See ``check_objective``."""
+        check_objective(objective)
+
+    @classmethod
+    def choose_weights(cls, model: PreTrainedModel, objective: RMU) -> None:
+        """Leave all as they are, see ``optimizing``; expressions that match nothing are refused now."""
+        with training_only(model, objective.trainable_params_regex):
+            pass
+
+    def loss(self, run: Run, model: nn.Module, batch: PaddedPairs, step: PaddedStep) -> tuple[Tensor, PaddedLoss]:
+        """Means run over the micro-batch, not over the step."""
+        if run.objective is None:
+            raise TypeError("`objective`: expected one, got None")  # refused before
+        frozen = run.reference if isinstance(run.reference, ModelReference) else None
+        output = padded_loss(run.objective, model, frozen, batch, autocast=run.accelerator.autocast)
+        divisor = self.steps.accumulation.accumulate
+        run.meter.add_losses(batch.tokens, forget=output.forget / divisor, retain=output.retain / divisor)
+        return output.loss / divisor, output
+
+    def optimizing(self, model: Any, objective: Objective | None) -> AbstractContextManager[None]:
+        """Hide RMU's unlisted parameters from the optimizer.
+
+        They have gradients all the same, which count in the norm that gradients are clipped to.
+        """
+        return training_only(model, objective.trainable_params_regex) if isinstance(objective, RMU) else nullcontext()
+
+    def decayed(self, model: nn.Module, names: list[str]) -> list[str]:
+        """See ``decayed_parameters``."""
+        return decayed_parameters(model)
+
+    def learning(self, model: nn.Module, optimizer: Any) -> list[nn.Parameter]:
+        """Return the optimizer's parameters: others have gradients, too."""
+        return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+    def dual_before_batch(self, run: Run, objective: PDU, batch: PaddedPairs) -> float | None:
+        """At the start of an epoch but the first, the loss of retain rows drawn anew, as many as it has pairs."""
+        accumulation = self.steps.accumulation
+        epoch, begun = divmod(batch.position, accumulation.batches)
+        if objective.dual_update_upon != "epoch" or begun or not epoch:
+            return None
+        if accumulation.epochs_at_border(batch.position) < objective.dual_warmup_epochs:
+            return None
+        draw = (retain.to(run.args.device) for retain in self.steps.retain_draw(epoch - 1))
+        with undisturbed(run.model):
+            return drawn_retain_loss(run.model, draw)
+
+    def dual_after_batch(
+        self, run: Run, objective: PDU, batch: PaddedPairs, step: PaddedStep, output: PaddedLoss
+    ) -> float | None:
+        """The retain loss of each micro-batch, once it is warm.
+
+        What open-unlearning's trainer knows of the epochs that have passed is the last end of an epoch.
+        """
+        if objective.dual_update_upon != "step":
+            return None
+        warm_up = objective.dual_warmup_epochs
+        warm = warm_up == 0 or self.steps.accumulation.epochs_at_border(batch.position) >= warm_up
+        return float(output.retain) if warm else None
