@@ -253,7 +253,7 @@ def test_a_run_with_compat_trains_on_their_labels(tmp_path: Path) -> None:
             objective=NPO(),
             processing_class=tokenizer,
         )
-        stores[compat] = trainer._dataset.stores[:2]
+        stores[compat] = trainer._steps.stores[:2]
     ids, prompt = open_unlearning(tokenizer, {"apply_chat_template": False, **QUESTION_ANSWER}, **row)
     for ours, theirs in zip(stores[None], stores["open-unlearning"], strict=True):
         assert made(theirs, 0) == (ids, [-100] * len(prompt) + ids[len(prompt) :])

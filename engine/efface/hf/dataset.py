@@ -1,12 +1,41 @@
 """The optimizer steps of a run as a map-style data set, so that the trainer's own loop and its resuming carry it."""
 
+from abc import ABC, abstractmethod
+from typing import TypeVar
+
 from torch.utils.data import Dataset
 
 from efface.batching import Assembler, EpochPlan, RetainSampling, Step, TokenStore, plan_epoch
 
+S_co = TypeVar("S_co", covariant=True)
 
-class PackedSteps(Dataset[Step]):
+
+class Steps(Dataset[S_co], ABC):
     """Item k is this rank's part of optimizer step k of the current epoch.
+
+    Attributes:
+        stores: the forget, the retain and, where the plan knows them, the alternate sequences.
+    """
+
+    stores: tuple[TokenStore, ...]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the optimizer steps of an epoch."""
+
+    @property
+    @abstractmethod
+    def pairs(self) -> int:
+        """Pairs of an epoch."""
+
+    # Not called set_epoch: a data loader that accelerate makes to resume in an epoch's middle calls that with epoch 0.
+    @abstractmethod
+    def begin_epoch(self, epoch: int) -> None:
+        """Let the items be those of ``epoch``; every epoch has the same number of steps."""
+
+
+class PackedSteps(Steps[Step]):
+    """Steps of packed micro-batches.
 
     Args:
         forget: may be empty.
@@ -53,9 +82,8 @@ class PackedSteps(Dataset[Step]):
         self._assembler: Assembler | None = None
         self.begin_epoch(0)
 
-    # Not called set_epoch: a data loader that accelerate makes to resume in an epoch's middle calls that with epoch 0.
     def begin_epoch(self, epoch: int) -> None:
-        """Plan ``epoch``; every epoch has the same number of steps."""
+        """Plan ``epoch``."""
         if epoch == self._epoch:
             return
         if self._assembler is not None:

@@ -63,15 +63,17 @@ import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_parameter_names
 
-from efface.batching import EpochPlan, TokenStore
+from efface.batching import EpochPlan, Role, TokenStore
 from efface.hf.accumulation import Accumulation
-from efface.hf.activations import watched
-from efface.hf.dataset import PackedSteps
+from efface.hf.activations import training_only, watched
+from efface.hf.arguments import UnlearnArguments
+from efface.hf.callbacks import undisturbed
+from efface.hf.dataset import PackedSteps, Steps
 from efface.hf.live_reference import ModelReference
+from efface.hf.stepping import Run, Stepping, Stores, pairs_per_step, planned_steps
 from efface.objectives import (
     CEU,
     DPO,
@@ -87,7 +89,7 @@ from efface.objectives import (
     SatImp,
     SimNPO,
 )
-from efface_kernels import to_device
+from efface_kernels import Kind, SequenceRule, Sequences, Term, to_device
 
 IGNORE = -100
 DUAL_EPOCHS = 2**32
@@ -124,22 +126,25 @@ class Padded(NamedTuple):
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T)
     labels: Tensor  # (B, T), unshifted, −100 ignored
+    spans: Tensor  # (B, 2) on the host: where the labels of each sequence begin and end
 
     @classmethod
     def of(cls, store: TokenStore, sequences: Sequence[int], pad_token_id: int) -> "Padded":
         """Pad sequences of a store on the right, as open-unlearning's collator does."""
         ids = [torch.from_numpy(store[index].astype(np.int64)) for index in sequences]
         labels = [row.clone() for row in ids]
-        for row, index in zip(labels, sequences, strict=True):
-            row[: store.label_starts[index]] = IGNORE
+        spans = torch.tensor([(store.label_starts[index], store.lengths[index]) for index in sequences])
+        for row, start in zip(labels, spans[:, 0], strict=True):
+            row[:start] = IGNORE
         padded = pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
         # Its mask also hides real tokens that equal the padding token, such as an end-of-sequence token.
         mask = padded.ne(pad_token_id)
-        return cls(padded, mask, pad_sequence(labels, batch_first=True, padding_value=IGNORE))
+        return cls(padded, mask, pad_sequence(labels, batch_first=True, padding_value=IGNORE), spans)
 
     def to(self, device: torch.device | str) -> "Padded":
         """Return it on a device."""
-        return Padded(*(to_device(tensor, torch.device(device)) for tensor in self))
+        ids, mask, labels = (to_device(tensor, torch.device(device)) for tensor in self[:3])
+        return Padded(ids, mask, labels, self.spans)
 
     def run(self, model: nn.Module) -> Tensor:
         """Return the logits (B, T, V) in float32, as the models of transformers 4.45 do."""
@@ -149,6 +154,11 @@ class Padded(NamedTuple):
     def answers(self) -> Tensor:
         """Return where the answer tokens stand, (B, T)."""
         return self.labels != IGNORE
+
+    @property
+    def predicted(self) -> int:
+        """The labels after the first position, which nothing predicts: what open-unlearning's token means run over."""
+        return int((self.spans[:, 1] - self.spans[:, 0].clamp(min=1)).sum())
 
 
 @dataclass(frozen=True)
@@ -196,8 +206,8 @@ class PaddedStep:
         return replace(self, batches=tuple(batch.to(device) for batch in self.batches))
 
 
-class PaddedSteps(Dataset[PaddedStep]):
-    """Item k is optimizer step k of what transformers counts as the current epoch.
+class PaddedSteps(Steps[PaddedStep]):
+    """Steps of padded micro-batches; an epoch is what transformers counts as one.
 
     Args:
         packed: plans the pairs; its steps are our micro-batches.
@@ -220,6 +230,7 @@ class PaddedSteps(Dataset[PaddedStep]):
         pad_token_id: int,
     ) -> None:
         self._packed, self._pad_token_id = packed, pad_token_id
+        self.stores = packed.stores
         self._alternate, self._replaced, self._seed = alternate, replaced, seed
         self.accumulation = Accumulation(len(packed), accumulate)
         self._epoch = 0
@@ -229,6 +240,11 @@ class PaddedSteps(Dataset[PaddedStep]):
     def __len__(self) -> int:
         """Return the optimizer steps that an epoch counts as."""
         return self.accumulation.steps
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of an epoch."""
+        return self._packed.pairs
 
     def begin_epoch(self, epoch: int) -> None:
         """Number the items on from the steps of so many epochs."""
@@ -244,14 +260,14 @@ class PaddedSteps(Dataset[PaddedStep]):
         """Draw the retain micro-batches of an epoch once more, for the dual variable after ``epoch``."""
         plan = self._packed.plan(DUAL_EPOCHS + epoch)
         for batch in range(len(plan)):
-            retain = self._part(self._packed.stores[1], plan.pairs(batch)[1])
+            retain = self._part(self.stores[1], plan.pairs(batch)[1])
             if retain is not None:
                 yield retain
 
     def _pairs(self, position: int) -> PaddedPairs:
         epoch, batch = divmod(position, self.accumulation.batches)
         index, retained = self._plan(epoch).pairs(batch)
-        forget, retain = self._packed.stores[:2]
+        forget, retain = self.stores[:2]
         own, kept = self._part(forget, index), self._part(retain, retained)
         if self._alternate is None:
             return PaddedPairs(own, kept, None, position)
@@ -305,19 +321,8 @@ def padded_loss(
     return PaddedLoss(loss, forget.detach(), retain.detach())
 
 
-def _forget_loss(  # noqa: PLR0911 - one for each objective
-    objective: Objective, model: Any, frozen: Frozen, forget: Padded, alternate: Padded | None
-) -> Tensor:
+def _forget_loss(objective: Objective, model: Any, frozen: Frozen, forget: Padded, alternate: Padded | None) -> Tensor:
     match objective:
-        case NPO() | DPO():
-            lose = _sequence_nll(forget.run(model), forget) - _frozen_nll(frozen, forget)
-            win: Tensor | float = 0.0
-            if alternate is not None:
-                win = _sequence_nll(alternate.run(model), alternate) - _frozen_nll(frozen, alternate)
-            return -2 / objective.beta * F.logsigmoid(objective.beta * (lose - win)).mean()
-        case SimNPO():
-            mean = _sequence_nll(forget.run(model), forget) / forget.answers().sum(-1) - objective.delta
-            return -F.logsigmoid(objective.beta * mean).mean() * 2 / objective.beta
         case RMU():
             activations = _activations(model, forget, objective.module_regex)
             vector = objective.steering_vector(activations.shape[-1]).to(activations.dtype)
@@ -331,23 +336,21 @@ def _forget_loss(  # noqa: PLR0911 - one for each objective
             return (margins * forget.answers()).sum() / forget.answers().sum()
         case CEU():
             return _ceu(forget.run(model), forget, objective.ignore_first_n_answer_tokens)
-        case IdkNLL():
-            return _token_nll(forget.run(model), forget)
-        case GradAscent():
-            return -_token_nll(forget.run(model), forget)
-        case WGA() | SatImp():
-            nll = _each_nll(forget.run(model), forget)
-            p = (-nll).exp().detach()
-            weight = (
-                p**objective.beta if isinstance(objective, WGA) else p**objective.beta1 * (1 - p) ** objective.beta2
-            )
-            return -(weight * nll)[forget.labels[:, 1:] != IGNORE].mean()
-    raise ValueError(f"`compat`: open-unlearning has no objective {objective.name!r}")  # refused before
+    term = objective.term()
+    if not isinstance(term, Term):
+        raise ValueError(f"`compat`: open-unlearning has no objective {objective.name!r}")  # refused before
+    parts = [forget] if alternate is None else [forget, alternate]
+    nll = [_each_nll(part.run(model), part) for part in parts]
+    if objective.needs_reference:
+        sequences = _compared(nll, [_each_nll(_frozen_logits(frozen, part), part) for part in parts])
+    else:
+        sequences = _labels(nll[0], forget)
+    return _sum(term, sequences) / (len(nll[0]) if objective.mean_over == "sequences" else forget.predicted)
 
 
 def _retain_loss(objective: Objective, model: Any, frozen: Frozen, retain: Padded) -> Tensor:
     if objective.retain_loss_type == "NLL":
-        return _token_nll(retain.run(model), retain)
+        return _mean_nll(retain.run(model), retain)
     if isinstance(objective, RMU) and objective.compares_activations:
         with torch.no_grad(), frozen() as reference:
             target = _activations(reference, retain, objective.module_regex)
@@ -360,7 +363,7 @@ def _retain_loss(objective: Objective, model: Any, frozen: Frozen, retain: Padde
 @torch.no_grad()
 def drawn_retain_loss(model: Any, batches: Iterator[Padded]) -> float:
     """Return the mean over micro-batches of their retain NLL, what PDU's dual variable ascends by after an epoch."""
-    losses = [float(_token_nll(batch.run(model), batch)) for batch in batches]
+    losses = [float(_mean_nll(batch.run(model), batch)) for batch in batches]
     return sum(losses) / len(losses)
 
 
@@ -369,12 +372,37 @@ def _each_nll(logits: Tensor, batch: Padded) -> Tensor:
     return F.cross_entropy(logits[:, :-1].transpose(1, 2), batch.labels[:, 1:], ignore_index=IGNORE, reduction="none")
 
 
-def _sequence_nll(logits: Tensor, batch: Padded) -> Tensor:
-    return _each_nll(logits, batch).sum(-1)
+def _labels(nll: Tensor, batch: Padded) -> Sequences:
+    """Return the sequences of a batch, a row for each label.
+
+    A label in the first position, which nothing predicts, has 0: SimNPO's mean counts it.
+    """
+    spans = zip(F.pad(-nll, (1, 0)), batch.spans.tolist(), strict=True)
+    offsets = F.pad(batch.spans.diff().flatten().cumsum(0), (1, 0))
+    return Sequences(torch.cat([row[start:end] for row, (start, end) in spans]), to_device(offsets, nll.device))
 
 
-def _token_nll(logits: Tensor, batch: Padded) -> Tensor:
-    return _each_nll(logits, batch).sum() / (batch.labels[:, 1:] != IGNORE).sum()
+def _compared(nll: list[Tensor], frozen_nll: list[Tensor]) -> Sequences:
+    """Return the sequences of a batch, each before its alternate where there are two parts, and their references.
+
+    NPO and DPO read sums alone: one row a sequence, added up as theirs is, for L − L_ref shows how a sum was rounded.
+    """
+    sums, reference_sums = (-torch.stack([part.sum(-1) for part in parts], 1).flatten() for parts in (nll, frozen_nll))
+    return Sequences(sums, torch.arange(len(sums) + 1, device=sums.device), 0, reference_sums)
+
+
+def _sum(term: Term, sequences: Sequences) -> Tensor:
+    """Return the sum of a term over sequences; of DPO's over those that an alternate follows, every other one."""
+    terms, roles = {int(Role.FORGET): term}, [Role.FORGET] * len(sequences)
+    if term.kind == Kind.DPO:
+        terms[Role.ALTERNATE] = Term(Kind.ALTERNATE)
+        roles[1::2] = [Role.ALTERNATE] * (len(sequences) // 2)
+    rule = SequenceRule.of(to_device(torch.tensor(roles, dtype=torch.int8), sequences.logprobs.device), terms)
+    return rule(sequences).sum()
+
+
+def _mean_nll(logits: Tensor, batch: Padded) -> Tensor:
+    return _sum(Term(Kind.NLL), _labels(_each_nll(logits, batch), batch)) / batch.predicted
 
 
 def _undial(logits: Tensor, teacher: Tensor, batch: Padded, beta: float) -> Tensor:
@@ -424,5 +452,102 @@ def _frozen_logits(frozen: Frozen, batch: Padded) -> Tensor:
         return batch.run(model)
 
 
-def _frozen_nll(frozen: Frozen, batch: Padded) -> Tensor:
-    return _sequence_nll(_frozen_logits(frozen, batch), batch)
+class PaddedStepping(Stepping):
+    """open-unlearning's way of stepping, with the losses above."""
+
+    runs_reference = True
+    draws_refusals = True
+    steps: PaddedSteps
+
+    def __init__(
+        self,
+        args: UnlearnArguments,
+        stores: Stores,
+        objective: Objective | None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """See ``Stepping``; the tokenizer knows what sequences are padded with."""
+        pad_token_id = getattr(tokenizer, "pad_token_id", None)
+        if pad_token_id is None:
+            pad_token_id = getattr(tokenizer, "eos_token_id", None)
+        micro_batches = planned_steps(
+            args,
+            stores._replace(alternate=None),
+            pairs_per_step=self.planned_pairs(args),
+            token_budget=2**31 - 1,  # there is none
+        )
+        self.steps = PaddedSteps(
+            micro_batches,
+            stores.alternate,
+            replaced=objective is not None and objective.forget_data == "alternate",
+            accumulate=pairs_per_step(args) // self.planned_pairs(args),
+            seed=args.seed,
+            pad_token_id=0 if pad_token_id is None else int(pad_token_id),
+        )
+        self.epoch_pairs = len(stores.forget)
+
+    @classmethod
+    def planned_pairs(cls, args: UnlearnArguments) -> int:
+        """Return those of a micro-batch: an epoch is no whole number of steps."""
+        return int(args.per_device_train_batch_size)
+
+    @classmethod
+    def check_objective(cls, objective: Objective) -> None:
+        """See ``check_objective``."""
+        check_objective(objective)
+
+    @classmethod
+    def choose_weights(cls, model: PreTrainedModel, objective: RMU) -> None:
+        """Leave all as they are, see ``optimizing``; expressions that match nothing are refused now."""
+        with training_only(model, objective.trainable_params_regex):
+            pass
+
+    def loss(self, run: Run, model: nn.Module, batch: PaddedPairs, step: PaddedStep) -> tuple[Tensor, PaddedLoss]:
+        """Means run over the micro-batch, not over the step."""
+        if run.objective is None:
+            raise TypeError("`objective`: expected one, got None")  # refused before
+        frozen = run.reference if isinstance(run.reference, ModelReference) else None
+        output = padded_loss(run.objective, model, frozen, batch, autocast=run.accelerator.autocast)
+        divisor = self.steps.accumulation.accumulate
+        run.meter.add_losses(batch.tokens, forget=output.forget / divisor, retain=output.retain / divisor)
+        return output.loss / divisor, output
+
+    def optimizing(self, model: Any, objective: Objective | None) -> AbstractContextManager[None]:
+        """Hide RMU's unlisted parameters from the optimizer.
+
+        They have gradients all the same, which count in the norm that gradients are clipped to.
+        """
+        return training_only(model, objective.trainable_params_regex) if isinstance(objective, RMU) else nullcontext()
+
+    def decayed(self, model: nn.Module, names: list[str]) -> list[str]:
+        """See ``decayed_parameters``."""
+        return decayed_parameters(model)
+
+    def learning(self, model: nn.Module, optimizer: Any) -> list[nn.Parameter]:
+        """Return the optimizer's parameters: others have gradients, too."""
+        return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+    def dual_before_batch(self, run: Run, objective: PDU, batch: PaddedPairs) -> float | None:
+        """At the start of an epoch but the first, the loss of retain rows drawn anew, as many as it has pairs."""
+        accumulation = self.steps.accumulation
+        epoch, begun = divmod(batch.position, accumulation.batches)
+        if objective.dual_update_upon != "epoch" or begun or not epoch:
+            return None
+        if accumulation.epochs_at_border(batch.position) < objective.dual_warmup_epochs:
+            return None
+        draw = (retain.to(run.args.device) for retain in self.steps.retain_draw(epoch - 1))
+        with undisturbed(run.model):
+            return drawn_retain_loss(run.model, draw)
+
+    def dual_after_batch(
+        self, run: Run, objective: PDU, batch: PaddedPairs, step: PaddedStep, output: PaddedLoss
+    ) -> float | None:
+        """The retain loss of each micro-batch, once it is warm.
+
+        What open-unlearning's trainer knows of the epochs that have passed is the last end of an epoch.
+        """
+        if objective.dual_update_upon != "step":
+            return None
+        warm_up = objective.dual_warmup_epochs
+        warm = warm_up == 0 or self.steps.accumulation.epochs_at_border(batch.position) >= warm_up
+        return float(output.retain) if warm else None

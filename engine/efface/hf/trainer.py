@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
-from efface.batching import Role, Step, TokenStore
-from efface.hf.activations import find_module, train_only, training_only
+from efface.batching import Role, TokenStore
+from efface.hf.activations import find_module
 from efface.hf.adapted_head import base_of
 from efface.hf.adapters import AdapterReference
 from efface.hf.arguments import UnlearnArguments
@@ -24,19 +24,11 @@ from efface.hf.cached_reference import CachedReference, ReferenceCallback
 from efface.hf.callbacks import TrainerBound
 from efface.hf.carded import CardedTrainer
 from efface.hf.data import QuestionAnswers, Refusals, token_store
-from efface.hf.dataset import PackedSteps
 from efface.hf.dual import DualVariable
 from efface.hf.head import fuse
 from efface.hf.live_reference import ModelReference
 from efface.hf.meter import LossWatch, StepMeter
-from efface.hf.open_unlearning import (
-    PaddedPairs,
-    PaddedStep,
-    PaddedSteps,
-    check_objective,
-    decayed_parameters,
-    padded_loss,
-)
+from efface.hf.open_unlearning import PaddedStepping
 from efface.hf.overlap import refuse_overlap
 from efface.hf.packing import agree, reading_of
 from efface.hf.preflight import (
@@ -51,7 +43,7 @@ from efface.hf.recipe import DataFacts
 from efface.hf.reference import make_reference, reference_kind
 from efface.hf.rows import Conditions, parse_conditions
 from efface.hf.score import check_store
-from efface.hf.step_loss import step_loss
+from efface.hf.stepping import PackedStepping, Stepping, Stores, pairs_per_step
 from efface.objectives import PDU, RMU, FunctionObjective, Objective
 from efface_kernels import Sequences
 
@@ -70,6 +62,7 @@ class PackedTrainer(CardedTrainer):
         alternate: TokenStore | None = None,
         **trainer_options: Any,
     ) -> None:
+        args = copy.copy(args)  # the caller's stay as they are
         if args.n_gpu > 1:
             # transformers would wrap the model in DataParallel, which splits tensors along a batch axis we do not have
             args._n_gpu = 1  # noqa: SLF001
@@ -80,34 +73,12 @@ class PackedTrainer(CardedTrainer):
         self.objective: Objective | None = objective
         self._reference: CachedReference | ModelReference | None = None
         self.pairs_per_step = pairs_per_step(args)
-        accumulate = accumulation_steps(args)
-        self._dataset = PackedSteps(
-            forget,
-            retain,
-            alternate if args.compat is None else None,
-            pairs_per_step=self.pairs_per_step // accumulate,
-            token_budget=args.token_budget if args.compat is None else 2**31 - 1,  # padded batches have none
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            rank=args.process_index,
-            world_size=args.world_size,
-            retain_sampling=args.retain_sampling,  # type: ignore[arg-type]
-            drop_last=args.dataloader_drop_last,
-            workers=max(1, args.dataloader_num_workers),
-            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        self._stepping = stepping_of(args)(
+            args, Stores(forget, retain, alternate), objective, trainer_options.get("processing_class")
         )
-        self._steps: PackedSteps | PaddedSteps = self._dataset
-        if args.compat is not None:
-            self._steps = PaddedSteps(
-                self._dataset,
-                alternate,
-                replaced=objective is not None and objective.forget_data == "alternate",
-                accumulate=accumulate,
-                seed=args.seed,
-                pad_token_id=_pad_token_id(trainer_options.get("processing_class")),
-            )
+        self._steps = self._stepping.steps
+        args.epoch_pairs = (self._stepping.epoch_pairs, self.pairs_per_step)
         # A step arrives whole, so to the trainer's loop there is nothing to accumulate.
-        args = copy.copy(args)
-        args.epoch_pairs = (self._dataset.pairs if args.compat is None else len(forget), self.pairs_per_step)
         args.gradient_accumulation_steps = 1
         self.meter = StepMeter()
         self._watch = LossWatch()
@@ -125,7 +96,7 @@ class PackedTrainer(CardedTrainer):
 
     def _settle_reading(self, base: PreTrainedModel, longest: int) -> None:
         """Let all processes read packs alike; raise ValueError where they would run different numbers of passes."""
-        if self.args.world_size == 1 or self._options.compat is not None:
+        if self.args.world_size == 1:
             return
         agree(base)
         reading = reading_of(base)
@@ -148,16 +119,16 @@ class PackedTrainer(CardedTrainer):
             if isinstance(callback, TrainerBound):
                 callback.trainer = self
 
-    def get_train_dataloader(self) -> DataLoader[Step]:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """Return a loader whose items are this rank's optimizer steps; the plan has shared them out already."""
-        loader: DataLoader[Step] = DataLoaderShard(
+        loader: DataLoader[Any] = DataLoaderShard(
             self._steps, batch_size=1, sampler=SequentialSampler(self._steps), collate_fn=_only_item
         )
         return loader
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Step], num_batches: int, device: torch.device
-    ) -> tuple[list[Step], None]:
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
         """Return the next step. What transformers counts here, its means' denominators, a step carries along."""
         self._steps.begin_epoch(self.state.global_step // len(self._steps))
         self.meter.clock.begin(device)
@@ -180,16 +151,11 @@ class PackedTrainer(CardedTrainer):
             if isinstance(callback, ReferenceCallback):
                 callback.on_data(self.data)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch."""
-        return len(self._steps)
-
-    def num_examples(self, dataloader: DataLoader[Step]) -> int:
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Pairs of an epoch."""
-        return self._dataset.pairs
+        return self._steps.pairs
 
-    def training_step(self, model: nn.Module, inputs: Step | PaddedStep, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run the micro-batches of an optimizer step forward and backward; return this rank's share of the loss."""
         step = inputs.to(self.args.device, non_blocking=True)
         if self.is_deepspeed_enabled and len(step.batches) > 1:
@@ -202,16 +168,13 @@ class PackedTrainer(CardedTrainer):
             # Gradients are exchanged once a step, with the last micro-batch.
             waiting = i + 1 < len(step.batches)
             with self.accelerator.no_sync(model) if waiting else contextlib.nullcontext():
-                # open-unlearning's means run over the micro-batch, not over the step.
-                totals = None if isinstance(step, PaddedStep) else step.totals
-                losses.append(super().training_step(model, {"batch": batch, "totals": totals}))
+                losses.append(super().training_step(model, {"batch": batch, "step": step}))
                 self.meter.clock.end("backward")
         total = torch.stack(losses).sum()
         self._watch.see(total, self.state.global_step + 1)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # no rank has all gradients to look at
         if not self._gradients_seen and not sharded:
-            # With ``compat`` parameters have gradients that the optimizer does not know, see ``create_optimizer``.
-            weights = self._optimized() if isinstance(step, PaddedStep) else list(model.parameters())
+            weights = self._stepping.learning(model, self.optimizer)
             check_gradients([weight for weight in weights if weight.requires_grad])
             self._gradients_seen = True
         return total
@@ -223,55 +186,32 @@ class PackedTrainer(CardedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Run one micro-batch: forget and retain in one forward pass, its share of the step's loss out."""
+        """Run one micro-batch forward; return what its backward pass begins with."""
         if "batch" not in inputs:  # of an ``eval_dataset``, which transformers collates
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        batch = inputs["batch"]
-        if isinstance(batch, PaddedPairs):
-            return self._padded_loss(model, batch)
-        loss = step_loss(
-            self.objective,
-            self._reference,
-            batch,
-            inputs["totals"],
-            autocast=self.accelerator.autocast,
-            chunk_rows=self._options.chunk_rows,
-            backend=self._options.loss_backend,
-        )
-        output = model(batch=batch, loss=loss)
-        check_loss(output.loss)
-        self.meter.add(batch, output, self.objective)
+        batch, step = inputs["batch"], inputs["step"]
         if self._dual is not None:
-            self._dual.see(batch, output, inputs["totals"])
-        # The step's loss is the sum of the ranks' shares, and what exchanges gradients takes their mean.
-        share = output.loss * self.args.world_size
+            self._dual.before_batch(batch)
+        share, output = self._stepping.loss(self, model, batch, step)
+        check_loss(share)
+        if self._dual is not None:
+            self._dual.after_batch(batch, step, output)
         self.meter.clock.end("forward")
         return (share, output) if return_outputs else share
 
-    def _padded_loss(self, model: nn.Module, batch: PaddedPairs) -> Tensor:
-        """open-unlearning's loss of one of the step's micro-batches."""
-        if self._dual is not None:
-            self._dual.begin_padded(batch)
-        if self.objective is None or not isinstance(self._steps, PaddedSteps):
-            raise TypeError("`objective`: expected one, got None")  # refused before
-        frozen = self._reference if isinstance(self._reference, ModelReference) else None
-        output = padded_loss(self.objective, model, frozen, batch, autocast=self.accelerator.autocast)
-        check_loss(output.loss)
-        if self._dual is not None:
-            self._dual.see_padded(batch, output.retain)
-        divisor = self._steps.accumulation.accumulate
-        self.meter.add_losses(batch.tokens, forget=output.forget / divisor, retain=output.retain / divisor)
-        return output.loss / divisor
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the optimizer."""
+        with self._stepping.optimizing(self.model, self.objective):
+            return super().create_optimizer(*args, **kwargs)
 
-    def _optimized(self) -> list[nn.Parameter]:
-        """The optimizer's parameters."""
-        if self.optimizer is None:
-            raise RuntimeError("no optimizer was created")
-        return [weight for group in self.optimizer.param_groups for weight in group["params"]]
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the names of the parameters that weight decay applies to."""
+        return self._stepping.decayed(model, super().get_decay_parameter_names(model))
 
     @property
-    def _options(self) -> UnlearnArguments:
-        return self.args  # type: ignore[return-value]
+    def reference(self) -> CachedReference | ModelReference | None:
+        """What the objective compares with; None where it compares with nothing."""
+        return self._reference
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the meter's figures beside the trainer's own."""
@@ -302,10 +242,10 @@ class PackedTrainer(CardedTrainer):
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # shards are in no one's hands
             check_weights(self.model, self.state.global_step)  # type: ignore[arg-type]
 
-    def floating_point_ops(self, inputs: Step) -> int:  # type: ignore[override]
+    def floating_point_ops(self, inputs: Any) -> int:
         """6 · parameters · tokens, the usual estimate of a training step."""
         model: Any = self.model
-        return 6 * int(model.num_parameters(exclude_embeddings=True)) * inputs.tokens
+        return 6 * int(model.num_parameters(exclude_embeddings=True)) * int(inputs.tokens)
 
 
 class UnlearnTrainer(PackedTrainer):
@@ -361,10 +301,10 @@ class UnlearnTrainer(PackedTrainer):
     ) -> None:
         if not isinstance(objective, Objective):
             objective = FunctionObjective(function=objective)
-        if args.compat is not None:
-            check_objective(objective)
+        stepping = stepping_of(args)
+        stepping.check_objective(objective)
         _check_retain(objective, retain, retain_filter)
-        kind = reference_kind(reference, objective, model, padded=args.compat is not None)
+        kind = reference_kind(reference, objective, model, padded=stepping.runs_reference)
         keep = retain is not None and objective.reads_retain()
         forget_store, retain_store, alternate_store = unlearning_stores(
             objective,
@@ -378,11 +318,7 @@ class UnlearnTrainer(PackedTrainer):
         )
         if isinstance(objective, RMU):
             find_module(model, objective.module_regex)
-            if args.compat is None:
-                train_only(model, objective.trainable_params_regex)
-            else:  # see ``create_optimizer``; what matches nothing is refused now
-                with training_only(model, objective.trainable_params_regex):
-                    pass
+            stepping.choose_weights(model, objective)
             if args.ddp_find_unused_parameters is None:  # what lies behind the module gets no gradient
                 args = copy.copy(args)
                 args.ddp_find_unused_parameters = True
@@ -407,7 +343,7 @@ class UnlearnTrainer(PackedTrainer):
         self.reference_kind = kind
         self._forget_store = forget_store
         if isinstance(objective, PDU) and objective.primal_dual:
-            self._dual = DualVariable(self, retain_store, self._steps if isinstance(self._steps, PaddedSteps) else None)
+            self._dual = DualVariable(self._stepping)
             self.add_callback(self._dual)
         if kind is not None:
             compared = {Role.FORGET: forget_store}
@@ -437,29 +373,6 @@ class UnlearnTrainer(PackedTrainer):
         """Raise ValueError unless the model as it is now is the one that an "adapter" reference is."""
         if isinstance(self._reference, AdapterReference):
             self._reference.check_start(self._forget_store)
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Create the optimizer; with ``compat``, RMU's frozen parameters are those that it does not know.
-
-        They have gradients all the same, which count in the norm that gradients are clipped to.
-        """
-        objective, model = self.objective, self.model
-        if not isinstance(objective, RMU) or not isinstance(model, nn.Module) or self._options.compat is None:
-            return super().create_optimizer(*args, **kwargs)
-        with training_only(model, objective.trainable_params_regex):
-            return super().create_optimizer(*args, **kwargs)
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return the names of the parameters that weight decay applies to."""
-        if self._options.compat is not None:
-            return decayed_parameters(model)
-        names: list[str] = super().get_decay_parameter_names(model)
-        return names
-
-    @property
-    def reference(self) -> CachedReference | ModelReference | None:
-        """What the objective compares with; None where it compares with nothing."""
-        return self._reference
 
     def _tell_reference(self, computed: int, missing: int, sequences: int) -> None:
         for callback in self.callback_handler.callbacks:
@@ -554,7 +467,7 @@ def _forget_stores(
 ) -> tuple[TokenStore, TokenStore | None]:
     """Return the sequences in the role of forget ones and, where the objective compares two answers, the alternates.
 
-    With refusals and ``compat`` the alternates are every row's, row by row, with all refusals.
+    Where refusals are drawn anew whenever a row is read, the alternates are every row's, row by row, with all of them.
     """
     other: TokenStore | None = None
     answers_a_row = 1
@@ -571,8 +484,7 @@ def _forget_stores(
         else:
             refusals = None
             if args.refusal_file:
-                # open-unlearning draws one anew whenever it reads a row.
-                refusals = Refusals.read(args.refusal_file, args.seed, every=args.compat is not None)
+                refusals = Refusals.read(args.refusal_file, args.seed, every=stepping_of(args).draws_refusals)
                 answers_a_row = len(refusals.lines) if refusals.every else 1
             column = args.alternate_column or args.answer_column
             other = _tokenised(forget, tokenizer, args, "forget", rows_filter, answers=column, refusals=refusals)
@@ -615,28 +527,19 @@ def _tokenised(
         )
 
 
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
-    pad = getattr(tokenizer, "pad_token_id", None)
-    if pad is None:
-        pad = getattr(tokenizer, "eos_token_id", None)
-    return 0 if pad is None else int(pad)
-
-
-def pairs_per_step(args: UnlearnArguments) -> int:
-    """Return the pairs of an optimizer step, on all processes together."""
-    if args.pairs_per_step is not None:
-        return args.pairs_per_step
-    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
+def stepping_of(args: UnlearnArguments) -> type[Stepping]:
+    """Return the way of stepping that the arguments ask for."""
+    return PackedStepping if args.compat is None else PaddedStepping
 
 
 def accumulation_steps(args: UnlearnArguments) -> int:
-    """Return the micro-batches of an optimizer step that a plan knows: open-unlearning's with ``compat``, else 1."""
-    return 1 if args.compat is None else pairs_per_step(args) // int(args.per_device_train_batch_size)
+    """Return the micro-batches of an optimizer step that the plan of an epoch knows."""
+    return pairs_per_step(args) // stepping_of(args).planned_pairs(args)
 
 
-def _only_item(items: list[Step]) -> Step:
+def _only_item(items: list[Any]) -> Any:
     (item,) = items
     return item
 
 
-__all__ = ["FinetuneTrainer", "PackedTrainer", "UnlearnTrainer"]
+__all__ = ["FinetuneTrainer", "PackedTrainer", "UnlearnTrainer", "accumulation_steps", "pairs_per_step"]
