@@ -310,7 +310,7 @@ def padded_loss(
         autocast: what the frozen model runs under: accelerate casts open-unlearning's as it casts the policy.
 
     Raises:
-        ValueError: an objective that open-unlearning does not have.
+        TypeError: an objective that open-unlearning does not have.
     """
     frozen = functools.partial(_running, reference, autocast)
     zero = torch.zeros((), device=next(part for part in pairs.parts if part is not None).input_ids.device)
@@ -337,8 +337,8 @@ def _forget_loss(objective: Objective, model: Any, frozen: Frozen, forget: Padde
         case CEU():
             return _ceu(forget.run(model), forget, objective.ignore_first_n_answer_tokens)
     term = objective.term()
-    if not isinstance(term, Term):
-        raise ValueError(f"`compat`: open-unlearning has no objective {objective.name!r}")  # refused before
+    if not isinstance(term, Term):  # refused before
+        raise TypeError(f"`objective`: expected one of open-unlearning's, got {type(objective).__name__}")
     parts = [forget] if alternate is None else [forget, alternate]
     nll = [_each_nll(part.run(model), part) for part in parts]
     if objective.needs_reference:
