@@ -231,8 +231,9 @@ def npo_loss(
         TypeError: dtypes that differ, or labels that are not int64.
         ValueError: as ``sequence_logprobs``; no reference, or both kinds; ``beta`` that is not positive.
     """
-    objective, rows = NPO(beta=beta), _rows(hidden, weight, labels, bias, softcap, cu_seqlens)
+    objective = NPO(beta=beta)
     _check_whole(reference_hidden=reference_hidden, reference_weight=reference_weight)
+    rows = _rows(hidden, weight, labels, bias, softcap, cu_seqlens)
     reference = None
     if reference_hidden is not None and reference_weight is not None:
         reference = _frozen(rows, reference_hidden, reference_weight, reference_bias)

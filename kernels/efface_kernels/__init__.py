@@ -26,7 +26,7 @@ from efface_kernels.memory import release_workspaces
 from efface_kernels.row_pass.op import RowPassOutput, row_pass
 from efface_kernels.sequence_loss.kinds import Kind
 from efface_kernels.sequence_loss.op import sequence_loss
-from efface_kernels.sequence_loss.rule import SequenceRule, SequenceTerms, Term, TermFunction
+from efface_kernels.sequence_loss.rule import SequenceRule, SequenceTerms, Term, TermFunction, checked_terms
 from efface_kernels.sequences import RowOffsets, Sequences, segment_sums
 from efface_kernels.transfer import to_device
 
@@ -49,6 +49,7 @@ __all__ = [
     "accumulation_dtype",
     "check_dtype",
     "check_shape",
+    "checked_terms",
     "chunk_capacity",
     "default_chunk_rows",
     "device_memory",

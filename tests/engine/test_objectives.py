@@ -34,7 +34,7 @@ from efface import (
 )
 from efface.batching import Role, StepTotals
 from efface.hf.reference import reference_kind
-from efface.objectives import base, known_objectives, step_terms
+from efface.objectives import base, check_term, known_objectives, step_terms
 from efface_kernels import Kind, SequenceRule, Sequences, Term
 
 
@@ -111,6 +111,83 @@ def test_a_function_under_a_declared_term_is_refused() -> None:
     assert Chosen().term()(Sequences(torch.ones(2), torch.tensor([0, 2]))) == 4
     with pytest.raises(TypeError, match="Nothing: defines no forget_terms; an objective of ours declares its `term`"):
         type("Nothing", (Objective,), {})().term()(Sequences(torch.ones(2), torch.tensor([0, 2])))
+
+
+def objective_of(kind: Kind, **attributes: Any) -> Objective:
+    def term(self: Objective) -> Term:
+        return Term(kind)
+
+    made: Objective = type("Mine", (Objective,), {"term": term, "name": "mine", **attributes})()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "attributes", "message"),
+    [
+        (Kind.NPO, {}, "Mine: its term, NPO, compares with a reference; set `needs_reference = True`"),
+        (Kind.DPO, {"needs_reference": True}, "Mine: `forget_data`: expected 'both' for its term, DPO, got 'answer'"),
+        (Kind.DPO, {"forget_data": "both"}, "Mine: its term, DPO, compares with a reference"),
+        (Kind.SIMNPO, {"forget_data": "both"}, "Mine: `forget_data`: expected 'answer' or 'alternate' for its term"),
+        (Kind.NONE, {}, "Mine: expected a term for forget sequences, got NONE, which forgets nothing"),
+        (Kind.ALTERNATE, {}, "Mine: expected a term for forget sequences, got ALTERNATE"),
+    ],
+)
+def test_a_term_that_the_class_does_not_fit_is_refused_before_anything_runs(
+    kind: Kind, attributes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        UnlearnTrainer(
+            tiny_llama(),
+            arguments(tmp_path),
+            forget=random_store(2, seed=1),
+            retain=random_store(2, seed=2),
+            objective=objective_of(kind, **attributes),
+        )
+
+
+@pytest.mark.parametrize("cls", known_objectives().values(), ids=lambda cls: cls.name)
+def test_our_own_classes_fit_their_terms_and_want_finite_weights(cls: type[Objective]) -> None:
+    check_term(cls())
+    for name in ("gamma", "alpha"):
+        for value in (math.nan, math.inf):
+            with pytest.raises(ValueError, match=f"`{name}`: expected a finite number, got {value}"):
+                cls(**{name: value})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        (NPO, "beta"), (DPO, "beta"), (SimNPO, "beta"), (SimNPO, "delta"), (WGA, "beta"), (SatImp, "beta1"),
+        (SatImp, "beta2"), (CEU, "ignore_first_n_answer_tokens"), (UNDIAL, "beta"),
+    ],
+)  # fmt: skip
+def test_parameters_are_finite(cls: Any, name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"`{name}`: expected .* number, got {value}"):
+        cls(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (lambda s: s.sums.mean(), ValueError, r"expected one loss term for each of \d+ sequences, got shape \(\)"),
+        (lambda s: s.sums[:1], ValueError, r"expected one loss term for each of \d+ sequences, got shape \(1,\)"),
+        (lambda s: s.logprobs, ValueError, r"expected one loss term for each of \d+ sequences, got shape"),
+        (lambda s: 1.0, TypeError, "the term function: expected a tensor of loss terms, got float"),
+    ],
+)
+def test_a_function_gives_a_term_for_each_sequence(
+    function: Any, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    trainer = UnlearnTrainer(
+        tiny_llama(),
+        arguments(tmp_path, max_steps=1),
+        forget=random_store(4, seed=1),
+        retain=random_store(4, seed=2),
+        objective=function,
+    )
+    with pytest.raises(error, match=message):
+        trainer.train()
 
 
 def test_the_weight_of_a_declared_term_counts() -> None:
@@ -268,7 +345,9 @@ def test_rmu_trains_what_it_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("upon", ["step", "epoch"])
-def test_the_dual_variable_ascends_and_is_resumed(upon: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("save", [{"save_steps": 3}, {"save_steps": 2}, {"save_strategy": "epoch"}], ids=str)
+def test_the_dual_variable_ascends_and_is_resumed(upon: str, save: dict[str, Any], tmp_path: Path) -> None:
+    """From the middle of an epoch, and from its last step, before and after the epoch has ended."""
     objective = PDU(alpha=1.0, retain_loss_eps=4.0, dual_step_size=0.5, dual_update_upon=upon, dual_warmup_epochs=1)
 
     def trainer(**changes: Any) -> UnlearnTrainer:
@@ -280,13 +359,13 @@ def test_the_dual_variable_ascends_and_is_resumed(upon: str, tmp_path: Path) -> 
             objective=objective,
         )
 
-    whole = trainer(save_strategy="steps", save_steps=3)
+    whole = trainer(**{"save_strategy": "steps", **save})
     whole.train()
     weights = [log["retain_preference"] for log in whole.state.log_history if "retain_preference" in log]
     assert weights[:2] == [1.0, 1.0]  # the warm-up: an epoch of two steps
     assert weights[-1] > 1.1
     resumed = trainer()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{save.get('save_steps', 2)}"))
     assert resumed.objective == whole.objective
     for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)

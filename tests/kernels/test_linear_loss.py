@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -206,7 +207,13 @@ def test_the_chunks_of_a_device_are_as_exact_as_eager(
             oracle.assert_as_exact(f"d{name}", gradient, eager[name], gold[name], dtype)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.vocabulary < 100], ids=str)
+# Every entry of every input is moved: with D = 12 and V = 40 this took minutes.
+GRADCHECKED = [
+    replace(case, hidden_size=5, vocabulary=min(case.vocabulary, 13)) for case in CASES if case.vocabulary < 100
+]
+
+
+@pytest.mark.parametrize("case", GRADCHECKED, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend: str, case: Case) -> None:
     problem = oracle.make(case, torch.float64)
@@ -220,7 +227,7 @@ def test_gradcheck(backend: str, case: Case) -> None:
     assert torch.autograd.gradcheck(loss, tuple(leaves.values()), fast_mode=backend == "native")
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.vocabulary < 100], ids=str)
+@pytest.mark.parametrize("case", GRADCHECKED, ids=str)
 def test_gradcheck_of_pairs(case: Case) -> None:
     problem = oracle.make(case, torch.float64)
     leaves = problem.leaves()
@@ -231,7 +238,7 @@ def test_gradcheck_of_pairs(case: Case) -> None:
     assert torch.autograd.gradcheck(loss, tuple(leaves.values()), fast_mode=True)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.vocabulary < 100], ids=str)
+@pytest.mark.parametrize("case", GRADCHECKED, ids=str)
 def test_gradcheck_of_linear_logprob(case: Case) -> None:
     problem = oracle.make(case, torch.float64)
     leaves = problem.leaves()

@@ -81,4 +81,4 @@ def test_launch_configuration() -> None:
     config = launch.launch_config()
     assert (config.block, config.num_warps) == (2048, 8)
     assert launch.launch_config(64).num_warps == 4
-    assert [launch.programs(blocks, torch.device("cpu")) for blocks in (1, 16, 17, 128256)] == [1, 16, 16, 16]
+    assert [config.programs(blocks, torch.device("cpu")) for blocks in (1, 16, 17, 128256)] == [1, 16, 16, 16]

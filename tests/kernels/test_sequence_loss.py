@@ -129,7 +129,7 @@ def test_the_rule_of_an_objective_is_its_terms(
         torch.cat([frozen, frozen.new_zeros(len(logprobs) - len(frozen))]), "sum", offsets=offsets
     )
     rule = step_terms(objective, roles, StepTotals(3, 160, 2, 34, forget_label_counts=(3, 150, 7)))
-    assert rule is not None
+    assert isinstance(rule, SequenceRule)
     out = sequence_loss(logprobs, offsets, rule, reference_sums=reference, backend=backend)
     # sums of 150 addends in another order, which the sigmoid of a large margin magnifies
     rtol, atol = (1e-12, 1e-15) if dtype == torch.float64 else (2e-5, 1e-7)
@@ -167,6 +167,23 @@ def test_extremes(dtype: torch.dtype, backend: str) -> None:
     plain = SequenceRule.of(roles, {0: Term(Kind.SATIMP, beta1=0.0, beta2=0.0)})  # 0^0 is 1
     out = sequence_loss(logprobs[2:], offsets[:3], SequenceRule(roles[:2], plain.table, plain.kinds), backend=backend)
     assert out.coefficients.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("value", [-math.inf, 0.0, math.nan])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in Kind if kind not in (Kind.DPO, Kind.ALTERNATE)], ids=lambda k: k.name
+)
+def test_a_rule_as_a_function_gives_what_the_loss_gives(kind: Kind, value: float) -> None:
+    """Its gradient too, where ℓ − ℓ would be NaN."""
+    offsets, reference = torch.tensor([0, 2, 3]), torch.tensor([-1.0, -2.0])
+    logprobs = torch.tensor([value, -0.5, -1.0], requires_grad=True)
+    rule = SequenceRule.of(torch.zeros(2, dtype=torch.int8), {0: Term(kind, 0.5)})
+    expected = sequence_loss(logprobs.detach(), offsets, rule, reference_sums=reference, backend="torch")
+    terms = rule(Sequences(logprobs, offsets, 0, reference))
+    (gradient,) = torch.autograd.grad((terms * torch.tensor([2.0, 3.0])).sum(), logprobs)
+    torch.testing.assert_close(terms.detach(), expected.terms, rtol=0, atol=0, equal_nan=True)
+    scaled = expected.coefficients * torch.tensor([2.0, 2.0, 3.0])
+    torch.testing.assert_close(gradient, scaled, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_nan_stays_in_its_sequence_and_a_lonely_first_is_nan(backend: str) -> None:
@@ -232,8 +249,11 @@ def test_bad_input_is_refused() -> None:
     roles = torch.zeros(2, dtype=torch.int8)
     with pytest.raises(ValueError, match="`beta`: expected a positive number for NPO, got 0"):
         Term(Kind.NPO, beta=0.0)
-    with pytest.raises(ValueError, match="expected finite numbers"):
-        Term(Kind.NLL, math.inf)
+    for number in (math.inf, math.nan, 1e39):
+        with pytest.raises(ValueError, match="expected finite numbers, of float32 too"):
+            Term(Kind.NLL, number)
+    with pytest.raises(ValueError, match="`kind`: expected a Kind, got 77"):
+        Term(77)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`ignored`"):
         Term(Kind.CEU, ignored=-1)
     with pytest.raises(TypeError, match="`roles`: expected dtype torch.int8"):

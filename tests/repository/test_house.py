@@ -84,6 +84,8 @@ def test_the_engine_takes_what_the_kernels_export() -> None:
     inside = re.compile(r"efface_kernels\.(jit|memory|triton_launch|backends|\w+\.(kernel|launch|chunks))")
     for path in [*(ROOT / "engine").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not any(name.name.startswith("efface_kernels.") for name in node.names), path
             module = node.module if isinstance(node, ast.ImportFrom) else None
             if module == "efface_kernels":
                 taken = {name.name for name in node.names} - exported

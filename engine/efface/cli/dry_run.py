@@ -24,7 +24,7 @@ from efface.hf.reference import reference_kind
 from efface.hf.rows import check_columns, load_rows, local_file, matching, parse_conditions
 from efface.hf.templates import AUTO, TEMPLATES
 from efface.hf.trainer import accumulation_steps, pairs_per_step, unlearning_stores
-from efface.objectives import Objective
+from efface.objectives import Objective, check_term
 from efface.recipes import Recipe
 from efface_kernels import device_memory
 
@@ -64,6 +64,7 @@ def describe(
         raise ValueError(f"`template`: expected one of {', '.join([AUTO, *TEMPLATES])}, got {args.template!r}")
     if args.compat is not None:
         check_objective(objective)
+    check_term(objective)
     reference = _reference(command, args, objective)
     data = _data(command, args, objective, recipe)
     report = {"configuration": _configuration(command, args, objective, recipe, reference)}

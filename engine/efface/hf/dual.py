@@ -20,6 +20,7 @@ class DualVariable(TrainerBound, ExportableState):
 
     def __init__(self, stepping: Stepping) -> None:
         self._stepping = stepping
+        self._epochs = 0.0  # that had passed when an epoch last ended
 
     @property
     def _objective(self) -> PDU:
@@ -31,11 +32,15 @@ class DualVariable(TrainerBound, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go on from a checkpoint's weight."""
+        """Go on from a checkpoint's weight, with the end of an epoch that the checkpoint came before."""
         kept: Any = state.stateful_callbacks
         if isinstance(kept, dict) and type(self).__name__ in kept:
-            alpha = kept[type(self).__name__]["attributes"]["alpha"]
-            self._trainer().objective = replace(self._objective, alpha=alpha)
+            attributes = kept[type(self).__name__]["attributes"]
+            self._trainer().objective = replace(self._objective, alpha=attributes["alpha"])
+            self._epochs = attributes.get("epochs", 0.0)
+            # Written with the epoch's last step: transformers begins the next epoch, and ends none before.
+            if state.epoch and state.epoch == round(state.epoch) and self._epochs < state.epoch:
+                self.on_epoch_end(args, state, control)
 
     def before_batch(self, batch: Any) -> None:
         """Before a micro-batch."""
@@ -53,6 +58,7 @@ class DualVariable(TrainerBound, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """After an epoch."""
+        self._epochs = state.epoch or 0.0
         self._ascend(self._stepping.dual_after_epoch(self._trainer(), self._objective, state.epoch or 0.0))
 
     def _ascend(self, retain_loss: float | None) -> None:
@@ -65,4 +71,4 @@ class DualVariable(TrainerBound, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"args": {}, "attributes": {"alpha": self._objective.alpha}}
+        return {"args": {}, "attributes": {"alpha": self._objective.alpha, "epochs": self._epochs}}

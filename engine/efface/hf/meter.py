@@ -12,7 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from efface.batching import PackedBatch, Role
 from efface.hf.head_loss import StepOutput
 from efface.hf.phases import PHASES, PhaseClock
-from efface.objectives import NPO, Objective
+from efface.objectives import Objective
+from efface_kernels import Kind, Term
 
 _STEP_PHASES = ("forward", "backward", "optimizer")
 
@@ -97,8 +98,9 @@ class StepMeter(TrainerCallback):
             reference = torch.zeros_like(output.terms) if output.reference_sums is None else output.reference_sums
             ratio = output.sequence_logprobs - reference
             self._add_mean("mean_log_ratio", ratio, forget)
-            if isinstance(objective, NPO):
-                self._add_mean("npo_weight", 2 * torch.sigmoid(objective.beta * ratio), forget)
+            term = objective.term() if objective.reads == "logprobs" else None
+            if isinstance(term, Term) and term.kind == Kind.NPO:
+                self._add_mean("npo_weight", 2 * torch.sigmoid(term.beta * ratio), forget)
 
     def add_losses(self, tokens: int, **losses: Tensor) -> None:
         """Add a padded micro-batch's share of the means of the step."""

@@ -44,7 +44,7 @@ from efface.hf.reference import make_reference, reference_kind
 from efface.hf.rows import Conditions, parse_conditions
 from efface.hf.score import check_store
 from efface.hf.stepping import PackedStepping, Stepping, Stores, pairs_per_step
-from efface.objectives import PDU, RMU, FunctionObjective, Objective
+from efface.objectives import PDU, RMU, FunctionObjective, Objective, check_term
 from efface_kernels import Sequences
 
 
@@ -303,6 +303,7 @@ class UnlearnTrainer(PackedTrainer):
             objective = FunctionObjective(function=objective)
         stepping = stepping_of(args)
         stepping.check_objective(objective)
+        check_term(objective)
         _check_retain(objective, retain, retain_filter)
         kind = reference_kind(reference, objective, model, padded=stepping.runs_reference)
         keep = retain is not None and objective.reads_retain()

@@ -2,6 +2,7 @@
 
 from efface.objectives.base import (
     Objective,
+    check_term,
     get_objective,
     known_objectives,
     register_objective,
@@ -38,6 +39,7 @@ __all__ = [
     "Objective",
     "SatImp",
     "SimNPO",
+    "check_term",
     "get_objective",
     "known_objectives",
     "register_objective",

@@ -1,5 +1,6 @@
 """What an objective is: loss terms of forget and retain sequences, and means that run over the whole optimizer step."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from efface.batching.roles import Role, StepTotals
 from efface.objectives.role_loss import DistributionLoss, RoleLoss
 from efface.registry import Registry
-from efface_kernels import Kind, SequenceRule, Sequences, Term, TermFunction
+from efface_kernels import Kind, SequenceRule, Sequences, Term, TermFunction, checked_terms
 
 RETAIN_LOSS_TYPES = ("NLL", "KL")
 
@@ -32,6 +33,7 @@ class Objective:
             both, as a pair.
         needs_reference: whether ``Sequences.reference_sums`` is read.
         reads: what the forget loss is a function of; "logits" and "activations" have no ``term``.
+        retain_loss_types: those that it has.
     """
 
     gamma: float = 1.0
@@ -43,9 +45,12 @@ class Objective:
     forget_data: ClassVar[Literal["answer", "alternate", "both"]] = "answer"
     needs_reference: ClassVar[bool] = False
     reads: ClassVar[Literal["logprobs", "logits", "activations"]] = "logprobs"
+    retain_loss_types: ClassVar[tuple[str, ...]] = RETAIN_LOSS_TYPES
 
     def __post_init__(self) -> None:
-        check_choice("retain_loss_type", self.retain_loss_type, RETAIN_LOSS_TYPES)
+        check_choice("retain_loss_type", self.retain_loss_type, self.retain_loss_types)
+        check_finite("gamma", self.gamma)
+        check_finite("alpha", self.alpha)
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Raise TypeError for a class whose ``forget_terms`` would not be asked."""
@@ -110,15 +115,21 @@ class Objective:
         return self.alpha / max(totals.retain_tokens, 1)
 
 
+def check_finite(name: str, value: float) -> None:
+    """Raise ValueError unless ``value`` is finite."""
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}`: expected a finite number, got {value}")
+
+
 def check_positive(name: str, value: float) -> None:
-    """Raise ValueError unless ``value`` is positive."""
-    if not value > 0:
+    """Raise ValueError unless ``value`` is positive and finite."""
+    if not 0 < value < math.inf:
         raise ValueError(f"`{name}`: expected a positive number, got {value}")
 
 
 def check_not_negative(name: str, value: float) -> None:
-    """Raise ValueError unless ``value`` is 0 or positive."""
-    if not value >= 0:
+    """Raise ValueError unless ``value`` is 0, or positive and finite."""
+    if not 0 <= value < math.inf:
         raise ValueError(f"`{name}`: expected 0 or a positive number, got {value}")
 
 
@@ -126,6 +137,23 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"`{name}`: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_term(objective: Objective) -> None:
+    """Raise ValueError for a declared term that the objective's class variables do not fit."""
+    term = objective.term() if objective.reads == "logprobs" else None
+    if not isinstance(term, Term):
+        return
+    name, pair = type(objective).__name__, term.kind == Kind.DPO
+    if term.kind in (Kind.NONE, Kind.ALTERNATE):
+        raise ValueError(f"{name}: expected a term for forget sequences, got {term.kind.name}, which forgets nothing")
+    if term.needs_reference and not objective.needs_reference:
+        raise ValueError(f"{name}: its term, {term.kind.name}, compares with a reference; set `needs_reference = True`")
+    if pair != (objective.forget_data == "both"):
+        expected = "'both'" if pair else "'answer' or 'alternate'"
+        raise ValueError(
+            f"{name}: `forget_data`: expected {expected} for its term, {term.kind.name}, got {objective.forget_data!r}"
+        )
 
 
 def step_terms(
@@ -168,8 +196,8 @@ class _OwnTerms:
         # Others' rows are constants to it: what it makes of them, infinite perhaps, has no gradient.
         theirs = sequences.of_rows((roles == Role.FORGET) | (roles == Role.ALTERNATE))
         logprobs = torch.where(theirs, sequences.logprobs, sequences.logprobs.detach())
-        forget = self.function(replace(sequences, logprobs=logprobs)) * self.weight
-        return torch.where(roles == Role.FORGET, forget, self.others(sequences))
+        forget = checked_terms(self.function(replace(sequences, logprobs=logprobs)), sequences)
+        return torch.where(roles == Role.FORGET, forget * self.weight, self.others(sequences))
 
 
 _OBJECTIVES: Registry[Objective] = Registry("objective")

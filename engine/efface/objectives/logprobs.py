@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from efface.batching.roles import StepTotals
-from efface.objectives.base import Objective, check_not_negative, check_positive, register_objective
+from efface.objectives.base import Objective, check_finite, check_not_negative, check_positive, register_objective
 from efface_kernels import Kind, Sequences, Term
 
 
@@ -101,6 +101,7 @@ class SimNPO(Objective):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("beta", self.beta)
+        check_finite("delta", self.delta)
 
     def term(self) -> Term:
         """Of a sequence."""

@@ -32,10 +32,11 @@ class PDU(Objective):
     name: ClassVar[str] = "pdu"
     mean_over: ClassVar[Literal["sequences", "tokens"]] = "tokens"
     reads: ClassVar[Literal["logprobs", "logits", "activations"]] = "logits"
+    retain_loss_types: ClassVar[tuple[str, ...]] = ("NLL",)  # what the dual variable's bound is about
 
     def __post_init__(self) -> None:
         check_choice("dual_update_upon", self.dual_update_upon, ("step", "epoch"))
-        check_choice("retain_loss_type", self.retain_loss_type, ("NLL",))  # what the dual variable's bound is about
+        super().__post_init__()
 
     def forget_loss(self) -> RoleLoss:
         """(max z − mean z)² of every label row."""

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from efface.objectives.base import RETAIN_LOSS_TYPES, Objective, check_choice, register_objective
+from efface.objectives.base import RETAIN_LOSS_TYPES, Objective, register_objective
 
 
 @register_objective
@@ -33,9 +33,7 @@ class RMU(Objective):
 
     name: ClassVar[str] = "rmu"
     reads: ClassVar[Literal["logprobs", "logits", "activations"]] = "activations"
-
-    def __post_init__(self) -> None:
-        check_choice("retain_loss_type", self.retain_loss_type, ("EMBED_DIFF", *RETAIN_LOSS_TYPES))
+    retain_loss_types: ClassVar[tuple[str, ...]] = ("EMBED_DIFF", *RETAIN_LOSS_TYPES)
 
     @property
     def compares_activations(self) -> bool:

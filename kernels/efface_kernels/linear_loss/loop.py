@@ -47,7 +47,8 @@ class Wanted:
     def of(cls, hidden: Tensor, head: Head) -> "Wanted":
         """Return those that autograd is to give."""
         grad = torch.is_grad_enabled()
-        return cls(*(grad and each is not None and each.requires_grad for each in (hidden, head.weight, head.bias)))
+        given = (hidden, head.weight, head.bias)  # not looked at yet: a bias may be anything
+        return cls(*(grad and isinstance(each, Tensor) and each.requires_grad for each in given))
 
     @property
     def flags(self) -> list[bool]:

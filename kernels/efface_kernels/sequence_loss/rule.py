@@ -3,13 +3,13 @@
 Where there is no kernel, torch makes a chunk's terms and coefficients here: of a rule, or of a function of one's own.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, replace
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from efface_kernels.checks import check_dtype, check_shape
 from efface_kernels.sequence_loss.kinds import NEED_BETA, NEED_REFERENCE, Kind
@@ -19,6 +19,7 @@ from efface_kernels.transfer import to_device
 
 ROLES = 8  # rows of the table
 _NO_FP64 = ("mps", "xpu")
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,19 @@ class Term:
     ignored: int = 0
 
     def __post_init__(self) -> None:
-        if not all(map(math.isfinite, astuple(self))):
-            raise ValueError(f"`Term`: expected finite numbers, got {self}")
+        if self.kind not in frozenset(Kind):
+            raise ValueError(f"`kind`: expected a Kind, got {self.kind!r}")
+        if not all(abs(number) <= _LARGEST for number in astuple(self)):
+            raise ValueError(f"`Term`: expected finite numbers, of float32 too, got {self}")
         if self.kind in NEED_BETA and not self.beta > 0:
             raise ValueError(f"`beta`: expected a positive number for {self.kind.name}, got {self.beta}")
         if self.ignored < 0:
             raise ValueError(f"`ignored`: expected a number of label tokens, got {self.ignored}")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it reads the reference model's log-probabilities."""
+        return self.kind in NEED_REFERENCE
 
 
 @dataclass(frozen=True)
@@ -108,9 +116,25 @@ class SequenceRule:
 
     def __call__(self, sequences: Sequences) -> Tensor:
         """Weighted terms (s,); the gradient of their sum is the rule's coefficients."""
-        terms, coefficients = sequence_terms(sequences, sequences.own(self.roles), self.table, self.kinds)
-        # 0, with c for its derivative
-        return terms + sequences.sums_of(coefficients * (sequences.logprobs - sequences.logprobs.detach()))
+        terms: Tensor = _RuleTerms.apply(sequences.logprobs, sequences, self)  # type: ignore[no-untyped-call]
+        return terms
+
+
+class _RuleTerms(torch.autograd.Function):
+    """The terms of a rule, and for their derivative its coefficients."""
+
+    @staticmethod
+    def forward(ctx: Any, logprobs: Tensor, sequences: Sequences, rule: SequenceRule) -> Tensor:
+        seen = replace(sequences, logprobs=logprobs)
+        terms, coefficients = sequence_terms(seen, seen.own(rule.roles), rule.table, rule.kinds)
+        ctx.save_for_backward(coefficients, sequences.row_offsets)
+        return terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        coefficients, offsets = ctx.saved_tensors
+        return coefficients * Sequences(coefficients, offsets).of_rows(upstream), None, None
 
 
 # Sequences (s of them) -> their loss terms (s,); the loss is the sum of all terms.
@@ -154,13 +178,20 @@ def _differentiated(terms_of: TermFunction, seen: Sequences) -> tuple[Tensor, Te
     """Return a function's terms, and their derivative by autograd on these few numbers."""
     with torch.enable_grad():
         leaf = seen.logprobs.clone().requires_grad_()
-        terms = terms_of(replace(seen, logprobs=leaf))
-        if terms.shape != (len(seen),):
-            raise ValueError(
-                f"the term function: expected one loss term for each of {len(seen)} sequences, "
-                f"got shape {tuple(terms.shape)}"
-            )
+        terms = checked_terms(terms_of(replace(seen, logprobs=leaf)), seen)
         gradient = None  # where the terms do not depend on the log-probabilities
         if terms.requires_grad:
             (gradient,) = torch.autograd.grad(terms.sum(), leaf, allow_unused=True)
     return terms.detach(), torch.zeros_like(leaf) if gradient is None else gradient
+
+
+def checked_terms(terms: Any, sequences: Sequences) -> Tensor:
+    """Return what a term function gave; raise TypeError or ValueError unless it is a term for each sequence, (s,)."""
+    if not isinstance(terms, Tensor):
+        raise TypeError(f"the term function: expected a tensor of loss terms, got {type(terms).__name__}")
+    if terms.shape != (len(sequences),):
+        raise ValueError(
+            f"the term function: expected one loss term for each of {len(sequences)} sequences, "
+            f"got shape {tuple(terms.shape)}"
+        )
+    return terms
