@@ -186,6 +186,20 @@ def test_a_rule_as_a_function_gives_what_the_loss_gives(kind: Kind, value: float
     torch.testing.assert_close(gradient, scaled, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_rule_as_a_function_may_be_weighted() -> None:
+    """A pair's term depends on both of its sequences, whatever becomes of the alternate's own, 0."""
+    table = {0: Term(Kind.DPO, 0.5, beta=0.2), 1: Term(Kind.NLL, 0.1), 2: Term(Kind.ALTERNATE)}
+    roles = torch.tensor([0, 2, 0, 2, 1, 2], dtype=torch.int8)
+    logprobs, offsets, frozen = batch(torch.float64, LENGTHS[:6])
+    logprobs.requires_grad_()
+    reference = torch.stack(
+        oracle.sums(torch.cat([frozen, frozen.new_zeros(len(logprobs) - len(frozen))]), offsets.tolist())
+    )
+    weights = torch.tensor([3.0, 100.0, -2.0, 100.0, 5.0, 100.0], dtype=torch.float64)
+    rule = SequenceRule.of(roles, table)
+    assert torch.autograd.gradcheck(lambda ell: rule(Sequences(ell, offsets, 0, reference)) * weights, (logprobs,))
+
+
 def test_a_nan_stays_in_its_sequence_and_a_lonely_first_is_nan(backend: str) -> None:
     logprobs, offsets, frozen = batch(torch.float32)
     logprobs[4:8] = torch.nan

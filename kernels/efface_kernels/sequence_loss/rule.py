@@ -115,25 +115,27 @@ class SequenceRule:
         return int(Kind.DPO) in self.kinds
 
     def __call__(self, sequences: Sequences) -> Tensor:
-        """Weighted terms (s,); the gradient of their sum is the rule's coefficients."""
+        """Weighted terms (s,), differentiable once by the log-probabilities."""
         terms: Tensor = _RuleTerms.apply(sequences.logprobs, sequences, self)  # type: ignore[no-untyped-call]
         return terms
 
 
 class _RuleTerms(torch.autograd.Function):
-    """The terms of a rule, and for their derivative its coefficients."""
+    """The terms of a rule, and for their derivative its coefficients: those of a pair's alternate are of its first."""
 
     @staticmethod
     def forward(ctx: Any, logprobs: Tensor, sequences: Sequences, rule: SequenceRule) -> Tensor:
-        seen = replace(sequences, logprobs=logprobs)
-        terms, coefficients = sequence_terms(seen, seen.own(rule.roles), rule.table, rule.kinds)
-        ctx.save_for_backward(coefficients, sequences.row_offsets)
+        seen, roles = replace(sequences, logprobs=logprobs), sequences.own(rule.roles)
+        terms, coefficients = sequence_terms(seen, roles, rule.table, rule.kinds)
+        kinds = rule.table[roles.long(), 0]
+        ctx.save_for_backward(coefficients, sequences.row_offsets, kinds == Kind.ALTERNATE)
         return terms
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        coefficients, offsets = ctx.saved_tensors
+        coefficients, offsets, alternate = ctx.saved_tensors
+        upstream = torch.where(alternate, upstream.roll(1), upstream)  # an alternate of no pair has coefficients of 0
         return coefficients * Sequences(coefficients, offsets).of_rows(upstream), None, None
 
 
