@@ -182,7 +182,7 @@ def test_a_scaled_loss_has_scaled_gradients(tmp_path: Path) -> None:
     ]
     for trainer, scale in zip(trainers, (1.0, 2.0**12), strict=True):
         step = trainer.get_train_dataloader().dataset[0]
-        loss = trainer.compute_loss(trainer.model, {"batch": step.batches[0], "totals": step.totals})
+        loss = trainer.compute_loss(trainer.model, {"batch": step.batches[0], "step": step})
         (loss * scale).backward()
     plain, scaled = (dict(trainer.model.named_parameters()) for trainer in trainers)
     for name, weight in plain.items():

@@ -43,7 +43,9 @@ def copies(path: Path) -> Iterator[tuple[str, int]]:
         if not isinstance(function, ast.FunctionDef):
             continue
         for node in ast.walk(function):
-            named = _from_the_host(node) and any(keyword.arg == "device" for keyword in node.keywords)
+            named = _from_the_host(node) and any(
+                keyword.arg == "device" and ast.unparse(keyword.value) != "'cpu'" for keyword in node.keywords
+            )
             moved = (
                 isinstance(node, ast.Call)
                 and isinstance(node.func, ast.Attribute)
