@@ -27,11 +27,12 @@ docs: $(READY)
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo build/docs/index.html
 
+# stubtest has settings of its own: in one cache with mypy's, each would check everything anew.
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest --concise --mypy-config-file pyproject.toml efface_native
+	MYPY_CACHE_DIR=.mypy_cache/stubs $(BIN)/python -m mypy.stubtest --concise --mypy-config-file pyproject.toml efface_native
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 format: $(READY)
