@@ -60,3 +60,11 @@ def tofu_eval_logs() -> Path:
     if not (SHARED / "tofu_eval_logs").is_dir():
         pytest.skip("needs ../shared/tofu_eval_logs, real evaluation logs beside the checkout")
     return SHARED / "tofu_eval_logs"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A folder with a tiny Llama and its tokenizer."""
+    from support.helpers import saved_llama  # needs datasets, which a machine that runs the GPU tests alone has not
+
+    return saved_llama(tmp_path / "model")

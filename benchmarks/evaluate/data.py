@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import tofu
-from efface.cli.demo.tokenizer import train_tokenizer
+from efface.simulate.teach import train_tokenizer
 
 SPLITS = ("forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
 

@@ -13,7 +13,7 @@ from benchmarks.evaluate.shapes import Shape, model_of
 from benchmarks.report import Report
 from benchmarks.timing import interleaved, median_ratio
 from efface.evaluate import GenerationTask
-from efface.hf.templates import prompt_ids
+from efface.hf.text.templates import prompt_ids
 
 BATCH_SIZES = (1, 4, 8, 16, 32, 64)
 QUESTIONS = 64  # at most

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.evaluate.data import Split
 from efface.evaluate import AnswerTask, mean_logprobs
-from efface.hf.templates import encode
+from efface.hf.text.templates import encode
 
 Scores: TypeAlias = list[list[list[float]]]  # by split, row and answer
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from benchmarks import tofu
 from efface.batching import Assembler, PackedBatch, StepTotals, TokenStore, plan_epoch
-from efface.cli.demo.tokenizer import train_tokenizer
-from efface.hf.score import store_logprobs
+from efface.hf.reference.score import store_logprobs
+from efface.simulate.teach import train_tokenizer
 
 FORGET, RETAIN = "forget10", "retain90"
 
@@ -61,7 +61,7 @@ def stores(vocabulary: int) -> tuple[TokenStore, TokenStore, str]:
 
 @cache  # on a borrowed machine seconds count
 def _tokenised(forget: Path, retain: Path, vocabulary: int) -> tuple[TokenStore, TokenStore]:
-    from efface.hf.data import token_store  # noqa: PLC0415 - needs datasets, which a borrowed machine may lack
+    from efface.hf.text.data import token_store  # noqa: PLC0415 - needs datasets, which a borrowed machine may lack
 
     rows = [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in (forget, retain)]
     tokenizer = train_tokenizer([text for part in rows for row in part for text in row.values()], vocabulary)

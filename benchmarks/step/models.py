@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from efface.hf.adapters import add_lora
+from efface.hf.model.lora import add_lora
 
 _COMMON = {"max_position_embeddings": 512, "tie_word_embeddings": False, "use_cache": False}
 

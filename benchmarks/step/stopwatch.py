@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from benchmarks.timing import Clock
-from efface.hf.adapted_head import base_of
-from efface.hf.packing import decoder_of
+from efface.hf.model.adapted_head import base_of
+from efface.hf.model.packing import decoder_of
 
 PARTS = ("forward", "reference", "head", "backward", "update")
 """The policy's decoder; the frozen model's; heads and losses; backward; clipping and AdamW. In milliseconds."""

@@ -30,9 +30,9 @@ from efface.objectives import (
 
 if TYPE_CHECKING:
     from efface import evaluate
-    from efface.hf.arguments import UnlearnArguments
-    from efface.hf.callbacks import EvaluateCallback, KeepBest, StopUnder
-    from efface.hf.trainer import FinetuneTrainer, UnlearnTrainer
+    from efface.hf.train.arguments import UnlearnArguments
+    from efface.hf.train.callbacks import EvaluateCallback, KeepBest, StopUnder
+    from efface.hf.train.trainer import FinetuneTrainer, UnlearnTrainer
 
 __version__ = version("efface")
 
@@ -65,12 +65,12 @@ __all__ = [
 ]
 
 _LAZY = {
-    "EvaluateCallback": "efface.hf.callbacks",
-    "KeepBest": "efface.hf.callbacks",
-    "StopUnder": "efface.hf.callbacks",
-    "UnlearnTrainer": "efface.hf.trainer",
-    "FinetuneTrainer": "efface.hf.trainer",
-    "UnlearnArguments": "efface.hf.arguments",
+    "EvaluateCallback": "efface.hf.train.callbacks",
+    "KeepBest": "efface.hf.train.callbacks",
+    "StopUnder": "efface.hf.train.callbacks",
+    "UnlearnTrainer": "efface.hf.train.trainer",
+    "FinetuneTrainer": "efface.hf.train.trainer",
+    "UnlearnArguments": "efface.hf.train.arguments",
 }
 
 

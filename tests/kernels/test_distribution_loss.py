@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import oracle
 from efface_kernels import Head, ReferenceRows, linear_distribution_loss, memory, release_workspaces
 from efface_kernels.linear_loss import chunks, wide_logits
 from efface_kernels.linear_loss.chunks import plan_pieces
 from efface_kernels.linear_loss.distribution_loss import DistributionLossOutput
 from efface_kernels.linear_loss.look import DistributionLook
-from largest_tensor import LargestTensor
-from oracle import Case, Problem
+from support import oracle
+from support.largest_tensor import LargestTensor
+from support.oracle import Case, Problem
 
 # NumPy warns of the −inf − −inf of lanes that the interpreted kernel then leaves out
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-import oracle
 from efface_kernels import (
     Head,
     Kind,
@@ -24,8 +23,9 @@ from efface_kernels import (
     release_workspaces,
 )
 from efface_kernels.linear_loss import chunks, fused_loss
-from largest_tensor import LargestTensor
-from oracle import CASES, Case, Problem
+from support import oracle
+from support.largest_tensor import LargestTensor
+from support.oracle import CASES, Case, Problem
 
 BACKENDS = ("torch", "native")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import oracle
 from efface_kernels import (
     Head,
     Kind,
@@ -18,7 +17,8 @@ from efface_kernels import (
     linear_logprob,
     linear_sequence_loss,
 )
-from oracle import CASES, Case, Problem
+from support import oracle
+from support.oracle import CASES, Case, Problem
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BETA = 0.3

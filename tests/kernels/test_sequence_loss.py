@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import oracle
 from efface.batching.roles import StepTotals
 from efface.objectives import CEU, DPO, NPO, WGA, GradAscent, GradDiff, IdkNLL, Objective, SatImp, SimNPO, step_terms
 from efface_kernels import Kind, SequenceRule, Sequences, Term, sequence_loss
+from support import oracle
 
 # NumPy warns of infinities that the interpreted kernel then leaves out
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import oracle
 from efface_kernels import Head, ReferenceRows, linear_distribution_loss, memory
 from efface_kernels.linear_loss import wide_logits
 from efface_kernels.linear_loss.wide_logits import WideLogits
-from oracle import Case, Problem
+from support import oracle
+from support.oracle import Case, Problem
 
 CASES = (
     Case("one row", (1,)),

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import oracle
 from efface_kernels import Head, Kind, ReferenceRows, SequenceRule, Term, linear_sequence_loss, memory
 from efface_kernels.linear_loss import chunks, look
-from oracle import Case, Problem
+from support import oracle
+from support.oracle import Case, Problem
 
 CASES = (
     Case("odd vocabulary", (3, 1, 5, 2), vocabulary=7, bias=True, chunk_rows=5),

@@ -1,10 +1,10 @@
 """Keys of sequences, and the distinct ones among several stores."""
 
 import numpy as np
-from helpers import random_store
 
 from efface.batching import TokenStore
 from efface.reference import DistinctSequences, sequence_keys
+from support.helpers import random_store
 
 
 def store(*rows: tuple[list[int], int]) -> TokenStore:

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from efface.reference import LogprobStore, database
+from efface import keyed_store as database
+from efface.reference import LogprobStore
 
 MODEL = b"model".ljust(16)
 processes = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import TEXTS, tiny_llama, tiny_tokenizer
 
-from efface.cli.demo.authors import make_authors
 from efface.cli.main import main
+from efface.simulate.authors import make_authors
+from support.helpers import TEXTS, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_made" not in path.parts)

@@ -19,10 +19,10 @@ FLOORS: dict[str, set[str]] = {
     "kernels/efface_kernels": {"torch", "triton", "efface_native", "efface_kernels"},
     "engine/efface/batching": {*BASE, "efface.batching"},
     "engine/efface/objectives": {*BASE, "efface.registry", "efface.batching", "efface.objectives"},
-    "engine/efface/reference": {*BASE, "efface.batching", "efface.reference"},
+    "engine/efface/reference": {*BASE, "efface.batching", "efface.keyed_store", "efface.reference"},
     "engine/efface/hf": {
         *BASE,
-        *("efface.batching", "efface.objectives", "efface.reference", "efface.hf"),
+        *("efface.batching", "efface.files", "efface.objectives", "efface.reference", "efface.hf"),
         *(
             "accelerate",
             "transformers",
@@ -37,7 +37,8 @@ FLOORS: dict[str, set[str]] = {
     },
     "engine/efface/evaluate": {
         *BASE,
-        *("efface.registry", "efface.batching", "efface.hf", "efface.reference", "efface.evaluate", "efface.processes"),
+        *("efface.registry", "efface.batching", "efface.hf", "efface.reference", "efface.evaluate"),
+        *("efface.files", "efface.keyed_store", "efface.processes"),
         *("accelerate", "transformers", "scipy", "rouge_score", "nltk"),
         *("jinja2", "markupsafe", "matplotlib", "yaml"),  # reports
     },
@@ -46,7 +47,11 @@ FLOORS: dict[str, set[str]] = {
         *("efface.registry", "efface.batching", "efface.objectives", "efface.hf", "efface.evaluate", "efface.recipes"),
         *("accelerate", "transformers", "yaml"),
     },
-    "engine/efface/sweep": {"efface.hf", "efface.recipes", "efface.sweep", "optuna", "yaml"},
+    "engine/efface/simulate": {
+        *("efface.files", "efface.hf", "efface.recipes", "efface.simulate"),
+        *("transformers", "tokenizers", "datasets"),
+    },
+    "engine/efface/sweep": {"efface.files", "efface.hf", "efface.recipes", "efface.sweep", "optuna", "yaml"},
     "engine/efface/cli": {
         *BASE,
         *("efface",),

@@ -20,10 +20,10 @@ MADE_OF_HOST_NUMBERS = {"tensor", "as_tensor", "from_numpy", "frombuffer", "asar
 # (file, function) -> why it may wait
 ALLOWED = {
     ("kernels/efface_kernels/backends.py", "_results"): "a device's first use, once",
-    ("engine/efface/hf/packing.py", "_probes_in_a_pack"): "when a model is loaded",
-    ("engine/efface/hf/adapters.py", "check_start"): "before the first step",
-    ("engine/efface/hf/meter.py", "read"): "when a log is written, which reads the device",
-    ("engine/efface/hf/cached_reference.py", "__init__"): "from one dtype to another, on the host",
+    ("engine/efface/hf/model/packing.py", "_probes_in_a_pack"): "when a model is loaded",
+    ("engine/efface/hf/model/lora.py", "check_start"): "before the first step",
+    ("engine/efface/hf/train/meter.py", "read"): "when a log is written, which reads the device",
+    ("engine/efface/hf/reference/cached.py", "__init__"): "from one dtype to another, on the host",
 }
 
 

@@ -15,10 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import tofu
 from benchmarks.gpu.section import Run
 from benchmarks.timing import interleaved, interleaved_on_gpu, median_ratio, wall_times
-from efface.hf.attention import interface
-from efface.hf.attention.choice import AttentionCall, choose_kernel
-from efface.hf.attention.segments import band, segment_attention
-from efface.hf.attention.torch_varlen import torch_varlen_attention
+from efface.hf.model.attention import interface
+from efface.hf.model.attention.choice import AttentionCall, choose_kernel
+from efface.hf.model.attention.segments import band, segment_attention
+from efface.hf.model.attention.torch_varlen import torch_varlen_attention
 
 NAMES = ("out", "dq", "dk", "dv")
 _ROUNDS = 9

@@ -27,7 +27,7 @@ from benchmarks.step.providers.base import OBJECTIVE
 from benchmarks.step.run import free
 from benchmarks.timing import Clock
 from efface import UnlearnTrainer
-from efface.hf.arguments import UnlearnArguments
+from efface.hf.train.arguments import UnlearnArguments
 
 _SHAPE = "GPU: Llama-3.2-1B, bf16"
 _OURS = ("efface", "efface_kernels")

@@ -8,9 +8,9 @@ from benchmarks.step.data import Step
 from benchmarks.step.providers.base import OBJECTIVE, Provider
 from benchmarks.step.providers.eager import Eager, EagerCached
 from benchmarks.step.providers.ours import EffaceCached
-from efface.hf.adapters import AdapterReference
-from efface.hf.head import fuse
-from efface.hf.head_loss import HeadLoss
+from efface.hf.model.head import fuse
+from efface.hf.model.head_loss import HeadLoss
+from efface.hf.reference.live import AdapterReference
 
 
 class EagerLora(Eager):

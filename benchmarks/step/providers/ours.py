@@ -6,9 +6,9 @@ from torch import Tensor
 
 from benchmarks.step.data import Step
 from benchmarks.step.providers.base import OBJECTIVE, Provider
-from efface.hf.head import fuse
-from efface.hf.head_loss import HeadLoss
-from efface.hf.live_reference import LiveReference
+from efface.hf.model.head import fuse
+from efface.hf.model.head_loss import HeadLoss
+from efface.hf.reference.live import LiveReference
 
 
 class EffaceLive(Provider):

@@ -12,16 +12,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from efface.cli.console import open_console
-from efface.cli.output import written_whole
-from efface.cli.progress import progress_on
+from efface.cli.progress import open_console, progress_on
 from efface.evaluate.audit import VIEWS, AuditResult, BestOf, Clues, Relearn, View, audit
-from efface.evaluate.audit.document import AROUND, Document, cells
+from efface.evaluate.audit.result import AROUND, Document, cells
 from efface.evaluate.audit.rows import TOFU_GROUP, audit_rows
 from efface.evaluate.audit.views import get_view
-from efface.hf.loading import MAIN, load_model, load_tokenizer
-from efface.hf.rows import Rows, load_rows
-from efface.hf.templates import AUTO
+from efface.files import written_whole
+from efface.hf.model.loading import MAIN, load_model, load_tokenizer
+from efface.hf.text.rows import Rows, load_rows
+from efface.hf.text.templates import AUTO
 from efface.processes import processes
 
 JSON_NAME, MARKDOWN_NAME, STORE_NAME = "AUDIT.json", "AUDIT.md", "audit_rows.sqlite"

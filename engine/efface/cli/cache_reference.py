@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from efface.cli.console import open_console
 from efface.cli.flags import parse, unlearn_parser
-from efface.cli.progress import ProgressBar
-from efface.cli.unlearn import make_trainer
-from efface.hf.cached_reference import NO_FILE, CachedReference
+from efface.cli.progress import ProgressBar, open_console
+from efface.cli.training import make_trainer
+from efface.hf.reference.cached import NO_FILE, CachedReference
 from efface.recipes.flags import FlagParser
 
 _EXAMPLES = """

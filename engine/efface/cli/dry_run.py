@@ -15,15 +15,16 @@ from transformers import AutoConfig, AutoTokenizer
 from efface.batching import TokenStore, plan_epoch
 from efface.cli.flags import UnlearnCommand
 from efface.cli.plan import summary
-from efface.hf.accumulation import Accumulation
-from efface.hf.arguments import UnlearnArguments
-from efface.hf.estimate import RunShape, adapter_parameters, memory, model_sizes, training_flops
-from efface.hf.loading import local_files
-from efface.hf.open_unlearning import check_objective
-from efface.hf.reference import reference_kind
-from efface.hf.rows import check_columns, load_rows, local_file, matching, parse_conditions
-from efface.hf.templates import AUTO, TEMPLATES
-from efface.hf.trainer import accumulation_steps, pairs_per_step, unlearning_stores
+from efface.hf.model.loading import local_files
+from efface.hf.reference.make import reference_kind
+from efface.hf.text.rows import check_columns, load_rows, local_file, matching, parse_conditions
+from efface.hf.text.templates import AUTO, TEMPLATES
+from efface.hf.train.arguments import UnlearnArguments
+from efface.hf.train.dataset import Accumulation
+from efface.hf.train.estimate import RunShape, adapter_parameters, memory, model_sizes, training_flops
+from efface.hf.train.open_unlearning import check_objective
+from efface.hf.train.stepping import pairs_per_step
+from efface.hf.train.stores import accumulation_steps, unlearning_stores
 from efface.objectives import Objective, check_term
 from efface.recipes import Recipe
 from efface_kernels import device_memory

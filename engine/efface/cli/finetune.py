@@ -10,12 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, set_
 
 from efface.cli.flags import part, with_config
 from efface.cli.progress import ProgressBar
-from efface.cli.run import Run, carry_out
-from efface.hf.arguments import UnlearnArguments
-from efface.hf.fingerprint import fingerprint
-from efface.hf.loading import load_model, load_tokenizer
-from efface.hf.recipe import command_line
-from efface.hf.trainer import FinetuneTrainer, PackedTrainer
+from efface.cli.training import Run, carry_out
+from efface.hf.model.fingerprint import fingerprint
+from efface.hf.model.loading import load_model, load_tokenizer
+from efface.hf.train.arguments import UnlearnArguments
+from efface.hf.train.record import command_line
+from efface.hf.train.trainer import FinetuneTrainer, PackedTrainer
 from efface.recipes.flags import FlagParser, not_overridden, typed
 
 # As TOFU's "full" and "retain" models were made (arXiv 2401.06121, and open-unlearning's configuration).

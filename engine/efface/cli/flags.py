@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from transformers.training_args import OptimizerNames
 
-from efface.hf.arguments import UnlearnArguments
+from efface.hf.train.arguments import UnlearnArguments
 from efface.recipes import Recipe, load_recipe, local_source
 from efface.recipes.command import UnlearnCommand
 from efface.recipes.flags import FlagParser, flag_words, given_names, not_overridden, read_yaml, taken, typed

@@ -12,13 +12,13 @@ COMMANDS = {
     "bench": ("efface.cli.bench", "measure speed and memory against rivals; needs the repository"),
     "cache-reference": ("efface.cli.cache_reference", "compute the reference of a forget set once for all runs"),
     "completion": ("efface.cli.completion", "print what completes commands in bash, zsh or tcsh"),
-    "demo": ("efface.cli.demo.command", "teach a small model, make it forget, and measure it"),
+    "demo": ("efface.cli.demo", "teach a small model, make it forget, and measure it"),
     "evaluate": ("efface.cli.evaluate", "measure what a model forgot and what it can still do: TOFU's evaluation"),
     "finetune": ("efface.cli.finetune", "teach a model a data set: full and retain models"),
     "plan": ("efface.cli.plan", "show what an epoch holds: steps, forward passes, tokens"),
     "recipes": ("efface.cli.recipes", "list the recipes, or explain one"),
     "report": ("efface.cli.report", "show evaluated runs side by side, on one page"),
-    "sweep": ("efface.cli.sweep.command", "run a recipe with many settings, and rank the results"),
+    "sweep": ("efface.cli.sweep", "run a recipe with many settings, and rank the results"),
     "unlearn": ("efface.cli.unlearn", "make a checkpoint forget a data set"),
 }
 

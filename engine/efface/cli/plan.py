@@ -11,12 +11,11 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from efface.batching import EpochPlan, TokenStore, plan_epoch
-from efface.cli.console import open_console
-from efface.hf.arguments import UnlearnArguments
-from efface.hf.data import token_store
-from efface.hf.overlap import refuse_overlap
-from efface.hf.recipe import DataFacts
-from efface.hf.templates import AUTO
+from efface.cli.progress import open_console
+from efface.hf.text.data import refuse_overlap, token_store
+from efface.hf.text.templates import AUTO
+from efface.hf.train.arguments import UnlearnArguments
+from efface.hf.train.record import DataFacts
 
 _EXAMPLES = """
 example:

@@ -1,4 +1,4 @@
-"""A training progress bar: rich on a terminal, plain lines in a pipe."""
+"""Where commands speak: results on standard output, what happens meanwhile on standard error."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,8 +7,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from efface.hf.cached_reference import ReferenceCallback
-from efface.hf.recipe import DataFacts
+from efface.hf.reference.cached import ReferenceCallback
+from efface.hf.train.record import DataFacts
+
+PIPE_WIDTH = 160
+
+
+def open_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """Return a console; in a pipe, which has no width of its own, it is wide enough for every table."""
+    console = Console(stderr=stderr, quiet=quiet)
+    if not console.is_terminal:
+        console.width = max(console.width, PIPE_WIDTH)
+    return console
+
 
 _QUIET = ("epoch", "time_", "padding_saved", "peak_memory_gib", "npo_weight")
 """Beginnings of figures that trackers get but a line has no room for."""

@@ -9,9 +9,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from efface.cli.console import open_console
 from efface.cli.dry_run import describe
 from efface.cli.flags import parse
+from efface.cli.progress import open_console
 from efface.recipes import Recipe, known_recipes, load_recipe
 from efface.recipes.evaluation import stem
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from efface.cli.console import open_console
+from efface.cli.progress import open_console
 
 _EXAMPLES = """
 examples:

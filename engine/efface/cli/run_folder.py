@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from efface.cli.output import check_output
-from efface.hf.checkpoints import BEST, PARTIAL, checkpoints, newest_checkpoint, remove_leftovers, remove_whole
+from efface.files import PARTIAL, check_output, remove_leftovers, remove_whole
+from efface.hf.train.checkpoints import BEST, checkpoints, newest_checkpoint
 
 RECORD = "run.json"
 

@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from efface.evaluate.decoding import Answer, decode, end_ids, generate, has_selectable_cache
-from efface.evaluate.sampling import Sampling, draw, uniforms
-from efface.evaluate.task import NotFiniteError, RowResult, Task
-from efface.hf.adapted_head import base_of
-from efface.hf.callbacks import undisturbed
-from efface.hf.templates import AUTO, Conversation, Template, prompt_ids
-from efface.hf.token_cache import tokenizer_digest
+from efface.evaluate.decoding import Answer, Sampling, decode, draw, end_ids, generate, has_selectable_cache, uniforms
+from efface.evaluate.runner import NotFiniteError, RowResult, Task
+from efface.hf.model.adapted_head import base_of
+from efface.hf.model.supported import undisturbed
+from efface.hf.text.templates import AUTO, Conversation, Template, prompt_ids
+from efface.hf.text.token_cache import tokenizer_digest
 
 NEW_TOKENS = 200  # open-unlearning's limit; TOFU's own is as many, the prompt among them
 

@@ -14,15 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from efface.batching import TokenStore, TokenTree, token_tree, tree_tokens
 from efface.evaluate.logs import FloatArray, SplitLog, truth_ratios
-from efface.evaluate.task import RowResult, Task
-from efface.hf.adapted_head import base_of
-from efface.hf.head import head_of, packed_hidden
-from efface.hf.open_unlearning import IGNORE, Padded
-from efface.hf.packing import shares_tokens
-from efface.hf.rows import optional_texts, text_lists, texts
-from efface.hf.score import budgeted, check_store, scoring
-from efface.hf.templates import AUTO, Template, encode_batches, get_template
-from efface.reference.keys import KEY_BYTES, sequence_keys
+from efface.evaluate.runner import RowResult, Task
+from efface.hf.model.adapted_head import base_of
+from efface.hf.model.head import head_of, packed_hidden
+from efface.hf.model.packing import shares_tokens
+from efface.hf.reference.score import budgeted, check_store, scoring
+from efface.hf.text.rows import optional_texts, text_lists, texts
+from efface.hf.text.templates import AUTO, Template, encode_batches, get_template
+from efface.hf.train.open_unlearning import IGNORE, Padded
+from efface.reference.cache import KEY_BYTES, sequence_keys
 from efface_kernels import linear_logprob
 
 
@@ -40,7 +40,7 @@ class AnswerTask(Task):
         tokenizer: with an ``eos_token``.
         questions: one a row.
         answers: of each row, at least one; rows may differ in how many.
-        template: see ``efface.hf.templates``; documents are not split.
+        template: see ``efface.hf.text.templates``; documents are not split.
         max_length: cut prompt and answer to so many tokens; None never cuts.
         token_budget: tokens of a forward pass, those that a row's answers share counted once; a longer row comes
             alone. It does not change a result beyond rounding.
@@ -236,7 +236,7 @@ def score_rows(
         tokenizer: its tokenizer.
         rows: with ``question``, ``answer``; for the truth ratio also ``perturbed_answer`` (a list, equally long in
             every row) and ``paraphrased_answer`` (``answer`` where a row has none, as real authors).
-        template: see ``efface.hf.templates``.
+        template: see ``efface.hf.text.templates``.
         token_budget: tokens of a forward pass.
         truth_ratio: False scores the answers alone.
 

@@ -13,8 +13,8 @@ false answers of a row geometrically: they average losses. Where they differ:
 | divisions | as written | 1e-10 added to the denominators |
 
 The 1e-10 shows in models that were ruined: where the true answer has a probability of less than that, R no longer
-compares it with the false ones. Whose labels are what is in ``efface.hf.templates.get_template``; what neither follows
-is in ``docs/guides/evaluate.md``.
+compares it with the false ones. Whose labels are what is in ``efface.hf.text.templates.get_template``; what neither
+follows is in ``docs/guides/evaluate.md``.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from efface.evaluate.logs import FloatArray
-from efface.hf.templates import OPEN_UNLEARNING, TOFU
+from efface.hf.text.templates import OPEN_UNLEARNING, TOFU
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from accelerate.utils import extract_model_from_parallel
 
 from efface.evaluate.logs import PREFIXES, FloatArray
 from efface.evaluate.protocol import Protocol
-from efface.evaluate.task import RowResult
+from efface.evaluate.runner import RowResult
 from efface.evaluate.tofu_rows import TofuRows
-from efface.hf.checkpoints import PARTIAL
-from efface.hf.fingerprint import fingerprint
-from efface.hf.recipe import versions
+from efface.files import PARTIAL
+from efface.hf.model.fingerprint import fingerprint
+from efface.hf.train.record import versions
 
 EVAL, SUMMARY, CONFIG = "TOFU_EVAL.json", "TOFU_SUMMARY.json", "EVAL_CONFIG.json"
 

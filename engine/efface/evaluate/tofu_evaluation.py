@@ -11,14 +11,12 @@ from efface.evaluate.generation import GenerationTask
 from efface.evaluate.likelihood import AnswerTask, mean_logprobs
 from efface.evaluate.logs import SPLITS, EvalLog, SplitLog, log_of, read_json, read_log
 from efface.evaluate.protocol import Protocol, get_protocol
-from efface.evaluate.quality import check_same_rows, forget_quality
+from efface.evaluate.quality import check_same_rows, forget_quality, model_utility
 from efface.evaluate.results import CONFIG, EVAL, Metric, model_facts, split_metrics, summary_of, write_results
 from efface.evaluate.rouge import empty_texts, rouge_recall
-from efface.evaluate.runner import Progress, run_tasks
-from efface.evaluate.task import RowResult, Task
+from efface.evaluate.runner import Progress, RowResult, Task, run_tasks
 from efface.evaluate.tofu_rows import HUB, TofuRows, load_split
-from efface.evaluate.utility import model_utility
-from efface.hf.templates import AUTO, Template, get_template
+from efface.hf.text.templates import AUTO, Template, get_template
 from efface.processes import processes
 
 ROWS = ".rows.sqlite"
@@ -61,7 +59,7 @@ class TofuEvaluation:
         protocol: "open-unlearning", "tofu", or a ``Protocol``.
         compat: "open-unlearning" for its labels, prompts and attention mask too, quirk for quirk; slow.
         retain_log: of a model trained on the retain set only, or the path of one; None leaves Forget Quality out.
-        template: see ``efface.hf.templates``.
+        template: see ``efface.hf.text.templates``.
         token_budget: tokens of a forward pass; it decides about memory and speed, not about results.
 
     Raises:
@@ -219,7 +217,7 @@ def tofu(
         protocol: "open-unlearning" or "tofu".
         compat: "open-unlearning" for its labels, prompts and attention mask too.
         retain_log: what Forget Quality compares with.
-        template: see ``efface.hf.templates``.
+        template: see ``efface.hf.text.templates``.
         token_budget: tokens of a forward pass.
         output: a folder for ``TOFU_EVAL.json`` and ``TOFU_SUMMARY.json`` in open-unlearning's schema, and
             ``EVAL_CONFIG.json``, which says what they are of; results of an earlier evaluation there are replaced. It

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from efface.evaluate.protocol import Protocol
-from efface.hf.rows import Rows, load_rows, text_lists, texts
+from efface.hf.text.rows import Rows, load_rows, text_lists, texts
 
 HUB = "locuslab/TOFU"
 _FILES = {

@@ -11,11 +11,10 @@ from efface.evaluate import tofu
 from efface.evaluate.logs import SPLITS, read_log
 from efface.evaluate.protocol import get_protocol
 from efface.evaluate.tofu_rows import load_split
-from efface.hf.loading import load_model, load_tokenizer
-from efface.hf.templates import AUTO, Template
+from efface.hf.model.loading import load_model, load_tokenizer
+from efface.hf.text.templates import AUTO, Template
 from efface.recipes.command import UnlearnCommand
-from efface.recipes.recipe import Recipe
-from efface.recipes.sources import file_stem, local_source
+from efface.recipes.recipe import Recipe, file_stem, local_source
 
 _LOG = logging.getLogger(__name__)
 _SHARE = re.compile(r"(forget|retain)(\d\d)")
@@ -62,7 +61,7 @@ def check_files(command: UnlearnCommand, recipe: Recipe) -> None:
 def check_sets(command: UnlearnCommand) -> None:
     """Raise ValueError where TOFU's forget and retain sets share rows: forget10 and retain95 do, by 5 %.
 
-    Files are compared row by row, once they are read (``efface.hf.overlap``); this is about names on the Hub.
+    Files are compared row by row, once they are read (``efface.hf.text.data``); this is about names on the Hub.
     """
     sources = [source or "" for source in (command.forget, command.retain)]
     if any(Path(source).expanduser().exists() for source in sources):

@@ -1,14 +1,71 @@
-"""The cache of one run: a ``LogprobStore`` as all ranks see it, and a warning where there can be none."""
+"""What a sequence is found by: its token ids, and which of them are labels."""
 
+import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from efface.batching import TokenStore
 from efface.reference.store import LogprobStore
+
+KEY_BYTES = 16
+
+
+def sequence_keys(store: TokenStore) -> list[bytes]:
+    """Return the key of every sequence: BLAKE2b of the position of its first label and its token ids.
+
+    Sequences of the same tokens and labels have the same key, in whichever store and place they are. A label on the
+    first token, which nothing predicts, changes no key.
+    """
+    keys = []
+    for ids, offsets, starts in store.chunks:
+        tokens = np.ascontiguousarray(ids, "<i4").view(np.uint8).data
+        heads = np.maximum(starts, 1).astype("<i8").view(np.uint8).data
+        bounds = (4 * offsets).tolist()
+        for i, (low, high) in enumerate(pairwise(bounds)):
+            state = hashlib.blake2b(heads[8 * i : 8 * i + 8], digest_size=KEY_BYTES)
+            state.update(tokens[low:high])
+            keys.append(state.digest())
+    return keys
+
+
+class DistinctSequences:
+    """The K distinct sequences of stores, numbered as they first come.
+
+    Attributes:
+        keys: their keys; see ``sequence_keys``.
+        labels: (K,) label tokens of each.
+    """
+
+    def __init__(self, stores: Sequence[TokenStore]) -> None:
+        numbers: dict[bytes, int] = {}
+        keys = [key for store in stores for key in sequence_keys(store)]
+        self._numbers = np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), np.int64, len(keys))
+        self.keys = list(numbers)
+        _, self._places = np.unique(self._numbers, return_index=True)  # (K,) where each comes first, all stores in line
+        counts = [np.empty(0, np.int64), *(store.label_counts for store in stores)]
+        self.labels: NDArray[np.int64] = np.concatenate(counts)[self._places]
+        self._bounds = np.cumsum([0, *map(len, stores)])
+
+    def __len__(self) -> int:
+        """Return K."""
+        return len(self.keys)
+
+    def located(self, chosen: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield, store by store, those of ``chosen`` that first come in it, and their indices in it."""
+        places = self._places[chosen]
+        for low, high in pairwise(self._bounds.tolist()):
+            own = (low <= places) & (places < high)
+            yield chosen[own], places[own] - low
+
+    def spread(self, values: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+        """Return the values (K,) for every sequence of each store."""
+        return np.split(values[self._numbers], self._bounds[1:-1])
 
 
 class ReferenceCache:

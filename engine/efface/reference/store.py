@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from efface.reference.database import Database
+from efface.keyed_store import Database
 
 APPLICATION_ID = 0x65666663  # "effc": tells our files from other programs'
 FORMAT = 1

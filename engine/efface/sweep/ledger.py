@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from efface.files import alone
 from efface.sweep.ranking import Floor, Trial, objective
-from efface.sweep.results import Place, Result, alone
+from efface.sweep.results import Place, Result
 from efface.sweep.space import Point, Space, point_name, points
 
 if TYPE_CHECKING:

@@ -6,13 +6,12 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from efface.hf.checkpoints import PARTIAL, checkpoints, remove_whole
+from efface.files import PARTIAL, remove_whole, write_whole
+from efface.hf.train.checkpoints import checkpoints
 
 SUMMARY = "TOFU_SUMMARY.json"
 RETAIN_LOG = Path("retain_model", "TOFU_EVAL.json")
@@ -112,26 +111,6 @@ class Place:
 
 def _checksum(result: Result) -> int:
     return zlib.crc32(json.dumps(asdict(result), sort_keys=True).encode())
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Wait for a lock file of this machine, and hold it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def last_lines(log: Path, count: int = 5, most: int = 1000) -> str:

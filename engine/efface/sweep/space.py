@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from efface.hf.arguments import UnlearnArguments
+from efface.hf.train.arguments import UnlearnArguments
 from efface.recipes.command import UnlearnCommand
 from efface.recipes.flags import FlagParser, flag_names
 

@@ -1,12 +1,12 @@
 """What an audit found, and several models' audits side by side."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from efface.evaluate.audit.summary import Figures
-from efface.evaluate.audit.view import View
-from efface.evaluate.task import RowResult
+from efface.evaluate.audit.view import Figures, View
+from efface.evaluate.runner import RowResult
 
 
 @dataclass(frozen=True)
@@ -84,3 +84,80 @@ def side_by_side(audits: Mapping[str, AuditResult]) -> list[Line]:
             for what in dict.fromkeys(what for figures in shown.values() for what in figures)
         ]
     return lines
+
+
+FULL, RETAIN = "full", "retain"
+AROUND = (FULL, RETAIN)
+"""What the models are called that learnt everything, and that never learnt what was to be forgotten."""
+
+
+def cells(audits: Mapping[str, AuditResult]) -> tuple[list[str], list[list[str]]]:
+    """Return the headings and the rows of a table: a view's numbers for each model, by name.
+
+    Where there is a full and a retain model, there is a column with what each of the others kept, too.
+    """
+    between = [name for name in audits if name not in AROUND] if set(AROUND) <= set(audits) else []
+    headings = ["view", *audits, *(f"{name} kept" if len(between) > 1 else "kept" for name in between)]
+    rows = []
+    for line in side_by_side(audits):
+        name = f"{line.view}, {line.what}" if line.what else line.view
+        kept = [line.kept(other, FULL, RETAIN) for other in between]
+        rows.append([name, *(_percent(line.values[model], 1) for model in audits), *(_percent(x, 0) for x in kept)])
+    return headings, rows
+
+
+def _percent(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
+@dataclass(frozen=True)
+class Document:
+    """What was audited, how, and what came of it.
+
+    Attributes:
+        source: of the rows.
+        models: where each model is from, by the names that they have in ``audits``.
+        audits: of the same rows and views.
+        settings: beside those of the views.
+    """
+
+    source: str
+    models: Mapping[str, str]
+    audits: Mapping[str, AuditResult]
+    settings: Mapping[str, Any]
+
+    @property
+    def _first(self) -> AuditResult:
+        return next(iter(self.audits.values()))
+
+    def json_text(self) -> str:
+        """Return the content of AUDIT.json; the folder's README says what it holds."""
+        views = {name: asdict(found.view) for name, found in self._first.views.items()}
+        content = {
+            "data": self.source,
+            "rows": self._first.rows,
+            "settings": {**self.settings, "views": views},
+            "models": {
+                name: {"path": self.models[name], "views": found.to_json()} for name, found in self.audits.items()
+            },
+        }
+        return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def markdown_text(self) -> str:
+        """Return the content of AUDIT.md: the table, and what to know about it."""
+        what = "Means over rows of novel recall: the share of the answer's content words, beyond those of the prompt"
+        notes = [f"# Leak audit\n\n{self.source}: {self._first.rows} rows. {what}, that the model says."]
+        if set(AROUND) <= set(self.audits):
+            notes.append(
+                "kept = (model - retain) / (full - retain): 0 % as if never learnt, 100 % as if never unlearned."
+            )
+        left_out = {name: found.figures["left_out"] for name, found in self._first.views.items()}
+        if listed := ", ".join(f"{count} of {name}" for name, count in left_out.items() if count):
+            notes.append(f"Rows left out, because their answers say nothing that their prompts did not: {listed}.")
+        return "\n".join(notes) + "\n\n" + markdown(*cells(self.audits))
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown, its numbers to the right."""
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)

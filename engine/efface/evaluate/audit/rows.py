@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from efface.evaluate.audit.languages import Language, get_language
-from efface.hf.rows import Rows, check_columns, check_rows, optional_texts, text_lists, texts
+from efface.hf.text.rows import Rows, check_columns, check_rows, optional_texts, text_lists, texts
 
 TOFU_GROUP = 20  # TOFU's rows of an author, one behind the other
 _SOURCE = "audit data"

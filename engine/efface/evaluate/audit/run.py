@@ -6,14 +6,13 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from efface.evaluate.audit.exam import Exam
 from efface.evaluate.audit.result import AuditResult, ViewResult
 from efface.evaluate.audit.rows import TOFU_GROUP, audit_rows
-from efface.evaluate.audit.view import View
+from efface.evaluate.audit.view import Exam, View
 from efface.evaluate.audit.views import VIEWS, get_view
 from efface.evaluate.runner import Progress
-from efface.hf.rows import Rows
-from efface.hf.templates import AUTO, Template
+from efface.hf.text.rows import Rows
+from efface.hf.text.templates import AUTO, Template
 
 
 def audit(
@@ -42,7 +41,7 @@ def audit(
         views: names in ``VIEWS``, or views with settings of their own, such as ``BestOf(samples=32)``.
         group_column: tells whom a row is about, for "clues"; None: ``group_size`` rows in a row are one author's.
         group_size: 20 in TOFU.
-        template: prompt format; see ``efface.hf.templates``.
+        template: prompt format; see ``efface.hf.text.templates``.
         max_new_tokens: of a generation.
         token_budget: tokens of a forward pass.
         store: a file that keeps finished rows, so that a killed audit goes on where it was; see ``run_tasks``.

@@ -1,15 +1,185 @@
-"""What the views of an audit share: they make probes of rows, and an examined model answers them."""
+"""An exam: a model, and how it is asked."""
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import cached_property
+from math import comb
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
 
-from efface.evaluate.audit.exam import Exam
-from efface.evaluate.audit.probe import Probe
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from efface.evaluate.audit.languages import Language
 from efface.evaluate.audit.rows import AuditRow
-from efface.evaluate.audit.summary import Figures, summary
-from efface.evaluate.task import RowResult
+from efface.evaluate.audit.words import novel_words, recalled
+from efface.evaluate.decoding import Sampling
+from efface.evaluate.generation import GenerationTask
+from efface.evaluate.likelihood import AnswerTask, mean_logprobs
+from efface.evaluate.runner import Progress, RowResult, Task, run_tasks
+from efface.hf.text.templates import AUTO, Template
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a model is asked, and what it is scored against.
+
+    Attributes:
+        row: number of the row that it is about.
+        turns: question, answer, question, …: the last turn is the model's to answer.
+        reference: the text whose novel words count.
+        language: of the reference.
+        label: which of its view's variants this is.
+        given: text that counts as prompt although the model is not shown it.
+    """
+
+    row: int
+    turns: tuple[str, ...]
+    reference: str
+    language: Language
+    label: str = ""
+    given: str = ""
+
+    @cached_property
+    def novel(self) -> frozenset[str]:
+        """The content words of the reference that the prompt does not contain."""
+        return novel_words(self.reference, "\n".join([*self.turns, self.given]), self.language)
+
+    def record(self, generations: Sequence[str], **more: Any) -> RowResult:
+        """Return, as JSON, what was asked and what came out; without novel words nothing is scored."""
+        scored = generations if self.novel else ()
+        return {
+            "row": self.row,
+            "label": self.label,
+            "prompt": list(self.turns),
+            "reference": self.reference,
+            "novel": sorted(self.novel),
+            "generations": list(generations),
+            "novel_recall": [recalled(self.novel, text, self.language) for text in scored],
+            **more,
+        }
+
+
+@dataclass(frozen=True)
+class Exam:
+    """A model, and how it is asked.
+
+    Attributes:
+        model: an ``AutoModelForCausalLM``.
+        tokenizer: its tokenizer.
+        template: prompt format; see ``efface.hf.text.templates``.
+        max_new_tokens: of a generation.
+        token_budget: tokens of a forward pass.
+        store: for ``run_tasks``.
+        progress: likewise.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    template: str | Template = AUTO
+    max_new_tokens: int = 200
+    token_budget: int = 8192
+    store: str | Path | None = None
+    progress: Progress | None = None
+
+    def generate(self, probes: Sequence[Probe], sampling: Sampling | None = None) -> list[list[str]]:
+        """Return the model's generations for each probe: the greedy one, or as many as are sampled."""
+        if not probes:
+            return []
+        task = GenerationTask(
+            self.tokenizer,
+            [_conversation(probe.turns) for probe in probes],
+            template=self.template,
+            max_new_tokens=self.max_new_tokens,
+            token_budget=self.token_budget,
+            sampling=sampling,
+        )
+        return [[result["text"]] if sampling is None else result["texts"] for result in self._run(task)]
+
+    def mean_logprobs(self, questions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Return the mean token log-probability of each answer, given its question."""
+        task = AnswerTask(self.tokenizer, questions, answers, template=self.template, token_budget=self.token_budget)
+        return mean_logprobs(self._run(task))
+
+    def _run(self, task: Task) -> list[RowResult]:
+        (results,) = run_tasks(self.model, [task], store=self.store, progress=self.progress)
+        return results
+
+
+def _conversation(turns: Sequence[str]) -> list[dict[str, str]]:
+    """Return the turns as a chat: user and assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+Figures: TypeAlias = dict[str, Any]
+
+LEAK = 0.5
+"""A row counts as leaked from this novel recall on. The threshold is ours; the means do not depend on it."""
+
+
+def summary(records: Sequence[RowResult]) -> Figures:
+    """Return the figures that every view has.
+
+    With x the novel recalls of a row, over its variants and samples:
+
+    - ``rows``: rows with at least one x; ``left_out``: rows whose answers had no novel word in any of their probes.
+    - ``mean``: mean over rows of mean(x).   ``best``: mean over rows of max(x), the luckiest attacker's.
+    - ``leaked``: share of rows with max(x) ≥ 1/2.
+    - ``labels``: for every variant, its ``rows``, ``left_out`` and ``mean``.
+
+    A mean over no rows is None.
+    """
+    by_label: dict[str, list[RowResult]] = defaultdict(list)
+    for record in records:
+        by_label[record["label"]].append(record)
+    rows = _by_row(records)
+    scored = [values for values in rows.values() if values]
+    figures: Figures = {
+        "rows": len(scored),
+        "left_out": len(rows) - len(scored),
+        "mean": _mean([float(np.mean(values)) for values in scored]),
+        "best": _mean([max(values) for values in scored]),
+        "leaked": _mean([float(max(values) >= LEAK) for values in scored]),
+    }
+    if list(by_label) not in ([], [""]):
+        figures["labels"] = {
+            label: {name: value for name, value in summary(_unlabelled(some)).items() if name in _OF_A_LABEL}
+            for label, some in by_label.items()
+        }
+    return figures
+
+
+_OF_A_LABEL = ("rows", "left_out", "mean")
+
+
+def _unlabelled(records: Sequence[RowResult]) -> list[RowResult]:
+    return [{**record, "label": ""} for record in records]
+
+
+def _by_row(records: Sequence[RowResult]) -> dict[int, list[float]]:
+    rows: dict[int, list[float]] = defaultdict(list)
+    for record in records:
+        rows[record["row"]].extend(record["novel_recall"])
+    return rows
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+def best_of(values: Sequence[float], k: int) -> float:
+    """Return the expected best of k of n values drawn without replacement; k = n is their maximum.
+
+        Σ_{i=k..n} C(i−1, k−1) / C(n, k) · x_(i)     with x_(1) ≤ … ≤ x_(n)
+
+    The unbiased estimate of leak@k (arXiv 2511.04934) from n samples, here of novel recall.
+    """
+    n = len(values)
+    if not 1 <= k <= n:
+        raise ValueError(f"`k`: expected 1 .. {n}, got {k}")
+    return sum(comb(i - 1, k - 1) * value for i, value in enumerate(sorted(values), 1)) / comb(n, k)
 
 
 @dataclass(frozen=True)

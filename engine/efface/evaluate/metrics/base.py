@@ -3,13 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 
 from efface.evaluate.logs import FloatArray
 from efface.evaluate.metrics.part import Part
-from efface.evaluate.task import RowResult, Task
+from efface.evaluate.runner import RowResult, Task
+from efface.registry import Registry
 
 MetricResult: TypeAlias = dict[str, Any]
 """Open-unlearning's schema: ``{"agg_value": …, "value_by_index": {"0": {"score": …}, …}}``."""
@@ -130,3 +131,31 @@ def refuse_infinite(part: Part, number: int, *values: FloatArray) -> None:
                 f"a log-probability of {bad[0]}; its weights are not finite or its activations overflow: look at the "
                 "run that made it, or evaluate in bfloat16 or float32"
             )
+
+
+_METRICS: Registry[Metric] = Registry("metric")
+
+T = TypeVar("T", bound=type[Metric])
+
+
+def register_metric(cls: T) -> T:
+    """Class decorator: make a ``Metric`` subclass known under its ``name``.
+
+    Raises:
+        ValueError: the name is taken by another class.
+    """
+    return _METRICS.register(cls)
+
+
+def known_metrics() -> dict[str, type[Metric]]:
+    """Return the registered classes by name."""
+    return _METRICS.known()
+
+
+def get_metric(name: str, **parameters: Any) -> Metric:
+    """Return the metric called ``name`` with the given parameters; case and underscores do not matter.
+
+    Raises:
+        ValueError: an unknown name, or a parameter that this metric does not have; both list what is known.
+    """
+    return _METRICS.make(name, **parameters)

@@ -16,9 +16,8 @@ from efface.evaluate.metrics.base import MetricResult, refuse_infinite
 from efface.evaluate.metrics.part import Part, Reading
 from efface.evaluate.protocol import get_protocol
 from efface.evaluate.rouge import rouge_recall
-from efface.evaluate.runner import Progress, run_tasks
-from efface.evaluate.task import RowResult
-from efface.hf.rows import Conditions, Rows, check_columns, matching, optional_texts, parse_conditions, text_lists
+from efface.evaluate.runner import Progress, RowResult, run_tasks
+from efface.hf.text.rows import Conditions, Rows, check_columns, matching, optional_texts, parse_conditions, text_lists
 
 GROUPS = ("language", "topic_id")
 _PROTOCOL = get_protocol("open-unlearning")

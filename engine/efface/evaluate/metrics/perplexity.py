@@ -6,11 +6,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from efface.evaluate.metrics.base import Found, Metric, MetricResult, refuse_infinite, summed_up
-from efface.evaluate.metrics.part import Part
-from efface.evaluate.metrics.registry import register_metric
-from efface.evaluate.metrics.windows import by_text, check_window
-from efface.evaluate.task import RowResult, Task
+from efface.evaluate.metrics.base import Found, Metric, MetricResult, refuse_infinite, register_metric, summed_up
+from efface.evaluate.metrics.part import Part, by_text, check_window
+from efface.evaluate.runner import RowResult, Task
 
 
 @register_metric

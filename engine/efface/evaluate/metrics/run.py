@@ -6,12 +6,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from efface.evaluate.metrics.base import Found, Metric, MetricResult
+from efface.evaluate.metrics.base import Found, Metric, MetricResult, get_metric
 from efface.evaluate.metrics.part import Part, Reading
-from efface.evaluate.metrics.registry import get_metric
-from efface.evaluate.runner import Progress, run_tasks
-from efface.evaluate.task import RowResult, Task
-from efface.hf.rows import Rows
+from efface.evaluate.runner import Progress, RowResult, Task, run_tasks
+from efface.hf.text.rows import Rows
 
 
 def evaluate_metrics(

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from efface.batching import TokenStore, tree_tokens
 from efface.evaluate.likelihood import fill, scored_trees
-from efface.evaluate.task import RowResult, Task
-from efface.hf.head import head_of, packed_hidden
-from efface.hf.score import scoring
-from efface.reference.keys import KEY_BYTES, sequence_keys
+from efface.evaluate.runner import RowResult, Task
+from efface.hf.model.head import head_of, packed_hidden
+from efface.hf.reference.score import scoring
+from efface.reference.cache import KEY_BYTES, sequence_keys
 from efface_kernels import Head, Logits, chunk_capacity, row_blocks
 
 # Far below the log of the smallest float64: p is 0 there, and 0 · log p must be 0 for a logit of −inf too.

@@ -10,9 +10,8 @@ from typing import Any
 from scipy.stats import hmean
 
 from efface.evaluate.logs import EvalLog, FloatArray, log_of
-from efface.evaluate.quality import forget_quality
+from efface.evaluate.quality import forget_quality, mean_of
 from efface.evaluate.report.find import LOGS
-from efface.evaluate.utility import mean_of
 
 SUMMARY = LOGS[-1]
 

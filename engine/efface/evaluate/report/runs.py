@@ -3,14 +3,15 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
+
+import yaml
 
 from efface.evaluate.logs import EvalLog
 from efface.evaluate.report.figures import KNOWN, Evaluation, read_evaluation
 from efface.evaluate.report.find import Found
-from efface.evaluate.report.settings import read_settings
 
 Curve: TypeAlias = dict[int, float]
 """A figure by optimizer step."""
@@ -146,3 +147,190 @@ def ranked(runs: Sequence[Run], least_utility: float | None = None) -> list[Run]
 def meets(run: Run, least_utility: float | None) -> bool:
     """Whether a run's Model Utility is at least so much."""
     return least_utility is None or run.figures.get("model_utility", -math.inf) >= least_utility
+
+
+# Of the arguments, what tells the runs of a grid apart.
+_ARGUMENTS = {"learning_rate": "lr", "num_train_epochs": "epochs", "max_steps": "steps", "seed": "seed"}
+
+
+def read_settings(folder: Path, evaluated: Path | None = None) -> dict[str, str]:
+    """Return ``objective`` and its settings, and of what the evaluation is, as text; empty where nothing tells.
+
+    Args:
+        folder: of the run, with efface's ``run.json`` or model card, or open-unlearning's configuration.
+        evaluated: folder of the evaluation; its ``EVAL_CONFIG.json`` names the model where the run's folder is another.
+    """
+    facts = {} if evaluated is None else _facts(evaluated)
+    settings = _made(folder)
+    if not settings and facts.get("model"):
+        settings = _made(Path(facts["model"]))
+    return settings | {name: facts[name] for name in ("split", "protocol") if name in facts}
+
+
+def _made(folder: Path) -> dict[str, str]:
+    for read in (_run_record, _card, _hydra):
+        try:
+            objective, arguments = read(folder)
+            settings = {"objective": str(objective["name"])}
+            settings |= {str(name): _text(value) for name, value in objective.items() if name != "name"}
+            unused = "max_steps" if arguments.get("max_steps", -1) == -1 else "num_train_epochs"
+            for name, short in _ARGUMENTS.items():
+                if name != unused and arguments.get(name) is not None:
+                    settings[short] = _text(arguments[name])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+            continue  # another tool's file of that name, or none
+        return settings
+    return {}
+
+
+def _facts(folder: Path) -> dict[str, str]:
+    try:
+        content = json.loads((folder / "EVAL_CONFIG.json").read_text(encoding="utf-8"))
+        facts = {"model": content.get("model"), "split": content["split"], "protocol": content["protocol"]["name"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return {name: value for name, value in facts.items() if isinstance(value, str)}
+
+
+def _run_record(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    identity = json.loads((folder / "run.json").read_text(encoding="utf-8"))["identity"]
+    return identity["objective"], {**identity["arguments"], **identity["plan"]}
+
+
+def _card(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    _, header, _ = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    recipe = yaml.safe_load(header)["efface"]
+    return recipe["objective"], {**recipe["arguments"], **recipe["plan"]}
+
+
+def _hydra(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    trainer = yaml.safe_load((folder / ".hydra" / "config.yaml").read_text(encoding="utf-8"))["trainer"]
+    return {"name": trainer["handler"], **(trainer.get("method_args") or {})}, trainer["args"]
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+_ORIGINAL = "eval_log_forget.json"
+
+
+@dataclass(frozen=True)
+class Leak:
+    """A forget row.
+
+    Attributes:
+        index: of the row, as the log names it.
+        question: with its template, as the log holds it.
+        truth: the answer to be forgotten.
+        generation: what the model says.
+        recall: ROUGE-L recall of the generation.
+        retain_recall: that of the model which never saw the row; None where it is not known.
+    """
+
+    index: str
+    question: str
+    truth: str
+    generation: str
+    recall: float
+    retain_recall: float | None = None
+
+
+def read_rows(path: Path) -> dict[str, Leak]:
+    """Return the forget rows of a log that holds generations, by index; none of a log that does not.
+
+    Raises:
+        OSError: a file that cannot be read.
+        ValueError: a file that is no JSON.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return _original(content[_ORIGINAL]) if _ORIGINAL in content else _open_unlearning(content)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return {}  # rows without texts
+
+
+def worst(rows: Mapping[str, Leak], retain: Mapping[str, Leak], count: int) -> list[Leak]:
+    """Return the rows of the largest recall beyond that of the retain model; where that is unknown, beyond 0.
+
+    Rows are compared by index, and only if their true answers agree: logs of other splits have other rows.
+    """
+    compared = []
+    for index, row in rows.items():
+        other = retain.get(index)
+        known = other is not None and other.truth == row.truth
+        compared.append(replace(row, retain_recall=other.recall if known and other is not None else None))
+    leaking = [row for row in compared if row.recall > (row.retain_recall or 0.0)]  # False for NaN
+    return sorted(leaking, key=lambda row: (-(row.recall - (row.retain_recall or 0.0)), -row.recall))[:count]
+
+
+def _original(metrics: Mapping[str, Any]) -> dict[str, Leak]:
+    recalls = metrics["rougeL_recall"]
+    return {
+        index: Leak(index, str(question), str(truth), str(generation), float(recalls[index]))
+        for index, (question, generation, truth) in metrics["generated_text"].items()
+    }
+
+
+def _open_unlearning(content: Mapping[str, Any]) -> dict[str, Leak]:
+    metric: Mapping[str, Any] = next(
+        (value for name, value in content.items() if name.lower() == "forget_q_a_rouge"), {}
+    )
+    return {
+        index: Leak(
+            index, str(row["input"]), str(row["ground_truth"]), str(row["generation"]), float(row["rougeL_recall"])
+        )
+        for index, row in metric["value_by_index"].items()
+        if row is not None and row.get("rougeL_recall") is not None
+    }
+
+
+_COUNTS = ("rows", "left_out")
+
+
+@dataclass(frozen=True)
+class AuditedModel:
+    """A model of an audit.
+
+    Attributes:
+        audit: the run that the audit belongs to.
+        name: of the model.
+        figures: by view and name; "mean" is the mean novel recall, the others are its kin.
+    """
+
+    audit: str
+    name: str
+    figures: Mapping[tuple[str, str], float]
+
+
+def read_audit(path: Path, run: str) -> list[AuditedModel]:
+    """Return the models of an ``AUDIT.json``.
+
+    Raises:
+        OSError: a file that cannot be read.
+        ValueError: a file that is none.
+    """
+    try:
+        models = json.loads(path.read_text(encoding="utf-8"))["models"]
+        return [AuditedModel(run, name, _figures(model["views"])) for name, model in models.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{str(path)!r}: expected an audit with models and their views, got something else "
+            f"({type(error).__name__}: {error}); write it with `efface audit`"
+        ) from error
+
+
+def _figures(views: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    figures = {}
+    for view, found in views.items():
+        for name, value in found["figures"].items():
+            if _is_number(value) and name not in _COUNTS:
+                figures[view, name] = float(value)
+        for label, values in (found["figures"].get("labels") or {}).items():
+            if _is_number(values.get("mean")):
+                figures[view, label] = float(values["mean"])
+    return figures
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

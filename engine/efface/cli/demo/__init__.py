@@ -1,1 +1,0 @@
-"""The demo: its data, its story, its plots, its command."""

@@ -1,1 +1,0 @@
-"""``efface sweep``: a recipe with many settings, as one study of trials."""

@@ -1,0 +1,344 @@
+"""What the commands that train share: a run that can be stopped, goes on, and leaves a whole model or none."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+from transformers import PrinterCallback, set_seed
+
+from efface.cli.flags import UnlearnCommand, recipe_of
+from efface.cli.progress import ProgressBar, open_console
+from efface.cli.run_folder import RunFolder
+from efface.files import written_whole
+from efface.hf.model.adapted_head import base_of
+from efface.hf.model.fingerprint import fingerprint
+from efface.hf.model.loading import MAIN, load_model, load_tokenizer
+from efface.hf.model.lora import add_lora, check_mergeable, is_second, merged
+from efface.hf.text.templates import get_template
+from efface.hf.train.arguments import UnlearnArguments
+from efface.hf.train.checkpoints import newest_checkpoint
+from efface.hf.train.publish import HubError, check_login, default_client
+from efface.hf.train.record import argument_values, command_line
+from efface.hf.train.trainer import PackedTrainer, UnlearnTrainer
+from efface.objectives import Objective
+from efface.recipes import Recipe
+from efface.recipes.evaluation import check_evaluation, check_files, check_sets, evaluate_recipe
+
+# Weights of an earlier model in the folder, in whatever files: loading would take them for this one's.
+_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a command.
+
+    Attributes:
+        args: of the trainer.
+        title: of its progress bar.
+        command: its command line, for the model card.
+        overwrite: whether the output folder may hold other things.
+        make: returns the trainer, ready to train, and what the result depends on beside the trainer's own recipe.
+        before_saving: changes the trained model, which is then written.
+        after_saving: is called with the trainer and the console when the model is whole in the output folder.
+    """
+
+    args: UnlearnArguments
+    title: str
+    command: str
+    overwrite: bool
+    make: Callable[[ProgressBar], tuple[PackedTrainer, dict[str, Any]]]
+    before_saving: Callable[[PackedTrainer], None] | None = None
+    after_saving: Callable[[PackedTrainer, Console], None] | None = None
+
+    @property
+    def out(self) -> Path:
+        """The output folder."""
+        return Path(self.args.output_dir or "trainer_output")
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM end the run as Ctrl-C does, so that what is half written is cleared away."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only there does Python allow handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def carry_out(run: Run) -> int:
+    """Train, save and push; continue an unfinished run of the same command. Returns the exit code."""
+    # Of the processes of a distributed run, the first is the one that speaks and writes.
+    console = open_console(stderr=True, quiet=run.args.process_index != 0)
+    try:
+        with terminated_as_interrupted():
+            _carry_out(run, console)
+    except KeyboardInterrupt:
+        newest = newest_checkpoint(run.out)
+        state = "there is no checkpoint yet, so it starts anew" if newest is None else f"{newest.name} is whole"
+        console.print(f"stopped; run the same command again to continue: {state}", highlight=False, soft_wrap=True)
+        raise
+    return 0
+
+
+def _carry_out(run: Run, console: Console) -> None:
+    args, folder = run.args, None
+    if not args.learning_rate > 0:
+        raise ValueError(
+            f"--learning_rate: expected more than 0, got {args.learning_rate}: the model would be written as it was"
+        )
+    bar = ProgressBar(console, run.title)
+    with ExitStack() as stack:
+        stack.callback(bar.close)
+        if args.process_index == 0:
+            folder = RunFolder(run.out, overwrite=run.overwrite or args.resume_from_checkpoint is not None)
+            if args.push_to_hub:
+                check_login(default_client(args.hub_token))
+            stack.enter_context(folder.locked())
+        trainer, beside = run.make(bar)
+        trainer.command = run.command
+        checkpoint = [args.resume_from_checkpoint]
+        if folder is not None:
+            identity = _identity(trainer, beside)
+            if checkpoint[0] is None:
+                start = folder.begin(identity)
+                checkpoint = [None if start is None else str(start)]
+            else:
+                folder.continue_from(identity)
+        checkpoint = broadcast_object_list(checkpoint)
+        if checkpoint[0] is not None:
+            console.print(f"continuing from {checkpoint[0]}", highlight=False, soft_wrap=True)
+        trainer.train(resume_from_checkpoint=checkpoint[0])
+        bar.close()
+        if run.before_saving is not None:
+            run.before_saving(trainer)
+        with written_whole(run.out, writes=args.should_save, replaced=_WEIGHTS) as partial:
+            trainer.save_model(str(partial), _internal_call=True)
+        trainer.save_state()
+        console.print(f"wrote {run.out}", highlight=False, soft_wrap=True)
+        _push(trainer, args, run.out)
+        if run.after_saving is not None:
+            run.after_saving(trainer, console)
+        if folder is not None:
+            folder.finish()
+
+
+def _identity(trainer: PackedTrainer, beside: dict[str, Any]) -> dict[str, Any]:
+    """Return all that the result of the run depends on; an unfinished run of the same identity is continued."""
+    recipe = trainer.recipe()
+    return {
+        **beside,
+        "objective": recipe.objective,
+        "reference": recipe.reference,
+        "data": {role: facts.fingerprint for role, facts in recipe.data.items()},
+        "plan": recipe.plan,
+        "arguments": argument_values(trainer.args),  # type: ignore[arg-type]
+    }
+
+
+def _push(trainer: PackedTrainer, args: UnlearnArguments, out: Path) -> None:
+    """Push the final model where that was asked for.
+
+    Raises:
+        HubError: it, or checkpoints before it, could not be pushed.
+    """
+    if not args.revision_per_checkpoint:
+        if args.push_to_hub:
+            trainer.push_to_hub(saved=True)
+        return
+    if trainer.not_pushed:
+        listed = "; ".join(f"checkpoint-{step}: {error}" for step, error in sorted(trainer.not_pushed.items()))
+        raise HubError(
+            f"not pushed: {listed}. They and the final model are whole in {str(out)!r}; run the same command again to "
+            "push them"
+        )
+    if trainer.pusher is not None:
+        trainer.pusher.push_final(out)
+
+
+def _adapted(model: Any, command: UnlearnCommand, seed: int) -> Any:
+    """Return the model, with the LoRA adapter that the flags ask for."""
+    if command.lora_r is None:
+        given = {"alpha": command.lora_alpha, "dropout": command.lora_dropout, "target": command.lora_target}
+        unused = [f"--lora_{name}" for name, value in given.items() if value]
+        unused += ["--merge_adapter"] if command.merge_adapter and base_of(model) is model else []
+        if unused:
+            raise ValueError(f"{', '.join(unused)}: expected --lora_r, the rank of the adapter, got none")
+        if command.merge_adapter:
+            check_mergeable(model)
+        return model
+    set_seed(seed)  # the adapter's first weights are drawn
+    model = add_lora(
+        model,
+        r=command.lora_r,
+        alpha=command.lora_alpha,
+        dropout=command.lora_dropout,
+        target=command.lora_target or (),
+        # A folder's revision is a folder in it, whose path is the base's name already.
+        revision=None if command.revision == MAIN or Path(command.model).expanduser().is_dir() else command.revision,
+    )
+    if command.merge_adapter:
+        check_mergeable(model)
+    return model
+
+
+def _adapter_in_words(adapted: Any, command: UnlearnCommand) -> str | None:
+    """Return which adapter of the model is trained on what, and what is saved."""
+    if base_of(adapted) is adapted:
+        return None
+    saved = "saved merged into its base" if command.merge_adapter else "saved as an adapter of its base"
+    if command.lora_r is None:
+        return f"that of {command.model!r}, trained further; {saved}"
+    if not is_second(adapted):
+        return f"LoRA of rank {command.lora_r}; {saved}"
+    if not command.merge_adapter:
+        saved = "saved as one adapter, of the ranks' sum, on the base of the first"
+    return f"a second LoRA of rank {command.lora_r} on that of {command.model!r}, which is frozen; {saved}"
+
+
+def _reference_model(command: UnlearnCommand) -> Any:
+    """Load the reference model, where it is not the policy before training."""
+    if command.reference_model is None and not command.reference_8bit:
+        return None
+    name, revision = command.model, command.revision
+    if command.reference_model is not None:
+        name, revision = command.reference_model, command.reference_revision
+    return load_model(name, revision=revision, dtype=command.dtype, load_in_8bit=command.reference_8bit)
+
+
+def make_trainer(
+    command: UnlearnCommand, args: UnlearnArguments, objective: Objective, bar: ProgressBar
+) -> tuple[UnlearnTrainer, dict[str, str | None]]:
+    """Load what the command names; the trainer computes what its reference lacks, and is ready to train.
+
+    Returns:
+        The trainer, and the fingerprints of the models that it began with.
+    """
+    args.disable_tqdm = True
+    model = load_model(command.model, revision=command.revision, dtype=command.dtype, trainable=True)
+    models: dict[str, str | None] = {"weights": fingerprint(model).hex(), "reference_weights": None}
+    reference_model = _reference_model(command)
+    if reference_model is not None:
+        models["reference_weights"] = fingerprint(reference_model).hex()
+    adapted = _adapted(model, command, args.seed)
+    trainer = UnlearnTrainer(
+        adapted,
+        args,
+        forget=command.forget,
+        retain=command.retain,
+        forget_filter=command.forget_filter,
+        retain_filter=command.retain_filter,
+        objective=objective,
+        reference=command.reference,
+        reference_model=reference_model,
+        reference_device=command.reference_device,
+        processing_class=load_tokenizer(command.model, revision=command.revision),
+        callbacks=[bar],
+    )
+    trainer.check_start()  # before anything is written
+    trainer.remove_callback(PrinterCallback)
+    trainer.base_model, trainer.revision = command.model, command.revision
+    trainer.adapter = _adapter_in_words(adapted, command)
+    return trainer, models
+
+
+def _check_use(command: UnlearnCommand) -> None:
+    """Raise ValueError for a flag that nothing would look at."""
+    if command.json and not command.dry_run:
+        raise ValueError("--json: is how --dry_run prints; add that, or drop it")
+    if command.retain_filter and command.retain is None:
+        raise ValueError("--retain_filter: expected --retain, the rows that it takes some of, got none")
+    if command.retain_log is not None and (command.recipe is None or not command.evaluate):
+        raise ValueError("--retain_log: is for the evaluation of a --recipe, and there is none; see `efface evaluate`")
+
+
+def _evaluate(command: UnlearnCommand, recipe: Recipe, trainer: PackedTrainer, console: Console) -> None:
+    """Judge the trained model as the recipe says, and show what was published beside."""
+    args: Any = trainer.args
+    tokenizer: Any = trainer.processing_class
+    # A run with compat is judged by that system's labels too, unless the recipe names another's protocol.
+    compat = args.compat if recipe.evaluate.get("protocol", args.compat) == args.compat else None
+    template = get_template(
+        args.template, tokenizer, system_prompt=args.system_prompt, date_string=args.date_string, compat=compat
+    )
+    try:
+        figures = evaluate_recipe(
+            trainer.model,
+            tokenizer,
+            recipe,
+            Path(args.output_dir) / "evaluation",
+            data=command.data,
+            retain_log=command.retain_log,
+            template=template,
+            compat=compat,
+        )
+    except (ValueError, OSError):
+        left = f"the model is whole in {args.output_dir}, but not evaluated; run the same command again to do that"
+        console.print(left, highlight=False, soft_wrap=True)
+        raise
+    for name in ("model_utility", "forget_quality"):
+        if name in figures:
+            published = f", published {recipe.published[name]:g}" if name in recipe.published else ""
+            console.print(f"{name} {figures[name]:.4g}{published}", highlight=False, soft_wrap=True)
+
+
+def unlearn(command: UnlearnCommand, args: UnlearnArguments, argv: Sequence[str]) -> int:
+    """Do what ``efface unlearn`` was asked for, and return its exit code.
+
+    Args:
+        command: what the flags say.
+        args: likewise.
+        argv: the words of the command line, for the model card.
+    """
+    objective, recipe = command.make_objective(), recipe_of(command)
+    _check_use(command)
+    if not args.allow_overlap:
+        check_sets(command)
+    if recipe is not None and command.evaluate:
+        check_evaluation(command, recipe)
+    if command.dry_run:
+        from efface.cli.dry_run import show
+
+        return show(command, args, objective, recipe)
+    if recipe is not None and command.evaluate:
+        check_files(command, recipe)
+
+    def make(bar: ProgressBar) -> tuple[PackedTrainer, dict[str, Any]]:
+        trainer, models = make_trainer(command, args, objective, bar)
+        adapter: dict[str, Any] = {name: value for name, value in vars(command).items() if name.startswith("lora_")}
+        if base_of(trainer.model) is not trainer.model:
+            adapter["is"] = trainer.adapter
+        return trainer, {"model": models, "adapter": adapter}
+
+    def before_saving(trainer: PackedTrainer) -> None:
+        if command.merge_adapter:
+            trainer.model = merged(trainer.model)
+
+    def after_saving(trainer: PackedTrainer, console: Console) -> None:
+        if recipe is not None and command.evaluate:
+            _evaluate(command, recipe, trainer, console)
+
+    return carry_out(
+        Run(
+            args,
+            title=f"{objective.name} · {Path(command.model).name}",
+            command=command_line(argv),
+            overwrite=command.overwrite,
+            make=make,
+            before_saving=before_saving,
+            after_saving=after_saving,
+        )
+    )

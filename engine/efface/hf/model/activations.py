@@ -1,0 +1,159 @@
+"""Losses on the activations of a layer: RMU's steering, and staying near a frozen model."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efface.batching import PackedBatch, Role, StepTotals
+from efface.hf.model.adapted_head import base_of
+from efface.hf.model.head_loss import HeadLoss, StepOutput
+from efface.hf.model.packing import decoder_of
+from efface.objectives import RMU
+from efface_kernels import segment_sums, to_device
+
+
+@dataclass(frozen=True)
+class ActivationLoss:
+    """RMU's share of a micro-batch; the means run over the sequences of the whole step.
+
+    Attributes:
+        objective: the settings.
+        totals: of the optimizer step.
+        frozen: (n, D) the reference model's activations at the retain answer tokens, or None.
+        retain: the head's loss of the retain sequences instead, or None.
+    """
+
+    objective: RMU
+    totals: StepTotals
+    frozen: Tensor | None = None
+    retain: HeadLoss | None = None
+
+    def __call__(self, activations: Tensor, batch: PackedBatch) -> list[StepOutput]:
+        """Compute it from a layer's output (T, D): one output for each part of the batch that reads activations."""
+        objective, outputs = self.objective, []
+        forget, retain = batch.forget_part(), batch.retain_part()
+        rows = answer_rows(activations, batch)
+        if forget.lengths:
+            target = to_device(objective.steering_vector(rows.shape[1]).to(rows.dtype), rows.device)
+            weight = objective.forget_weight(self.totals)
+            outputs.append(_squared(rows[: batch.forget_rows], target, forget, Role.FORGET, weight))
+        if retain.lengths and self.retain is None:
+            # Without a frozen model (alpha 0, an idle rank) the rows weigh nothing, but keep the graph whole.
+            target = torch.zeros_like(rows[batch.forget_rows :]) if self.frozen is None else self.frozen.to(rows)
+            weight = objective.alpha / max(self.totals.retain_sequences, 1) if self.frozen is not None else 0.0
+            outputs.append(_squared(rows[batch.forget_rows :], target, retain, Role.RETAIN, weight))
+        return outputs
+
+
+def answer_rows(activations: Tensor, batch: PackedBatch) -> Tensor:
+    """Return a layer's activations (N, D) at the answer tokens: the positions after those that predict them."""
+    return activations.index_select(0, batch.label_rows + 1)
+
+
+def _squared(rows: Tensor, target: Tensor, part: PackedBatch, role: Role, weight: float) -> StepOutput:
+    """Weight · Σ over sequences of the mean over their tokens, and over D, of (rows − target)²."""
+    values = (rows - target).float().square().mean(1)
+    offsets = part.label_offsets.device
+    means = segment_sums(values, offsets) / offsets.diff()
+    terms = torch.where(part.roles == role, weight * means, 0.0)
+    return StepOutput(terms.sum(), terms.detach(), torch.full_like(terms.detach(), torch.nan), None)
+
+
+class Watched:
+    """What a module returned in the passes over a batch: one, or one a sequence."""
+
+    def __init__(self) -> None:
+        self._output: Any = None
+        self._passes: list[Any] = []
+
+    def keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        """The forward hook."""
+        self._output = output[0] if isinstance(output, tuple) else output
+
+    def end_pass(self, *_: Any) -> None:
+        """The decoder's forward hook."""
+        self._passes.append(self._output)
+
+    def output(self) -> Tensor:
+        """Return it, (B, T, D); for a pack, B is 1.
+
+        Raises:
+            RuntimeError: the module was not called, or outside the graph.
+        """
+        if self._output is None:
+            raise RuntimeError("the module whose activations the loss reads was not called in the forward pass")
+        output: Tensor = self._passes[0] if len(self._passes) == 1 else torch.cat(self._passes, 1)
+        if torch.is_grad_enabled() and not output.requires_grad:
+            raise RuntimeError(
+                "the activations that the loss reads carry no gradient: train a parameter at or before that module; "
+                "with gradient checkpointing set --gradient_checkpointing_kwargs '{\"use_reentrant\": false}'"
+            )
+        return output
+
+
+@contextmanager
+def watched(model: nn.Module, module_regex: str) -> Iterator[Watched]:
+    """Keep the output of the module whose name ``module_regex`` matches while the block runs."""
+    watch = Watched()
+    handles = [
+        find_module(model, module_regex).register_forward_hook(watch.keep),
+        decoder_of(base_of(model)).register_forward_hook(watch.end_pass),
+    ]
+    try:
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def find_module(model: Any, module_regex: str) -> nn.Module:
+    """Return the one module whose whole name the expression matches; names are those without adapters.
+
+    Raises:
+        ValueError: none or several.
+    """
+    model = base_of(model)
+    found = {name: module for name, module in model.named_modules() if re.fullmatch(module_regex, name)}
+    if len(found) != 1:
+        layers = [name for name in (name for name, _ in model.named_modules()) if re.fullmatch(r".*\.\d+", name)]
+        raise ValueError(
+            f"`module_regex`: expected {module_regex!r} to match the name of one module of {type(model).__name__}, got "
+            f"{', '.join(found) or 'none'}; its layers are {', '.join(layers[:3])} … {layers[-1] if layers else ''}"
+        )
+    module: nn.Module = next(iter(found.values()))
+    return module
+
+
+@contextmanager
+def training_only(model: nn.Module, patterns: tuple[str, ...]) -> Iterator[None]:
+    """Do what ``train_only`` does, while the block runs."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        train_only(model, patterns)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def train_only(model: nn.Module, patterns: tuple[str, ...]) -> None:
+    """Freeze every parameter whose name none of the expressions matches.
+
+    Raises:
+        ValueError: no trainable parameter is left.
+    """
+    chosen = 0
+    for name, parameter in model.named_parameters():
+        wanted = parameter.requires_grad and any(re.fullmatch(pattern, name) for pattern in patterns)
+        parameter.requires_grad_(wanted)
+        chosen += wanted
+    if not chosen:
+        raise ValueError(
+            f"`trainable_params_regex`: expected an expression that matches a trainable parameter of "
+            f"{type(model).__name__}, got {', '.join(map(repr, patterns))}"
+        )

@@ -1,0 +1,314 @@
+"""The attention implementation ``efface_varlen`` of transformers, and how a model is given packed batches.
+
+Without packed keyword arguments (generation, padded batches) it is transformers' own SDPA attention; soft-capped
+scores, which that has not, are computed here.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from efface.batching import PackedBatch, TokenTree
+from efface.hf.model.attention import flash_attn, torch_varlen
+from efface.hf.model.attention.choice import AttentionCall, Installed, choose_kernel
+from efface.hf.model.attention.segments import segment_attention, soft_capped_attention
+from efface.hf.model.supported import uncompiled
+
+NAME = "efface_varlen"
+
+UNKNOWN_TERMS = ("s_aux", "position_bias")
+"""What other models add to their scores: sinks (GPT-OSS), learned distances (T5)."""
+
+
+@dataclass(frozen=True)
+class PackedLengths:
+    """The tokens of each packed sequence, on the host.
+
+    An object, because torch.compile makes another graph for every number of sequences in a bare tuple.
+
+    Attributes:
+        tokens: S integers.
+        tree: whose segments these are; a segment's tokens see its path. None where sequences share nothing.
+    """
+
+    tokens: tuple[int, ...]
+    tree: TokenTree | None = None
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packed_lengths: PackedLengths | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each packed sequence; the signature is that of ``transformers.AttentionInterface``.
+
+    Args:
+        module: the attention layer.
+        query: (1, H, T, d).
+        key: (1, H_kv, T, d); H a multiple of H_kv.
+        value: (1, H_kv, T, d).
+        attention_mask: ignored for packed batches, whose borders say everything.
+        dropout: probability, during training.
+        scaling: factor of the scores; None is 1/√d.
+        sliding_window: tokens that a token sees, itself among them; None is all before it.
+        softcap: c in c · tanh(score / c); None is no bound.
+        packed_lengths: the tokens of each sequence, on the host; None is an ordinary batch.
+        cu_seq_lens_q: (S + 1,) int32, those lengths summed up, on the device.
+        **kwargs: transformers' own.
+
+    Returns:
+        (1, T, H, d), and None for the weights.
+
+    Raises:
+        ValueError: a term of the scores that no kernel here has; lengths that are not those of the pack.
+    """
+    for name in UNKNOWN_TERMS:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{NAME!r} attention: expected no {name}, got one from {type(module).__name__}; leave it its own "
+                "attention, as `fuse(model)` does"
+            )
+    if packed_lengths is None:
+        if softcap is not None:
+            return _soft_capped_batch(module, query, key, value, attention_mask, dropout, scaling, softcap), None
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    return _packed_attention(
+        query,
+        key,
+        value,
+        packed_lengths,
+        cu_seq_lens_q,
+        dropout=dropout,
+        scaling=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    ), None
+
+
+# Left out by torch.compile, which would make a graph for the lengths of every batch.
+@uncompiled
+def _packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed_lengths: PackedLengths,
+    cu_seq_lens_q: Tensor | None,
+    *,
+    dropout: float,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    lengths = packed_lengths.tokens
+    if cu_seq_lens_q is None or query.shape[0] != 1 or sum(lengths) != query.shape[2]:
+        raise ValueError(
+            f"{NAME!r} attention: expected one row of {sum(lengths)} tokens and cu_seq_lens_q, as "
+            f"packed_lengths says, got query of shape {tuple(query.shape)} and cu_seq_lens_q "
+            f"{None if cu_seq_lens_q is None else tuple(cu_seq_lens_q.shape)}; call with packed_arguments(model, batch)"
+        )
+    query, key, value = _autocast(query, key, value)
+    longest, key_lengths, cu_keys = max(lengths), lengths, cu_seq_lens_q
+    if packed_lengths.tree is not None:
+        tree = packed_lengths.tree
+        key, value = (_gathered(states, tree.paths) for states in (key, value))  # (1, H_kv, E, d)
+        key_lengths, cu_keys = tree.path_lengths, tree.cu_paths
+    longest_keys = max(key_lengths)
+    window = None if sliding_window is None or sliding_window >= longest_keys else sliding_window
+    call = AttentionCall(
+        device=query.device.type,
+        capability=torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0),
+        dtype=query.dtype,
+        head_dim=query.shape[3],
+        value_dim=value.shape[3],
+        scale=scaling,
+        window=window,
+        softcap=softcap,
+        dropout=dropout,
+    )
+    kernel = choose_kernel(call, _installed(query.device))
+    if kernel == "segments":
+        return segment_attention(
+            query,
+            key,
+            value,
+            lengths,
+            key_lengths=key_lengths,
+            scale=scaling,
+            window=window,
+            softcap=softcap,
+            dropout=dropout,
+        )
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, H, d), (E, H_kv, d)
+    if kernel == "flash_attn":
+        out = flash_attn.flash_attention(
+            query,
+            key,
+            value,
+            cu_seq_lens_q,
+            longest,
+            cu_keys=cu_keys,
+            longest_keys=longest_keys,
+            scale=scaling,
+            window=window,
+            softcap=softcap,
+            dropout=dropout,
+        )
+    else:
+        out = torch_varlen.torch_varlen_attention(
+            query,
+            key,
+            value,
+            cu_seq_lens_q,
+            longest,
+            cu_keys=cu_keys,
+            longest_keys=longest_keys,
+            scale=scaling,
+            window=window,
+        )
+    return out[None]
+
+
+def _gathered(states: Tensor, paths: Tensor) -> Tensor:
+    """Return the states (1, H, T, d) of ``paths`` (E,), (1, H, E, d); a token's heads lie together, and stay so."""
+    return states.transpose(1, 2).index_select(1, paths).transpose(1, 2)
+
+
+def _autocast(*states: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast casts for SDPA; it does not know the other kernels."""
+    kind = states[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return states
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in states)
+
+
+def _installed(device: torch.device) -> Installed:
+    if device.type != "cuda":
+        return Installed()
+    varlen = torch_varlen.load()
+    return Installed(
+        flash_attn=flash_attn.load() is not None,
+        torch_varlen=frozenset() if varlen is None else varlen.parameters,
+    )
+
+
+def _soft_capped_batch(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    """Soft-capped attention (B, n, H, d) of an ordinary batch; no mask is what it is for SDPA."""
+    n, m = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        mask = torch.ones(n, m, dtype=torch.bool, device=query.device)
+        if n > 1 and getattr(module, "is_causal", True):
+            mask = mask.tril()
+    else:
+        mask = attention_mask[..., :m]
+    out = soft_capped_attention(query, key, value, mask, softcap, scale=scaling, dropout=dropout)
+    return out.transpose(1, 2).contiguous()
+
+
+def hands_windows_on(model: PreTrainedModel) -> bool:
+    """Whether every attention layer hands its window on, by the model's code: the argument is optional."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if not ("sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None)):
+        return True
+    return all("sliding_window" in code for code in _attention_code(model))
+
+
+def hands_packs_on(model: PreTrainedModel) -> bool:
+    """Whether every attention layer hands on what it gets, and no term that no kernel here has, by the model's code."""
+    calls = [code.rpartition("attention_interface(")[2] for code in _attention_code(model)]
+    around = _sources({type(module) for module in model.modules() if hasattr(module, "self_attn")})
+    if not all("**kwargs" in code.rpartition("self.self_attn(")[2].partition("\n        )")[0] for code in around):
+        return False  # Nemotron's layers keep them to themselves
+    return bool(calls) and all("**kwargs" in c and not any(name in c for name in UNKNOWN_TERMS) for c in calls)
+
+
+def _attention_code(model: PreTrainedModel) -> list[str]:
+    """Return the source of the layers that call the attention interface, where there is any."""
+    sources = _sources({type(module) for module in model.modules() if hasattr(module, "layer_idx")})
+    return [code for code in sources if "attention_interface(" in code]
+
+
+def _sources(kinds: set[type[torch.nn.Module]]) -> list[str]:
+    """Return the source of the forward passes of classes."""
+    found = []
+    for kind in kinds:
+        with suppress(OSError, TypeError):  # written in a session, or no Python
+            found.append(inspect.getsource(kind.forward))
+    return found
+
+
+@uncompiled
+def packed_arguments(model: PreTrainedModel, batch: PackedBatch | TokenTree, decoder: Any = None) -> dict[str, Any]:
+    """Return the keyword arguments with which ``model``'s decoder reads a packed batch.
+
+    A ``decoder`` that takes no others than it names gets none of those that it does not.
+
+    Raises:
+        ValueError: a tree with shared tokens, and an attention implementation that has no notion of it.
+    """
+    longest = max(batch.lengths)
+    own = model.config._attn_implementation == NAME  # noqa: SLF001 - the only place that knows the choice
+    tree = batch if isinstance(batch, TokenTree) and batch.shared else None
+    if tree is not None and not own:
+        raise ValueError(
+            f"expected {NAME!r} attention for sequences that share tokens, got "
+            f"{model.config._attn_implementation!r}; make the tree with share=False"  # noqa: SLF001
+        )
+    arguments: dict[str, Any] = {
+        "input_ids": batch.input_ids[None],
+        "position_ids": batch.position_ids[None],
+        "use_cache": False,
+        # FlashAttention's names; other implementations see the packing in position_ids.
+        "cu_seq_lens_q": batch.cu_seqlens,
+        "cu_seq_lens_k": batch.cu_seqlens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+    if own:
+        # A 4-D mask is handed through as it is: with an empty one, transformers does not build its own (T, T).
+        arguments["attention_mask"] = batch.input_ids.new_empty(1, 1, 0, 0)
+        arguments["packed_lengths"] = PackedLengths(batch.lengths, tree)
+    names = None if decoder is None else _named(type(decoder).forward)
+    return arguments if names is None else {name: value for name, value in arguments.items() if name in names}
+
+
+@functools.cache
+def _named(function: Callable[..., Any]) -> frozenset[str] | None:
+    """Return the parameters of a function, or None where it takes any."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return frozenset(parameter.name for parameter in parameters)
+
+
+AttentionInterface.register(NAME, varlen_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,228 @@
+"""The fused head: a causal language model whose forward pass can end in the loss op instead of in logits.
+
+``fuse`` swaps the classes of the model and of its ``lm_head`` in place: same parameters, same state dict, tied weights
+stay tied. Called as before, the model is what it was. Called with ``batch=PackedBatch``, it runs the decoder over the
+pack and then the head on the label rows alone. All of it happens inside the model's forward call, so that whatever
+wraps the model (DDP, FSDP, autocast) sees it as any other forward.
+"""
+
+import inspect
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from efface.batching import PackedBatch, TokenTree
+from efface.hf.model.activations import ActivationLoss, watched
+from efface.hf.model.adapted_head import base_of, head_linears, serve_head
+from efface.hf.model.head_loss import HeadLoss, StepOutput, joined
+from efface.hf.model.packing import MEMORY, packed_states, read_packs, reading_of
+from efface.hf.model.supported import check_servable, uncompiled, uncompiled_frame
+from efface_kernels import Head, linear_logprob
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+class FusedHead(nn.Linear):
+    """An ``lm_head`` that is the linear layer it was, and with ``batch`` the loss op."""
+
+    softcap: float | None
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        batch: PackedBatch | None = None,
+        loss: HeadLoss | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor | StepOutput:
+        """Return logits (…, V); or for ``hidden`` (N, D) of a batch's label rows their log-probabilities, or a loss.
+
+        A ``weight`` stands in for the layer's own: ``ServedHead``'s, where LoRA widens it.
+        """
+        if batch is None:
+            return super().forward(hidden)
+        head = Head(self.weight if weight is None else weight, self.bias, self.softcap)
+        if loss is None:
+            return linear_logprob(hidden, head.weight, batch.targets, bias=head.bias, softcap=head.softcap)
+        return loss(hidden, head, batch)
+
+
+PLAIN = (nn.Linear, FusedHead)
+
+
+class _FusedModel:
+    """Mixed in before a model's own class by ``fuse``."""
+
+    def forward(
+        self, *args: Any, batch: PackedBatch | None = None, loss: HeadLoss | ActivationLoss | None = None, **kwargs: Any
+    ) -> Any:
+        if batch is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return _packed_forward(self, batch, loss)
+
+
+# torch.compile takes the decoder that this calls; lengths and losses, which change with every batch, stay out of it.
+@uncompiled_frame
+def _packed_forward(model: Any, batch: PackedBatch, loss: HeadLoss | ActivationLoss | None) -> Any:
+    if not isinstance(loss, ActivationLoss):
+        return _loss_of(model, packed_hidden(model, batch), batch, loss)
+    with watched(model, loss.objective.module_regex) as watch:
+        hidden = packed_hidden(model, batch)
+    return _activation_loss_of(model, hidden, watch.output()[0], batch, loss)
+
+
+@uncompiled
+def _loss_of(model: Any, hidden: Tensor, batch: PackedBatch, loss: HeadLoss | None) -> Any:
+    head = serve_head(model.get_output_embeddings(), PLAIN)
+    return head.linear(hidden, batch, loss, head.weight)
+
+
+@uncompiled
+def _activation_loss_of(
+    model: Any, hidden: Tensor, activations: Tensor, batch: PackedBatch, loss: ActivationLoss
+) -> StepOutput:
+    outputs = loss(activations, batch)
+    if loss.retain is not None and (retain := batch.retain_part()).lengths:
+        outputs.append(_loss_of(model, hidden[batch.forget_rows :], retain, loss.retain))
+    return joined(outputs)
+
+
+@uncompiled_frame
+def packed_hidden(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> Tensor:
+    """Return the final hidden states (N, D) of the batch's label rows, scaled as the model scales its logits.
+
+    With LoRA on the head they are (N, D + r).
+    """
+    model = base_of(model)
+    return _at_the_head(model, packed_states(model, batch), batch.label_rows)
+
+
+@uncompiled
+def _at_the_head(model: PreTrainedModel, hidden: Tensor, label_rows: Tensor) -> Tensor:
+    """Return hidden states (T, D) as the head takes them, (N, D)."""
+    head = serve_head(model.get_output_embeddings(), PLAIN)
+    hidden = hidden.index_select(0, label_rows)
+    if hidden.dtype == torch.float32 and head.linear.weight.dtype in {torch.float16, torch.bfloat16}:
+        hidden = hidden.to(head.linear.weight.dtype)  # Mamba's residual stream is fp32, and its own head casts it so
+    rows = head.widen(hidden)
+    scale = _logit_scale(model)
+    return rows if scale == 1 else rows * scale  # (s h) Wᵀ = s (h Wᵀ): the head itself need not know
+
+
+def _logit_scale(model: PreTrainedModel) -> float:
+    """Return what the model multiplies its logits by: Granite and Cohere do."""
+    config = model.config.get_text_config()
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """Return the model's head as the loss op takes it.
+
+    Raises:
+        ValueError: a head that the loss op cannot serve, with the reason.
+    """
+    model = base_of(model)
+    head, config = serve_head(model.get_output_embeddings(), PLAIN), model.config.get_text_config()
+    if head.linear.bias is not None and _logit_scale(model) != 1:
+        raise ValueError(f"{type(model).__name__}: a head with a bias whose logits are scaled is not served")
+    return Head(head.weight, head.linear.bias, _softcap(config))
+
+
+def _softcap(config: Any) -> float | None:
+    """Return the bound of the logits under the names that Gemma, RecurrentGemma and xLSTM give it."""
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return next((float(cap) for cap in (getattr(config, name, None) for name in names) if cap), None)
+
+
+def fuse(model: Model, *, attention: str | None = None) -> Model:
+    """Give ``model`` the fused head, in place, and return it. Fusing twice changes nothing.
+
+    What packs are read with is measured (``hf.packing``): packed attention, the model's own, or one sequence a pass,
+    of which a warning says why.
+
+    Args:
+        model: an ``AutoModelForCausalLM``, or a ``peft.PeftModel`` around one.
+        attention: attention implementation to switch to; None is packed attention where the model allows it.
+
+    Raises:
+        ValueError: a head that the loss op cannot serve; virtual tokens, a router's auxiliary loss; a model that is
+            not causal.
+    """
+    base = base_of(model)
+    head = head_of(base)
+    check_servable(model, base)
+    if attention is None and (known := reading_of(base)) is not None and known.asked:
+        delattr(base, MEMORY)  # an earlier choice ends
+    use_packed_attention(base, attention=attention)
+    linears: list[Any] = head_linears(base.get_output_embeddings())
+    for layer in linears:
+        layer.__class__ = FusedHead
+        layer.softcap = head.softcap
+    if isinstance(base, _FusedModel):
+        return model
+    own = type(base)
+    # The name stays, because save_pretrained writes it into config.json as the architecture.
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    base.__class__ = type(own.__name__, (_FusedModel, own), {**names, "forward": _forward_of(own)})
+    return model
+
+
+def _forward_of(own: type) -> Any:
+    """Return ``_FusedModel.forward`` with the signature of the model's own, and ``batch`` and ``loss`` beside.
+
+    transformers reads it, to know for one whether a model takes positions, which left-padded prompts need.
+    """
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _FusedModel.forward(self, *args, **kwargs)
+
+    signature = inspect.signature(own.forward)  # type: ignore[attr-defined]
+    parameters = [*signature.parameters.values()]
+    ours = [one for one in inspect.signature(_FusedModel.forward).parameters.values() if one.name in ("batch", "loss")]
+    last = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*parameters[:last], *ours, *parameters[last:]]
+    )
+    return forward
+
+
+def use_packed_attention(model: PreTrainedModel, *, attention: str | None = None) -> None:
+    """Switch ``model``, fused or not, to what it reads packs with; measured once, with the head, as ``fuse`` says.
+
+    An attention that was chosen stays.
+
+    Raises:
+        ValueError: as ``fuse``, but for adapters and a router's loss.
+    """
+    base = base_of(model)
+    head = head_of(base)
+
+    def logits(hidden: Tensor) -> Tensor:
+        rows = torch.arange(len(hidden), device=hidden.device)
+        made = torch.nn.functional.linear(_at_the_head(base, hidden, rows), head.weight, head.bias).float()
+        return made if head.softcap is None else head.softcap * torch.tanh(made / head.softcap)
+
+    read_packs(base, logits, attention)
+
+
+def unfuse(model: Model, *, attention: str | None = "own") -> Model:
+    """Undo ``fuse``, in place: the model's own classes, and the given attention implementation.
+
+    Args:
+        model: what ``fuse`` returned.
+        attention: "own" is the one that the model had before; None leaves it.
+    """
+    base = base_of(model)
+    if attention == "own":
+        reading = reading_of(base)
+        attention = None if reading is None else reading.own
+    if isinstance(base, _FusedModel):
+        linears: list[Any] = head_linears(base.get_output_embeddings())  # type: ignore[attr-defined]
+        for layer in linears:
+            del layer.softcap
+            layer.__class__ = nn.Linear
+        base.__class__ = type(base).__mro__[2]
+    if attention is not None:
+        base.set_attn_implementation(attention)
+    return model

@@ -1,0 +1,521 @@
+"""How a model reads packs, found out by measuring: a tiny pack against a pass of one of its sequences alone.
+
+A pack is one pass with packed attention (``hf.attention``), else one with the model's own attention, which sees in
+``position_ids`` where sequences begin. A model that gives a sequence of a pack other logits than alone, or that cannot
+read packs at all, runs one sequence a pass: the same results as separate passes, for their price. So does a pack with a
+sequence that is long enough to change the position encoding of all that run with it (dynamic NTK, LongRoPE).
+"""
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from efface.batching import PackedBatch, TokenTree
+from efface.hf.model.attention import NAME, hands_packs_on, hands_windows_on, packed_arguments
+from efface.hf.model.supported import uncompiled, uncompiled_frame
+
+MEMORY = "_efface_reading"  # the attribute of a model that holds its Reading, so that copies have it too
+
+WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "index_topk")
+"""What configurations and attention layers call the tokens that a token sees."""
+
+ATTENTION_ONLY = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
+"""Layers that see nothing but the tokens of their own sequence, in the configurations' words."""
+
+_OTHERS, _PROBE, _WINDOW = (7, 5), 8, 3  # tokens of the sequences before either probe, of a probe, and of a window
+_FAR = 2**17
+
+Logits = Callable[[Tensor], Tensor]
+"""Maps hidden states (T, D) to logits (T, V)."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a model reads packs.
+
+    Attributes:
+        attention: the attention implementation it reads them with.
+        own: the one it had when this was found out.
+        alone: why every sequence is a pass of its own; None where a pack is one pass.
+        room: tokens of a pack beyond which each sequence is a pass of its own, where the model's own attention has a
+            mask of so many tokens; None is no number.
+        limit: tokens of a sequence from which on each sequence of its pack is a pass of its own; None is no number.
+        encodings: names of the modules whose position encoding depends on the longest sequence.
+        asked: whether somebody chose the attention.
+    """
+
+    attention: str
+    own: str
+    alone: str | None = None
+    limit: int | None = None
+    encodings: tuple[str, ...] = ()
+    asked: bool = False
+    room: int | None = None
+
+    def splits(self, longest: int, tokens: int = 0) -> bool:
+        """Whether a pack of ``tokens``, its longest sequence of ``longest``, runs one sequence a pass."""
+        if self.room is not None and tokens > self.room:
+            return True
+        return self.alone is not None or (self.limit is not None and longest >= self.limit)
+
+
+def reading_of(model: Any) -> Reading | None:
+    """Return what ``read_packs`` found out about ``model`` (no wrapper around it), or about what it is a copy of."""
+    reading: Reading | None = vars(model).get(MEMORY)
+    return reading
+
+
+def shares_tokens(model: PreTrainedModel, longest: int) -> bool:
+    """Whether ``model`` reads trees whose sequences share tokens, the longest sequence of ``longest`` tokens."""
+    reading = reading_of(model)
+    packed = model.config._attn_implementation == NAME  # noqa: SLF001 - the only place that knows the choice
+    return packed and (reading is None or not reading.splits(longest))
+
+
+def decoder_of(model: PreTrainedModel) -> Any:
+    """Return the part of the model that ends in the final hidden states."""
+    decoder = model.get_decoder()
+    if decoder is not model and not isinstance(decoder, nn.Linear):  # ModernBERT calls its head so
+        return decoder
+    if model.base_model is not model:  # what transformers 4 answers for models (GPT-NeoX) that do not name theirs
+        return model.base_model
+    inner = (child for child in model.children() if isinstance(child, PreTrainedModel))
+    return next(inner, model)  # Llama-4 names another than it has
+
+
+@uncompiled_frame
+def packed_states(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> Tensor:
+    """Return the final hidden states (T, D) of all tokens of a batch."""
+    reading, decoder = reading_of(model), decoder_of(model)
+    tree = batch if isinstance(batch, TokenTree) else None
+    longest = max(batch.lengths) + (tree is not None)
+    if reading is None or not reading.splits(longest, len(batch.input_ids)):
+        states: Tensor = decoder(**packed_arguments(model, batch, decoder)).last_hidden_state  # (1, T, D)
+        return states[0]
+    if tree is not None and tree.shared:
+        raise ValueError(
+            f"expected a model that reads packs in one pass for sequences that share tokens, got "
+            f"{type(model).__name__}, which runs one sequence a pass; make the tree with share=False"
+        )
+    parts = []
+    for ids in batch.input_ids.split(batch.lengths):
+        rewind(model, reading.encodings)
+        # A tree leaves out last tokens, which predict nothing; the position encoding may depend on how many there are.
+        whole = torch.nn.functional.pad(ids, (0, 1)) if tree is not None and reading.limit is not None else ids
+        parts.append(_alone(decoder, whole)[: len(ids)])
+    return torch.cat(parts)
+
+
+def _alone(decoder: Any, ids: Tensor) -> Tensor:
+    """Return the hidden states (n, D) of one sequence (n,)."""
+    states: Tensor = decoder(input_ids=ids[None], **_uncached(decoder)).last_hidden_state
+    return states[0]
+
+
+def _uncached(model: Any) -> dict[str, bool]:
+    """Return ``use_cache`` as an argument; GPT-1 of transformers 4 has no such thing."""
+    return {"use_cache": False} if _takes(type(model).forward, "use_cache") else {}
+
+
+@cache
+def _takes(forward: Callable[..., Any], name: str) -> bool:
+    parameters = inspect.signature(forward).parameters.values()
+    return any(parameter.name == name or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+@uncompiled
+def rewind(model: PreTrainedModel, encodings: Sequence[str]) -> None:
+    """Undo what a long sequence did to position encodings: transformers' dynamic NTK remembers the longest."""
+    for name in encodings:
+        module = model.get_submodule(name)
+        device = next((buffer.device for buffer in module.buffers()), model.device)
+        _encode(module, torch.zeros(1, 1, dtype=torch.int64, device=device))
+
+
+def read_packs(model: PreTrainedModel, logits: Logits, attention: str | None = None) -> Reading:
+    """Find out how ``model`` reads packs, remember it, and set its attention accordingly.
+
+    The model's own forward pass of a probe is compared with the probe in a pack, where it stands twice, behind others.
+    Where all are equal, these two are all passes. Windows of attention are a few tokens long meanwhile, so that a few
+    tokens show whether they are kept. Modes, buffers, attributes and random-number generators are afterwards what they
+    were.
+
+    Args:
+        model: a transformers model, no wrapper.
+        logits: its head, as the loss op takes it.
+        attention: the implementation to read with; None is packed attention where it is right, else the model's own.
+
+    Raises:
+        ValueError: logits that are not those of the head on the last hidden states, of any pass; a model whose tokens
+            see those behind them.
+    """
+    known, own = reading_of(model), model.config._attn_implementation  # noqa: SLF001
+    if known is None or not _holds(known, own, attention):
+        encodings, limit = position_encodings(model)
+        ways = [attention] if attention is not None else [NAME, own]
+        known = Reading("", own, None, limit, encodings, asked=attention is not None)
+        if (found := _measured(model, logits, list(dict.fromkeys(ways)), known)) is None:
+            found = _expected(model, attention, known)
+        known = found
+        if known.alone is not None:
+            warnings.warn(
+                f"{type(model).__name__}: runs one sequence a pass, which is slower than packs and gives what separate "
+                f"passes give: {known.alone}",
+                stacklevel=3,
+            )
+        setattr(model, MEMORY, known)
+    if model.config._attn_implementation != known.attention:  # noqa: SLF001
+        model.set_attn_implementation(known.attention)
+    return known
+
+
+def _holds(known: Reading, now: str, attention: str | None) -> bool:
+    """Whether what was found out answers the question."""
+    if attention is not None:
+        return known.attention == attention
+    return known.attention == NAME or now in {known.own, known.attention}
+
+
+def agree(model: PreTrainedModel) -> None:
+    """Let every process read packs as the most careful one does: some may have no weights to measure with."""
+    readings = [reading for reading in gather_object([reading_of(model)]) if reading is not None]
+    careful = [reading for reading in readings if reading.alone] + [r for r in readings if r.attention != NAME]
+    if careful and careful[0] != reading_of(model):
+        setattr(model, MEMORY, careful[0])
+        model.set_attn_implementation(careful[0].attention)
+
+
+# ---- measuring ----
+
+
+def _measured(model: PreTrainedModel, logits: Logits, ways: Sequence[str], reading: Reading) -> Reading | None:
+    """Return ``reading`` with what is measured; None where weights are missing or give no finite logits."""
+    if any(weight.numel() == 0 or weight.is_meta for weight in model.parameters()):
+        return None  # sharded or not yet loaded
+    with as_it_was(model):
+        _shorten_windows(model)
+        ids = distinct_tokens(model)
+        probe = ids[None, :_PROBE]
+        expected = _own_logits(model, probe)
+        if not expected.isfinite().all():
+            return None
+        reasons = []
+        if unseen := sorted(_layer_kinds(model) - ATTENTION_ONLY):
+            ways, reasons = (), [f"a few tokens do not show all that its layers do ({', '.join(unseen)})"]
+        for way in ways:
+            try:
+                got = _probes_in_a_pack(model, ids, way)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever a model's code does with arguments that it does not know
+                reasons.append(f"with {way!r} attention a pack ends in {type(error).__name__} ({_short(error)})")
+                continue
+            _check_width(model, got)
+            first, second = logits(got).split(_PROBE)
+            if equal_logits(model, first, expected) and equal_logits(model, second, first, alike=True):
+                return replace(reading, attention=way, room=None if way == NAME else _mask_size(model))
+            reasons.append(f"with {way!r} attention the sequences of a pack change one another's logits")
+        _attend(model, reading.own)
+        decoder = decoder_of(model)
+        states = _alone(decoder, ids[:_PROBE])
+        _check_width(model, states)
+        _check_head(model, logits(states), expected)
+        states = _alone(decoder, ids[: _PROBE + 1])[:_PROBE]
+        if not equal_logits(model, logits(states), expected):
+            raise ValueError(
+                f"{type(model).__name__}: expected a causal language model, got one whose tokens' logits change with "
+                "the tokens behind them (or from pass to pass); set is_decoder=True where its configuration has that"
+            )
+        return replace(reading, attention=reading.own, alone="; ".join(reasons))
+
+
+def _mask_size(model: PreTrainedModel) -> int | None:
+    """Return the tokens of the smallest mask that the model keeps as a square buffer, as GPT-Neo does."""
+    shapes = [buffer.shape[-2:] for buffer in model.buffers() if buffer.dim() > 1]
+    return min((rows for rows, columns in shapes if rows == columns > 1), default=None)
+
+
+def _own_logits(model: PreTrainedModel, probe: Tensor) -> Tensor:
+    """Return the logits (8, V) of the model's own forward pass, in fp32."""
+    try:
+        logits: Tensor = model(input_ids=probe, **_uncached(model)).logits
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__}: expected a model that reads {probe.shape[1]} tokens (input_ids alone), got "
+            f"{type(error).__name__}: {_short(error)}"
+        ) from error
+    return logits[0].float()
+
+
+def _probes_in_a_pack(model: PreTrainedModel, ids: Tensor, way: str) -> Tensor:
+    """Return the hidden states (16, D) of two probes in a pack, each a token longer and behind another sequence."""
+    _attend(model, way)
+    probe = ids[: _PROBE + 1]
+    sequences = [part for other in ids[_PROBE + 1 :].split(_OTHERS) for part in (other, probe)]
+    lengths = tuple(len(sequence) for sequence in sequences)
+    batch = PackedBatch.of(
+        input_ids=torch.cat(sequences),
+        position_ids=torch.cat([torch.arange(n, device=ids.device) for n in lengths]),
+        label_rows=ids[:0],
+        targets=ids[:0],
+        sequences=torch.arange(len(lengths), device=ids.device),
+        cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=ids.device),
+        roles=torch.zeros(len(lengths), dtype=torch.int8, device=ids.device),
+        lengths=lengths,
+        row_offsets=(0,) * (len(lengths) + 1),
+    )
+    decoder = decoder_of(model)
+    states: Tensor = decoder(**packed_arguments(model, batch, decoder)).last_hidden_state[0]
+    return torch.cat([part[:_PROBE] for part in states.split(lengths)[1::2]])
+
+
+def _attend(model: PreTrainedModel, way: str) -> None:
+    if model.config._attn_implementation == way:  # noqa: SLF001
+        return
+    model.set_attn_implementation(way)
+    if model.config._attn_implementation != way:  # noqa: SLF001 - transformers warns of some, and goes on
+        raise ValueError("its attention cannot be replaced")
+
+
+def distinct_tokens(model: PreTrainedModel) -> Tensor:
+    """Return the ids of the probe and of the sequences beside it; not the first ids, which are often special."""
+    embeddings: Any = model.get_input_embeddings()
+    ids: Tensor = (10 + 3 * torch.arange(_PROBE + 1 + sum(_OTHERS))) % embeddings.weight.shape[0]
+    return ids.to(model.device)
+
+
+def _errors(got: Tensor, expected: Tensor) -> Tensor:
+    """Return of each token the rms difference of its logits, by how all logits vary and a little of their size."""
+    varying = (expected - expected.mean(1, keepdim=True)).square().mean().sqrt()
+    size = expected.square().mean().sqrt()  # what rounding goes by, also where all logits are alike
+    return (got.float() - expected).square().mean(1).sqrt() / (varying + 0.05 * size + 1e-6)
+
+
+def equal_logits(model: PreTrainedModel, got: Tensor, expected: Tensor, *, alike: bool = False) -> bool:
+    """Whether logits (n, V) differ by rounding alone; ``alike`` ones by that of the same kernels in one pass."""
+    errors = _errors(got, expected)
+    if not _rough(model):
+        return bool(errors.max() <= 2e-4)
+    # Rounding can send a token to other experts, and so one token far away; what is wrong for all is wrong for most.
+    return bool(errors.median() <= (0.004 if alike else 0.1) and errors.max() <= 0.5)
+
+
+def _rough(model: PreTrainedModel) -> bool:
+    """Whether products are rounded to less than fp32."""
+    device = model.device.type
+    tf32 = device == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    kinds = {weight.dtype for weight in model.parameters()}
+    return tf32 or torch.is_autocast_enabled(device) or not kinds <= {torch.float32, torch.float64}
+
+
+def _check_width(model: PreTrainedModel, states: Tensor) -> None:
+    head, width = model.get_output_embeddings(), states.shape[-1]
+    features = getattr(head, "in_features", width)
+    if features != width:
+        raise ValueError(
+            f"{type(model).__name__}: expected a head on its last hidden states, of {width} features, got one of "
+            f"{features}; something stands between them that efface does not know"
+        )
+
+
+def _check_head(model: PreTrainedModel, got: Tensor, expected: Tensor) -> None:
+    """Raise ValueError if the model makes its logits in a way that the head knows nothing of."""
+    if equal_logits(model, got, expected):
+        return
+    worst, size = (got.float() - expected).abs().max().item(), expected.abs().max().item()
+    raise ValueError(
+        f"{type(model).__name__}: its logits are not those of its head on its last hidden states (they differ by "
+        f"{worst:.3g}, the largest is {size:.3g}), so the loss op would train another model; its config may scale "
+        "or shift logits in a way that efface does not know"
+    )
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+# ---- leaving the model as it was ----
+
+
+@contextmanager
+def as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients; then attributes, buffers and the generators are what they were, bit for bit.
+
+    The attributes of the configurations are kept as well, and so is the attention implementation.
+    """
+    attention = model.config._attn_implementation  # noqa: SLF001
+    modules = [(module, _plain_attributes(module), _copied_buffers(module)) for module in model.modules()]
+    configs = [(config, dict(vars(config))) for config in _configs(model)]
+    cards = sorted({weight.get_device() for weight in model.parameters() if weight.is_cuda})
+    try:
+        with torch.random.fork_rng(cards), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        _attend(model, attention)
+        for config, settings in configs:
+            vars(config).clear()
+            vars(config).update(settings)
+        for module, attributes, buffers in modules:
+            for name in _plain_attributes(module).keys() - attributes.keys():
+                delattr(module, name)
+            vars(module).update(attributes)
+            module._buffers.clear()  # noqa: SLF001 - a buffer may have been replaced by another tensor
+            for name, (buffer, before) in buffers.items():
+                module._buffers[name] = buffer  # noqa: SLF001
+                if buffer is not None and before is not None and not buffer.is_meta:
+                    buffer.copy_(before)
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return what is an attribute of the object, and none of torch's registers."""
+    registers = ("_parameters", "_buffers", "_modules")
+    return {name: value for name, value in vars(module).items() if name not in registers and "hooks" not in name}
+
+
+def _copied_buffers(module: nn.Module) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+    return {name: (b, None if b is None else b.clone()) for name, b in module._buffers.items()}  # noqa: SLF001
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    found = [model.config, model.config.get_text_config()]
+    found += [vars(module)["config"] for module in model.modules() if hasattr(vars(module).get("config"), "to_dict")]
+    return list({id(config): config for config in found}.values())
+
+
+def _shorten_windows(model: PreTrainedModel) -> None:
+    """Let every window of attention be three tokens long: in the configurations, of which masks are made, and layers.
+
+    A layer's own number may be the configuration's or one more than that.
+    """
+    shortened: dict[str, dict[int, int]] = {}
+    for config in _configs(model):
+        for name in WINDOWS:
+            size = vars(config).get(name)
+            if isinstance(size, int) and not isinstance(size, bool) and size > _WINDOW:
+                setattr(config, name, _WINDOW)
+                for more in (0, 1):
+                    shortened.setdefault(name, {})[size + more] = _WINDOW + more
+    for module in model.modules():
+        for name in WINDOWS:
+            size = vars(module).get(name)
+            for sizes in shortened.values():
+                if isinstance(size, int) and size in sizes:
+                    setattr(module, name, sizes[size])
+                    break
+
+
+# ---- position encodings ----
+
+
+def position_encodings(model: PreTrainedModel) -> tuple[tuple[str, ...], int | None]:
+    """Return which modules encode positions otherwise beside a far one, and from what number of tokens on.
+
+    They are called by themselves, as copies on the CPU in fp32: with a few positions, and with a far one beside them.
+    """
+    names, limits = [], []
+    for name, module in model.named_modules():
+        if not _encodes_positions(type(module).forward) or next(module.parameters(), None) is not None:
+            continue
+        twin = None
+        with suppress(NotImplementedError):  # buffers on the meta device
+            twin = copy.deepcopy(module).to("cpu").float()
+        limit = None if twin is None else _changing_length(twin, _far(model))
+        if limit is not None:
+            names.append(name)
+            limits.append(limit)
+    return tuple(names), min(limits, default=None)
+
+
+@cache
+def _encodes_positions(forward: Callable[..., Any]) -> bool:
+    return "position_ids" in inspect.signature(forward).parameters
+
+
+def _far(model: PreTrainedModel) -> int:
+    """Return a number of tokens past every length that the configuration names."""
+    settings = vars(model.config.get_text_config())
+    nested = [value for value in settings.values() if isinstance(value, dict)]
+    named = [item for part in (settings, *nested) for item in part.items()]
+    lengths = [value for name, value in named if "position" in str(name) and isinstance(value, int)]
+    return 2 * max(lengths, default=_FAR) + _PROBE
+
+
+def _changing_length(module: nn.Module, far: int) -> int | None:
+    """Return the tokens of a sequence from which on it may change the encoding of others, or be changed itself.
+
+    One less than the first that does: at that length transformers' dynamic NTK does not return from a longer one.
+    """
+    same = _beside(module, _PROBE + 1)
+    if same is None or _beside(module, far) in (None, same):
+        return None
+    low, high = _PROBE + 1, far  # not changed at low, changed at high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _beside(module, middle) == same else (low, middle)
+    return low
+
+
+def _beside(module: nn.Module, length: int) -> list[bytes] | None:
+    """Return the encoding of the first positions beside the last of ``length``; None where that has none."""
+    positions = torch.cat([torch.arange(_PROBE), torch.tensor([length - 1])])[None]
+    try:
+        _encode(module, positions[:, :1])
+        encoded = _encode(module, positions)
+    except Exception:  # noqa: BLE001 - a table that ends before it, arguments that nobody foresaw: nothing to compare
+        return None
+    rows = [tensor.movedim(tensor.shape.index(_PROBE + 1), 0)[:_PROBE] for tensor in encoded]
+    return [bytes(torch.view_as_real(r).numpy() if r.is_complex() else r.contiguous().numpy()) for r in rows]
+
+
+@torch.no_grad()
+def _encode(module: nn.Module, positions: Tensor) -> list[Tensor]:
+    """Call a module that encodes positions (1, n), for each kind of layer that it knows."""
+    parameters = inspect.signature(type(module).forward).parameters
+    states = torch.zeros(1, positions.shape[1], 1, device=positions.device)
+    kinds = dict.fromkeys(getattr(module, "layer_types", None) or [None]) if "layer_type" in parameters else [None]
+    encoded: list[Tensor] = []
+    for kind in kinds:
+        options = {} if kind is None else {"layer_type": kind}
+        if next(name for name in parameters if name != "self") != "position_ids":
+            out = module(states, position_ids=positions, **options)
+        else:
+            out = module(positions, **options)
+        encoded += [tensor for tensor in (out if isinstance(out, tuple) else (out,)) if isinstance(tensor, Tensor)]
+    return encoded
+
+
+# ---- without weights ----
+
+
+def _expected(model: PreTrainedModel, attention: str | None, reading: Reading) -> Reading:
+    """Return how a model whose weights are not here (sharded, on the meta device) reads packs, by its description."""
+    kinds = _layer_kinds(model)
+    stateful = getattr(model, "_is_stateful", False) and not kinds
+    known = getattr(model, "_supports_attention_backend", False) and kinds <= ATTENTION_ONLY - {"chunked_attention"}
+    if stateful or not known or not hands_packs_on(model):
+        reason = "its weights are not in this process to measure with, and its layers may be more than attention"
+        return replace(reading, attention=attention or reading.own, alone=reason)
+    way = attention or (NAME if hands_windows_on(model) else reading.own)
+    return replace(reading, attention=way)
+
+
+def _layer_kinds(model: PreTrainedModel) -> set[str]:
+    """Return the kinds of layers that the configuration lists."""
+    config = model.config.get_text_config()
+    lists = (getattr(config, name, None) for name in ("layer_types", "layers_block_type", "block_types"))
+    return {kind for kinds in lists if isinstance(kinds, (list, tuple)) for kind in kinds}

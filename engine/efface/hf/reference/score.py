@@ -1,0 +1,112 @@
+"""Sequence log-probabilities of a whole token store, packed and without gradients."""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from efface.batching import Role, TokenStore, pack_items
+from efface.hf.model.head import head_of, packed_hidden, use_packed_attention
+from efface_kernels import accumulation_dtype, linear_logprob, segment_sums
+
+
+def budgeted(store: TokenStore, index: NDArray[np.int64], token_budget: int) -> Iterator[NDArray[np.int64]]:
+    """Yield runs of the sequences of ``index`` whose tokens fit the budget; a longer sequence comes alone."""
+    run: list[int] = []
+    tokens = 0
+    for sequence, length in zip(index.tolist(), store.lengths[index].tolist(), strict=True):
+        if run and tokens + length > token_budget:
+            yield np.array(run)
+            run, tokens = [], 0
+        run.append(sequence)
+        tokens += length
+    if run:
+        yield np.array(run)
+
+
+@contextmanager
+def scoring(model: PreTrainedModel) -> Iterator[None]:
+    """Within, ``model`` is in evaluation mode and reads packs as it can; then as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    attention = model.config._attn_implementation  # noqa: SLF001
+    model.eval()
+    try:
+        use_packed_attention(model)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        model.set_attn_implementation(attention)
+
+
+@torch.no_grad()
+def packed_logprobs(
+    model: PreTrainedModel,
+    store: TokenStore,
+    index: NDArray[np.int64] | None = None,
+    *,
+    token_budget: int = 8192,
+    name: str = "store",
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
+    """Yield (sequences, their L_s on the CPU) forward pass by forward pass, until all of ``index`` had their turn.
+
+    ``index`` None is the whole store; the rest is as in ``store_logprobs``. Until the last yield the model is in
+    evaluation mode. Of ``world_size`` ranks each runs every ``world_size``-th pass, and all yield the sequences of as
+    many passes at a time, with 0 for what others computed: the sum over the ranks is what one alone would yield.
+
+    Raises:
+        ValueError: when the first is asked for, as ``store_logprobs``.
+    """
+    head = head_of(model)
+    check_store(model, store, name)
+    packs = budgeted(store, np.arange(len(store)) if index is None else index, token_budget)
+    with scoring(model):
+        while turn := list(itertools.islice(packs, world_size)):
+            sums = [torch.zeros(len(pack), dtype=accumulation_dtype(head.weight.dtype)) for pack in turn]
+            if rank < len(turn):
+                roles = np.full(len(turn[rank]), Role.RETAIN, np.int8)
+                pinned = model.device.type == "cuda"
+                batch = pack_items((TokenStore.empty(), store), roles, turn[rank], pin_memory=pinned)
+                batch = batch.to(model.device, non_blocking=True)
+                logprobs = linear_logprob(
+                    packed_hidden(model, batch), head.weight, batch.targets, bias=head.bias, softcap=head.softcap
+                )
+                sums[rank] = segment_sums(logprobs, batch.label_offsets.device).cpu()
+            yield np.concatenate(turn), torch.cat(sums)
+
+
+def store_logprobs(
+    model: PreTrainedModel, store: TokenStore, *, token_budget: int = 8192, name: str = "store"
+) -> torch.Tensor:
+    """Return L_s of every sequence, (len(store),) on the CPU, in nats; float32 (float64 for float64 models).
+
+    Sequences are packed up to ``token_budget`` tokens; the budget does not change a result beyond rounding. The
+    model is put into evaluation mode and back. Errors call the store ``name``.
+
+    Raises:
+        ValueError: a token id outside the model's vocabulary, or a sequence longer than the model's positions.
+    """
+    sums = torch.zeros(len(store), dtype=accumulation_dtype(head_of(model).weight.dtype))
+    for sequences, part in packed_logprobs(model, store, token_budget=token_budget, name=name):
+        sums[torch.from_numpy(sequences)] = part
+    return sums
+
+
+def check_store(model: PreTrainedModel, store: TokenStore, name: str) -> None:
+    """Raise ValueError if the store holds a token or a sequence that the model cannot read."""
+    embeddings: Any = model.get_input_embeddings()
+    store.check_vocabulary(embeddings.weight.shape[0], name)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = int(store.lengths.max(initial=0))
+    if limit is not None and longest > limit > 0:  # XLNet says -1: it has no limit
+        raise ValueError(
+            f"`{name}`: expected sequences of at most {limit} tokens (the model's positions), got {longest}; "
+            "cut them on purpose by a maximal length (--max_length)"
+        )

@@ -1,0 +1,1 @@
+"""Text to token sequences: files of rows, prompt templates, the cache of tokens."""

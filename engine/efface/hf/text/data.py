@@ -1,0 +1,284 @@
+"""Token stores from question-answer data: what a trainer takes as its sets, tokenised once."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from efface.batching import TokenStore
+from efface.batching.store import Chunk, Taken
+from efface.hf.text import token_cache
+from efface.hf.text.row_files import FileRows
+from efface.hf.text.rows import (
+    Conditions,
+    Rows,
+    check_rows,
+    is_table,
+    load_rows,
+    local_file,
+    matching,
+    parse_conditions,
+    present_columns,
+    table_digest,
+    text_batches,
+)
+from efface.hf.text.templates import AUTO, Batch, Template, encode_batches, get_template, probe
+
+# What a trainer takes as a forget or retain set: tokens, a file or Hub name, or rows (a datasets.Dataset is rows).
+QuestionAnswers: TypeAlias = TokenStore | str | Path | Rows
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """Answers such as "I don't know.", of which every row gets one, drawn by the seed and the row's number.
+
+    Attributes:
+        lines: the answers.
+        seed: of the draws.
+        every: rows get all of them instead, one sequence each: for who draws anew whenever a row is read.
+    """
+
+    lines: tuple[str, ...]
+    seed: int = 0
+    every: bool = False
+
+    @classmethod
+    def read(cls, path: str | Path, seed: int = 0, *, every: bool = False) -> "Refusals":
+        """Read a text file with an answer a line, as open-unlearning's idk files are.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file without a line of text, or of another encoding than UTF-8.
+        """
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise FileNotFoundError(f"refusal file {str(path)!r} does not exist; check the path")
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"refusal file {str(path)!r}: expected UTF-8, got {error}; save it as UTF-8") from error
+        # Not splitlines, which ends a line at other characters, too, of which U+2028 is one.
+        lines = tuple(line.strip() for line in text.split("\n") if line.strip())
+        if not lines:
+            raise ValueError(f"refusal file {str(path)!r}: expected an answer a line, got no text")
+        return cls(lines, seed, every)
+
+    def answers(self, rows: Sequence[int]) -> list[str]:
+        """Return the answers of the rows of these numbers, from 0."""
+        # A draw of its own for every row: the same one whatever other rows there are.
+        draws = (np.random.Generator(np.random.Philox(key=self.seed, counter=row)) for row in rows)
+        return [self.lines[draw.integers(len(self.lines))] for draw in draws]
+
+    def batch(self, rows: Sequence[int], questions: Sequence[str]) -> Batch:
+        """Return row numbers, questions and answers."""
+        if not self.every:
+            return rows, questions, self.answers(rows)
+        count = len(self.lines)
+        spread = [(row, question) for row, question in zip(rows, questions, strict=True) for _ in range(count)]
+        return [row for row, _ in spread], [question for _, question in spread], list(self.lines) * len(rows)
+
+
+def token_store(
+    data: QuestionAnswers,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    name: str,
+    question_column: str | None = None,
+    answer_column: str | None = None,
+    template: str | Template = AUTO,
+    system_prompt: str | None = None,
+    date_string: str | None = None,
+    compat: str | None = None,
+    max_length: int | None = None,
+    rows_filter: Conditions = None,
+    refusals: Refusals | None = None,
+    cache_dir: str | Path | None = None,
+) -> TokenStore:
+    """Tokenise question-answer rows or documents, or hand a ``TokenStore`` through.
+
+    Files, Hub data sets and ``datasets.Dataset`` are tokenised once: the tokens stay in a memory-mapped file under the
+    cache folder, found again by the content of the data and of all that made tokens of it. Lists of rows are in memory
+    already, and so are their tokens, as are those of a ``datasets.Dataset`` with a transform.
+
+    Args:
+        data: a JSON, JSON-lines, CSV or Parquet file, ``name[:config[:split]]`` on the Hub, rows, or a TokenStore.
+        tokenizer: needed for text.
+        name: what messages call the set.
+        question_column: None is "question"; for documents, "prompt" if the data has it, else no prompt.
+        answer_column: None is "answer"; for documents, "text".
+        template: a name or a ``Template``; see ``efface.hf.text.templates.get_template``.
+        system_prompt: in place of the template's own; "" for none.
+        date_string: in place of the template's own.
+        compat: whose prompts and labels, "open-unlearning" or "tofu"; None is efface's.
+        max_length: cut sequences to so many tokens, documents into sequences of so many; None never cuts.
+        rows_filter: conditions that rows must meet; see ``efface.hf.text.rows.parse_conditions``.
+        refusals: answers that take the place of the rows' own.
+        cache_dir: cache folder; None is ``$EFFACE_CACHE``, or ``efface`` in the user's cache folder.
+
+    Raises:
+        FileNotFoundError: a file that does not exist.
+        TypeError: what is not rows, such as a datasets.DatasetDict or a table of pandas.
+        ValueError: no tokenizer, a missing column, a filter that leaves no row, an empty set, a row without a label; a
+            value that has no text, see ``efface.hf.text.rows.as_text``; a file that is not of its type, or that changes
+            while it is read.
+    """
+    conditions = parse_conditions(rows_filter)
+    empty = f"the {name} set is empty; expected at least one row"
+    if isinstance(data, TokenStore):
+        if conditions:
+            raise ValueError(f"`{name}`: a TokenStore has no columns to filter by; filter the rows that it is made of")
+        if not len(data):
+            raise ValueError(empty)
+        return data
+    if tokenizer is None:
+        raise ValueError(f"`{name}`: text needs a tokenizer; give `processing_class`, or a TokenStore")
+    chosen = get_template(template, tokenizer, system_prompt=system_prompt, date_string=date_string, compat=compat)
+    source = f"{name} data {str(data)!r}" if isinstance(data, (str, Path)) else f"{name} data"
+
+    def names(rows: Rows) -> tuple[str | None, str]:
+        if not len(rows):
+            raise ValueError(empty)
+        return _column_names(rows, question_column, answer_column, chosen)
+
+    def chunks(rows: Rows) -> tuple[Iterable[Chunk], Taken]:
+        question, answer = names(rows)
+        numbers = matching(rows, conditions, source)
+        batches = text_batches(rows, question, answer, source=source, numbers=numbers, documents=chosen.documents)
+        if refusals is not None:
+            batches = (refusals.batch(where, questions) for where, questions, _ in batches)
+        taken = Taken(len(rows) if numbers is None else len(numbers), len(rows))
+        return encode_batches(tokenizer, batches, template=chosen, max_length=max_length), taken
+
+    def key(identity: Sequence[str]) -> str:
+        return token_cache.digest(
+            identity,
+            [question_column, answer_column, max_length],
+            [[condition.column, sorted(condition.values), condition.negated] for condition in conditions],
+            [] if refusals is None else [refusals.lines, refusals.seed, *(["every"] if refusals.every else [])],
+            [astuple(chosen), probe(tokenizer, chosen)],
+            token_cache.tokenizer_digest(tokenizer),
+        )
+
+    if isinstance(data, (str, Path)) and (file := local_file(data)) is not None:
+        digest = token_cache.file_digest(file)
+
+        def read() -> tuple[Iterable[Chunk], Taken]:
+            rows = FileRows(file, cache_dir=cache_dir)
+            if rows.digest != digest:  # or the tokens of one file would be found by the content of another
+                raise ValueError(f"{str(file)!r} changed while it was read; wait until it is written, and start again")
+            return chunks(rows)
+
+        return token_cache.stored(key([file.suffix.lower(), digest]), read, cache_dir)
+    rows = load_rows(data) if isinstance(data, (str, Path)) else data
+    if isinstance(rows, FileRows):
+        return token_cache.stored(key([rows.suffix, rows.digest]), lambda: chunks(rows), cache_dir)
+    check_rows(rows, f"`{name}`")
+    if is_table(rows):
+        asked = [condition.column for condition in conditions]
+        asked += [column for column in names(rows) if column is not None]
+        content = key(["dataset", table_digest(rows, list(dict.fromkeys(asked)), source)])
+        return token_cache.stored(content, lambda: chunks(rows), cache_dir)
+    return TokenStore(*chunks(rows))
+
+
+def _column_names(rows: Rows, question: str | None, answer: str | None, template: Template) -> tuple[str | None, str]:
+    if not template.documents:
+        return question or "question", answer or "answer"
+    if question is None and "prompt" in present_columns(rows, "rows"):
+        question = "prompt"
+    return question, answer or "text"
+
+
+_LOOKED_AT = 8  # tokens of a sequence that its sample holds
+_SHOWN = 3
+
+
+def shared_sequences(
+    forget: TokenStore, retain: TokenStore, *, prompts: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the forget sequences that are retain sequences too, and for each the first retain one with its tokens.
+
+    A sample of a few tokens tells nearly all sequences apart, in NumPy; those that it does not are compared whole.
+
+    Args:
+        forget: sequences.
+        retain: sequences.
+        prompts: compare what stands before the labels, and not the labels.
+
+    Returns:
+        (K,) sequence numbers in ``forget``, in order, and (K,) in ``retain``.
+    """
+    ours, theirs = _samples(forget, prompts), _samples(retain, prompts)
+    candidates = np.flatnonzero(np.isin(theirs, ours))
+    first: dict[bytes, int] = {}
+    for i in candidates.tolist():
+        if key := _content(retain, i, prompts):
+            first.setdefault(key, i)
+    numbers = np.flatnonzero(np.isin(ours, theirs[candidates])).tolist() if first else []
+    pairs = [(i, first[key]) for i in numbers if (key := _content(forget, i, prompts)) in first]
+    found = np.array(pairs, np.int64).reshape(-1, 2)
+    return found[:, 0], found[:, 1]
+
+
+def refuse_overlap(forget: TokenStore, retain: TokenStore, *, prompts: bool = False) -> None:
+    """Raise ValueError if rows stand in both sets; where the sets are one and the same, warn.
+
+    One set given for both is a choice, or a check that all runs; some rows in both are an accident of a filter or a
+    file.
+
+    Args:
+        forget: sequences.
+        retain: sequences.
+        prompts: see ``shared_sequences``.
+    """
+    numbers, others = shared_sequences(forget, retain, prompts=prompts)
+    if not len(numbers):
+        return
+    what = "question" if prompts else "row"
+    if len(numbers) == len(forget) and len(shared_sequences(retain, forget, prompts=prompts)[0]) == len(retain):
+        warnings.warn(
+            f"the forget and the retain set are the same {len(retain)} rows, which are trained both ways; if that is "
+            "meant, --allow_overlap (UnlearnArguments(allow_overlap=True)) says so",
+            stacklevel=2,
+        )
+        return
+    pairs = [f"{i} and {j}" for i, j in zip(numbers[:_SHOWN].tolist(), others[:_SHOWN].tolist(), strict=True)]
+    raise ValueError(
+        f"expected forget and retain sets without a common {what}, got {len(numbers)} of {len(forget)} forget rows in "
+        f"both: rows {', '.join(pairs)}{' and more' if len(numbers) > _SHOWN else ''} (of the forget and of the retain "
+        f"set as taken, from 0) have the same {'question' if prompts else 'tokens'}; leave them out of one set, with "
+        "--retain_filter or a file without them, or insist with --allow_overlap (UnlearnArguments(allow_overlap=True))"
+    )
+
+
+def _samples(store: TokenStore, prompts: bool) -> NDArray[np.uint64]:
+    """(sequences,) A number that equal sequences share, of their lengths and some of their tokens."""
+    parts = [np.empty(0, np.uint64)]
+    for ids, offsets, starts in store.chunks:
+        begins = offsets[:-1]
+        lengths = starts if prompts else np.diff(offsets)
+        mixed = lengths.astype(np.uint64)
+        for k in range(_LOOKED_AT):
+            # Spread over the sequence, with its last token but one: the very last ends every row.
+            places = begins + np.maximum((lengths * (k + 1)) // _LOOKED_AT - 2, 0)
+            tokens = ids[places].astype(np.uint64) if len(ids) else np.zeros(len(begins), np.uint64)
+            mixed = (mixed ^ tokens) * np.uint64(0x9E3779B97F4A7C15)
+            mixed ^= mixed >> np.uint64(29)
+        parts.append(mixed)
+    return np.concatenate(parts)
+
+
+def _content(store: TokenStore, index: int, prompts: bool) -> bytes:
+    """Return the tokens of a sequence, or of its prompt; nothing where that is at most a mark of the beginning."""
+    tokens = store[index]
+    if prompts:
+        tokens = tokens[: store.label_starts[index]]
+    return tokens.tobytes() if len(tokens) > 1 else b""
+
+
+__all__ = ["QuestionAnswers", "Refusals", "load_rows", "refuse_overlap", "token_store"]

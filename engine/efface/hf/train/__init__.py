@@ -1,0 +1,1 @@
+"""Training: the trainers, their arguments, steps, checkpoints and records."""

@@ -1,0 +1,408 @@
+"""Checkpoints as revisions of a Hub repository: each on a branch of its own, pushed while training goes on."""
+
+import copy
+import json
+import logging
+import math
+import os
+import re
+import threading
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any, Protocol
+
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import LocalTokenNotFoundError
+from transformers.trainer_utils import TrainOutput
+
+from efface.files import PARTIAL
+from efface.hf.train.arguments import UnlearnArguments
+from efface.hf.train.checkpoints import ResumableTrainer, checkpoints
+from efface.hf.train.record import (
+    DataFacts,
+    Recipe,
+    argument_values,
+    changed_arguments,
+    objective_values,
+    plan_values,
+    versions,
+)
+from efface.objectives import Objective
+
+RECORD = "pushed.json"
+_LOG = logging.getLogger(__name__)
+# The model is for others; how to continue training it is not.
+_NOT_PUSHED = [
+    *(
+        "optimizer*",
+        "scheduler.pt",
+        "scaler.pt",
+        "rng_state*",
+        "progress*.pt",
+        "training_args.bin",
+        "trainer_state.json",
+    ),
+    *("global_step*", "pytorch_model_fsdp*", "checkpoint-*", f"{PARTIAL}*", "run.json", RECORD),
+]
+
+
+class HubError(OSError):
+    """The Hub refused, could not be reached, or lacks something that should be there."""
+
+
+class HubClient(Protocol):
+    """The part of ``huggingface_hub.HfApi`` that is used here."""
+
+    def whoami(self) -> Any:
+        """Return the account; raise without a login."""
+
+    def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> Any:
+        """Return what has the full name as ``repo_id``."""
+
+    def create_branch(self, repo_id: str, *, branch: str, exist_ok: bool) -> None:
+        """Make a branch of main."""
+
+    def upload_folder(
+        self,
+        *,
+        repo_id: str,
+        folder_path: str | Path,
+        revision: str,
+        commit_message: str,
+        ignore_patterns: list[str],
+    ) -> Any:
+        """Commit a folder to a branch."""
+
+
+def default_client(token: str | None = None) -> HubClient:
+    """Return the real Hub, with huggingface_hub's own login unless a token is given."""
+    client: HubClient = HfApi(token=token)
+    return client
+
+
+def check_login(client: HubClient) -> None:
+    """Raise HubError unless the Hub knows who we are."""
+    try:
+        client.whoami()
+    except LocalTokenNotFoundError as error:
+        raise HubError(
+            "`--push_to_hub`: not logged in to the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN"
+        ) from error
+    except Exception as error:
+        raise HubError(f"`--push_to_hub`: the Hugging Face Hub does not answer a login: {error}") from error
+
+
+class RevisionPusher:
+    """Pushes checkpoints to the branches ``checkpoint-N`` of a repository.
+
+    Uploads run on a thread of their own: gigabytes take minutes, in which training goes on and, on several processes,
+    none waits for another until its time-out. A checkpoint that could not be pushed is kept and tried again with the
+    next one, when training ends, and when a killed run continues.
+
+    Args:
+        client: see ``HubClient``.
+        name: of the repository, made if it does not exist.
+        folder: of the run; what was pushed is remembered there.
+        private: of a new repository; None is the account's default.
+
+    Raises:
+        HubError: no login, or a repository that cannot be made.
+    """
+
+    def __init__(self, client: HubClient, name: str, folder: Path, *, private: bool | None = None) -> None:
+        check_login(client)
+        try:
+            self.repository: str = client.create_repo(name, private=private, exist_ok=True).repo_id
+        except Exception as error:
+            raise HubError(f"`--hub_model_id`: cannot make or write to {name!r}: {error}") from error
+        self._client = client
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._pending: dict[int, Path] = {}
+        self._errors: dict[int, str] = {}
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def of(cls, args: UnlearnArguments, client: HubClient | None = None) -> "RevisionPusher":
+        """Return the pusher that the arguments of a run ask for."""
+        folder = Path(args.output_dir or "trainer_output")
+        name = args.hub_model_id or folder.absolute().name
+        return cls(client or default_client(args.hub_token), name, folder, private=args.hub_private_repo)
+
+    def resume(self) -> None:
+        """Take up the checkpoints that an earlier process of the run wrote but did not push."""
+        pushed = self._pushed()
+        for step, path in checkpoints(self._folder).items():
+            if step not in pushed:
+                self.add(step, path)
+
+    def start_anew(self) -> None:
+        """Forget what another run pushed from this folder."""
+        (self._folder / RECORD).unlink(missing_ok=True)
+
+    def add(self, step: int, checkpoint: Path) -> None:
+        """Push a checkpoint, and those before it that still wait."""
+        with self._lock:
+            self._pending[step] = checkpoint
+        if self._thread is None or not self._thread.is_alive():
+            # A daemon: Ctrl-C must not wait for an upload.
+            self._thread = threading.Thread(target=self._drain, daemon=True)
+            self._thread.start()
+
+    def in_use(self) -> AbstractSet[Path]:
+        """Return the checkpoints that are not pushed yet."""
+        with self._lock:
+            return set(self._pending.values())
+
+    def finish(self) -> dict[int, str]:
+        """Wait, try what is left once more, and return the errors of what could not be pushed, by step."""
+        if self._thread is not None:
+            self._thread.join()
+        self._drain()
+        with self._lock:
+            return {step: self._errors.get(step, "") for step in self._pending}
+
+    def push_final(self, folder: Path) -> None:
+        """Push the model of the run to the main branch."""
+        try:
+            self._upload(folder, "main", "efface: final model")
+        except Exception as error:
+            raise HubError(
+                f"the final model was not pushed to {self.repository!r}: {error}. It is whole in {str(folder)!r}; run "
+                "the same command again to push it"
+            ) from error
+
+    def _drain(self) -> None:
+        tried: set[int] = set()
+        while True:
+            with self._lock:
+                left = [(step, path) for step, path in sorted(self._pending.items()) if step not in tried]
+            if not left:
+                return
+            step, path = left[0]
+            tried.add(step)
+            try:
+                self._client.create_branch(self.repository, branch=path.name, exist_ok=True)
+                self._upload(path, path.name, f"efface: step {step}")
+                self._remember(step)
+            except Exception as error:  # noqa: BLE001 - whatever the network does, training goes on
+                self._errors[step] = f"{type(error).__name__}: {error}"
+                _LOG.warning("%s was not pushed, it is tried again later: %s", path.name, error)
+            else:
+                with self._lock:
+                    del self._pending[step]
+
+    def _upload(self, folder: Path, revision: str, message: str) -> None:
+        self._client.upload_folder(
+            repo_id=self.repository,
+            folder_path=folder,
+            revision=revision,
+            commit_message=message,
+            ignore_patterns=_NOT_PUSHED,
+        )
+
+    def _pushed(self) -> set[int]:
+        try:
+            record = json.loads((self._folder / RECORD).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return set()
+        return set(record["steps"]) if record["repository"] == self.repository else set()
+
+    def _remember(self, step: int) -> None:
+        record = {"repository": self.repository, "steps": sorted({*self._pushed(), step})}
+        partial = self._folder / f"{PARTIAL}{RECORD}"
+        partial.write_text(json.dumps(record), encoding="utf-8")
+        os.replace(partial, self._folder / RECORD)  # noqa: PTH105 - atomic within one file system
+
+
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")  # what the Hub accepts as a name in a card's header
+
+
+def model_card(recipe: Recipe, log_history: list[dict[str, Any]], *, step: int) -> ModelCard:
+    """Return the card of the model that ``recipe`` had made after ``step`` optimizer steps."""
+    losses, evaluations = final_metrics(log_history)
+    name = f"{recipe.method} of {Path(recipe.base_model).name or 'a model'}"
+    data = ModelCardData(
+        base_model=recipe.base_model if _is_hub_name(recipe.base_model) else None,
+        datasets=sorted({source for facts in recipe.data.values() if _is_hub_name(source := facts.hub_name)}) or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["efface", "machine-unlearning", recipe.method],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="forget-retain",
+                dataset_name="forget and retain sets of the run",
+                metric_type=metric,
+                metric_value=value,
+            )
+            for metric, value in evaluations.items()
+        ]
+        or None,
+        efface={**recipe.as_dict(), "step": step, "metrics": {**losses, **evaluations}},
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(name, recipe, {**losses, **evaluations}, step)}")
+
+
+def final_metrics(log_history: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the last value of each loss of a run's log, and of each evaluation result; only finite numbers."""
+    losses: dict[str, float] = {}
+    evaluations: dict[str, float] = {}
+    for entry in log_history:
+        for key, value in entry.items():
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                continue
+            if key.startswith("eval_"):
+                evaluations[key] = float(value)
+            elif key == "loss" or (key.endswith("_loss") and key != "train_loss"):
+                losses[key] = float(value)
+    return losses, evaluations
+
+
+def _is_hub_name(name: str) -> bool:
+    return bool(_REPOSITORY.fullmatch(name)) and not Path(name).exists()
+
+
+def _body(name: str, recipe: Recipe, metrics: dict[str, float], step: int) -> str:
+    command = f"## Reproduce\n\n```\n{recipe.command}\n```\n" if recipe.command else ""
+    made = f"`{recipe.method}` from `{recipe.base_model}` (revision `{recipe.revision}`), {step} optimizer steps"
+    data = [
+        (role, f"`{facts.source}`", facts.counts(), f"`{facts.fingerprint}`", ", ".join(facts.filters) or "-")
+        for role, facts in recipe.data.items()
+    ]
+    sections = [
+        f"# {name}",
+        f"Made with efface {recipe.versions['efface']}: {made}.",
+        f"Adapter: {recipe.adapter}." if recipe.adapter else "",
+        "## Objective\n\n" + _table(("parameter", "value"), _rows(recipe.objective)),
+        "## Data\n\n" + _table(("set", "source", "rows", "fingerprint of the tokens", "filter"), data),
+        "## Hyperparameters\n\n" + _table(("name", "value"), _rows({**recipe.plan, **recipe.arguments})),
+        "## Metrics\n\n" + _table(("name", "last value"), [(key, f"{value:.6g}") for key, value in metrics.items()]),
+        "## Versions\n\n" + _table(("package", "version"), _rows(recipe.versions)),
+        command,
+    ]
+    return "\n\n".join(filter(None, sections)).rstrip() + "\n"
+
+
+def _rows(values: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [(f"`{key}`", f"`{value}`") for key, value in values.items()]
+
+
+def _table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [heading, tuple("---" for _ in heading), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )
+
+
+class CardedTrainer(ResumableTrainer):
+    """Adds model cards, and branches of a Hub repository, to exact checkpoints.
+
+    Attributes:
+        objective: whose parameters the card lists.
+        data: of what the sets were made, by role.
+        pairs_per_step: pairs of an optimizer step, on all processes together.
+        base_model: the name of the model before training.
+        revision: of the base model.
+        adapter: in words, which adapter is trained on what, and what is saved; None without one.
+        command: the command line that started the run, if one did.
+        reference_kind: "cached" or "live", for objectives with a reference.
+        not_pushed: after ``train()``, the errors of checkpoints that are not on the Hub, by step.
+    """
+
+    objective: Objective | None
+    pairs_per_step: int
+    revision = "main"
+    adapter: str | None = None
+    command: str | None = None
+    reference_kind: str | None = None
+    _saved = False  # while what is in the output folder is pushed: it need not be written again
+
+    def __init__(self, *, args: UnlearnArguments, hub_client: HubClient | None = None, **options: Any) -> None:
+        self.pusher: RevisionPusher | None = None
+        self.not_pushed: dict[int, str] = {}
+        self._revisions = args.revision_per_checkpoint
+        if self._revisions:
+            if args.process_index == 0:
+                self.pusher = RevisionPusher.of(args, hub_client)
+            args = copy.copy(args)
+            args.push_to_hub = False  # else transformers pushes too, to main
+        super().__init__(args=args, **options)
+        self.data: dict[str, DataFacts] = {}
+        model: Any = self.model
+        self.base_model: str = getattr(model.config, "_name_or_path", "") or type(model).__name__
+
+    def recipe(self) -> Recipe:
+        """Return what the model of this run is made of."""
+        args: UnlearnArguments = self.args  # type: ignore[assignment]
+        return Recipe(
+            base_model=self.base_model,
+            revision=self.revision,
+            method="finetune" if self.objective is None else self.objective.name,
+            objective=objective_values(self.objective),
+            reference=self.reference_kind,
+            data=self.data,
+            plan=plan_values(args, self.pairs_per_step),
+            arguments=changed_arguments(argument_values(args)),
+            command=self.command,
+            processes=args.world_size,
+            versions=versions(),
+            adapter=self.adapter,
+        )
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> TrainOutput:  # type: ignore[override]
+        """See ``ResumableTrainer.train``; ends when the checkpoints are on the Hub, or are in ``not_pushed``."""
+        if self.pusher is not None and resume_from_checkpoint:
+            self.pusher.resume()
+        elif self.pusher is not None:
+            self.pusher.start_anew()
+        output = super().train(resume_from_checkpoint, **options)
+        if self.pusher is not None:
+            self.not_pushed = self.pusher.finish()
+        return output
+
+    def on_checkpoint(self, checkpoint: Path) -> None:
+        """Push it, if each is to be a revision."""
+        if self.pusher is not None:
+            self.pusher.add(self.state.global_step, checkpoint)
+
+    def checkpoints_in_use(self) -> AbstractSet[Path]:
+        """Return those that are not pushed yet."""
+        return set() if self.pusher is None else self.pusher.in_use()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, its tokenizer, and a card (README.md)."""
+        if self._saved and output_dir is None:
+            return
+        super().save_model(output_dir, _internal_call=True)
+        if self.args.should_save:
+            self._write_card(Path(output_dir or str(self.args.output_dir)))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write our card where transformers would write its own."""
+        if self.is_world_process_zero():
+            self._write_card(Path(str(self.args.output_dir)))
+
+    def push_to_hub(self, *args: Any, saved: bool = False, **kwargs: Any) -> Any:
+        """Push the model; where checkpoints are revisions, to main of the same repository.
+
+        With ``saved`` it is in the output folder already, and is not written again: killed meanwhile, it stays whole.
+        """
+        self._saved = saved
+        try:
+            if not self._revisions:
+                return super().push_to_hub(*args, **kwargs)
+            self.save_model(_internal_call=True)
+            if self.pusher is not None:
+                self.pusher.push_final(Path(str(self.args.output_dir)))
+            return None
+        finally:
+            self._saved = False
+
+    def _write_card(self, folder: Path) -> None:
+        if folder.is_dir():
+            model_card(self.recipe(), self.state.log_history, step=self.state.global_step).save(folder / "README.md")

@@ -1,0 +1,200 @@
+"""The recipe of a run: all that its result depends on, as plain values that can be compared and written down."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from efface.batching import TokenStore
+from efface.hf.text.rows import Conditions, parse_conditions
+from efface.hf.train.arguments import UnlearnArguments
+from efface.objectives import Objective
+
+# How a run is watched, stored and spread out, not what it computes.
+_WATCHING = (
+    *("output_dir", "overwrite_output_dir", "run_name", "disable_tqdm", "report_to", "project", "trackio_space_id"),
+    *("resume_from_checkpoint", "do_train", "do_eval", "do_predict", "prediction_loss_only", "token_cache"),
+    "allow_overlap",
+    *("include_num_input_tokens_seen", "include_tokens_per_second", "skip_memory_metrics", "load_best_model_at_end"),
+    *("restore_callback_states_from_checkpoint", "revision_per_checkpoint", "local_rank", "greater_is_better"),
+    *("metric_for_best_model", "batch_eval_metrics", "enable_jit_checkpoint", "push_to_hub", "debug"),
+)
+_WATCHING_PREFIXES = (
+    "log",
+    "save_",
+    "hub_",
+    "push_",
+    "eval_",
+    "ddp_",
+    "dataloader_",
+    "per_device_",
+    "per_gpu_",
+    "jit_",
+)
+# Part of the plan, under their own names there.
+_PLANNED = ("pairs_per_step", "token_budget", "retain_sampling", "seed", "data_seed", "gradient_accumulation_steps")
+# What every reader of a card looks for, at its default or not.
+_ALWAYS = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps"),
+    *("optim", "weight_decay", "max_grad_norm", "bf16", "fp16", "template"),
+)
+_SECRETS = ("--hub_token", "--hub-token", "--push_to_hub_token", "--push-to-hub-token")
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a set was: where from, how many sequences, and a digest of their tokens and labels.
+
+    Attributes:
+        source: file, name on the Hub, or type of what was in memory.
+        rows: sequences; a document may be several.
+        fingerprint: digest of the sequences.
+        filters: conditions that its rows meet.
+        hub_name: of the data set on the Hub, if it is one.
+        taken: rows that the sequences are of; None where the set was given as tokens.
+        available: rows of the source, likewise.
+    """
+
+    source: str
+    rows: int
+    fingerprint: str
+    filters: tuple[str, ...] = ()
+    hub_name: str = ""
+    taken: int | None = None
+    available: int | None = None
+
+    @classmethod
+    def of(cls, data: Any, store: TokenStore, conditions: Conditions = None) -> "DataFacts":
+        """Describe a set as it was given and as it was tokenised."""
+        named = isinstance(data, (str, Path))
+        source = str(data) if named else f"{type(data).__name__} in memory"
+        local = not named or Path(source).expanduser().exists() or Path(source).suffix != ""
+        return cls(
+            source,
+            len(store),
+            store_fingerprint(store),
+            tuple(map(str, parse_conditions(conditions))),
+            "" if local else source.split(":")[0],
+            *(store.taken or ()),
+        )
+
+    def counts(self) -> str:
+        """Return how much was taken: ``400 of 4,000 rows``, of documents with their sequences, too."""
+        sequences = f"{self.rows:,} sequences"
+        if self.taken is None:
+            return sequences
+        counts = f"{self.taken:,} of {self.available:,} rows"
+        return counts if self.taken == self.rows else f"{counts} in {sequences}"
+
+    def __str__(self) -> str:
+        filters = f", where {' and '.join(self.filters)}" if self.filters else ""
+        return f"{self.counts()}, {self.source}{filters}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a model was made of. Equal recipes make equal models, on equal software."""
+
+    base_model: str
+    revision: str
+    method: str
+    objective: dict[str, Any]
+    reference: str | None
+    data: dict[str, DataFacts]
+    plan: dict[str, Any]
+    arguments: dict[str, Any]
+    command: str | None
+    processes: int
+    versions: dict[str, str]
+    adapter: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        return values
+
+
+def objective_values(objective: Objective | None) -> dict[str, Any]:
+    """Return the name and all parameters of an objective; of None, fine-tuning."""
+    if objective is None:
+        return {"name": "finetune"}
+    return {"name": objective.name, **dataclasses.asdict(objective)}
+
+
+def plan_values(args: UnlearnArguments, pairs_per_step: int) -> dict[str, Any]:
+    """Return what decides which sequences an optimizer step holds."""
+    # open-unlearning's means run over micro-batches.
+    padded = {} if args.compat is None else {"micro_batch": args.per_device_train_batch_size}
+    return {
+        "seed": args.seed,
+        "data_seed": args.seed if args.data_seed is None else args.data_seed,
+        "pairs_per_step": pairs_per_step,
+        "token_budget": args.token_budget,
+        "retain_sampling": args.retain_sampling,
+        "drop_last": args.dataloader_drop_last,
+        **padded,
+    }
+
+
+def argument_values(args: UnlearnArguments) -> dict[str, Any]:
+    """Return the arguments that what is computed depends on, as JSON values."""
+    values = {
+        name: value
+        for name, value in args.to_dict().items()  # type: ignore[no-untyped-call]
+        if name not in (*_WATCHING, *_PLANNED) and not name.startswith(_WATCHING_PREFIXES)
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return plain
+
+
+def changed_arguments(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that are not at their defaults, and those that every reader looks for."""
+    # Not those of a fresh UnlearnArguments: making one resets the state of accelerate, in the middle of a run.
+    defaults = {field.name: field.default for field in dataclasses.fields(UnlearnArguments)}
+    return {name: value for name, value in values.items() if name in _ALWAYS or value != defaults.get(name)}
+
+
+def store_fingerprint(store: TokenStore) -> str:
+    """Return a digest of all sequences and their labels; how they are cut into chunks does not matter."""
+    state = hashlib.sha256()
+    for part in (store.lengths, store.label_starts):
+        state.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
+    for ids, offsets, _ in store.chunks:
+        if len(offsets):
+            state.update(np.ascontiguousarray(ids[offsets[0] : offsets[-1]], dtype=np.int32).data)
+    return state.hexdigest()[:32]
+
+
+def command_line(argv: Sequence[str], name: str = "unlearn") -> str:
+    """Return the words of ``efface <name>`` as one line for a shell, without tokens of access."""
+    return shlex.join(["efface", name, *_without_secrets(argv)])
+
+
+def _without_secrets(argv: Iterable[str]) -> list[str]:
+    words: list[str] = []
+    secret = False
+    for word in argv:
+        flag, equals, _ = word.partition("=")
+        words.append("***" if secret else f"{flag}=***" if equals and flag in _SECRETS else word)
+        secret = word in _SECRETS
+    return words
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes."""
+    return {
+        "efface": importlib.metadata.version("efface"),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

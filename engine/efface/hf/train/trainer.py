@@ -1,0 +1,424 @@
+"""The trainers: ``transformers.Trainer`` over packed batches, with the loss inside the model's head."""
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.data_loader import DataLoaderShard
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import TrainOutput
+
+from efface.batching import Role, TokenStore
+from efface.hf.model.activations import find_module
+from efface.hf.model.adapted_head import base_of
+from efface.hf.model.head import fuse
+from efface.hf.model.packing import agree, reading_of
+from efface.hf.reference.cached import CachedReference, ReferenceCallback
+from efface.hf.reference.live import AdapterReference, ModelReference
+from efface.hf.reference.make import make_reference, reference_kind
+from efface.hf.reference.score import check_store
+from efface.hf.text.data import QuestionAnswers
+from efface.hf.text.rows import Conditions
+from efface.hf.train.arguments import UnlearnArguments
+from efface.hf.train.callbacks import TrainerBound
+from efface.hf.train.meter import LossWatch, StepMeter
+from efface.hf.train.preflight import (
+    check_gradients,
+    check_loss,
+    check_schedule,
+    check_trainable,
+    check_weights,
+    prepare_checkpointing,
+)
+from efface.hf.train.publish import CardedTrainer
+from efface.hf.train.record import DataFacts
+from efface.hf.train.stepping import DualVariable, Stores, pairs_per_step
+from efface.hf.train.stores import check_retain, stepping_of, tokenised, unlearning_stores
+from efface.objectives import PDU, RMU, FunctionObjective, Objective, check_term
+from efface_kernels import Sequences
+
+
+class PackedTrainer(CardedTrainer):
+    """What fine-tuning and unlearning share. ``objective`` None is plain NLL over the retain store."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: UnlearnArguments,
+        *,
+        forget: TokenStore,
+        retain: TokenStore,
+        objective: Objective | None,
+        alternate: TokenStore | None = None,
+        **trainer_options: Any,
+    ) -> None:
+        args = copy.copy(args)  # the caller's stay as they are
+        if args.n_gpu > 1:
+            # transformers would wrap the model in DataParallel, which splits tensors along a batch axis we do not have
+            args._n_gpu = 1  # noqa: SLF001
+        check_trainable(model)
+        for name, store in (("forget", forget), ("retain", retain), ("alternate", alternate)):
+            if store is not None:
+                check_store(model, store, name)
+        self.objective: Objective | None = objective
+        self._reference: CachedReference | ModelReference | None = None
+        self.pairs_per_step = pairs_per_step(args)
+        self._stepping = stepping_of(args)(
+            args, Stores(forget, retain, alternate), objective, trainer_options.get("processing_class")
+        )
+        self._steps = self._stepping.steps
+        args.epoch_pairs = (self._stepping.epoch_pairs, self.pairs_per_step)
+        # A step arrives whole, so to the trainer's loop there is nothing to accumulate.
+        args.gradient_accumulation_steps = 1
+        self.meter = StepMeter()
+        self._watch = LossWatch()
+        self._dual: DualVariable | None = None
+        self._gradients_seen = False
+        # The meter comes first: what later callbacks do between two steps is no part of a step.
+        trainer_options["callbacks"] = [self.meter, *(trainer_options.get("callbacks") or ())]
+        super().__init__(model=fuse(model), args=args, train_dataset=self._steps, **trainer_options)
+        prepare_checkpointing(model, base_of(model), args)
+        stores = [store for store in (forget, retain, alternate) if store is not None]
+        self._settle_reading(base_of(model), max(int(store.lengths.max(initial=0)) for store in stores))
+        self._bind(*self.callback_handler.callbacks)
+        # The loss is the mean over the whole step already; the trainer must not divide it by the micro-batches.
+        self.model_accepts_loss_kwargs = True
+
+    def _settle_reading(self, base: PreTrainedModel, longest: int) -> None:
+        """Let all processes read packs alike; raise ValueError where they would run different numbers of passes."""
+        if self.args.world_size == 1:
+            return
+        agree(base)
+        reading = reading_of(base)
+        sharded = self.is_fsdp_enabled or (self.is_deepspeed_enabled and is_deepspeed_zero3_enabled())
+        if sharded and reading is not None and reading.splits(longest):
+            reason = reading.alone or f"sequences of {reading.limit} tokens and more change its position encoding"
+            raise ValueError(
+                f"{type(base).__name__}: expected a model that reads packs in one pass, got one that runs one "
+                f"sequence a pass ({reason}), while FSDP and ZeRO-3 need as many passes on every process; use DDP or "
+                "ZeRO-2"
+            )
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback; those that work with the trainer are told which."""
+        super().add_callback(callback)
+        self._bind(*self.callback_handler.callbacks)
+
+    def _bind(self, *callbacks: Any) -> None:
+        for callback in callbacks:
+            if isinstance(callback, TrainerBound):
+                callback.trainer = self
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return a loader whose items are this rank's optimizer steps; the plan has shared them out already."""
+        loader: DataLoader[Any] = DataLoaderShard(
+            self._steps, batch_size=1, sampler=SequentialSampler(self._steps), collate_fn=_only_item
+        )
+        return loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
+        """Return the next step. What transformers counts here, its means' denominators, a step carries along."""
+        self._steps.begin_epoch(self.state.global_step // len(self._steps))
+        self.meter.clock.begin(device)
+        steps = list(itertools.islice(epoch_iterator, num_batches))
+        self.meter.clock.end("data")
+        return steps, None
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the schedule.
+
+        Raises:
+            ValueError: a learning rate that is 0 at every step.
+        """
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        check_schedule(scheduler, num_training_steps)
+        return scheduler
+
+    def _tell_data(self) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ReferenceCallback):
+                callback.on_data(self.data)
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        """Pairs of an epoch."""
+        return self._steps.pairs
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Run the micro-batches of an optimizer step forward and backward; return this rank's share of the loss."""
+        step = inputs.to(self.args.device, non_blocking=True)
+        if self.is_deepspeed_enabled and len(step.batches) > 1:
+            raise ValueError(
+                f"`token_budget`: DeepSpeed takes an optimizer step after every backward pass, so it has to hold a "
+                f"whole step, got one of {len(step.batches)} micro-batches; raise it, or use DDP or FSDP"
+            )
+        losses = []
+        for i, batch in enumerate(step.batches):
+            # Gradients are exchanged once a step, with the last micro-batch.
+            waiting = i + 1 < len(step.batches)
+            with self.accelerator.no_sync(model) if waiting else contextlib.nullcontext():
+                losses.append(super().training_step(model, {"batch": batch, "step": step}))
+                self.meter.clock.end("backward")
+        total = torch.stack(losses).sum()
+        self._watch.see(total, self.state.global_step + 1)
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # no rank has all gradients to look at
+        if not self._gradients_seen and not sharded:
+            weights = self._stepping.learning(model, self.optimizer)
+            check_gradients([weight for weight in weights if weight.requires_grad])
+            self._gradients_seen = True
+        return total
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Run one micro-batch forward; return what its backward pass begins with."""
+        if "batch" not in inputs:  # of an ``eval_dataset``, which transformers collates
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch, step = inputs["batch"], inputs["step"]
+        if self._dual is not None:
+            self._dual.before_batch(batch)
+        share, output = self._stepping.loss(self, model, batch, step)
+        check_loss(share)
+        if self._dual is not None:
+            self._dual.after_batch(batch, step, output)
+        self.meter.clock.end("forward")
+        return (share, output) if return_outputs else share
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the optimizer."""
+        with self._stepping.optimizing(self.model, self.objective):
+            return super().create_optimizer(*args, **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the names of the parameters that weight decay applies to."""
+        return self._stepping.decayed(model, super().get_decay_parameter_names(model))
+
+    @property
+    def reference(self) -> CachedReference | ModelReference | None:
+        """What the objective compares with; None where it compares with nothing."""
+        return self._reference
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the meter's figures beside the trainer's own."""
+        self._watch.check()
+        self._bind(*self.callback_handler.callbacks)  # a resumed run may have made some anew
+        if "loss" in logs:
+            dual = {} if self._dual is None else self._dual.read()
+            logs = {**logs, **self.meter.read(lambda figures: self.accelerator.gather(figures[None])), **dual}
+        super().log(logs, start_time)
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> TrainOutput:  # type: ignore[override]
+        """See ``CardedTrainer.train``.
+
+        Raises:
+            FloatingPointError: a loss, or the weights at a checkpoint or at the end, that are not finite.
+        """
+        output = super().train(resume_from_checkpoint, **options)
+        self._check_finite()
+        return output
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._check_finite()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _check_finite(self) -> None:
+        """Raise FloatingPointError for what must not be saved: a loss shows it one step late."""
+        self._watch.check()
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # shards are in no one's hands
+            check_weights(self.model, self.state.global_step)  # type: ignore[arg-type]
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """6 · parameters · tokens, the usual estimate of a training step."""
+        model: Any = self.model
+        return 6 * int(model.num_parameters(exclude_embeddings=True)) * int(inputs.tokens)
+
+
+class UnlearnTrainer(PackedTrainer):
+    """Unlearns a forget set while keeping a retain set.
+
+    Every batch packs forget and retain sequences without padding into one forward pass; the head computes the loss
+    without keeping logits. The rest is ``transformers.Trainer``: schedule, optimizers, callbacks, checkpoints.
+
+    Args:
+        model: an ``AutoModelForCausalLM``, or a ``peft.PeftModel`` around one; it is changed in place.
+        args: ``UnlearnArguments``.
+        forget: what to forget: rows with a question and an answer column, a file or Hub name, or a TokenStore.
+        retain: what to keep; may be None where the objective's ``alpha`` is 0.
+        forget_filter: which rows: conditions such as ``"topic_id=3,7"`` or ``"language!=EN"``, all of which a row must
+            meet, or a mapping of columns to values.
+        retain_filter: likewise.
+        objective: for example ``NPO(beta=0.1)``; or a function that maps ``efface_kernels.Sequences`` to their forget
+            terms (see ``efface.FunctionObjective``).
+        alternate: other answers to the forget questions, one for each, for objectives that train them; default: made by
+            ``args.refusal_file`` or ``args.alternate_column``.
+        reference: the frozen model. "cached" computes its log-probabilities once, before training, and keeps them in
+            a file (``args.reference_cache``); "live" keeps a second model; "adapter" is the base model of a
+            ``peft.PeftModel``; "auto" is "cached" where the objective reads nothing but log-probabilities, else
+            "adapter" or "live". Ignored by objectives without a reference.
+        reference_model: None is ``model`` as it is now.
+        reference_device: where a live reference runs; None is where the policy does.
+        processing_class: the tokenizer; needed for text.
+        **trainer_options: callbacks, optimizers and the like, as of ``transformers.Trainer``.
+
+    Raises:
+        FileNotFoundError: a data file that does not exist.
+        ValueError: an empty forget set, a missing column, a row without a label, a token outside the vocabulary, rows
+            in both sets without ``args.allow_overlap``, a reference that the objective cannot do with.
+        FloatingPointError: from ``train()``, a loss that is not finite, with the step.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: UnlearnArguments,
+        *,
+        forget: QuestionAnswers,
+        retain: QuestionAnswers | None,
+        forget_filter: Conditions = None,
+        retain_filter: Conditions = None,
+        objective: Objective | Callable[[Sequences], Tensor],
+        alternate: QuestionAnswers | None = None,
+        reference: str = "auto",
+        reference_model: PreTrainedModel | None = None,
+        reference_device: torch.device | str | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **trainer_options: Any,
+    ) -> None:
+        if not isinstance(objective, Objective):
+            objective = FunctionObjective(function=objective)
+        stepping = stepping_of(args)
+        stepping.check_objective(objective)
+        check_term(objective)
+        check_retain(objective, retain, retain_filter)
+        kind = reference_kind(reference, objective, model, padded=stepping.runs_reference)
+        keep = retain is not None and objective.reads_retain()
+        forget_store, retain_store, alternate_store = unlearning_stores(
+            objective,
+            processing_class,
+            args,
+            forget=forget,
+            retain=retain,
+            forget_filter=forget_filter,
+            retain_filter=retain_filter,
+            alternate=alternate,
+        )
+        if isinstance(objective, RMU):
+            find_module(model, objective.module_regex)
+            stepping.choose_weights(model, objective)
+            if args.ddp_find_unused_parameters is None:  # what lies behind the module gets no gradient
+                args = copy.copy(args)
+                args.ddp_find_unused_parameters = True
+        super().__init__(
+            model,
+            args,
+            forget=forget_store,
+            retain=retain_store,
+            alternate=alternate_store,
+            objective=objective,
+            processing_class=processing_class,
+            **trainer_options,
+        )
+        self.data["forget"] = DataFacts.of(forget, forget_store, forget_filter)
+        if keep:
+            self.data["retain"] = DataFacts.of(retain, retain_store, retain_filter)
+        if alternate_store is not None:
+            self.data["alternate"] = DataFacts.of(
+                forget if alternate is None else alternate, alternate_store, forget_filter
+            )
+        self._tell_data()
+        self.reference_kind = kind
+        self._forget_store = forget_store
+        if isinstance(objective, PDU) and objective.primal_dual:
+            self._dual = DualVariable(self._stepping)
+            self.add_callback(self._dual)
+        if kind is not None:
+            compared = {Role.FORGET: forget_store}
+            if alternate_store is not None:
+                compared[Role.ALTERNATE] = alternate_store
+            # The policy as it is now, in the precision in which it will train: L − L_ref starts at 0.
+            with self.accelerator.autocast():
+                self._reference = make_reference(
+                    kind,
+                    model,
+                    reference_model,
+                    compared,
+                    device=torch.device(reference_device or self.args.device),
+                    rank=args.process_index,
+                    world_size=args.world_size,
+                    cache=args.reference_cache,
+                    progress=self._tell_reference,
+                )
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> TrainOutput:  # type: ignore[override]
+        """See ``PackedTrainer.train``; a run that is not resumed begins with ``check_start``."""
+        if not resume_from_checkpoint:
+            self.check_start()
+        return super().train(resume_from_checkpoint, **options)
+
+    def check_start(self) -> None:
+        """Raise ValueError unless the model as it is now is the one that an "adapter" reference is."""
+        if isinstance(self._reference, AdapterReference):
+            self._reference.check_start(self._forget_store)
+
+    def _tell_reference(self, computed: int, missing: int, sequences: int) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ReferenceCallback):
+                callback.on_reference(computed, missing, sequences)
+
+
+class FinetuneTrainer(PackedTrainer):
+    """Fine-tunes on question-answer rows, packed: how the "full" and "retain" models of a benchmark are made.
+
+    Args:
+        model: as of ``UnlearnTrainer``, as are ``args``, ``processing_class`` and the errors.
+        args: see there.
+        data: what to learn: rows, a file or a Hub data set, or a ``TokenStore``.
+        data_filter: which of its rows.
+        processing_class: see there.
+        trainer_options: of ``transformers.Trainer``.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: UnlearnArguments,
+        *,
+        data: QuestionAnswers,
+        data_filter: Conditions = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **trainer_options: Any,
+    ) -> None:
+        if args.compat is not None:
+            raise ValueError("`compat`: is about unlearning; drop it for fine-tuning")
+        store = tokenised(data, processing_class, args, "training", data_filter)
+        super().__init__(
+            model,
+            args,
+            forget=TokenStore.empty(),
+            retain=store,
+            objective=None,
+            processing_class=processing_class,
+            **trainer_options,
+        )
+        self.data = {"training": DataFacts.of(data, store, data_filter)}
+        self._tell_data()
+
+
+def _only_item(items: list[Any]) -> Any:
+    (item,) = items
+    return item
+
+
+__all__ = ["FinetuneTrainer", "PackedTrainer", "UnlearnTrainer"]

@@ -1,0 +1,500 @@
+"""Models by name and revision: folders, the Hub's cache, and repositories whose main branch is empty."""
+
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from efface import GradAscent, UnlearnTrainer
+from efface.cli.main import COMMANDS, main
+from efface.hf.model import loading
+from efface.hf.model.loading import load_model, load_tokenizer, local_revision
+from support.helpers import (
+    LONG,
+    TINY,
+    arguments,
+    random_store,
+    saved_llama,
+    tiny_llama,
+    tiny_model,
+    tiny_tokenizer,
+    written_rows,
+)
+from support.tiny_decoders import tiny_decoder
+
+
+def saved(folder: Path, seed: int) -> torch.Tensor:
+    model = tiny_llama(seed=seed, vocab_size=300)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model.lm_head.weight.detach()
+
+
+def test_a_checkpoint_of_a_folder_is_a_revision(tmp_path: Path) -> None:
+    last, twelfth = saved(tmp_path, 0), saved(tmp_path / "checkpoint-12", 1)
+    assert torch.equal(load_model(str(tmp_path)).lm_head.weight, last)
+    assert torch.equal(load_model(str(tmp_path), revision="checkpoint-12").lm_head.weight, twelfth)
+    assert load_model(str(tmp_path), revision="checkpoint-12", dtype="bfloat16").dtype == torch.bfloat16
+    assert len(load_tokenizer(str(tmp_path), revision="checkpoint-12")) > 0
+    with pytest.raises(FileNotFoundError, match="no weights at revision 'checkpoint-13'.*has revisions checkpoint-12"):
+        load_model(str(tmp_path), revision="checkpoint-13")
+
+
+def test_a_folder_with_checkpoints_alone_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (2, 12):
+        saved(tmp_path / f"checkpoint-{step}", step)
+    (tmp_path / "run.json").write_text("{}")
+    words = ["unlearn", "--model", str(tmp_path), "--forget", "f.json", "--output_dir", str(tmp_path / "out")]
+    assert main([*words, "--use_cpu", "True"]) == 2
+    told = capsys.readouterr().err
+    assert "it has revisions checkpoint-2, checkpoint-12. Choose one, such as `--revision checkpoint-12`" in told
+
+
+def test_the_layout_of_the_hub_cache(tmp_path: Path) -> None:
+    weights = saved(tmp_path / "snapshots" / "abc", 3)
+    (tmp_path / "refs").mkdir()
+    (tmp_path / "refs" / "checkpoint-12").write_text("abc")
+    assert torch.equal(load_model(str(tmp_path), revision="checkpoint-12").lm_head.weight, weights)
+    with pytest.raises(FileNotFoundError, match="at revision 'main'; it has revisions checkpoint-12"):
+        local_revision(tmp_path, "main")
+
+
+class FakeFiles:
+    def __init__(self, branches: dict[str, list[str]]) -> None:
+        self.branches = branches
+
+    def list_repo_refs(self, repo_id: str) -> Any:
+        return SimpleNamespace(branches=[SimpleNamespace(name=name) for name in self.branches])
+
+    def list_repo_files(self, repo_id: str, *, revision: str) -> list[str]:
+        return self.branches[revision]
+
+
+class Unreachable(FakeFiles):
+    def list_repo_refs(self, repo_id: str) -> Any:
+        raise ConnectionError("no network")
+
+
+WEIGHTS = ["config.json", "model.safetensors"]
+
+
+def test_a_hub_repository_with_weights_in_its_revisions_only() -> None:
+    """Such as the Phi-1.5 models of TOFU. Offline the real library fails as it does where files are missing."""
+    phi = FakeFiles({"main": ["README.md", ".gitattributes"], "checkpoint-6": WEIGHTS, "checkpoint-12": WEIGHTS})
+    message = (
+        "model 'me/phi': no weights at revision 'main'; it has revisions checkpoint-6, checkpoint-12. Choose one, such "
+        "as `--revision checkpoint-12`"
+    )
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(FileNotFoundError, match=message):
+            load("me/phi", client=phi)
+    with pytest.raises(FileNotFoundError, match="no weights at revision 'checkpoint-7'; it has revisions main, check"):
+        load_model("me/phi", revision="checkpoint-7", client=phi)
+
+
+@pytest.mark.parametrize(
+    "client", [FakeFiles({"main": WEIGHTS, "dev": WEIGHTS}), FakeFiles({"main": ["README.md"]}), Unreachable({})]
+)
+def test_another_trouble_keeps_its_own_words(client: FakeFiles) -> None:
+    with pytest.raises(OSError, match="connect") as caught:
+        load_model("me/phi", client=client)
+    assert "no weights at revision" not in str(caught.value)
+
+
+def test_the_revision_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def from_pretrained(name: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+        asked.update(options, name=name)
+        return tiny_llama(), {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    assert isinstance(loading.load_model("me/phi", revision="checkpoint-12"), transformers.LlamaForCausalLM)
+    assert (asked["name"], asked["revision"], asked["dtype"]) == ("me/phi", "checkpoint-12", "auto")
+
+
+def test_a_path_that_does_not_exist_is_no_name_on_the_hub() -> None:
+    with pytest.raises(FileNotFoundError, match=r"model folder './nowhere' does not exist"):
+        load_model("./nowhere")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is here")
+def test_eight_bits_need_their_package(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(ImportError, match=r"8-bit models need the package bitsandbytes.*pip install"):
+        load_model(str(tmp_path), load_in_8bit=True)
+
+
+# ---- checkpoints that are not what they claim ----
+
+
+def with_config(**changes: Any) -> Callable[[Path], None]:
+    """Return what changes entries of a folder's config.json."""
+
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def with_weights(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Path], None]:
+    """Return what changes a folder's weights."""
+
+    def rewrite(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+    return rewrite
+
+
+FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a layer too many": (
+        with_config(num_hidden_layers=3, layer_types=None),
+        r"9 tensors not in the checkpoint, so random \(model.layers.2.input_layernorm.weight, ...\)",
+    ),
+    "a layer too few": (
+        with_config(num_hidden_layers=1, layer_types=None),
+        r"9 tensors in the checkpoint, but not in the model \(model.layers.1.input_layernorm.weight, ...\)",
+    ),
+    "another shape": (
+        with_config(intermediate_size=40),
+        r"6 tensors of another shape \(model.layers.0.mlp.down_proj.weight( \(32, 48\) instead of \(32, 40\))?, ...\)",
+    ),
+    "another vocabulary": (with_config(vocab_size=90), "of another shape"),
+    "a weight missing": (
+        with_weights(lambda held: {name: held[name] for name in held if name != "model.norm.weight"}),
+        r"1 tensor not in the checkpoint, so random \(model.norm.weight\)",
+    ),
+    "a weight too many": (
+        with_weights(lambda held: {**held, "model.layers.0.self_attn.q_proj.extra": torch.ones(2)}),
+        r"1 tensor in the checkpoint, but not in the model \(model.layers.0.self_attn.q_proj.extra\)",
+    ),
+    "no head of its own": (with_config(tie_word_embeddings=False), r"not in the checkpoint, so random \(lm_head"),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a whole model, rows, and a broken model for each fault."""
+    folder = tmp_path_factory.mktemp("claims")
+    saved_llama(folder / "whole")
+    written_rows(folder / "rows.json")
+    for name, (break_it, _) in FAULTS.items():
+        saved_llama(folder / name)
+        break_it(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_checkpoint_that_is_not_what_its_config_says_is_refused(fault: str, files: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^model '.*{fault}': its weights are not those .*{FAULTS[fault][1]}"):
+        load_model(str(files / fault))
+
+
+SOUND: dict[str, tuple[str, dict[str, Any]]] = {
+    "tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "untied": ("LlamaConfig", {"tie_word_embeddings": False}),
+    "GPT-2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "GPT-NeoX": ("GPTNeoXConfig", {}),
+    "Phi": ("PhiConfig", {}),
+    "Gemma 2": ("Gemma2Config", {"head_dim": 8}),
+    "Qwen 3": ("Qwen3Config", {"head_dim": 8}),
+    "Mixtral": ("MixtralConfig", {"num_local_experts": 2, "num_experts_per_tok": 1}),
+    "OPT": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "Bloom": ("BloomConfig", {}),
+}
+
+
+@pytest.mark.parametrize("family", SOUND)
+def test_a_whole_checkpoint_is_taken(family: str, tmp_path: Path) -> None:
+    config, settings = SOUND[family]
+    model = tiny_model(config, **settings)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@LONG
+@pytest.mark.filterwarnings("ignore")
+def test_no_family_of_transformers_is_refused_what_it_wrote(tmp_path: Path) -> None:
+    """Those that a common set of small sizes makes a model of."""
+    sizes = {**TINY, "head_dim": 8, "num_experts": 2, "num_local_experts": 2, "moe_intermediate_size": 16}
+    sizes |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "d_model": 32, "ffn_dim": 48, "state_size": 4}
+    taken = 0
+    for i, family in enumerate(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        folder = tmp_path / str(i)
+        try:
+            config = transformers.AutoConfig.for_model(family, **sizes)
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(config)
+            if sum(weight.numel() for weight in model.parameters()) > 10**7:
+                continue
+            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        except Exception:  # noqa: BLE001 - a family that wants other sizes, or a package that is not here
+            continue
+        load_model(str(folder))
+        shutil.rmtree(folder)
+        taken += 1
+    assert taken > 50
+
+
+def test_what_transformers_leaves_out_on_purpose_is_no_fault(tmp_path: Path) -> None:
+    """Buffers that checkpoints of old versions hold, and a tied head that is written out."""
+    saved_llama(tmp_path)
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    with_weights(lambda held: {**held, **old, "lm_head.weight": held["model.embed_tokens.weight"].clone()})(tmp_path)
+    load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("gpt_neo", ["attn.attention.bias", "attn.attention.masked_bias"]),
+        ("gptj", ["attn.bias", "attn.masked_bias"]),
+        ("gpt2", ["attn.bias", "attn.masked_bias"]),
+    ],
+)
+def test_the_masks_of_old_checkpoints_are_no_fault(kind: str, names: list[str], tmp_path: Path) -> None:
+    tiny_decoder(kind).save_pretrained(tmp_path)
+    masks = {f"transformer.h.0.{name}": torch.ones(1, 1, 4, 4) for name in names}
+    with_weights(lambda held: {**held, **masks})(tmp_path)
+    load_model(str(tmp_path))
+    with_weights(lambda held: {**held, "transformer.h.0.mlp.c_more.bias": torch.ones(4)})(tmp_path)
+    with pytest.raises(ValueError, match="in the checkpoint, but not in the model"):
+        load_model(str(tmp_path))
+
+
+def test_weights_that_are_cut_off_are_said(tmp_path: Path) -> None:
+    saved_llama(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="its weights cannot be read .* get the files again"):
+        load_model(str(tmp_path))
+
+
+_RUN = ["--forget", "ROWS", "--alpha", "0", "--use_cpu", "True", "--output_dir", "OUT"]
+_RIVAL = ["--forget", "ROWS", "--holdout", "ROWS", "--metrics", "mia_reference", "--output", "OUT"]
+# Each command that reads a model, with the words that name it; None reads none.
+LOADS: dict[str, list[list[str]] | None] = {
+    "unlearn": [
+        [*_RUN, "--model", "BROKEN"],
+        [*_RUN, "--model", "BROKEN", "--lora_r", "2"],
+        [*_RUN, "--model", "WHOLE", "--reference_model", "BROKEN"],
+        [*_RUN, "--model", "ADAPTER"],
+    ],
+    "finetune": [["--model", "BROKEN", "--data", "ROWS", "--use_cpu", "True", "--output_dir", "OUT"]],
+    "cache-reference": [["--model", "BROKEN", "--forget", "ROWS", "--use_cpu", "True", "--reference_cache", "OUT"]],
+    "evaluate": [
+        ["--model", "BROKEN", "--forget", "ROWS", "--metrics", "probability", "--output", "OUT"],
+        [*_RIVAL, "--model", "WHOLE", "--reference-model", "BROKEN"],
+        ["--model", "BROKEN", "--data", "DATA", "--output", "OUT"],
+    ],
+    "audit": [
+        ["--model", "BROKEN", "--data", "ROWS", "--views", "direct", "--output", "OUT"],
+        ["--model", "ADAPTER", "--data", "ROWS", "--views", "direct", "--output", "OUT"],
+    ],
+    "sweep": None,  # starts `unlearn`, `evaluate` and `cache-reference`
+    "demo": None,  # teaches its own
+    **dict.fromkeys(("bench", "completion", "plan", "recipes", "report")),
+}
+
+
+def test_every_command_is_known() -> None:
+    """A new one has to be put into LOADS."""
+    assert set(LOADS) >= set(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "fault", ["a layer too many", *(pytest.param(name, marks=LONG) for name in ("a layer too few", "another shape"))]
+)
+@pytest.mark.parametrize(
+    ("command", "words"), [(command, words) for command, uses in LOADS.items() for words in uses or ()]
+)
+def test_every_command_that_reads_a_model_refuses_it(
+    command: str, words: list[str], fault: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {
+        "BROKEN": files / fault,
+        "WHOLE": files / "whole",
+        "ROWS": files / "rows.json",
+        "DATA": files,
+        "OUT": tmp_path / "out",
+        "ADAPTER": tmp_path / "adapter",
+    }
+    if "ADAPTER" in words:
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+        peft.get_peft_model(load_model(str(files / "whole")), config).save_pretrained(tmp_path / "adapter")
+        with_base = tmp_path / "adapter" / "adapter_config.json"
+        with_base.write_text(with_base.read_text().replace(str(files / "whole"), str(files / fault)))
+        tiny_tokenizer().save_pretrained(tmp_path / "adapter")
+    assert main([command, *(str(places.get(word, word)) for word in words)]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"efface {command}: error: model '{files / fault}': its weights are not those of" in told
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+# ---- saved adapters ----
+
+
+def saved_adapter(folder: Path, base: Path, **settings: Any) -> Path:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(**{"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"], **settings})
+    peft.get_peft_model(load_model(str(base)), config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("layers", "intermediate", "message"),
+    [
+        (3, 48, "the adapter lacks"),
+        (1, 48, "the model lacks"),
+        (2, 40, "size mismatch"),
+    ],
+)
+def test_an_adapter_of_another_base_is_refused(layers: int, intermediate: int, message: str, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    saved_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=["q_proj", "down_proj"])
+    tiny_llama(num_hidden_layers=layers, intermediate_size=intermediate).save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=rf"^adapter .* is not of its base model '.*/base': .*{message}"):
+        load_model(str(tmp_path / "adapter"))
+
+
+def test_what_is_amiss_with_an_adapters_base_is_said(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    folder = saved_adapter(tmp_path / "adapter", tmp_path / "base")
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+
+    def base_is(name: str | None) -> None:
+        path.write_text(json.dumps({**config, "base_model_name_or_path": name}))
+
+    base_is("./nowhere")
+    with pytest.raises(FileNotFoundError, match=r"adapter .* its base model cannot be loaded: .*'./nowhere'"):
+        load_model(str(folder))
+    base_is(None)
+    with pytest.raises(ValueError, match="expected base_model_name_or_path in adapter_config.json, got none"):
+        load_model(str(folder))
+    saved_adapter(tmp_path / "inner", tmp_path / "base")
+    base_is(str(tmp_path / "inner"))
+    with pytest.raises(ValueError, match=r"expected a whole model as its base, got '.*inner', which is an adapter too"):
+        load_model(str(folder))
+    tiny_llama().save_pretrained(folder)
+    with pytest.raises(ValueError, match="got both config.json and adapter_config.json"):
+        load_model(str(folder))
+
+
+def test_the_base_of_an_adapter_is_of_its_revision(tmp_path: Path) -> None:
+    for seed, folder in enumerate((tmp_path / "base", tmp_path / "base" / "checkpoint-12")):
+        tiny_llama(seed=seed).save_pretrained(folder)
+    expected = load_model(str(tmp_path / "base"), revision="checkpoint-12").lm_head.weight
+    folder = saved_adapter(tmp_path / "adapter", tmp_path / "base", revision="checkpoint-12")
+    assert torch.equal(load_model(str(folder)).get_base_model().lm_head.weight, expected)
+
+
+GROWN: dict[str, tuple[bool, dict[str, Any], str | None]] = {  # tied, settings of the adapter, how it is refused
+    "both in modules_to_save": (False, {"modules_to_save": ["embed_tokens", "lm_head"]}, None),
+    "both saved by peft itself": (False, {}, None),
+    "both saved by peft itself, tied": (True, {}, None),
+    "both adapted": (False, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, None),
+    "the embeddings alone": (False, {"modules_to_save": ["embed_tokens"]}, "it lacks the head"),
+    "the head alone": (False, {"modules_to_save": ["lm_head"]}, "it lacks the input embeddings"),
+    "the embeddings alone, tied": (True, {"modules_to_save": ["embed_tokens"]}, "it lacks the head"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", GROWN)
+def test_an_adapter_with_added_tokens_is_read_back_bit_for_bit_or_refused(case: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    tied, settings, refusal = GROWN[case]
+    tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    model = load_model(str(tmp_path / "base"))
+    model.resize_token_embeddings(TINY["vocab_size"] + 3)
+    config = peft.LoraConfig(**{"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"], **settings})
+    model = peft.get_peft_model(model, config).eval()
+    for weight in model.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.1)
+    saving = {"save_embedding_layers": False} if refusal else {}
+    model.save_pretrained(tmp_path / "adapter", **saving)
+    ids = torch.tensor([[3, 97, 5, 98]])
+    if refusal is not None:
+        with pytest.raises(
+            ValueError, match=rf"vocabulary of 99 tokens, its base model '.*base' one of 96, .*{refusal}"
+        ):
+            load_model(str(tmp_path / "adapter"))
+        return
+    state = torch.get_rng_state()
+    loaded = load_model(str(tmp_path / "adapter"))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    torch.set_rng_state(state)
+
+
+# ---- runs that would write the model as it was ----
+
+NOTHING: dict[str, tuple[dict[str, Any], str]] = {
+    "no epochs": ({"num_train_epochs": 0}, "`num_train_epochs`: expected more than 0, got 0"),
+    "less than no epochs": ({"num_train_epochs": -1}, "`num_train_epochs`: expected more than 0, got -1"),
+    "no steps": ({"max_steps": 0}, "`max_steps`: expected at least 1 optimizer step, or -1"),
+    "less than no steps": ({"max_steps": -2}, "`max_steps`: expected at least 1 optimizer step, or -1"),
+    "no step in an epoch": (
+        {"pairs_per_step": 64, "dataloader_drop_last": True},
+        "an epoch of 5 pairs has no whole step of 64",
+    ),
+    "no learning rate": ({"learning_rate": 0}, "expected (more than 0|a learning rate above 0)"),
+    "a warm-up longer than the run": (
+        {"max_steps": 1, "warmup_steps": 5},
+        "expected a learning rate above 0, got one that is 0 at every step of the run",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ["unlearn", pytest.param("finetune", marks=LONG)])
+@pytest.mark.parametrize("case", NOTHING)
+def test_a_run_that_trains_nothing_is_refused(
+    case: str, command: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, message = NOTHING[case]
+    data = ["--data" if command == "finetune" else "--forget", str(files / "rows.json")]
+    data += ["--warmup_epochs", "0"] if command == "finetune" and "warmup_steps" not in settings else []
+    if command == "finetune" and "warmup_steps" in settings:
+        settings = {"max_steps": 1}  # its own warm-up is an epoch
+    words = [
+        command,
+        "--model",
+        str(files / "whole"),
+        *data,
+        "--use_cpu",
+        "True",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    words += ["--alpha", "0", "--objective", "grad_ascent"] if command == "unlearn" else []
+    assert main([*words, *(word for name, value in settings.items() for word in (f"--{name}", str(value)))]) == 2
+    told = capsys.readouterr().err
+    assert re.search(message, told), told
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    assert not list((tmp_path / "out").rglob("README.md"))
+
+
+@pytest.mark.parametrize("case", NOTHING)
+def test_a_trainer_that_trains_nothing_is_refused(case: str, tmp_path: Path) -> None:
+    settings, message = NOTHING[case]
+    with pytest.raises(ValueError, match=message):
+        UnlearnTrainer(
+            tiny_llama(), arguments(tmp_path, **settings), forget=random_store(5), retain=None, objective=GradAscent()
+        ).train()
