@@ -38,6 +38,7 @@ import efface
 from efface.cli.progress import ProgressBar, open_console
 from efface.evaluate import EvalLog, SplitLog, forget_quality, score_rows
 from efface.files import check_output, written_whole
+from efface.flags import FlagParser
 from efface.hf.train.arguments import UnlearnArguments
 from efface.hf.train.trainer import FinetuneTrainer, PackedTrainer, UnlearnTrainer
 from efface.objectives import NPO, GradDiff, Objective, SimNPO
@@ -301,13 +302,13 @@ _DEFAULT_AUTHORS = {"default": (24, 2), "smoke": (4, 1)}
 _DEFAULT_TOFU_AUTHORS = {"default": (20, 2), "smoke": (4, 2)}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> FlagParser:
     """Return the parser of the command's flags."""
-    flags = argparse.ArgumentParser(
-        prog="efface demo",
-        description="Trains a small Llama on fictitious authors (full) and another without some of them (retain); "
+    flags = FlagParser(
+        "demo",
+        "Trains a small Llama on fictitious authors (full) and another without some of them (retain); "
         "makes full forget those with NPO, SimNPO and GradDiff; compares with retain.",
-        epilog="example: efface demo --data tofu/ --authors 20 --out demo-tofu",
+        "example: efface demo --data tofu/ --authors 20 --out demo-tofu",
     )
     flags.add_argument("--out", type=Path, default=Path("demo-out"), help="output folder (default: demo-out)")
     flags.add_argument("--data", type=Path, help="folder with TOFU's JSON files; default: made-up authors")

@@ -12,16 +12,18 @@ from rich.console import Console
 from rich.table import Table
 
 from efface.cli import run_folder as unlearned
-from efface.cli.flags import parse
 from efface.cli.progress import ProgressBar, open_console
 from efface.cli.training import unlearn
 from efface.evaluate import EvalLog, tofu
 from efface.files import PARTIAL, check_output
+from efface.flags import flag_words, given_names, hyphens
 from efface.hf.model.loading import load_model, load_tokenizer
 from efface.hf.text.templates import get_template
 from efface.hf.train.checkpoints import checkpoints
 from efface.recipes import Recipe, load_recipe
-from efface.recipes.flags import FlagParser, flag_words, given_names, not_overridden
+from efface.recipes.flags import SettingsParser
+from efface.recipes.recipe import settings_parser
+from efface.recipes.settings import not_overridden, parse
 from efface.simulate.data import SPLIT, TinyData, fame_data, made_up_data, tofu_data
 from efface.simulate.scales import Scale, check_recipe, get_scale, tiny_flags
 from efface.simulate.teach import digest, taught
@@ -121,8 +123,9 @@ def run_tiny(
     chosen, output = get_scale(scale), Path(output)
     rows = tiny_data(recipe, chosen, data)
     flags, files = tiny_flags(recipe, chosen), output / "data"
-    words = [*flag_words(not_overridden(flags, overrides)), f"--forget={files / 'forget.json'}"]
-    words += [f"--retain={files / 'retain.json'}", f"--output_dir={output / 'model'}", *overrides]
+    kept = not_overridden(flags, settings_parser().given(overrides))
+    words = [*flag_words(kept), f"--forget={files / 'forget.json'}"]
+    words += [f"--retain={files / 'retain.json'}", f"--output-dir={output / 'model'}", *overrides]
     parse([*words, "--model=taught"])  # what is wrong must not show when the models are taught
     _begin(
         output,
@@ -283,9 +286,9 @@ def run_at(scale: str, words: Sequence[str]) -> int:
         ValueError: no recipe, or flags that have no meaning at a scale; as ``run_tiny``.
     """
     for name in _NOT_HERE.keys() & given_names(words):
-        raise ValueError(f"--scale {scale}: expected no --{name}, because {_NOT_HERE[name]}; drop it")
-    parser = FlagParser([_Command], allow_abbrev=False)  # type: ignore[list-item]
-    command, overrides = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
+        raise ValueError(f"--scale {scale}: expected no --{hyphens(name)}, because {_NOT_HERE[name]}; drop it")
+    values, overrides = SettingsParser("unlearn", (_Command,)).parse_known_args(list(words))
+    command = _Command(**vars(values))
     if command.recipe is None:
         raise ValueError(f"--scale {scale}: expected --recipe, a name of `efface recipes`, got none")
     recipe = load_recipe(command.recipe)

@@ -44,7 +44,7 @@ class LogprobStore:
             application=APPLICATION_ID,
             version=FORMAT,
             name="reference cache",
-            remedy="delete the file, or choose another with --reference_cache",
+            remedy="delete the file, or choose another with --reference-cache",
         )
         self.path = self._database.path
 
