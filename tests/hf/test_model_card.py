@@ -13,8 +13,9 @@ import efface
 from efface import NPO, UnlearnTrainer
 from efface.batching import TokenStore
 from efface.cli.main import main
+from efface.hf.text.data import store_fingerprint
 from efface.hf.train.publish import final_metrics
-from efface.hf.train.record import command_line, store_fingerprint
+from efface.hf.train.record import command_line
 from support.helpers import TEXTS, arguments, random_store, saved_llama, tiny_llama, written_rows
 
 

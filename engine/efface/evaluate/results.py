@@ -5,7 +5,6 @@
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from efface.evaluate.logs import PREFIXES, FloatArray
 from efface.evaluate.protocol import Protocol
 from efface.evaluate.runner import RowResult
 from efface.evaluate.tofu_rows import TofuRows
-from efface.files import PARTIAL
+from efface.files import write_whole
 from efface.hf.model.fingerprint import fingerprint
 from efface.hf.train.record import versions
 
@@ -101,18 +100,11 @@ def write_results(
 
     Those of another ``benchmark`` begin with its name.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     names = [EVAL, SUMMARY, CONFIG]
     if benchmark != "TOFU":
         names = [f"{benchmark}_{name.partition('_')[2]}" for name in names]
     for name, value in zip(names, (content, summary_of(content), config), strict=True):
-        partial = folder / f"{PARTIAL}{os.getpid()}-{name}"  # another evaluation may be at it too
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=4, sort_keys=value is not config, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(folder / name)
+        write_whole(folder / name, json.dumps(value, indent=4, sort_keys=value is not config, allow_nan=False) + "\n")
 
 
 def _probabilities(logprobs: FloatArray) -> Metric:

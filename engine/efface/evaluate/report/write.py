@@ -2,9 +2,7 @@
 
 import base64
 import hashlib
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
 from efface.evaluate.report.content import Content, Detail, Table
+from efface.files import write_whole
 
 
 def to_markdown(content: Content, pictures: str) -> tuple[str, dict[str, str]]:
@@ -200,13 +199,4 @@ def _write_pictures(folder: Path, drawn: Mapping[str, str]) -> None:
 
 def _write(path: Path, text: str) -> None:
     """Write whole or not at all; half a surrogate pair, which a generation may hold, becomes a question mark."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(text.encode("utf-8", errors="replace"))
-        Path(partial).chmod(0o644)  # a temporary file is for its owner alone
-        Path(partial).replace(path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    write_whole(path, text.encode("utf-8", errors="replace"))
