@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from efface.batching import TokenStore, pack
-from efface_kernels import transfer
+from efface_kernels import to_device
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,7 +21,7 @@ MADE_OF_HOST_NUMBERS = {"tensor", "as_tensor", "from_numpy", "frombuffer", "asar
 ALLOWED = {
     ("kernels/efface_kernels/backends.py", "_results"): "a device's first use, once",
     ("engine/efface/hf/model/packing.py", "_probes_in_a_pack"): "when a model is loaded",
-    ("engine/efface/hf/model/lora.py", "check_start"): "before the first step",
+    ("engine/efface/hf/reference/live.py", "check_start"): "before the first step",
     ("engine/efface/hf/train/meter.py", "read"): "when a log is written, which reads the device",
     ("engine/efface/hf/reference/cached.py", "__init__"): "from one dtype to another, on the host",
 }
@@ -59,7 +59,7 @@ def copies(path: Path) -> Iterator[tuple[str, int]]:
 def test_numbers_go_to_a_device_by_one_way() -> None:
     found = {(str(path.relative_to(ROOT)), name): line for path in MODULES for name, line in copies(path)}
     wrong = {f"{file}:{line} in {name}" for (file, name), line in found.items() if (file, name) not in ALLOWED}
-    assert not wrong, "use efface_kernels.transfer.to_device, or say in ALLOWED why it may wait"
+    assert not wrong, "use efface_kernels.memory.to_device, or say in ALLOWED why it may wait"
     assert set(ALLOWED) <= set(found), "nothing is copied there any more"
 
 
@@ -68,7 +68,7 @@ def test_pinned_where_the_device_is_cudas(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: seen.append("pinned") or self)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *given, **more: seen.append((*given, more)) or self)
     for name in ("cuda", "cpu"):
-        transfer.to_device(torch.arange(3), torch.device(name))
+        to_device(torch.arange(3), torch.device(name))
     later = {"non_blocking": True}
     assert seen == ["pinned", (torch.device("cuda"), later), (torch.device("cpu"), later)]
 
