@@ -1,6 +1,7 @@
 """The ways of stepping: what an optimizer step holds, the loss of its micro-batches, and all else that goes with it.
 
-``PackedStepping`` is ours; ``efface.hf.train.open_unlearning.PaddedStepping`` is open-unlearning's.
+``PackedStepping`` is ours; ``efface.hf.train.open_unlearning.PaddedStepping`` is open-unlearning's. ``DualVariable``
+moves PDU's weight of the retain term at the moments that a way of stepping says.
 """
 
 from abc import ABC, abstractmethod
