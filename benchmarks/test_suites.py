@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.evaluate import inputs as evaluate
 from benchmarks.evaluate.providers import SCORERS, Scorer
@@ -14,7 +14,7 @@ from benchmarks.loss.providers import LossProvider, providers
 from benchmarks.packing import suite as packing
 from benchmarks.start import suite as start
 from benchmarks.step.inputs import SHAPES, Step, make_model, make_steps, synthetic
-from benchmarks.step.providers import Eager, EagerCached, EffaceCached, EffaceLive
+from benchmarks.step.providers import Eager, EagerCached, EffaceCached, EffaceLive, StepProvider
 from efface.batching import pack_items, plan_epoch
 
 _HEADS = {name: replace(next(s for s in CHECKS if s.objective == name), bias=False) for name in OBJECTIVES}
@@ -26,42 +26,44 @@ _LOSSES = [
 _LLAMA = SHAPES["smoke"]
 
 
+def timed(benchmark: Any, group: str, call: Callable[..., object], *arguments: object, rounds: int = 5) -> None:
+    """Time a call, in a table with others of its group."""
+    benchmark.group = group
+    benchmark.pedantic(call, arguments, rounds=rounds, warmup_rounds=1)
+
+
 @pytest.mark.parametrize(("objective", "provider"), _LOSSES)
-def test_loss(objective: str, provider: LossProvider, benchmark: BenchmarkFixture) -> None:
+def test_loss(objective: str, provider: LossProvider, benchmark: Any) -> None:
     """Forward and backward at the head: each objective, each mode."""
-    benchmark.group = f"{objective}, {provider.mode}"
     inputs = make_inputs(_HEADS[objective]).of(provider.mode)
-    benchmark.pedantic(provider.run, (inputs,), rounds=5, warmup_rounds=1)
+    timed(benchmark, f"{objective}, {provider.mode}", provider.run, inputs)
 
 
 @cache
 def _step() -> Step:
-    stores = (synthetic(40, _LLAMA.llama().vocab_size, seed=seed) for seed in (1, 2))
-    return make_steps(*stores, make_model(_LLAMA, "cpu", 1).eval(), pairs=4, count=1)[0]
+    forget, retain = (synthetic(40, _LLAMA.llama().vocab_size, seed=seed) for seed in (1, 2))
+    return make_steps(forget, retain, make_model(_LLAMA, "cpu", 1).eval(), pairs=4, count=1)[0]
 
 
 @pytest.mark.parametrize("kind", [Eager, EagerCached, EffaceLive, EffaceCached], ids=lambda kind: kind.name)
-def test_step(kind: type[Eager], benchmark: BenchmarkFixture) -> None:
+def test_step(kind: type[StepProvider], benchmark: Any) -> None:
     """A tiny Llama's NPO step, padded against packed."""
-    benchmark.group = "forward and backward of a step"
     provider = kind(*(make_model(_LLAMA, "cpu", seed) for seed in (0, 1)))
-    benchmark.pedantic(provider.gradients, (_step(),), rounds=5, warmup_rounds=1)
+    timed(benchmark, "forward and backward of a step", provider.gradients, _step())
 
 
 @pytest.mark.parametrize("kind", SCORERS, ids=lambda kind: kind.name)
-def test_likelihood(kind: type[Scorer], benchmark: BenchmarkFixture) -> None:
+def test_likelihood(kind: type[Scorer], benchmark: Any) -> None:
     """All log-likelihoods of the smallest shape."""
-    benchmark.group = "log-likelihoods of TOFU's evaluation"
     shape = evaluate.SHAPES["smoke"]
     data, _ = evaluate.splits(shape.rows)
     scorer = kind(evaluate.tokenizer_of(data, shape.config["vocab_size"]), data)
-    benchmark.pedantic(scorer.scores, (evaluate.model_of(shape),), rounds=5, warmup_rounds=1)
+    timed(benchmark, "log-likelihoods of TOFU's evaluation", scorer.scores, evaluate.model_of(shape))
 
 
 @pytest.mark.parametrize("provider", ["efface plan_epoch", "NumPy and Python"])
-def test_plan(provider: str, benchmark: BenchmarkFixture) -> None:
+def test_plan(provider: str, benchmark: Any) -> None:
     """The smallest epoch."""
-    benchmark.group = "plan an epoch"
     forgotten, retained, pairs, budget = packing.SHAPES["smoke"]
     forget, retain = packing.lengths(forgotten, 1), packing.lengths(retained, 2)
     calls: dict[str, Callable[[], object]] = {
@@ -70,14 +72,13 @@ def test_plan(provider: str, benchmark: BenchmarkFixture) -> None:
         ),
         "NumPy and Python": lambda: packing.numpy_plan(forget, retain, pairs, budget, seed=0),
     }
-    benchmark.pedantic(calls[provider], rounds=5, warmup_rounds=1)
+    timed(benchmark, "plan an epoch", calls[provider])
 
 
 @pytest.mark.parametrize("provider", ["efface pack_items", "NumPy and Python"])
-def test_assemble(provider: str, benchmark: BenchmarkFixture) -> None:
+def test_assemble(provider: str, benchmark: Any) -> None:
     """The first batch of a step of 400 pairs."""
     tokens = packing.BATCH_TOKENS
-    benchmark.group = f"assemble a batch of {tokens} tokens"
     stores = (packing.store(400, 1), packing.store(400, 2))
     plan = plan_epoch(*(s.lengths for s in stores), pairs_per_step=400, token_budget=tokens, seed=0, epoch=0)
     batch = plan.micro_batches(0)[0]
@@ -85,11 +86,10 @@ def test_assemble(provider: str, benchmark: BenchmarkFixture) -> None:
         "efface pack_items": lambda: pack_items(stores, batch.roles, batch.sequences),
         "NumPy and Python": lambda: packing.numpy_pack(stores, batch),
     }
-    benchmark.pedantic(calls[provider], rounds=20, warmup_rounds=1)
+    timed(benchmark, f"assemble a batch of {tokens} tokens", calls[provider], rounds=20)
 
 
 @pytest.mark.parametrize("task", start.SHAPES["smoke"])
-def test_start(task: str, benchmark: BenchmarkFixture) -> None:
+def test_start(task: str, benchmark: Any) -> None:
     """Imports and ``efface --help``, a fresh process each."""
-    benchmark.group = "start-up"
-    benchmark.pedantic(start.process(start.TASKS[task][0]), (0,), rounds=3, warmup_rounds=1)
+    timed(benchmark, "start-up", start.process(start.TASKS[task][0]), 0, rounds=3)

@@ -47,7 +47,8 @@ SHAPES = {
 def model_of(shape: EvaluateShape, dtype: torch.dtype | None = None) -> LlamaForCausalLM:
     """Return the shape's model with SDPA attention, in evaluation mode; always the same weights."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**LLAMA, **shape.config, attn_implementation="sdpa")).eval()
+    settings: dict[str, Any] = {**LLAMA, **shape.config, "attn_implementation": "sdpa"}
+    model: LlamaForCausalLM = LlamaForCausalLM(LlamaConfig(**settings)).eval()
     torch.nn.Module.to(model, dtype or shape.dtype)
     return model
 

@@ -71,9 +71,9 @@ class Driver:
                 ended.append(self._one(section, process, min(section.seconds, deadline - time.monotonic())))
             self._finish_building(deadline)
         finally:
-            for process in (waiting, self._building):
-                if process is not None:
-                    end(process)
+            for left in (waiting, self._building):
+                if left is not None:
+                    end(left)
         print(table(ended), flush=True)
         return ended
 

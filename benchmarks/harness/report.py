@@ -19,7 +19,7 @@ try:
     from rich.console import Console
     from rich.table import Table
 except ImportError:  # a borrowed machine with torch and little else: plain lines will do
-    Console = None
+    Console = None  # type: ignore[assignment, misc]
 
 _PROCESSOR = ("model name", "cpu family", "model")
 _RIVALS = ("transformers", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "trl")  # providers' packages
@@ -59,8 +59,10 @@ class Report:
 
 
 def plain(value: Any) -> Any:
-    """Return rows as JSON holds them, and anything else as it is."""
-    return [asdict(row) if is_dataclass(row) else row for row in value] if isinstance(value, list) else value
+    """Return a list of rows as JSON holds them, and anything else as it is."""
+    if not isinstance(value, list):
+        return value
+    return [asdict(row) if is_dataclass(row) and not isinstance(row, type) else row for row in value]
 
 
 def cells(form: str, *values: float | None) -> list[str]:

@@ -5,7 +5,7 @@ First what a provider is and how it is made of a cross entropy; then the bare pr
 
 import math
 import pkgutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -98,17 +98,17 @@ def of_modes(
     computes: str,
     run: Callable[[LossInputs, str], Gradients],
     shape: LossShape,
-    modes: Iterable[str] | None = None,
+    modes: Collection[str] | None = None,
 ) -> list[LossProvider]:
     """Return a provider for each mode, by default of the shape's.
 
     ``again``: products beyond the floor, 1 where the backward pass makes the logits anew.
     """
-    chosen = shape.modes if modes is None else [mode for mode in modes if mode in shape.modes]
-    return [
-        LossProvider(who, mode, FLOOR[mode] + again, computes, lambda inputs, mode=mode: run(inputs, mode))
-        for mode in chosen
-    ]
+
+    def of(mode: str) -> LossProvider:
+        return LossProvider(who, mode, FLOOR[mode] + again, computes, lambda inputs: run(inputs, mode))
+
+    return [of(mode) for mode in shape.modes if modes is None or mode in modes]
 
 
 def from_nll(who: str, again: int, computes: str, nll: Nll, shape: LossShape) -> list[LossProvider]:
@@ -258,7 +258,9 @@ def _torch_chunked(name: str, shape: LossShape) -> Found:
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return [], [f"{name}: torch {torch.__version__} has no chunked one"]
     tuned = (256, 1024) if shape.device == "cpu" else (_TUNED_ROWS,)
-    options = {f"chunks of {rows}": {"batch_chunk_size": rows} for rows in tuned if rows <= shape.n}
+    options: dict[str, dict[str, Any]] = {
+        f"chunks of {rows}": {"batch_chunk_size": rows} for rows in tuned if rows <= shape.n
+    }
     missing = []
     # Beyond 1e10, chunks of 128 rows take minutes a call in bf16.
     if shape.device == "cpu" and shape.dtype.itemsize < 4 and shape.n * shape.d * shape.v > 1e10:
@@ -269,7 +271,7 @@ def _torch_chunked(name: str, shape: LossShape) -> Found:
     for setting, given in options.items():
         by = torch.nn.LinearCrossEntropyOptions(**given)
 
-        def op(hidden: Tensor, head: Head, targets: Tensor, reduction: str, by: object = by) -> Tensor:
+        def op(hidden: Tensor, head: Head, targets: Tensor, reduction: str, by: Any = by) -> Tensor:
             return F.linear_cross_entropy(
                 hidden, head.weight, targets, linear_bias=head.bias, reduction=reduction, options=by
             )

@@ -126,7 +126,7 @@ def _peak_gib(provider: LossProvider, inputs: LossInputs) -> float | None:
 
 def _status(name: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
 
 
 def resident_peak(shape_name: str, provider_name: str) -> float:
@@ -160,8 +160,9 @@ def _rounds_for(calls: dict[str, Callable[[int], object]], options: argparse.Nam
         call(0)
     if device == "cuda":
         torch.cuda.synchronize()
+    most: int = options.rounds
     seconds = _SECONDS[device] if options.seconds is None else options.seconds
-    return max(min(3, options.rounds), min(options.rounds, int(seconds / (time.perf_counter() - begin))))
+    return max(min(3, most), min(most, int(seconds / (time.perf_counter() - begin))))
 
 
 def measure(name: str, options: argparse.Namespace) -> tuple[list[LossRow], list[str]]:
@@ -192,7 +193,7 @@ def _measure(name: str, options: argparse.Namespace) -> tuple[list[LossRow], lis
                 continue
             if gpu:  # only now does no traceback hold what was allocated
                 torch.cuda.empty_cache()
-    calls = {p.name: (lambda _, p=p: p.run(given[p.mode])) for p in timed}
+    calls = {each.name: _call(each, given[each.mode]) for each in timed}
     before = gpu_clocks() if gpu else ""
     rounds = _rounds_for(calls, options, shape.device)
     times = (interleaved_on_gpu if gpu else interleaved)(calls, rounds)
@@ -231,6 +232,10 @@ def _measure(name: str, options: argparse.Namespace) -> tuple[list[LossRow], lis
             row.peak_gib = _resident_gib(name, provider)
         rows.append(row)
     return rows, missing
+
+
+def _call(provider: LossProvider, inputs: LossInputs) -> Callable[[int], object]:
+    return lambda _: provider.run(inputs)
 
 
 def row_pass_alone(rounds: int) -> dict[str, float]:

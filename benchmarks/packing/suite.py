@@ -2,6 +2,7 @@
 
 import argparse
 import bisect
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -214,7 +215,8 @@ def trl_plan(tokens: NDArray[np.int64], budget: int) -> Callable[[], object]:
     """
     import datasets  # noqa: PLC0415 - only where TRL is
     import pyarrow as pa  # noqa: PLC0415
-    from trl.data_utils import pack_dataset  # noqa: PLC0415 - optional
+
+    pack_dataset = pkgutil.resolve_name("trl.data_utils:pack_dataset")
 
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(tokens)])
     ids = pa.LargeListArray.from_arrays(offsets, np.zeros(int(offsets[-1]), np.int32))

@@ -79,6 +79,8 @@ def peak_flops(device_name: str) -> float | None:
 
 def layer_parameters(config: LlamaConfig) -> int:
     """Weights of all matrices of the decoder's layers; embeddings and the head are not among them."""
+    assert config.head_dim is not None  # transformers fills in what is not given
+    assert config.num_key_value_heads is not None
     d, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
     attention = 2 * d * config.num_attention_heads * config.head_dim + 2 * d * kv
     return int(config.num_hidden_layers * (attention + 3 * d * config.intermediate_size))

@@ -4,6 +4,7 @@ First what a provider is; then open-unlearning's own step, alone, with Liger-Ker
 efface's; then both with LoRA: adapters of rank 8 on every linear layer but the head, trained alone.
 """
 
+import importlib
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -25,7 +26,10 @@ from efface.hf.live_reference import LiveReference
 
 OBJECTIVE = NPO(beta=0.1, alpha=1.0)
 _REPLACED = ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")  # by apply_liger_kernel_to_llama, for the process
-_ONLY_ON = {("cpu",): "a variant for CPUs", ("cuda",): "its kernels are Triton's, which need a GPU"}
+_ONLY_ON: dict[tuple[str, ...], str] = {
+    ("cpu",): "a variant for CPUs",
+    ("cuda",): "its kernels are Triton's, which need a GPU",
+}
 
 
 class StepProvider(ABC):
@@ -201,17 +205,13 @@ class Liger(Eager):
     needs = "liger-kernel"
 
     def __init__(self, policy: Any, reference: Any = None) -> None:
-        from liger_kernel.transformers import (  # noqa: PLC0415 - optional
-            LigerFusedLinearCrossEntropyLoss,
-            apply_liger_kernel_to_llama,
-        )
-
+        liger = importlib.import_module("liger_kernel.transformers")
         super().__init__(policy, reference)
-        self._token_losses = LigerFusedLinearCrossEntropyLoss(reduction="none")
+        self._token_losses = liger.LigerFusedLinearCrossEntropyLoss(reduction="none")
         own = {name: getattr(modeling_llama, name) for name in _REPLACED}
         try:
             for model in (self.policy, self._frozen):
-                apply_liger_kernel_to_llama(model=model)
+                liger.apply_liger_kernel_to_llama(model=model)
             self._rope = modeling_llama.apply_rotary_pos_emb
         finally:
             for name, value in own.items():
@@ -255,10 +255,8 @@ class CutCrossEntropy(Eager):
         return self._cross_entropy(self.policy, batch, "mean")
 
     def _cross_entropy(self, model: Any, batch: PaddedBatch, reduction: str) -> Tensor:
-        from cut_cross_entropy import linear_cross_entropy  # noqa: PLC0415 - optional
-
         hidden = model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        loss: Tensor = linear_cross_entropy(
+        loss: Tensor = importlib.import_module("cut_cross_entropy").linear_cross_entropy(
             hidden,
             model.lm_head.weight,
             batch.labels,

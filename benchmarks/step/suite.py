@@ -7,6 +7,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -137,7 +138,8 @@ def _row(
     row.peak_gib, row.first_loss = outcome.peak_gib, outcome.first_loss
     row.parts_ms = {name: statistics.median(parts[name] for parts in outcome.parts) for name in PARTS}
     row.rounds_ms, row.rounds_whole_ms = mine, all_mine
-    return replace(row, **spread(mine), **spread(all_mine, "whole_"))
+    times: dict[str, Any] = spread(mine) | spread(all_mine, "whole_")
+    return replace(row, **times)
 
 
 def _faster(

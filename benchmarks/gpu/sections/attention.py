@@ -196,11 +196,14 @@ def _compare_operator(run: Run, case: AttentionCase) -> None:
 
     No fault where it does not: nothing of the library calls it so yet.
     """
-    inputs, _ = _inputs(case, torch.bfloat16, run.device)
+    (query, key, value), _ = _inputs(case, torch.bfloat16, run.device)
+    calls: dict[str, Callable[[int], Tensor]] = {
+        "operator": lambda _: by_operator(query, key, value, case),
+        "varlen_attn": lambda _: by_varlen(query, key, value, case),
+    }
     try:
         with torch.no_grad():
-            apart = _distance(by_operator(*inputs, case).float(), by_varlen(*inputs, case).float())
-            calls = {each: lambda _, each=each: each(*inputs, case) for each in (by_operator, by_varlen)}
+            apart = _distance(calls["operator"](0).float(), calls["varlen_attn"](0).float())
             ms, whole = (
                 [sorted(times)[len(times) // 2] for times in timed.values()]
                 for timed in (interleaved_on_gpu(calls, _ROUNDS), wall_times(calls, _ROUNDS))
@@ -233,8 +236,8 @@ def _inputs(case: AttentionCase, dtype: torch.dtype, device: str) -> tuple[list[
 
 def _results(attention: Attention, inputs: list[Tensor], upstream: Tensor, case: AttentionCase) -> list[Tensor]:
     """The output and the gradients of query, key and value."""
-    leaves = [states.detach().requires_grad_() for states in inputs]
-    out = attention(*leaves, case)
+    query, key, value = leaves = [states.detach().requires_grad_() for states in inputs]
+    out = attention(query, key, value, case)
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -195,13 +196,20 @@ def _measure(run: Run, case: PassCase, configs: list[LaunchConfig], compiled: fl
     work = Work(case, case.rows, run.device)
     source = torch.ones(case.moved // 2, dtype=torch.uint8, device=run.device)
     target = torch.empty_like(source)
-    calls: dict[LaunchConfig | str, Callable[[int], object]] = {"copy": lambda _: target.copy_(source)}
-    calls |= {config: lambda _, config=config: work.run(config) for config in configs}
-    took = medians(calls, 1 if run.smoke else _ROUNDS, run.device)
-    copy = took.pop("copy")
+
+    def call(config: LaunchConfig | None) -> Callable[[int], object]:
+        return lambda _: target.copy_(source) if config is None else work.run(config)
+
+    times = medians({config: call(config) for config in (None, *configs)}, 1 if run.smoke else _ROUNDS, run.device)
+    copy, took = times[None], {config: times[config] for config in configs}
     own = case.default()
     for config, ms in took.items():
-        figures = {"ms": ms, "terabytes": case.moved / (1e9 * ms), "of_copy": copy / ms, "own": config == own}
+        figures: dict[str, Any] = {
+            "ms": ms,
+            "terabytes": case.moved / (1e9 * ms),
+            "of_copy": copy / ms,
+            "own": config == own,
+        }
         run.row(case=case.name, **vars(config), **figures)
     ranked = sorted(took, key=took.__getitem__)
     places = [config for config in (own, *ranked[:3]) if config in took]
