@@ -1,17 +1,56 @@
-"""Questions and the answers to score: TOFU's evaluation files where they are at hand, else made-up ones."""
+"""The Llamas that the evaluate suite runs, with random weights, and TOFU's questions and the answers to score.
+
+Of TOFU's evaluation files where they are at hand, else made-up ones.
+"""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks import tofu
+from benchmarks.harness.shared import LLAMA, LLAMA_MID, LLAMA_SMOKE, tofu_files
 from efface.simulate.teach import train_tokenizer
 
 SPLITS = ("forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
+
+
+@dataclass(frozen=True)
+class EvaluateShape:
+    """A model, and how many rows of each split it is asked."""
+
+    dtype: torch.dtype
+    config: Mapping[str, Any]
+    rows: int
+
+
+_TINY = {
+    "vocab_size": 8192,
+    "hidden_size": 128,
+    "intermediate_size": 344,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+SHAPES = {
+    "smoke": EvaluateShape(torch.float32, LLAMA_SMOKE, rows=4),
+    "Llama 4 layers, d 128, V 8192, fp32": EvaluateShape(torch.float32, _TINY, rows=48),
+    "Llama 8 layers, d 512, V 32000, fp32": EvaluateShape(torch.float32, LLAMA_MID, rows=16),
+    "Llama 8 layers, d 512, V 32000, bf16": EvaluateShape(torch.bfloat16, LLAMA_MID, rows=16),
+}
+
+
+def model_of(shape: EvaluateShape, dtype: torch.dtype | None = None) -> LlamaForCausalLM:
+    """Return the shape's model with SDPA attention, in evaluation mode; always the same weights."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {**LLAMA, **shape.config, "attn_implementation": "sdpa"}
+    model: LlamaForCausalLM = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    torch.nn.Module.to(model, dtype or shape.dtype)
+    return model
 
 
 @dataclass(frozen=True)
@@ -25,8 +64,8 @@ class Split:
 
 def splits(rows: int) -> tuple[list[Split], str]:
     """Return so many rows of each split, evenly spread over it, and what they are."""
-    files = [tofu.FOLDER / f"{name}.json" for name in SPLITS]
-    if not all(file.is_file() for file in files):
+    files = tofu_files(*SPLITS)
+    if not files:
         return [_made_up(name, rows) for name in SPLITS], "made up"
     return [_read(file, rows) for file in files], f"TOFU {', '.join(SPLITS)}"
 

@@ -1,8 +1,9 @@
-"""Mean token log-probabilities of all answers, by everybody who is timed."""
+"""Mean token log-probabilities of all answers, and greedy answers, by everybody who is timed."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.evaluate.data import Split
+from benchmarks.evaluate.inputs import Split
 from efface.evaluate import AnswerTask, mean_logprobs
 from efface.hf.text.templates import encode
 
@@ -132,3 +133,22 @@ def _inputs(tokenizer: PreTrainedTokenizerBase, questions: list[str], answers: l
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_value=0),
     }
+
+
+def generate_of(model: Any, prompts: Sequence[Sequence[int]], size: int) -> Callable[[int], list[int]]:
+    """Return a call that gives the lengths of the answers by ``model.generate``."""
+    ends = torch.tensor(model.generation_config.eos_token_id)
+
+    def call(_round: int) -> list[int]:
+        counts: list[int] = []
+        for first in range(0, len(prompts), size):
+            batch = prompts[first : first + size]
+            longest = max(map(len, batch))
+            ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in batch])
+            mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])
+            new = model.generate(ids, attention_mask=mask, do_sample=False)[:, longest:]
+            ended = torch.isin(new, ends)
+            counts += torch.where(ended.any(1), ended.int().argmax(1), new.shape[1]).tolist()
+        return counts
+
+    return call

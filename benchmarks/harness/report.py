@@ -1,4 +1,4 @@
-"""What a run of a suite leaves behind: tables on the screen, and a JSON file with the machine beside the figures."""
+"""What a run of a suite leaves behind: tables on the screen, and a JSON file with the machine beside the rows."""
 
 import importlib.metadata
 import json
@@ -9,17 +9,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-
-from benchmarks.timing import gpu_says
 
 try:
     from rich.console import Console
     from rich.table import Table
 except ImportError:  # a borrowed machine with torch and little else: plain lines will do
-    Console = None
+    Console = None  # type: ignore[assignment, misc]
+
+_PROCESSOR = ("model name", "cpu family", "model")
+_RIVALS = ("transformers", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "trl")  # providers' packages
 
 
 class Report:
@@ -48,23 +51,41 @@ class Report:
         (print if self._console is None else self._console.print)(text)
 
     def save(self, **figures: object) -> None:
-        """Add entries to the record and write it."""
-        self._record.update(figures)
+        """Add entries to the record and write it; rows of results are dataclasses."""
+        self._record.update({name: plain(value) for name, value in figures.items()})
         self._record["load_average_at_end"] = os.getloadavg()[0]
         if self._path is not None:
             self._path.write_text(json.dumps(self._record, indent=2) + "\n", encoding="utf-8")
 
 
+def plain(value: Any) -> Any:
+    """Return a list of rows as JSON holds them, and anything else as it is."""
+    if not isinstance(value, list):
+        return value
+    return [asdict(row) if is_dataclass(row) and not isinstance(row, type) else row for row in value]
+
+
+def cells(form: str, *values: float | None) -> list[str]:
+    """Return figures as a table shows them; nothing for one that was not measured."""
+    return ["" if value is None else format(value, form) for value in values]
+
+
+def said(error: BaseException) -> str:
+    """Return an error in a line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def machine(arguments: Sequence[str]) -> dict[str, object]:
     """Return what the figures depend on besides the code, and the code's commit."""
+    known = processor()
     return {
         "date": time.strftime("%Y-%m-%d"),
         "time": time.strftime("%H:%M:%S"),
-        "processor": _processor(),
+        "processor": ", ".join(f"{key} {known[key]}" for key in _PROCESSOR if key in known) or platform.processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],  # of the minute before
-        "rivals": _versions(),
+        "rivals": versions(_RIVALS),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit(),
@@ -99,10 +120,18 @@ def _gpu() -> dict[str, object]:
     }
 
 
-def _versions() -> dict[str, str]:
-    """Return the versions of the packages that providers come from."""
-    names = ("transformers", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "trl")
-    return versions(names)
+def gpu_clocks() -> str:
+    """Return the first GPU's clock, power and temperature at this moment, as its tool says them."""
+    return gpu_says("clocks.sm,power.draw,temperature.gpu")
+
+
+def gpu_says(fields: str) -> str:
+    """Return what nvidia-smi says of these fields of the first GPU; nothing where it is missing or hangs."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:
@@ -111,12 +140,10 @@ def versions(names: Iterable[str]) -> dict[str, str]:
     return {name: each[0].version for name, each in found.items() if each}  # in the order of the path
 
 
-def _processor() -> str:
+def processor() -> dict[str, str]:
+    """Return what Linux says of the processor; nothing elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    wanted = ("model name", "cpu family", "model")
-    found = {key.strip(): value.strip() for key, value in fields.items()}
-    return ", ".join(f"{key} {found[key]}" for key in wanted if key in found)
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines) if value}

@@ -1,7 +1,6 @@
 """Interleaved timing: every call once a round, so that a slow moment of the machine slows all of them."""
 
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -108,20 +107,12 @@ def wall_times(calls: Mapping[Key, Callable[[int], object]], rounds: int) -> dic
     return interleaved({key: finished(call) for key, call in calls.items()}, rounds)
 
 
+def spread(milliseconds: Sequence[float], prefix: str = "") -> dict[str, float]:
+    """Return what a row of results says of a provider's rounds, under the names that every suite gives it."""
+    median, low, high = statistics.median(milliseconds), min(milliseconds), max(milliseconds)
+    return {f"{prefix}median_ms": median, f"{prefix}low_ms": low, f"{prefix}high_ms": high}
+
+
 def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
     """Return the median over rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
-
-
-def gpu_clocks() -> str:
-    """Return the first GPU's clock, power and temperature at this moment, as its tool says them."""
-    return gpu_says("clocks.sm,power.draw,temperature.gpu")
-
-
-def gpu_says(fields: str) -> str:
-    """Return what nvidia-smi says of these fields of the first GPU; nothing where it is missing or hangs."""
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
