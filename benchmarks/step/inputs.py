@@ -19,9 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.harness.shared import LLAMA, LLAMA_MID, LLAMA_SMOKE, tofu_files, tofu_lengths
 from efface.batching import Assembler, PackedBatch, StepTotals, TokenStore, plan_epoch
-from efface.simulate.teach import train_tokenizer
 from efface.hf.model.lora import add_lora
 from efface.hf.reference.score import store_logprobs
+from efface.simulate.teach import train_tokenizer
 
 FORGET, RETAIN = "forget10", "retain90"
 

@@ -19,10 +19,9 @@ from transformers.models.llama import modeling_llama
 from benchmarks.step.inputs import PaddedBatch, Step
 from benchmarks.step.measures import Stopwatch
 from efface import NPO
-from efface.hf.reference.live import AdapterReference
 from efface.hf.model.head import fuse
 from efface.hf.model.head_loss import HeadLoss
-from efface.hf.reference.live import LiveReference
+from efface.hf.reference.live import AdapterReference, LiveReference
 
 OBJECTIVE = NPO(beta=0.1, alpha=1.0)
 _REPLACED = ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")  # by apply_liger_kernel_to_llama, for the process

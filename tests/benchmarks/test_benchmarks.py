@@ -5,6 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 from typing import Any
+
 import numpy as np
 import pytest
 import torch

@@ -7,6 +7,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
+
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]

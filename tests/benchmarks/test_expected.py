@@ -5,10 +5,15 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import benchmarks.__main__
 import pytest
 import torch
+from benchmarks.publish import page, tables
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from benchmarks import expected, one_chunk
 from efface_kernels import (
     Head,
     Kind,
@@ -22,12 +27,8 @@ from efface_kernels import (
     triton_launch,
 )
 from efface_kernels.linear_loss import chunks, look
-import benchmarks.__main__  # noqa: E402
-from benchmarks import expected, one_chunk  # noqa: E402
-from benchmarks.publish import page, tables  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 # The targets' range is looked at on the CPU alone; the root of a backward call is autograd's.
 NOT_OURS = {"aminmax", "_local_scalar_dense", "ones_like"}

@@ -13,6 +13,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
+
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,6 +9,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
+
 import pytest
 import torch
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
+
 import pytest
 import torch
 

@@ -9,14 +9,15 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
 import pytest
 import torch
-from benchmarks.harness.report import Report  # noqa: E402
-from benchmarks.harness.shared import BadOption  # noqa: E402
-from benchmarks.loss import providers as everybody  # noqa: E402
-from benchmarks.loss import suite  # noqa: E402
-from benchmarks.loss.inputs import FLOOR, FUNCTIONS, LossShape, gold, make_inputs  # noqa: E402
-from benchmarks.loss.providers import (  # noqa: E402
+from benchmarks.harness.report import Report
+from benchmarks.harness.shared import BadOption
+from benchmarks.loss import providers as everybody
+from benchmarks.loss import suite
+from benchmarks.loss.inputs import FLOOR, FUNCTIONS, LossShape, gold, make_inputs
+from benchmarks.loss.providers import (
     EAGER,
     Found,
     Head,
@@ -30,7 +31,6 @@ from benchmarks.loss.providers import (  # noqa: E402
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 _1B = (2048, 128256)
 NAMES = [f"{shape.objective}-{i}" for i, shape in enumerate(suite.CHECKS)]

@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
 import pytest
-from benchmarks import publish  # noqa: E402
-from benchmarks.publish import plots, tables  # noqa: E402
+from benchmarks.publish import plots, tables
+
+from benchmarks import publish
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 RESULTS = ROOT / "benchmarks" / "results"
 MACHINE = {
