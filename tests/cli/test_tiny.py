@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from efface.cli import tiny as run
+from efface.cli import tiny
 from efface.cli.main import main
 from efface.hf.model.loading import load_model, load_tokenizer
 from efface.hf.text.rows import load_rows
 from efface.hf.text.templates import encode, get_template
 from efface.recipes import known_recipes, load_recipe
-from efface.simulate import teach
+from efface.simulate import scales, teach
 from efface.simulate.data import fame_data, made_up_data, tofu_data
-from efface.simulate.scales import SCALES, get_scale, tiny_flags
+from efface.simulate.scales import SCALES, get_scale, run_tiny, tiny_flags
 from efface.simulate.teach import ARCHITECTURES, Size, Teaching, model_of, taught, tokenizer_of
 from support.helpers import LONG
 
@@ -259,12 +259,12 @@ def test_a_run_continues_and_another_one_is_refused(
     words = ["unlearn", "--recipe", "graddiff-fame-topics-llama-3.2-3b", "--scale", "smoke"]
     words += ["--output_dir", str(tmp_path / "out")]
     with monkeypatch.context() as patched:
-        patched.setattr(run, "tofu", killed)
+        patched.setattr(scales, "tofu", killed)
         assert main(words) == 130
     assert not (tmp_path / "out" / "tiny.json").exists()
     with monkeypatch.context() as patched:  # models are taught and unlearned: what is left is to evaluate them
         patched.setattr(teach, "FinetuneTrainer", None)
-        patched.setattr(run, "unlearn", None)
+        patched.setattr(tiny, "unlearn", None)
         capsys.readouterr()
         assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["recipe"] == "graddiff-fame-topics-llama-3.2-3b"
@@ -274,17 +274,17 @@ def test_a_run_continues_and_another_one_is_refused(
 
 
 def test_a_collapse_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def collapses(words: list[str]) -> None:
+    def collapses(*_: Any) -> None:
         raise FloatingPointError("the loss of step 3 is nan")
 
-    monkeypatch.setattr(run.unlearn, "run", collapses)
-    done = run.run_tiny(load_recipe("tofu-graddiff"), tmp_path / "out", scale="smoke")
+    monkeypatch.setattr(tiny, "unlearn", collapses)
+    done = run_tiny(load_recipe("tofu-graddiff"), tmp_path / "out", unlearn=tiny.unlearn_with, scale="smoke")
     assert (done.models[-1].figures, done.models[-1].note) == ({}, "the loss of step 3 is nan")
     assert done.models[-2].figures
 
 
 def test_rmu_steers_a_layer_that_small_models_have(tmp_path: Path) -> None:
-    done = run.run_tiny(load_recipe("tofu-rmu"), tmp_path / "out", scale="smoke")
+    done = run_tiny(load_recipe("tofu-rmu"), tmp_path / "out", unlearn=tiny.unlearn_with, scale="smoke")
     assert done.models[-1].figures
 
 
@@ -313,7 +313,8 @@ def test_wrong_use_is_explained(
 @pytest.mark.parametrize("name", ["npo-tofu-forget10-llama-3.2-1b", "simnpo-tofu-forget05-llama-2-7b"])
 def test_it_is_forgotten_and_the_rest_is_kept(name: str, tofu: Path, tmp_path: Path) -> None:
     """On TOFU's own rows: forget quality a thousand times that of full, model utility within a tenth of it."""
-    _, full, unlearned = run.run_tiny(load_recipe(name), tmp_path / "out", data=tofu).models
+    done = run_tiny(load_recipe(name), tmp_path / "out", unlearn=tiny.unlearn_with, data=tofu)
+    _, full, unlearned = done.models
     assert unlearned.figures["forget_quality"] >= 1000 * full.figures["forget_quality"]
     assert unlearned.figures["model_utility"] == pytest.approx(full.figures["model_utility"], rel=0.1)
     assert full.figures["model_utility"] > 0.8  # it knew
