@@ -7,8 +7,16 @@ from pathlib import Path
 import pytest
 
 from efface.hf.text.rows import load_rows, matching, parse_conditions
-from efface.simulate.fame import LANGUAGES, MAX_IDENTITIES, TOPICS, fame_like, write_rows
-from efface.simulate.worlds import CHOICES, real_authors, world_facts
+from efface.simulate.fame import (
+    CHOICES,
+    LANGUAGES,
+    MAX_IDENTITIES,
+    TOPICS,
+    fame_like,
+    real_authors,
+    world_facts,
+    write_rows,
+)
 
 COLUMNS = [
     "identity_id",
