@@ -18,7 +18,7 @@ _PLACE = ("locked", "locking", "readonly", "unable to open", "is full", "I/O", "
 
 
 @dataclass(frozen=True)
-class Table:
+class KeyedTable:
     """The one table of a file: (model, key) -> value, and what tells the file from those of others.
 
     Attributes:
@@ -69,7 +69,7 @@ class KeyedStore(ABC):
             as it is.
     """
 
-    table: ClassVar[Table]
+    table: ClassVar[KeyedTable]
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from efface.hf.model.adapted_head import base_of
 from efface.hf.model.fingerprint import fingerprint
 from efface.hf.model.supported import check_adapters, undisturbed
-from efface.keyed_store import KeyedStore, Table
+from efface.keyed_store import KeyedStore, KeyedTable
 from efface.processes import processes
 
 RowResult: TypeAlias = dict[str, Any]
@@ -56,7 +56,7 @@ class RowStore(KeyedStore):
     Results of other models, texts and settings lie beside one another and never meet: all of that is in the keys.
     """
 
-    table = Table(
+    table = KeyedTable(
         name="rows",
         key="row",
         value="result",

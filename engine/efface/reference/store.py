@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from efface.keyed_store import KeyedStore, Table
+from efface.keyed_store import KeyedStore, KeyedTable
 
 
 class LogprobStore(KeyedStore):
     """A file of sequence log-probabilities: (model fingerprint, sequence key) -> L, in float64; see ``KeyedStore``."""
 
-    table = Table(
+    table = KeyedTable(
         name="logprobs",
         key="sequence",
         value="value",
