@@ -1,4 +1,9 @@
-"""What evaluations are made of: rows to compute with a model, in batches that data and settings alone decide."""
+"""What evaluations are made of: tasks, the rows that they finished, and the processes that share them out.
+
+A ``Task`` has rows to compute with a model, in batches that data and settings alone decide. ``run_tasks`` shares the
+batches out over processes and tells every process all results. ``RowStore`` keeps finished rows in one SQLite file, so
+that a killed evaluation goes on where it was.
+"""
 
 import contextlib
 import hashlib
@@ -26,10 +31,29 @@ from efface.processes import processes
 
 RowResult: TypeAlias = dict[str, Any]
 """What a task found out about a row, as JSON: it is stored, gathered from processes and read again as it is."""
+Progress = Callable[[str, int, int], None]
+"""Called with the task at hand, how many rows of all tasks are done, and how many there are."""
+
+T = TypeVar("T")
+_Job = tuple[int, NDArray[np.int64]]  # a task's number, and the rows of one of its batches
+
+_APPLICATION = 0x65666672  # "effr": tells our files from other programs'
+_FORMAT = 1
+_SCHEMA = (
+    "CREATE TABLE rows (model BLOB NOT NULL, row BLOB NOT NULL, result TEXT NOT NULL, "
+    "checksum INTEGER NOT NULL, PRIMARY KEY (model, row)) WITHOUT ROWID"
+)
+_DROP = "DELETE FROM rows WHERE model = ? AND row = ?"
+# As bytes: a damaged one need not be text.
+_QUERY = "SELECT row, CAST(result AS BLOB), checksum FROM rows WHERE model = ? AND row IN ({keys})"
 
 
 class NotFiniteError(FloatingPointError, ValueError):
     """Numbers of a model that are none: the model is broken, not what it was asked."""
+
+
+_KINDS: tuple[type[Exception], ...] = (NotFiniteError, ValueError, OSError)
+"""Errors that every process raises as what they are on one of them."""
 
 
 class Task(Protocol):
@@ -49,17 +73,6 @@ class Task(Protocol):
 
     def run(self, model: PreTrainedModel, rows: NDArray[np.int64]) -> list[RowResult]:
         """Compute one batch: a result for each of its rows, in order."""
-
-
-APPLICATION_ID = 0x65666672  # "effr": tells our files from other programs'
-FORMAT = 1
-_SCHEMA = (
-    "CREATE TABLE rows (model BLOB NOT NULL, row BLOB NOT NULL, result TEXT NOT NULL, "
-    "checksum INTEGER NOT NULL, PRIMARY KEY (model, row)) WITHOUT ROWID"
-)
-_DROP = "DELETE FROM rows WHERE model = ? AND row = ?"
-# As bytes: a damaged one need not be text.
-_QUERY = "SELECT row, CAST(result AS BLOB), checksum FROM rows WHERE model = ? AND row IN ({keys})"
 
 
 class RowStore:
@@ -82,8 +95,8 @@ class RowStore:
         self._database = Database(
             path,
             schema=_SCHEMA,
-            application=APPLICATION_ID,
-            version=FORMAT,
+            application=_APPLICATION,
+            version=_FORMAT,
             name="evaluated rows",
             remedy="delete the file: the rows are then computed anew",
         )
@@ -115,16 +128,6 @@ class RowStore:
 
 def _checksum(model: bytes, key: bytes, text: bytes) -> int:
     return zlib.crc32(text, zlib.crc32(key, zlib.crc32(model)))
-
-
-Progress = Callable[[str, int, int], None]
-"""Called with the task at hand, how many rows of all tasks are done, and how many there are."""
-
-Job = tuple[int, NDArray[np.int64]]  # a task's number, and the rows of one of its batches
-T = TypeVar("T")
-
-_KINDS: tuple[type[Exception], ...] = (NotFiniteError, ValueError, OSError)
-"""Errors that every process raises as what they are on one of them."""
 
 
 def run_tasks(
@@ -229,14 +232,14 @@ def _whole(model: Any) -> Any:
     return extract_model_from_parallel(model)
 
 
-def _turns(jobs: Sequence[Job], processes: int) -> Iterator[Sequence[Job]]:
+def _turns(jobs: Sequence[_Job], processes: int) -> Iterator[Sequence[_Job]]:
     """Yield as many jobs at a time as there are processes; neighbours, which take about as long."""
     for first in range(0, len(jobs), processes):
         yield jobs[first : first + processes]
 
 
 def _run(
-    state: PartialState, model: Any, tasks: Sequence[Task], turn: Sequence[Job], error: Exception | None
+    state: PartialState, model: Any, tasks: Sequence[Task], turn: Sequence[_Job], error: Exception | None
 ) -> list[list[RowResult]]:
     """Run one job a process and return the results of all; an error of one process is raised on all of them.
 
