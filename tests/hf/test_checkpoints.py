@@ -28,7 +28,7 @@ from efface.hf.train.arguments import UnlearnArguments
 from efface.hf.train.checkpoints import CheckpointError, checkpoints, newest_checkpoint, rotate
 from efface.hf.train.publish import HubError
 from support.helpers import arguments, random_store, tiny_llama, tiny_tokenizer, written_rows
-from support.processes import RANKS, environment
+from support.processes import RANKS, environment, launch
 
 
 @pytest.fixture
@@ -66,8 +66,7 @@ def curve(folder: Path) -> list[list[Any]]:
 
 @pytest.mark.slow
 def test_a_run_killed_ten_times_ends_with_the_same_bits(command: list[str], tmp_path: Path) -> None:
-    words = [sys.executable, str(RANKS / "killed_run.py"), str(tmp_path), json.dumps(command)]
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=900, check=False)
+    done = launch(0, [str(RANKS / "killed_run.py"), str(tmp_path), json.dumps(command)], limit=900)
     assert done.returncode == 0, done.stderr[-4000:]
     record = json.loads(done.stdout.splitlines()[-1])
     assert "failed" not in record, record["failed"][-4000:]
@@ -363,8 +362,8 @@ def test_the_real_command_survives_a_real_kill(command: list[str], tmp_path: Pat
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "continuing from" in done.stderr
-    whole = subprocess.run([*words[:-1], str(tmp_path / "whole")], env=environment(), timeout=900, check=False)
-    assert whole.returncode == 0
+    whole = launch(0, [str(RANKS / "command_rank.py"), *command, "--output_dir", str(tmp_path / "whole")])
+    assert whole.returncode == 0, whole.stderr[-4000:]
     same_bits(out, tmp_path / "whole")
 
 

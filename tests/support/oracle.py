@@ -5,7 +5,7 @@ with efface.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,15 @@ CASES = (
     Case("reference for some", (3, 2, 4, 1), reference_sequences=2, chunk_rows=4),
     Case("reference with another vocabulary", (3, 2), reference_vocabulary=53),
 )
+
+
+def within_reach(case: Case, backend: str) -> Case:
+    """The case with a vocabulary that Triton's interpreter gets through: 5003 logits take every way that 50257 do.
+
+    A row is whole blocks and a part of one; the passes alone, in ``test_triton_passes``, see the real vocabularies.
+    """
+    interpreted = backend == "triton" and torch.get_default_device().type == "cpu"
+    return replace(case, vocabulary=min(case.vocabulary, 5003)) if interpreted else case
 
 
 @dataclass
