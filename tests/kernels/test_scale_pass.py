@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from efface_kernels import triton_launch
+from efface_kernels.passes import scale_pass
 from efface_kernels.scale_pass import launch
-from efface_kernels.scale_pass.op import scale_pass
 
 # NumPy warns of ∞ times the lanes that the interpreted kernel then leaves out
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")

@@ -13,7 +13,7 @@ import torch
 
 import efface_kernels
 from efface.batching import TokenStore, pack
-from efface_kernels import transfer
+from efface_kernels import to_device
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -129,10 +129,9 @@ def test_importing_efface_is_light() -> None:
     """And its kernels import no Triton before one is launched."""
     heavy = ("transformers.trainer", "matplotlib", "datasets", "scipy", "rich")
     code = (
-        "import sys, torch\n"
-        "import efface_kernels.backends, efface_kernels.row_pass, efface_kernels.distribution_pass\n"
+        "import sys, efface_kernels.backends, efface_kernels.passes\n"
         "assert 'triton' not in sys.modules\n"
-        "import efface\n"
+        "import efface, torch\n"
         f"loaded = [name for name in {heavy!r} if name in sys.modules]\n"
         "assert not loaded, loaded\n"
         "assert not torch.cuda.is_initialized()\n"
@@ -141,10 +140,10 @@ def test_importing_efface_is_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# ---- no two modules of the kernels and objectives import each other, directly or by a detour
+# ---- no circle of imports
 
 
-TREES = {"efface_kernels": ROOT / "kernels", "efface.objectives": ROOT / "engine"}
+TREES = {"efface_kernels": ROOT / "kernels", "efface": ROOT / "engine"}
 
 
 def modules(root: Path, package: str) -> dict[str, Path]:
@@ -179,14 +178,48 @@ def graph(root: Path, package: str) -> dict[str, set[str]]:
     return edges
 
 
+def folders(edges: dict[str, set[str]]) -> dict[str, dict[str, set[str]]]:
+    """Of each package, what its modules and subpackages, each as a whole, import of one another.
+
+    A package's own ``__init__`` is left out: it says what its parts are.
+    """
+    levels: dict[str, dict[str, set[str]]] = {}
+    for name, others in edges.items():
+        for other in others:
+            mine, theirs = name.split("."), other.split(".")
+            depth = next(i for i, part in enumerate(theirs) if mine[i : i + 1] != [part])
+            if depth < len(mine):
+                level = levels.setdefault(".".join(mine[:depth]), {})
+                level.setdefault(mine[depth], set()).add(theirs[depth])
+    return levels
+
+
+def circle(edges: dict[str, set[str]]) -> str:
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        return " <- ".join(error.args[1])
+    return ""
+
+
 @pytest.mark.parametrize("package", TREES)
 def test_no_import_circle(package: str) -> None:
     edges = graph(TREES[package], package)
     assert sum(map(len, edges.values())) > len(edges)  # imports were found
-    try:
-        TopologicalSorter(edges).prepare()
-    except CycleError as error:
-        pytest.fail(f"{package}: {' <- '.join(error.args[1])}")
+    assert not circle(edges)
+    levels = folders(edges)
+    assert package in levels
+    assert not {level: found for level, imports in levels.items() if (found := circle(imports))}
+
+
+def test_no_two_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for package, root in TREES.items():
+        for module, path in modules(root, package).items():
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef):
+                    places.setdefault(node.name, []).append(module)
+    assert not {name: found for name, found in places.items() if len(found) > 1}
 
 
 def test_a_circle_is_found(tmp_path: Path) -> None:
@@ -212,6 +245,24 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
             TopologicalSorter({name: edges[name] & some for name in some}).prepare()
 
 
+def test_a_circle_of_folders_is_found(tmp_path: Path) -> None:
+    """Also one of files that are in none."""
+    files = {
+        "top/__init__.py": "from top.one import a",
+        "top/one/__init__.py": "",
+        "top/one/a.py": "from top.two.b import x",
+        "top/one/d.py": "",
+        "top/two/__init__.py": "",
+        "top/two/b.py": "from top.one.d import y",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    edges = graph(tmp_path, "top")
+    assert circle({name: others - {"top.one", "top.two"} for name, others in edges.items()}) == ""
+    assert circle(folders(edges)["top"]) in ("one <- two <- one", "two <- one <- two")
+
+
 # ---- nothing in a step makes the host wait for the device to take a list of numbers
 
 
@@ -224,7 +275,7 @@ MADE_OF_HOST_NUMBERS = {"tensor", "as_tensor", "from_numpy", "frombuffer", "asar
 ALLOWED = {
     ("kernels/efface_kernels/backends.py", "_results"): "a device's first use, once",
     ("engine/efface/hf/model/packing.py", "_probes_in_a_pack"): "when a model is loaded",
-    ("engine/efface/hf/model/lora.py", "check_start"): "before the first step",
+    ("engine/efface/hf/reference/live.py", "check_start"): "before the first step",
     ("engine/efface/hf/train/meter.py", "read"): "when a log is written, which reads the device",
     ("engine/efface/hf/reference/cached.py", "__init__"): "from one dtype to another, on the host",
 }
@@ -262,7 +313,7 @@ def copies(path: Path) -> Iterator[tuple[str, int]]:
 def test_numbers_go_to_a_device_by_one_way() -> None:
     found = {(str(path.relative_to(ROOT)), name): line for path in MODULES for name, line in copies(path)}
     wrong = {f"{file}:{line} in {name}" for (file, name), line in found.items() if (file, name) not in ALLOWED}
-    assert not wrong, "use efface_kernels.transfer.to_device, or say in ALLOWED why it may wait"
+    assert not wrong, "use efface_kernels.memory.to_device, or say in ALLOWED why it may wait"
     assert set(ALLOWED) <= set(found), "nothing is copied there any more"
 
 
@@ -271,7 +322,7 @@ def test_pinned_where_the_device_is_cudas(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: seen.append("pinned") or self)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *given, **more: seen.append((*given, more)) or self)
     for name in ("cuda", "cpu"):
-        transfer.to_device(torch.arange(3), torch.device(name))
+        to_device(torch.arange(3), torch.device(name))
     later = {"non_blocking": True}
     assert seen == ["pinned", (torch.device("cuda"), later), (torch.device("cpu"), later)]
 

@@ -1,4 +1,4 @@
-"""Token stores from question-answer data: what a trainer takes as its sets, tokenised once."""
+"""Token stores from question-answer data: a trainer's sets, tokenised once, and what they were made of."""
 
 import hashlib
 import warnings
@@ -32,6 +32,10 @@ from efface.hf.text.templates import AUTO, Batch, Template, encode_batches, get_
 
 # What a trainer takes as a forget or retain set: tokens, a file or Hub name, or rows (a datasets.Dataset is rows).
 QuestionAnswers: TypeAlias = TokenStore | str | Path | Rows
+
+
+_LOOKED_AT = 8  # tokens of a sequence that its sample holds
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -195,10 +199,6 @@ def _column_names(rows: Rows, question: str | None, answer: str | None, template
     return question, answer or "text"
 
 
-_LOOKED_AT = 8  # tokens of a sequence that its sample holds
-_SHOWN = 3
-
-
 def shared_sequences(
     forget: TokenStore, retain: TokenStore, *, prompts: bool = False
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -282,9 +282,6 @@ def _content(store: TokenStore, index: int, prompts: bool) -> bytes:
     return tokens.tobytes() if len(tokens) > 1 else b""
 
 
-__all__ = ["QuestionAnswers", "Refusals", "load_rows", "refuse_overlap", "token_store"]
-
-
 @dataclass(frozen=True)
 class DataFacts:
     """What a set was: where from, how many sequences, and a digest of their tokens and labels.
@@ -344,3 +341,6 @@ def store_fingerprint(store: TokenStore) -> str:
         if len(offsets):
             state.update(np.ascontiguousarray(ids[offsets[0] : offsets[-1]], dtype=np.int32).data)
     return state.hexdigest()[:32]
+
+
+__all__ = ["DataFacts", "QuestionAnswers", "Refusals", "load_rows", "refuse_overlap", "token_store"]

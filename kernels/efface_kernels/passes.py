@@ -1,4 +1,4 @@
-"""The distribution pass: KL divergence to a frozen model's distribution and its derivative, in place or beside."""
+"""The passes as operations: their arguments checked, and run by the backend that is asked for."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,86 @@ from efface_kernels.checks import (
 from efface_kernels.distribution_pass.launch import distribution_pass_triton
 from efface_kernels.distribution_pass.reference import distribution_pass_torch
 from efface_kernels.logits import Logits
-from efface_kernels.native import distribution_pass_native
+from efface_kernels.native import distribution_pass_native, row_pass_native
+from efface_kernels.row_pass.launch import row_pass_triton
+from efface_kernels.row_pass.reference import row_pass_torch
+from efface_kernels.scale_pass.launch import scale_pass_triton
+from efface_kernels.scale_pass.reference import scale_pass_torch
+from efface_kernels.sequence_loss.launch import sequence_loss_triton
+from efface_kernels.sequence_loss.rule import SequenceRule, SequenceTerms, sequence_loss_torch
+from efface_kernels.sequences import Sequences
+
+
+class RowPassOutput(NamedTuple):
+    """What a row pass returns. ``reference_logprobs`` is None where no reference logits were given."""
+
+    logprobs: Tensor  # (n,)
+    reference_logprobs: Tensor | None  # (m,)
+
+
+ROW_PASSES = {"torch": row_pass_torch, "native": row_pass_native, "triton": row_pass_triton}
+
+
+def row_pass(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    reference_logits: Tensor | None = None,
+    softcap: float | None = None,
+    reference_softcap: float | None = None,
+    gradient: bool = True,
+    backend: str = "auto",
+) -> RowPassOutput:
+    """Log-probabilities of the targets; with ``gradient``, ``logits`` becomes softmax − onehot in place.
+
+    Equal to::
+
+        z = logits.float()
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+        logprobs = torch.log_softmax(z, -1).gather(-1, targets[:, None])[:, 0]
+        logits.copy_(-(derivative of logprobs with respect to logits))
+
+    The loss's coefficient of a row, c = ∂loss/∂ℓ, is a factor of the whole row; the pass needs no loss.
+
+    Args:
+        logits: (n, V), float16, bfloat16, float32 or float64; overwritten if ``gradient``.
+        targets: (n,) int64, in 0 .. V − 1.
+        reference_logits: (m, V'), m ≤ n, logits of a frozen model for the first m rows; only read. Its dtype and
+            vocabulary may differ from those of ``logits``.
+        softcap: cap of Gemma-2's z ← cap · tanh(z / cap), applied here; its derivative is part of the result.
+        reference_softcap: the same for ``reference_logits``.
+        gradient: False leaves ``logits`` as they are.
+        backend: "auto", "triton" (GPU tensors), "native" (C++, CPU tensors) or "torch".
+
+    Returns:
+        ``logprobs`` (n,) and ``reference_logprobs`` (m,), in nats, float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError: a dtype other than those above.
+        ValueError: shapes that do not fit, a target out of the vocabulary, tensors on different devices. On a
+            GPU the targets are not looked at beforehand: one out of the vocabulary makes its row's results NaN.
+    """
+    check_dtype("logits", logits, FLOATS)
+    check_shape("logits", logits, ("n", "V"))
+    check_targets(targets, *logits.shape)
+    check_softcap(softcap)
+    check_softcap(reference_softcap)
+    check_same_device(logits=logits, targets=targets, reference_logits=reference_logits)
+    reference = None
+    if reference_logits is not None:
+        check_dtype("reference_logits", reference_logits, FLOATS)
+        check_shape("reference_logits", reference_logits, ("m", "V"))
+        m = reference_logits.shape[0]
+        if m > logits.shape[0]:
+            raise ValueError(
+                f"`reference_logits`: expected at most {logits.shape[0]} rows (those of `logits`), got {m}"
+            )
+        check_targets(targets[:m], *reference_logits.shape)
+        reference = Logits(reference_logits, reference_softcap)
+    run = ROW_PASSES[resolve_backend(backend, logits.device)]
+    logprobs, *others = run(Logits(logits, softcap), targets, reference, gradient)
+    return RowPassOutput(logprobs, others[0] if others else None)
 
 
 class DistributionPassOutput(NamedTuple):
@@ -86,7 +165,7 @@ def _row_on_row(out: Tensor, reference: Tensor) -> bool:
     return (rows == 1 or starts[0] == starts[1]) and (columns == 1 or out.stride(1) == reference.stride(1) == 1)
 
 
-PASSES = {
+DISTRIBUTION_PASSES = {
     "torch": distribution_pass_torch,
     "native": distribution_pass_native,
     "triton": distribution_pass_triton,
@@ -150,6 +229,75 @@ def distribution_pass(
     if out is not None:
         _check_out(out, logits, reference_logits, gradient=gradient)
     into = (logits if out is None else out) if gradient else None
-    run = PASSES[resolve_backend(backend, logits.device)]
+    run = DISTRIBUTION_PASSES[resolve_backend(backend, logits.device)]
     pair = Logits(logits, softcap), Logits(reference_logits, reference_softcap)
     return DistributionPassOutput(*run(*pair, targets, shift, into))
+
+
+def scale_pass(values: Tensor, factor: Tensor, *, dtype: torch.dtype, keep: bool, backend: str) -> Tensor:
+    """A gradient times a scalar that is on its device.
+
+    Equal to::
+
+        (values * factor).to(dtype)
+
+    rounded once. Where the values need not be kept and have that dtype, they are scaled in place and returned.
+
+    Args:
+        values: any shape and floating dtype.
+        factor: (), float32 (float64 for float64 values).
+        dtype: of the result.
+        keep: whether ``values`` must stay as they are, and the result be other memory.
+        backend: a resolved one; "native" is plain torch.
+    """
+    run = scale_pass_triton if backend == "triton" else scale_pass_torch
+    return run(values, factor, dtype, keep)
+
+
+def sequence_loss(
+    logprobs: Tensor,
+    row_offsets: Tensor,
+    rule: SequenceRule,
+    *,
+    reference_logprobs: Tensor | None = None,
+    reference_sums: Tensor | None = None,
+    backend: str = "auto",
+) -> SequenceTerms:
+    """Loss terms of whole sequences and their derivative by the log-probabilities.
+
+    Equal to::
+
+        terms = rule(Sequences(logprobs.requires_grad_(), row_offsets, 0, reference_sums))
+        (coefficients,) = torch.autograd.grad(terms.sum(), logprobs)
+
+    Args:
+        logprobs: (n,) ℓ of the label rows, float32 or float64.
+        row_offsets: (S + 1) int64 on the device of ``logprobs``, ascending from 0 to n.
+        rule: which term each of the S sequences has.
+        reference_logprobs: (m,) a live reference's ℓ of the first m rows.
+        reference_sums: (S,) known L_ref instead.
+        backend: "auto", "triton" (GPU tensors), "native" or "torch": plain torch on the CPU in either case.
+
+    Raises:
+        TypeError: dtypes other than those above.
+        ValueError: shapes that do not fit, tensors on different devices, no reference where a term needs one.
+    """
+    check_dtype("logprobs", logprobs, (torch.float32, torch.float64))
+    check_shape("logprobs", logprobs, ("n",))
+    check_dtype("row_offsets", row_offsets, (torch.int64,))
+    check_shape("row_offsets", row_offsets, (rule.roles.shape[0] + 1,), "one sequence for each role of the rule")
+    check_same_device(
+        logprobs=logprobs,
+        row_offsets=row_offsets,
+        roles=rule.roles,
+        reference_logprobs=reference_logprobs,
+        reference_sums=reference_sums,
+    )
+    if reference_logprobs is not None and reference_sums is not None:
+        raise ValueError("expected `reference_logprobs` (live) or `reference_sums` (cached), got both; drop one")
+    if rule.needs_reference and reference_logprobs is None and reference_sums is None:
+        raise ValueError(
+            "NPO and DPO need the reference model's log-probabilities, got none; give a live or cached reference"
+        )
+    run = sequence_loss_triton if resolve_backend(backend, logprobs.device) == "triton" else sequence_loss_torch
+    return run(Sequences(logprobs, row_offsets, 0, reference_sums), rule, reference_logprobs)
