@@ -1,5 +1,6 @@
 """Fixtures: the shared data folder, a tiny tokenizer, tiny models."""
 
+import gc
 import os
 import zlib
 from contextlib import suppress
@@ -35,6 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """Every training run ends with a collection of garbage, of which what is imported and collected by now is none."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

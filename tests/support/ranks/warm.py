@@ -3,6 +3,7 @@
 Reads requests, a JSON object a line; answers with the number of the process that serves it, and then its exit code.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -49,6 +50,7 @@ def become(words: list[str], processes: int, environment: dict[str, str], folder
 
 
 if __name__ == "__main__":
+    gc.freeze()  # a child neither looks through what was imported nor copies it
     request = serve()
     if request is not None:
         become(**request)
