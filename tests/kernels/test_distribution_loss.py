@@ -12,8 +12,7 @@ from efface_kernels.linear_loss.chunks import plan_pieces
 from efface_kernels.linear_loss.distribution_loss import DistributionLossOutput
 from efface_kernels.linear_loss.look import DistributionLook
 from support import oracle
-from support.largest_tensor import LargestTensor
-from support.oracle import Case, Problem
+from support.oracle import Case, LargestTensor, Problem
 
 # NumPy warns of the −inf − −inf of lanes that the interpreted kernel then leaves out
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")

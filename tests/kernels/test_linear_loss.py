@@ -24,8 +24,7 @@ from efface_kernels import (
 )
 from efface_kernels.linear_loss import chunks, fused_loss
 from support import oracle
-from support.largest_tensor import LargestTensor
-from support.oracle import CASES, Case, Problem
+from support.oracle import CASES, Case, LargestTensor, Problem
 
 BACKENDS = ("torch", "native")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

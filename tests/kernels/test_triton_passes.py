@@ -111,7 +111,7 @@ def test_distributions_no_further_from_fp64_than_torch(
             assert rms(ours - exact) <= 2 * rms(eager - exact) + places * eps * rms(terms)
 
 
-@pytest.mark.parametrize("vocabulary", [7, 2048, 50257])
+@pytest.mark.parametrize("vocabulary", [7, 2048, 5003])
 def test_half_precision_over_fp32_logits(vocabulary: int) -> None:
     """Entries of two bytes over those of four: a row of P ends where the middle of the reference's row was."""
     logits, reference = torch.randn(2, 3, vocabulary)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass
@@ -294,3 +295,21 @@ def assert_as_exact(
     k = 64 * (1 + exponent) if dtype == torch.float64 else 4
     error, allowed = rms(ours.double() - gold), 2 * rms(eager.double() - gold) + k * torch.finfo(dtype).eps * rms(gold)
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}, rms(gold) {rms(gold):.3e}"
+
+
+# ---- how much memory an operation takes at most in one piece
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for item in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(item, Tensor):
+                self.largest = max(self.largest, item.nbytes)
+        return out
