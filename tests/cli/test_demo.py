@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from efface.cli.main import main
 
@@ -30,6 +30,7 @@ def test_the_whole_story(
         assert (tmp_path / "out" / plot).read_bytes().startswith(b"\x89PNG")
     for name in names:
         AutoModelForCausalLM.from_pretrained(tmp_path / "out" / name)
+        AutoTokenizer.from_pretrained(tmp_path / "out" / name)
     assert main(["demo", "--out", str(tmp_path / "out")]) == 2
 
 

@@ -24,8 +24,7 @@ from efface.hf.model.packing import MEMORY, PackReading, reading_of
 from efface.hf.model.padding import padding_of
 from efface.hf.reference.live import LiveReference
 from efface.hf.reference.score import store_logprobs
-from support.helpers import LONG, arguments, random_store, sequence, tiny_llama
-from support.tiny_decoders import NOT_BUILT, perturbed, tiny_decoder
+from support.helpers import LONG, NOT_BUILT, arguments, perturbed, random_store, sequence, tiny_decoder, tiny_llama
 
 ALONE = "one sequence a pass"
 SAID = "runs one sequence a pass, which is slower than packs and gives what separate passes give"
