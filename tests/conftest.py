@@ -1,5 +1,6 @@
 """Fixtures: the shared data folder, a tiny tokenizer, tiny models."""
 
+import gc
 import os
 import zlib
 from contextlib import suppress
@@ -28,22 +29,35 @@ with suppress(ImportError):  # a machine that runs the GPU tests alone need not 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
-@pytest.fixture(autouse=True)
-def _own_numbers(request: pytest.FixtureRequest) -> None:
-    """A test draws the same numbers alone and among others, today and tomorrow."""
-    torch.manual_seed(zlib.crc32(request.node.name.encode()))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a GPU is skipped before anything is set up for it."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """Every training run ends with a collection of garbage, of which what is imported and collected by now is none."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
-def _no_leaked_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers 4 leaves the mixed precision of one run in the environment of the next."""
+def _apart(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A test draws the same numbers alone and among others, today and tomorrow, and leaves the user's cache alone."""
+    number = zlib.crc32(request.node.name.encode())
+    torch.manual_seed(number)
+    # transformers 4 leaves the mixed precision of one run in the environment of the next
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-
-
-@pytest.fixture(autouse=True)
-def _own_token_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests leave the user's cache alone."""
-    monkeypatch.setenv("EFFACE_CACHE", str(tmp_path / "efface-cache"))
+    # most tests neither have a folder nor cache anything: one that nobody makes costs nothing
+    folder = Path(tmp_path_factory.getbasetemp(), f"no-{number}")
+    if "tmp_path" in request.fixturenames:
+        folder = request.getfixturevalue("tmp_path")
+    monkeypatch.setenv("EFFACE_CACHE", str(folder / "efface-cache"))
 
 
 @pytest.fixture(scope="session")

@@ -1,78 +1,57 @@
-"""Checkpoints: whole or not there at all, and complete enough that a killed run continues bit for bit."""
+"""Files and folders that are whole or not there at all: atomic writes, folders that change places, locks."""
 
-import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
-PARTIAL = (
-    ".partial-"  # what is being written, or is on its way out: no pattern of transformers takes it for a checkpoint
-)
-
-
-def remove_leftovers(folder: str | Path) -> None:
-    """Remove what killed processes left half written or half deleted."""
-    for path in Path(folder).glob(f"{PARTIAL}*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+# What is being written, or is on its way out: no pattern of transformers takes it for a checkpoint.
+PARTIAL = ".partial-"
 
 
-def remove_whole(folder: Path) -> None:
-    """Remove a folder so that a process killed meanwhile leaves no part of it under its name."""
-    condemned = folder.with_name(f"{PARTIAL}old-{folder.name}")
-    shutil.rmtree(condemned, ignore_errors=True)
-    folder.rename(condemned)
-    shutil.rmtree(condemned, ignore_errors=True)
+@contextmanager
+def written_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield the path of a file to write, which is renamed to ``path`` when the block ends without an error.
 
+    Two that write at once do not see each other, and the last one's file stays.
 
-def move_whole(source: Path, target: Path) -> None:
-    """Move a folder to its name once all of it is on the disk; a folder of that name gives way only then."""
-    for parent, _, names in os.walk(source):
-        for name in names:
-            _sync(Path(parent, name))
-        _sync(Path(parent))
-    if target.exists():
-        remove_whole(target)
-    source.rename(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def replace_folder(new: Path, folder: Path) -> None:
-    """Put ``new`` in the place of ``folder``, in two renames; killed between them, the old one is ``.<name>-old``."""
-    old = folder.with_name(f".{folder.name}-old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)  # noqa: PTH105 - atomic within one file system
-    os.replace(new, folder)  # noqa: PTH105
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def check_output(folder: str | Path, *, overwrite: bool) -> Path:
-    """Return the folder as a path, if a run may write there.
-
-    Raises:
-        FileExistsError: a folder that is not empty, without ``overwrite``.
-        NotADirectoryError: a file of that name.
+    Args:
+        path: the file; its folder is made if it is not there.
+        durable: wait until the content is on the disk, so that a machine that fails leaves no empty file either. For
+            files whose readers tell a damaged one, that is not needed.
     """
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"output {str(path)!r} is a file; choose a folder")
-    if path.exists() and any(path.iterdir()) and not overwrite:
-        raise FileExistsError(f"output folder {str(path)!r} is not empty; choose another, or add --overwrite")
-    return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{PARTIAL}{uuid4().hex}-{path.name}")
+    try:
+        yield partial
+        if durable:
+            _sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is there whole or as it was; text in UTF-8."""
+    with written_file(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def written_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder, which takes the place of ``folder`` when the block ends without an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
+    partial.chmod(0o755)  # a temporary folder is for its owner alone
+    try:
+        yield partial
+        move_whole(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -91,7 +70,7 @@ def written_whole(folder: Path, *, writes: bool = True, replaced: Sequence[str] 
         yield folder
         return
     folder.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder))
     try:
         yield partial
         fresh = sorted(partial.iterdir())
@@ -102,26 +81,110 @@ def written_whole(folder: Path, *, writes: bool = True, replaced: Sequence[str] 
             target = folder / item.name
             if target.is_dir():
                 shutil.rmtree(target)
-            os.replace(item, target)  # noqa: PTH105 - atomic within one file system
+            item.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def move_whole(source: Path, target: Path) -> None:
+    """Move a folder to its name once all of it is on the disk; a folder of that name gives way only then.
+
+    A process that is killed between the two renames leaves no folder of that name, and the old one under a name that
+    ``remove_leftovers`` knows.
+    """
+    for parent, _, names in os.walk(source):
+        for name in names:
+            _sync(Path(parent, name))
+        _sync(Path(parent))
+    old = _set_aside(target) if target.exists() else None
+    source.rename(target)
+    _sync(target.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_whole(folder: Path) -> None:
+    """Remove a folder so that a process killed meanwhile leaves no part of it under its name."""
+    shutil.rmtree(_set_aside(folder), ignore_errors=True)
+
+
+def _set_aside(folder: Path) -> Path:
+    condemned = folder.with_name(f"{PARTIAL}old-{folder.name}")
+    shutil.rmtree(condemned, ignore_errors=True)
+    return folder.rename(condemned)
+
+
+def remove_leftovers(folder: str | Path, *, seconds: float = 0) -> None:
+    """Remove what killed processes left half written or half deleted, if it is so old."""
+    for path in Path(folder).glob(f"{PARTIAL}*"):
+        if seconds and not _is_older(path, seconds):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_older(path: Path, seconds: float) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > seconds
+    except FileNotFoundError:  # another process was faster
+        return False
+
+
+def check_output(folder: str | Path, *, overwrite: bool) -> Path:
+    """Return the folder as a path, if a run may write there.
+
+    Raises:
+        FileExistsError: a folder that is not empty, without ``overwrite``.
+        NotADirectoryError: a file of that name.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"output {str(path)!r} is a file; choose a folder")
+    if path.exists() and any(path.iterdir()) and not overwrite:
+        raise FileExistsError(f"output folder {str(path)!r} is not empty; choose another, or add --overwrite")
+    return path
+
+
+def take_lock(path: Path, *, wait: bool = False) -> int | None:
+    """Return a descriptor that holds the lock of a file or folder as long as any process has it open.
+
+    Args:
+        path: a folder, or a file that is made if it is not there.
+        wait: until no other process has the lock; else return None where one has.
+
+    Raises:
+        OSError: a file system without locks.
+    """
+    import fcntl  # noqa: PLC0415 - Windows has none
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        os.close(handle)
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
+    return handle
+
+
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Wait for a lock file of this machine, and hold it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Wait for the lock of a file, and hold it."""
+    handle = take_lock(path, wait=True)
+    try:
         yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -6,7 +6,6 @@ N label rows, D hidden size, V vocabulary, S sequences; ``z`` logits, ``ℓ`` lo
 
 from efface_kernels.backends import resolve_backend
 from efface_kernels.checks import check_dtype, check_shape
-from efface_kernels.distribution_pass.op import DistributionPassOutput, distribution_pass
 from efface_kernels.linear_loss import compiled  # noqa: F401 - registers the ops of compiled graphs
 from efface_kernels.linear_loss.chunks import (
     chunk_capacity,
@@ -22,13 +21,11 @@ from efface_kernels.linear_loss.head import Head, ReferenceRows
 from efface_kernels.linear_loss.logprob import linear_logprob
 from efface_kernels.linear_loss.look import shares_workspace
 from efface_kernels.logits import Logits, accumulation_dtype, row_blocks
-from efface_kernels.memory import release_workspaces
-from efface_kernels.row_pass.op import RowPassOutput, row_pass
+from efface_kernels.memory import release_workspaces, to_device
+from efface_kernels.passes import DistributionPassOutput, RowPassOutput, distribution_pass, row_pass, sequence_loss
 from efface_kernels.sequence_loss.kinds import Kind
-from efface_kernels.sequence_loss.op import sequence_loss
 from efface_kernels.sequence_loss.rule import SequenceRule, SequenceTerms, Term, TermFunction, checked_terms
 from efface_kernels.sequences import RowOffsets, Sequences, segment_sums
-from efface_kernels.transfer import to_device
 
 # The ops; what they take and give; what a loss of one's own is made of; the plan of their memory.
 __all__ = [

@@ -133,3 +133,14 @@ def add_product(total: Tensor, product: Tensor, scale: Tensor | None, *, first: 
                 part.mul_(scale)
         else:
             part.add_(added.float() if scale is None else added.float().mul_(scale))
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Return a small tensor of the host on ``device``.
+
+    CUDA copies from pinned memory behind what its stream has yet to do. From other memory torch waits for the stream,
+    or, with ``non_blocking``, for a copy into a buffer of the driver's.
+    """
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)

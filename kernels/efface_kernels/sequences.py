@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from efface_kernels.checks import check_dtype, check_same_device, check_shape
-from efface_kernels.transfer import to_device
+from efface_kernels.memory import to_device
 
 
 def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ from efface.evaluate import AnswerTask, mean_logprobs, sum_logprobs
 from efface.evaluate.likelihood import fill, token_logprobs
 from efface.hf.model.attention import packed_arguments
 from efface.hf.model.head import fuse, use_packed_attention
-from support.helpers import TEXTS, VOCABULARY, sequence, tiny_llama, tiny_model, tiny_tokenizer
-from support.tiny_decoders import FAMILIES
+from support.helpers import FAMILIES, TEXTS, VOCABULARY, sequence, tiny_llama, tiny_model, tiny_tokenizer
 
 WEIGHTS = 0.3  # large ones: with the default of 0.02 a wrong mask goes unseen
 

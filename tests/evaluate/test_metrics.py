@@ -26,12 +26,11 @@ from efface.evaluate.metrics import (
     auc,
     token_statistics,
 )
-from efface.evaluate.metrics.probability import ExtractionStrength as Renamed
+from efface.evaluate.metrics.memorization import ExtractionStrength as Renamed
 from efface.evaluate.runner import run_tasks
 from efface.hf.text.templates import encode
 from efface_kernels import Head
-from support.helpers import TEXTS, random_store, sequence, tiny_llama, tiny_model, tiny_tokenizer
-from support.tiny_decoders import FAMILIES
+from support.helpers import FAMILIES, TEXTS, random_store, sequence, tiny_llama, tiny_model, tiny_tokenizer
 
 WIDE = {"max_position_embeddings": 256, "vocab_size": 300, "initializer_range": 0.3}
 MEMBERS, OTHERS = TEXTS[:3], TEXTS[3:]

@@ -1,7 +1,10 @@
 """Packed attention in whole models: each family against its own separate forward passes."""
 
 import copy
+import itertools
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +14,12 @@ import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efface.hf.model.attention import NAME, packed_arguments
+from efface.batching import TokenTree
+from efface.hf.model.attention import NAME, flash_attn, interface, packed_arguments, torch_varlen
+from efface.hf.model.attention.choice import AttentionCall, Installed, choose_kernel
+from efface.hf.model.attention.segments import segment_attention
 from efface.hf.model.head import fuse, use_packed_attention
-from support.helpers import VOCABULARY, separate, tiny_model, unlabelled
+from support.helpers import VOCABULARY, separate, tiny_llama, tiny_model, unlabelled
 
 # Large weights: with the default of 0.02 attention is all but uniform, and a wrong mask goes unseen.
 WEIGHTS = 0.3
@@ -185,3 +191,468 @@ def test_a_window_that_only_the_mask_has_is_kept(name: str, settings: dict[str, 
         model.set_attn_implementation(NAME)
         blind = model(**packed_arguments(model, batch)).logits[0]
         assert not torch.allclose(blind, truth, rtol=1e-2, atol=1e-2)  # the tokens do lie beyond the window
+
+
+# ---- the kernels of packed attention: each against a plain loop, and which of them serves a call
+
+
+def attention_inputs(
+    lengths: tuple[int, ...], *, heads: int = 4, key_heads: int = 2, dim: int = 8, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value as a model lays them out: (1, H, T, d), views of (1, T, H, d)."""
+    generator = torch.Generator().manual_seed(0)
+    states = (torch.randn(1, sum(lengths), h, dim, generator=generator) for h in (heads, key_heads, key_heads))
+    query, key, value = (x.to(dtype).transpose(1, 2).requires_grad_() for x in states)
+    return query, key, value
+
+
+def looped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: list[int],
+    cu_keys: list[int] | None = None,
+    *,
+    left: int = -1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Attention (T, H, d) as its definition says, token by token; ``left`` is FlashAttention's.
+
+    The last token of a sequence sees the last key, the one before it the key before that, and so on.
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(group, dim=1) for states in (key, value))
+    rows = []
+    borders = zip(itertools.pairwise(cu_seqlens), itertools.pairwise(cu_keys or cu_seqlens), strict=True)
+    for (start, end), (start_keys, end_keys) in borders:
+        for token in range(start, end):
+            last = end_keys - (end - token)
+            first = start_keys if left < 0 else max(start_keys, last - left)
+            scores = torch.einsum("hd,nhd->hn", query[token], key[first : last + 1])
+            scores = scores * (query.shape[2] ** -0.5 if scale is None else scale)
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            rows.append(torch.einsum("hn,nhd->hd", scores.softmax(-1), value[first : last + 1]))
+    return torch.stack(rows)
+
+
+LENGTHS = (5, 1, 9, 3)
+CU_SEQLENS = [0, 5, 6, 15, 18]
+CALLS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scaled": {"scaling": 0.7},
+    "window": {"sliding_window": 4},
+    "window of one token": {"sliding_window": 1},
+    "window wider than all": {"sliding_window": 9},
+    "soft-capped": {"softcap": 1.5},
+    "soft-capped window": {"softcap": 1.5, "sliding_window": 4, "scaling": 0.7},
+}
+
+
+def expected(query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]) -> Tensor:
+    return looped(
+        *(states[0].transpose(0, 1) for states in (query, key, value)),
+        CU_SEQLENS,
+        left=call.get("sliding_window", 0) - 1,
+        scale=call.get("scaling"),
+        softcap=call.get("softcap", 0.0),
+    )[None]
+
+
+def attend(states: tuple[Tensor, ...], **call: Any) -> Tensor:
+    cu_seqlens = torch.tensor(CU_SEQLENS, dtype=torch.int32)
+    out, weights = interface.varlen_attention(
+        torch.nn.Identity(),
+        *states,
+        None,
+        packed_lengths=interface.PackedLengths(LENGTHS),
+        cu_seq_lens_q=cu_seqlens,
+        **call,
+    )
+    assert weights is None
+    assert out.is_contiguous()
+    return out
+
+
+def check_call(call: dict[str, Any], **shape: int) -> None:
+    """Forward and gradients of ``call`` equal the loop."""
+    states = attention_inputs(LENGTHS, **shape)
+    truth = expected(*states, call)
+    got = attend(states, **call)
+    torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(truth.shape, generator=torch.Generator().manual_seed(2))
+    for ours, theirs in zip(
+        torch.autograd.grad(got, states, upstream), torch.autograd.grad(truth, states, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=str)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_segments_equal_the_loop(call: dict[str, Any], heads: tuple[int, int]) -> None:
+    check_call(call, heads=heads[0], key_heads=heads[1])
+
+
+class FakeFlash:
+    """``flash_attn_varlen_func`` of flash-attn 2.6 and later, in plain torch."""
+
+    def __init__(self) -> None:
+        self.windows: list[tuple[int, int]] = []
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+        deterministic: bool = False,
+        return_attn_probs: bool = False,
+        block_table: Tensor | None = None,
+    ) -> Tensor:
+        check_flash_layout(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        assert causal
+        assert deterministic
+        assert dropout_p == 0.0
+        self.windows.append(window_size)
+        return looped(q, k, v, cu_seqlens_q.tolist(), left=window_size[0], scale=softmax_scale, softcap=softcap)
+
+
+def check_flash_layout(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *longest: int) -> None:
+    assert q.dim() == k.dim() == v.dim() == 3
+    assert q.shape[0] == k.shape[0] == v.shape[0] == sum(LENGTHS)
+    assert all(states.stride(-1) == 1 for states in (q, k, v))
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert cu_q.tolist() == cu_k.tolist() == CU_SEQLENS
+    assert longest == (max(LENGTHS),) * 2
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_flash_attn_is_called_as_it_asks_to_be(call: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeFlash()
+    monkeypatch.setattr(flash_attn, "load", lambda: fake)
+    monkeypatch.setattr(interface, "choose_kernel", lambda *_: "flash_attn")
+    check_call(call)
+    window = call.get("sliding_window", 9)
+    assert fake.windows == [(-1, -1) if window >= 9 else (window - 1, 0)]
+
+
+PARAMETERS = {
+    "2.10": {"is_causal", "return_aux"},
+    "2.11": {"return_aux", "scale", "window_size"},
+    "2.12": {"return_aux", "scale", "window_size", "enable_gqa"},
+}
+
+
+class FakeVarlen:
+    """``varlen_attn`` of a version of torch and the aten operator under its backward pass, in plain torch."""
+
+    def __init__(self, version: str) -> None:
+        self.parameters = PARAMETERS[version]
+        self.backwards = 0
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, *longest: int, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        assert options.keys() <= self.parameters
+        check_flash_layout(query, key, value, cu_q, cu_k, *longest)
+        grouped = query.shape[1] != key.shape[1]
+        assert options.get("enable_gqa", False) == grouped
+        left, right = (-1, 0) if options.get("is_causal") else options["window_size"]
+        assert right == 0
+        assert options["return_aux"] == "lse"
+        out = looped(query, key, value, cu_q.tolist(), left=left, scale=options.get("scale"))
+        return out, query.new_zeros(query.shape[1], query.shape[0])
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        logsumexp: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        longest_q: int,
+        longest_k: int,
+        dropout: float,
+        is_causal: bool,
+        rng_state: Tensor,
+        unused: Tensor,
+        *,
+        scale: float | None,
+        window_size_left: int,
+        window_size_right: int,
+    ) -> tuple[Tensor, ...]:
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        check_flash_layout(query, key, value, cu_q, cu_k, longest_q, longest_k)
+        assert dropout == 0.0
+        assert rng_state.dtype == torch.uint64
+        assert is_causal == (window_size_left == -1)
+        assert window_size_right == 0
+        self.backwards += 1
+        with torch.enable_grad():
+            states = [states.detach().requires_grad_() for states in (query, key, value)]
+            again = looped(*states, cu_q.tolist(), left=window_size_left, scale=scale)
+        assert torch.equal(again, out)
+        return torch.autograd.grad(again, states, grad_out)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = torch_varlen.Varlen(self.forward, frozenset(self.parameters), "lse")
+        monkeypatch.setattr(torch_varlen, "load", lambda: found)
+        monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", self.backward)
+        monkeypatch.setattr(interface, "choose_kernel", lambda *_: "torch_varlen")
+
+
+@pytest.mark.parametrize("version", PARAMETERS)
+@pytest.mark.parametrize("name", ["plain", "scaled", "window", "window of one token", "window wider than all"])
+def test_torch_varlen_is_called_as_each_version_asks(name: str, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if version == "2.10" and name in {"scaled", "window", "window of one token"}:
+        return  # refused, see the rows of the choice
+    fake = FakeVarlen(version)
+    fake.install(monkeypatch)
+    check_call(CALLS[name])
+    assert fake.backwards == 1
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_deterministic_switch_is_put_back_when_the_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeVarlen("2.12")
+    fake.install(monkeypatch)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", fail)
+    out = attend(attention_inputs(LENGTHS))
+    with pytest.raises(MemoryError):
+        out.sum().backward()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.skipif(torch_varlen.load() is None, reason="this torch has no varlen_attn")
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_installed_torch_takes_the_call(window: int | None) -> None:
+    """On the meta device nothing is computed, but names, types and shapes are the installed version's."""
+    query, key, value = (
+        torch.empty(18, h, 8, dtype=torch.bfloat16, device="meta", requires_grad=True) for h in (4, 2, 2)
+    )
+    cu_seqlens = torch.empty(5, dtype=torch.int32, device="meta")
+    out = torch_varlen.torch_varlen_attention(query, key, value, cu_seqlens, 9, scale=8**-0.5, window=window)
+    assert out.shape == (18, 4, 8)
+    gradients = torch.autograd.grad(out, (query, key, value), torch.empty_like(out))
+    assert [gradient.shape for gradient in gradients] == [query.shape, key.shape, value.shape]
+
+
+@pytest.mark.parametrize("kernel", ["flash_attn", "torch_varlen", "segments"])
+def test_every_kernel_serves_a_whole_model(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interface, "choose_kernel", lambda *_: kernel)
+    monkeypatch.setattr(flash_attn, "load", lambda: _flash_by_segments)
+    found = torch_varlen.Varlen(_varlen_by_segments, frozenset(PARAMETERS["2.12"]), "lse")
+    monkeypatch.setattr(torch_varlen, "load", lambda: found)
+    model = tiny_llama().eval()
+    batch = unlabelled([5, 1, 9])
+    with torch.no_grad():
+        truth = separate(model, batch)
+        use_packed_attention(model)
+        got = model(**packed_arguments(model, batch)).logits[0]
+    torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
+
+
+def _flash_by_segments(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *_: Any, **__: Any) -> Tensor:
+    return looped(query, key, value, cu_seqlens.tolist())
+
+
+def _varlen_by_segments(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    return _flash_by_segments(*args), args[0].new_zeros(1)
+
+
+# Three segments on eight tokens: the second goes on from the first's third token, the third from the second's first.
+SEGMENTS, PATHS = (4, 3, 1), ((0, 1, 2, 3), (0, 1, 2, 4, 5, 6), (0, 1, 2, 4, 7))
+
+
+def tree() -> TokenTree:
+    nothing = torch.empty(0, dtype=torch.int64)
+    cu_seqlens, cu_paths = (
+        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) for lengths in (SEGMENTS, map(len, PATHS))
+    )
+    return TokenTree(
+        input_ids=nothing,
+        position_ids=nothing,
+        lengths=SEGMENTS,
+        cu_seqlens=cu_seqlens,
+        paths=torch.tensor([token for path in PATHS for token in path]),
+        path_lengths=tuple(map(len, PATHS)),
+        cu_paths=cu_paths,
+        label_rows=nothing,
+        targets=nothing,
+        labels=np.empty(0, np.int64),
+        label_offsets=np.zeros(1, np.int64),
+    )
+
+
+def _flash_of_paths(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *longest: int, **options: Any
+) -> Tensor:
+    assert longest == (4, 6)
+    assert options["causal"]
+    cap, left = options["softcap"], options["window_size"][0]
+    return looped(q, k, v, cu_q.tolist(), cu_k.tolist(), left=left, scale=options["softmax_scale"], softcap=cap)
+
+
+def _varlen_of_paths(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *longest: int, **options: Any
+) -> tuple[Tensor, Tensor]:
+    assert longest == (4, 6)
+    left, right = options["window_size"]
+    assert right == 0
+    return looped(q, k, v, cu_q.tolist(), cu_k.tolist(), left=left, scale=options["scale"]), q.new_zeros(1)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize("kernel", ["flash_attn", "torch_varlen", "segments"])
+@pytest.mark.parametrize("name", CALLS)
+def test_tokens_see_their_path(name: str, kernel: str, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    call = CALLS[name]
+    if kernel == "torch_varlen" and "softcap" in call:
+        return  # refused, see the rows of the choice
+    monkeypatch.setattr(interface, "choose_kernel", lambda *_: kernel)
+    monkeypatch.setattr(flash_attn, "load", lambda: _flash_of_paths)
+    found = torch_varlen.Varlen(_varlen_of_paths, frozenset(PARAMETERS["2.12"]), "lse")
+    monkeypatch.setattr(torch_varlen, "load", lambda: found)
+    states = attention_inputs((8,), heads=heads[0], key_heads=heads[1])
+    made = tree()
+    lengths = interface.PackedLengths(made.lengths, made)
+    with torch.no_grad():
+        got, _ = interface.varlen_attention(
+            torch.nn.Identity(), *states, None, packed_lengths=lengths, cu_seq_lens_q=made.cu_seqlens, **call
+        )
+        rows: dict[int, Tensor] = {}  # each path alone
+        for path in PATHS:
+            q, k, v = (x[0].transpose(0, 1)[list(path)] for x in states)
+            left, cap = call.get("sliding_window", 0) - 1, call.get("softcap", 0.0)
+            alone = looped(q, k, v, [0, len(path)], left=left, scale=call.get("scaling"), softcap=cap)
+            rows.update(zip(path, alone, strict=True))
+    torch.testing.assert_close(got[0], torch.stack([rows[token] for token in range(8)]), rtol=1e-5, atol=1e-5)
+
+
+H100 = AttentionCall(device="cuda", capability=(9, 0), dtype=torch.bfloat16, head_dim=64, value_dim=64)
+OF = {version: frozenset(names) for version, names in PARAMETERS.items()}
+BOTH = Installed(flash_attn=True, torch_varlen=OF["2.12"])
+CHOICES: dict[str, tuple[AttentionCall, Installed, str]] = {
+    "both installed": (H100, BOTH, "flash_attn"),
+    "torch alone": (H100, Installed(torch_varlen=OF["2.12"]), "torch_varlen"),
+    "flash-attn alone": (H100, Installed(flash_attn=True), "flash_attn"),
+    "neither": (H100, Installed(), "segments"),
+    "CPU": (replace(H100, device="cpu", capability=(0, 0)), BOTH, "segments"),
+    "fp16 on Ampere": (replace(H100, capability=(8, 0), dtype=torch.float16), BOTH, "flash_attn"),
+    "Turing": (replace(H100, capability=(7, 5), dtype=torch.float16), BOTH, "segments"),
+    "fp32": (replace(H100, dtype=torch.float32), BOTH, "segments"),
+    "largest head": (replace(H100, head_dim=256, value_dim=256), BOTH, "flash_attn"),
+    "larger head": (replace(H100, head_dim=288, value_dim=288), BOTH, "segments"),
+    "narrower values": (replace(H100, value_dim=32), BOTH, "segments"),
+    "odd head": (replace(H100, head_dim=20, value_dim=20), BOTH, "flash_attn"),
+    "odd head, torch": (replace(H100, head_dim=20, value_dim=20), Installed(torch_varlen=OF["2.12"]), "segments"),
+    "soft cap": (replace(H100, softcap=50.0), BOTH, "flash_attn"),
+    "soft cap, torch": (replace(H100, softcap=50.0), Installed(torch_varlen=OF["2.12"]), "segments"),
+    "dropout": (replace(H100, dropout=0.1), BOTH, "flash_attn"),
+    "dropout, torch": (replace(H100, dropout=0.1), Installed(torch_varlen=OF["2.12"]), "segments"),
+    "soft cap and dropout": (replace(H100, softcap=50.0, dropout=0.1), BOTH, "segments"),
+    "window": (replace(H100, window=128), Installed(torch_varlen=OF["2.11"]), "torch_varlen"),
+    "window, torch 2.10": (replace(H100, window=128), Installed(torch_varlen=OF["2.10"]), "segments"),
+    "scale": (replace(H100, scale=0.3), Installed(torch_varlen=OF["2.11"]), "torch_varlen"),
+    "scale, torch 2.10": (replace(H100, scale=0.3), Installed(torch_varlen=OF["2.10"]), "segments"),
+    "default scale, torch 2.10": (replace(H100, scale=0.125), Installed(torch_varlen=OF["2.10"]), "torch_varlen"),
+}
+
+
+@pytest.mark.parametrize(("call", "installed", "kernel"), CHOICES.values(), ids=CHOICES)
+def test_choice_of_the_kernel(call: AttentionCall, installed: Installed, kernel: str) -> None:
+    assert choose_kernel(call, installed) == kernel
+
+
+def test_a_flash_attn_that_does_not_load_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise ImportError("undefined symbol: _ZN3c10")
+
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(flash_attn.importlib, "import_module", broken)
+    with pytest.warns(UserWarning, match=r"does not load \(undefined symbol"):
+        assert flash_attn.load.__wrapped__() is None
+    monkeypatch.setattr(flash_attn.importlib, "import_module", absent)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert flash_attn.load.__wrapped__() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["plain", "window", "soft-capped"])
+def test_a_sequence_does_not_know_its_neighbours_and_repeats_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+    call = CALLS[name]
+    options = {"window": call.get("sliding_window"), "softcap": call.get("softcap")}
+    query, key, value = attention_inputs((40, 70, 33), dtype=dtype)
+
+    def run(rows: slice, lengths: tuple[int, ...]) -> list[Tensor]:
+        states = [x.detach()[:, :, rows].requires_grad_() for x in (query, key, value)]
+        out = segment_attention(*states, lengths, **options)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), states)]
+
+    whole, again, alone = run(slice(None), (40, 70, 33)), run(slice(None), (40, 70, 33)), run(slice(40, 110), (70,))
+    assert all(torch.equal(x, y) for x, y in zip(whole, again, strict=True))
+    assert torch.equal(whole[0][:, 40:110], alone[0])
+    assert all(torch.equal(x[:, :, 40:110], y) for x, y in zip(whole[1:], alone[1:], strict=True))
+
+
+def test_autocast_is_honoured_and_leaves_the_sum_in_single_precision() -> None:
+    states = attention_inputs(LENGTHS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = attend(states)
+    assert got.dtype == torch.bfloat16
+    rounded = tuple(x.bfloat16().float() for x in states)
+    assert torch.equal(got, attend(rounded).bfloat16())
+
+
+def test_dropout_falls_on_the_weights() -> None:
+    states = attention_inputs(LENGTHS)
+    for call in ({}, {"softcap": 1.5}):
+        torch.manual_seed(0)
+        dropped = attend(states, dropout=0.5, **call)
+        assert not torch.allclose(dropped, attend(states, **call))
+        assert attend(states, dropout=1.0, **call).abs().max() == 0
+
+
+def test_errors_name_what_was_expected() -> None:
+    states = attention_inputs(LENGTHS)
+    with pytest.raises(ValueError, match="expected no s_aux, got one from Identity; leave it its own"):
+        attend(states, s_aux=torch.zeros(4))
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"expected one row of 5 tokens .* got query of shape \(1, 4, 18, 8\)"):
+        interface.varlen_attention(
+            torch.nn.Identity(), *states, None, packed_lengths=interface.PackedLengths((5,)), cu_seq_lens_q=cu_seqlens
+        )
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q None; call with packed_arguments"):
+        interface.varlen_attention(torch.nn.Identity(), *states, None, packed_lengths=interface.PackedLengths(LENGTHS))
+
+
+def test_kernels_that_are_not_there_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [torch.zeros(2, 1, 8)] * 3
+    cu_seqlens = torch.tensor([0, 2], dtype=torch.int32)
+    monkeypatch.setattr(flash_attn, "load", lambda: None)
+    monkeypatch.setattr(torch_varlen, "load", lambda: None)
+    with pytest.raises(RuntimeError, match="expected the flash-attn package"):
+        flash_attn.flash_attention(*states, cu_seqlens, 2)
+    with pytest.raises(RuntimeError, match=r"expected torch 2.10 or later, got"):
+        torch_varlen.torch_varlen_attention(*states, cu_seqlens, 2)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from efface import NPO, UnlearnTrainer
-from efface.files import replace_folder
+from efface.files import move_whole
 from efface.hf.model.lora import add_lora
 from efface.hf.train.callbacks import EvaluateCallback, KeepBest, StopUnder
 from support.helpers import arguments, padded, random_store, tiny_llama
@@ -182,7 +182,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mon
     for folder, name in ((best, "a"), (new, "b")):
         folder.mkdir()
         (folder / name).write_text(name)
-    replace_folder(new, best)
+    move_whole(new, best)
     assert [path.name for path in best.iterdir()] == ["b"]
     assert [path.name for path in tmp_path.iterdir() if path.name != "efface-cache"] == ["best"]
 

@@ -1,11 +1,15 @@
-"""Every objective, twenty steps: the trainer follows a padded eager loop. ``test_compat`` has open-unlearning's."""
+"""Runs that have to be the same: on several processes (gloo, CPU), compiled, and by a padded eager loop."""
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from efface import (
     CEU,
@@ -24,8 +28,172 @@ from efface import (
     UnlearnTrainer,
 )
 from efface.hf.model.lora import add_lora
-from support.formulas import padded_curve
-from support.helpers import arguments, random_store, tiny_llama
+from support.helpers import arguments, random_store, saved_llama, tiny_llama, written_rows
+from support.padded_loop import exact_losses, padded_curve
+from support.processes import RANKS, launch
+from support.ranks.distributed_run import main as run_alone
+
+# ---- several processes
+
+
+def run(out: Path, processes: int, *what: str) -> list[dict[str, Any]]:
+    """What each of the processes recorded."""
+    out.mkdir()
+    done = launch(processes, [str(RANKS / "distributed_run.py"), str(out), *what])
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(processes)]
+
+
+def alone(out: Path, *what: str) -> dict[str, Any]:
+    run_alone(out, *what)
+    record: dict[str, Any] = json.loads((out / "rank0.json").read_text())
+    return record
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The run on one process, in one forward pass a step; all others have to follow it."""
+    record = alone(tmp_path_factory.mktemp("alone"), "npo", "cached", "4096")
+    assert len(record["losses"]) == 24
+    assert abs(record["losses"][-1] - record["losses"][0]) > 0.05 * record["losses"][0]
+    return record
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("reference", "token_budget"), [("cached", "4096"), ("live", "40")])
+def test_two_processes_follow_the_run_on_one(
+    reference: str, token_budget: str, single: dict[str, Any], tmp_path: Path
+) -> None:
+    """The same losses and weights. A small budget makes several micro-batches, whose gradients are exchanged once."""
+    ranks = run(tmp_path / "two", 2, "npo", reference, token_budget)
+    for rank in ranks:
+        assert rank["losses"] == pytest.approx(single["losses"], rel=1e-5)
+        for name, weight in single["weights"].items():
+            # Adam moved them by up to 0.024: 24 steps of 1e-3
+            assert flat(rank["weights"][name]) == pytest.approx(flat(weight), rel=1e-4, abs=1e-4), name
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    for mine, theirs in zip(single["logs"], ranks[0]["logs"], strict=True):
+        for name in ("loss", "forget_loss", "retain_loss", "grad_norm"):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_a_process_without_a_share_of_the_last_step_keeps_up(single: dict[str, Any], tmp_path: Path) -> None:
+    """20 rows in steps of 6 leave 2 pairs, 4 sequences, for 5 processes."""
+    ranks = run(tmp_path / "five", 5, "npo", "cached", "4096")
+    assert ranks[4]["losses"] == pytest.approx(single["losses"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_other_objectives_follow_the_run_on_one(tmp_path: Path) -> None:
+    """Pairs, live distributions, logits, activations; 7 rows in steps of 3 leave one of 3 processes without a share."""
+    expected, three = alone(tmp_path, "others"), run(tmp_path / "three", 3, "others")[2]
+    for objective, record in expected.items():
+        for mine, theirs in zip(record["logs"], three[objective]["logs"], strict=True):
+            for name in {"loss", "forget_loss", "retain_loss", "retain_preference", "mean_log_ratio"} & mine.keys():
+                assert theirs[name] == pytest.approx(mine[name], rel=1e-3, abs=1e-4), (objective, name)
+        for name, weight in record["weights"].items():
+            got = three[objective]["weights"][name]
+            assert flat(got) == pytest.approx(flat(weight), rel=1e-4, abs=2e-4), (objective, name)  # of 0.006 by Adam
+
+
+@pytest.mark.slow
+def test_the_command_on_two_processes_writes_one_model(tmp_path: Path) -> None:
+    saved_llama(tmp_path / "model")
+    data, out = written_rows(tmp_path / "rows.json"), tmp_path / "out"
+    words = ["unlearn", "--model", str(tmp_path / "model"), "--forget", str(data), "--retain", str(data)]
+    words += ["--output_dir", str(out), "--use_cpu", "True", "--pairs_per_step", "2", "--num_train_epochs", "1"]
+    words += ["--save_schedule", "2", "--ddp_timeout", "120"]
+    done = launch(2, ["-m", "efface", *words])
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stderr.count("wrote ") == 1
+    assert done.stderr.count(": 3 steps") == 1
+    assert AutoModelForCausalLM.from_pretrained(out).num_parameters() > 0
+    assert not list(out.glob(".partial-*"))
+    again = launch(2, [str(RANKS / "command_rank.py"), *words])
+    assert again.returncode != 0
+    assert "is not empty; choose another" in again.stderr
+
+    # As if it had been killed after step 2: both ranks go on from there, to the same bits.
+    whole = (out / "model.safetensors").read_bytes()
+    assert {path.name for path in (out / "checkpoint-2").glob("*_1.*")} == {"rng_state_1.pth", "progress_1.pt"}
+    (out / "model.safetensors").unlink()
+    shutil.rmtree(out / "checkpoint-3")
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**record, "finished": False}))
+    done = launch(2, [str(RANKS / "command_rank.py"), *words])
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stderr.count(f"continuing from {out / 'checkpoint-2'}") == 1
+    assert (out / "model.safetensors").read_bytes() == whole
+
+
+def flat(values: Any) -> list[float]:
+    return [x for value in values for x in flat(value)] if isinstance(values, list) else [values]
+
+
+# ---- torch.compile: the same numbers, and no new graph for every length
+
+
+@pytest.fixture
+def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Any:
+    # transformers tells accelerate through the environment, which the next test must not find
+    for name in ("BACKEND", "MODE"):
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")
+        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def losses_of(folder: Path, *, compiled: bool, lora: bool, reference: str) -> tuple[list[float], list[int]]:
+    """A run with another number of tokens and of sequences in nearly every forward pass, and its graphs by then."""
+    graphs: list[int] = []
+
+    class Counted(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            graphs.append(counters["stats"]["unique_graphs"])
+
+    settings: dict[str, Any] = {
+        "max_steps": 12,
+        "pairs_per_step": 6,
+        "token_budget": 50,
+        "lr_scheduler_type": "constant",
+    }
+    if compiled:
+        # traces and cuts graphs as the default does, and needs no C++ compiler
+        settings |= {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    torch.manual_seed(3)
+    trainer = UnlearnTrainer(
+        add_lora(tiny_llama(), r=4) if lora else tiny_llama(),
+        arguments(folder, **settings),
+        forget=random_store(20, seed=1),
+        retain=random_store(50, seed=2),
+        objective=NPO(),
+        reference=reference,
+        callbacks=[Counted()],
+    )
+    losses = exact_losses(trainer)
+    trainer.train()
+    return losses, graphs
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own looking
+@pytest.mark.parametrize(("lora", "reference"), [(False, "cached"), (True, "adapter")])
+def test_a_compiled_run_is_the_run_and_makes_no_graph_for_every_length(
+    lora: bool, reference: str, tmp_path: Path
+) -> None:
+    expected, graphs = losses_of(tmp_path, compiled=False, lora=lora, reference=reference)
+    assert graphs == [0] * 12
+    got, graphs = losses_of(tmp_path, compiled=True, lora=lora, reference=reference)
+    assert got == pytest.approx(expected, rel=1e-5)
+    assert 0 < graphs[3] == graphs[11]  # the first four steps have told the compiler which sizes vary
+
+
+# ---- every objective, twenty steps: the trainer follows a padded eager loop; test_compat has open-unlearning's
+
 
 STEPS, LR = 20, 1e-3
 OBJECTIVES: dict[str, Objective] = {

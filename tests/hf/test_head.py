@@ -16,8 +16,7 @@ from efface.hf.model.head import fuse, head_of, unfuse
 from efface.hf.model.head_loss import HeadLoss
 from efface.hf.reference.score import store_logprobs
 from efface_kernels import SequenceRule, triton_launch
-from support.helpers import VOCABULARY, random_store, sequence, tiny_llama, tiny_model
-from support.tiny_decoders import FAMILIES, tiny_decoder
+from support.helpers import FAMILIES, VOCABULARY, random_store, sequence, tiny_decoder, tiny_llama, tiny_model
 
 
 def build(family: str, **changes: Any) -> Any:

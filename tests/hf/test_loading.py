@@ -25,12 +25,12 @@ from support.helpers import (
     arguments,
     random_store,
     saved_llama,
+    tiny_decoder,
     tiny_llama,
     tiny_model,
     tiny_tokenizer,
     written_rows,
 )
-from support.tiny_decoders import tiny_decoder
 
 
 def saved(folder: Path, seed: int) -> torch.Tensor:

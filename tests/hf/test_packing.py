@@ -20,12 +20,11 @@ from efface.hf.model import packing
 from efface.hf.model.attention import NAME
 from efface.hf.model.head import fuse, unfuse, use_packed_attention
 from efface.hf.model.head_loss import HeadLoss
-from efface.hf.model.packing import MEMORY, Reading, reading_of
+from efface.hf.model.packing import MEMORY, PackReading, reading_of
 from efface.hf.model.padding import padding_of
 from efface.hf.reference.live import LiveReference
 from efface.hf.reference.score import store_logprobs
-from support.helpers import LONG, arguments, random_store, sequence, tiny_llama
-from support.tiny_decoders import NOT_BUILT, perturbed, tiny_decoder
+from support.helpers import LONG, NOT_BUILT, arguments, perturbed, random_store, sequence, tiny_decoder, tiny_llama
 
 ALONE = "one sequence a pass"
 SAID = "runs one sequence a pass, which is slower than packs and gives what separate passes give"
@@ -165,7 +164,7 @@ def outcome(kind: str) -> str:
             model = tiny_decoder(kind)
         except Exception as error:  # noqa: BLE001 - a row of the table
             return f"WRONG: does not build: {type(error).__name__}: {error}"
-        expected = packing._expected(model, None, Reading("", "eager"))
+        expected = packing._expected(model, None, PackReading("", "eager"))
         try:
             check_scores(model)
             found = way(model)
@@ -246,7 +245,7 @@ def test_short_packs_are_still_one_pass(scaling: str, monkeypatch: pytest.Monkey
     tree = token_tree(TokenStore.from_sequences(rows, [1, 1]), np.arange(2))
     assert tree.shared
     model(batch=pack(TokenStore.empty(), STORE, [], range(4)))
-    monkeypatch.setitem(vars(model), MEMORY, Reading(NAME, "sdpa", limit=3))
+    monkeypatch.setitem(vars(model), MEMORY, PackReading(NAME, "sdpa", limit=3))
     with pytest.raises(ValueError, match="which runs one sequence a pass; make the tree with share=False"):
         packing.packed_states(model, tree)
 
@@ -372,7 +371,7 @@ def test_a_run_of_one_sequence_a_pass_is_the_run_of_packs(objective: Any, tmp_pa
         model = tiny_llama(num_hidden_layers=3)
         use_packed_attention(model)
         own = "sdpa" if alone else NAME
-        setattr(model, MEMORY, Reading(own, "sdpa", alone=alone))
+        setattr(model, MEMORY, PackReading(own, "sdpa", alone=alone))
         trainer = UnlearnTrainer(
             model,
             arguments(tmp_path, max_steps=3, reference_cache="none"),

@@ -1,7 +1,5 @@
 """A device gets Triton unasked only where it agreed with torch."""
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -29,8 +27,6 @@ def test_the_passes_agree_in_the_interpreter() -> None:
 
 @pytest.mark.gpu
 def test_the_passes_agree_on_a_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     assert backends.disagreement(torch.device("cuda", torch.cuda.current_device())) is None
 
 
@@ -105,8 +101,3 @@ def test_a_full_or_a_capturing_device_is_asked_later(monkeypatch: pytest.MonkeyP
 def test_without_triton_a_gpu_gets_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launch, "IMPORTABLE", False)
     assert resolve_backend("auto", GPU) == "torch"
-
-
-def test_it_imports_no_triton() -> None:
-    code = "import sys, efface_kernels.backends; sys.exit('triton' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)

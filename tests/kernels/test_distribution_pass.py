@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from efface_kernels import distribution_pass
+from efface_kernels import distribution_pass, triton_launch
 
 # NumPy warns of the −inf − −inf of lanes that the interpreted kernel then leaves out
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -29,8 +29,8 @@ def gold(logits: Tensor, reference: Tensor, targets: Tensor, shift: float, cap: 
 @pytest.mark.parametrize("shift", [0.0, 10.0])
 @pytest.mark.parametrize("vocabulary", [1, 7, 1031])
 def test_equals_fp64(backend: str, vocabulary: int, shift: float, cap: float | None, dtype: torch.dtype) -> None:
-    logits, reference = ((torch.randn(6, vocabulary) * 3).to(dtype) for _ in range(2))
-    targets = torch.randint(vocabulary, (6,))
+    logits, reference = ((torch.randn(3, vocabulary) * 3).to(dtype) for _ in range(2))
+    targets = torch.randint(vocabulary, (3,))
     kl, entropy, derivative = gold(logits, reference, targets, shift, cap)
     before = reference.clone()
     out = distribution_pass(
@@ -84,11 +84,13 @@ def test_nan_comes_out_and_stays_in_its_row(backend: str) -> None:
 
 @pytest.mark.parametrize("over", ["nothing", "the reference"])
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
-@pytest.mark.parametrize(("rows", "vocabulary"), [(0, 5), (1, 7), (5, 1), (6, 1031), (3, 50257)])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(0, 5), (1, 7), (5, 1), (3, 1031), (2, 5003), (3, 50257)])
 def test_the_derivative_may_go_elsewhere(
     backend: str, rows: int, vocabulary: int, dtype: torch.dtype, over: str
 ) -> None:
     """In any dtype that is no wider, padded rows, and over the reference's logits, which are then gone."""
+    if backend == "triton" and triton_launch.INTERPRETED and vocabulary > 5003:
+        pytest.skip("the interpreter takes block after block as it does of 5003 logits")
     logits = torch.randn(rows, vocabulary) * 3
     reference = torch.randn(rows, vocabulary + 3)[:, :vocabulary]
     targets = torch.randint(vocabulary, (rows,))

@@ -24,8 +24,7 @@ from efface_kernels import (
 )
 from efface_kernels.linear_loss import chunks, fused_loss
 from support import oracle
-from support.largest_tensor import LargestTensor
-from support.oracle import CASES, Case, Problem
+from support.oracle import CASES, Case, LargestTensor, Problem
 
 BACKENDS = ("torch", "native")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -148,24 +147,25 @@ def gradients(loss: Tensor, problem: Problem) -> dict[str, Tensor]:
     return dict(zip(leaves, torch.autograd.grad(UPSTREAM * loss, list(leaves.values())), strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_loss_and_gradients_are_as_exact_as_eager(backend: str, objective: str, case: Case, dtype: torch.dtype) -> None:
-    problem = oracle.make(case, dtype)
-    exact = oracle.exact(problem)
+def test_loss_and_gradients_are_as_exact_as_eager(objective: str, case: Case) -> None:
     exponent = EXPONENTS.get(objective, 0)
-    gold = oracle_loss(objective, case, exact, dtype)
-    eager = oracle_loss(objective, case, problem, dtype)
-    ours = our_loss(objective, case, problem, backend)
-    assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    # In half dtypes the logits are rounded, in eager as in ours, so the loss is known to eps of that dtype.
-    oracle.assert_as_exact("loss", ours.detach(), eager.detach(), gold.detach(), dtype, exponent)
-    gold_gradients, eager_gradients = gradients(gold, exact), gradients(eager, problem)
-    for name, gradient in gradients(ours, problem).items():
-        assert gradient.dtype == dtype
-        oracle.assert_as_exact(f"d{name}", gradient, eager_gradients[name], gold_gradients[name], dtype, exponent)
+    for dtype in DTYPES:
+        problem = oracle.make(case, dtype)
+        exact = oracle.exact(problem)
+        gold = oracle_loss(objective, case, exact, dtype)
+        eager = oracle_loss(objective, case, problem, dtype)
+        gold_gradients, eager_gradients = gradients(gold, exact), gradients(eager, problem)
+        for backend in BACKENDS:
+            ours, where = our_loss(objective, case, problem, backend), f"{backend}, {dtype}"
+            assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), where
+            # In half dtypes the logits are rounded, in eager as in ours, so the loss is known to eps of that dtype.
+            oracle.assert_as_exact(f"loss, {where}", ours.detach(), eager.detach(), gold.detach(), dtype, exponent)
+            for name, gradient in gradients(ours, problem).items():
+                assert gradient.dtype == dtype, where
+                expected = eager_gradients[name], gold_gradients[name]
+                oracle.assert_as_exact(f"d{name}, {where}", gradient, *expected, dtype, exponent)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.vocabulary < 100 and case.scale == 1], ids=str)
@@ -259,8 +259,7 @@ def test_gradcheck_of_linear_logprob(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_linear_logprob_with_random_upstream_gradients(backend: str, case: Case, dtype: torch.dtype) -> None:
+def test_linear_logprob_with_random_upstream_gradients(case: Case, dtype: torch.dtype) -> None:
     problem = oracle.make(case, dtype)
     exact = {name: leaf.detach().double().requires_grad_() for name, leaf in problem.leaves().items()}
     upstream = torch.randn(len(problem.targets), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -268,23 +267,24 @@ def test_linear_logprob_with_random_upstream_gradients(backend: str, case: Case,
     def oracle_of(leaves: dict[str, Tensor]) -> Tensor:
         return oracle.logprobs(leaves["hidden"], leaves["weight"], leaves.get("bias"), problem.targets, case.softcap)
 
+    def gradients_of(value: Tensor, leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(value, list(leaves.values()), upstream.to(value.dtype))
+
     gold, eager = oracle_of(exact), oracle_of(problem.leaves())
-    ours = linear_logprob(
-        problem.hidden,
-        problem.weight,
-        problem.targets,
-        bias=problem.bias,
-        softcap=case.softcap,
-        chunk_rows=case.chunk_rows,
-        backend=backend,
-    )
-    oracle.assert_as_exact("logprobs", ours.detach(), eager.detach(), gold.detach(), ours.dtype)
-    results = [
-        torch.autograd.grad(value, list(leaves.values()), upstream.to(value.dtype))
-        for value, leaves in ((gold, exact), (eager, problem.leaves()), (ours, problem.leaves()))
-    ]
-    for name, gold_gradient, eager_gradient, gradient in zip(exact, *results, strict=True):
-        oracle.assert_as_exact(f"d{name}", gradient, eager_gradient, gold_gradient, dtype)
+    expected = gradients_of(eager, problem.leaves()), gradients_of(gold, exact)
+    for backend in BACKENDS:
+        ours = linear_logprob(
+            problem.hidden,
+            problem.weight,
+            problem.targets,
+            bias=problem.bias,
+            softcap=case.softcap,
+            chunk_rows=case.chunk_rows,
+            backend=backend,
+        )
+        oracle.assert_as_exact(f"logprobs, {backend}", ours.detach(), eager.detach(), gold.detach(), ours.dtype)
+        for name, *three in zip(exact, gradients_of(ours, problem.leaves()), *expected, strict=True):
+            oracle.assert_as_exact(f"d{name}, {backend}", *three, dtype)
 
 
 @pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=3)), ids=str)

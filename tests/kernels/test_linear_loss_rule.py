@@ -64,6 +64,7 @@ def gradients(loss: Tensor, problem: Problem) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_loss_and_gradients_are_as_exact_as_eager(case: Case, dtype: torch.dtype, backend: str) -> None:
+    case = oracle.within_reach(case, backend)
     problem = oracle.make(case, dtype)
     golden = oracle.exact(problem)
     gold, eager, ours = oracle_loss(case, golden), oracle_loss(case, problem), our_loss(case, problem, backend)

@@ -24,8 +24,8 @@ from efface_kernels import (
 )
 from efface_kernels.linear_loss.chunks import budget
 from efface_kernels.memory import aligned
+from efface_kernels.passes import scale_pass
 from efface_kernels.row_pass.launch import launch_config, row_pass_triton
-from efface_kernels.scale_pass.op import scale_pass
 
 # One process's: they ask for much of the memory, and what one leaves free of it is what the next one finds.
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("on_gpu")]

@@ -14,8 +14,8 @@ from efface_kernels import logits as logits_module
 def test_logits_become_minus_the_derivative_of_the_logprob(
     backend: str, dtype: torch.dtype, softcap: float | None
 ) -> None:
-    logits = (torch.randn(9, 33) * 3).to(dtype)
-    targets = torch.randint(33, (9,))
+    logits = (torch.randn(3, 33) * 3).to(dtype)
+    targets = torch.randint(33, (3,))
     exact = logits.double().clone().requires_grad_()
     capped = exact if softcap is None else softcap * torch.tanh(exact / softcap)
     expected = torch.log_softmax(capped, -1).gather(1, targets[:, None])[:, 0]
@@ -87,9 +87,9 @@ def test_reference_logits_may_have_fewer_rows_another_dtype_and_vocabulary(backe
 @pytest.mark.parametrize("vocabulary", [1, 2, 7, 16, 33, 1024, 1031])
 def test_any_stride(backend: str, vocabulary: int, dtype: torch.dtype) -> None:
     """Padded rows, and columns that are not side by side; the memory between stays as it was."""
-    padded = torch.full((5, vocabulary + 3), float("nan"), dtype=dtype)
-    padded[:, :vocabulary] = torch.randn(5, vocabulary).to(dtype)
-    targets = torch.randint(vocabulary, (5,))
+    padded = torch.full((2, vocabulary + 3), float("nan"), dtype=dtype)
+    padded[:, :vocabulary] = torch.randn(2, vocabulary).to(dtype)
+    targets = torch.randint(vocabulary, (2,))
     transposed = padded[:, :vocabulary].T.contiguous().T
     dense = padded[:, :vocabulary].clone()
     results = [row_pass(view, targets, backend=backend) for view in (dense, padded[:, :vocabulary], transposed)]

@@ -1,12 +1,14 @@
 """The scale pass: rounded once, in place or not, and nothing moved where the factor is 1."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 from efface_kernels import triton_launch
+from efface_kernels.passes import scale_pass
 from efface_kernels.scale_pass import launch
-from efface_kernels.scale_pass.op import scale_pass
 
 # NumPy warns of ∞ times the lanes that the interpreted kernel then leaves out
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -18,22 +20,24 @@ def factor_of(values: Tensor, factor: float) -> Tensor:
     return torch.tensor(factor, dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)
 
 
-@pytest.mark.parametrize("shape", [(0,), (1,), (7,), (2048,), (2, 2048), (3, 1025), (0, 5), (50257,)], ids=str)
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("factor", [1.0, 1 / 3, 0.0, float("nan"), float("inf")])
+SHAPES = ((0,), (1,), (7,), (2048,), (2, 2048), (3, 1025), (0, 5), (50257,))
+FACTORS = (1.0, 1 / 3, 0.0, float("nan"), float("inf"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_it_equals_a_product(
-    backend: str, dtype: torch.dtype, factor: float, keep: bool, shape: tuple[int, ...]
-) -> None:
-    values = torch.randn(shape).to(dtype)
-    given, scalar = values.clone(), factor_of(values, factor)
-    out = scale_pass(given, scalar, dtype=dtype, keep=keep, backend=backend)
-    # half precision: the product in fp32 and one rounding, not that of a factor that was rounded before
-    expected = (values.to(scalar.dtype) * scalar).to(dtype)
-    torch.testing.assert_close(out, expected, rtol=torch.finfo(dtype).eps if factor != 1 else 0, atol=0, equal_nan=True)
-    assert (out is given) == (not keep)
-    if keep:
-        assert torch.equal(given, values)
+def test_it_equals_a_product(backend: str, dtype: torch.dtype) -> None:
+    for shape, factor, keep in itertools.product(SHAPES, FACTORS, (False, True)):
+        values, case = torch.randn(shape).to(dtype), f"{shape}, {factor=}, {keep=}"
+        given, scalar = values.clone(), factor_of(values, factor)
+        out = scale_pass(given, scalar, dtype=dtype, keep=keep, backend=backend)
+        # half precision: the product in fp32 and one rounding, not that of a factor that was rounded before
+        expected = (values.to(scalar.dtype) * scalar).to(dtype)
+        rtol = torch.finfo(dtype).eps if factor != 1 else 0
+        torch.testing.assert_close(
+            out, expected, rtol=rtol, atol=0, equal_nan=True, msg=lambda text, case=case: f"{case}: {text}"
+        )
+        assert (out is given) == (not keep), case
+        assert not keep or torch.equal(given, values), case
 
 
 @pytest.mark.parametrize("keep", [False, True])

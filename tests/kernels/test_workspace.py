@@ -1,7 +1,11 @@
-"""Workspaces as a GPU has them, tried on the CPU: padded rows, one for both models, fp32 sums within the GEMM."""
+"""Workspaces as a GPU has them, tried on the CPU: padded rows, one for both models, fp32 sums; and what they take."""
 
 import itertools
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +14,7 @@ from torch import Tensor
 
 from efface_kernels import Head, Kind, ReferenceRows, SequenceRule, Term, linear_sequence_loss, memory
 from efface_kernels.linear_loss import chunks, look
+from efface_kernels.linear_loss.wide_logits import _has_fast_bfloat16
 from support import oracle
 from support.oracle import Case, Problem
 
@@ -45,6 +50,7 @@ def test_padded_rows_change_nothing(
     case: Case, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """GEMMs write into a matrix with a row stride and leave the padding alone: there is no temporary copy."""
+    case = oracle.within_reach(case, backend)
     problem = oracle.make(case, dtype)
     expected, made = run(case, problem, backend), []
 
@@ -65,6 +71,7 @@ def test_padded_rows_change_nothing(
 def test_one_workspace_for_both_models_changes_no_bit(
     case: Case, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    case = oracle.within_reach(case, backend)
     problem = oracle.make(case, torch.float32)
     lent, matrix = [], memory.BufferPool.matrix
 
@@ -85,6 +92,7 @@ def test_one_workspace_for_both_models_changes_no_bit(
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_shared_head_sees_both_models_in_one_gemm(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tied, frozen, or the base model with its adapter off: the same gradients as with a copy of the head."""
+    case = oracle.within_reach(case, backend)
     problem, calls, logits = oracle.make(case, torch.float64), [], Head.logits
     monkeypatch.setattr(Head, "logits", lambda *a: calls.append(1) or logits(*a))
     frozen = torch.randn(len(problem.reference_hidden), case.hidden_size, dtype=torch.float64)
@@ -110,6 +118,7 @@ def test_a_shared_head_sees_both_models_in_one_gemm(case: Case, backend: str, mo
     "case", [*CASES, Case("reference for some", (3, 2, 4), reference_sequences=1, chunk_rows=4)], ids=str
 )
 def test_fresh_memory_full_of_nan_changes_nothing(case: Case, backend: str) -> None:
+    case = oracle.within_reach(case, backend)
     problem = oracle.make(case, torch.float32)
     expected = run(case, problem, backend)
     memory.release_workspaces()
@@ -290,3 +299,69 @@ def test_aligned_rows() -> None:
         assert matrix.shape == (3, columns)
         assert matrix.stride() == (stride, 1)
     assert memory.aligned(3, 7, torch.float32, torch.device("cpu")).is_contiguous()
+
+
+# ---- resident memory of the loss, measured in a process of its own
+
+
+SCRIPT = """
+import json, torch
+from efface_kernels import Head, Kind, ReferenceRows, SequenceRule, Term, linear_sequence_loss
+
+def status(name):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+def loss(n, d, v, chunk_rows):
+    hidden, reference = (torch.randn(n, d).bfloat16() for _ in range(2))
+    weight, frozen = (torch.randn(v, d).bfloat16() for _ in range(2))
+    hidden.requires_grad_(), weight.requires_grad_()
+    targets, offsets = torch.randint(v, (n,)), list(range(0, n + 1, 32))
+    terms = SequenceRule.of(torch.zeros(len(offsets) - 1, dtype=torch.int8), {0: Term(Kind.NPO, beta=0.1)})
+    def run():
+        out = linear_sequence_loss(hidden, weight, targets, offsets, terms,
+                                   reference=ReferenceRows(reference, Head(frozen)), chunk_rows=chunk_rows)
+        return torch.autograd.grad(out.loss, [hidden, weight])
+    return run
+
+loss(64, 16, 64, None)()  # libraries and thread stacks
+run = loss(N, D, V, CHUNK)
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = status("VmRSS")
+gradients = run()
+print(json.dumps(status("VmHWM") - before))
+"""
+
+
+SLACK = 32 << 20  # the GEMM library's own buffers
+
+
+def peak(n: int, d: int, v: int, chunk_rows: int | None) -> int:
+    code = SCRIPT.replace("loss(N, D, V, CHUNK)", f"loss({n}, {d}, {v}, {chunk_rows})")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(json.loads(done.stdout))
+
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+
+
+@LINUX
+@pytest.mark.parametrize("chunk_rows", [1024, 256])
+def test_peak_memory_is_two_chunks_and_the_gradients(chunk_rows: int) -> None:
+    n, d, v = 1024, 128, 32000
+    chunk = chunk_rows * v * 2  # bf16; policy and reference
+    gradients = v * d * 2 + n * d * 2
+    # several chunks sum dW in fp32, from a product in bf16
+    sums = 0 if chunk_rows >= n else v * d * (4 + 2)
+    assert peak(n, d, v, chunk_rows) <= 2 * chunk + gradients + sums + SLACK
+
+
+@LINUX
+@pytest.mark.skipif(
+    not _has_fast_bfloat16(), reason="without bf16 instructions another GEMM runs, for minutes, with buffers of its own"
+)
+def test_one_chunk_takes_no_more_than_chunks_would() -> None:
+    """R + D rows with a live reference, all in one chunk, within what chunks of R = 2048 rows are allowed."""
+    n, d, v = 2048 + 512, 512, 32000
+    assert peak(n, d, v, None) <= 2 * 2048 * v * 2 + v * d * (4 + 2) + n * d * 2 + SLACK

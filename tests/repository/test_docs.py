@@ -1,4 +1,4 @@
-"""The pages of docs/ say what is true: they build without a warning, and every block of code runs."""
+"""The README and the pages of docs/ say what is true: their code runs, the pages build without a warning."""
 
 import importlib.util
 import json
@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from efface.cli.main import main
+from efface.cli.main import COMMANDS, main
 from efface.simulate.authors import make_authors
 from support.helpers import TEXTS, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_made" not in path.parts)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 
@@ -79,3 +81,37 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "index.html").is_file()
+
+
+# ---- the README
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=[f"block {i}" for i in range(len(PYTHON))])
+def test_python_blocks_run(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a model where the demo leaves one; ``test_demo`` has the demo itself."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    (folder / "demo-out").mkdir()
+    (folder / "llama").rename(folder / "demo-out" / "full")
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})  # in this process, as above
+
+
+def test_the_quickstart_is_there() -> None:
+    assert len(PYTHON) >= 2
+    assert len(PYTHON[0].strip().splitlines()) <= 14
+
+
+def test_the_map_names_folders_that_exist() -> None:
+    folders = re.findall(r"^\| `([\w./-]+/)` \|", README, flags=re.MULTILINE)
+    assert len(folders) >= 6
+    for folder in folders:
+        assert (ROOT / folder).is_dir(), folder
+
+
+def test_commands_and_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^    make (\w+)", README, flags=re.MULTILINE)
+    assert {"demo", "test"} <= set(targets)
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    for command in re.findall(r"^efface ([\w-]+)", README, flags=re.MULTILINE):
+        assert command in COMMANDS

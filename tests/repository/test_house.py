@@ -1,15 +1,19 @@
-"""The plan of the house: who may import whom, and what an import costs."""
+"""The plan of the house: who may import whom, what an import costs, and what makes a host wait."""
 
 import ast
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
 
 import efface_kernels
+from efface.batching import TokenStore, pack
+from efface_kernels import to_device
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,7 +52,8 @@ FLOORS: dict[str, set[str]] = {
         *("accelerate", "transformers", "yaml"),
     },
     "engine/efface/simulate": {
-        *("efface.files", "efface.hf", "efface.recipes", "efface.simulate"),
+        *BASE,
+        *("efface.files", "efface.objectives", "efface.hf", "efface.evaluate", "efface.recipes", "efface.simulate"),
         *("transformers", "tokenizers", "datasets"),
     },
     "engine/efface/sweep": {"efface.files", "efface.hf", "efface.recipes", "efface.sweep", "optuna", "yaml"},
@@ -122,12 +127,210 @@ def test_the_native_core_knows_neither_python_nor_torch() -> None:
 
 
 def test_importing_efface_is_light() -> None:
+    """And its kernels import no Triton before one is launched."""
     heavy = ("transformers.trainer", "matplotlib", "datasets", "scipy", "rich")
     code = (
-        "import sys, efface, torch\n"
+        "import sys, efface_kernels.backends, efface_kernels.passes\n"
+        "assert 'triton' not in sys.modules\n"
+        "import efface, torch\n"
         f"loaded = [name for name in {heavy!r} if name in sys.modules]\n"
         "assert not loaded, loaded\n"
         "assert not torch.cuda.is_initialized()\n"
         "efface.NPO(), efface.functional\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- no circle of imports
+
+
+TREES = {"efface_kernels": ROOT / "kernels", "efface": ROOT / "engine"}
+
+
+def modules(root: Path, package: str) -> dict[str, Path]:
+    """The modules of a package and its packages, by name; a package's own is its ``__init__``."""
+    files = sorted((root / package.replace(".", "/")).rglob("*.py"))
+    names = {path: ".".join(path.relative_to(root).with_suffix("").parts) for path in files}
+    return {name.removesuffix(".__init__"): path for path, name in names.items()}
+
+
+def imported(tree: ast.AST, known: set[str]) -> Iterator[str]:
+    """What Python imports for an import anywhere in a module: in functions and under TYPE_CHECKING too."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [name.name for name in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            # `from a import b` imports a.b where that is a module
+            names = [f"{node.module}.{name.name}" for name in node.names]
+            names = [name if name in known else node.module for name in names]
+        for name in names:
+            parts = name.split(".")
+            yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))  # packages first
+
+
+def graph(root: Path, package: str) -> dict[str, set[str]]:
+    """What each module imports; not the packages that it is in, which are being imported already."""
+    files = modules(root, package)
+    edges = {}
+    for name, path in files.items():
+        found = set(imported(ast.parse(path.read_text(encoding="utf-8")), set(files))) & set(files)
+        edges[name] = {other for other in found if not f"{name}.".startswith(f"{other}.")}
+    return edges
+
+
+def folders(edges: dict[str, set[str]]) -> dict[str, dict[str, set[str]]]:
+    """Of each package, what its modules and subpackages, each as a whole, import of one another.
+
+    A package's own ``__init__`` is left out: it says what its parts are.
+    """
+    levels: dict[str, dict[str, set[str]]] = {}
+    for name, others in edges.items():
+        for other in others:
+            mine, theirs = name.split("."), other.split(".")
+            depth = next(i for i, part in enumerate(theirs) if mine[i : i + 1] != [part])
+            if depth < len(mine):
+                level = levels.setdefault(".".join(mine[:depth]), {})
+                level.setdefault(mine[depth], set()).add(theirs[depth])
+    return levels
+
+
+def circle(edges: dict[str, set[str]]) -> str:
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        return " <- ".join(error.args[1])
+    return ""
+
+
+@pytest.mark.parametrize("package", TREES)
+def test_no_import_circle(package: str) -> None:
+    edges = graph(TREES[package], package)
+    assert sum(map(len, edges.values())) > len(edges)  # imports were found
+    assert not circle(edges)
+    levels = folders(edges)
+    assert package in levels
+    assert not {level: found for level, imports in levels.items() if (found := circle(imports))}
+
+
+def test_no_two_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for package, root in TREES.items():
+        for module, path in modules(root, package).items():
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef):
+                    places.setdefault(node.name, []).append(module)
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+def test_a_circle_is_found(tmp_path: Path) -> None:
+    """Also one that is hidden: by TYPE_CHECKING, in a function, or by way of a package's ``__init__``."""
+    files = {
+        "top/__init__.py": "from top import one",
+        "top/one.py": "import typing\nif typing.TYPE_CHECKING:\n    from top.two import b\n",
+        "top/two.py": "def b():\n    from top import one\n",
+        "top/pass_/__init__.py": "from top.pass_.op import run",
+        "top/pass_/op.py": "from top.choice import choose",
+        "top/pass_/launch.py": "",
+        "top/choice.py": "from top.pass_.launch import x",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    edges = graph(tmp_path, "top")
+    assert edges["top.one"] == {"top.two"}
+    assert edges["top.two"] == {"top.one"}
+    assert edges["top.choice"] == {"top.pass_", "top.pass_.launch"}
+    for some in ({"top.one", "top.two"}, {"top.pass_", "top.pass_.op", "top.choice"}):
+        with pytest.raises(CycleError):
+            TopologicalSorter({name: edges[name] & some for name in some}).prepare()
+
+
+def test_a_circle_of_folders_is_found(tmp_path: Path) -> None:
+    """Also one of files that are in none."""
+    files = {
+        "top/__init__.py": "from top.one import a",
+        "top/one/__init__.py": "",
+        "top/one/a.py": "from top.two.b import x",
+        "top/one/d.py": "",
+        "top/two/__init__.py": "",
+        "top/two/b.py": "from top.one.d import y",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    edges = graph(tmp_path, "top")
+    assert circle({name: others - {"top.one", "top.two"} for name, others in edges.items()}) == ""
+    assert circle(folders(edges)["top"]) in ("one <- two <- one", "two <- one <- two")
+
+
+# ---- nothing in a step makes the host wait for the device to take a list of numbers
+
+
+# What runs in a step: the loss, the objectives, the trainer and what it calls, the functional API.
+STEP = ("kernels/efface_kernels", "engine/efface/objectives", "engine/efface/batching", "engine/efface/hf")
+MODULES = [*(path for folder in STEP for path in (ROOT / folder).rglob("*.py")), ROOT / "engine/efface/functional.py"]
+MADE_OF_HOST_NUMBERS = {"tensor", "as_tensor", "from_numpy", "frombuffer", "asarray"}
+
+# (file, function) -> why it may wait
+ALLOWED = {
+    ("kernels/efface_kernels/backends.py", "_results"): "a device's first use, once",
+    ("engine/efface/hf/model/packing.py", "_probes_in_a_pack"): "when a model is loaded",
+    ("engine/efface/hf/reference/live.py", "check_start"): "before the first step",
+    ("engine/efface/hf/train/meter.py", "read"): "when a log is written, which reads the device",
+    ("engine/efface/hf/reference/cached.py", "__init__"): "from one dtype to another, on the host",
+}
+
+
+def _from_the_host(call: ast.AST) -> bool:
+    return (
+        isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr in MADE_OF_HOST_NUMBERS
+        and isinstance(call.func.value, ast.Name)
+        and call.func.value.id == "torch"
+    )
+
+
+def copies(path: Path) -> Iterator[tuple[str, int]]:
+    """(function, line) of tensors made of the host's numbers that go to a device at once."""
+    for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        for node in ast.walk(function):
+            named = _from_the_host(node) and any(
+                keyword.arg == "device" and ast.unparse(keyword.value) != "'cpu'" for keyword in node.keywords
+            )
+            moved = (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in {"to", "cuda"}
+                and any(_from_the_host(each) for each in ast.walk(node.func.value))
+            )
+            if named or moved:
+                yield function.name, node.lineno
+
+
+def test_numbers_go_to_a_device_by_one_way() -> None:
+    found = {(str(path.relative_to(ROOT)), name): line for path in MODULES for name, line in copies(path)}
+    wrong = {f"{file}:{line} in {name}" for (file, name), line in found.items() if (file, name) not in ALLOWED}
+    assert not wrong, "use efface_kernels.memory.to_device, or say in ALLOWED why it may wait"
+    assert set(ALLOWED) <= set(found), "nothing is copied there any more"
+
+
+def test_pinned_where_the_device_is_cudas(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: seen.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *given, **more: seen.append((*given, more)) or self)
+    for name in ("cuda", "cpu"):
+        to_device(torch.arange(3), torch.device(name))
+    later = {"non_blocking": True}
+    assert seen == ["pinned", (torch.device("cuda"), later), (torch.device("cpu"), later)]
+
+
+def test_a_batch_takes_its_offsets_along_once() -> None:
+    store = TokenStore.from_sequences([[1, 2, 3], [4, 5]], [1, 1])
+    batch = pack(store, store, [0], [1, 0])
+    assert batch.label_offsets is batch.label_offsets
+    assert batch.label_offsets.host.tolist() == list(batch.row_offsets)
+    assert batch.retain_part().label_offsets.host.tolist() == list(batch.retain_part().row_offsets)

@@ -1,5 +1,6 @@
-"""Tiny models, tokenizers and data for the engine's tests."""
+"""Tiny models of every class, tokenizers and data for the engine's tests."""
 
+import inspect
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from efface.batching import PackedBatch, TokenStore
 from efface.hf.train.arguments import UnlearnArguments
@@ -177,3 +179,134 @@ def kibibytes(place: str, name: str) -> int:
     """A line of Linux's /proc/meminfo or /proc/self/status."""
     lines = Path(place).read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+# ---- tiny models of every class of AutoModelForCausalLM, with weights that show what leaks
+
+
+# What configurations call the same few sizes; each gets those that it knows.
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 32),
+    **dict.fromkeys(("intermediate_size", "n_inner", "d_ff", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim"), 48),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "attention_heads", "n_heads", "decoder_attention_heads"), 4),
+    "encoder_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 64),
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "is_decoder": True,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "state_size": 8,
+    "sliding_window": 8,
+}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
+}
+# What some need beside or instead; None leaves a size at its default.
+ODD: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "longcat_flash", "youtu"), _LATENT),
+    **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa"), _LATENT),
+    "axk2": {"num_key_value_heads": 4},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "codegen": {"rotary_dim": 4},
+    "dots1": {"num_key_value_heads": 4, "n_shared_experts": 1, "routed_scaling_factor": 1.0},
+    "gemma4_text": {"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": {**_MAMBA, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 32},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "jamba": {"use_mamba_kernels": False},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "minicpm3": {"num_key_value_heads": 4},
+    "rembert": {"input_embedding_size": 16, "output_embedding_size": 32},
+    "roc_bert": {"pronunciation_vocab_size": 8, "shape_vocab_size": 8},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "n_mamba_heads": 1},
+    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "mamba_headdim": 8},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+NOT_BUILT: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "blt",
+            "emu3",
+            "fuyu",
+            "gemma3",
+            "gemma3n",
+            "gemma4",
+            "gemma4_unified",
+            "git",
+            "got_ocr2",
+            "llama4",
+            "mllama",
+            "moss_transcribe_diarize",
+            "musicgen",
+            "musicgen_melody",
+            "phi4_multimodal",
+            "qwen3_5",
+            "qwen3_5_moe",
+            "qwen4_exp",
+        ),
+        "a configuration of several models: images, sound, bytes (its text model is listed itself, if there is one)",
+    ),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "drafts for another model, whose cache it reads"),
+    **dict.fromkeys(("dots3_note", "dots3_note_text", "cohere_compass_text", "dbrx"), "sizes that depend on another"),
+    **dict.fromkeys(("axk1", "gemma3n_text", "reformer", "zamba"), "sizes that depend on another"),
+}
+"""Classes of transformers 5.23 without a tiny model here, and why."""
+
+
+def tiny_decoder(kind: str, **changes: Any) -> PreTrainedModel:
+    """Return a model of a ``model_type`` with its eager attention, in evaluation mode."""
+    config = CONFIG_MAPPING[kind]
+    renamed = getattr(config, "attribute_map", {})
+    known = {*inspect.signature(config.__init__).parameters, *config().to_dict(), *renamed}
+    settings = {name: size for name, size in SIZES.items() if name in known and renamed.get(name) not in SIZES}
+    settings |= {**ODD.get(kind, {}), **changes}
+    torch.manual_seed(0)
+    made = config(**{name: value for name, value in settings.items() if value is not None})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(made, attn_implementation="eager")
+    return perturbed(model.eval())
+
+
+@torch.no_grad()
+def perturbed(model: PreTrainedModel) -> PreTrainedModel:
+    """Add noise to every weight: fresh ones attend to all tokens alike, and biases and gates are zero."""
+    generator = torch.Generator().manual_seed(1)
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            weight.add_(torch.randn(weight.shape, generator=generator).to(weight) * 0.05)
+    return model
+
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama-2, own head": ("LlamaConfig", {"tie_word_embeddings": False}),
+    "Llama-3.2, tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "Phi-1.5, biased head": ("PhiConfig", {"num_key_value_heads": 4}),
+    "Mistral, sliding window": ("MistralConfig", {"sliding_window": 5}),
+    "Qwen2, tied": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "Qwen3": ("Qwen3Config", {"head_dim": 8}),
+    "OLMo-2": ("Olmo2Config", {}),
+    "GPT-NeoX": ("GPTNeoXConfig", {"num_key_value_heads": 4, "hidden_act": "gelu"}),
+    "Granite, scaled logits": ("GraniteConfig", {"logits_scaling": 8.0, "embedding_multiplier": 3.0}),
+    "Cohere, scaled logits": ("CohereConfig", {"logit_scale": 0.25}),
+    "Gemma-2, soft-capped head": (
+        "Gemma2Config",
+        {"head_dim": 8, "final_logit_softcapping": 3.0, "attn_logit_softcapping": None, "sliding_window": 6},
+    ),
+    "Gemma-2, soft-capped scores": (
+        "Gemma2Config",
+        {"head_dim": 8, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0, "sliding_window": 6},
+    ),
+}

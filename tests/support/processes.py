@@ -1,10 +1,14 @@
 """Scripts and commands of ``ranks/`` in processes of their own."""
 
+import functools
+import json
 import os
+import select
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,35 +27,48 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
-def launch(processes: int, words: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a script or module (``-m``) on several processes; where they hang, fail with what each of them was doing.
-
-    A module is started as users do. The ranks of a script share their imports, which are half of the time.
-    """
-    forked = [str(RANKS / "warm_torchrun.py"), "--run-path", "--start-method=fork"]
-    launcher = ["-m", "torch.distributed.run"] if words[0] == "-m" else forked
-    launcher += ["--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *launcher, *words]
-    running = subprocess.Popen(
-        command,
+@functools.cache
+def _warm() -> subprocess.Popen[bytes]:
+    """The process whose forks run scripts; it ends with the end of its standard input, when this process ends."""
+    # unbuffered: a line that is read takes none of the next along, which select would not see
+    return subprocess.Popen(
+        [sys.executable, str(RANKS / "warm.py")],
         env=environment(PYTHONFAULTHANDLER="1"),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+        bufsize=0,
     )
-    try:
-        out, errors = running.communicate(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        ranks = Path(f"/proc/{running.pid}/task/{running.pid}/children")
-        for rank in ranks.read_text().split() if ranks.is_file() else []:
+
+
+def launch(processes: int, words: list[str], *, limit: float = LIMIT) -> subprocess.CompletedProcess[str]:
+    """Run a script or module (``-m``) on several processes, or with 0 a script alone, without torchrun.
+
+    A module is started as users do; a script is a fork of a process that has imported what scripts need. Where they
+    hang, it fails with what each of them was doing.
+    """
+    server = _warm()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    answers = server.stdout
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("out", "errors")]
+        request = {"words": words, "processes": processes, "environment": environment(PYTHONFAULTHANDLER="1")}
+        request |= {"folder": str(Path.cwd()), "files": list(map(str, files))}
+        server.stdin.write(json.dumps(request).encode() + b"\n")
+        child = int(answers.readline())
+        try:
+            hangs = not select.select([answers], [], [], limit)[0]
+            if hangs:
+                ranks = Path(f"/proc/{child}/task/{child}/children")
+                for rank in ranks.read_text().split() if processes and ranks.is_file() else [child]:
+                    with suppress(ProcessLookupError):
+                        os.kill(int(rank), signal.SIGABRT)  # faulthandler writes the stacks of all threads
+                select.select([answers], [], [], 40)
+        finally:
             with suppress(ProcessLookupError):
-                os.kill(int(rank), signal.SIGABRT)  # faulthandler writes the stacks of all threads
-        with suppress(subprocess.TimeoutExpired):
-            _, errors = running.communicate(timeout=40)
-            pytest.fail(f"still running after {LIMIT} s: {shlex.join(command)}\n{errors}")
-        pytest.fail(f"still running after {LIMIT} s, and after SIGABRT: {shlex.join(command)}")
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(running.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(command, running.returncode, out, errors)
+                os.killpg(child, signal.SIGKILL)
+            code = int(answers.readline())
+        out, errors = (path.read_text(errors="replace") for path in files)
+    if hangs:
+        pytest.fail(f"still running after {limit} s: {shlex.join(words)}\n{errors}")
+    return subprocess.CompletedProcess(words, code, out, errors)

@@ -12,10 +12,9 @@ from transformers import AutoTokenizer
 from efface.batching import EpochPlan, TokenStore, plan_epoch
 from efface.cli.progress import open_console
 from efface.flags import FlagParser
-from efface.hf.text.data import refuse_overlap, token_store
+from efface.hf.text.data import DataFacts, refuse_overlap, token_store
 from efface.hf.text.templates import AUTO
 from efface.hf.train.arguments import UnlearnArguments
-from efface.hf.train.record import DataFacts
 
 _EXAMPLES = """
 example:

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from efface.hf.reference.cached import ReferenceCallback
-from efface.hf.train.record import DataFacts
+from efface.hf.text.data import DataFacts
 
 PIPE_WIDTH = 160
 

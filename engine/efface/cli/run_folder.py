@@ -3,11 +3,11 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from efface.files import PARTIAL, check_output, remove_leftovers, remove_whole
+from efface.files import PARTIAL, check_output, remove_leftovers, remove_whole, take_lock, write_whole
 from efface.hf.train.checkpoints import BEST, checkpoints, newest_checkpoint
 
 RECORD = "run.json"
@@ -50,23 +50,20 @@ class RunFolder:
         Raises:
             FileExistsError: another process works on it.
         """
-        import fcntl
-
         self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDONLY)
+        handle: int | None = -1  # of a file system without locks
+        with suppress(OSError):
+            handle = take_lock(self.path)
+        if handle is None:
+            raise FileExistsError(
+                f"output folder {str(self.path)!r}: another process is writing there; wait for it, or stop it"
+            )
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise FileExistsError(
-                    f"output folder {str(self.path)!r}: another process is writing there; wait for it, or stop it"
-                ) from error
-            except OSError:  # a file system without locks
-                pass
             self._look()  # another process may have finished the run in the meantime
             yield
         finally:
-            os.close(handle)
+            if handle >= 0:
+                os.close(handle)
 
     def begin(self, identity: dict[str, Any]) -> Path | None:
         """Return the checkpoint to continue from, or None to start; the folder is this run's from now on.
@@ -115,13 +112,7 @@ class RunFolder:
         return record if isinstance(record, dict) and {"finished", "identity"} <= record.keys() else None
 
     def _write(self, record: dict[str, Any]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        partial = self.path / f"{PARTIAL}{RECORD}"
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(record, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path / RECORD)
+        write_whole(self.path / RECORD, json.dumps(record, indent=2))
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:

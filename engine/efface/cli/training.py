@@ -166,8 +166,7 @@ def _push(trainer: PackedTrainer, args: UnlearnArguments, out: Path) -> None:
             f"not pushed: {listed}. They and the final model are whole in {str(out)!r}; run the same command again to "
             "push them"
         )
-    if trainer.pusher is not None:
-        trainer.pusher.push_final(out)
+    trainer.publisher.push_final(out)
 
 
 def _adapted(model: Any, command: UnlearnCommand, seed: int) -> Any:

@@ -1,4 +1,4 @@
-"""What a sequence is found by: its token ids, and which of them are labels."""
+"""The reference cache of a run: distinct sequences by the keys of their content, each scored once, in a file."""
 
 import hashlib
 import warnings

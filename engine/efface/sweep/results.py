@@ -1,16 +1,13 @@
 """What a trial left on the disk: its folder, its record, its lock, and the weights that may go."""
 
-import fcntl
 import json
 import math
-import os
-import shutil
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from efface.files import PARTIAL, remove_whole, write_whole
+from efface.files import remove_whole, take_lock, write_whole
 from efface.hf.train.checkpoints import checkpoints
 
 SUMMARY = "TOFU_SUMMARY.json"
@@ -63,14 +60,7 @@ class Place:
 
     def lock(self) -> int | None:
         """Return a file descriptor that holds the trial's lock as long as any process has it; None if one has."""
-        self._lock.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            return None
-        return handle
+        return take_lock(self._lock)
 
     def read(self, exit_code: int, seconds: float, *, evaluated: bool) -> Result:
         """Return how the trial ended, out of what its process left."""
@@ -103,10 +93,7 @@ class Place:
         """Let later trials use the retain model's evaluation that this one made."""
         own, shared = self.folder / "evaluation" / RETAIN_LOG, out / RETAIN_LOG
         if own.is_file() and not shared.is_file():
-            shared.parent.mkdir(parents=True, exist_ok=True)
-            partial = shared.with_name(f"{PARTIAL}{os.getpid()}")
-            shutil.copyfile(own, partial)
-            partial.replace(shared)
+            write_whole(shared, own.read_bytes())
 
 
 def _checksum(result: Result) -> int:

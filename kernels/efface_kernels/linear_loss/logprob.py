@@ -14,7 +14,7 @@ from efface_kernels.linear_loss.head import Head
 from efface_kernels.linear_loss.look import RowLook
 from efface_kernels.linear_loss.loop import Gradients, Wanted, run_loop
 from efface_kernels.memory import aligned
-from efface_kernels.row_pass.op import row_pass
+from efface_kernels.passes import row_pass
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efface_kernels.distribution_pass import op as distribution_pass
+from efface_kernels import passes
 from efface_kernels.linear_loss.chunks import Chunk, budget, largest_piece
 from efface_kernels.linear_loss.head import Head, ReferenceRows
 from efface_kernels.linear_loss.wide_logits import WideLogits
 from efface_kernels.logits import Logits, accumulation_dtype, power_of_two
 from efface_kernels.memory import BufferPool
-from efface_kernels.row_pass import op as row_pass
 
 
 def shares_workspace(device: str, both_bytes: int, budget_bytes: int) -> bool:
@@ -117,7 +116,7 @@ class Models:
             return self.policy(rows), head.logits(frozen, self._frozen_workspace)
         first = head.logits(frozen, self._workspace)
         some = targets[rows][: frozen.shape[0]]
-        out = row_pass.row_pass(first, some, softcap=head.softcap, gradient=False, backend=self._backend)
+        out = passes.row_pass(first, some, softcap=head.softcap, gradient=False, backend=self._backend)
         self.keep(rows, out.logprobs)
         return self.policy(rows), None
 
@@ -144,7 +143,7 @@ class RowLook:
         reference: ReferenceRows | None = None,
         backend: str,
     ) -> None:
-        self._targets, self._pass = targets, row_pass.PASSES[backend]
+        self._targets, self._pass = targets, passes.ROW_PASSES[backend]
         self._softcap, self._reference_softcap = head.softcap, None if reference is None else reference.head.softcap
         self._pool = BufferPool()
         self._models = Models(hidden, head, reference, largest_piece(chunks), self._pool, backend)
@@ -195,7 +194,7 @@ class DistributionLook:
         shift: float,
         backend: str,
     ) -> None:
-        self._targets, self._shift, self._pass = targets, shift, distribution_pass.PASSES[backend]
+        self._targets, self._shift, self._pass = targets, shift, passes.DISTRIBUTION_PASSES[backend]
         self._pool, largest, pairs = BufferPool(), largest_piece(chunks), backend != "triton"
         self._policy = WideLogits(hidden, head, self._pool, largest, pairs=pairs)
         self._reference = WideLogits(reference.hidden, reference.head, self._pool, largest, pairs=pairs)

@@ -16,7 +16,7 @@ from efface_kernels.linear_loss.chunks import Chunk
 from efface_kernels.linear_loss.head import Head
 from efface_kernels.logits import accumulation_dtype, power_of_two
 from efface_kernels.memory import accumulate_product
-from efface_kernels.scale_pass.op import scale_pass
+from efface_kernels.passes import scale_pass
 
 # chunk, all of whose rows the look has seen -> c (n,), with ∂loss/∂z = −c ⊙ P
 CoefficientRule = Callable[[Chunk], Tensor]

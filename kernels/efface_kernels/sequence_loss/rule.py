@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from efface_kernels.checks import check_dtype, check_shape
+from efface_kernels.memory import to_device
 from efface_kernels.sequence_loss.kinds import NEED_BETA, NEED_REFERENCE, Kind
 from efface_kernels.sequence_loss.reference import sequence_terms
 from efface_kernels.sequences import Sequences, segment_sums
-from efface_kernels.transfer import to_device
 
 ROLES = 8  # rows of the table
 _NO_FP64 = ("mps", "xpu")

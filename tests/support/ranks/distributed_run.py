@@ -1,33 +1,36 @@
-"""One rank of a training run, started by torchrun; writes its exact losses as JSON."""
+"""One rank of training runs, started by torchrun, or the only one; writes losses and weights as JSON.
+
+``distributed_run.py <folder> npo <reference> <token budget>``, or ``<folder> others``: several objectives in turn.
+"""
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from efface import NPO, UnlearnTrainer
+from efface import DPO, NPO, PDU, RMU, UNDIAL, UnlearnTrainer
 from support.helpers import arguments, leave_no_thread, random_store, tiny_llama
 
+OTHERS = {
+    "dpo-kl": DPO(beta=0.2, retain_loss_type="KL"),
+    "undial": UNDIAL(beta=3.0, alpha=0.5),
+    "pdu": PDU(retain_loss_eps=4.0, dual_step_size=0.2, dual_warmup_epochs=0),
+    "rmu": RMU(module_regex=r"model\.layers\.0"),
+}
 
-def main(out: Path, reference: str, token_budget: int) -> None:
-    model = tiny_llama()
+
+def run(out: Path, forget: int, retain: int, settings: dict[str, Any], **options: Any) -> tuple[int, dict[str, Any]]:
+    """The rank, and its exact losses, its log and its weights."""
+    settings = {"lr_scheduler_type": "constant", "max_grad_norm": 1.0, **settings}
     trainer = UnlearnTrainer(
-        model,
-        arguments(
-            out / "run",
-            pairs_per_step=6,
-            token_budget=token_budget,
-            num_train_epochs=6,
-            lr_scheduler_type="constant",
-            logging_steps=4,
-            max_grad_norm=1.0,
-        ),
-        forget=random_store(20, seed=1),
-        retain=random_store(50, seed=2),
-        objective=NPO(alpha=1.0),
-        reference=reference,
+        tiny_llama(),
+        arguments(out / "run", **settings),
+        forget=random_store(forget, seed=1),
+        retain=random_store(retain, seed=2),
+        **options,
     )
     losses: list[float] = []
     step = trainer.training_step
@@ -42,14 +45,25 @@ def main(out: Path, reference: str, token_budget: int) -> None:
 
     trainer.training_step = recorded  # type: ignore[method-assign]
     trainer.train()
-    record = {
+    return trainer.args.process_index, {
         "losses": losses,
         "logs": [log for log in trainer.state.log_history if "loss" in log],
-        "weights": {name: tensor.tolist() for name, tensor in model.state_dict().items()},
+        "weights": {name: tensor.tolist() for name, tensor in trainer.model.state_dict().items()},
     }
-    (out / f"rank{trainer.args.process_index}.json").write_text(json.dumps(record))
+
+
+def main(out: Path, what: str, reference: str = "", token_budget: str = "") -> None:
+    if what == "npo":
+        settings = {"pairs_per_step": 6, "token_budget": int(token_budget), "num_train_epochs": 6, "logging_steps": 4}
+        rank, record = run(out, 20, 50, settings, objective=NPO(alpha=1.0), reference=reference)
+    else:
+        settings, alternate = {"pairs_per_step": 3, "num_train_epochs": 2}, random_store(7, seed=3)
+        record = {}
+        for name, objective in OTHERS.items():
+            rank, record[name] = run(out, 7, 20, settings, alternate=alternate, objective=objective)
+    (out / f"rank{rank}.json").write_text(json.dumps(record))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
     leave_no_thread()

@@ -1,4 +1,7 @@
-"""Models and tokenizers by name and revision, from folders and from the Hub."""
+"""Models, tokenizers and saved adapters by name and revision, from folders and from the Hub.
+
+An adapter is read back onto its base model exactly as it was trained, or not at all.
+"""
 
 import importlib.util
 import re

@@ -1,4 +1,9 @@
-"""LoRA by peft: made, used as its own reference model, and merged. Without peft everything else works."""
+"""LoRA by peft: made, put beside an adapter that is there, and merged. Without peft everything else works.
+
+On a model with an adapter, that one is frozen, and what is saved is one adapter that equals both: the sum
+s1 B1 (A1 x) + s2 B2 (A2 x) is s2 [B1 s1 / s2, B2] [A1; A2] x, an adapter of the ranks' sum. Nothing is merged into the
+base model, which in half precision would round a young adapter away.
+"""
 
 import math
 import warnings
@@ -15,6 +20,12 @@ from transformers import PreTrainedModel
 from efface.hf.model.adapted_head import base_of, head_linears, import_peft
 from efface.hf.model.supported import undisturbed
 
+COMPARED_TOKENS = 64
+"""Tokens of a sequence on which the reference and the policy are compared."""
+
+FIRST, SECOND = "default", "second_lora"
+_KINDS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+
 
 def add_lora(
     model: Any,
@@ -28,7 +39,7 @@ def add_lora(
     """Return ``model`` within a ``peft.PeftModel`` with a fresh LoRA adapter; at the start it computes what it did.
 
     A model with an adapter keeps it, frozen, under the fresh one, and ``save_pretrained`` writes one adapter of both
-    ranks that equals both; see ``second_adapter``.
+    ranks that equals both.
 
     Args:
         model: a transformers model, or a ``peft.PeftModel`` with one plain LoRA adapter; is changed in place.
@@ -136,13 +147,6 @@ def merged(model: Any) -> PreTrainedModel:
     check_mergeable(model)
     base: PreTrainedModel = model.merge_and_unload()
     return base
-
-
-COMPARED_TOKENS = 64
-"""Tokens of a sequence on which the reference and the policy are compared."""
-
-FIRST, SECOND = "default", "second_lora"
-_KINDS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from efface.batching import PackedBatch, TokenTree
 from efface.hf.model.attention import NAME, hands_packs_on, hands_windows_on, packed_arguments
 from efface.hf.model.supported import uncompiled, uncompiled_frame
 
-MEMORY = "_efface_reading"  # the attribute of a model that holds its Reading, so that copies have it too
+MEMORY = "_efface_reading"  # the attribute of a model that holds its PackReading, so that copies have it too
 
 WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "index_topk")
 """What configurations and attention layers call the tokens that a token sees."""
@@ -41,7 +41,7 @@ Logits = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Reading:
+class PackReading:
     """How a model reads packs.
 
     Attributes:
@@ -70,9 +70,9 @@ class Reading:
         return self.alone is not None or (self.limit is not None and longest >= self.limit)
 
 
-def reading_of(model: Any) -> Reading | None:
+def reading_of(model: Any) -> PackReading | None:
     """Return what ``read_packs`` found out about ``model`` (no wrapper around it), or about what it is a copy of."""
-    reading: Reading | None = vars(model).get(MEMORY)
+    reading: PackReading | None = vars(model).get(MEMORY)
     return reading
 
 
@@ -143,7 +143,7 @@ def rewind(model: PreTrainedModel, encodings: Sequence[str]) -> None:
         _encode(module, torch.zeros(1, 1, dtype=torch.int64, device=device))
 
 
-def read_packs(model: PreTrainedModel, logits: Logits, attention: str | None = None) -> Reading:
+def read_packs(model: PreTrainedModel, logits: Logits, attention: str | None = None) -> PackReading:
     """Find out how ``model`` reads packs, remember it, and set its attention accordingly.
 
     The model's own forward pass of a probe is compared with the probe in a pack, where it stands twice, behind others.
@@ -164,7 +164,7 @@ def read_packs(model: PreTrainedModel, logits: Logits, attention: str | None = N
     if known is None or not _holds(known, own, attention):
         encodings, limit = position_encodings(model)
         ways = [attention] if attention is not None else [NAME, own]
-        known = Reading("", own, None, limit, encodings, asked=attention is not None)
+        known = PackReading("", own, None, limit, encodings, asked=attention is not None)
         if (found := _measured(model, logits, list(dict.fromkeys(ways)), known)) is None:
             found = _expected(model, attention, known)
         known = found
@@ -180,7 +180,7 @@ def read_packs(model: PreTrainedModel, logits: Logits, attention: str | None = N
     return known
 
 
-def _holds(known: Reading, now: str, attention: str | None) -> bool:
+def _holds(known: PackReading, now: str, attention: str | None) -> bool:
     """Whether what was found out answers the question."""
     if attention is not None:
         return known.attention == attention
@@ -199,7 +199,7 @@ def agree(model: PreTrainedModel) -> None:
 # ---- measuring ----
 
 
-def _measured(model: PreTrainedModel, logits: Logits, ways: Sequence[str], reading: Reading) -> Reading | None:
+def _measured(model: PreTrainedModel, logits: Logits, ways: Sequence[str], reading: PackReading) -> PackReading | None:
     """Return ``reading`` with what is measured; None where weights are missing or give no finite logits."""
     if any(weight.numel() == 0 or weight.is_meta for weight in model.parameters()):
         return None  # sharded or not yet loaded
@@ -502,7 +502,7 @@ def _encode(module: nn.Module, positions: Tensor) -> list[Tensor]:
 # ---- without weights ----
 
 
-def _expected(model: PreTrainedModel, attention: str | None, reading: Reading) -> Reading:
+def _expected(model: PreTrainedModel, attention: str | None, reading: PackReading) -> PackReading:
     """Return how a model whose weights are not here (sharded, on the meta device) reads packs, by its description."""
     kinds = _layer_kinds(model)
     stateful = getattr(model, "_is_stateful", False) and not kinds

@@ -1,4 +1,4 @@
-"""Adapters that need a batch axis, and losses with a term that the head does not know; each refusal says why."""
+"""What surrounds a model: what is refused, evaluation that leaves no trace, what ``torch.compile`` leaves alone."""
 
 import contextlib
 import random

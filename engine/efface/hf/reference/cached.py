@@ -14,8 +14,8 @@ from efface.batching import PackedBatch, Role, TokenStore
 from efface.hf.model.fingerprint import fingerprint, tf32
 from efface.hf.model.head import head_of
 from efface.hf.reference.score import packed_logprobs
+from efface.hf.text.data import DataFacts
 from efface.hf.text.token_cache import cache_folder
-from efface.hf.train.record import DataFacts
 from efface.reference import DistinctSequences, ReferenceCache
 from efface_kernels import accumulation_dtype
 

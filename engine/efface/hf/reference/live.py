@@ -1,4 +1,4 @@
-"""A frozen model that runs beside the policy, on the sequences whose loss reads it."""
+"""A frozen model that runs beside the policy: a second model, or the policy with its adapter switched off."""
 
 import contextlib
 from abc import ABC, abstractmethod
@@ -16,6 +16,12 @@ from efface.hf.model.adapted_head import base_of
 from efface.hf.model.head import head_of, packed_hidden, use_packed_attention
 from efface.hf.model.lora import COMPARED_TOKENS, SECOND, is_second, logits_of, without_second
 from efface_kernels import Head, ReferenceRows
+
+_ADAPTERS_OF_THEIR_OWN = {"modules_to_save", "token_adapter", SECOND}
+"""Parts of the names of trainable weights that are switched off without being frozen."""
+
+_ROUNDING, _ROUNDING_HALF = 1e-5, 0.06
+"""Of the largest logit: what an adapter that multiplies by 1, or adds what it has subtracted, may change at first."""
 
 
 class ModelReference(ABC):
@@ -164,13 +170,6 @@ class AdapterReference(ModelReference):
                 module.training = mode
             for weight, flag in trained:
                 weight.requires_grad_(flag)
-
-
-_ADAPTERS_OF_THEIR_OWN = {"modules_to_save", "token_adapter", SECOND}
-"""Parts of the names of trainable weights that are switched off without being frozen."""
-
-_ROUNDING, _ROUNDING_HALF = 1e-5, 0.06
-"""Of the largest logit: what an adapter that multiplies by 1, or adds what it has subtracted, may change at first."""
 
 
 def _exact_at_first(config: Any) -> bool:

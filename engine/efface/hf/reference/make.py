@@ -1,4 +1,4 @@
-"""The frozen model that objectives compare with: which kind of it a run has."""
+"""Which kind of reference a run has, and that reference."""
 
 import copy
 from collections.abc import Mapping

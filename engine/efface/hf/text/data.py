@@ -1,10 +1,11 @@
-"""Token stores from question-answer data: what a trainer takes as its sets, tokenised once."""
+"""Token stores from question-answer data: a trainer's sets, tokenised once, and what they were made of."""
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,10 @@ from efface.hf.text.templates import AUTO, Batch, Template, encode_batches, get_
 
 # What a trainer takes as a forget or retain set: tokens, a file or Hub name, or rows (a datasets.Dataset is rows).
 QuestionAnswers: TypeAlias = TokenStore | str | Path | Rows
+
+
+_LOOKED_AT = 8  # tokens of a sequence that its sample holds
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -194,10 +199,6 @@ def _column_names(rows: Rows, question: str | None, answer: str | None, template
     return question, answer or "text"
 
 
-_LOOKED_AT = 8  # tokens of a sequence that its sample holds
-_SHOWN = 3
-
-
 def shared_sequences(
     forget: TokenStore, retain: TokenStore, *, prompts: bool = False
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -281,4 +282,65 @@ def _content(store: TokenStore, index: int, prompts: bool) -> bytes:
     return tokens.tobytes() if len(tokens) > 1 else b""
 
 
-__all__ = ["QuestionAnswers", "Refusals", "load_rows", "refuse_overlap", "token_store"]
+@dataclass(frozen=True)
+class DataFacts:
+    """What a set was: where from, how many sequences, and a digest of their tokens and labels.
+
+    Attributes:
+        source: file, name on the Hub, or type of what was in memory.
+        rows: sequences; a document may be several.
+        fingerprint: digest of the sequences.
+        filters: conditions that its rows meet.
+        hub_name: of the data set on the Hub, if it is one.
+        taken: rows that the sequences are of; None where the set was given as tokens.
+        available: rows of the source, likewise.
+    """
+
+    source: str
+    rows: int
+    fingerprint: str
+    filters: tuple[str, ...] = ()
+    hub_name: str = ""
+    taken: int | None = None
+    available: int | None = None
+
+    @classmethod
+    def of(cls, data: Any, store: TokenStore, conditions: Conditions = None) -> "DataFacts":
+        """Describe a set as it was given and as it was tokenised."""
+        named = isinstance(data, (str, Path))
+        source = str(data) if named else f"{type(data).__name__} in memory"
+        local = not named or Path(source).expanduser().exists() or Path(source).suffix != ""
+        return cls(
+            source,
+            len(store),
+            store_fingerprint(store),
+            tuple(map(str, parse_conditions(conditions))),
+            "" if local else source.split(":")[0],
+            *(store.taken or ()),
+        )
+
+    def counts(self) -> str:
+        """Return how much was taken: ``400 of 4,000 rows``, of documents with their sequences, too."""
+        sequences = f"{self.rows:,} sequences"
+        if self.taken is None:
+            return sequences
+        counts = f"{self.taken:,} of {self.available:,} rows"
+        return counts if self.taken == self.rows else f"{counts} in {sequences}"
+
+    def __str__(self) -> str:
+        filters = f", where {' and '.join(self.filters)}" if self.filters else ""
+        return f"{self.counts()}, {self.source}{filters}"
+
+
+def store_fingerprint(store: TokenStore) -> str:
+    """Return a digest of all sequences and their labels; how they are cut into chunks does not matter."""
+    state = hashlib.sha256()
+    for part in (store.lengths, store.label_starts):
+        state.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
+    for ids, offsets, _ in store.chunks:
+        if len(offsets):
+            state.update(np.ascontiguousarray(ids[offsets[0] : offsets[-1]], dtype=np.int32).data)
+    return state.hexdigest()[:32]
+
+
+__all__ = ["DataFacts", "QuestionAnswers", "Refusals", "load_rows", "refuse_overlap", "token_store"]

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
-from uuid import uuid4
 
 import datasets
 import pyarrow as pa
@@ -25,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from efface.batching import TokenStore
 from efface.batching.store import Chunk, Taken
+from efface.files import written_file
 
 FORMAT = 2  # part of every key: raise it when the same input makes other tokens, or the file another layout
 FEATURES = datasets.Features(
@@ -139,9 +139,7 @@ def write(path: Path, chunks: Iterable[Chunk], taken: Taken | None = None) -> No
     Raises:
         OSError: the folder cannot be written to, or is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")
-    try:
+    with written_file(path, durable=False) as partial:  # its digest tells a damaged one
         with pa.OSFile(str(partial), "wb") as sink, ArrowWriter(features=FEATURES, stream=sink) as writer:
             for ids, offsets, starts in chunks:
                 sequences = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids))
@@ -155,9 +153,6 @@ def write(path: Path, chunks: Iterable[Chunk], taken: Taken | None = None) -> No
             file.seek(0)
             digest = _digest_of(file, path.stem, size)
             file.write(digest)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def digest(*parts: Any) -> str:

@@ -15,8 +15,6 @@ all in ``UnlearnTrainer(callbacks=[...])``. What ``evaluate`` returns is logged,
 
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +23,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from efface.files import replace_folder
+from efface.files import written_folder
 from efface.hf.model.supported import undisturbed
 from efface.hf.train.checkpoints import BEST
 
@@ -190,15 +188,9 @@ class KeepBest(TrainerBound, ExportableState):
         if not trainer.args.should_save:  # with sharded weights every process takes part in a save
             trainer.save_model(str(folder), _internal_call=True)
             return
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
+        with written_folder(folder) as partial:
             trainer.save_model(str(partial), _internal_call=True)
             (partial / "best.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            partial.chmod(0o755)  # a temporary folder is for its owner alone
-            replace_folder(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 class StopUnder(TrainerCallback):

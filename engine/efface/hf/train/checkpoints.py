@@ -163,13 +163,9 @@ class ResumableTrainer(Trainer):
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(folder / name))
         if self.args.should_save:
-            self.on_checkpoint(folder / name)
             best = self.state.best_model_checkpoint
             keep = {*self.checkpoints_in_use(), *([] if best is None else [folder / Path(best).name])}
             rotate(folder, self.args.save_total_limit, keep)
-
-    def on_checkpoint(self, checkpoint: Path) -> None:
-        """Called where files are written, when a checkpoint has its name."""
 
     def checkpoints_in_use(self) -> AbstractSet[Path]:
         """Return checkpoints that must not be removed yet."""

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, without making the device wait for the host."""
+"""What a run measures about itself, summed on the device and read only when it is logged."""
 
 import copy
 import sys

@@ -72,7 +72,7 @@ from efface.hf.model.supported import undisturbed
 from efface.hf.reference.live import ModelReference
 from efface.hf.train.arguments import UnlearnArguments
 from efface.hf.train.dataset import Accumulation, PackedSteps, Steps
-from efface.hf.train.stepping import Run, Stepping, Stores, pairs_per_step, planned_steps
+from efface.hf.train.stepping import SteppedTrainer, Stepping, Stores, pairs_per_step, planned_steps
 from efface.objectives import (
     CEU,
     DPO,
@@ -501,7 +501,9 @@ class PaddedStepping(Stepping):
         with training_only(model, objective.trainable_params_regex):
             pass
 
-    def loss(self, run: Run, model: nn.Module, batch: PaddedPairs, step: PaddedStep) -> tuple[Tensor, PaddedLoss]:
+    def loss(
+        self, run: SteppedTrainer, model: nn.Module, batch: PaddedPairs, step: PaddedStep
+    ) -> tuple[Tensor, PaddedLoss]:
         """Means run over the micro-batch, not over the step."""
         if run.objective is None:
             raise TypeError("`objective`: expected one, got None")  # refused before
@@ -526,7 +528,7 @@ class PaddedStepping(Stepping):
         """Return the optimizer's parameters: others have gradients, too."""
         return [weight for group in optimizer.param_groups for weight in group["params"]]
 
-    def dual_before_batch(self, run: Run, objective: PDU, batch: PaddedPairs) -> float | None:
+    def dual_before_batch(self, run: SteppedTrainer, objective: PDU, batch: PaddedPairs) -> float | None:
         """At the start of an epoch but the first, the loss of retain rows drawn anew, as many as it has pairs."""
         accumulation = self.steps.accumulation
         epoch, begun = divmod(batch.position, accumulation.batches)
@@ -539,7 +541,7 @@ class PaddedStepping(Stepping):
             return drawn_retain_loss(run.model, draw)
 
     def dual_after_batch(
-        self, run: Run, objective: PDU, batch: PaddedPairs, step: PaddedStep, output: PaddedLoss
+        self, run: SteppedTrainer, objective: PDU, batch: PaddedPairs, step: PaddedStep, output: PaddedLoss
     ) -> float | None:
         """The retain loss of each micro-batch, once it is warm.
 

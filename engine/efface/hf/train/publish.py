@@ -1,10 +1,8 @@
-"""Checkpoints as revisions of a Hub repository: each on a branch of its own, pushed while training goes on."""
+"""What becomes of a trained model: its card, and its checkpoints as revisions of a Hub repository."""
 
-import copy
 import json
 import logging
 import math
-import os
 import re
 import threading
 from collections.abc import Sequence
@@ -14,21 +12,13 @@ from typing import Any, Protocol
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import LocalTokenNotFoundError
-from transformers.trainer_utils import TrainOutput
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from efface.files import PARTIAL
+from efface.files import PARTIAL, write_whole
 from efface.hf.train.arguments import UnlearnArguments
-from efface.hf.train.checkpoints import ResumableTrainer, checkpoints
-from efface.hf.train.record import (
-    DataFacts,
-    Recipe,
-    argument_values,
-    changed_arguments,
-    objective_values,
-    plan_values,
-    versions,
-)
-from efface.objectives import Objective
+from efface.hf.train.callbacks import TrainerBound
+from efface.hf.train.checkpoints import checkpoints
+from efface.hf.train.record import RunRecord
 
 RECORD = "pushed.json"
 _LOG = logging.getLogger(__name__)
@@ -211,15 +201,13 @@ class RevisionPusher:
 
     def _remember(self, step: int) -> None:
         record = {"repository": self.repository, "steps": sorted({*self._pushed(), step})}
-        partial = self._folder / f"{PARTIAL}{RECORD}"
-        partial.write_text(json.dumps(record), encoding="utf-8")
-        os.replace(partial, self._folder / RECORD)  # noqa: PTH105 - atomic within one file system
+        write_whole(self._folder / RECORD, json.dumps(record))
 
 
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")  # what the Hub accepts as a name in a card's header
 
 
-def model_card(recipe: Recipe, log_history: list[dict[str, Any]], *, step: int) -> ModelCard:
+def model_card(recipe: RunRecord, log_history: list[dict[str, Any]], *, step: int) -> ModelCard:
     """Return the card of the model that ``recipe`` had made after ``step`` optimizer steps."""
     losses, evaluations = final_metrics(log_history)
     name = f"{recipe.method} of {Path(recipe.base_model).name or 'a model'}"
@@ -265,7 +253,7 @@ def _is_hub_name(name: str) -> bool:
     return bool(_REPOSITORY.fullmatch(name)) and not Path(name).exists()
 
 
-def _body(name: str, recipe: Recipe, metrics: dict[str, float], step: int) -> str:
+def _body(name: str, recipe: RunRecord, metrics: dict[str, float], step: int) -> str:
     command = f"## Reproduce\n\n```\n{recipe.command}\n```\n" if recipe.command else ""
     made = f"`{recipe.method}` from `{recipe.base_model}` (revision `{recipe.revision}`), {step} optimizer steps"
     data = [
@@ -297,112 +285,54 @@ def _table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     )
 
 
-class CardedTrainer(ResumableTrainer):
-    """Adds model cards, and branches of a Hub repository, to exact checkpoints.
+class Publisher(TrainerBound):
+    """Writes the card of what a trainer saves, and pushes its checkpoints where each is to be a revision.
 
     Attributes:
-        objective: whose parameters the card lists.
-        data: of what the sets were made, by role.
-        pairs_per_step: pairs of an optimizer step, on all processes together.
-        base_model: the name of the model before training.
-        revision: of the base model.
-        adapter: in words, which adapter is trained on what, and what is saved; None without one.
-        command: the command line that started the run, if one did.
-        reference_kind: "cached" or "live", for objectives with a reference.
-        not_pushed: after ``train()``, the errors of checkpoints that are not on the Hub, by step.
+        revisions: whether checkpoints are pushed to branches of their own.
+        not_pushed: after the training, the errors of checkpoints that are not on the Hub, by step.
+
+    Raises:
+        HubError: no login, or a repository that cannot be made.
     """
 
-    objective: Objective | None
-    pairs_per_step: int
-    revision = "main"
-    adapter: str | None = None
-    command: str | None = None
-    reference_kind: str | None = None
-    _saved = False  # while what is in the output folder is pushed: it need not be written again
-
-    def __init__(self, *, args: UnlearnArguments, hub_client: HubClient | None = None, **options: Any) -> None:
-        self.pusher: RevisionPusher | None = None
+    def __init__(self, args: UnlearnArguments, client: HubClient | None = None) -> None:
+        self.revisions = args.revision_per_checkpoint
         self.not_pushed: dict[int, str] = {}
-        self._revisions = args.revision_per_checkpoint
-        if self._revisions:
-            if args.process_index == 0:
-                self.pusher = RevisionPusher.of(args, hub_client)
-            args = copy.copy(args)
-            args.push_to_hub = False  # else transformers pushes too, to main
-        super().__init__(args=args, **options)
-        self.data: dict[str, DataFacts] = {}
-        model: Any = self.model
-        self.base_model: str = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        # The first process pushes for all.
+        self._pusher = RevisionPusher.of(args, client) if self.revisions and args.process_index == 0 else None
 
-    def recipe(self) -> Recipe:
-        """Return what the model of this run is made of."""
-        args: UnlearnArguments = self.args  # type: ignore[assignment]
-        return Recipe(
-            base_model=self.base_model,
-            revision=self.revision,
-            method="finetune" if self.objective is None else self.objective.name,
-            objective=objective_values(self.objective),
-            reference=self.reference_kind,
-            data=self.data,
-            plan=plan_values(args, self.pairs_per_step),
-            arguments=changed_arguments(argument_values(args)),
-            command=self.command,
-            processes=args.world_size,
-            versions=versions(),
-            adapter=self.adapter,
-        )
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up what a run that is resumed has not pushed."""
+        if self._pusher is not None:
+            self._pusher.resume() if state.global_step else self._pusher.start_anew()
 
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> TrainOutput:  # type: ignore[override]
-        """See ``ResumableTrainer.train``; ends when the checkpoints are on the Hub, or are in ``not_pushed``."""
-        if self.pusher is not None and resume_from_checkpoint:
-            self.pusher.resume()
-        elif self.pusher is not None:
-            self.pusher.start_anew()
-        output = super().train(resume_from_checkpoint, **options)
-        if self.pusher is not None:
-            self.not_pushed = self.pusher.finish()
-        return output
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Push the checkpoint that was written."""
+        if self._pusher is not None:
+            self._pusher.add(state.global_step, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
-    def on_checkpoint(self, checkpoint: Path) -> None:
-        """Push it, if each is to be a revision."""
-        if self.pusher is not None:
-            self.pusher.add(self.state.global_step, checkpoint)
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Wait until the checkpoints are on the Hub, or are in ``not_pushed``."""
+        if self._pusher is not None:
+            self.not_pushed = self._pusher.finish()
 
-    def checkpoints_in_use(self) -> AbstractSet[Path]:
-        """Return those that are not pushed yet."""
-        return set() if self.pusher is None else self.pusher.in_use()
+    def in_use(self) -> AbstractSet[Path]:
+        """Return the checkpoints that are not pushed yet."""
+        return set() if self._pusher is None else self._pusher.in_use()
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, its tokenizer, and a card (README.md)."""
-        if self._saved and output_dir is None:
-            return
-        super().save_model(output_dir, _internal_call=True)
-        if self.args.should_save:
-            self._write_card(Path(output_dir or str(self.args.output_dir)))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+    def push_final(self, folder: Path) -> None:
+        """Push the model in a folder to main of the repository of revisions; every process calls this."""
+        if self._pusher is not None:
+            self._pusher.push_final(folder)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write our card where transformers would write its own."""
-        if self.is_world_process_zero():
-            self._write_card(Path(str(self.args.output_dir)))
-
-    def push_to_hub(self, *args: Any, saved: bool = False, **kwargs: Any) -> Any:
-        """Push the model; where checkpoints are revisions, to main of the same repository.
-
-        With ``saved`` it is in the output folder already, and is not written again: killed meanwhile, it stays whole.
-        """
-        self._saved = saved
-        try:
-            if not self._revisions:
-                return super().push_to_hub(*args, **kwargs)
-            self.save_model(_internal_call=True)
-            if self.pusher is not None:
-                self.pusher.push_final(Path(str(self.args.output_dir)))
-            return None
-        finally:
-            self._saved = False
-
-    def _write_card(self, folder: Path) -> None:
+    def write_card(self, folder: Path) -> None:
+        """Write the card (README.md) of the model in a folder, if that is there."""
         if folder.is_dir():
-            model_card(self.recipe(), self.state.log_history, step=self.state.global_step).save(folder / "README.md")
+            trainer = self._trainer()
+            card = model_card(trainer.recipe(), trainer.state.log_history, step=trainer.state.global_step)
+            card.save(folder / "README.md")

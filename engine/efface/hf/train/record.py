@@ -1,22 +1,18 @@
-"""The recipe of a run: all that its result depends on, as plain values that can be compared and written down."""
+"""The record of a run: all that its result depends on, as plain values that can be compared and written down."""
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import platform
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
-from efface.batching import TokenStore
-from efface.hf.text.rows import Conditions, parse_conditions
+from efface.hf.text.data import DataFacts
 from efface.hf.train.arguments import UnlearnArguments
 from efface.objectives import Objective
 
@@ -52,58 +48,8 @@ _SECRETS = ("--hub_token", "--hub-token", "--push_to_hub_token", "--push-to-hub-
 
 
 @dataclass(frozen=True)
-class DataFacts:
-    """What a set was: where from, how many sequences, and a digest of their tokens and labels.
-
-    Attributes:
-        source: file, name on the Hub, or type of what was in memory.
-        rows: sequences; a document may be several.
-        fingerprint: digest of the sequences.
-        filters: conditions that its rows meet.
-        hub_name: of the data set on the Hub, if it is one.
-        taken: rows that the sequences are of; None where the set was given as tokens.
-        available: rows of the source, likewise.
-    """
-
-    source: str
-    rows: int
-    fingerprint: str
-    filters: tuple[str, ...] = ()
-    hub_name: str = ""
-    taken: int | None = None
-    available: int | None = None
-
-    @classmethod
-    def of(cls, data: Any, store: TokenStore, conditions: Conditions = None) -> "DataFacts":
-        """Describe a set as it was given and as it was tokenised."""
-        named = isinstance(data, (str, Path))
-        source = str(data) if named else f"{type(data).__name__} in memory"
-        local = not named or Path(source).expanduser().exists() or Path(source).suffix != ""
-        return cls(
-            source,
-            len(store),
-            store_fingerprint(store),
-            tuple(map(str, parse_conditions(conditions))),
-            "" if local else source.split(":")[0],
-            *(store.taken or ()),
-        )
-
-    def counts(self) -> str:
-        """Return how much was taken: ``400 of 4,000 rows``, of documents with their sequences, too."""
-        sequences = f"{self.rows:,} sequences"
-        if self.taken is None:
-            return sequences
-        counts = f"{self.taken:,} of {self.available:,} rows"
-        return counts if self.taken == self.rows else f"{counts} in {sequences}"
-
-    def __str__(self) -> str:
-        filters = f", where {' and '.join(self.filters)}" if self.filters else ""
-        return f"{self.counts()}, {self.source}{filters}"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a model was made of. Equal recipes make equal models, on equal software."""
+class RunRecord:
+    """What a model was made of. Equal records make equal models, on equal software."""
 
     base_model: str
     revision: str
@@ -117,6 +63,24 @@ class Recipe:
     processes: int
     versions: dict[str, str]
     adapter: str | None = None
+
+    @classmethod
+    def of(cls, trainer: Any) -> "RunRecord":
+        """Return the record of a ``PackedTrainer`` as it is now."""
+        return cls(
+            base_model=trainer.base_model,
+            revision=trainer.revision,
+            method="finetune" if trainer.objective is None else trainer.objective.name,
+            objective=objective_values(trainer.objective),
+            reference=trainer.reference_kind,
+            data=trainer.data,
+            plan=plan_values(trainer.args, trainer.pairs_per_step),
+            arguments=changed_arguments(argument_values(trainer.args)),
+            command=trainer.command,
+            processes=trainer.args.world_size,
+            versions=versions(),
+            adapter=trainer.adapter,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -162,17 +126,6 @@ def changed_arguments(values: dict[str, Any]) -> dict[str, Any]:
     # Not those of a fresh UnlearnArguments: making one resets the state of accelerate, in the middle of a run.
     defaults = {field.name: field.default for field in dataclasses.fields(UnlearnArguments)}
     return {name: value for name, value in values.items() if name in _ALWAYS or value != defaults.get(name)}
-
-
-def store_fingerprint(store: TokenStore) -> str:
-    """Return a digest of all sequences and their labels; how they are cut into chunks does not matter."""
-    state = hashlib.sha256()
-    for part in (store.lengths, store.label_starts):
-        state.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
-    for ids, offsets, _ in store.chunks:
-        if len(offsets):
-            state.update(np.ascontiguousarray(ids[offsets[0] : offsets[-1]], dtype=np.int32).data)
-    return state.hexdigest()[:32]
 
 
 def command_line(argv: Sequence[str], name: str = "unlearn") -> str:

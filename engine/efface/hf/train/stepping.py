@@ -1,6 +1,7 @@
 """The ways of stepping: what an optimizer step holds, the loss of its micro-batches, and all else that goes with it.
 
-``PackedStepping`` is ours; ``efface.hf.train.open_unlearning.PaddedStepping`` is open-unlearning's.
+``PackedStepping`` is ours; ``efface.hf.train.open_unlearning.PaddedStepping`` is open-unlearning's. ``DualVariable``
+moves PDU's weight of the retain term at the moments that a way of stepping says.
 """
 
 from abc import ABC, abstractmethod
@@ -35,7 +36,7 @@ class Stores(NamedTuple):
     alternate: TokenStore | None = None
 
 
-class Run(Protocol):
+class SteppedTrainer(Protocol):
     """What the ways of stepping read of a trainer, as it is at that moment."""
 
     objective: Objective | None
@@ -97,7 +98,7 @@ class Stepping(ABC):
         """
 
     @abstractmethod
-    def loss(self, run: Run, model: nn.Module, batch: Any, step: Any) -> tuple[Tensor, Any]:
+    def loss(self, run: SteppedTrainer, model: nn.Module, batch: Any, step: Any) -> tuple[Tensor, Any]:
         """Run a micro-batch of a step; return what to go back from, and what the loss was made of."""
 
     def optimizing(self, model: Any, objective: Objective | None) -> AbstractContextManager[None]:
@@ -112,19 +113,19 @@ class Stepping(ABC):
         """Return the parameters of which one at least must have a gradient after the first step."""
         return list(model.parameters())
 
-    def dual_before_batch(self, run: Run, objective: PDU, batch: Any) -> float | None:
+    def dual_before_batch(self, run: SteppedTrainer, objective: PDU, batch: Any) -> float | None:
         """Before a micro-batch."""
         return None
 
-    def dual_after_batch(self, run: Run, objective: PDU, batch: Any, step: Any, output: Any) -> float | None:
+    def dual_after_batch(self, run: SteppedTrainer, objective: PDU, batch: Any, step: Any, output: Any) -> float | None:
         """After a micro-batch, whose ``loss`` has returned ``output``."""
         return None
 
-    def dual_after_step(self, run: Run, objective: PDU) -> float | None:
+    def dual_after_step(self, run: SteppedTrainer, objective: PDU) -> float | None:
         """After an optimizer step; the trainer's count of them includes it."""
         return None
 
-    def dual_after_epoch(self, run: Run, objective: PDU, epochs: float) -> float | None:
+    def dual_after_epoch(self, run: SteppedTrainer, objective: PDU, epochs: float) -> float | None:
         """After so many epochs."""
         return None
 
@@ -157,7 +158,7 @@ class PackedStepping(Stepping):
         """Freeze the others."""
         train_only(model, objective.trainable_params_regex)
 
-    def loss(self, run: Run, model: nn.Module, batch: PackedBatch, step: Step) -> tuple[Tensor, StepOutput]:
+    def loss(self, run: SteppedTrainer, model: nn.Module, batch: PackedBatch, step: Step) -> tuple[Tensor, StepOutput]:
         """Forget and retain in one forward pass, the micro-batch's share of the step's loss out."""
         loss = step_loss(
             run.objective,
@@ -174,7 +175,7 @@ class PackedStepping(Stepping):
         return output.loss * run.args.world_size, output
 
     def dual_after_batch(
-        self, run: Run, objective: PDU, batch: PackedBatch, step: Step, output: StepOutput
+        self, run: SteppedTrainer, objective: PDU, batch: PackedBatch, step: Step, output: StepOutput
     ) -> float | None:
         """Add the micro-batch's share of the step's retain NLL."""
         retain = torch.where(batch.roles == Role.RETAIN, output.sequence_logprobs, 0.0)
@@ -182,7 +183,7 @@ class PackedStepping(Stepping):
         self._nll = nll if self._nll is None else self._nll + nll
         return None
 
-    def dual_after_step(self, run: Run, objective: PDU) -> float | None:
+    def dual_after_step(self, run: SteppedTrainer, objective: PDU) -> float | None:
         """The step's retain NLL, once the warm-up is over."""
         nll, self._nll = self._nll, None
         # Where this step began: the first one after the warm-up's epochs is the first that updates.
@@ -191,7 +192,7 @@ class PackedStepping(Stepping):
             return None
         return float(run.accelerator.reduce(nll))
 
-    def dual_after_epoch(self, run: Run, objective: PDU, epochs: float) -> float | None:
+    def dual_after_epoch(self, run: SteppedTrainer, objective: PDU, epochs: float) -> float | None:
         """The retain NLL of the whole set, once the warm-up is over."""
         if objective.dual_update_upon != "epoch" or not _warm(objective, epochs):
             return None

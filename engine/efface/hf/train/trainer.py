@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from efface.hf.reference.cached import CachedReference, ReferenceCallback
 from efface.hf.reference.live import AdapterReference, ModelReference
 from efface.hf.reference.make import make_reference, reference_kind
 from efface.hf.reference.score import check_store
-from efface.hf.text.data import QuestionAnswers
+from efface.hf.text.data import DataFacts, QuestionAnswers
 from efface.hf.text.rows import Conditions
 from efface.hf.train.arguments import UnlearnArguments
 from efface.hf.train.callbacks import TrainerBound
+from efface.hf.train.checkpoints import ResumableTrainer
 from efface.hf.train.meter import LossWatch, StepMeter
 from efface.hf.train.preflight import (
     check_gradients,
@@ -37,16 +39,34 @@ from efface.hf.train.preflight import (
     check_weights,
     prepare_checkpointing,
 )
-from efface.hf.train.publish import CardedTrainer
-from efface.hf.train.record import DataFacts
+from efface.hf.train.publish import HubClient, Publisher
+from efface.hf.train.record import RunRecord
 from efface.hf.train.stepping import DualVariable, Stores, pairs_per_step
 from efface.hf.train.stores import check_retain, stepping_of, tokenised, unlearning_stores
 from efface.objectives import PDU, RMU, FunctionObjective, Objective, check_term
 from efface_kernels import Sequences
 
 
-class PackedTrainer(CardedTrainer):
-    """What fine-tuning and unlearning share. ``objective`` None is plain NLL over the retain store."""
+class PackedTrainer(ResumableTrainer):
+    """What fine-tuning and unlearning share. ``objective`` None is plain NLL over the retain store.
+
+    Attributes:
+        objective: what is trained.
+        data: of what the sets were made, by role.
+        pairs_per_step: pairs of an optimizer step, on all processes together.
+        base_model: the name of the model before training.
+        revision: of the base model.
+        adapter: in words, which adapter is trained on what, and what is saved; None without one.
+        command: the command line that started the run, if one did.
+        reference_kind: "cached", "live" or "adapter", for objectives with a reference.
+        publisher: writes cards, and pushes checkpoints.
+    """
+
+    revision = "main"
+    adapter: str | None = None
+    command: str | None = None
+    reference_kind: str | None = None
+    _saved = False  # while what is in the output folder is pushed: it need not be written again
 
     def __init__(
         self,
@@ -57,6 +77,7 @@ class PackedTrainer(CardedTrainer):
         retain: TokenStore,
         objective: Objective | None,
         alternate: TokenStore | None = None,
+        hub_client: HubClient | None = None,
         **trainer_options: Any,
     ) -> None:
         args = copy.copy(args)  # the caller's stay as they are
@@ -81,9 +102,14 @@ class PackedTrainer(CardedTrainer):
         self._watch = LossWatch()
         self._dual: DualVariable | None = None
         self._gradients_seen = False
+        self.publisher = Publisher(args, hub_client)
+        if self.publisher.revisions:
+            args.push_to_hub = False  # else transformers pushes too, to main
         # The meter comes first: what later callbacks do between two steps is no part of a step.
-        trainer_options["callbacks"] = [self.meter, *(trainer_options.get("callbacks") or ())]
+        trainer_options["callbacks"] = [self.meter, *(trainer_options.get("callbacks") or ()), self.publisher]
         super().__init__(model=fuse(model), args=args, train_dataset=self._steps, **trainer_options)
+        self.data: dict[str, DataFacts] = {}
+        self.base_model: str = getattr(model.config, "_name_or_path", "") or type(model).__name__
         prepare_checkpointing(model, base_of(model), args)
         stores = [store for store in (forget, retain, alternate) if store is not None]
         self._settle_reading(base_of(model), max(int(store.lengths.max(initial=0)) for store in stores))
@@ -220,7 +246,7 @@ class PackedTrainer(CardedTrainer):
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> TrainOutput:  # type: ignore[override]
-        """See ``CardedTrainer.train``.
+        """See ``ResumableTrainer.train``; ends when the checkpoints are on the Hub, or are in ``not_pushed``.
 
         Raises:
             FloatingPointError: a loss, or the weights at a checkpoint or at the end, that are not finite.
@@ -238,6 +264,49 @@ class PackedTrainer(CardedTrainer):
         self._watch.check()
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # shards are in no one's hands
             check_weights(self.model, self.state.global_step)  # type: ignore[arg-type]
+
+    def checkpoints_in_use(self) -> AbstractSet[Path]:
+        """Return those that are not pushed yet."""
+        return self.publisher.in_use()
+
+    @property
+    def not_pushed(self) -> dict[int, str]:
+        """After ``train()``, the errors of checkpoints that are not on the Hub, by step."""
+        return self.publisher.not_pushed
+
+    def recipe(self) -> RunRecord:
+        """Return what the model of this run is made of."""
+        return RunRecord.of(self)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, its tokenizer, and a card (README.md)."""
+        if self._saved and output_dir is None:
+            return
+        super().save_model(output_dir, _internal_call=True)
+        if self.args.should_save:
+            self.publisher.write_card(Path(output_dir or str(self.args.output_dir)))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write our card where transformers would write its own."""
+        if self.is_world_process_zero():
+            self.publisher.write_card(Path(str(self.args.output_dir)))
+
+    def push_to_hub(self, *args: Any, saved: bool = False, **kwargs: Any) -> Any:
+        """Push the model; where checkpoints are revisions, to main of the same repository.
+
+        With ``saved`` it is in the output folder already, and is not written again: killed meanwhile, it stays whole.
+        """
+        self._saved = saved
+        try:
+            if not self.publisher.revisions:
+                return super().push_to_hub(*args, **kwargs)
+            self.save_model(_internal_call=True)
+            self.publisher.push_final(Path(str(self.args.output_dir)))
+            return None
+        finally:
+            self._saved = False
 
     def floating_point_ops(self, inputs: Any) -> int:
         """6 · parameters · tokens, the usual estimate of a training step."""
