@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -42,14 +42,21 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def written_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder, which takes the place of ``folder`` when the block ends without an error."""
+def written_folder(folder: Path, *, keeps: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """Yield an empty folder, which takes the place of ``folder`` when the block ends without an error.
+
+    Args:
+        folder: the folder; the one that it is in is made if it is not there.
+        keeps: whether a folder that another process has put there meanwhile stays, and the new one goes.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
     partial.chmod(0o755)  # a temporary folder is for its owner alone
     try:
         yield partial
-        move_whole(partial, folder)
+        _sync_all(partial)
+        if keeps is None or not folder.exists() or not keeps(folder):
+            _take_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -92,10 +99,18 @@ def move_whole(source: Path, target: Path) -> None:
     A process that is killed between the two renames leaves no folder of that name, and the old one under a name that
     ``remove_leftovers`` knows.
     """
-    for parent, _, names in os.walk(source):
+    _sync_all(source)
+    _take_place(source, target)
+
+
+def _sync_all(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
         for name in names:
             _sync(Path(parent, name))
         _sync(Path(parent))
+
+
+def _take_place(source: Path, target: Path) -> None:
     old = _set_aside(target) if target.exists() else None
     source.rename(target)
     _sync(target.parent)
