@@ -152,6 +152,6 @@ class ReferenceCache:
         self.path, self.problem = None, error
         warnings.warn(
             f"cannot use the reference cache ({error}), so the reference's values are kept in memory and computed anew "
-            "in each run; set EFFACE_CACHE or --reference_cache to a place with space, or --reference_cache none",
+            "in each run; set EFFACE_CACHE or --reference-cache to a place with space, or --reference-cache none",
             stacklevel=4,
         )

@@ -21,7 +21,7 @@ class LogprobStore(KeyedStore):
         application=0x65666663,  # "effc"
         version=1,
         file="reference cache",
-        remedy="delete the file, or choose another with --reference_cache",
+        remedy="delete the file, or choose another with --reference-cache",
     )
 
     @staticmethod
