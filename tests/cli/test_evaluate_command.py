@@ -120,7 +120,7 @@ def test_a_checkpoints_results_are_its_own(folder: Path) -> None:
 
 
 def test_an_adapter_is_a_model(folder: Path, tmp_path: Path) -> None:
-    """What `efface unlearn --lora_r` writes: the numbers are those of the adapter merged into its model."""
+    """What `efface unlearn --lora-r` writes: the numbers are those of the adapter merged into its model."""
     pytest.importorskip("peft")
     summaries = []
     torch.manual_seed(0)

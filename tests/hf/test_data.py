@@ -314,7 +314,7 @@ def test_each_source_trains(objective: Any, source: str, refusals: Path, tmp_pat
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        ({}, {}, r"'dpo' trains other answers to the forget questions, got none; set --refusal_file"),
+        ({}, {}, r"'dpo' trains other answers to the forget questions, got none; set --refusal-file"),
         ({}, {"refusal_file": "missing.txt"}, r"refusal file 'missing.txt' does not exist"),
         ({}, {"refusal_file": "EMPTY"}, r"expected an answer a line, got no text"),
         ({}, {"alternate_column": "reply"}, r"expected a column 'reply'"),
