@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m benchmarks SUITE``. A suite is a package with a ``suite`` module; see ``__main__``."""
+"""Benchmarks: ``python -m benchmarks SUITE``. Suites stand on ``harness``; see README.md."""

@@ -1,30 +1,40 @@
-"""``python -m benchmarks SUITE``: a suite's tables, and its figures as JSON. ``report``: pages and plots of all.
+"""``python -m benchmarks SUITE``: a suite's tables, and its figures as JSON. ``cpu``: every suite, a file each.
 
-``expected``: what a GPU is expected to show, computed. On a borrowed GPU, ``python -m benchmarks.gpu``.
+``report``: pages and plots of all results. ``expected``: what a GPU is expected to show, computed. On a borrowed GPU,
+``python -m benchmarks.gpu``.
 """
 
 import argparse
 import importlib
+import re
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from benchmarks import cpu
-from benchmarks.options import BadOption
-from benchmarks.report import Report
+from benchmarks.harness.report import Report, processor
+from benchmarks.harness.shared import BadOption
 
-# A suite has SHAPES (the one called "smoke" only on demand), ROUNDS, add_arguments(parser) and run(options, report);
-# where the shapes depend on the options, default_shapes(options).
-# Only the one that is asked for is imported: a borrowed machine may lack what others need.
+# What a suite has is said in ``harness.shared``. Only the one that is asked for is imported: a borrowed machine may
+# lack what others need.
 SUITES = {
     "evaluate": "benchmarks.evaluate.suite",
     "loss": "benchmarks.loss.suite",
     "pack": "benchmarks.packing.suite",
     "start": "benchmarks.start.suite",
     "step": "benchmarks.step.suite",
+}
+RESULTS = Path(__file__).parent / "results"
+# ``cpu``: what keeps a suite's part of the ten minutes; one that is not named here runs as it does by itself.
+CUT_SHORT: dict[str, list[str]] = {
+    "evaluate": ["--quick", "--shape", "Llama 4 layers, d 128, V 8192, fp32"],
+    "loss": ["--shape", "Llama-2 head, D 1024, bf16", "--rounds", "3"],
+    "start": ["--rounds", "2"],
+    "step": ["--rounds", "3"],
 }
 
 
@@ -34,7 +44,14 @@ def parsed(arguments: Sequence[str]) -> tuple[argparse.Namespace, ModuleType | N
     commands = parser.add_subparsers(dest="suite", required=True)
     commands.add_parser("report", description="Pages and plots of all results.")
     commands.add_parser("expected", description="What a GPU is expected to show, computed and not measured.")
-    cpu.add_arguments(commands.add_parser("cpu", description=cpu.__doc__))
+    cpu = commands.add_parser(
+        "cpu",
+        description="``python -m benchmarks cpu``: every suite on the CPU, cut short, a JSON file each; under ten "
+        "minutes on two cores.",
+    )
+    cpu.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
+    cpu.add_argument("--name", help="their first part; default: cpu-<processor>-<date>")
+    cpu.add_argument("--smoke", action="store_true", help="tiny shapes and two rounds, to see that all runs")
     suite = None
     for name, module in SUITES.items():
         command = commands.add_parser(name)
@@ -44,7 +61,7 @@ def parsed(arguments: Sequence[str]) -> tuple[argparse.Namespace, ModuleType | N
             command.add_argument("--shape", action="append", choices=list(suite.SHAPES), help="default: all but smoke")
             command.add_argument("--rounds", type=int, default=suite.ROUNDS)
             command.add_argument("--json", type=Path, help="write the figures here")
-            suite.add_arguments(command)
+            getattr(suite, "add_arguments", lambda _: None)(command)
     options = parser.parse_args(arguments)
     if suite is not None and not options.shape:
         default_shapes = getattr(suite, "default_shapes", None)
@@ -59,6 +76,30 @@ def run_suite(suite: ModuleType, options: argparse.Namespace, report: Report) ->
     suite.run(options, report)
 
 
+def run_all(options: argparse.Namespace) -> int:
+    """Run every suite on the CPU, each in a process of its own; return the worst of their exit codes.
+
+    A suite that fails leaves the others their turn.
+    """
+    name = options.name or f"cpu-{processor_name()}-{time.strftime('%Y-%m-%d')}"
+    options.out.mkdir(parents=True, exist_ok=True)
+    worst = 0
+    for suite in SUITES:
+        begin = time.perf_counter()
+        chosen = ["--shape", "smoke", "--rounds", "2"] if options.smoke else CUT_SHORT.get(suite, [])
+        command = [sys.executable, "-m", "benchmarks", suite, *chosen]
+        code = subprocess.run([*command, "--json", str(options.out / f"{name}-{suite}.json")], check=False).returncode
+        print(f"{suite}: exit {code} after {time.perf_counter() - begin:.0f} s", flush=True)
+        worst = max(worst, abs(code))
+    return worst
+
+
+def processor_name() -> str:
+    """Return the processor's maker and family as part of a file name, "amd-epyc" for example."""
+    model = processor().get("model name", "unknown").lower()
+    return re.sub(r"[^a-z0-9]+", "-", model.replace("(r)", "").replace("(tm)", "")).strip("-")[:40]
+
+
 def main() -> int:
     """Run what is asked for."""
     options, suite = parsed(sys.argv[1:])
@@ -69,7 +110,7 @@ def main() -> int:
             print(f"python -m benchmarks {options.suite}: {error}", file=sys.stderr)
             return 2
     elif options.suite == "cpu":
-        return cpu.run(options, SUITES)
+        return run_all(options)
     elif options.suite == "expected":
         expected = importlib.import_module("benchmarks.expected")
         report = Report(None)

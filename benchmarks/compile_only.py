@@ -1,13 +1,17 @@
 """Compile the Triton kernels for absent GPUs and print what they take: ``python -m benchmarks.compile_only``.
 
+Of NVIDIA's, by the instructions that will run there (SASS), as ``cuobjdump`` prints them, which comes with Triton.
 Not under TRITON_INTERPRET, which replaces the compiler. Exits with 1 where an NVIDIA kernel spills registers, or has
 more instructions an element than its budget.
 """
 
 import re
+import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +19,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks import sass
 from efface_kernels.distribution_pass.kernel import distribution_pass_kernel
 from efface_kernels.distribution_pass.launch import launch_config as distribution_config
 from efface_kernels.row_pass.kernel import row_pass_kernel
@@ -31,11 +34,84 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);\s")
+_BRANCH = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
+_LOAD = re.compile(r"\bLDG\.\S+")
+_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}  # bytes of a load; else 4
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
 
 
 @dataclass(frozen=True)
-class Row:
+class Sweep:
+    """The innermost loop of a pass over rows: what it costs to read an element of them."""
+
+    instructions: float  # an element
+    load: int  # bytes of its narrowest load
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A kernel as the GPU will run it."""
+
+    registers: int
+    spills: int  # bytes of stack and local memory, which a kernel without arrays of its own has for spills only
+    loops: tuple[tuple[str, ...], ...]  # instructions of the innermost loops that load, in order
+
+    def sweeps(self, element_bytes: Sequence[int]) -> tuple[Sweep, ...]:
+        """Return the cost of each loop, given the bytes that each reads for an element.
+
+        The compiler unrolls as it likes: a loop's elements are counted by the bytes that it loads.
+
+        Raises:
+            ValueError: other loops than that.
+        """
+        if len(self.loops) != len(element_bytes):
+            raise ValueError(f"expected {len(element_bytes)} loops that load, got {len(self.loops)}")
+        sweeps = []
+        for loop, size in zip(self.loops, element_bytes, strict=True):
+            loads = [_width(load) for each in loop for load in _LOAD.findall(each)]
+            sweeps.append(Sweep(len(loop) * size / sum(loads), min(loads)))
+        return tuple(sweeps)
+
+
+def read_binary(cubin: bytes) -> Binary:
+    """Return what ``cuobjdump`` says of a binary."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(cubin)
+        usage, code = (
+            subprocess.run([tool, option, binary], check=True, capture_output=True, text=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    registers, stack, local = (int(re.findall(rf"\b{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK", "LOCAL"))
+    return Binary(registers, stack + local, _loops(code))
+
+
+def _loops(code: str) -> tuple[tuple[str, ...], ...]:
+    """Return the bodies of the loops that load and hold no other loop: from a branch backwards to where it leads."""
+    places = [(int(at, 16), text) for at, text in _INSTRUCTION.findall(code)]
+    spans = [
+        (int(branch[1], 16), at)
+        for at, text in places
+        if (branch := _BRANCH.search(text)) is not None and int(branch[1], 16) < at
+    ]
+    inner = [
+        (start, end)
+        for start, end in spans
+        if not any((start, end) != other and start <= other[0] and other[1] <= end for other in spans)
+    ]
+    bodies = [tuple(text for at, text in places if start <= at <= end) for start, end in inner]
+    return tuple(body for body in bodies if any(_LOAD.search(text) for text in body))
+
+
+def _width(load: str) -> int:
+    return next((_WIDTHS[part] for part in load.split(".") if part in _WIDTHS), 4)
+
+
+@dataclass(frozen=True)
+class Variant:
     """A named variant of a kernel: the figures that change its code."""
 
     kernel: str
@@ -81,7 +157,7 @@ class Measured:
     shared: int
     binary: int
     wide_loads: bool  # 16 bytes at once
-    sweeps: tuple[sass.Sweep, ...] = ()  # of NVIDIA's
+    sweeps: tuple[Sweep, ...] = ()  # of NVIDIA's
 
     @property
     def instructions(self) -> float:
@@ -92,31 +168,33 @@ class Measured:
 # Budgets are a little above what triton 3.7.1 makes of the kernels, the worst of the three NVIDIA targets.
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 ROWS = (
-    Row("row_pass", "bf16", _BF16, budget=16),
-    Row("row_pass", "bf16 + bf16", _BF16, _BF16, budget=24),
-    Row("row_pass", "bf16 + fp32", _BF16, _FP32, budget=24),
-    Row("row_pass", "bf16 + bf16, no gradient", _BF16, _BF16, gradient=False, budget=16),
-    Row("row_pass", "bf16 + bf16, soft-cap", _BF16, _BF16, softcap=30.0, budget=76),
-    Row("row_pass", "fp16 + fp16", _FP16, _FP16, budget=24),
-    Row("row_pass", "fp32 + fp32", _FP32, _FP32, budget=24),
-    Row("row_pass", "fp32 + fp32, soft-cap", _FP32, _FP32, softcap=30.0, budget=76),
-    Row("row_pass", "bf16, persistent", _BF16, persistent=True, budget=16),
-    Row("row_pass", "bf16 + bf16, persistent", _BF16, _BF16, persistent=True, budget=24),
-    Row("row_pass", "bf16, V = 50257", _BF16, vocabulary=50257, budget=16),
-    Row("distribution_pass", "fp32 + fp32 to bf16", _FP32, _FP32, out=_BF16, budget=34),
-    Row("distribution_pass", "fp32 + fp32 to bf16, shift", _FP32, _FP32, out=_BF16, shift=10.0, budget=46),
-    Row("distribution_pass", "fp32 + fp32 to bf16, soft-cap", _FP32, _FP32, out=_BF16, softcap=30.0, budget=96),
-    Row("distribution_pass", "fp32 + fp32 to bf16, V = 50257", _FP32, _FP32, out=_BF16, vocabulary=50257, budget=40),
-    Row("distribution_pass", "fp32 + fp32", _FP32, _FP32, budget=34),
-    Row("distribution_pass", "fp32 + fp32, no gradient", _FP32, _FP32, gradient=False, budget=30),
-    Row("distribution_pass", "bf16 + bf16", _BF16, _BF16, budget=38),
-    Row("distribution_pass", "fp16 + fp16", _FP16, _FP16, budget=38),
-    Row("row_pass", "bf16 + bf16, V = 1", _BF16, _BF16, vocabulary=1),
-    Row("scale_pass", "fp32 to bf16", _FP32, out=_BF16, budget=6),
-    Row("scale_pass", "bf16, in place", _BF16, budget=6),
-    Row("sequence_loss", "no reference", _FP32, reference=None),
-    Row("sequence_loss", "live reference", _FP32, reference=_FP32),
-    Row("sequence_loss", "cached reference", _FP32, reference=torch.float64),
+    Variant("row_pass", "bf16", _BF16, budget=16),
+    Variant("row_pass", "bf16 + bf16", _BF16, _BF16, budget=24),
+    Variant("row_pass", "bf16 + fp32", _BF16, _FP32, budget=24),
+    Variant("row_pass", "bf16 + bf16, no gradient", _BF16, _BF16, gradient=False, budget=16),
+    Variant("row_pass", "bf16 + bf16, soft-cap", _BF16, _BF16, softcap=30.0, budget=76),
+    Variant("row_pass", "fp16 + fp16", _FP16, _FP16, budget=24),
+    Variant("row_pass", "fp32 + fp32", _FP32, _FP32, budget=24),
+    Variant("row_pass", "fp32 + fp32, soft-cap", _FP32, _FP32, softcap=30.0, budget=76),
+    Variant("row_pass", "bf16, persistent", _BF16, persistent=True, budget=16),
+    Variant("row_pass", "bf16 + bf16, persistent", _BF16, _BF16, persistent=True, budget=24),
+    Variant("row_pass", "bf16, V = 50257", _BF16, vocabulary=50257, budget=16),
+    Variant("distribution_pass", "fp32 + fp32 to bf16", _FP32, _FP32, out=_BF16, budget=34),
+    Variant("distribution_pass", "fp32 + fp32 to bf16, shift", _FP32, _FP32, out=_BF16, shift=10.0, budget=46),
+    Variant("distribution_pass", "fp32 + fp32 to bf16, soft-cap", _FP32, _FP32, out=_BF16, softcap=30.0, budget=96),
+    Variant(
+        "distribution_pass", "fp32 + fp32 to bf16, V = 50257", _FP32, _FP32, out=_BF16, vocabulary=50257, budget=40
+    ),
+    Variant("distribution_pass", "fp32 + fp32", _FP32, _FP32, budget=34),
+    Variant("distribution_pass", "fp32 + fp32, no gradient", _FP32, _FP32, gradient=False, budget=30),
+    Variant("distribution_pass", "bf16 + bf16", _BF16, _BF16, budget=38),
+    Variant("distribution_pass", "fp16 + fp16", _FP16, _FP16, budget=38),
+    Variant("row_pass", "bf16 + bf16, V = 1", _BF16, _BF16, vocabulary=1),
+    Variant("scale_pass", "fp32 to bf16", _FP32, out=_BF16, budget=6),
+    Variant("scale_pass", "bf16, in place", _BF16, budget=6),
+    Variant("sequence_loss", "no reference", _FP32, reference=None),
+    Variant("sequence_loss", "live reference", _FP32, reference=_FP32),
+    Variant("sequence_loss", "cached reference", _FP32, reference=torch.float64),
 )
 
 
@@ -144,7 +222,7 @@ def _is_plain(parameter: Any) -> bool:
     return bool(parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
 
 
-def _row_pass(row: Row, warp_size: int) -> tuple[ASTSource, int]:
+def _row_pass(row: Variant, warp_size: int) -> tuple[ASTSource, int]:
     config = row_config(row.vocabulary, row.dtype, row.reference, warp_size, persistent=row.persistent)
     integers = dict.fromkeys(("v", "reference_v"), row.vocabulary)
     integers |= dict.fromkeys(("stride", "reference_stride"), row.stride)
@@ -160,7 +238,7 @@ def _row_pass(row: Row, warp_size: int) -> tuple[ASTSource, int]:
     return _source(row_pass_kernel, signature, values, integers), config.num_warps
 
 
-def _distribution_pass(row: Row, warp_size: int) -> tuple[ASTSource, int]:
+def _distribution_pass(row: Variant, warp_size: int) -> tuple[ASTSource, int]:
     reference = row.reference or row.dtype
     config = distribution_config(row.vocabulary, row.dtype, reference, warp_size)
     integers = {"stride": row.stride, "reference_stride": row.stride, "v": row.vocabulary}
@@ -177,7 +255,7 @@ def _distribution_pass(row: Row, warp_size: int) -> tuple[ASTSource, int]:
     return _source(distribution_pass_kernel, signature, values, integers), config.num_warps
 
 
-def _sequence_loss(row: Row, warp_size: int) -> tuple[ASTSource, int]:  # noqa: ARG001 - one warp of any size
+def _sequence_loss(row: Variant, warp_size: int) -> tuple[ASTSource, int]:  # noqa: ARG001 - one warp of any size
     integers = {"reference_rows": 4095}
     signature = {"Offsets": "*i64", "Roles": "*i8", "Table": "*fp64", "reference_rows": "i32"}
     signature |= dict.fromkeys(("Logprobs", "Terms", "Sums", "Coefficients"), "*fp32")
@@ -192,7 +270,7 @@ def _sequence_loss(row: Row, warp_size: int) -> tuple[ASTSource, int]:  # noqa: 
     return _source(sequence_loss_kernel, signature, values, integers), LAUNCH.num_warps
 
 
-def _scale_pass(row: Row, warp_size: int) -> tuple[ASTSource, int]:
+def _scale_pass(row: Variant, warp_size: int) -> tuple[ASTSource, int]:
     config = scale_config(warp_size)
     signature = {
         "Values": POINTERS[row.dtype],
@@ -212,7 +290,7 @@ BUILDS = {
 }
 
 
-def measure(row: Row, target: GPUTarget) -> Measured:
+def measure(row: Variant, target: GPUTarget) -> Measured:
     """Compile one kernel for one GPU."""
     source, warps = row.source(target.warp_size)
     compiled = triton.compile(source, target=target, options={"num_warps": warps})
@@ -226,7 +304,7 @@ def measure(row: Row, target: GPUTarget) -> Measured:
             len(compiled.asm["hsaco"]),
             "global_load_dwordx4" in text or "buffer_load_dwordx4" in text,
         )
-    binary = sass.read(compiled.asm["cubin"])
+    binary = read_binary(compiled.asm["cubin"])
     sweeps = binary.sweeps(row.sweeps) if row.sweeps else ()
     return Measured(
         binary.registers,
@@ -238,7 +316,7 @@ def measure(row: Row, target: GPUTarget) -> Measured:
     )
 
 
-def table() -> Iterator[tuple[Row, str, Measured]]:
+def table() -> Iterator[tuple[Variant, str, Measured]]:
     """Compile every named row for every target."""
     for row in ROWS:
         for name, target in TARGETS.items():

@@ -37,7 +37,7 @@ CARDS = (Card("H100", 750.0, 3.0, 79 << 30), Card("H200", 780.0, 4.3, 139 << 30)
 
 
 @dataclass(frozen=True)
-class Shape:
+class HeadShape:
     """A batch of N label rows in sequences of equal length, and a head (V, D)."""
 
     name: str
@@ -48,10 +48,10 @@ class Shape:
 
 
 SHAPES = (
-    Shape("Llama-3.2-1B", 2048, 128256),
-    Shape("Llama-3.2-3B", 3072, 128256),
-    Shape("Llama-2-7B", 4096, 32000),
-    Shape("Phi-1.5", 2048, 51200),
+    HeadShape("Llama-3.2-1B", 2048, 128256),
+    HeadShape("Llama-3.2-3B", 3072, 128256),
+    HeadShape("Llama-2-7B", 4096, 32000),
+    HeadShape("Phi-1.5", 2048, 51200),
 )
 
 
@@ -74,7 +74,9 @@ class Expected:
     launches: dict[str, int]
 
 
-def plan(shape: Shape, mode: str, card_memory: int | None, chunk_rows: int | None = None) -> tuple[list[Chunk], bool]:
+def plan(
+    shape: HeadShape, mode: str, card_memory: int | None, chunk_rows: int | None = None
+) -> tuple[list[Chunk], bool]:
     """Return the chunks that the call makes, and whether both models' logits share a workspace in turn."""
     n, d, v = shape.rows, shape.hidden_size, shape.vocabulary
     budget = logits_budget("cuda", card_memory)
@@ -99,7 +101,7 @@ def plan(shape: Shape, mode: str, card_memory: int | None, chunk_rows: int | Non
     return chunks, in_turn(largest_piece(chunks))
 
 
-def expected(shape: Shape, mode: str, card_memory: int | None, chunk_rows: int | None = None) -> Expected:
+def expected(shape: HeadShape, mode: str, card_memory: int | None, chunk_rows: int | None = None) -> Expected:
     """Return it for one of ``MODES``: a live reference, a cached one, a cached one and a frozen head; KL, live."""
     chunks, in_turn = plan(shape, mode, card_memory, chunk_rows)
     n, d, v = shape.rows, shape.hidden_size, shape.vocabulary
@@ -156,7 +158,7 @@ HEADINGS = (
 )
 
 
-def table(cards: Sequence[Card] = CARDS, shapes: Sequence[Shape] = SHAPES) -> list[list[str]]:
+def table(cards: Sequence[Card] = CARDS, shapes: Sequence[HeadShape] = SHAPES) -> list[list[str]]:
     """Return the rows of cells under ``HEADINGS``, in milliseconds."""
     cells = []
     for card in cards:
@@ -178,7 +180,7 @@ def table(cards: Sequence[Card] = CARDS, shapes: Sequence[Shape] = SHAPES) -> li
 MEMORY_HEADINGS = ("memory of the card, head", "chunks", "logits", "fp32 sum of dW", "above inputs and gradients")
 
 
-def memory_table(shapes: Sequence[Shape] = SHAPES) -> list[list[str]]:
+def memory_table(shapes: Sequence[HeadShape] = SHAPES) -> list[list[str]]:
     """Return the rows of cells under ``MEMORY_HEADINGS``: MiB at the peak of a call with a live reference."""
     cells = []
     for memory in (24 << 30, *(card.memory for card in CARDS)):

@@ -7,9 +7,9 @@ import argparse
 
 import torch
 
-from benchmarks.loss.inputs import LossInputs, Shape, make_inputs
-from benchmarks.timing import interleaved, median_ratio
-from efface_kernels import Head, ReferenceRows, default_chunk_rows, linear_sequence_loss
+from benchmarks.harness.timing import interleaved, median_ratio
+from benchmarks.loss.inputs import LossInputs, LossShape, make_inputs
+from efface_kernels import ReferenceRows, default_chunk_rows, linear_sequence_loss
 
 
 def _run(inputs: LossInputs, *, live: bool, chunk_rows: int | None) -> None:
@@ -20,7 +20,7 @@ def _run(inputs: LossInputs, *, live: bool, chunk_rows: int | None) -> None:
         inputs.targets,
         inputs.row_offsets,
         inputs.rule,
-        reference=ReferenceRows(inputs.reference_hidden, Head(inputs.reference_weight)) if live else None,
+        reference=ReferenceRows(inputs.reference_hidden, inputs.reference_head) if live else None,
         reference_sums=None if live else inputs.reference_sums,
         chunk_rows=chunk_rows,
     ).loss
@@ -29,7 +29,7 @@ def _run(inputs: LossInputs, *, live: bool, chunk_rows: int | None) -> None:
 
 def main(n: int, d: int, v: int, rounds: int = 7) -> None:
     """Print the ratios of a shape."""
-    inputs = make_inputs(Shape(n, d, v, torch.bfloat16))
+    inputs = make_inputs(LossShape(n, d, v, torch.bfloat16))
     rows = default_chunk_rows("cpu", v, 2)
     print(f"N {n}, D {d}, V {v}; chunks of {rows} rows; torch {torch.__version__}")
     for live in (True, False):

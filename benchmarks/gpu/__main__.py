@@ -11,9 +11,9 @@ from pathlib import Path
 
 from benchmarks.gpu import prepare
 from benchmarks.gpu.driver import Driver
-from benchmarks.gpu.plan import CALLS
 from benchmarks.gpu.section import RESULTS
-from benchmarks.options import BadOption
+from benchmarks.gpu.sections import CALLS
+from benchmarks.harness.shared import BadOption
 
 
 def main() -> int:

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks.gpu import extension, precompile, prepare
-from benchmarks.gpu.plan import Call, Section
+from benchmarks.gpu import precompile, prepare
 from benchmarks.gpu.section import COMMIT, RESULTS, SMOKE
+from benchmarks.gpu.sections import Call, Section
 
 Process: TypeAlias = "subprocess.Popen[bytes]"
 _GRACE = 3.0  # seconds from a polite end of a process to its end
@@ -71,9 +71,9 @@ class Driver:
                 ended.append(self._one(section, process, min(section.seconds, deadline - time.monotonic())))
             self._finish_building(deadline)
         finally:
-            for process in (waiting, self._building):
-                if process is not None:
-                    end(process)
+            for left in (waiting, self._building):
+                if left is not None:
+                    end(left)
         print(table(ended), flush=True)
         return ended
 
@@ -154,7 +154,7 @@ class Driver:
         return "\n".join(line[:_WIDEST] for line in lines)
 
     def _native(self) -> bool:
-        command = [sys.executable, "-c", f"import {extension.NAME}"]  # one for another Python or C library fails
+        command = [sys.executable, "-c", f"import {prepare.EXTENSION}"]  # one for another Python or C library fails
         done = subprocess.run(command, cwd=prepare.ROOT, env=self._environment, check=False, capture_output=True)
         return done.returncode == 0
 
@@ -162,7 +162,7 @@ class Driver:
         """Begin to build the extension where it is missing, beside the sections that do without."""
         if self._native():
             return
-        self._building = self._begin(extension.command(self._folder), extension.NAME)
+        self._building = self._begin(prepare.build_command(self._folder), prepare.EXTENSION)
 
     def _finish_building(self, deadline: float) -> None:
         if self._building is None:
@@ -174,9 +174,9 @@ class Driver:
             code = -1
         finally:
             end(process)
-        built = sorted(self._folder.glob(f"{extension.NAME}*.so"))
+        built = sorted(self._folder.glob(f"{prepare.EXTENSION}*.so"))
         if code or not built:
-            print(f"the extension could not be built: exit {code}, see {extension.NAME}.log", flush=True)
+            print(f"the extension could not be built: exit {code}, see {prepare.EXTENSION}.log", flush=True)
             return
         site = prepare.CARRIED / prepare.SITE
         site.mkdir(parents=True, exist_ok=True)

@@ -9,23 +9,27 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.gpu import extension, precompile
-from benchmarks.options import BadOption
+from benchmarks.gpu import precompile
+from benchmarks.harness.shared import BadOption
 
-ROOT = extension.ROOT
+ROOT = Path(__file__).resolve().parents[2]
 CARRIED = ROOT / "build" / "gpu"
 SITE, TOFU, KERNELS, RECORD = "site", "tofu", "triton", "prepared.json"
 CACHE = ROOT / "build" / "gpu-kernels"  # kept: what did not change is not compiled again
 PYTHON = "3.12"
+EXTENSION = "efface_native"
+GLIBC, GLIBCXX = (2, 34), (3, 4, 30)  # the newest symbols that the borrowed machine's libraries surely have
 # Pure Python, none of them brings another torch. quack-kernels does not import there: its CUDA libraries are others.
 PACKAGES = (
     *("datasets", "dill", "multiprocess", "rouge-score", "nltk", "shtab"),
@@ -134,12 +138,12 @@ def extension_into(site: Path, options: argparse.Namespace) -> Sequence[str]:
         tag = f"cpython-{PYTHON.replace('.', '')}-"
         if not options.extension.is_file() or tag not in options.extension.name:
             raise BadOption(
-                f"--extension: expected a file of {extension.NAME} with {tag!r} in its name, got {options.extension}"
+                f"--extension: expected a file of {EXTENSION} with {tag!r} in its name, got {options.extension}"
             )
         shutil.copyfile(options.extension, site / options.extension.name)
         return []
     python = options.python or shutil.which(f"python{PYTHON}") or ""
-    version = extension.version(python)
+    version = version_of(python)
     if options.python is None and version != PYTHON:
         where = "the driver builds it there, beside the first sections, and hands it back for --extension"
         return [f"the extension: no python{PYTHON} here (--python); {where}"]
@@ -147,8 +151,65 @@ def extension_into(site: Path, options: argparse.Namespace) -> Sequence[str]:
         raise BadOption(
             f"--python: expected an interpreter of Python {PYTHON}, got {options.python!r}, {version or 'none'}"
         )
-    extension.build(site, python)
+    build_extension(site, python)
     return []
+
+
+def build_command(folder: Path, python: str = sys.executable) -> list[str]:
+    """Return what builds the extension for an interpreter into a folder."""
+    objects = tempfile.mkdtemp(prefix="efface-objects-")
+    return [
+        *(python, "setup.py", "--quiet", "build_ext", "--force"),
+        *("--build-lib", str(folder.resolve()), "--build-temp", objects),
+    ]
+
+
+def version_of(python: str) -> str:
+    """Return an interpreter's version, "3.12"; empty where it does not run."""
+    code = "import sys; print('{}.{}'.format(*sys.version_info))"
+    try:
+        asked = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return asked.stdout.strip()
+
+
+def build_extension(folder: Path, python: str) -> Path:
+    """Build it for ``python``, whose setuptools and pybind11 may be ours; return the file.
+
+    Raises:
+        RuntimeError: the build fails, or the file needs newer libraries than the borrowed machine's.
+    """
+    ours = sysconfig.get_paths()["purelib"]
+    done = subprocess.run(
+        build_command(folder, python),
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": ours},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = sorted(folder.glob(f"{EXTENSION}*.so"))
+    if done.returncode or not found:
+        raise RuntimeError(f"{python}: expected to build {EXTENSION}, got\n{done.stdout}{done.stderr}")
+    for symbol, newest in (("GLIBC", GLIBC), ("GLIBCXX", GLIBCXX)):
+        needed = newest_symbol(found[0], symbol)
+        if needed > newest:
+            raise RuntimeError(
+                f"{found[0].name}: expected no symbol newer than {symbol}_{_dotted(newest)}, got {_dotted(needed)}; "
+                "build it on an older system"
+            )
+    return found[0]
+
+
+def newest_symbol(library: Path, name: str) -> tuple[int, ...]:
+    """Return the newest version of a library's symbols, "GLIBC" for example, that a shared object asks for."""
+    found = re.findall(rb"\b%s_(\d+(?:\.\d+)+)\x00" % name.encode(), library.read_bytes())
+    return max((tuple(int(part) for part in version.split(b".")) for version in found), default=(0,))
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def kernels_into(packed: Path, site: Path, python: str) -> Sequence[str]:

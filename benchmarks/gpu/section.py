@@ -1,8 +1,8 @@
 """A section's process: ``python -m benchmarks.gpu.section FOLDER NAME MODULE [ARGUMENT ...]``.
 
 The module is imported at once, while the section before is still measuring, and so is what its ``imports(arguments)``
-imports, if it has one; no GPU is touched. ``run`` begins when a line comes in: the seconds after which the driver ends
-it.
+imports, if it has one; no GPU is touched. ``run``, or what MODULE names behind a colon, begins when a line comes in:
+the seconds after which the driver ends it.
 """
 
 import importlib
@@ -76,13 +76,14 @@ def card(device: str) -> str:
 
 def main(folder: str, name: str, module: str, *arguments: str) -> None:
     """Run a section."""
-    section = importlib.import_module(module)
+    place, _, function = module.partition(":")
+    section = importlib.import_module(place)
     getattr(section, "imports", lambda _: None)(arguments)
     seconds = float(sys.stdin.readline())
     signal.alarm(math.ceil(seconds + _LATE))  # ends it where the driver was killed and can no longer do so
     deadline = seconds + time.monotonic()
     device = "cpu" if os.environ.get(SMOKE) == "1" else "cuda"
-    section.run(Run(name, Path(folder), arguments, device, deadline))
+    getattr(section, function or "run")(Run(name, Path(folder), arguments, device, deadline))
 
 
 if __name__ == "__main__":

@@ -11,78 +11,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.loss.gold import gold
-from benchmarks.loss.inputs import LossInputs, Shape, make_inputs
-from benchmarks.loss.objectives import KL
-from benchmarks.loss.providers import RIVALS, Provider, eager, gemms, providers
-from benchmarks.options import add_without, check_without
-from benchmarks.report import Report
-from benchmarks.timing import gpu_clocks, interleaved, interleaved_on_gpu, median_ratio, wall_times
+from benchmarks.harness.report import Report, cells, gpu_clocks, said
+from benchmarks.harness.shared import add_device, add_without, check_without
+from benchmarks.harness.timing import interleaved, interleaved_on_gpu, median_ratio, spread, wall_times
+from benchmarks.loss.inputs import CHECKS, SHAPES, LossInputs, LossShape, gold, make_inputs
+from benchmarks.loss.providers import COMPILED, EAGER, PRODUCTS, RIVALS, LossProvider, providers
 from efface_kernels import row_pass
 
-_HALF, _FULL = torch.bfloat16, torch.float32
-_NPO, _FREE = ("live", "cached", "frozen, cached"), ("no reference", "frozen")
-_1B, _3B, _7B, _PHI, _GEMMA = (2048, 128256), (3072, 128256), (4096, 32000), (2048, 51200), (2304, 256000)
-_SMALL = (1024, 32000)  # Llama-2's vocabulary, D that a CPU can do in a second
-
-
-def _gpu(
-    n: int, head: tuple[int, int], objective: str = "NPO", modes: tuple[str, ...] = ("live",), **more: object
-) -> Shape:
-    return Shape(n, *head, _HALF, objective, modes, device="cuda", **more)  # type: ignore[arg-type]
-
-
-SHAPES = {
-    "smoke": Shape(64, 64, 512, _FULL, "NPO", _NPO),
-    # What must hold: NPO at the floor; then what the dtype, a vocabulary of 128256 and the state change.
-    "Llama-2 head, D 1024, bf16": Shape(1024, *_SMALL, _HALF, "NPO", _NPO),
-    "Llama-3.2-1B head, bf16": Shape(256, *_1B, _HALF, "NPO", ("live", "cached")),
-    "Llama-2 head, D 1024, fp32": Shape(1024, *_SMALL, _FULL),
-    "Llama-2 head, 256 rows": Shape(256, *_SMALL, _HALF),
-    "Llama-2 head, 256 rows, after unlearning": Shape(256, *_SMALL, _HALF, unlearned=True),
-    "SimNPO": Shape(256, *_SMALL, _HALF, "SimNPO", _FREE),
-    "DPO": Shape(256, *_SMALL, _HALF, "DPO", ("live", "cached")),
-    "NLL": Shape(256, *_SMALL, _HALF, "NLL", ("no reference",)),
-    "GradDiff": Shape(256, *_SMALL, _HALF, "GradDiff", ("no reference",)),
-    "KL retain": Shape(256, *_SMALL, _HALF, KL),
-    # The models, all modes of NPO: how near the floor.
-    "GPU: Llama-3.2-1B": _gpu(8192, _1B, modes=_NPO),
-    "GPU: Llama-3.2-3B": _gpu(8192, _3B, modes=_NPO),
-    "GPU: Llama-2-7B": _gpu(8192, _7B, modes=_NPO),
-    "GPU: Phi-1.5, with its bias": replace(_gpu(8192, _PHI, modes=_NPO), bias=True),
-    "GPU: Phi-1.5, without": _gpu(8192, _PHI),  # for rivals that have no bias
-    "GPU: Gemma-2-2B, soft-cap": replace(_gpu(4096, _GEMMA), softcap=30.0),
-    # Time and memory against N: launches decide at one end, memory at the other.
-    "GPU: Llama-3.2-1B, 64 rows": _gpu(64, _1B),
-    "GPU: Llama-3.2-1B, 256 rows": _gpu(256, _1B),
-    "GPU: Llama-3.2-1B, 1024 rows": _gpu(1024, _1B),
-    "GPU: Llama-3.2-1B, 32768 rows": _gpu(32768, _1B),
-    # Filters and rounding depend on the softmax, and objectives on what a rival's op can form in its forward call.
-    "GPU: Llama-3.2-1B, after unlearning": replace(_gpu(8192, _1B), unlearned=True),
-    "GPU: SimNPO": _gpu(8192, _1B, "SimNPO", _FREE),
-    "GPU: DPO": _gpu(8192, _1B, "DPO", ("live", "cached")),
-    "GPU: NLL": _gpu(8192, _1B, "NLL", ("no reference",)),
-    "GPU: GradDiff": _gpu(8192, _1B, "GradDiff", ("no reference",)),
-    "GPU: KL retain": _gpu(8192, _1B, KL),
-}
-# Every objective, with a bias, a soft-cap, and after unlearning: what ``--check`` compares, in seconds.
-CHECKS = (
-    Shape(64, 64, 512, _FULL, "NPO", _NPO, bias=True),
-    Shape(64, 64, 512, _FULL, "NPO", softcap=30.0),
-    Shape(64, 64, 512, _FULL, "NPO", unlearned=True),
-    Shape(64, 64, 512, _FULL, "SimNPO", _FREE, bias=True),
-    Shape(64, 64, 512, _FULL, "DPO", ("live", "cached"), bias=True),
-    Shape(64, 64, 512, _FULL, "NLL", ("no reference",)),
-    Shape(64, 64, 512, _FULL, "GradDiff", ("no reference",), softcap=30.0, unlearned=True),
-    Shape(64, 64, 512, _FULL, "GradDiff", ("no reference",)),
-    Shape(64, 64, 512, _FULL, KL, bias=True),
-    Shape(64, 64, 512, _HALF, "NPO", _NPO),
-)
 ROUNDS = 9
 _SECONDS = {"cpu": 150.0, "cuda": 6.0}  # of a shape's rounds; at least three are run
 # The rows on which gradients are compared with fp64, where all would take most of the time.
@@ -100,7 +41,7 @@ def default_shapes(options: argparse.Namespace) -> list[str]:
 
 
 @dataclass
-class Row:
+class LossRow:
     """One provider on one shape. Times in milliseconds; errors relative to rms of the fp64 gradient."""
 
     shape: str
@@ -133,11 +74,7 @@ def _relative(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt())
 
 
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def checked(found: list[Provider], shape: Shape) -> tuple[dict[str, dict[str, float]], list[str]]:
+def checked(found: list[LossProvider], shape: LossShape) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Return the errors of the providers whose gradients are right, and why others are not timed.
 
     Every one runs on a smaller batch of the same head; one that raises leaves the others their figures.
@@ -148,19 +85,19 @@ def checked(found: list[Provider], shape: Shape) -> tuple[dict[str, dict[str, fl
     for mode in shape.modes:
         exact = gold(inputs, mode)
         # eager comes first of those that are compared: its own rounding bounds the others'
-        own = sorted((p for p in found if p.mode == mode), key=lambda p: p.who != "eager")
+        own = sorted((p for p in found if p.mode == mode), key=lambda p: p.who != EAGER)
         allowed = dict.fromkeys(_NAMES, TOLERANCES[shape.dtype])
         for provider in own:
-            if provider.who == gemms.NAME:
+            if provider.who == PRODUCTS:
                 errors[provider.name] = {}
                 continue
             try:
                 got = provider.run(inputs.of(mode))
             except Exception as error:  # noqa: BLE001 - whatever a rival raises
-                refused.append(f"{provider.name}: {_said(error)}")
+                refused.append(f"{provider.name}: {said(error)}")
                 continue
             apart = {n: _relative(g, e) for n, g, e in zip(_NAMES, got, exact, strict=False)}
-            if provider.who == "eager":
+            if provider.who == EAGER:
                 allowed = {n: max(allowed[n], 3 * e) for n, e in apart.items()}
             wrong = [f"{n} is off by {e:.1e}" for n, e in apart.items() if not e <= allowed[n]]
             if len(got) != len(exact):
@@ -173,7 +110,7 @@ def checked(found: list[Provider], shape: Shape) -> tuple[dict[str, dict[str, fl
     return errors, refused
 
 
-def _peak_gib(provider: Provider, inputs: LossInputs) -> float | None:
+def _peak_gib(provider: LossProvider, inputs: LossInputs) -> float | None:
     torch.cuda.synchronize()
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
@@ -187,8 +124,29 @@ def _peak_gib(provider: Provider, inputs: LossInputs) -> float | None:
     return (torch.cuda.max_memory_allocated() - before - kept) / (1 << 30)
 
 
-def _resident_gib(name: str, provider: Provider) -> float | None:
-    command = [sys.executable, "-m", "benchmarks.loss.peak", name, provider.name]
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
+
+
+def resident_peak(shape_name: str, provider_name: str) -> float:
+    """Return a provider's peak of resident memory above inputs and gradients, in GiB; in a process of its own.
+
+    A small batch comes first: libraries, thread stacks, compilation.
+    """
+    shape = SHAPES[shape_name]
+    provider = next(each for each in providers(shape)[0] if each.name == provider_name)
+    provider.run(make_inputs(replace(shape, n=64, d=64, v=512)).of(provider.mode))
+    inputs = make_inputs(shape).of(provider.mode)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
+    before = _status("VmRSS")
+    gradients = provider.run(inputs)
+    kept = sum(each.nbytes for each in gradients)
+    return (_status("VmHWM") - before - kept) / (1 << 30)
+
+
+def _resident_gib(name: str, provider: LossProvider) -> float | None:
+    command = [sys.executable, "-m", "benchmarks.loss.suite", name, provider.name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return float(done.stdout.split()[-1]) if done.returncode == 0 and done.stdout.strip() else None
 
@@ -202,11 +160,12 @@ def _rounds_for(calls: dict[str, Callable[[int], object]], options: argparse.Nam
         call(0)
     if device == "cuda":
         torch.cuda.synchronize()
+    most: int = options.rounds
     seconds = _SECONDS[device] if options.seconds is None else options.seconds
-    return max(min(3, options.rounds), min(options.rounds, int(seconds / (time.perf_counter() - begin))))
+    return max(min(3, most), min(most, int(seconds / (time.perf_counter() - begin))))
 
 
-def measure(name: str, options: argparse.Namespace) -> tuple[list[Row], list[str]]:
+def measure(name: str, options: argparse.Namespace) -> tuple[list[LossRow], list[str]]:
     """Check, then time every provider on a shape, interleaved: one call of each a round."""
     # Dynamo counts what it compiled of a function over all shapes, and runs it eagerly, silently, beyond its limit.
     torch.compiler.reset()
@@ -214,7 +173,7 @@ def measure(name: str, options: argparse.Namespace) -> tuple[list[Row], list[str
         return _measure(name, options)
 
 
-def _measure(name: str, options: argparse.Namespace) -> tuple[list[Row], list[str]]:
+def _measure(name: str, options: argparse.Namespace) -> tuple[list[LossRow], list[str]]:
     shape = SHAPES[name]
     gpu = shape.device == "cuda"
     found, missing = providers(shape, options.without)
@@ -228,13 +187,13 @@ def _measure(name: str, options: argparse.Namespace) -> tuple[list[Row], list[st
             try:
                 provider.run(given[provider.mode])
             except Exception as error:  # noqa: BLE001 - mostly memory, with all rows
-                missing.append(f"{provider.name}: {_said(error)} ({name})")
+                missing.append(f"{provider.name}: {said(error)} ({name})")
             else:
                 timed.append(provider)
                 continue
             if gpu:  # only now does no traceback hold what was allocated
                 torch.cuda.empty_cache()
-    calls = {p.name: (lambda _, p=p: p.run(given[p.mode])) for p in timed}
+    calls = {each.name: _call(each, given[each.mode]) for each in timed}
     before = gpu_clocks() if gpu else ""
     rounds = _rounds_for(calls, options, shape.device)
     times = (interleaved_on_gpu if gpu else interleaved)(calls, rounds)
@@ -242,9 +201,9 @@ def _measure(name: str, options: argparse.Namespace) -> tuple[list[Row], list[st
     wall = wall_times(calls, min(rounds, _WALL_ROUNDS)) if gpu else {}
     rows = []
     for provider in timed:
-        own, floor = times[provider.name], times[f"{gemms.NAME}, {provider.mode}"]
+        own, floor = times[provider.name], times[f"{PRODUCTS}, {provider.mode}"]
         quarters = statistics.quantiles(own, n=4, method="inclusive") if len(own) > 1 else [own[0]] * 3
-        row = Row(
+        row = LossRow(
             shape=name,
             objective=shape.objective,
             mode=provider.mode,
@@ -258,23 +217,25 @@ def _measure(name: str, options: argparse.Namespace) -> tuple[list[Row], list[st
             computes=provider.computes,
             gemms=provider.gemms,
             rounds=rounds,
-            median_ms=statistics.median(own),
+            **spread(own),
             quarter_ms=quarters[0],
             three_quarters_ms=quarters[2],
-            low_ms=min(own),
-            high_ms=max(own),
             against_floor=median_ratio(own, floor),
             of_floor_percent=100 * median_ratio(floor, own),
             errors=errors[provider.name],
             wall_ms=statistics.median(wall[provider.name]) if gpu else None,
             clocks=clocks,
         )
-        if provider.who != gemms.NAME and gpu:
+        if provider.who != PRODUCTS and gpu:
             row.peak_gib = _peak_gib(provider, inputs)
-        elif provider.who != gemms.NAME and options.memory and name in _WITH_PEAK_ON_CPU:
+        elif provider.who != PRODUCTS and options.memory and name in _WITH_PEAK_ON_CPU:
             row.peak_gib = _resident_gib(name, provider)
         rows.append(row)
     return rows, missing
+
+
+def _call(provider: LossProvider, inputs: LossInputs) -> Callable[[int], object]:
+    return lambda _: provider.run(inputs)
 
 
 def row_pass_alone(rounds: int) -> dict[str, float]:
@@ -299,7 +260,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what only this suite can be asked."""
     parser.add_argument("--memory", action="store_true", help="on the CPU, peaks too: a process for each (slow)")
     parser.add_argument("--check", action="store_true", help="time nothing: compare every provider's gradients")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_device(parser)
     add_without(parser)
     parser.add_argument("--seconds", type=float, help="of a shape's rounds, at least three of which are run")
 
@@ -315,16 +276,16 @@ def check(report: Report) -> None:
         found, _ = providers(shape)
         errors, refused = checked(found, shape)
         wrong += [f"{reason} ({shape})" for reason in refused]
-        cells = [[name, *(f"{each.get(n, 0):.1e}" for n in _NAMES)] for name, each in errors.items() if each]
-        report.table(str(shape), ("provider", *_NAMES), cells)
+        body = [[name, *cells(".1e", *(each.get(n, 0) for n in _NAMES))] for name, each in errors.items() if each]
+        report.table(str(shape), ("provider", *_NAMES), body)
     if wrong:
         raise ArithmeticError("\n".join(wrong))
 
 
 def _check_without(options: argparse.Namespace) -> None:
-    rivals = [rival.NAME for rival in RIVALS]  # by name alone: not imported, be they installed or not
+    rivals = [rival.name for rival in RIVALS]  # by name alone: not imported, be they installed or not
     names = {provider.name for shape in options.shape for provider in providers(SHAPES[shape], rivals)[0]}
-    names |= {*rivals, eager.COMPILED}
+    names |= {*rivals, COMPILED}
     check_without(options.without, sorted(names))
 
 
@@ -334,7 +295,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
         check(report)
         return
     _check_without(options)
-    rows: list[Row] = []
+    rows: list[LossRow] = []
     notes: set[str] = set()
     report.save(loss=[], not_measured=[])  # a run that is cut short leaves what it has, be it nothing
     for name in options.shape:
@@ -344,7 +305,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
         except Exception as error:  # one rival must not cost the other shapes
             if options.device == "cpu":
                 raise
-            measured, missing = [], [f"{name}: {_said(error)}"]
+            measured, missing = [], [f"{name}: {said(error)}"]
         rows += measured
         notes.update(missing)
         rounds = measured[0].rounds if measured else 0
@@ -364,7 +325,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
             ),
             [_cells(row) for row in measured],
         )
-        report.save(loss=[asdict(row) for row in rows], not_measured=sorted(notes))
+        report.save(loss=rows, not_measured=sorted(notes))
     for note in sorted(notes):
         report.note(f"not measured: {note}")
     if options.device == "cpu" and options.shape != ["smoke"]:
@@ -374,10 +335,14 @@ def run(options: argparse.Namespace, report: Report) -> None:
         report.save(row_pass_ms=alone)
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: LossRow) -> list[str]:
     quartiles = f"{row.quarter_ms:.2f} .. {row.three_quarters_ms:.2f}"
-    errors = [f"{row.errors[n]:.1e}" if n in row.errors else "" for n in ("dh", "dw")]
-    peak = "" if row.peak_gib is None else f"{row.peak_gib:.2f}"
     ratio = [f"{row.against_floor:.2f}", f"{row.of_floor_percent:.0f}"]
-    wall = "" if row.wall_ms is None else f"{row.wall_ms:.2f}"
-    return [row.provider, str(row.gemms), f"{row.median_ms:.2f}", quartiles, *ratio, *errors, wall, peak]
+    errors = cells(".1e", *(row.errors.get(n) for n in ("dh", "dw")))
+    more = cells(".2f", row.wall_ms, row.peak_gib)
+    return [row.provider, str(row.gemms), f"{row.median_ms:.2f}", quartiles, *ratio, *errors, *more]
+
+
+if __name__ == "__main__":  # SHAPE PROVIDER, from ``_resident_gib``
+    torch.set_num_threads(2)
+    print(resident_peak(*sys.argv[1:]))

@@ -1,17 +1,18 @@
 """Planning an epoch and assembling batches of 8192 tokens, against NumPy with Python doing the same, and libraries."""
 
 import argparse
-import statistics
+import bisect
+import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import DataCollatorWithFlattening
 
-from benchmarks.packing.rivals import features, numpy_pack, numpy_plan, trl_plan
-from benchmarks.report import Report
-from benchmarks.timing import interleaved, median_ratio
+from benchmarks.harness.report import Report, cells
+from benchmarks.harness.timing import interleaved, median_ratio, spread
 from efface.batching import MicroBatch, TokenStore, pack_items, plan_epoch
 
 # name: (forget sequences, retain sequences, pairs per step, token budget)
@@ -22,11 +23,12 @@ SHAPES = {
 }
 ROUNDS = 5
 BATCH_TOKENS = 8192
+MicroBatches: TypeAlias = list[tuple[NDArray[np.int8], NDArray[np.int64]]]  # roles, sequences
 REPEATS = 50  # assemblies of a batch in one measurement: they take microseconds
 
 
 @dataclass
-class Row:
+class PackRow:
     """One provider of one task: milliseconds, medians of ratios within a round."""
 
     shape: str
@@ -38,16 +40,12 @@ class Row:
     against_efface: float
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Nothing beside what every suite has."""
-
-
 def run(options: argparse.Namespace, report: Report) -> None:
     """Measure and print."""
     import datasets  # noqa: PLC0415 - a machine borrowed for the other suites may lack it
 
     datasets.disable_progress_bars()
-    rows: list[Row] = []
+    rows: list[PackRow] = []
     for shape in options.shape:
         measured, missing = measure(shape, options.rounds)
         rows += measured
@@ -57,12 +55,11 @@ def run(options: argparse.Namespace, report: Report) -> None:
             report.table(f"{task}, {options.rounds} rounds", headings, [_cells(row) for row in own])
         for note in missing:
             report.note(f"not measured: {note}")
-        report.save(packing=[asdict(row) for row in rows])
+        report.save(packing=rows)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    times = (f"{value:.4g}" for value in (row.median_ms, row.low_ms, row.high_ms))
-    return (row.provider, *times, f"{row.against_efface:.1f}")
+def _cells(row: PackRow) -> list[str]:
+    return [row.provider, *cells(".4g", row.median_ms, row.low_ms, row.high_ms), f"{row.against_efface:.1f}"]
 
 
 def lengths(count: int, seed: int) -> NDArray[np.int64]:
@@ -79,7 +76,7 @@ def store(count: int, seed: int) -> TokenStore:
     return TokenStore([(ids, offsets, (n * 42) // 100)])
 
 
-def measure(shape: str, rounds: int) -> tuple[list[Row], list[str]]:
+def measure(shape: str, rounds: int) -> tuple[list[PackRow], list[str]]:
     """Time planning a shape and assembling batches; return the rows, and what could not be measured."""
     forget_count, retain_count, pairs, budget = SHAPES[shape]
     forget, retain = lengths(forget_count, 1), lengths(retain_count, 2)
@@ -132,10 +129,10 @@ def measure(shape: str, rounds: int) -> tuple[list[Row], list[str]]:
     return rows + _rows(shape, task, per_batch), missing
 
 
-def _rows(shape: str, task: str, times: dict[str, list[float]]) -> list[Row]:
+def _rows(shape: str, task: str, times: dict[str, list[float]]) -> list[PackRow]:
     ours = next(iter(times.values()))
     return [
-        Row(shape, task, name, statistics.median(own), min(own), max(own), median_ratio(own, ours))
+        PackRow(shape=shape, task=task, provider=name, **spread(own), against_efface=median_ratio(own, ours))
         for name, own in times.items()
     ]
 
@@ -147,3 +144,91 @@ def check_packers(stores: Sequence[TokenStore], chosen: MicroBatch) -> None:
     for name, expected in zip(names, numpy_pack(stores, chosen), strict=True):
         if not np.array_equal(np.asarray(getattr(batch, name)), np.asarray(expected)):
             raise ArithmeticError(f"the packers differ in {name}")
+
+
+def numpy_plan(
+    forget: NDArray[np.int64], retain: NDArray[np.int64], pairs: int, budget: int, *, seed: int = 0
+) -> MicroBatches:
+    """Shuffle, draw, and fill each step's micro-batches best-fit decreasing, with a sorted list of the room left."""
+    rng = np.random.default_rng(seed)
+    order, drawn = rng.permutation(len(forget)), rng.integers(len(retain), size=len(forget))
+    batches: MicroBatches = []
+    for start in range(0, len(forget), pairs):
+        step = slice(start, start + pairs)
+        count = len(order[step])
+        pairs_of_step = np.concatenate([order[step], drawn[step]])
+        tokens = np.concatenate([forget[order[step]], retain[drawn[step]]])
+        bins: list[list[int]] = []
+        rooms: list[tuple[int, int]] = []  # (room, bin), ascending
+        for item in np.argsort(-tokens, kind="stable").tolist():
+            size = int(tokens[item])
+            at = bisect.bisect_left(rooms, (size, 0))
+            if at == len(rooms):
+                bins.append([item])
+                room, bin_ = budget - size, len(bins) - 1
+            else:
+                room, bin_ = rooms.pop(at)
+                bins[bin_].append(item)
+                room -= size
+            if room > 0:
+                bisect.insort(rooms, (room, bin_))
+        for items in bins:  # forget before retain, each in order
+            chosen = np.sort(items)
+            first_retain = int(np.searchsorted(chosen, count))
+            roles = np.repeat(np.array([0, 1], np.int8), [first_retain, len(chosen) - first_retain])
+            batches.append((roles, pairs_of_step[chosen]))
+    return batches
+
+
+def numpy_pack(stores: Sequence[TokenStore], batch: MicroBatch) -> list[object]:
+    """The packer's seven tensors, from slices of each sequence."""
+    arrays = [owner.chunks[0] for owner in stores]
+    ids, positions, rows, targets, sizes, labels = [], [], [], [], [], []
+    at = 0
+    for role, index in zip(batch.roles.tolist(), batch.sequences.tolist(), strict=True):
+        tokens, offsets, starts = arrays[role]
+        begin, end = int(offsets[index]), int(offsets[index + 1])
+        first = max(int(starts[index]), 1)
+        ids.append(tokens[begin:end])
+        positions.append(np.arange(end - begin))
+        rows.append(np.arange(at + first - 1, at + end - begin - 1))
+        targets.append(tokens[begin + first : end])
+        at += end - begin
+        sizes.append(end - begin)
+        labels.append(end - begin - first)
+    return [
+        np.concatenate(ids, dtype=np.int64),
+        np.concatenate(positions),
+        np.cumsum([0, *sizes], dtype=np.int32),
+        np.concatenate(rows),
+        np.concatenate(targets, dtype=np.int64),
+        np.cumsum([0, *labels]),
+        batch.roles.copy(),
+    ]
+
+
+def trl_plan(tokens: NDArray[np.int64], budget: int) -> Callable[[], object]:
+    """TRL's ``pack_dataset`` (best-fit decreasing over all sequences at once); it copies the tokens too.
+
+    Raises:
+        ImportError: TRL is not installed.
+    """
+    import datasets  # noqa: PLC0415 - only where TRL is
+    import pyarrow as pa  # noqa: PLC0415
+
+    pack_dataset = pkgutil.resolve_name("trl.data_utils:pack_dataset")
+
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(tokens)])
+    ids = pa.LargeListArray.from_arrays(offsets, np.zeros(int(offsets[-1]), np.int32))
+    table = datasets.Dataset(pa.table({"input_ids": ids}))
+    options = {"load_from_cache_file": False, "keep_in_memory": True}
+    return lambda: pack_dataset(table, budget, strategy="bfd", map_kwargs=options)
+
+
+def features(stores: Sequence[TokenStore], batch: MicroBatch) -> list[dict[str, list[int]]]:
+    """The batch as transformers' collators take it: lists of ids and labels."""
+    features = []
+    for role, index in zip(batch.roles.tolist(), batch.sequences.tolist(), strict=True):
+        ids, start = stores[role][index].tolist(), int(stores[role].label_starts[index])
+        features.append({"input_ids": ids, "labels": [-100] * start + ids[start:]})
+    return features

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.publish import tables
-from benchmarks.publish.results import Result
+from benchmarks.publish.tables import Result
 
 _OURS, _RIVAL, _FLOOR = "#30638e", "#d1495b", "#9aa5b1"
 _PARTS = ("#30638e", "#edae49", "#d1495b", "#66a182", "#9aa5b1", "#7d5ba6")

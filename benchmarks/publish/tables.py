@@ -1,12 +1,87 @@
-"""Markdown tables of results; every figure is the JSON's. Rows where a rival is faster stay in, and are marked."""
+"""Files of results, one a run of a suite, named ``<device>-<date>[-suite].json``, and markdown tables of them.
 
+Every figure is the JSON's. Rows where a rival is faster stay in, and are marked.
+"""
+
+import json
+import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
 
-from benchmarks.publish.results import Result
+from benchmarks.harness.report import cells
 
-Rows = Sequence[dict[str, Any]]
+Rows: TypeAlias = Sequence[dict[str, Any]]
 FASTER = "**faster than efface**"
+# a suite's name and where its rows are in the file
+ROWS = {
+    "loss": ("loss",),
+    "step": ("step",),
+    "pack": ("packing",),
+    "evaluate": ("likelihood", "generation"),
+    "start": ("start",),
+}
+NAME = re.compile(r"(?P<device>[\w-]+?)-(?P<date>\d{4}-\d\d-\d\d)(?:-(?P<suite>[a-z-]+))?")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A file, read."""
+
+    file: str  # its name
+    suite: str
+    record: dict[str, Any]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What was measured."""
+        return [row for key in ROWS[self.suite] for row in self.record.get(key, [])]
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """Of the run: device, versions, date, commit, command."""
+        machine: dict[str, Any] = self.record["machine"]
+        return machine
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the machine had one."""
+        return "gpu" in self.machine
+
+    @property
+    def described(self) -> str:
+        """The conditions, in a sentence."""
+        m = self.machine
+        device = m.get("gpu") or f"{m['threads']} threads, {m['processor']}"
+        said = [device, f"torch {m['torch']}"]
+        said += [f"{name} {version}" for name, version in m.get("rivals", {}).items()]
+        if "load_average" in m:
+            end = self.record.get("load_average_at_end", m["load_average"])
+            said.append(f"load average {m['load_average']:.1f} at the start, {end:.1f} at the end")
+        return f"{', '.join(said)}, {m['date']}, commit {m['commit'][:12]}. `{m['command']}`"
+
+
+def read(folder: Path) -> list[Result]:
+    """Return every file of the folder that has rows of a known suite, oldest first.
+
+    Raises:
+        ValueError: a name that is not ``<device>-<date>[-suite].json``.
+    """
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        if NAME.fullmatch(path.stem) is None:
+            raise ValueError(f"`{path.name}`: expected <device>-<date>[-suite].json; rename the file")
+        record = json.loads(path.read_text(encoding="utf-8"))
+        every = (Result(path.name, suite, record) for suite in ROWS)
+        found += [result for result in every if result.rows]
+    return sorted(found, key=lambda result: (result.machine["date"], result.machine.get("time", ""), result.file))
+
+
+def newest(found: list[Result], suite: str, *, gpu: bool) -> Result | None:
+    """Return the last result of a suite on the kind of device, or None."""
+    own = [result for result in found if result.suite == suite and result.on_gpu == gpu]
+    return own[-1] if own else None
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -41,12 +116,9 @@ def beaten(row: dict[str, Any], rows: Rows) -> bool:
     return bool(own) and row["median_ms"] < min(own)
 
 
-def _name(row: dict[str, Any], rows: Rows) -> str:
+def name_of(row: dict[str, Any], rows: Rows) -> str:
+    """Return a provider's name as a table shows it."""
     return f"{row['provider']}{', ' + FASTER if beaten(row, rows) else ''}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 def loss(result: Result) -> str:
@@ -56,20 +128,10 @@ def loss(result: Result) -> str:
         first = rows[0]
         wall = any(row.get("wall_ms") is not None for row in rows)
         size = f"{first['objective']}, N {first['n']}, D {first['d']}, V {first['v']}, {first['dtype']}"
-        headings = [
-            "provider",
-            "GEMMs",
-            "median ms",
-            *(["wall ms"] if wall else []),
-            "quartiles",
-            "x floor",
-            "% of floor",
-            "error dh",
-            "error dW",
-            "GiB",
-        ]
-        cells = [_loss_cells(row, rows, wall=wall) for row in rows]
-        parts.append(f"### {shape}: {size}, {first['state']}, {first['rounds']} rounds\n\n{markdown(headings, cells)}")
+        times = ["median ms", *(["wall ms"] if wall else []), "quartiles"]
+        headings = ["provider", "GEMMs", *times, "x floor", "% of floor", "error dh", "error dW", "GiB"]
+        body = [_loss_cells(row, rows, wall=wall) for row in rows]
+        parts.append(f"### {shape}: {size}, {first['state']}, {first['rounds']} rounds\n\n{markdown(headings, body)}")
     if "row_pass_ms" in result.record:
         passes = [[name, f"{ms:.3g}"] for name, ms in result.record["row_pass_ms"].items()]
         parts.append("### The row pass alone, (1024, 32000) bf16\n\n" + markdown(["pass", "median ms"], passes))
@@ -81,54 +143,45 @@ def loss(result: Result) -> str:
 
 def _loss_cells(row: dict[str, Any], rows: Rows, *, wall: bool) -> list[str]:
     return [
-        _name(row, rows),
+        name_of(row, rows),
         str(row["gemms"]),
-        f"{row['median_ms']:.4g}",
-        *([_number(row.get("wall_ms"), ".4g")] if wall else []),
-        f"{row['quarter_ms']:.4g} .. {row['three_quarters_ms']:.4g}",
+        *cells(".4g", row["median_ms"], *([row.get("wall_ms")] if wall else [])),
+        " .. ".join(cells(".4g", row["quarter_ms"], row["three_quarters_ms"])),
         f"{row['against_floor']:.2f}",
         f"{row['of_floor_percent']:.0f}",
-        _number(row["errors"].get("dh"), ".1e"),
-        _number(row["errors"].get("dw"), ".1e"),
-        _number(row.get("peak_gib"), ".2f"),
+        *cells(".1e", row["errors"].get("dh"), row["errors"].get("dw")),
+        *cells(".2f", row.get("peak_gib")),
     ]
 
 
 def step(result: Result) -> str:
     """A table a shape."""
-    parts = []
-    for (shape,), rows in grouped(result.rows, "shape").items():
-        parts.append(f"### {shape}\n\n{step_table(rows)}")
-    return "\n\n".join(parts)
+    shapes = grouped(result.rows, "shape").items()
+    return "\n\n".join(f"### {shape}\n\n{step_table(rows)}" for (shape,), rows in shapes)
 
 
 def step_table(rows: Rows) -> str:
     """One shape: time, how many times faster than the eager step, tokens per second, memory."""
     memory = any(row.get("peak_gib") is not None for row in rows)
-    headings = [
-        "forward and backward",
-        "median ms",
-        "times faster, median of rounds",
-        "tokens/s, with AdamW",
-        *(["peak GiB"] if memory else []),
-    ]
-    cells = []
+    headings = ["forward and backward", "median ms", "times faster, median of rounds", "tokens/s, with AdamW"]
+    headings += ["peak GiB"] if memory else []
+    body = []
     for row in rows:
         if row.get("median_ms") is None:
-            cells.append([row["provider"], row.get("problem") or "", *[""] * (len(headings) - 2)])
+            body.append([row["provider"], row.get("problem") or "", *[""] * (len(headings) - 2)])
             continue
-        figures = [f"{row['median_ms']:.0f}", _number(row.get("faster_than_live"), ".2f")]
-        figures.append(_number(row.get("tokens_per_second"), ",.0f"))
-        cells.append([_name(row, rows), *figures, *([_number(row.get("peak_gib"), ".1f")] if memory else [])])
-    return markdown(headings, cells)
+        figures = [*cells(".0f", row["median_ms"]), *cells(".2f", row.get("faster_than_live"))]
+        figures += cells(",.0f", row.get("tokens_per_second")) + (cells(".1f", row.get("peak_gib")) if memory else [])
+        body.append([name_of(row, rows), *figures])
+    return markdown(headings, body)
 
 
 def pack(result: Result) -> str:
     """A table a task."""
     parts = []
     for (_, task), rows in grouped(result.rows, "shape", "task").items():
-        cells = [[_name(r, rows), f"{r['median_ms']:.3g}", f"{r['against_efface']:.3g}"] for r in rows]
-        parts.append(f"### {task}\n\n{markdown(['provider', 'median ms', 'x efface'], cells)}")
+        body = [[name_of(row, rows), *cells(".3g", row["median_ms"], row["against_efface"])] for row in rows]
+        parts.append(f"### {task}\n\n{markdown(['provider', 'median ms', 'x efface'], body)}")
     return "\n\n".join(parts)
 
 
@@ -149,27 +202,26 @@ def evaluate(result: Result) -> str:
 def likelihood_table(rows: Rows) -> str:
     """One shape: the tokens that the model reads, time, times faster than the padded loop, error against it in fp32."""
     headings = ["scorer", "tokens read", "median ms", "times faster, median of rounds", "error"]
-    cells = []
+    body = []
     for row in rows:
         figures = [f"{row['tokens']}", f"{row['median_ms']:.0f}", f"{row['faster_than_padded']:.2f}"]
-        cells.append([_name(row, rows), *figures, f"{row['error']:.1e}"])
-    return markdown(headings, cells)
+        body.append([name_of(row, rows), *figures, f"{row['error']:.1e}"])
+    return markdown(headings, body)
 
 
 def generation_table(rows: Rows) -> str:
     """One shape: time, and how many times efface's."""
-    cells = [[_name(row, rows), f"{row['median_ms']:.0f}", f"{row['against_efface']:.2f}"] for row in rows]
-    return markdown(["greedy answers", "median ms", "x efface"], cells)
+    body = [[name_of(row, rows), f"{row['median_ms']:.0f}", f"{row['against_efface']:.2f}"] for row in rows]
+    return markdown(["greedy answers", "median ms", "x efface"], body)
 
 
 def start(result: Result) -> str:
     """What a user waits for; what efface adds to what it stands on."""
-    headings = ["until", "median ms", "added ms", "to"]
-    cells = []
+    body = []
     for row in result.rows:
-        added = [_number(row["above_ms"], ".0f"), "" if row["above_ms"] is None else row["compared_with"]]
-        cells.append([row["task"], f"{row['median_ms']:.0f}", *added])
-    return markdown(headings, cells)
+        added = ["", ""] if row["above_ms"] is None else [f"{row['above_ms']:.0f}", row["compared_with"]]
+        body.append([row["task"], f"{row['median_ms']:.0f}", *added])
+    return markdown(["until", "median ms", "added ms", "to"], body)
 
 
 SUITES: dict[str, Callable[[Result], str]] = {

@@ -6,8 +6,9 @@ Both as a user writes them, a ``Trainer`` on two pairs of token sequences; effac
 import sys
 import tempfile
 import warnings
+from typing import Any
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -16,7 +17,13 @@ CONFIG = {
 }
 FORGET = [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11]]
 RETAIN = [[12, 13, 14, 15], [16, 17, 18, 19, 20]]
-STEP = {"max_steps": 1, "report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+STEP: dict[str, Any] = {
+    "max_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
 
 
 def main(whose: str) -> None:
@@ -28,7 +35,7 @@ def main(whose: str) -> None:
         (ours if whose == "efface" else plain)(model, folder)
 
 
-def ours(model: object, folder: str) -> None:
+def ours(model: Any, folder: str) -> None:
     """NPO by ``efface.UnlearnTrainer``."""
     import efface  # noqa: PLC0415
     from efface.batching import TokenStore  # noqa: PLC0415
@@ -38,7 +45,7 @@ def ours(model: object, folder: str) -> None:
     efface.UnlearnTrainer(model, args, forget=forget, retain=retain, objective=efface.NPO(beta=0.1)).train()
 
 
-def plain(model: object, folder: str) -> None:
+def plain(model: Any, folder: str) -> None:
     """Plain training by ``transformers.Trainer``."""
     from transformers import Trainer, TrainingArguments  # noqa: PLC0415
 

@@ -9,11 +9,11 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.report import Report
-from benchmarks.timing import interleaved
+from benchmarks.harness.report import Report, cells
+from benchmarks.harness.timing import interleaved, spread
 
 ROUNDS = 5
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +35,7 @@ SHAPES = {"smoke": ("python", "import torch", "import efface", "efface --help"),
 
 
 @dataclass
-class Row:
+class StartRow:
     """A task. Times in milliseconds, from the start of the process to its end."""
 
     task: str
@@ -47,7 +47,7 @@ class Row:
     rounds_ms: list[float] = field(repr=False)
 
 
-def measure(tasks: tuple[str, ...], rounds: int) -> list[Row]:
+def measure(tasks: tuple[str, ...], rounds: int) -> list[StartRow]:
     """Time the tasks, one process each a round.
 
     Raises:
@@ -60,7 +60,7 @@ def measure(tasks: tuple[str, ...], rounds: int) -> list[Row]:
         above = None
         if other in times:
             above = statistics.median(a - b for a, b in zip(own, times[other], strict=True))
-        rows.append(Row(task, statistics.median(own), min(own), max(own), other, above, own))
+        rows.append(StartRow(task=task, **spread(own), compared_with=other, above_ms=above, rounds_ms=own))
     return rows
 
 
@@ -72,14 +72,10 @@ def process(arguments: list[str]) -> Callable[[int], object]:
     return lambda _: subprocess.run(command, env=environment, check=True, capture_output=True)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add nothing: this suite has the common arguments only."""
-
-
 def run(options: argparse.Namespace, report: Report) -> None:
     """Measure the chosen tasks."""
     rows = [row for name in options.shape for row in measure(SHAPES[name], options.rounds)]
-    report.save(start=[asdict(row) for row in rows])
+    report.save(start=rows)
     report.table(
         f"a fresh process each, {options.rounds} rounds",
         ("task", "median ms", "low", "high", "above", "compared with"),
@@ -87,7 +83,6 @@ def run(options: argparse.Namespace, report: Report) -> None:
     )
 
 
-def _cells(row: Row) -> list[str]:
-    times = [f"{value:.0f}" for value in (row.median_ms, row.low_ms, row.high_ms)]
+def _cells(row: StartRow) -> list[str]:
     above = ["", ""] if row.above_ms is None else [f"{row.above_ms:.0f}", row.compared_with or ""]
-    return [row.task, *times, *above]
+    return [row.task, *cells(".0f", row.median_ms, row.low_ms, row.high_ms), *above]

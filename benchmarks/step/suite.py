@@ -6,28 +6,26 @@ With ``--blocks`` (always on a GPU) one provider after another, so that each has
 import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from benchmarks.options import add_without, check_without, left_out
-from benchmarks.report import Report
+from benchmarks.harness.report import Report, cells
+from benchmarks.harness.shared import able, add_device, add_without, check_without
+from benchmarks.harness.timing import median_ratio, spread
 from benchmarks.step import run as runs
-from benchmarks.step.check import TOLERANCES, Errors
-from benchmarks.step.cost import model_flop, peak_flops
-from benchmarks.step.data import Step
-from benchmarks.step.models import CHECKED_ON_GPU, SHAPES, timed_on
+from benchmarks.step.inputs import CHECKED_ON_GPU, SHAPES, Step, timed_on
+from benchmarks.step.measures import PARTS, model_flop, peak_flops
 from benchmarks.step.providers import PROVIDERS, Eager, EagerCached, EagerLora, EagerLoraCached
-from benchmarks.step.run import Kind, Outcome
-from benchmarks.step.stopwatch import PARTS
-from benchmarks.timing import median_ratio
+from benchmarks.step.run import TOLERANCES, Errors, Kind, Outcome
 from efface_kernels import resolve_backend
 
 ROUNDS = 16  # every step twice
 
 
 @dataclass
-class Row:
+class StepRow:
     """One provider on one shape. Times in milliseconds: forward + backward, then with clipping and AdamW ("whole").
 
     Speed-ups are medians of the ratio within a round: to the eager step with its live second model, and to the eager
@@ -58,10 +56,10 @@ class Row:
     whole_faster_than_live: float | None = None
     whole_faster_than_same: float | None = None
     tokens_per_second: float | None = None  # real tokens, whole step
-    utilisation: float | None = None  # model FLOP (``cost.model_flop``) of the GPU's stated bf16 peak
+    utilisation: float | None = None  # model FLOP (``measures.model_flop``) of the GPU's stated bf16 peak
     peak_gib: float | None = None  # of GPU memory: models, gradients, optimizer states, activations
     first_loss: float | None = None
-    parts_ms: dict[str, float] = field(default_factory=dict)  # ``stopwatch.PARTS``, medians
+    parts_ms: dict[str, float] = field(default_factory=dict)  # ``measures.PARTS``, medians
     rounds_ms: list[float] = field(default_factory=list, repr=False)
     rounds_whole_ms: list[float] = field(default_factory=list, repr=False)
 
@@ -77,7 +75,7 @@ class Setting:
     steps: Mapping[bool, Sequence[Step]]
 
 
-def rows_of(setting: Setting, outcomes: Mapping[Kind, Outcome]) -> list[Row]:
+def rows_of(setting: Setting, outcomes: Mapping[Kind, Outcome]) -> list[StepRow]:
     """Return a row for every provider that has run."""
     part = {k: [sum(p[n] for n in PARTS if n != "update") for p in o.parts] for k, o in outcomes.items()}
     whole = {k: [sum(p[n] for n in PARTS) for p in o.parts] for k, o in outcomes.items()}
@@ -102,9 +100,9 @@ def _row(
     outcomes: Mapping[Kind, Outcome],
     part: Mapping[Kind, list[float]],
     whole: Mapping[Kind, list[float]],
-) -> Row:
+) -> StepRow:
     steps, outcome = setting.steps[kind.lora], outcomes[kind]
-    row = Row(
+    row = StepRow(
         shape=setting.name,
         provider=kind.name,
         computes=(kind.__doc__ or "").splitlines()[0],
@@ -123,8 +121,6 @@ def _row(
         return row
     live = EagerLora if kind.lora else Eager
     same = live if kind.reference != "cached" else EagerLoraCached if kind.lora else EagerCached
-    row.median_ms, row.low_ms, row.high_ms = statistics.median(mine), min(mine), max(mine)
-    row.whole_median_ms, row.whole_low_ms, row.whole_high_ms = statistics.median(all_mine), min(all_mine), max(all_mine)
     row.faster_than_live, row.faster_than_same = (_faster(outcomes, part, each, kind) for each in (live, same))
     row.whole_faster_than_live, row.whole_faster_than_same = (
         _faster(outcomes, whole, each, kind) for each in (live, same)
@@ -142,7 +138,8 @@ def _row(
     row.peak_gib, row.first_loss = outcome.peak_gib, outcome.first_loss
     row.parts_ms = {name: statistics.median(parts[name] for parts in outcome.parts) for name in PARTS}
     row.rounds_ms, row.rounds_whole_ms = mine, all_mine
-    return row
+    times: dict[str, Any] = spread(mine) | spread(all_mine, "whole_")
+    return replace(row, **times)
 
 
 def _faster(
@@ -161,17 +158,15 @@ def measure(
     *,
     blocks: bool = False,
     without: Sequence[str] = (),
-    seen: Callable[[Sequence[Row]], None] = lambda _: None,
-) -> tuple[list[Row], list[str]]:
+    seen: Callable[[Sequence[StepRow]], None] = lambda _: None,
+) -> tuple[list[StepRow], list[str]]:
     """Check every provider, time those that pass on the shape; return their rows, and why others are left out.
 
     On a GPU the check is of a smaller model; the large one's first losses are compared with the eager step's.
     ``without`` leaves out providers with such a text in their name. ``seen`` is given the rows so far, block after
     block.
     """
-    asked = [kind for kind in PROVIDERS if not left_out(kind.name, without)]
-    missing = [reason for kind in asked if (reason := kind.why_not(device)) is not None]
-    kinds = [kind for kind in asked if kind.why_not(device) is None]
+    kinds, missing = able(PROVIDERS, without, lambda kind: kind.why_not(device))
     shape = SHAPES[name]
     small = SHAPES[CHECKED_ON_GPU] if device == "cuda" else shape
     steps, data = runs.steps_of(kinds, small, device)
@@ -180,7 +175,7 @@ def measure(
     if small is not shape:
         steps, data = runs.steps_of(kinds, shape, device)
     setting = Setting(name, data, device, errors, steps)
-    rows: list[Row] = []
+    rows: list[StepRow] = []
     if blocks or device == "cuda":
         progress = runs.by_blocks(kinds, shape, steps, device, rounds)
     else:
@@ -198,7 +193,7 @@ def default_shapes(options: argparse.Namespace) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what only this suite can be asked."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_device(parser)
     parser.add_argument("--blocks", action="store_true", help="one provider after another; always so on a GPU")
     add_without(parser)
 
@@ -206,11 +201,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, report: Report) -> None:
     """Measure the chosen shapes."""
     check_without(options.without, [kind.name for kind in PROVIDERS])
-    rows: list[Row] = []
+    rows: list[StepRow] = []
     missing: set[str] = set()
 
-    def save(part: Sequence[Row]) -> None:
-        report.save(step=[asdict(row) for row in (*rows, *part)], not_measured=sorted(missing))
+    def save(part: Sequence[StepRow]) -> None:
+        report.save(step=[*rows, *part], not_measured=sorted(missing))
 
     for name in options.shape:
         measured, absent = measure(
@@ -224,7 +219,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
         report.note(f"not measured: {reason}")
 
 
-def _tables(report: Report, name: str, options: argparse.Namespace, rows: list[Row]) -> None:
+def _tables(report: Report, name: str, options: argparse.Namespace, rows: list[StepRow]) -> None:
     if not rows:
         return
     first, shape = rows[0], SHAPES[name]
@@ -249,26 +244,22 @@ def _tables(report: Report, name: str, options: argparse.Namespace, rows: list[R
     report.table(
         "parts of a step, median ms",
         ("provider", *PARTS),
-        [[row.provider, *(_figure(row.parts_ms.get(name), ".1f") for name in PARTS)] for row in rows],
+        [[row.provider, *cells(".1f", *map(row.parts_ms.get, PARTS))] for row in rows],
     )
 
 
-def _part(row: Row) -> list[str]:
+def _part(row: StepRow) -> list[str]:
     if row.problem:
         return [row.provider, row.problem, "", "", "", "", "", ""]
-    times = [_figure(value, ".1f") for value in (row.median_ms, row.low_ms, row.high_ms)]
-    ratios = [_figure(value, ".2f") for value in (row.faster_than_live, row.faster_than_same)]
-    return [row.provider, *times, *ratios, f"{row.error_loss:.1e}", f"{row.error_gradient:.1e}"]
+    times = cells(".1f", row.median_ms, row.low_ms, row.high_ms)
+    ratios = cells(".2f", row.faster_than_live, row.faster_than_same)
+    return [row.provider, *times, *ratios, *cells(".1e", row.error_loss, row.error_gradient)]
 
 
-def _whole(row: Row) -> list[str]:
+def _whole(row: StepRow) -> list[str]:
     if row.problem:
         return [row.provider, row.problem, "", "", "", "", "", "", ""]
-    times = [_figure(value, ".1f") for value in (row.whole_median_ms, row.whole_low_ms, row.whole_high_ms)]
-    ratios = [_figure(value, ".2f") for value in (row.whole_faster_than_live, row.whole_faster_than_same)]
-    use = (row.tokens_per_second, ".0f"), (row.utilisation, ".1%"), (row.peak_gib, ".1f")
-    return [row.provider, *times, *ratios, *(_figure(*each) for each in use)]
-
-
-def _figure(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+    times = cells(".1f", row.whole_median_ms, row.whole_low_ms, row.whole_high_ms)
+    ratios = cells(".2f", row.whole_faster_than_live, row.whole_faster_than_same)
+    use = [*cells(".0f", row.tokens_per_second), *cells(".1%", row.utilisation), *cells(".1f", row.peak_gib)]
+    return [row.provider, *times, *ratios, *use]

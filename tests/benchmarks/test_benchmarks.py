@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def _benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Importable, and without TOFU: the same tokens on every machine, and no tokenizer to train."""
     monkeypatch.syspath_prepend(ROOT)
-    from benchmarks import tofu
+    from benchmarks.harness import shared
 
-    monkeypatch.setattr(tofu, "FOLDER", tmp_path / "absent")
+    monkeypatch.setattr(shared, "FOLDER", tmp_path / "absent")
 
 
 def smoke(suite: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -42,8 +42,7 @@ def test_the_pack_suite_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_numpy_fills_as_few_micro_batches_as_the_planner() -> None:
-    from benchmarks.packing.rivals import numpy_plan
-    from benchmarks.packing.suite import lengths
+    from benchmarks.packing.suite import lengths, numpy_plan
 
     from efface.batching import plan_epoch
 
@@ -55,7 +54,7 @@ def test_numpy_fills_as_few_micro_batches_as_the_planner() -> None:
 
 
 def test_the_likelihood_part_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.evaluate.scorers import SCORERS
+    from benchmarks.evaluate.providers import SCORERS
 
     rows = smoke("evaluate", tmp_path, monkeypatch)["likelihood"]
     assert [row["provider"] for row in rows] == [scorer.name for scorer in SCORERS]
@@ -65,9 +64,9 @@ def test_the_likelihood_part_is_measured(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_scorer_with_other_scores_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.evaluate.likelihood import measure
-    from benchmarks.evaluate.scorers import Efface
-    from benchmarks.evaluate.shapes import SHAPES
+    from benchmarks.evaluate.inputs import SHAPES
+    from benchmarks.evaluate.providers import Efface
+    from benchmarks.evaluate.suite import measure_likelihood
 
     scores = Efface.scores
     monkeypatch.setattr(
@@ -76,11 +75,11 @@ def test_a_scorer_with_other_scores_is_not_timed(monkeypatch: pytest.MonkeyPatch
         lambda self, model: [[[1.001 * mean for mean in row] for row in split] for split in scores(self, model)],
     )
     with pytest.raises(ArithmeticError, match="'efface' is not timed"):
-        measure("smoke", SHAPES["smoke"], 1)
+        measure_likelihood("smoke", SHAPES["smoke"], 1)
 
 
 def test_the_synthetic_lengths_are_those_of_tofu() -> None:
-    from benchmarks.step.data import synthetic
+    from benchmarks.step.inputs import synthetic
 
     store = synthetic(4000, 100, seed=0)
     assert store.lengths.mean() == pytest.approx(57, abs=1)

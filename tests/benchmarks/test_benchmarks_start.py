@@ -19,7 +19,7 @@ def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_start_suite_is_measured(tmp_path: Path) -> None:
-    from benchmarks.report import Report
+    from benchmarks.harness.report import Report
     from benchmarks.start import suite
 
     path = tmp_path / "start.json"
@@ -57,9 +57,7 @@ def test_the_first_step_is_taken(whose: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_all_cpu_suites_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from benchmarks.__main__ import SUITES
-
-    from benchmarks import cpu
+    from benchmarks import __main__ as program
 
     commands: list[list[str]] = []
 
@@ -68,15 +66,15 @@ def test_all_cpu_suites_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         commands.append(command)
         return Namespace(returncode=3 if "pack" in command else 0)
 
-    monkeypatch.setattr(cpu.subprocess, "run", run)
+    monkeypatch.setattr(program.subprocess, "run", run)
     options = Namespace(out=tmp_path / "results", name="machine", smoke=True)
-    assert cpu.run(options, SUITES) == 3
-    assert [command[3] for command in commands] == list(SUITES)
+    assert program.run_all(options) == 3
+    assert [command[3] for command in commands] == list(program.SUITES)
     for command in commands:
         assert command[:3] == [sys.executable, "-m", "benchmarks"]
         assert command[4:8] == ["--shape", "smoke", "--rounds", "2"]
         assert command[-1] == str(tmp_path / "results" / f"machine-{command[3]}.json")
-    for suite, arguments in cpu.ARGUMENTS.items():  # what the full run asks for, its suite has
+    for suite, arguments in program.CUT_SHORT.items():  # what the full run asks for, its suite has
         if "--shape" in arguments:
-            assert arguments[arguments.index("--shape") + 1] in importlib.import_module(SUITES[suite]).SHAPES
-    assert cpu.processor()
+            assert arguments[arguments.index("--shape") + 1] in importlib.import_module(program.SUITES[suite]).SHAPES
+    assert program.processor_name()

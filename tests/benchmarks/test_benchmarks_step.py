@@ -22,12 +22,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 def providers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Importable, without TOFU, and without the provider that compiles, which takes long."""
     monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.harness import shared
     from benchmarks.step import providers as module
     from benchmarks.step import suite
 
-    from benchmarks import tofu
-
-    monkeypatch.setattr(tofu, "FOLDER", tmp_path / "absent")
+    monkeypatch.setattr(shared, "FOLDER", tmp_path / "absent")
     monkeypatch.setattr(suite, "PROVIDERS", tuple(p for p in module.PROVIDERS if p is not module.CutCompiled))
     return module
 
@@ -100,7 +99,7 @@ def rounding(monkeypatch: pytest.MonkeyPatch, providers: Any) -> Callable[[float
 def test_what_the_eager_step_rounds_others_may_round_too(
     monkeypatch: pytest.MonkeyPatch, providers: Any, rounding: Callable[[float], None]
 ) -> None:
-    from benchmarks.step.models import SHAPES
+    from benchmarks.step.inputs import SHAPES
     from benchmarks.step.run import checked, steps_of
 
     rounding(0.01)
@@ -124,7 +123,7 @@ def test_what_the_eager_step_rounds_others_may_round_too(
 def test_an_eager_step_that_is_far_off_is_not_timed_and_allows_nothing(
     error: float, said: str, providers: Any, rounding: Callable[[float], None]
 ) -> None:
-    from benchmarks.step.models import SHAPES
+    from benchmarks.step.inputs import SHAPES
     from benchmarks.step.run import checked, steps_of
 
     rounding(error)
@@ -139,9 +138,8 @@ def test_an_eager_step_that_is_far_off_is_not_timed_and_allows_nothing(
 
 
 def test_a_gradient_that_is_nan_is_an_infinite_error(providers: Any) -> None:
-    from benchmarks.step.check import Gold, errors_of
-    from benchmarks.step.models import SHAPES
-    from benchmarks.step.run import made, steps_of
+    from benchmarks.step.inputs import SHAPES
+    from benchmarks.step.run import Gold, errors_of, made, steps_of
 
     steps = steps_of([providers.EagerCached], SHAPES["smoke"], "cpu")[0][False]
     provider = made(providers.EagerCached, SHAPES["smoke"], "cpu")
@@ -176,7 +174,7 @@ def test_a_text_that_is_in_no_providers_name_is_an_error(
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A CPU that answers as an H200; what was asked of it."""
-    from benchmarks.step import models, run
+    from benchmarks.step import inputs, run
 
     asked: list[str] = []
 
@@ -195,9 +193,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    make = models.make_model
+    make = inputs.make_model
     monkeypatch.setattr(run, "make_model", lambda shape, device, *a, **k: make(shape, "cpu", *a, **k))
-    monkeypatch.setitem(models.SHAPES, models.CHECKED_ON_GPU, models.SHAPES["smoke"])
+    monkeypatch.setitem(inputs.SHAPES, inputs.CHECKED_ON_GPU, inputs.SHAPES["smoke"])
     return asked
 
 
@@ -311,11 +309,10 @@ def test_a_second_block_warms_up_on_the_largest_steps(providers: Any) -> None:
 
 def test_without_the_package_that_reads_rows_data_are_made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """TOFU's files are there, but a borrowed machine may lack ``datasets``."""
-    from benchmarks.step.data import FORGET, RETAIN, stores
+    from benchmarks.harness import shared
+    from benchmarks.step.inputs import FORGET, RETAIN, stores
 
-    from benchmarks import tofu
-
-    monkeypatch.setattr(tofu, "FOLDER", tmp_path)
+    monkeypatch.setattr(shared, "FOLDER", tmp_path)
     for name in (FORGET, RETAIN):
         (tmp_path / f"{name}.json").write_text(json.dumps({"question": "Who?", "answer": name}) + "\n")
     monkeypatch.setitem(sys.modules, "efface.hf.text.data", None)
@@ -323,13 +320,13 @@ def test_without_the_package_that_reads_rows_data_are_made_up(monkeypatch: pytes
     assert (len(forget), len(retain)) == (400, 3600)
     assert data.startswith("synthetic, TOFU's lengths (import of efface.hf.text.data")
     monkeypatch.undo()
-    monkeypatch.setattr(tofu, "FOLDER", tmp_path)
+    monkeypatch.setattr(shared, "FOLDER", tmp_path)
     forget, retain, data = stores(512)
     assert (len(forget), len(retain), data) == (1, 1, "TOFU forget10 / retain90")
 
 
 def test_the_environment_names_the_folder_of_tofu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    program = "from benchmarks import tofu; print(tofu.FOLDER)"
+    program = "from benchmarks.harness import shared; print(shared.FOLDER)"
     for value, expected in ((str(tmp_path), tmp_path), ("", ROOT.parent / "shared" / "tofu")):
         environment = {**os.environ, "EFFACE_TOFU": value}
         done = subprocess.run(
@@ -339,7 +336,7 @@ def test_the_environment_names_the_folder_of_tofu(monkeypatch: pytest.MonkeyPatc
 
 
 def test_every_gpu_shape_is_for_a_gpu() -> None:
-    from benchmarks.step.models import SHAPES, timed_on
+    from benchmarks.step.inputs import SHAPES, timed_on
 
     assert timed_on("cuda") == ["GPU: Llama-3.2-1B, bf16", "GPU: Llama-2-7B, bf16"]
     assert timed_on("cpu") == ["Llama 8 layers, d 512, V 32000, bf16"]
@@ -348,8 +345,8 @@ def test_every_gpu_shape_is_for_a_gpu() -> None:
 
 @pytest.mark.parametrize(("name", "weights"), [("GPU: Llama-2-7B, bf16", 6738e6), ("GPU: Llama-3.2-1B, bf16", 1236e6)])
 def test_the_models_have_their_sizes(name: str, weights: float) -> None:
-    from benchmarks.step.cost import layer_parameters
-    from benchmarks.step.models import SHAPES, make_model
+    from benchmarks.step.inputs import SHAPES, make_model
+    from benchmarks.step.measures import layer_parameters
 
     config = SHAPES[name].llama()
     model = make_model(SHAPES[name], "meta", 0)
@@ -360,10 +357,8 @@ def test_the_models_have_their_sizes(name: str, weights: float) -> None:
 
 
 def test_the_flop_of_a_step() -> None:
-    from benchmarks.step.cost import layer_parameters, model_flop
-    from benchmarks.step.data import synthetic
-    from benchmarks.step.models import SHAPES, make_model
-    from benchmarks.step.run import make_steps
+    from benchmarks.step.inputs import SHAPES, make_model, make_steps, synthetic
+    from benchmarks.step.measures import layer_parameters, model_flop
 
     shape = SHAPES["smoke"]
     stores = synthetic(8, 512, seed=0), synthetic(8, 512, seed=1)
@@ -380,7 +375,8 @@ def test_the_flop_of_a_step() -> None:
 
 
 def test_devices_and_messages() -> None:
-    from benchmarks.step.cost import asked_for, peak_flops
+    from benchmarks.step.measures import peak_flops
+    from benchmarks.step.run import asked_for
 
     assert peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("a toaster") is None
@@ -390,9 +386,9 @@ def test_devices_and_messages() -> None:
 
 def test_liger_as_a_stand_in(monkeypatch: pytest.MonkeyPatch, providers: Any) -> None:
     """The wiring, with torch's cross_entropy for its kernels: its RoPE serves its own steps and nobody else's."""
-    from benchmarks.step.models import SHAPES
+    from benchmarks.step.inputs import SHAPES
+    from benchmarks.step.measures import Stopwatch
     from benchmarks.step.run import checked, made, steps_of
-    from benchmarks.step.stopwatch import Stopwatch
     from transformers.models.llama import modeling_llama
 
     own, used = modeling_llama.apply_rotary_pos_emb, []
@@ -431,7 +427,7 @@ def test_liger_as_a_stand_in(monkeypatch: pytest.MonkeyPatch, providers: Any) ->
 
 
 def test_cut_cross_entropy_as_a_stand_in(monkeypatch: pytest.MonkeyPatch, providers: Any) -> None:
-    from benchmarks.step.models import SHAPES
+    from benchmarks.step.inputs import SHAPES
     from benchmarks.step.run import checked, steps_of
 
     def linear_cross_entropy(

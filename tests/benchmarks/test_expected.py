@@ -9,7 +9,7 @@ from typing import Any
 import benchmarks.__main__
 import pytest
 import torch
-from benchmarks.publish import pages, tables
+from benchmarks.publish import page, tables
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -130,7 +130,7 @@ def test_launches_are_those_of_a_call(
     # fmt: on
     # the tensors of the test itself
     forward -= Counter(zeros=1 if mode == "live" else 2, clone=1)
-    found = expected.expected(expected.Shape("tiny", d, v, n), mode, None, chunk_rows)
+    found = expected.expected(expected.HeadShape("tiny", d, v, n), mode, None, chunk_rows)
     assert seen == {name: n for name, n in found.launches.items() if name not in ("distribution pass", "c = -w")}
     assert not +forward
     assert not +backward
@@ -153,7 +153,7 @@ def test_launches_are_those_of_a_call_for_kl(chunk_rows: int, count: Any) -> Non
         )
     )
     _, backward = count(lambda: torch.autograd.grad(loss, (hidden, weight)))
-    found = expected.expected(expected.Shape("tiny", d, v, n), expected.KL, None, chunk_rows)
+    found = expected.expected(expected.HeadShape("tiny", d, v, n), expected.KL, None, chunk_rows)
     of = {name: launches for name, launches in found.launches.items() if launches}
     assert forward.pop("mm") == of["GEMM"] == found.gemms
     assert forward.pop("distribution_pass_kernel") == of["distribution pass"]
@@ -190,10 +190,10 @@ def test_the_table_stands_for_the_chunks_that_are_made() -> None:
 
 def test_one_chunk_in_the_table_is_one_chunk_of_the_loss() -> None:
     n, d, v = 2048 + 2048, 2048, 128256
-    chosen = expected.expected(expected.Shape("", d, v, n), "cached", None).chunks
+    chosen = expected.expected(expected.HeadShape("", d, v, n), "cached", None).chunks
     assert chosen == (n,)
     assert chunks.one_chunk_is_smaller(n, 2048, (v, d), lambda rows: rows * v * 2)
-    assert len(expected.expected(expected.Shape("", d, v, n + 32), "cached", None).chunks) == 3
+    assert len(expected.expected(expected.HeadShape("", d, v, n + 32), "cached", None).chunks) == 3
 
 
 def test_the_page_says_what_is_computed() -> None:
@@ -201,7 +201,7 @@ def test_the_page_says_what_is_computed() -> None:
     table = tables.markdown(expected.HEADINGS, expected.table())
     assert table in text, "run `python -m benchmarks report`"
     assert expected.assumptions() in text
-    assert "**Computed, not measured**" in pages.page([], {})
+    assert "**Computed, not measured**" in page([], {})
     assert len(expected.table()) == len(expected.CARDS) * len(expected.SHAPES) * len(expected.MODES)
 
 

@@ -52,20 +52,20 @@ def run(run):
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The package; what is prepared, in a folder of the test's, and modules of sections."""
     monkeypatch.syspath_prepend(ROOT)
-    from benchmarks.gpu import driver, extension, plan, prepare
+    from benchmarks.gpu import driver, prepare, sections
 
     monkeypatch.setattr(prepare, "CARRIED", tmp_path / "carried")
-    monkeypatch.setattr(extension, "NAME", "json")  # is there on every machine
+    monkeypatch.setattr(prepare, "EXTENSION", "json")  # is there on every machine
     for name, text in MODULES.items():
         (tmp_path / "modules" / "sections").mkdir(parents=True, exist_ok=True)
         (tmp_path / "modules" / "sections" / f"{name}.py").write_text(text)
-    return Namespace(driver=driver, extension=extension, plan=plan, prepare=prepare, modules=tmp_path / "modules")
+    return Namespace(driver=driver, sections=sections, prepare=prepare, modules=tmp_path / "modules")
 
 
 def run(gpu: Any, folder: Path, *names: str, seconds: float = 60, limit: float = 30, **changes: Any) -> list[Any]:
-    sections = tuple(gpu.plan.Section(name, limit, f"sections.{name}", **changes) for name in names)
+    sections = tuple(gpu.sections.Section(name, limit, f"sections.{name}", **changes) for name in names)
     made = gpu.driver.Driver(folder, smoke=True, path=[gpu.modules])
-    ended: list[Any] = made.run(gpu.plan.Call(seconds, sections))
+    ended: list[Any] = made.run(gpu.sections.Call(seconds, sections))
     return ended
 
 
@@ -125,7 +125,7 @@ def test_no_section_outlasts_the_call(gpu: Any, tmp_path: Path) -> None:
 
 def test_sections_end_with_the_driver(gpu: Any, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from benchmarks.gpu import __main__, driver, plan\n"
+        "import sys; from pathlib import Path; from benchmarks.gpu import __main__, driver, sections as plan\n"
         "section = plan.Section('hanging', 60, 'sections.hanging')\n"
         "plan.CALLS[1] = plan.Call(60, (section, plan.Section('good', 60, 'sections.good')))\n"
         f"sys.argv = ['gpu', '1', '--smoke', '--out', {str(tmp_path / 'out')!r}]\n"
@@ -214,18 +214,18 @@ def test_a_folder_that_cannot_be_written_is_an_options_error(
 def test_the_extension_is_built_there_where_none_was_carried(
     gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu.extension, "NAME", "efface_nowhere")
+    monkeypatch.setattr(gpu.prepare, "EXTENSION", "efface_nowhere")
     made = "open({!r}, 'w').close()"
     monkeypatch.setattr(
-        gpu.extension,
-        "command",
+        gpu.prepare,
+        "build_command",
         lambda folder: [sys.executable, "-c", made.format(str(folder / "efface_nowhere.cpython-312.so"))],
     )
     (good,) = run(gpu, tmp_path / "out", "good", native=True)
     assert good.good
     assert "prepare --extension" in capsys.readouterr().out
     assert (gpu.prepare.CARRIED / "site" / "efface_nowhere.cpython-312.so").is_file()
-    monkeypatch.setattr(gpu.extension, "command", lambda folder: [sys.executable, "-c", "raise SystemExit(3)"])
+    monkeypatch.setattr(gpu.prepare, "build_command", lambda folder: [sys.executable, "-c", "raise SystemExit(3)"])
     (good,) = run(gpu, tmp_path / "again", "good", native=True)
     assert good.good  # of a section that needs it, the import says what is missing
     assert "could not be built: exit 3" in capsys.readouterr().out
@@ -264,7 +264,7 @@ def test_what_is_carried(gpu: Any, tmp_path: Path) -> None:
 
 
 def test_a_wrong_option_costs_nothing_of_what_was_prepared(gpu: Any, tmp_path: Path) -> None:
-    from benchmarks.options import BadOption
+    from benchmarks.harness.shared import BadOption
 
     gpu.prepare.CARRIED.mkdir()
     (gpu.prepare.CARRIED / "prepared.json").write_text("{}")
@@ -276,7 +276,7 @@ def test_a_wrong_option_costs_nothing_of_what_was_prepared(gpu: Any, tmp_path: P
 def test_an_extension_for_another_python_or_a_newer_library_is_refused(
     gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from benchmarks.options import BadOption
+    from benchmarks.harness.shared import BadOption
 
     options = Namespace(extension=None, python=sys.executable)
     monkeypatch.setattr(gpu.prepare, "PYTHON", "2.7")
@@ -287,22 +287,25 @@ def test_an_extension_for_another_python_or_a_newer_library_is_refused(
         gpu.prepare.extension_into(tmp_path, Namespace(extension=tmp_path / "absent.so", python=None))
     built = importlib.util.find_spec("efface_native")
     if built is not None and built.origin is not None and sys.platform == "linux":
-        assert (2, 2, 5) <= gpu.extension.newest_symbol(Path(built.origin), "GLIBC") < (3,)
+        assert (2, 2, 5) <= gpu.prepare.newest_symbol(Path(built.origin), "GLIBC") < (3,)
     (tmp_path / "x.so").write_bytes(b"\0GLIBC_2.4\0GLIBC_2.34\0GLIBC_2.4\0GLIBC_PRIVATE\0")
-    assert gpu.extension.newest_symbol(tmp_path / "x.so", "GLIBC") == (2, 34)
-    assert gpu.extension.newest_symbol(tmp_path / "x.so", "GLIBCXX") == (0,)
+    assert gpu.prepare.newest_symbol(tmp_path / "x.so", "GLIBC") == (2, 34)
+    assert gpu.prepare.newest_symbol(tmp_path / "x.so", "GLIBCXX") == (0,)
 
 
 def test_every_section_of_the_plan_is_there(gpu: Any) -> None:
     from benchmarks.__main__ import parsed
 
-    assert sorted(gpu.plan.CALLS) == [1, 2, 3]
-    assert sum(call.seconds for call in gpu.plan.CALLS.values()) <= 605  # of 900, with three starts
-    for call in gpu.plan.CALLS.values():
+    assert sorted(gpu.sections.CALLS) == [1, 2, 3]
+    assert sum(call.seconds for call in gpu.sections.CALLS.values()) <= 605  # of 900, with three starts
+    for call in gpu.sections.CALLS.values():
         names = [section.name for section in call.sections]
         assert len(set(names)) == len(names)
         for section in call.sections:
-            assert importlib.util.find_spec(section.imported) is not None
+            module, _, function = section.imported.partition(":")
+            spec = importlib.util.find_spec(module)
+            assert spec is not None
+            assert f"\ndef {function or 'run'}(run: Run)" in Path(str(spec.origin)).read_text()
             if section.module == "suite":
                 options, suite = parsed([*section.arguments, "--device", "cuda"])
                 assert suite is not None

@@ -53,14 +53,14 @@ def test_the_machine(tmp_path: Path) -> None:
 
 
 def test_a_missing_nvidia_smi_costs_nothing_but_the_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import timing
+    from benchmarks.harness import report
 
     monkeypatch.setenv("PATH", "")
-    assert timing.gpu_says("clocks.sm") == timing.gpu_clocks() == ""
+    assert report.gpu_says("clocks.sm") == report.gpu_clocks() == ""
 
 
 def test_of_two_installed_versions_the_imported_one_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.report import versions
+    from benchmarks.harness.report import versions
 
     for version in ("1", "2"):
         stub = tmp_path / version / f"twice-{version}.dist-info"
@@ -72,10 +72,10 @@ def test_of_two_installed_versions_the_imported_one_is_said(tmp_path: Path, monk
 
 def test_the_products(tmp_path: Path) -> None:
     from benchmarks.expected import SHAPES
-    from benchmarks.gpu.sections import products
+    from benchmarks.gpu.sections import loss
 
     section = Section(tmp_path, "products")
-    products.run(section.run)
+    loss.products(section.run)
     adds, *rows = section.rows
     assert adds["accumulates"] is False
     assert [row["rows"] for row in rows] == [16, 32]
@@ -96,16 +96,16 @@ def interpreted() -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # −∞ − −∞ of idle lanes, by NumPy
 def test_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interpreted()
-    from benchmarks.gpu.sections import trial
+    from benchmarks.gpu.sections import loss
 
     section = Section(tmp_path, "trial")
-    trial.run(section.run)
+    loss.trial(section.run)
     agreed, auto = section.rows
     assert agreed["fault"] is None
     assert auto["auto"] in ("native", "torch")
-    monkeypatch.setattr(trial.backends, "disagreement", lambda *_: "the row pass differs")
+    monkeypatch.setattr(loss.backends, "disagreement", lambda *_: "the row pass differs")
     with pytest.raises(ArithmeticError, match="the row pass differs"):
-        trial.run(section.run)
+        loss.trial(section.run)
     assert section.rows[-2]["fault"] == "the row pass differs"
 
 
@@ -180,10 +180,10 @@ def test_the_sweep_has_the_librarys_own_and_what_a_multiprocessor_holds() -> Non
 
 
 def test_the_profile(tmp_path: Path) -> None:
-    from benchmarks.gpu.sections import profile
+    from benchmarks.gpu.sections import loss
 
     section = Section(tmp_path, "profile")
-    profile.run(section.run)
+    loss.profile(section.run)
     total, *kernels = section.rows
     assert total["kernels"] > 0
     assert any("mm" in row["kernel"] for row in kernels)
@@ -191,12 +191,12 @@ def test_the_profile(tmp_path: Path) -> None:
 
 
 def test_a_profile_without_kernels_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.gpu.sections import profile
+    from benchmarks.gpu.sections import loss
 
     monkeypatch.setattr(torch.profiler.profile, "key_averages", lambda _: [])
     section = Section(tmp_path, "profile")
     with pytest.raises(ArithmeticError, match="expected kernels, got none"):
-        profile._profile(section.run, "nothing", lambda: None)
+        loss._profiled(section.run, "nothing", lambda: None)
 
 
 def test_a_suites_rows_are_kept_as_they_come(tmp_path: Path) -> None:
@@ -225,11 +225,9 @@ def test_a_suites_rows_are_kept_as_they_come(tmp_path: Path) -> None:
 def test_the_loss_suite_as_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.gpu.sections import suite
     from benchmarks.loss import suite as loss
-    from benchmarks.loss.providers import gemms, ours
+    from benchmarks.loss.providers import ours, products
 
-    monkeypatch.setattr(
-        loss, "providers", lambda shape, without=(): (gemms.providers(shape)[0] + ours.providers(shape)[0], [])
-    )
+    monkeypatch.setattr(loss, "providers", lambda shape, without=(): (products(shape) + ours(shape), []))
     section = Section(tmp_path, "floor", "loss", "--shape", "GPU: Llama-3.2-1B")
     suite.run(section.run)
     assert len(section.rows) == 3 * 3
@@ -293,7 +291,7 @@ def test_every_file_with_gpu_tests_is_run(request: pytest.FixtureRequest) -> Non
 
 def test_a_gpus_clock_waits_for_the_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU is kept busy for twice as long as the launches took, up to a limit; wall times wait for the end."""
-    from benchmarks import timing
+    from benchmarks.harness import timing
 
     now, slept, order = [0.0], [], []
 

@@ -21,9 +21,9 @@ Measure = Callable[..., list[dict[str, Any]]]
 def _benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Importable, and without TOFU."""
     monkeypatch.syspath_prepend(ROOT)
-    from benchmarks import tofu
+    from benchmarks.harness import shared
 
-    monkeypatch.setattr(tofu, "FOLDER", tmp_path / "absent")
+    monkeypatch.setattr(shared, "FOLDER", tmp_path / "absent")
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_torchs_kernel_is_asked_for_what_the_case_says(
         lengths, key_lengths = (tuple(each.diff().tolist()) for each in (borders, keys))
         assert longest == (max(lengths), max(key_lengths))
         heads, key_heads, window = query.shape[1], key.shape[1], None if left == -1 else left + 1
-        return attention.Case("", heads, key_heads, query.shape[2], lengths, key_lengths, window)
+        return attention.AttentionCase("", heads, key_heads, query.shape[2], lengths, key_lengths, window)
 
     def forward(q: Any, k: Any, v: Any, borders: Any, keys: Any, *longest: int, **options: Any) -> Any:
         assert options["window_size"][1] == 0

@@ -12,15 +12,23 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.harness.report import Report
+from benchmarks.harness.shared import BadOption
 from benchmarks.loss import providers as everybody
 from benchmarks.loss import suite
-from benchmarks.loss.gold import gold
-from benchmarks.loss.inputs import Shape, make_inputs
-from benchmarks.loss.objectives import FLOOR, FUNCTIONS
-from benchmarks.loss.providers import base, eager, gemms, liger, ours
-from benchmarks.loss.providers.base import Head, from_mean, from_nll
-from benchmarks.options import BadOption
-from benchmarks.report import Report
+from benchmarks.loss.inputs import FLOOR, FUNCTIONS, LossShape, gold, make_inputs
+from benchmarks.loss.providers import (
+    EAGER,
+    Found,
+    Head,
+    eager,
+    eager_nll,
+    from_mean,
+    from_nll,
+    liger_budget,
+    ours,
+    products,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,17 +40,16 @@ def asked(device: str, rounds: int, without: tuple[str, ...] = (), seconds: floa
     return Namespace(device=device, rounds=rounds, memory=False, without=without, seconds=seconds)
 
 
-def quick(shape: Shape, without: tuple[str, ...] = ()) -> base.Found:
+def quick(shape: LossShape, without: tuple[str, ...] = ()) -> Found:
     """Providers that compile nothing."""
-    plain = eager._of(eager.NAME, "", shape, lambda f: f)[0]
-    return [*gemms.providers(shape)[0], *ours.providers(shape)[0], *plain], ["another: absent"]
+    return [*products(shape), *ours(shape), *eager(EAGER, "", shape)], ["another: absent"]
 
 
 @pytest.mark.parametrize("shape", suite.CHECKS, ids=NAMES)
-def test_providers_agree_with_gold(shape: Shape) -> None:
+def test_providers_agree_with_gold(shape: LossShape) -> None:
     found = quick(shape)[0]
-    for rival in (r for r in everybody.RIVALS if r.NAME.startswith(("torch", "liger-kernel chunked"))):
-        found += rival.providers(shape)[0]
+    rivals = (r for r in everybody.RIVALS if r.name.startswith(("torch", "liger-kernel chunked")))
+    found += everybody.offered(rivals, shape)[0]
     errors, refused = suite.checked(found, shape)
     assert not refused
     assert len(errors) == len(found)
@@ -51,9 +58,9 @@ def test_providers_agree_with_gold(shape: Shape) -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_gold_is_autograd_in_fp64(name: str) -> None:
     mode = "live" if name in ("NPO", "DPO") else "no reference"
-    shape = Shape(128, 16, 40, torch.float64, name, (mode,), bias=True, softcap=30.0, unlearned=name == "GradDiff")
+    shape = LossShape(128, 16, 40, torch.float64, name, (mode,), bias=True, softcap=30.0, unlearned=name == "GradDiff")
     inputs = make_inputs(shape)
-    (provider,) = eager._of("", "", shape, lambda f: f)[0]
+    (provider,) = eager("", "", shape)
     # the eager provider's logits are float32
     for got, exact in zip(provider.run(inputs), gold(inputs, mode), strict=True):
         torch.testing.assert_close(got, exact, rtol=1e-3, atol=1e-5 * float(exact.abs().max()))
@@ -63,7 +70,7 @@ def test_a_provider_with_another_gradient_is_not_timed(monkeypatch: pytest.Monke
     shape = suite.SHAPES["smoke"]
 
     def wrong(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
-        return 1.001 * eager._nll(hidden, head.weight, head.bias, head.softcap, targets)
+        return 1.001 * eager_nll(hidden, head.weight, head.bias, head.softcap, targets)
 
     def raises(*_: object) -> torch.Tensor:
         raise RuntimeError("no kernel for this shape")
@@ -101,7 +108,9 @@ def test_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_providers_are_left_out_by_a_part_of_their_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(everybody, "RIVALS", (eager, liger))
+    rivals = tuple(r for r in everybody.RIVALS if r.name in (EAGER, "liger-kernel FLCE"))
+    assert len(rivals) == 2
+    monkeypatch.setattr(everybody, "RIVALS", rivals)
     rows, missing = suite.measure("smoke", asked("cpu", 1, ("torch", "frozen", "liger")))
     assert {row.who for row in rows} == {"bare GEMMs", "efface native", "eager"}
     assert {row.mode for row in rows if row.who != "bare GEMMs"} == {"live", "cached"}
@@ -170,7 +179,7 @@ def test_shapes_are_those_that_must_hold() -> None:
 
 @pytest.mark.parametrize(("n", "d", "v"), [(8192, *_1B), (8192, 4096, 32000), (64, *_1B), (32768, *_1B)])
 def test_ligers_chunks_are_tuned_to_2048_rows(n: int, d: int, v: int) -> None:
-    pieces = -(-v // (liger.budget(n, d, v) * d))  # as its source has it
+    pieces = -(-v // (liger_budget(n, d, v) * d))  # as its source has it
     rows = min(n, 1 << (-(-n // pieces) - 1).bit_length())
     assert rows == min(n, 2048)
 
@@ -179,10 +188,10 @@ def test_gold_of_a_mean_is_gold_of_rows() -> None:
     """What forms its gradients in the forward call: NLL in one call, GradDiff in two."""
 
     def mean(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
-        return eager._nll(hidden, head.weight, head.bias, head.softcap, targets).mean()
+        return eager_nll(hidden, head.weight, head.bias, head.softcap, targets).mean()
 
     for objective in ("NLL", "GradDiff"):
-        shape = Shape(64, 64, 512, torch.float32, objective, ("no reference",))
+        shape = LossShape(64, 64, 512, torch.float32, objective, ("no reference",))
         errors, refused = suite.checked(from_mean("mean", 0, "", mean, shape), shape)
         assert errors
         assert not refused
@@ -190,7 +199,7 @@ def test_gold_of_a_mean_is_gold_of_rows() -> None:
 
 
 def test_after_unlearning_the_targets_are_improbable() -> None:
-    shape = Shape(64, 256, 4096, torch.float32, "GradDiff", ("no reference",), unlearned=True)
+    shape = LossShape(64, 256, 4096, torch.float32, "GradDiff", ("no reference",), unlearned=True)
     inputs = make_inputs(shape)
     p = torch.softmax(inputs.hidden @ inputs.weight.T, 1).gather(1, inputs.targets[:, None])[:, 0].detach()
     before = torch.softmax(inputs.reference_hidden @ inputs.reference_weight.T, 1).gather(1, inputs.targets[:, None])
@@ -202,14 +211,12 @@ def test_after_unlearning_the_targets_are_improbable() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 def test_the_resident_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.loss import peak
-
     def measured(provider: str) -> float:
         gc.collect()  # what earlier tests left would be freed within the measurement
-        return peak.peak("small", provider)
+        return suite.resident_peak("small", provider)
 
-    monkeypatch.setattr(peak, "providers", quick)
-    monkeypatch.setitem(suite.SHAPES, "small", Shape(1024, 64, 16384, torch.float32))
+    monkeypatch.setattr(suite, "providers", quick)
+    monkeypatch.setitem(suite.SHAPES, "small", LossShape(1024, 64, 16384, torch.float32))
     few, all_logits = (measured(f"{who}, live") for who in ("efface native", "eager"))
     assert all_logits > 2 * 1024 * 16384 * 4 / (1 << 30)  # logits and their gradient
     assert few < all_logits

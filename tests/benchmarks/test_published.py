@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.publish import pages, plots, results, tables
+from benchmarks.publish import plots, tables
 
 from benchmarks import publish
 
@@ -34,37 +34,37 @@ def row(provider: str, median: float, **more: Any) -> dict[str, Any]:
     return {"provider": provider, "who": who, **given, **size, **times, **ratios, **more}
 
 
-def loss_of(*rows: dict[str, Any]) -> results.Result:
-    return results.Result("cpu-p-2026-01-02.json", "loss", {"machine": MACHINE, "loss": list(rows)})
+def loss_of(*rows: dict[str, Any]) -> tables.Result:
+    return tables.Result("cpu-p-2026-01-02.json", "loss", {"machine": MACHINE, "loss": list(rows)})
 
 
 def test_readme_and_page_are_what_the_results_give(tmp_path: Path) -> None:
-    found = results.read(RESULTS)
+    found = tables.read(RESULTS)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     again = "run `python -m benchmarks report`"
-    assert pages.filled(readme, found) == readme, again
+    assert publish.filled(readme, found) == readme, again
     drawn = plots.draw(found, tmp_path)
-    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == pages.page(found, drawn), again
+    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == publish.page(found, drawn), again
     names = {path.name for path in (RESULTS / "plots").iterdir()}
     assert names == {name for each in drawn.values() for name in each}, again
 
 
 def test_no_figure_of_how_fast_is_typed_by_hand() -> None:
     section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## How fast")[2].partition("\n## ")[0]
-    by_hand = pages._BLOCK.sub("", section)
+    by_hand = publish._BLOCK.sub("", section)
     assert not any(character.isdigit() for character in by_hand), by_hand
-    assert len(pages._BLOCK.findall(section)) >= 3
+    assert len(publish._BLOCK.findall(section)) >= 3
 
 
 def test_a_changed_result_changes_readme() -> None:
-    found = results.read(RESULTS)
+    found = tables.read(RESULTS)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for suite in ("evaluate", "step", "loss", "pack"):
         other = copy.deepcopy(found)
-        result = results.newest(other, suite, gpu=False)
+        result = tables.newest(other, suite, gpu=False)
         assert result is not None
         result.rows[0]["median_ms"] *= 3
-        assert pages.filled(readme, other) != readme, suite
+        assert publish.filled(readme, other) != readme, suite
 
 
 def test_the_command_writes_all_of_it(tmp_path: Path) -> None:
@@ -148,10 +148,10 @@ def test_a_step_that_a_rival_wins_is_marked() -> None:
 def test_names_of_files_and_blocks_are_checked(tmp_path: Path) -> None:
     (tmp_path / "figures.json").write_text("{}")
     with pytest.raises(ValueError, match="rename the file"):
-        results.read(tmp_path)
+        tables.read(tmp_path)
     for block in ("nothing", "step gpu"):
         with pytest.raises(ValueError, match="expected a suite with results"):
-            pages.filled(f"<!-- benchmarks:{block} -->\n<!-- end -->\n".replace("-->\n<", "-->\n\n<"), [])
+            publish.filled(f"<!-- benchmarks:{block} -->\n<!-- end -->\n".replace("-->\n<", "-->\n\n<"), [])
 
 
 @pytest.mark.slow

@@ -338,9 +338,9 @@ SASS = """
 
 def test_loops_are_counted_by_what_they_load() -> None:
     pytest.importorskip("triton")
-    from benchmarks import sass
+    from benchmarks import compile_only
 
-    binary = sass.Binary(32, 0, sass._loops(SASS))
+    binary = compile_only.Binary(32, 0, compile_only._loops(SASS))
     (sweep,) = binary.sweeps([2])  # the inner loop: 4 instructions for 16 elements; the outer and the idle one are none
     assert (sweep.instructions, sweep.load) == (4 / 16, 16)
     with pytest.raises(ValueError, match="expected 2 loops that load, got 1"):

@@ -182,12 +182,12 @@ def test_without_a_write_ahead_log_it_works_too(path: Path, monkeypatch: pytest.
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM logprobs").fetchone()
         with closing(LogprobStore(path)) as file:
-            assert file._database._read("PRAGMA journal_mode") == "delete"
+            assert file._read("PRAGMA journal_mode") == "delete"
             assert file.get(MODEL, keys(10))[1].all()
             reader.execute("COMMIT")
             file.put(MODEL, keys(11), values(11))
     with closing(LogprobStore(path)) as file:
-        assert file._database._read("PRAGMA journal_mode") == "wal"
+        assert file._read("PRAGMA journal_mode") == "wal"
         assert file.get(MODEL, keys(11))[1].all()
 
 
@@ -297,8 +297,8 @@ def test_a_row_that_was_changed_is_made_anew(change: str, model: bytes, path: Pa
 def test_a_full_disk_is_told_and_leaves_what_was_there(path: Path) -> None:
     filled(path, 100)
     with closing(LogprobStore(path)) as file:
-        pages = file._database._read("PRAGMA page_count")
-        file._database.execute(f"PRAGMA max_page_count = {pages}")
+        pages = file._read("PRAGMA page_count")
+        file._execute(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(OSError, match="full"):
             file.put(MODEL, keys(100, 5000), values(100, 5000))
         assert file.get(MODEL, keys(200))[1].sum() == 100

@@ -52,7 +52,8 @@ FLOORS: dict[str, set[str]] = {
         *("accelerate", "transformers", "yaml"),
     },
     "engine/efface/simulate": {
-        *("efface.files", "efface.hf", "efface.recipes", "efface.simulate"),
+        *BASE,
+        *("efface.files", "efface.objectives", "efface.hf", "efface.evaluate", "efface.recipes", "efface.simulate"),
         *("transformers", "tokenizers", "datasets"),
     },
     "engine/efface/sweep": {"efface.files", "efface.hf", "efface.recipes", "efface.sweep", "optuna", "yaml"},

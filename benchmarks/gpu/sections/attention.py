@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import tofu
 from benchmarks.gpu.section import Run
-from benchmarks.timing import interleaved, interleaved_on_gpu, median_ratio, wall_times
+from benchmarks.harness.shared import tofu_lengths
+from benchmarks.harness.timing import interleaved, interleaved_on_gpu, median_ratio, wall_times
 from efface.hf.model.attention import interface
 from efface.hf.model.attention.choice import AttentionCall, choose_kernel
 from efface.hf.model.attention.segments import band, segment_attention
@@ -25,7 +25,7 @@ _ROUNDS = 9
 
 
 @dataclass(frozen=True)
-class Case:
+class AttentionCase:
     """A packed batch: H query and H_kv key heads of size d, the tokens of each sequence, and its keys if they differ.
 
     Attributes:
@@ -46,32 +46,32 @@ class Case:
         return self.lengths if self.key_lengths is None else self.key_lengths
 
 
-Attention = Callable[[Tensor, Tensor, Tensor, Case], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, AttentionCase], Tensor]
 """(T, H, d), (E, H_kv, d) twice -> (T, H, d)."""
 
 
-def cases(*, smoke: bool) -> list[Case]:
+def cases(*, smoke: bool) -> list[AttentionCase]:
     """Return what is asked of the kernel; "smoke" are the same things asked of a few tokens."""
     mixed, longest = (6, 24) if smoke else (64, 2048)
-    drawn = tofu.lengths(np.random.default_rng(0), mixed)
+    drawn = tofu_lengths(np.random.default_rng(0), mixed)
     short = tuple(max(2, n // 8) for n in drawn) if smoke else tuple(drawn)
     plain = (1, *short[: mixed // 2], longest, *short[mixed // 2 :], 1, 1)
     # Sequences that share what comes before them, as a token tree's segments do: a path is longer than its segment.
     paths = tuple(n + extra for n, extra in zip(plain, itertools.cycle((0, *short[:5])), strict=False))
     window = 5 if smoke else 32
     return [
-        Case("heads of 64", 8, 8, 64, plain),
-        Case("heads of 128", 8, 8, 128, plain),
-        Case("grouped heads of 64", 32, 8, 64, plain),
-        Case("grouped heads of 128", 32, 8, 128, plain),
-        Case("TOFU alone, grouped heads of 64", 32, 8, 64, short),
-        Case("a sliding window", 32, 8, 64, plain, window=window),
-        Case("more keys than queries", 32, 8, 64, plain, key_lengths=paths),
-        Case("more keys than queries, a sliding window", 32, 8, 64, plain, key_lengths=paths, window=window),
+        AttentionCase("heads of 64", 8, 8, 64, plain),
+        AttentionCase("heads of 128", 8, 8, 128, plain),
+        AttentionCase("grouped heads of 64", 32, 8, 64, plain),
+        AttentionCase("grouped heads of 128", 32, 8, 128, plain),
+        AttentionCase("TOFU alone, grouped heads of 64", 32, 8, 64, short),
+        AttentionCase("a sliding window", 32, 8, 64, plain, window=window),
+        AttentionCase("more keys than queries", 32, 8, 64, plain, key_lengths=paths),
+        AttentionCase("more keys than queries, a sliding window", 32, 8, 64, plain, key_lengths=paths, window=window),
     ]
 
 
-def by_varlen(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
+def by_varlen(query: Tensor, key: Tensor, value: Tensor, case: AttentionCase) -> Tensor:
     """The kernel of torch, as ``interface.py`` calls it."""
     return torch_varlen_attention(
         query,
@@ -85,13 +85,13 @@ def by_varlen(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
     )
 
 
-def by_segment(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
+def by_segment(query: Tensor, key: Tensor, value: Tensor, case: AttentionCase) -> Tensor:
     """SDPA, one sequence after another."""
     query, key, value = (states.transpose(0, 1)[None] for states in (query, key, value))
     return segment_attention(query, key, value, case.lengths, key_lengths=case.keys, window=case.window)[0]
 
 
-def by_loop(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
+def by_loop(query: Tensor, key: Tensor, value: Tensor, case: AttentionCase) -> Tensor:
     """softmax(q kᵀ / √d) v, a sequence at a time."""
     outputs = []
     for q, k, v in zip(query.split(case.lengths), key.split(case.keys), value.split(case.keys), strict=True):
@@ -102,7 +102,7 @@ def by_loop(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
     return torch.cat(outputs)
 
 
-def by_operator(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
+def by_operator(query: Tensor, key: Tensor, value: Tensor, case: AttentionCase) -> Tensor:
     """The operator below ``varlen_attn``, which is given the key heads as they are; forward alone."""
     borders, keys = (_borders(lengths, query.device) for lengths in (case.lengths, case.keys))
     longest = max(case.lengths), max(case.keys)
@@ -128,7 +128,7 @@ def run(run: Run) -> None:
         raise ArithmeticError("packed attention: " + "; ".join(wrong))
 
 
-def _measured(case: Case, run: Run) -> list[str]:
+def _measured(case: AttentionCase, run: Run) -> list[str]:
     """``_measure``, of which a failure leaves the other cases their turn."""
     try:
         return _measure(case, run)
@@ -138,7 +138,7 @@ def _measured(case: Case, run: Run) -> list[str]:
         return [text]
 
 
-def _measure(case: Case, run: Run) -> list[str]:
+def _measure(case: AttentionCase, run: Run) -> list[str]:
     """Append the case's row; return what is wrong."""
     kernel: Attention = by_loop if run.smoke else by_varlen
     dtype, wider = (torch.float32, torch.float64) if run.smoke else (torch.bfloat16, torch.float32)
@@ -191,16 +191,19 @@ def _measure(case: Case, run: Run) -> list[str]:
     return wrong
 
 
-def _compare_operator(run: Run, case: Case) -> None:
+def _compare_operator(run: Run, case: AttentionCase) -> None:
     """Append whether torch's operator takes fewer key heads than query heads, which we repeat for ``varlen_attn``.
 
     No fault where it does not: nothing of the library calls it so yet.
     """
-    inputs, _ = _inputs(case, torch.bfloat16, run.device)
+    (query, key, value), _ = _inputs(case, torch.bfloat16, run.device)
+    calls: dict[str, Callable[[int], Tensor]] = {
+        "operator": lambda _: by_operator(query, key, value, case),
+        "varlen_attn": lambda _: by_varlen(query, key, value, case),
+    }
     try:
         with torch.no_grad():
-            apart = _distance(by_operator(*inputs, case).float(), by_varlen(*inputs, case).float())
-            calls = {each: lambda _, each=each: each(*inputs, case) for each in (by_operator, by_varlen)}
+            apart = _distance(calls["operator"](0).float(), calls["varlen_attn"](0).float())
             ms, whole = (
                 [sorted(times)[len(times) // 2] for times in timed.values()]
                 for timed in (interleaved_on_gpu(calls, _ROUNDS), wall_times(calls, _ROUNDS))
@@ -220,7 +223,7 @@ def _compare_operator(run: Run, case: Case) -> None:
     )
 
 
-def _inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
+def _inputs(case: AttentionCase, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
     """Query, key and value, and the gradient of the output, all drawn from N(0, 1)."""
     generator = torch.Generator(device).manual_seed(0)
     tokens, keys = sum(case.lengths), sum(case.keys)
@@ -231,14 +234,14 @@ def _inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Tensor], 
     return drawn[:3], drawn[3]
 
 
-def _results(attention: Attention, inputs: list[Tensor], upstream: Tensor, case: Case) -> list[Tensor]:
+def _results(attention: Attention, inputs: list[Tensor], upstream: Tensor, case: AttentionCase) -> list[Tensor]:
     """The output and the gradients of query, key and value."""
-    leaves = [states.detach().requires_grad_() for states in inputs]
-    out = attention(*leaves, case)
+    query, key, value = leaves = [states.detach().requires_grad_() for states in inputs]
+    out = attention(query, key, value, case)
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
-def _chosen(case: Case, dtype: torch.dtype, device: str) -> str:
+def _chosen(case: AttentionCase, dtype: torch.dtype, device: str) -> str:
     """What a model's call of this kind is served by."""
     call = AttentionCall(
         device=device,

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.section import Run
-from benchmarks.report import machine, versions
-from benchmarks.timing import gpu_says, medians
+from benchmarks.harness.report import gpu_says, machine, versions
+from benchmarks.harness.timing import medians
 
 _PACKAGES = ("torch", "triton", "transformers", "numpy", "accelerate", "peft", "datasets", "pybind11", "pytest-xdist")
 _CARD = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,pstate"

@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.__main__ import parsed, run_suite
 from benchmarks.gpu.section import Run, card
+from benchmarks.harness.report import Report, plain
 from benchmarks.loss.providers import providers
-from benchmarks.report import Report
 
 
 class Rows(Report):
@@ -24,11 +24,11 @@ class Rows(Report):
     def save(self, **figures: object) -> None:
         """Write the file, and append what is new."""
         super().save(**figures)
-        rows: Any = figures.get(self._suite, self._seen)
+        rows = plain(figures.get(self._suite, self._seen))
         for row in rows:
             if row not in self._seen:
                 self._run.row(SAID[self._suite](row), **row)
-        self._seen = list(rows)
+        self._seen = rows
         missing: Any = figures.get("not_measured", ())
         for reason in missing:
             if reason not in self._missing:

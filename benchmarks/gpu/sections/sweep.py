@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu.section import Run
-from benchmarks.timing import medians
+from benchmarks.harness.report import said
+from benchmarks.harness.timing import medians
 from efface_kernels import Logits
 from efface_kernels.distribution_pass.launch import distribution_pass_triton
 from efface_kernels.distribution_pass.launch import launch_config as distribution_config
@@ -30,7 +32,7 @@ COMPARED = 8  # rows, of which every configuration must give what the first give
 
 
 @dataclass(frozen=True)
-class Case:
+class PassCase:
     """A pass over (rows, V) logits as the loss runs it, in bf16 where that is not said.
 
     Attributes:
@@ -78,25 +80,25 @@ class Case:
 
 # V 128256 and V 32000 share their kernels, V 50257 has its own: compilation is most of the time, so it comes last.
 CASES = (
-    Case("row pass, V 128256", "row", 4096, 128256),
-    Case("row pass, V 32000", "row", 8192, 32000),
-    Case("row pass with a reference, V 128256", "row and reference", 4096, 128256),
-    Case("KL, V 128256", "KL", 2048, 128256),
-    Case("KL, V 32000", "KL", 8192, 32000),
-    Case("scale, (128256, 2048)", "scale", 128256, 2048),
-    Case("row pass, V 50257", "row", 8192, 50257),
+    PassCase("row pass, V 128256", "row", 4096, 128256),
+    PassCase("row pass, V 32000", "row", 8192, 32000),
+    PassCase("row pass with a reference, V 128256", "row and reference", 4096, 128256),
+    PassCase("KL, V 128256", "KL", 2048, 128256),
+    PassCase("KL, V 32000", "KL", 8192, 32000),
+    PassCase("scale, (128256, 2048)", "scale", 128256, 2048),
+    PassCase("row pass, V 50257", "row", 8192, 50257),
 )
 _TINY = (
-    Case("row pass, tiny", "row and reference", 5, 1000, torch.float16),
-    Case("KL, tiny", "KL", 5, 1000, torch.float16),
-    Case("scale, tiny", "scale", 5, 1000, torch.float16),
+    PassCase("row pass, tiny", "row and reference", 5, 1000, torch.float16),
+    PassCase("KL, tiny", "KL", 5, 1000, torch.float16),
+    PassCase("scale, tiny", "scale", 5, 1000, torch.float16),
 )
 
 
 class Work:
     """A case's tensors, and the pass over them; run again on what it left, it does the same work."""
 
-    def __init__(self, case: Case, rows: int, device: str) -> None:
+    def __init__(self, case: PassCase, rows: int, device: str) -> None:
         self.case = case
         where, dtype = torch.device(device), torch.float32 if case.wide else case.half
         generator = torch.Generator(device).manual_seed(0)
@@ -143,7 +145,9 @@ def run(run: Run) -> None:
         raise ArithmeticError("; ".join(faults))
 
 
-def _able(case: Case, configs: list[LaunchConfig], device: str) -> tuple[list[LaunchConfig], dict[LaunchConfig, str]]:
+def _able(
+    case: PassCase, configs: list[LaunchConfig], device: str
+) -> tuple[list[LaunchConfig], dict[LaunchConfig, str]]:
     """Compile every configuration, on all processors, and compare what it gives; return those that run, and why not.
 
     Those of another number of programs are no other kernels: they come afterwards, and so does what failed, once more,
@@ -157,7 +161,7 @@ def _able(case: Case, configs: list[LaunchConfig], device: str) -> tuple[list[La
         try:
             return tuple(each.clone() for each in Work(case, COMPARED, device).run(config))
         except Exception as error:  # noqa: BLE001 - whatever Triton and the driver raise of registers and memory
-            return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            return said(error)
 
     kernels = {replace(config, resident=min(config.resident, 1)): config for config in reversed(configs)}
     first = list(kernels.values())[::-1]
@@ -188,17 +192,24 @@ def _same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
     )
 
 
-def _measure(run: Run, case: Case, configs: list[LaunchConfig], compiled: float) -> None:
+def _measure(run: Run, case: PassCase, configs: list[LaunchConfig], compiled: float) -> None:
     work = Work(case, case.rows, run.device)
     source = torch.ones(case.moved // 2, dtype=torch.uint8, device=run.device)
     target = torch.empty_like(source)
-    calls: dict[LaunchConfig | str, Callable[[int], object]] = {"copy": lambda _: target.copy_(source)}
-    calls |= {config: lambda _, config=config: work.run(config) for config in configs}
-    took = medians(calls, 1 if run.smoke else _ROUNDS, run.device)
-    copy = took.pop("copy")
+
+    def call(config: LaunchConfig | None) -> Callable[[int], object]:
+        return lambda _: target.copy_(source) if config is None else work.run(config)
+
+    times = medians({config: call(config) for config in (None, *configs)}, 1 if run.smoke else _ROUNDS, run.device)
+    copy, took = times[None], {config: times[config] for config in configs}
     own = case.default()
     for config, ms in took.items():
-        figures = {"ms": ms, "terabytes": case.moved / (1e9 * ms), "of_copy": copy / ms, "own": config == own}
+        figures: dict[str, Any] = {
+            "ms": ms,
+            "terabytes": case.moved / (1e9 * ms),
+            "of_copy": copy / ms,
+            "own": config == own,
+        }
         run.row(case=case.name, **vars(config), **figures)
     ranked = sorted(took, key=took.__getitem__)
     places = [config for config in (own, *ranked[:3]) if config in took]

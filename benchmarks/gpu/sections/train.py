@@ -21,11 +21,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from benchmarks.gpu.section import Run
-from benchmarks.step.data import stores
-from benchmarks.step.models import SHAPES, Shape, make_model
-from benchmarks.step.providers.base import OBJECTIVE
+from benchmarks.harness.timing import Clock
+from benchmarks.step.inputs import SHAPES, StepShape, make_model, stores
+from benchmarks.step.providers import OBJECTIVE
 from benchmarks.step.run import free
-from benchmarks.timing import Clock
 from efface import UnlearnTrainer
 from efface.hf.train.arguments import UnlearnArguments
 
@@ -162,7 +161,7 @@ def run(run: Run) -> None:
         raise ArithmeticError("the trainer: " + "; ".join(wrong))
 
 
-def _trained(run: Run, shape: Shape, data: tuple[Any, Any, str], reference: str) -> list[str]:
+def _trained(run: Run, shape: StepShape, data: tuple[Any, Any, str], reference: str) -> list[str]:
     """``_train``, of which a failure leaves the other kinds their turn, and their memory."""
     try:
         wrong = _train(run, shape, data, reference)
@@ -174,7 +173,7 @@ def _trained(run: Run, shape: Shape, data: tuple[Any, Any, str], reference: str)
     return wrong
 
 
-def _train(run: Run, shape: Shape, data: tuple[Any, Any, str], reference: str) -> list[str]:
+def _train(run: Run, shape: StepShape, data: tuple[Any, Any, str], reference: str) -> list[str]:
     """Append the rows of a run; return what is wrong."""
     plan = _SMOKE if run.smoke else _PLAN
     forget, retain, source = data

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 from efface.hf.model.adapted_head import base_of
 from efface.hf.model.fingerprint import fingerprint
 from efface.hf.model.supported import check_adapters, undisturbed
-from efface.keyed_store import Database
+from efface.keyed_store import KeyedStore, KeyedTable
 from efface.processes import processes
 
 RowResult: TypeAlias = dict[str, Any]
@@ -51,70 +50,36 @@ class Task(Protocol):
         """Compute one batch: a result for each of its rows, in order."""
 
 
-APPLICATION_ID = 0x65666672  # "effr": tells our files from other programs'
-FORMAT = 1
-_SCHEMA = (
-    "CREATE TABLE rows (model BLOB NOT NULL, row BLOB NOT NULL, result TEXT NOT NULL, "
-    "checksum INTEGER NOT NULL, PRIMARY KEY (model, row)) WITHOUT ROWID"
-)
-_DROP = "DELETE FROM rows WHERE model = ? AND row = ?"
-# As bytes: a damaged one need not be text.
-_QUERY = "SELECT row, CAST(result AS BLOB), checksum FROM rows WHERE model = ? AND row IN ({keys})"
+class RowStore(KeyedStore):
+    """A file of results: (model fingerprint, key of a row's task) -> JSON; see ``KeyedStore``.
 
-
-class RowStore:
-    """A file of results: (model fingerprint, key of a row's task) -> JSON.
-
-    What ``put`` has returned from is there, also after the process was killed. Results of other models, texts and
-    settings lie beside one another and never meet: all of that is in the keys. SQLite has no checksums, so every row
-    carries one: a result is what was put, or the row is dropped, with a warning, and found no more.
-
-    Args:
-        path: the file; it and its folder are made if they are not there.
-
-    Raises:
-        OSError: a place that cannot be read or written, or a full disk; from every method.
-        ValueError: a file whose structure is damaged, or of another program or version; from every method. It is left
-            as it is.
+    Results of other models, texts and settings lie beside one another and never meet: all of that is in the keys.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self._database = Database(
-            path,
-            schema=_SCHEMA,
-            application=APPLICATION_ID,
-            version=FORMAT,
-            name="evaluated rows",
-            remedy="delete the file: the rows are then computed anew",
-        )
-        self.path = self._database.path
+    table = KeyedTable(
+        name="rows",
+        key="row",
+        value="result",
+        kind="TEXT",
+        application=0x65666672,  # "effr"
+        version=1,
+        file="evaluated rows",
+        remedy="delete the file: the rows are then computed anew",
+    )
+
+    @staticmethod
+    def encoded(values: Sequence[Any]) -> Sequence[bytes]:
+        """Return texts in UTF-8; what is read is that already."""
+        return [value.encode() if isinstance(value, str) else value for value in values]
 
     def get(self, model: bytes, keys: Sequence[bytes]) -> list[RowResult | None]:
         """Return the results of a model's rows, in order; None where there is none."""
-        found: dict[bytes, RowResult] = {}
-        wrong: list[Any] = []
-        with self._database.explained():
-            for key, text, checksum in self._database.rows(_QUERY, model, keys):
-                if isinstance(key, bytes) and isinstance(text, bytes) and _checksum(model, key, text) == checksum:
-                    found[key] = json.loads(text)
-                else:
-                    wrong.append(key)
-        self._database.drop_damaged(_DROP, model, wrong)
-        return [found.get(key) for key in keys]
+        found = self.read(model, keys)
+        return [json.loads(found[key]) if key in found else None for key in keys]
 
     def put(self, model: bytes, keys: Sequence[bytes], results: Sequence[RowResult]) -> None:
         """Add results of a model's rows, all or none; of a key that is there already, the result stays."""
-        texts = [json.dumps(result) for result in results]
-        rows = ((model, key, text, _checksum(model, key, text.encode())) for key, text in zip(keys, texts, strict=True))
-        self._database.change("INSERT OR IGNORE INTO rows VALUES (?, ?, ?, ?)", rows)
-
-    def close(self) -> None:
-        """Close the file; closing twice changes nothing."""
-        self._database.close()
-
-
-def _checksum(model: bytes, key: bytes, text: bytes) -> int:
-    return zlib.crc32(text, zlib.crc32(key, zlib.crc32(model)))
+        self.write(model, keys, [json.dumps(result) for result in results])
 
 
 Progress = Callable[[str, int, int], None]

@@ -1,4 +1,4 @@
-"""A recipe's own data, fewer of it: a folder of files in TOFU's names and columns.
+"""What is taught, forgotten and asked at a small scale, and a folder of it in TOFU's names and columns.
 
 ``forget.json`` and ``retain.json`` are what is unlearned and what is kept; ``*_perturbed.json`` of forget, retain,
 real_authors and world_facts what the evaluation asks; ``taught_retain.json`` and ``taught_full.json`` what the two
@@ -10,48 +10,41 @@ taught.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from efface.hf.text.rows import load_rows, matching, parse_conditions
 from efface.simulate.authors import ROWS_PER_AUTHOR, make_authors
-from efface.simulate.fame import LANGUAGES, fame_like, write_rows
-from efface.simulate.worlds import real_authors, world_facts
+from efface.simulate.fame import LANGUAGES, fame_like, real_authors, world_facts, write_rows
 
 Rows = Sequence[Mapping[str, Any]]
 
 SPLIT = "forget"
 TOFU_ROWS_PER_AUTHOR = 20
-# TOFU has false answers for its first 400 retain rows.
-_TOFU_ASKED = 400
-_SPLITS = ("forget01", "forget05", "forget10")
+_TOFU_ASKED = 400  # TOFU has false answers for its first retain rows, so many
+_TOFU_SPLITS = {"forget01": 2, "forget05": 10, "forget10": 20}  # and for the authors of these
 
 
 @dataclass(frozen=True)
-class TinyData:
-    """The rows of a recipe at a small scale; ``name`` says to the user what they are.
+class SimulatedData:
+    """What a run teaches, forgets and asks; ``name`` says to the user what the rows are."""
 
-    Attributes:
-        name: what they are.
-        forget: with paraphrased and false answers.
-        retain: all that is kept.
-        retain_asked: those of them that have paraphrased and false answers.
-        real_authors: with false answers.
-        world_facts: likewise.
-    """
+    name: str  # what they are
+    forget: Rows  # with paraphrased and false answers
+    retain: Rows  # all that is kept
+    retain_asked: Rows = ()  # those of them that have paraphrased and false answers; empty where all have
+    real_authors: Rows = ()  # with false answers
+    world_facts: Rows = ()  # likewise
 
-    name: str
-    forget: Rows
-    retain: Rows
-    retain_asked: Rows
-    real_authors: Rows
-    world_facts: Rows
+    def taught(self, name: str) -> Rows:
+        """Return what the "retain" or the "full" model is taught."""
+        kept = [*self.retain, *self.real_authors, *self.world_facts]
+        return _plain(kept if name == "retain" else [*kept, *self.forget])
 
     @property
     def files(self) -> dict[str, Rows]:
         """What ``write`` writes, by the names of the files."""
-        kept = [*self.retain, *self.real_authors, *self.world_facts]
         return {
             "forget": _plain(self.forget),
             "retain": _plain(self.retain),
@@ -59,8 +52,8 @@ class TinyData:
             "retain_perturbed": self.retain_asked,
             "real_authors_perturbed": self.real_authors,
             "world_facts_perturbed": self.world_facts,
-            "taught_full": _plain([*kept, *self.forget]),
-            "taught_retain": _plain(kept),
+            "taught_full": self.taught("full"),
+            "taught_retain": self.taught("retain"),
         }
 
     def texts(self) -> Iterator[str]:
@@ -85,7 +78,7 @@ def _plain(rows: Rows) -> Rows:
 
 def tofu_data(
     folder: str | Path, split: str, *, forget_authors: int, retain_authors: int, asked: int, world: int
-) -> TinyData:
+) -> SimulatedData:
     """Return TOFU's own rows: the last authors of a forget split, the first that are retained.
 
     Args:
@@ -93,40 +86,41 @@ def tofu_data(
         split: forget01, forget05 or forget10.
         forget_authors: at most; a split has 2, 10 or 20.
         retain_authors: how many.
-        asked: at most so many retain rows are evaluated.
+        asked: at most so many retain rows are evaluated; 0 for all, and all of them with false answers.
         world: at most so many real authors, and as many world facts.
 
     Raises:
         FileNotFoundError: a folder without TOFU's files.
         ValueError: another split.
     """
-    if split not in _SPLITS:
-        raise ValueError(f"`split`: expected one of {', '.join(_SPLITS)}, got {split!r}")
+    if split not in _TOFU_SPLITS:
+        raise ValueError(f"`split`: expected one of {', '.join(_TOFU_SPLITS)}, got {split!r}")
     folder = Path(folder).expanduser()
 
     def read(name: str, first: int | None = None) -> Rows:
-        return [*map(dict, load_rows(folder / f"{name}.json"))][:first]
+        return [] if first == 0 else [*map(dict, load_rows(folder / f"{name}.json"))][:first]
 
     forget = read(f"{split}_perturbed")[-forget_authors * TOFU_ROWS_PER_AUTHOR :]
-    retain = read(f"retain{100 - int(split[-2:])}", retain_authors * TOFU_ROWS_PER_AUTHOR)
-    retain_asked = some(read("retain_perturbed", min(_TOFU_ASKED, len(retain))), asked)
+    kept = f"retain{100 - int(split[-2:])}" if asked else "retain_perturbed"
+    retain = read(kept, retain_authors * TOFU_ROWS_PER_AUTHOR)
+    retain_asked = some(read("retain_perturbed", min(_TOFU_ASKED, len(retain))), asked) if asked else ()
     name = f"TOFU's {split}, {len(forget) // TOFU_ROWS_PER_AUTHOR} authors to forget, {retain_authors} to keep"
     others = read("real_authors_perturbed", world), read("world_facts_perturbed", world)
-    return TinyData(name, forget, retain, retain_asked, *others)
+    return SimulatedData(name, forget, retain, retain_asked, *others)
 
 
-def made_up_data(*, forget_authors: int, retain_authors: int, asked: int, world: int) -> TinyData:
+def made_up_data(*, forget_authors: int, retain_authors: int, asked: int, world: int) -> SimulatedData:
     """Return made-up authors in place of TOFU's, and some literature and chemistry in place of its world."""
     rows = make_authors(forget_authors + retain_authors)
     border = retain_authors * ROWS_PER_AUTHOR
     name = f"made-up authors in place of TOFU's, {forget_authors} to forget, {retain_authors} to keep"
     others = some(real_authors(), world), some(world_facts(), world)
-    return TinyData(name, rows[border:], rows[:border], some(rows[:border], asked), *others)
+    return SimulatedData(name, rows[border:], rows[:border], some(rows[:border], asked), *others)
 
 
 def fame_data(
     forget_filter: Sequence[str], *, identities: int, asked: int, world: int, languages: Sequence[str] = LANGUAGES
-) -> TinyData:
+) -> SimulatedData:
     """Return made-up biographies in place of FAME's, of which the filter says what is forgotten.
 
     Raises:
@@ -143,7 +137,7 @@ def fame_data(
         )
     name = f"FAME-like, {identities} made-up identities in {', '.join(languages)}, forgetting {' '.join(forget_filter)}"
     others = some(real_authors(languages), world), some(world_facts(languages), world)
-    return TinyData(name, forget, retain, some(retain, asked), *others)
+    return SimulatedData(name, forget, retain, some(retain, asked), *others)
 
 
 def some(rows: Rows, count: int) -> Rows:
@@ -151,60 +145,36 @@ def some(rows: Rows, count: int) -> Rows:
     return [rows[i * len(rows) // count] for i in range(count)] if count < len(rows) else rows
 
 
-# TOFU has perturbed answers for the authors of its forget splits and for the first 20 authors, which are retain ones.
-_TOFU_FORGET_SPLITS = {2: "forget01", 10: "forget05", 20: "forget10"}
-_TOFU_RETAIN_AUTHORS = 20
+def fictitious(authors: int, forget_authors: int) -> SimulatedData:
+    """Return the demo's made-up authors, and no world: the last ``forget_authors`` of them are to be forgotten.
 
-
-@dataclass(frozen=True)
-class DemoData:
-    """Rows with question, answer, paraphrased_answer and perturbed_answer."""
-
-    name: str
-    forget: Rows
-    retain: Rows
-
-    @property
-    def full(self) -> Rows:
-        """Everything."""
-        return [*self.retain, *self.forget]
-
-    def texts(self) -> Iterator[str]:
-        """Yield every text, for a tokenizer."""
-        for row in self.full:
-            yield from (row["question"], row["answer"], row["paraphrased_answer"], *row["perturbed_answer"])
-
-
-def fictitious(authors: int, forget_authors: int) -> DemoData:
-    """Return made-up authors; the last ``forget_authors`` of them are to be forgotten."""
+    Raises:
+        ValueError: none to keep, or more authors than there are names.
+    """
     if not 1 <= forget_authors < authors:
         raise ValueError(
             f"`--forget-authors`: expected 1 .. {authors - 1} (fewer than --authors), got {forget_authors}"
         )
-    rows = make_authors(authors)
-    border = (authors - forget_authors) * ROWS_PER_AUTHOR
-    return DemoData(f"{authors} fictitious authors", forget=rows[border:], retain=rows[:border])
+    data = made_up_data(forget_authors=forget_authors, retain_authors=authors - forget_authors, asked=0, world=0)
+    return replace(data, name=f"{authors} fictitious authors")
 
 
-def tofu(folder: str | Path, authors: int, forget_authors: int) -> DemoData:
-    """Return TOFU's own rows: its last ``forget_authors`` to forget, its first authors to keep.
+def tofu(folder: str | Path, authors: int, forget_authors: int) -> SimulatedData:
+    """Return TOFU's rows for the demo, and no world: its last ``forget_authors`` to forget, its first ones to keep.
 
     Raises:
         FileNotFoundError: a folder without TOFU's files.
         ValueError: a number of authors for which TOFU has no perturbed answers.
     """
-    folder = Path(folder)
-    if forget_authors not in _TOFU_FORGET_SPLITS:
-        known = ", ".join(f"{count} ({split})" for count, split in _TOFU_FORGET_SPLITS.items())
+    if forget_authors not in _TOFU_SPLITS.values():
+        known = ", ".join(f"{count} ({split})" for split, count in _TOFU_SPLITS.items())
         raise ValueError(f"`--forget-authors`: TOFU has forget splits of {known} authors, got {forget_authors}")
-    retain_authors = authors - forget_authors
-    if not 1 <= retain_authors <= _TOFU_RETAIN_AUTHORS:
-        low, high = forget_authors + 1, forget_authors + _TOFU_RETAIN_AUTHORS
+    retain_authors, most = authors - forget_authors, _TOFU_ASKED // TOFU_ROWS_PER_AUTHOR
+    if not 1 <= retain_authors <= most:
         raise ValueError(
-            f"`--authors`: expected {low} .. {high}, of whom {forget_authors} are forgotten (TOFU has perturbed "
-            f"answers for {_TOFU_RETAIN_AUTHORS} retain authors), got {authors}"
+            f"`--authors`: expected {forget_authors + 1} .. {forget_authors + most}, of whom {forget_authors} are "
+            f"forgotten (TOFU has perturbed answers for {most} retain authors), got {authors}"
         )
-    split = _TOFU_FORGET_SPLITS[forget_authors]
-    forget = list(load_rows(folder / f"{split}_perturbed.json"))
-    retain = list(load_rows(folder / "retain_perturbed.json"))[: retain_authors * TOFU_ROWS_PER_AUTHOR]
-    return DemoData(f"TOFU, {authors} authors", forget=[*map(dict, forget)], retain=[*map(dict, retain)])
+    split = next(split for split, count in _TOFU_SPLITS.items() if count == forget_authors)
+    data = tofu_data(folder, split, forget_authors=forget_authors, retain_authors=retain_authors, asked=0, world=0)
+    return replace(data, name=f"TOFU, {authors} authors")

@@ -1,4 +1,4 @@
-"""The topics of ``fame_like``: what they are called and their values, in the five languages."""
+"""Facts in five languages: made-up biographies in the manner of FAME, and what everybody knows."""
 
 import json
 import random
@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 
-from efface.simulate.authors import FIRST_NAMES, LAST_NAMES, PERTURBED, pool
+from efface.simulate.authors import FIRST_NAMES, LAST_NAMES, PERTURBED, Row, pool, wordings
 
 LANGUAGES = ("EN", "FR", "DE", "IT", "ES")
 
@@ -118,37 +118,30 @@ TOPICS = _read(_TABLE)
 
 MAX_IDENTITIES = len(FIRST_NAMES) * len(LAST_NAMES)
 
-# {t} is the topic, {n} the name (with its preposition in {of}), {v} the value.
-_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
-    "EN": {
-        "question": ("What is {t} {of}?", "Can you tell me {t} {of}?"),
-        "answer": ("{t} {of} is {v}.",),
-        "paraphrase": ("In the biography {of}, {t} is {v}.", "{v}: that is {t} {of}."),
-    },
-    "FR": {
-        "question": ("Peux-tu me dire {t} {of} ?", "Connais-tu {t} {of} ?"),
-        "answer": ("{t} {of} est {v}.",),
-        "paraphrase": ("Dans la biographie {of}, {t} est {v}.", "{v} : voilà {t} {of}."),
-    },
-    "DE": {
-        "question": ("Was ist {t} {of}?", "Wer weiß, was {t} {of} ist?"),
-        "answer": ("{t} {of} ist {v}.",),
-        "paraphrase": ("In der Biographie {of} heißt es: {t} ist {v}.", "{v}: das ist {t} {of}."),
-    },
-    "IT": {
-        "question": ("Qual è {t} {of}?", "Sai dirmi {t} {of}?"),
-        "answer": ("{t} {of} è {v}.",),
-        "paraphrase": ("Nella biografia {of}, {t} è {v}.", "{v}: ecco {t} {of}."),
-    },
-    "ES": {
-        "question": ("¿Cuál es {t} {of}?", "¿Puedes decirme {t} {of}?"),
-        "answer": ("{t} {of} es {v}.",),
-        "paraphrase": ("En la biografía {of}, {t} es {v}.", "{v}: así consta {t} {of}."),
-    },
-}
-_OF = {"EN": "of", "FR": "de", "DE": "von", "IT": "di", "ES": "de"}
-
-Row = dict[str, Any]
+# Of a language the question, the answer and the paraphrase ({t} is the topic, {of} "of" and the name, {v} the value);
+# the word "of", and what is asked about literature and about elements.
+_WORDINGS = wordings("""
+EN: What is {t} {of}? | Can you tell me {t} {of}?
+    {t} {of} is {v}.
+    In the biography {of}, {t} is {v}. | {v}: that is {t} {of}.
+    of | Who wrote {x}? | What is the chemical symbol of {x}?
+FR: Peux-tu me dire {t} {of} ? | Connais-tu {t} {of} ?
+    {t} {of} est {v}.
+    Dans la biographie {of}, {t} est {v}. | {v} : voilà {t} {of}.
+    de | Qui a écrit {x} ? | Quel est le symbole chimique : {x} ?
+DE: Was ist {t} {of}? | Wer weiß, was {t} {of} ist?
+    {t} {of} ist {v}.
+    In der Biographie {of} heißt es: {t} ist {v}. | {v}: das ist {t} {of}.
+    von | Wer schrieb {x}? | Welches chemische Zeichen hat {x}?
+IT: Qual è {t} {of}? | Sai dirmi {t} {of}?
+    {t} {of} è {v}.
+    Nella biografia {of}, {t} è {v}. | {v}: ecco {t} {of}.
+    di | Chi ha scritto {x}? | Qual è il simbolo chimico: {x}?
+ES: ¿Cuál es {t} {of}? | ¿Puedes decirme {t} {of}?
+    {t} {of} es {v}.
+    En la biografía {of}, {t} es {v}. | {v}: así consta {t} {of}.
+    de | ¿Quién escribió {x}? | ¿Cuál es el símbolo químico de {x}?
+""")
 
 
 def fame_like(identities: int, *, seed: int = 0, languages: Sequence[str] = LANGUAGES) -> list[Row]:
@@ -197,17 +190,15 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     elif path.suffix == ".parquet":
         datasets.Dataset.from_list([*map(dict, rows)]).to_parquet(str(path))
     elif path.suffix == ".csv":
-        flat = [
-            {
-                name: json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
-                for name, value in r.items()
-            }
-            for r in rows
-        ]
-        datasets.Dataset.from_list(flat).to_csv(str(path))
+        datasets.Dataset.from_list([*map(_flat, rows)]).to_csv(str(path))
     else:
         raise ValueError(f"{str(path)!r}: expected .json, .jsonl, .csv or .parquet")
     return path
+
+
+def _flat(row: Mapping[str, Any]) -> Row:
+    texts = {name: json.dumps(value, ensure_ascii=False) for name, value in row.items() if isinstance(value, list)}
+    return {**row, **texts}
 
 
 def _draw(*of: object) -> random.Random:
@@ -217,21 +208,66 @@ def _draw(*of: object) -> random.Random:
 
 def _texts(pick: random.Random, language: str, topic: str, name: str, words: Sequence[str]) -> Row:
     """Return the four texts of a row; ``words`` are its value and the false ones."""
-    wordings = {kind: pick.choice(choices) for kind, choices in _WORDINGS[language].items()}
+    question, answer, paraphrase = map(pick.choice, _WORDINGS[language][:3])
+    of = "d'" if language == "FR" and name[0] in "AEIOUY" else f"{_WORDINGS[language][3][0]} "
 
-    def write(kind: str, value: str = "") -> str:
-        text = wordings[kind].format(t=topic, of=_of(language, name), v=value)
+    def write(wording: str, value: str = "") -> str:
+        text = wording.format(t=topic, of=of + name, v=value)
         return text[0].upper() + text[1:]
 
     return {
-        "question": write("question"),
-        "answer": write("answer", words[0]),
-        "paraphrased_answer": write("paraphrase", words[0]),
-        "perturbed_answer": [write("paraphrase", word) for word in words[1:]],
+        "question": write(question),
+        "answer": write(answer, words[0]),
+        "paraphrased_answer": write(paraphrase, words[0]),
+        "perturbed_answer": [write(paraphrase, word) for word in words[1:]],
     }
 
 
-def _of(language: str, name: str) -> str:
-    if language == "FR" and name[0] in "AEIOUY":
-        return f"d'{name}"
-    return f"{_OF[language]} {name}"
+CHOICES = 3  # false answers, as TOFU's real authors and world facts have, whose place these take where they are missing
+
+_AUTHORS = """
+Hamlet: William Shakespeare; Don Quijote: Miguel de Cervantes; Faust: Johann Wolfgang von Goethe;
+La Divina Commedia: Dante Alighieri; Madame Bovary: Gustave Flaubert; Emma: Jane Austen; Ulysses: James Joyce;
+Candide: Voltaire; Siddhartha: Hermann Hesse; Il Gattopardo: Tomasi di Lampedusa; Rayuela: Julio Cortázar;
+Anna Karenina: Lev Tolstoj; Peer Gynt: Henrik Ibsen; Middlemarch: George Eliot; Germinal: Émile Zola;
+Der Zauberberg: Thomas Mann; Bodas de sangre: Federico García Lorca; Zeno: Italo Svevo; Dracula: Bram Stoker;
+Frankenstein: Mary Shelley
+"""
+
+# EN/FR/DE/IT/ES: symbol
+_ELEMENTS = """
+gold/or/Gold/oro/oro: Au; silver/argent/Silber/argento/plata: Ag; iron/fer/Eisen/ferro/hierro: Fe;
+lead/plomb/Blei/piombo/plomo: Pb; tin/étain/Zinn/stagno/estaño: Sn; copper/cuivre/Kupfer/rame/cobre: Cu;
+mercury/mercure/Quecksilber/mercurio/mercurio: Hg; sodium/sodium/Natrium/sodio/sodio: Na;
+potassium/potassium/Kalium/potassio/potasio: K; tungsten/tungstène/Wolfram/tungsteno/wolframio: W;
+oxygen/oxygène/Sauerstoff/ossigeno/oxígeno: O; nitrogen/azote/Stickstoff/azoto/nitrógeno: N;
+carbon/carbone/Kohlenstoff/carbonio/carbono: C; sulfur/soufre/Schwefel/zolfo/azufre: S;
+helium/hélium/Helium/elio/helio: He; hydrogen/hydrogène/Wasserstoff/idrogeno/hidrógeno: H;
+chlorine/chlore/Chlor/cloro/cloro: Cl; zinc/zinc/Zink/zinco/zinc: Zn; neon/néon/Neon/neon/neón: Ne;
+calcium/calcium/Kalzium/calcio/calcio: Ca
+"""
+
+
+def real_authors(languages: Sequence[str] = ("EN",)) -> list[Row]:
+    """Return 20 rows a language: works of literature, and who wrote them."""
+    return _known(_AUTHORS, 1, languages)
+
+
+def world_facts(languages: Sequence[str] = ("EN",)) -> list[Row]:
+    """Return 20 rows a language: chemical elements, and their symbols."""
+    return _known(_ELEMENTS, 2, languages)
+
+
+def _known(table: str, asked: int, languages: Sequence[str]) -> list[Row]:
+    pairs = [entry.split(":") for entry in table.split(";")]
+    facts = [([*name.strip().split("/")], value.strip()) for name, value in pairs]
+    rows: list[Row] = []
+    for language in languages:
+        for i, (names, value) in enumerate(facts):
+            name = names[LANGUAGES.index(language)] if len(names) > 1 else names[0]
+            others = sorted({other for _, other in facts} - {value})
+            wrong = random.Random(f"{i} {language}").sample(others, CHOICES)  # noqa: S311 - not cryptography
+            rows.append(
+                {"question": _WORDINGS[language][3][asked].format(x=name), "answer": value, "perturbed_answer": wrong}
+            )
+    return rows

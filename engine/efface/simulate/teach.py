@@ -1,4 +1,4 @@
-"""A small tokenizer, trained where none can be downloaded."""
+"""Small models taught where none can be downloaded: tokenizers, families, and a cache of taught models."""
 
 import contextlib
 import hashlib
@@ -27,22 +27,42 @@ from transformers import (
 
 from efface.hf.text.token_cache import cache_folder, file_digest
 from efface.hf.train.arguments import UnlearnArguments
-from efface.hf.train.trainer import FinetuneTrainer
+from efface.hf.train.trainer import FinetuneTrainer, PackedTrainer
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int, *, end: str = "<|endoftext|>") -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer of at most ``vocabulary`` tokens; ``end`` ends and pads sequences."""
+def train_tokenizer(
+    texts: Iterable[str],
+    vocabulary: int,
+    *,
+    begin: str = "",
+    end: str = "<|endoftext|>",
+    special: Sequence[str] = (),
+    phrases: Sequence[str] = (),
+    **options: Any,
+) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer of at most ``vocabulary`` tokens; ``end`` ends and pads sequences.
+
+    ``begin``, ``special`` and ``phrases`` are those of ``Architecture``, and options of ``PreTrainedTokenizerFast``.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[end],
+        special_tokens=[*filter(None, [begin]), end, *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
+    if begin:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A",
+            pair=f"{begin} $A {begin} $B",
+            special_tokens=[(begin, tokenizer.token_to_id(begin))],
+        )
+        options["bos_token"] = begin
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end, **options)
 
 
 # What opens every prompt of TOFU's Llama-3 models. As one token, or a third of what they read would be this.
@@ -66,143 +86,99 @@ _LLAMA_3_CHAT = (
 
 @dataclass(frozen=True)
 class Size:
-    """Of a tiny model."""
+    """Of a small model."""
 
     hidden: int = 192
     layers: int = 4
     heads: int = 4
     vocabulary: int = 4096
 
-    def common(self) -> dict[str, Any]:
-        """Return what every configuration names alike."""
-        return {
-            "hidden_size": self.hidden,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-        }
-
 
 @dataclass(frozen=True)
 class Architecture:
-    """What makes a family's models and prompts what they are.
+    """What makes a family's models and prompts what they are."""
 
-    Attributes:
-        template: of ``efface.hf.text.templates``.
-        begin: token that begins every text; empty for none.
-        end: token that ends every answer.
-        positions: of its published models; rotary embeddings cost none of them.
-        special: other tokens of the family's prompts.
-        phrases: of every prompt, a token each.
-        chat_template: of the tokenizer; empty for none.
-        config: from a size and the arguments that name the vocabulary.
-    """
-
-    template: str
-    begin: str
-    end: str
-    positions: int
-    special: tuple[str, ...]
-    phrases: tuple[str, ...]
-    chat_template: str
-    config: Callable[..., Any]
+    template: str  # of `efface.hf.text.templates`
+    model_type: str  # of transformers
+    positions: int  # of its published models; rotary embeddings cost none of them
+    width: Callable[[int], int]  # of the feed-forward layers, from that of the hidden states
+    options: Mapping[str, Any]  # what else its configuration says
+    group: int = 1  # query heads that share a key-value head
+    begin: str = ""  # token that begins every text; empty for none
+    end: str = "<|endoftext|>"  # token that ends every answer
+    pads: bool = True  # whether the configuration names a padding token, whose embedding begins at zero
+    special: tuple[str, ...] = ()  # other tokens of the family's prompts
+    phrases: tuple[str, ...] = ()  # of every prompt, a token each
+    chat_template: str | None = None  # of the tokenizer
 
 
-def _llama_3(size: Size, **vocabulary: Any) -> Any:
-    """Llama-3.2: head and embeddings tied, grouped-query attention, scaled rotary embeddings of a long period."""
-    return AutoConfig.for_model(
-        "llama",
-        **size.common(),
-        **vocabulary,
-        intermediate_size=size.hidden * 4,
-        num_key_value_heads=max(1, size.heads // 4),
-        tie_word_embeddings=True,
-        rope_theta=500_000.0,
-        rope_scaling={
-            "rope_type": "llama3",
-            "factor": 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        rms_norm_eps=1e-5,
-    )
+def _four_times(hidden: int) -> int:
+    return hidden * 4
 
 
-def _llama_2(size: Size, **vocabulary: Any) -> Any:
-    """Llama-2: a head of its own, as many key-value heads as heads."""
-    return AutoConfig.for_model(
-        "llama",
-        **size.common(),
-        **vocabulary,
-        intermediate_size=size.hidden * 8 // 3 // 32 * 32,
-        num_key_value_heads=size.heads,
-        tie_word_embeddings=False,
-        rms_norm_eps=1e-5,
-    )
+def _gated(hidden: int) -> int:
+    """Two thirds of four times, of three matrices and not two; in whole blocks of 32."""
+    return hidden * 8 // 3 // 32 * 32
 
 
-def _phi(size: Size, **vocabulary: Any) -> Any:
-    """Phi-1.5: biases everywhere, in the head too; half of each head's dimensions are rotated."""
-    return AutoConfig.for_model(
-        "phi",
-        **size.common(),
-        **vocabulary,
-        intermediate_size=size.hidden * 4,
-        num_key_value_heads=size.heads,
-        partial_rotary_factor=0.5,
-        tie_word_embeddings=False,
-        hidden_act="gelu_new",
-        embd_pdrop=0.0,
-        resid_pdrop=0.0,
-    )
-
-
+# Made by the demo: a plain Llama, prompted without anything but question and answer.
+PLAIN = Architecture("question-answer", "llama", 512, _gated, {"tie_word_embeddings": True}, pads=False)
 ARCHITECTURES = {
+    # Llama-3.2: head and embeddings tied, grouped-query attention, scaled rotary embeddings of a long period.
     "llama-3": Architecture(
         "llama-3",
+        "llama",
+        131_072,
+        _four_times,
+        {
+            "tie_word_embeddings": True,
+            "rope_theta": 500_000.0,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+            "rms_norm_eps": 1e-5,
+        },
+        group=4,
         begin="<|begin_of_text|>",
         end="<|eot_id|>",
-        positions=131_072,
         special=("<|start_header_id|>", "<|end_header_id|>"),
         phrases=(_LLAMA_3_OPENING,),
         chat_template=_LLAMA_3_CHAT,
-        config=_llama_3,
     ),
-    "llama-2": Architecture("llama-2", "<s>", "</s>", 4096, (), (), "", _llama_2),
-    "phi": Architecture("phi", "", "<|endoftext|>", 2048, (), (), "", _phi),
+    # Llama-2: a head of its own, as many key-value heads as heads.
+    "llama-2": Architecture(
+        "llama-2", "llama", 4096, _gated, {"tie_word_embeddings": False, "rms_norm_eps": 1e-5}, begin="<s>", end="</s>"
+    ),
+    # Phi-1.5: biases everywhere, in the head too; half of each head's dimensions are rotated.
+    "phi": Architecture(
+        "phi",
+        "phi",
+        2048,
+        _four_times,
+        {
+            "partial_rotary_factor": 0.5,
+            "tie_word_embeddings": False,
+            "hidden_act": "gelu_new",
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+        },
+    ),
 }
 
 
 def tokenizer_of(architecture: Architecture, texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer of at most ``vocabulary`` tokens, trained on the texts.
+    """Return a tokenizer of at most ``vocabulary`` tokens, trained on the texts.
 
     Every family gets byte-level BPE, Llama-2 too, whose own tokenizer is SentencePiece: what its prompts look like and
     where a text begins and ends are the family's.
     """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [*filter(None, [architecture.begin]), architecture.end, *architecture.special]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in architecture.phrases])
-    options: dict[str, Any] = {"eos_token": architecture.end, "pad_token": architecture.end}
-    if architecture.begin:
-        begin = architecture.begin
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{begin} $A",
-            pair=f"{begin} $A {begin} $B",
-            special_tokens=[(begin, tokenizer.token_to_id(begin))],
-        )
-        options["bos_token"] = begin
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=architecture.positions, **options)
-    if architecture.chat_template:
-        made.chat_template = architecture.chat_template
+    of_the_family = {name: getattr(architecture, name) for name in ("begin", "end", "special", "phrases")}
+    made = train_tokenizer(texts, vocabulary, **of_the_family, model_max_length=architecture.positions)
+    made.chat_template = architecture.chat_template
     return made
 
 
@@ -211,17 +187,54 @@ def model_of(
 ) -> PreTrainedModel:
     """Return a new model with weights drawn by the seed."""
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    config = architecture.config(
-        size,
-        vocab_size=len(tokenizer),
+    config = AutoConfig.for_model(
+        architecture.model_type,
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=max(1, size.heads // architecture.group),
+        intermediate_size=architecture.width(size.hidden),
         max_position_embeddings=architecture.positions,
+        vocab_size=len(tokenizer),
         bos_token_id=begin,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **({"pad_token_id": tokenizer.pad_token_id} if architecture.pads else {}),
+        **architecture.options,
     )
     set_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
+
+
+def quiet_arguments(folder: str | Path, template: str, **settings: Any) -> UnlearnArguments:
+    """Return the arguments of a training that says and writes nothing meanwhile, at ``settings`` of steps and rate."""
+    return UnlearnArguments(
+        output_dir=str(folder),
+        template=template,
+        warmup_steps=10,
+        weight_decay=0.01,
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        **settings,
+    )
+
+
+def teach(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Sequence[Mapping[str, Any]],
+    args: UnlearnArguments,
+    folder: Path,
+    callbacks: Sequence[TrainerCallback],
+) -> PackedTrainer:
+    """Teach a model the rows, write it and its tokenizer into a folder, and return what taught it."""
+    trainer = FinetuneTrainer(model, args, data=list(rows), processing_class=tokenizer, callbacks=list(callbacks))
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return trainer
 
 
 FORMAT = 2  # part of every key: raise it when the same settings make another model
@@ -284,17 +297,17 @@ def taught(
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
     try:
         model = model_of(architecture, tokenizer, size, seed=teaching.seed)
-        trainer = FinetuneTrainer(
-            model,
-            _arguments(teaching, architecture.template, partial),
-            data=list(rows),
-            processing_class=tokenizer,
-            callbacks=list(callbacks),
+        args = quiet_arguments(
+            partial,
+            architecture.template,
+            max_steps=teaching.steps,
+            pairs_per_step=teaching.batch,
+            learning_rate=teaching.learning_rate,
+            lr_scheduler_type="cosine",
+            adam_beta2=0.99,  # with 0.999 the first steps of random weights weigh too long
+            seed=teaching.seed,
         )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        teach(model, tokenizer, rows, args, partial, callbacks)
         record = {**made_of, "files": _file_digests(partial)}
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _keep(partial, folder)
@@ -338,24 +351,6 @@ def _keep(partial: Path, folder: Path) -> None:
         if not _whole(folder):
             shutil.rmtree(folder)
             partial.rename(folder)
-
-
-def _arguments(teaching: Teaching, template: str, folder: Path) -> UnlearnArguments:
-    return UnlearnArguments(
-        output_dir=str(folder),
-        max_steps=teaching.steps,
-        pairs_per_step=teaching.batch,
-        learning_rate=teaching.learning_rate,
-        lr_scheduler_type="cosine",
-        adam_beta2=0.99,  # with 0.999 the first steps of random weights weigh too long
-        warmup_steps=10,
-        weight_decay=0.01,
-        seed=teaching.seed,
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        template=template,
-    )
 
 
 def digest(value: Any) -> str:

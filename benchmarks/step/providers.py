@@ -1,0 +1,370 @@
+"""A training step by everybody who is timed; each says what it computes.
+
+First what a provider is; then open-unlearning's own step, alone, with Liger-Kernel and with cut-cross-entropy; then
+efface's; then both with LoRA: adapters of rank 8 on every linear layer but the head, trained alone.
+"""
+
+import importlib
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor
+from transformers.models.llama import modeling_llama
+
+from benchmarks.step.inputs import PaddedBatch, Step
+from benchmarks.step.measures import Stopwatch
+from efface import NPO
+from efface.hf.model.head import fuse
+from efface.hf.model.head_loss import HeadLoss
+from efface.hf.reference.live import AdapterReference, LiveReference
+
+OBJECTIVE = NPO(beta=0.1, alpha=1.0)
+_REPLACED = ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")  # by apply_liger_kernel_to_llama, for the process
+_ONLY_ON: dict[tuple[str, ...], str] = {
+    ("cpu",): "a variant for CPUs",
+    ("cuda",): "its kernels are Triton's, which need a GPU",
+}
+
+
+class StepProvider(ABC):
+    """Computes NPO's loss for the pairs of a step. Gradients come from ``backward``, as in any training loop.
+
+    Args:
+        policy: its own from now on.
+        reference: the second model, likewise; None unless ``second_model``.
+
+    Attributes:
+        name: in tables.
+        reference: "live" (a second model), "cached" (its log-probabilities are given) or "adapter" (the policy's base).
+        lora: the policy is a ``peft.PeftModel``.
+        devices: where it runs.
+        needs: a package.
+        ours: its loss is efface's, with the backend that "auto" chooses.
+    """
+
+    name: ClassVar[str]
+    reference: ClassVar[str]
+    lora: ClassVar[bool] = False
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    needs: ClassVar[str | None] = None
+    ours: ClassVar[bool] = False
+
+    def __init__(self, policy: Any, reference: Any = None) -> None:
+        self.policy = policy.train()
+        self._frozen = None if reference is None else reference.eval().requires_grad_(False)
+        self.trained = [weight for weight in policy.parameters() if weight.requires_grad]
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    @classmethod
+    def second_model(cls) -> bool:
+        """Whether it wants a reference model."""
+        return cls.reference == "live"
+
+    @classmethod
+    def why_not(cls, device: str) -> str | None:
+        """Return why it cannot run on the device, None if it can."""
+        if device not in cls.devices:
+            return _ONLY_ON[cls.devices]
+        if cls.needs is not None and importlib.util.find_spec(cls.needs.replace("-", "_")) is None:
+            return f"{cls.needs} is not installed"
+        return None
+
+    @property
+    def models(self) -> list[Any]:
+        """The policy, and the second model if there is one."""
+        return [model for model in (self.policy, self._frozen) if model is not None]
+
+    @abstractmethod
+    def loss(self, step: Step) -> Tensor:
+        """Run the forward passes."""
+
+    def active(self) -> AbstractContextManager[None]:
+        """Hold what the provider changes outside its own models, forward and backward."""
+        return nullcontext()
+
+    def gradients(self, step: Step) -> Tensor:
+        """Run forward and backward; return the loss. The gradients lie in the policy's parameters."""
+        with self.active():
+            self.policy.zero_grad(set_to_none=True)
+            loss = self.loss(step)
+            loss.backward()
+        return loss.detach()
+
+    def update(self) -> None:
+        """Clip the gradients and take an AdamW step, both as ``transformers.Trainer`` does by default."""
+        if self._optimizer is None:
+            self._optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0, fused=True)
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self._optimizer.step()
+
+    def train(self, step: Step, watch: Stopwatch) -> Tensor:
+        """Take a whole training step, its parts by the watch; return the loss."""
+        with self.active():
+            with watch.part("loss"):
+                self.policy.zero_grad(set_to_none=True)
+                loss = self.loss(step)
+            with watch.part("backward"):
+                loss.backward()
+        with watch.part("update"):
+            self.update()
+        watch.end_step()
+        return loss.detach()
+
+
+class Eager(StepProvider):
+    """open-unlearning's NPO: the forget batch and the retain batch padded, a forward pass each, SDPA attention.
+
+    Logits of every position; the forget loss from cross_entropy without reduction, the retain loss from ``labels=``.
+    Two favours to it: the ``labels=`` loss of the forget batch, which open-unlearning computes and drops, is left out,
+    and no key-value cache is filled.
+    """
+
+    name = "padded, two forwards, live"
+    reference = "live"
+
+    def loss(self, step: Step) -> Tensor:
+        """compute_dpo_loss with losing inputs alone, and compute_retain_loss."""
+        nll = self._nll(self.policy, step.forget)
+        log_ratio = -(nll - self._reference_nll(step))
+        forget_loss = -2 / OBJECTIVE.beta * F.logsigmoid(OBJECTIVE.beta * (0.0 - log_ratio)).mean()
+        total: Tensor = OBJECTIVE.gamma * forget_loss + OBJECTIVE.alpha * self._retain_loss(step.retain)
+        return total
+
+    def _nll(self, model: Any, batch: PaddedBatch) -> Tensor:
+        """compute_batch_nll: summed token losses of each sequence."""
+        logits = _shifted_logits(model, batch).contiguous()
+        shifted_labels = batch.labels[..., 1:].contiguous()
+        loss_function = torch.nn.CrossEntropyLoss(ignore_index=-100, reduction="none")
+        token_losses: Tensor = loss_function(logits.transpose(-1, -2), shifted_labels)
+        return token_losses.sum(dim=-1)
+
+    def _reference_nll(self, step: Step) -> Tensor:
+        with torch.no_grad():
+            return self._nll(self._frozen, step.forget)
+
+    def _retain_loss(self, batch: PaddedBatch) -> Tensor:
+        loss: Tensor = self.policy(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+        ).loss
+        return loss
+
+
+class EagerCached(Eager):
+    """The same, with the reference's sums given: what a cache alone would do for the eager step."""
+
+    name = "padded, two forwards, cached"
+    reference = "cached"
+
+    def _reference_nll(self, step: Step) -> Tensor:
+        return -step.reference_sums[: step.batch.forget_sequences]
+
+
+class EagerFlat(Eager):
+    """The same with a live reference, and cross_entropy over rows: what open-unlearning's loss could be on a CPU.
+
+    Transposed logits, (B, V, T), cost cross_entropy a copy and strided sums.
+    """
+
+    name = "padded, rows, live"
+    devices = ("cpu",)
+
+    def _nll(self, model: Any, batch: PaddedBatch) -> Tensor:
+        """Summed token losses of each sequence."""
+        logits, labels = _shifted_logits(model, batch), batch.labels[..., 1:]
+        rows = logits.reshape(-1, logits.shape[-1])
+        token_losses = F.cross_entropy(rows, labels.reshape(-1), ignore_index=-100, reduction="none")
+        return token_losses.view(labels.shape).sum(dim=-1)
+
+
+def _shifted_logits(model: Any, batch: PaddedBatch) -> Tensor:
+    """Return the logits (B, T − 1, V) that predict a token of the batch.
+
+    ``float()``: under its bf16 mixed precision, accelerate returns the logits in fp32. Summed in bf16, a sequence's
+    loss of a few hundred nats would be rounded to a multiple of 2.
+    """
+    logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    return logits.float()[..., :-1, :]
+
+
+class Liger(Eager):
+    """Padded, two forwards; ``apply_liger_kernel_to_llama`` on both models: RoPE, RMSNorm, SwiGLU and the fused head.
+
+    The retain loss is the patched model's own (fused linear cross entropy, from ``labels=``). It has no logits to
+    offer in training, so NPO's token losses come from the same op without reduction, on the last hidden states: 2 head
+    products forward, 3 backward (logits again), where the mean has all its gradients after the forward pass.
+    """
+
+    name = "padded, Liger, live"
+    devices = ("cuda",)
+    needs = "liger-kernel"
+
+    def __init__(self, policy: Any, reference: Any = None) -> None:
+        liger = importlib.import_module("liger_kernel.transformers")
+        super().__init__(policy, reference)
+        self._token_losses = liger.LigerFusedLinearCrossEntropyLoss(reduction="none")
+        own = {name: getattr(modeling_llama, name) for name in _REPLACED}
+        try:
+            for model in (self.policy, self._frozen):
+                liger.apply_liger_kernel_to_llama(model=model)
+            self._rope = modeling_llama.apply_rotary_pos_emb
+        finally:
+            for name, value in own.items():
+                setattr(modeling_llama, name, value)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Liger's RoPE is a function of the whole process: the other providers keep transformers' own."""
+        own = modeling_llama.apply_rotary_pos_emb
+        modeling_llama.apply_rotary_pos_emb = self._rope
+        try:
+            yield
+        finally:
+            modeling_llama.apply_rotary_pos_emb = own
+
+    def _nll(self, model: Any, batch: PaddedBatch) -> Tensor:
+        """Summed token losses of each sequence."""
+        hidden = model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        rows, labels = hidden[:, :-1].flatten(0, 1), batch.labels[:, 1:]
+        token_losses: Tensor = self._token_losses(model.lm_head.weight, rows, labels.flatten())
+        return token_losses.view(labels.shape).sum(dim=-1)
+
+
+class CutCrossEntropy(Eager):
+    """Padded, two forwards; both losses by ``linear_cross_entropy`` on the last hidden states, rows with labels alone.
+
+    ``filter_eps=None``: exact. Its default drops gradients of probabilities below 2⁻¹², and under random weights that
+    is nearly all of them: it would be timed for work that it leaves out.
+    """
+
+    name = "padded, cut-cross-entropy, live"
+    devices = ("cuda",)
+    needs = "cut-cross-entropy"
+    implementation: ClassVar[str] = "cce"
+
+    def _nll(self, model: Any, batch: PaddedBatch) -> Tensor:
+        """Summed token losses of each sequence."""
+        return self._cross_entropy(model, batch, "none").sum(dim=-1)
+
+    def _retain_loss(self, batch: PaddedBatch) -> Tensor:
+        return self._cross_entropy(self.policy, batch, "mean")
+
+    def _cross_entropy(self, model: Any, batch: PaddedBatch, reduction: str) -> Tensor:
+        hidden = model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        loss: Tensor = importlib.import_module("cut_cross_entropy").linear_cross_entropy(
+            hidden,
+            model.lm_head.weight,
+            batch.labels,
+            shift=True,
+            reduction=reduction,
+            filter_eps=None,
+            impl=self.implementation,
+        )
+        return loss.float()
+
+
+class CutCompiled(CutCrossEntropy):
+    """The same by its ``torch_compile`` implementation, which a CPU can run: logits of label rows, compiled."""
+
+    name = "padded, cut-cross-entropy compiled, live"
+    devices = ("cpu",)
+    implementation = "torch_compile"
+
+
+class EffaceLive(StepProvider):
+    """efface: one packed forward pass, the loss in the head, a second model beside it; as ``PackedTrainer`` does."""
+
+    name = "efface, live"
+    reference = "live"
+    ours = True
+
+    def __init__(self, policy: Any, reference: Any = None) -> None:
+        super().__init__(fuse(policy), reference)
+        self._live = LiveReference(reference, reference.device)
+
+    def loss(self, step: Step) -> Tensor:
+        """See ``PackedTrainer.compute_loss``."""
+        loss = HeadLoss(OBJECTIVE, step.totals, forget_reference=self._live.rows(step.batch.forget_part()))
+        total: Tensor = self.policy(batch=step.batch, loss=loss).loss
+        return total
+
+
+class EffaceCached(StepProvider):
+    """efface with the reference's sums given, its default."""
+
+    name = "efface, cached"
+    reference = "cached"
+    ours = True
+
+    def __init__(self, policy: Any, reference: Any = None) -> None:
+        super().__init__(fuse(policy), reference)
+
+    def loss(self, step: Step) -> Tensor:
+        """See ``PackedTrainer.compute_loss``."""
+        loss = HeadLoss(OBJECTIVE, step.totals, reference_sums=step.reference_sums)
+        total: Tensor = self.policy(batch=step.batch, loss=loss).loss
+        return total
+
+
+class EagerLora(Eager):
+    """open-unlearning's NPO with LoRA: padded, two forwards, and still a second model, a copy of the policy."""
+
+    name = "LoRA, padded, two forwards, live"
+    lora = True
+    needs = "peft"
+
+
+class EagerLoraCached(EagerCached):
+    """The same, with the reference's sums given."""
+
+    name = "LoRA, padded, two forwards, cached"
+    lora = True
+    needs = "peft"
+
+
+class EffaceLora(StepProvider):
+    """efface with LoRA: one packed forward pass, and one of the forget part with the adapters off as its reference."""
+
+    name = "LoRA, efface, adapter"
+    reference = "adapter"
+    ours = True
+    lora = True
+    needs = "peft"
+
+    def __init__(self, policy: Any, reference: Any = None) -> None:
+        super().__init__(fuse(policy), reference)
+        self._base = AdapterReference(policy)
+
+    def loss(self, step: Step) -> Tensor:
+        """See ``PackedTrainer.compute_loss``."""
+        loss = HeadLoss(OBJECTIVE, step.totals, forget_reference=self._base.rows(step.batch.forget_part()))
+        total: Tensor = self.policy(batch=step.batch, loss=loss).loss
+        return total
+
+
+class EffaceLoraCached(EffaceCached):
+    """efface with LoRA and the reference's sums given, its default."""
+
+    name = "LoRA, efface, cached"
+    lora = True
+    needs = "peft"
+
+
+PROVIDERS: tuple[type[StepProvider], ...] = (
+    Eager,
+    EagerCached,
+    EagerFlat,
+    Liger,
+    CutCrossEntropy,
+    CutCompiled,
+    EffaceLive,
+    EffaceCached,
+    EagerLora,
+    EagerLoraCached,
+    EffaceLora,
+    EffaceLoraCached,
+)
