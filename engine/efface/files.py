@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -42,14 +42,20 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def written_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder, which takes the place of ``folder`` when the block ends without an error."""
+def written_folder(folder: Path, *, keeps: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """Yield an empty folder, which takes the place of ``folder`` when the block ends without an error.
+
+    Args:
+        folder: the folder; the one that it is in is made if it is not there.
+        keeps: whether a folder that another process has put there meanwhile stays, and the new one goes.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
     partial.chmod(0o755)  # a temporary folder is for its owner alone
     try:
         yield partial
-        move_whole(partial, folder)
+        if keeps is None or not folder.exists() or not keeps(folder):
+            move_whole(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -12,8 +12,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 from efface.cli.audit import audit_data
 from efface.cli.main import main
 from efface.evaluate.audit import VIEWS, AuditResult, BestOf, Clues, Relearn, Translated, View, audit, side_by_side
+from efface.evaluate.audit.relearn import unchanged
 from efface.evaluate.audit.result import cells, markdown
-from efface.evaluate.audit.views import unchanged
 from efface.hf.model.loading import load_model
 from efface.hf.model.lora import add_lora
 from efface.hf.train.trainer import FinetuneTrainer

@@ -12,8 +12,8 @@ import torch
 
 from efface.cli.evaluate import add_metrics_flags, read_values, run_fame, run_metrics
 from efface.evaluate import GenerationTask, answer_logprobs, evaluate_metrics, fame, rouge_recall
+from efface.evaluate.logs import write_results
 from efface.evaluate.metrics import Reading, fame_table
-from efface.evaluate.results import write_results
 from efface.evaluate.runner import run_tasks
 from support.helpers import TEXTS, tiny_llama, tiny_tokenizer
 

@@ -26,7 +26,7 @@ from efface.evaluate.metrics import (
     auc,
     token_statistics,
 )
-from efface.evaluate.metrics.probability import ExtractionStrength as Renamed
+from efface.evaluate.metrics.memorization import ExtractionStrength as Renamed
 from efface.evaluate.runner import run_tasks
 from efface.hf.text.templates import encode
 from efface_kernels import Head

@@ -1,4 +1,4 @@
-"""TOFU's evaluation against the same one row at a time, what it writes, and what it refuses."""
+"""TOFU's evaluation against the same one row at a time, what it writes and refuses, and as it follows a run."""
 
 import json
 import math
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import ks_2samp
+from transformers import AutoModelForCausalLM
 
 from efface.evaluate import (
     EvalLog,
@@ -24,8 +25,9 @@ from efface.evaluate import (
     tofu,
 )
 from efface.evaluate.protocol import PROTOCOLS, Protocol, get_protocol
-from efface.evaluate.results import split_metrics
-from efface.evaluate.tofu_rows import load_split
+from efface.evaluate.tofu_evaluation import load_split, split_metrics
+from support.processes import RANKS, launch
+from support.ranks.evaluated_run import main as evaluated_run
 from support.tofu_helpers import FILES, model_of, naive, read_rows, tokenizer_of, write_rows
 
 COUNTS = {"forget": 6, "retain": 5, "real_authors": 5, "world_facts": 4}
@@ -400,3 +402,45 @@ def test_bad_data_is_explained(few: Path, tokenizer: Any, tmp_path: Path) -> Non
     folder = changed("rows")
     (folder / f"{FILES['forget']}.json").write_text(json.dumps({"question": "Who?", "answer": "I."}))
     refused("expected a column 'perturbed_answer', got 'question', 'answer'", folder)
+
+
+@pytest.fixture(scope="module")
+def folder(few: Path, tokenizer: Any) -> Path:
+    """TOFU's files, and the log of a retain model."""
+    tofu(model_of(tokenizer, seed=1), tokenizer, few, output=few.parent / "retain", splits=["forget"])
+    return few.parent
+
+
+def test_figures_are_of_the_models_that_the_run_had(folder: Path, tmp_path: Path) -> None:
+    evaluated_run(folder, tmp_path)
+    logs = json.loads((tmp_path / "rank0.json").read_text())["logs"]
+    assert [log["step"] for log in logs] == [0, 2, 4]
+    assert logs[0]["forget_Q_A_Prob"] != logs[2]["forget_Q_A_Prob"]
+    tokenizer = tokenizer_of(folder / "tofu")
+    evaluate = TofuEvaluation(tokenizer, folder / "tofu", retain_log=folder / "retain" / "TOFU_EVAL.json")
+    start = evaluate(model_of(tokenizer))
+    assert {name: logs[0][name] for name in start} == pytest.approx(start, rel=1e-5)
+    # the best of them, as it was saved
+    best = json.loads((tmp_path / "run" / "best" / "best.json").read_text())
+    kept = evaluate(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "best"))
+    assert {name: best["figures"][name] for name in kept} == pytest.approx(kept, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_the_run_as_one_does(folder: Path, tmp_path: Path) -> None:
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        done = launch(processes, [str(RANKS / "evaluated_run.py"), str(folder), str(out)])
+        assert done.returncode == 0, done.stderr[-4000:]
+    (alone,), ranks = (
+        [json.loads((tmp_path / str(count) / f"rank{rank}.json").read_text()) for rank in range(count)]
+        for count in (1, 2)
+    )
+    shares = [len(rank["batches"]) for rank in ranks]
+    assert sum(shares) == len(alone["batches"])
+    assert min(shares) > 0.4 * sum(shares)
+    assert ranks[0]["logs"] == ranks[1]["logs"]
+    for mine, theirs in zip(ranks[0]["logs"], alone["logs"], strict=True):
+        for name in ("forget_quality", "model_utility", "forget_Q_A_Prob", "ra_Q_A_ROUGE", "wf_Truth_Ratio"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name

@@ -18,7 +18,7 @@ from efface.cli.main import main
 from efface.evaluate.audit.rows import audit_rows
 from efface.evaluate.logs import read_json
 from efface.evaluate.protocol import get_protocol
-from efface.evaluate.tofu_rows import load_split
+from efface.evaluate.tofu_evaluation import load_split
 from efface.hf.text import data, row_files
 from efface.hf.text.data import Refusals, token_store
 from efface.hf.text.row_files import FileRows

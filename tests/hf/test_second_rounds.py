@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from efface import NPO, UnlearnTrainer
 from efface.cli.main import main
+from efface.evaluate.audit.relearn import Relearn, unchanged
 from efface.evaluate.audit.rows import audit_rows
 from efface.evaluate.audit.view import Exam
-from efface.evaluate.audit.views import Relearn, unchanged
 from efface.hf.model.adapted_head import base_of
 from efface.hf.model.loading import load_model, load_tokenizer
 from efface.hf.model.lora import SECOND, add_lora, merged, with_fresh_lora

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from efface.evaluate import fame, likelihood, score_rows, tofu_rows
+from efface.evaluate import fame, likelihood, score_rows, tofu_evaluation
 from efface.evaluate.audit.rows import audit_rows
 from efface.evaluate.metrics.part import Part, Reading
 from efface.evaluate.protocol import get_protocol
@@ -253,8 +253,8 @@ def _trained(source: Any, row: int, **options: Any) -> str:
 
 def _tofu(source: Any, row: int, _: pytest.MonkeyPatch) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tofu_rows, "load_rows", lambda _: _rows(source))
-        return tofu_rows.load_split("hub/name", "forget", "forget10", get_protocol("tofu"))
+        patch.setattr(tofu_evaluation, "load_rows", lambda _: _rows(source))
+        return tofu_evaluation.load_split("hub/name", "forget", "forget10", get_protocol("tofu"))
 
 
 def _fame(source: Any, _: int) -> Any:

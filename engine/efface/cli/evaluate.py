@@ -15,11 +15,10 @@ from rich.table import Table
 
 from efface.cli.progress import open_console, progress_on
 from efface.evaluate import EvalLog, TofuResult, evaluate_metrics, fame, get_metric, known_metrics, tofu
-from efface.evaluate.logs import PREFIXES, SPLITS, read_json
+from efface.evaluate.logs import PREFIXES, SPLITS, model_facts, read_json, write_results
 from efface.evaluate.metrics import Metric, MetricResult, Perplexity, Reading
 from efface.evaluate.metrics.fame import GROUPS, split_rows
 from efface.evaluate.protocol import PROTOCOLS, get_protocol
-from efface.evaluate.results import model_facts, write_results
 from efface.evaluate.runner import Progress
 from efface.evaluate.tofu_evaluation import ROWS
 from efface.hf.model.loading import MAIN, load_model, load_tokenizer

@@ -2,13 +2,12 @@
 
 from efface.evaluate.audit import audit
 from efface.evaluate.decoding import Sampling
-from efface.evaluate.generation import GenerationTask
+from efface.evaluate.generation import GenerationTask, rouge_recall
 from efface.evaluate.likelihood import AnswerTask, answer_logprobs, mean_logprobs, score_rows, sum_logprobs
 from efface.evaluate.logs import EvalLog, SplitLog, read_log
 from efface.evaluate.metrics import evaluate_metrics, fame, get_metric, known_metrics, qa_rouge, register_metric
 from efface.evaluate.quality import forget_quality, model_utility
 from efface.evaluate.report import report
-from efface.evaluate.rouge import rouge_recall
 from efface.evaluate.runner import RowResult, Task, run_tasks
 from efface.evaluate.tofu_evaluation import TofuEvaluation, TofuResult, tofu
 

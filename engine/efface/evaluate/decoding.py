@@ -1,4 +1,7 @@
-"""Sampling: drawing tokens so that a row's draws depend on nothing but the row and the seed."""
+"""The decode loop: a batch of prompts continued token by token, rows leaving as they end.
+
+Tokens are the most probable ones, or drawn so that a row's draws depend on nothing but the row and the seed.
+"""
 
 import hashlib
 import math
@@ -15,7 +18,15 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from transformers.cache_utils import DynamicLayer
 
 from efface.hf.model.packing import rewind
-from efface.hf.model.padding import Padding, accepted, padding_of
+from efface.hf.model.padding import accepted, padding_of
+
+Pick = Callable[[Tensor, Tensor, int], Tensor]
+"""Takes the logits (b, V), the answers that they are of (b,) and the number of the token; returns tokens (b,)."""
+
+
+def greedy(logits: Tensor, rows: Tensor, step: int) -> Tensor:  # noqa: ARG001 - a ``Pick``
+    """Return the most probable token of each row."""
+    return logits.argmax(-1)
 
 
 @dataclass(frozen=True)
@@ -79,10 +90,6 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     return tokens.gather(-1, place.minimum(kept - 1))[:, 0]
 
 
-Pick = Callable[[Tensor, Tensor, int], Tensor]
-"""Takes the logits (b, V), the answers that they are of (b,) and the number of the token; returns tokens (b,)."""
-
-
 @dataclass(frozen=True)
 class Answer:
     """What a model wrote.
@@ -96,11 +103,6 @@ class Answer:
     ids: list[int]
     ended: bool
     finite: bool = True
-
-
-def greedy(logits: Tensor, rows: Tensor, step: int) -> Tensor:  # noqa: ARG001 - a ``Pick``
-    """Return the most probable token of each row."""
-    return logits.argmax(-1)
 
 
 @torch.no_grad()
@@ -117,7 +119,7 @@ def decode(
     """Continue every prompt; equals ``model.generate`` of one prompt at a time, to rounding.
 
     Prompts are padded on the left, or run one by one where the model's logits would not survive that
-    (``hf.padding``); ended rows are dropped from the batch and its cache. The prompts are read once, whatever
+    (``hf.model.padding``); ended rows are dropped from the batch and its cache. The prompts are read once, whatever
     ``repeats``.
 
     Args:
@@ -132,23 +134,28 @@ def decode(
     Returns:
         The answers to the first prompt, to the second, ...
     """
-    if (apart := _apart(model, prompts, limits)) is not None:
-        answers = []
-        for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-            rewind(model, apart.encodings)
-            own = partial(_pick_of, pick, row * repeats)
-            answers += _decode(model, [prompt], [limit], ends, pick=own, repeats=repeats, hidden=hidden)
-        rewind(model, apart.encodings)
-        return answers
-    return _decode(model, prompts, limits, ends, pick=pick, repeats=repeats, hidden=hidden)
+
+    def run(part: slice) -> list[Answer]:
+        own = pick if part.start == 0 else partial(_pick_of, pick, part.start * repeats)
+        return _decode(model, prompts[part], limits[part], ends, pick=own, repeats=repeats, hidden=hidden)
+
+    return _in_batches(model, prompts, limits, run)
 
 
-def _apart(model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> Padding | None:
-    """Return what a model makes of padding if the prompts are to run one by one; None for one batch."""
+def _in_batches(
+    model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], run: Callable[[slice], list[Answer]]
+) -> list[Answer]:
+    """Run the prompts as one batch, or one by one where the model's logits would not survive the padding."""
     lengths = [len(prompt) for prompt in prompts]
-    longest = max(length + limit for length, limit in zip(lengths, limits, strict=True))
     padding = padding_of(model)
-    return padding if padding.keeps_apart(lengths, longest) else None
+    if not padding.keeps_apart(lengths, max(map(sum, zip(lengths, limits, strict=True)))):
+        return run(slice(0, len(prompts)))
+    answers = []
+    for row in range(len(prompts)):
+        rewind(model, padding.encodings)
+        answers += run(slice(row, row + 1))
+    rewind(model, padding.encodings)
+    return answers
 
 
 def _pick_of(pick: Pick, first: int, logits: Tensor, rows: Tensor, step: int) -> Tensor:
@@ -228,13 +235,7 @@ def generate(
     hidden: int | None = None,
 ) -> list[Answer]:
     """As ``decode``, by ``model.generate``: for models whose cache cannot drop rows."""
-    if (apart := _apart(model, prompts, limits)) is not None:
-        answers = []
-        for prompt, limit in zip(prompts, limits, strict=True):
-            rewind(model, apart.encodings)
-            answers += _generate(model, [prompt], [limit], ends, hidden)
-        return answers
-    return _generate(model, prompts, limits, ends, hidden)
+    return _in_batches(model, prompts, limits, lambda part: _generate(model, prompts[part], limits[part], ends, hidden))
 
 
 def _generate(

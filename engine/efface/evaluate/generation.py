@@ -1,5 +1,9 @@
-"""Generated answers: greedy as both protocols of TOFU have it, or sampled; sorted by length, in token budgets."""
+"""Generated answers, and how much of a reference comes back in them.
 
+They are greedy, as both protocols of TOFU have it, or sampled; prompts are sorted by length and batched by tokens.
+"""
+
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -9,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,7 +24,7 @@ from efface.hf.model.supported import undisturbed
 from efface.hf.text.templates import AUTO, Conversation, Template, prompt_ids
 from efface.hf.text.token_cache import tokenizer_digest
 
-NEW_TOKENS = 200  # open-unlearning's limit; TOFU's own is as many, the prompt among them
+_NEW_TOKENS = 200  # open-unlearning's limit; TOFU's own is as many, the prompt among them
 
 
 class GenerationTask(Task):
@@ -174,7 +179,7 @@ def _limits(lengths: NDArray[np.int64], max_new_tokens: int | None, max_length: 
             "the prompt too"
         )
     if max_length is None:
-        new = NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        new = _NEW_TOKENS if max_new_tokens is None else max_new_tokens
         if new < 1:
             raise ValueError(f"`max_new_tokens`: expected at least 1, got {new}")
         return np.full(len(lengths), new, dtype=np.int64)
@@ -211,3 +216,32 @@ def _batches(
 
 def _digest(*parts: object) -> bytes:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
+
+
+def rouge_recall(generated: str, reference: str) -> dict[str, float]:
+    """Return ROUGE (Lin 2004) as TOFU and open-unlearning compute it: by ``rouge-score``, words stemmed.
+
+    With r words in the reference and g in the generated text,
+
+        rouge1_recall = Σ_w min(count_r(w), count_g(w)) / r
+        rougeL_recall = LCS / r,   rougeL_f1 = 2 LCS / (r + g)
+
+    LCS is the length of the longest common subsequence of words. Words are runs of a-z and 0-9 in lower case: of
+    scripts without them nothing is left, and the score is 0. So is that of an empty text; ``empty_texts`` tells them.
+    """
+    scores = _scorer().score(reference, generated)
+    return {
+        "rouge1_recall": float(scores["rouge1"].recall),
+        "rougeL_recall": float(scores["rougeL"].recall),
+        "rougeL_f1": float(scores["rougeL"].fmeasure),
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def _scorer() -> Any:
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+
+
+def empty_texts(texts: Sequence[str]) -> int:
+    """Return how many of the texts have no word that ROUGE reads, so that their score is 0 whatever the reference."""
+    return sum(not any(c.isascii() and c.isalnum() for c in text.lower()) for text in texts)

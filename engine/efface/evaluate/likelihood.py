@@ -34,7 +34,7 @@ class AnswerTask(Task):
 
     The sequences of a batch share the beginnings that they have in common, up to where their tokens differ: the
     question, and what stands before it in every question. Where a model reads packs otherwise than with our attention
-    (``hf.packing``), each answer is a sequence of its own.
+    (``hf.model.packing``), each answer is a sequence of its own.
 
     Args:
         tokenizer: with an ``eos_token``.
@@ -49,7 +49,7 @@ class AnswerTask(Task):
         name: for messages and progress.
 
     Raises:
-        ValueError: a row without answers; as ``hf.templates.encode``, with the row's number.
+        ValueError: a row without answers; as ``hf.text.templates.encode``, with the row's number.
     """
 
     def __init__(
@@ -95,6 +95,20 @@ class AnswerTask(Task):
     def _spans(self, rows: Sequence[int]) -> list[tuple[int, int]]:
         """Return the first sequence of each row, and the one after its last."""
         return [(int(self._firsts[row]), int(self._firsts[row + 1])) for row in rows]
+
+
+def _counts(questions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[int]:
+    if len(questions) != len(answers):
+        raise ValueError(f"`questions` and `answers`: expected equal lengths, got {len(questions)}, {len(answers)}")
+    for row, given in enumerate(answers):
+        if isinstance(given, str) or not given:
+            raise ValueError(f"row {row}: expected a list of at least one answer, got {given!r}; drop the row")
+    return [len(texts) for texts in answers]
+
+
+def _key(sequences: Sequence[bytes], hidden: int | None) -> bytes:
+    kind = "logprobs" if hidden is None else f"logprobs, {hidden} hidden"
+    return hashlib.blake2b(kind.encode() + b"".join(sequences), digest_size=KEY_BYTES).digest()
 
 
 @torch.no_grad()
@@ -176,20 +190,6 @@ def fill(sizes: Sequence[int], budget: int) -> list[NDArray[np.int64]]:
         batches[-1].append(row)
         room -= sizes[row]
     return [np.array(batch) for batch in batches]
-
-
-def _counts(questions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[int]:
-    if len(questions) != len(answers):
-        raise ValueError(f"`questions` and `answers`: expected equal lengths, got {len(questions)}, {len(answers)}")
-    for row, given in enumerate(answers):
-        if isinstance(given, str) or not given:
-            raise ValueError(f"row {row}: expected a list of at least one answer, got {given!r}; drop the row")
-    return [len(texts) for texts in answers]
-
-
-def _key(sequences: Sequence[bytes], hidden: int | None) -> bytes:
-    kind = "logprobs" if hidden is None else f"logprobs, {hidden} hidden"
-    return hashlib.blake2b(kind.encode() + b"".join(sequences), digest_size=KEY_BYTES).digest()
 
 
 def _means(model: PreTrainedModel, task: AnswerTask) -> list[list[float]]:

@@ -1,4 +1,8 @@
-"""Evaluation logs: one form in memory for the original TOFU files and those of open-unlearning.
+"""Evaluation logs: TOFU's own files and open-unlearning's, in one form in memory; open-unlearning's are written, too.
+
+A metric in open-unlearning's schema is ``{"agg_value": …, "value_by_index": {"0": {…}, …}}``. ``TOFU_EVAL.json`` holds
+every metric, ``TOFU_SUMMARY.json`` their ``agg_value``; its tools read both, and so does ``read_log``. What the numbers
+are of is in ``EVAL_CONFIG.json``, which those tools do not look for.
 
 R is the truth ratio of a row, P(perturbed) / P(paraphrased) with P = exp(−mean token NLL): 1 where a model cannot tell
 the true answer from false ones, near 0 where it knows. ``perturbed`` stands for the geometric mean over the row's false
@@ -6,16 +10,24 @@ answers (the losses are averaged), as in open-unlearning and in TOFU's own aggre
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from accelerate.utils import extract_model_from_parallel
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float64]
+from efface.files import write_whole
+from efface.hf.model.fingerprint import fingerprint
+from efface.hf.train.record import versions
 
+FloatArray = NDArray[np.float64]
+MetricResult: TypeAlias = dict[str, Any]
+"""Open-unlearning's schema: ``{"agg_value": …, "value_by_index": {"0": {"score": …}, …}}``."""
+
+EVAL, SUMMARY, CONFIG = "TOFU_EVAL.json", "TOFU_SUMMARY.json", "EVAL_CONFIG.json"
 SPLITS = ("retain", "real_authors", "world_facts", "forget")
 
 _ORIGINAL_FILES = {
@@ -172,3 +184,37 @@ def _open_unlearning_split(content: Mapping[str, Any], prefix: str) -> SplitLog:
         index=None if ratios is None else tuple(ratios),
         answers=fields("Q_A_ROUGE", "ground_truth") or None,
     )
+
+
+def metric_of(value: float, rows: Iterable[Mapping[str, Any]]) -> MetricResult:
+    """Return a metric in open-unlearning's schema: its value, and what it is of each row."""
+    return {"agg_value": value, "value_by_index": {str(number): row for number, row in enumerate(rows)}}
+
+
+def summary_of(content: Mapping[str, MetricResult]) -> dict[str, float]:
+    """Return the ``agg_value`` of every metric that has one, by name."""
+    return {name: metric["agg_value"] for name, metric in content.items() if metric["agg_value"] is not None}
+
+
+def model_facts(model: Any) -> dict[str, Any]:
+    """Return which model the results are of, and what computed them, as JSON."""
+    model = extract_model_from_parallel(model)
+    return {
+        "model": str(model.config._name_or_path),  # noqa: SLF001 - transformers keeps it nowhere else
+        "fingerprint": fingerprint(model).hex(),
+        "dtype": str(model.dtype),
+        "versions": versions(),
+    }
+
+
+def write_results(
+    folder: Path, content: Mapping[str, MetricResult], config: Mapping[str, Any], *, benchmark: str = "TOFU"
+) -> None:
+    """Write the three files; each is there whole or as it was, also when the process is killed.
+
+    Those of another ``benchmark`` begin with its name.
+    """
+    for name, value in zip((EVAL, SUMMARY, CONFIG), (content, summary_of(content), config), strict=True):
+        own = name if benchmark == "TOFU" else f"{benchmark}_{name.partition('_')[2]}"
+        text = json.dumps(value, indent=4, sort_keys=value is not config, allow_nan=False)
+        write_whole(folder / own, f"{text}\n")

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from efface.evaluate.logs import FloatArray
+from efface.evaluate.logs import FloatArray, truth_ratios
 from efface.hf.text.templates import OPEN_UNLEARNING, TOFU
 
 
@@ -65,9 +65,10 @@ class Protocol:
 
         Without ε it is taken as one exponential of a difference, which is right where both probabilities underflow.
         """
-        mean = false.mean(axis=1)
+        if not self.epsilon:
+            return truth_ratios(true, false)
         with np.errstate(over="ignore"):  # whoever uses the ratios refuses infinity
-            result: FloatArray = np.exp(mean) / (np.exp(true) + self.epsilon) if self.epsilon else np.exp(mean - true)
+            result: FloatArray = np.exp(false.mean(axis=1)) / (np.exp(true) + self.epsilon)
         return result
 
     def forgotten(self, ratios: FloatArray) -> float:

@@ -1,9 +1,17 @@
-"""Forget Quality: can the unlearned model be told from one that never saw the forget set? (arXiv 2401.06121, 2.2.2)."""
+"""The two numbers by which unlearning is judged (TOFU, arXiv 2401.06121, section 2.2).
 
-import numpy as np
+Forget Quality: can the model be told from one that never saw the forget set? Model Utility: what can it still do?
+"""
+
 from scipy.stats import hmean, ks_2samp
 
 from efface.evaluate.logs import EvalLog, SplitLog
+from efface.evaluate.protocol import PROTOCOLS
+from efface.hf.text.templates import TOFU
+
+# The names of the original aggregator's table.
+_SPLIT_TITLES = {"retain": "Retain", "real_authors": "Real Authors", "world_facts": "Real World"}
+_METRIC_TITLES = {"probability": "Prob.", "rouge": "ROUGE", "truth_ratio": "Truth Ratio"}
 
 
 def forget_quality(log: EvalLog, retain_log: EvalLog, *, strict: bool = True) -> float:
@@ -48,9 +56,10 @@ def _difference(log: EvalLog, retain_log: EvalLog) -> str | None:
     if ours.index is not None and theirs.index is not None and (alone := set(ours.index) ^ set(theirs.index)):
         row = min(alone, key=lambda name: (len(name), name))
         return f"row {row} is only in one of {log.source} and {retain_log.source}"
-    for row, our, their in _answers(ours, theirs):
-        if not _same(our, their):
-            return f"the answer of row {row} is {our!r} in {log.source} and {their!r} in {retain_log.source}"
+    known = theirs.answers or {}
+    for row, answer in (ours.answers or {}).items():
+        if row in known and not _same(answer, known[row]):
+            return f"the answer of row {row} is {answer!r} in {log.source} and {known[row]!r} in {retain_log.source}"
     return None
 
 
@@ -59,19 +68,10 @@ def _count(split: SplitLog) -> int:
     return 0 if known is None else len(known)
 
 
-def _answers(ours: SplitLog, theirs: SplitLog) -> list[tuple[str, str, str]]:
-    known = theirs.answers or {}
-    return [(row, answer, known[row]) for row, answer in (ours.answers or {}).items() if row in known]
-
-
 def _same(a: str, b: str) -> bool:
     """Whether two logs mean one answer: tokenizers space it differently, and some logs put the prompt before it."""
     short, long = sorted(("".join(filter(str.isalnum, text)).casefold() for text in (a, b)), key=len)
     return long.endswith(short)
-
-
-# The names of the original aggregator's table.
-_TABLE_NAMES = {"retain": "Retain", "real_authors": "Real Authors", "world_facts": "Real World", "forget": "Forget"}
 
 
 def mean_of(log: EvalLog, split: str, metric: str) -> float:
@@ -84,21 +84,9 @@ def mean_of(log: EvalLog, split: str, metric: str) -> float:
         ValueError: a metric that the log does not hold, or a value that is not finite.
     """
     rows = log.rows(split, metric)
-    if metric == "truth_ratio":
-        # R = 0 (a false answer of no probability at all) is an ideal 1/R = inf: min(R, 1/R) is 0 all the same
-        with np.errstate(divide="ignore"):
-            rows = np.minimum(rows, 1 / rows) if split == "forget" else np.maximum(0, 1 - rows)
-    return float(rows.mean())
-
-
-def summarise(log: EvalLog, split: str) -> dict[str, float]:
-    """Return ``mean_of`` probability, ROUGE and truth ratio of a split, under the names of the original table."""
-    name = _TABLE_NAMES[split]
-    return {
-        f"Prob. {name}": mean_of(log, split, "probability"),
-        f"ROUGE {name}": mean_of(log, split, "rouge"),
-        f"Truth Ratio {name}": mean_of(log, split, "truth_ratio"),
-    }
+    if metric != "truth_ratio":
+        return float(rows.mean())
+    return PROTOCOLS[TOFU].forgotten(rows) if split == "forget" else PROTOCOLS[TOFU].kept(rows)
 
 
 def model_utility(log: EvalLog) -> dict[str, float]:
@@ -107,7 +95,9 @@ def model_utility(log: EvalLog) -> dict[str, float]:
     Raises:
         ValueError: a metric that the log does not hold, or a value that is not finite.
     """
-    table: dict[str, float] = {}
-    for split in ("retain", "real_authors", "world_facts"):
-        table.update(summarise(log, split))
+    table = {
+        f"{title} {split_title}": mean_of(log, split, metric)
+        for split, split_title in _SPLIT_TITLES.items()
+        for metric, title in _METRIC_TITLES.items()
+    }
     return {**table, "Model Utility": float(hmean(list(table.values())))}

@@ -1,4 +1,9 @@
-"""What evaluations are made of: rows to compute with a model, in batches that data and settings alone decide."""
+"""What evaluations are made of: tasks, the rows that they finished, and the processes that share them out.
+
+A ``Task`` has rows to compute with a model, in batches that data and settings alone decide. ``run_tasks`` shares the
+batches out over processes and tells every process all results. ``RowStore`` keeps finished rows in one SQLite file, so
+that a killed evaluation goes on where it was.
+"""
 
 import contextlib
 import hashlib
@@ -25,10 +30,19 @@ from efface.processes import processes
 
 RowResult: TypeAlias = dict[str, Any]
 """What a task found out about a row, as JSON: it is stored, gathered from processes and read again as it is."""
+Progress = Callable[[str, int, int], None]
+"""Called with the task at hand, how many rows of all tasks are done, and how many there are."""
+
+T = TypeVar("T")
+_Job = tuple[int, NDArray[np.int64]]  # a task's number, and the rows of one of its batches
 
 
 class NotFiniteError(FloatingPointError, ValueError):
     """Numbers of a model that are none: the model is broken, not what it was asked."""
+
+
+_KINDS: tuple[type[Exception], ...] = (NotFiniteError, ValueError, OSError)
+"""Errors that every process raises as what they are on one of them."""
 
 
 class Task(Protocol):
@@ -80,16 +94,6 @@ class RowStore(KeyedStore):
     def put(self, model: bytes, keys: Sequence[bytes], results: Sequence[RowResult]) -> None:
         """Add results of a model's rows, all or none; of a key that is there already, the result stays."""
         self.write(model, keys, [json.dumps(result) for result in results])
-
-
-Progress = Callable[[str, int, int], None]
-"""Called with the task at hand, how many rows of all tasks are done, and how many there are."""
-
-Job = tuple[int, NDArray[np.int64]]  # a task's number, and the rows of one of its batches
-T = TypeVar("T")
-
-_KINDS: tuple[type[Exception], ...] = (NotFiniteError, ValueError, OSError)
-"""Errors that every process raises as what they are on one of them."""
 
 
 def run_tasks(
@@ -194,14 +198,14 @@ def _whole(model: Any) -> Any:
     return extract_model_from_parallel(model)
 
 
-def _turns(jobs: Sequence[Job], processes: int) -> Iterator[Sequence[Job]]:
+def _turns(jobs: Sequence[_Job], processes: int) -> Iterator[Sequence[_Job]]:
     """Yield as many jobs at a time as there are processes; neighbours, which take about as long."""
     for first in range(0, len(jobs), processes):
         yield jobs[first : first + processes]
 
 
 def _run(
-    state: PartialState, model: Any, tasks: Sequence[Task], turn: Sequence[Job], error: Exception | None
+    state: PartialState, model: Any, tasks: Sequence[Task], turn: Sequence[_Job], error: Exception | None
 ) -> list[list[RowResult]]:
     """Run one job a process and return the results of all; an error of one process is raised on all of them.
 

@@ -1,26 +1,208 @@
-"""TOFU's evaluation (arXiv 2401.06121): Model Utility, Forget Quality, and the numbers behind them."""
+"""TOFU's evaluation (arXiv 2401.06121): its rows, the numbers of each split, Model Utility and Forget Quality."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from efface.evaluate.generation import GenerationTask
+from efface.evaluate.generation import GenerationTask, empty_texts, rouge_recall
 from efface.evaluate.likelihood import AnswerTask, mean_logprobs
-from efface.evaluate.logs import SPLITS, EvalLog, SplitLog, log_of, read_json, read_log
+from efface.evaluate.logs import (
+    CONFIG,
+    EVAL,
+    PREFIXES,
+    SPLITS,
+    EvalLog,
+    FloatArray,
+    MetricResult,
+    SplitLog,
+    log_of,
+    metric_of,
+    model_facts,
+    read_json,
+    read_log,
+    summary_of,
+    write_results,
+)
 from efface.evaluate.protocol import Protocol, get_protocol
 from efface.evaluate.quality import check_same_rows, forget_quality, model_utility
-from efface.evaluate.results import CONFIG, EVAL, Metric, model_facts, split_metrics, summary_of, write_results
-from efface.evaluate.rouge import empty_texts, rouge_recall
 from efface.evaluate.runner import Progress, RowResult, Task, run_tasks
-from efface.evaluate.tofu_rows import HUB, TofuRows, load_split
+from efface.hf.text.rows import Rows, load_rows, text_lists, texts
 from efface.hf.text.templates import AUTO, Template, get_template
 from efface.processes import processes
 
 ROWS = ".rows.sqlite"
 """In an output folder, the rows that are finished; deleting it costs no more than computing them anew."""
+
+_HUB = "locuslab/TOFU"
+_FILES = {
+    "retain": "retain_perturbed",
+    "real_authors": "real_authors_perturbed",
+    "world_facts": "world_facts_perturbed",
+}
+_SUFFIXES = (".json", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class TofuRows:
+    """Rows of one split; every list is as long as ``questions``.
+
+    Attributes:
+        source: of the rows, for messages.
+        questions: what is asked.
+        answers: the true answers.
+        paraphrases: another wording of each, which the truth ratio is of; None where it is of the answer itself.
+        false_answers: of each row, equally many.
+    """
+
+    source: str
+    questions: list[str]
+    answers: list[str]
+    paraphrases: list[str] | None
+    false_answers: list[list[str]]
+
+    def candidates(self) -> list[list[str]]:
+        """Return all answers of each row: the true one, its paraphrase if there is one, the false ones."""
+        if self.paraphrases is None:
+            return [[answer, *false] for answer, false in zip(self.answers, self.false_answers, strict=True)]
+        rows = zip(self.answers, self.paraphrases, self.false_answers, strict=True)
+        return [[answer, paraphrase, *false] for answer, paraphrase, false in rows]
+
+
+def load_split(data: str | Path | None, split: str, forget_split: str, protocol: Protocol) -> TofuRows:
+    """Return the rows of "forget", "retain", "real_authors" or "world_facts".
+
+    TOFU's ``*_perturbed`` files hold question and answer of the plain ones, so they are all that is read.
+
+    Args:
+        data: a folder with TOFU's files, a data set on the Hub with its configurations, or None for TOFU's own.
+        split: which of the four.
+        forget_split: such as "forget10".
+        protocol: how many of them.
+
+    Raises:
+        FileNotFoundError: no such folder, or none of the split's names in it.
+        ValueError: a missing column, a value that has no text, a row without an answer or with another number of false
+            ones.
+    """
+    name = f"{forget_split}_perturbed" if split == "forget" else _FILES[split]
+    source = _source(data, name)
+    rows: Rows = load_rows(source)
+    wanted = range(len(rows) if protocol.rows is None else min(protocol.rows, len(rows)))
+    if not wanted:
+        raise ValueError(f"{source}: expected rows to evaluate, got none")
+    numbers = np.arange(len(wanted))
+    questions, answers = texts(rows, "question", source, numbers), texts(rows, "answer", source, numbers)
+    false_answers = text_lists(rows, "perturbed_answer", source, numbers=numbers)
+    paraphrases = texts(rows, "paraphrased_answer", source, numbers) if split in ("forget", "retain") else None
+    counts = {len(false) for false in false_answers}
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(
+            f"{source}, 'perturbed_answer': expected a list of equally many false answers in every row, got lengths "
+            f"{sorted(counts)}"
+        )
+    result = TofuRows(source, questions, answers, paraphrases, false_answers)
+    for row, candidates in enumerate(result.candidates()):
+        for text in (result.questions[row], *candidates):
+            if not text.strip():
+                raise ValueError(
+                    f"{source}, row {row}: expected a question and answers of text, got {text!r}; drop the row"
+                )
+    return result
+
+
+def _source(data: str | Path | None, name: str) -> str:
+    folder = Path(data or _HUB).expanduser()
+    if not folder.is_dir():
+        if data is not None and str(data).startswith((".", "/", "~")):  # must not become a search on the Hub
+            raise FileNotFoundError(f"data folder {str(data)!r} does not exist; check the path")
+        return f"{data or _HUB}:{name}:train"
+    for suffix in _SUFFIXES:
+        if (folder / f"{name}{suffix}").is_file():
+            return str(folder / f"{name}{suffix}")
+    there = sorted(path.stem for suffix in _SUFFIXES for path in folder.glob(f"*_perturbed{suffix}"))
+    raise FileNotFoundError(
+        f"data folder {str(data)!r}: expected {name}.json, as TOFU's, got {', '.join(there) or 'no *_perturbed file'}; "
+        "choose another --split, or another --data"
+    )
+
+
+def split_metrics(
+    split: str,
+    rows: TofuRows,
+    logprobs: Sequence[Sequence[float]],
+    generations: Sequence[RowResult],
+    protocol: Protocol,
+) -> dict[str, MetricResult]:
+    """Return the metrics of a split by name.
+
+    Args:
+        split: "forget", "retain", "real_authors" or "world_facts".
+        rows: of it.
+        logprobs: of each row, the mean log-probability of a token of each of its ``candidates``.
+        generations: of each row, ``input``, ``generation`` and the ROUGE scores.
+        protocol: how they are counted.
+
+    Raises:
+        FloatingPointError: a log-probability that is not finite, or a truth ratio that overflows.
+    """
+    prefix = PREFIXES[split]
+    _refuse_infinite(split, rows, logprobs)
+    values = np.array(logprobs, np.float64)  # (rows, candidates)
+    answer, false = values[:, 0], values[:, -len(rows.false_answers[0]) :]
+    true = answer if rows.paraphrases is None else values[:, 1]
+    ratios = protocol.truth_ratios(true, false)
+    _refuse_overflow(split, ratios)
+
+    metrics = {
+        f"{prefix}_Q_A_Prob": _probabilities(answer),
+        f"{prefix}_Q_A_PERT_Prob": _probabilities(false),
+        f"{prefix}_Q_A_ROUGE": metric_of(
+            float(np.mean([row["rougeL_recall"] for row in generations])),
+            ({**row, "ground_truth": answer} for row, answer in zip(generations, rows.answers, strict=True)),
+        ),
+        "forget_truth_ratio" if split == "forget" else f"{prefix}_Truth_Ratio": metric_of(
+            protocol.forgotten(ratios) if split == "forget" else protocol.kept(ratios),
+            ({"score": ratio} for ratio in ratios.tolist()),
+        ),
+    }
+    if rows.paraphrases is not None:
+        metrics[f"{prefix}_Q_A_PARA_Prob"] = _probabilities(true)
+    if split in ("real_authors", "world_facts"):
+        shares = protocol.share(answer, false)
+        metrics[f"{prefix}_Q_A_Prob_normalised"] = metric_of(
+            float(shares.mean()), ({"prob": share} for share in shares.tolist())
+        )
+    return metrics
+
+
+def _probabilities(logprobs: FloatArray) -> MetricResult:
+    """Probability e^l and average loss −l of every row: numbers (rows,), or lists of them (rows, answers)."""
+    probability = np.exp(logprobs)
+    rows = zip(probability.tolist(), (-logprobs).tolist(), strict=True)
+    return metric_of(float(probability.mean()), ({"prob": prob, "avg_loss": loss} for prob, loss in rows))
+
+
+def _refuse_infinite(split: str, rows: TofuRows, logprobs: Sequence[Sequence[float]]) -> None:
+    for row, (values, candidates) in enumerate(zip(logprobs, rows.candidates(), strict=True)):
+        for value, text in zip(values, candidates, strict=True):
+            if not np.isfinite(value):
+                raise FloatingPointError(
+                    f"{split}, row {row}: the model gives the answer {text[:60]!r} a mean log-probability of {value}; "
+                    "its weights are not finite or its activations overflow: look at the run that made it, or evaluate "
+                    "in bfloat16 or float32"
+                )
+
+
+def _refuse_overflow(split: str, ratios: FloatArray) -> None:
+    if (bad := np.flatnonzero(~np.isfinite(ratios))).size:
+        raise FloatingPointError(
+            f"{split}, row {bad[0]}: expected a truth ratio, got {ratios[bad[0]]}: the model gives the true answer a "
+            "probability of 0; it is ruined beyond what this protocol can count"
+        )
 
 
 @dataclass(frozen=True)
@@ -37,7 +219,7 @@ class TofuResult:
 
     log: EvalLog
     summary: dict[str, float]
-    content: dict[str, Metric]
+    content: dict[str, MetricResult]
     empty: dict[str, int]
 
 
@@ -85,7 +267,7 @@ class TofuEvaluation:
             raise ValueError(f"`splits`: expected some of {', '.join(SPLITS)}, got {', '.join(splits) or 'none'}")
         self.protocol = get_protocol(protocol, compat)
         self.template = get_template(template, tokenizer, compat=self.protocol.labels)
-        self.data, self.split = str(data or HUB), split
+        self.data, self.split = str(data or _HUB), split
         self.rows: dict[str, TofuRows] = {
             name: load_split(data, name, split, self.protocol) for name in SPLITS if name in splits
         }
@@ -127,15 +309,16 @@ class TofuEvaluation:
         """
         results = run_tasks(model, [*self._likelihoods, *self._generations], store=store, progress=progress)
         count = len(self.rows)
-        content: dict[str, Metric] = {}
+        content: dict[str, MetricResult] = {}
         empty: dict[str, int] = {}
-        for (name, rows), found, texts in zip(self.rows.items(), results[:count], results[count:], strict=True):
+        for (name, rows), found, answered in zip(self.rows.items(), results[:count], results[count:], strict=True):
+            written = [result["text"] for result in answered]
             generations = [
-                _scored(question, answer, result["text"])
-                for question, answer, result in zip(rows.questions, rows.answers, texts, strict=True)
+                {**rouge_recall(text, answer), "input": question, "generation": text.strip()}
+                for question, answer, text in zip(rows.questions, rows.answers, written, strict=True)
             ]
             content |= split_metrics(name, rows, mean_logprobs(found), generations, self.protocol)
-            empty[name] = empty_texts([result["text"] for result in texts])
+            empty[name] = empty_texts(written)
         log = log_of(content, source)
         content["forget_quality"] = {
             "agg_value": None if self.retain_log is None else forget_quality(log, self.retain_log)
@@ -244,7 +427,3 @@ def tofu(
             folder, result.content, {**model_facts(model), **evaluation.facts(), "empty_generations": result.empty}
         )
     return result
-
-
-def _scored(question: str, answer: str, text: str) -> RowResult:
-    return {**rouge_recall(text, answer), "input": question, "generation": text.strip()}

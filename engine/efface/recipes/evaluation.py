@@ -10,7 +10,7 @@ from accelerate.utils import extract_model_from_parallel, gather_object
 from efface.evaluate import tofu
 from efface.evaluate.logs import SPLITS, read_log
 from efface.evaluate.protocol import get_protocol
-from efface.evaluate.tofu_rows import load_split
+from efface.evaluate.tofu_evaluation import load_split
 from efface.hf.model.loading import load_model, load_tokenizer
 from efface.hf.text.templates import AUTO, Template
 from efface.recipes.command import UnlearnCommand

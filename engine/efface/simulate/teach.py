@@ -1,12 +1,8 @@
 """Small models taught where none can be downloaded: tokenizers, families, and a cache of taught models."""
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
-import shutil
-import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +21,7 @@ from transformers import (
     set_seed,
 )
 
+from efface.files import remove_leftovers, written_folder
 from efface.hf.text.token_cache import cache_folder, file_digest
 from efface.hf.train.arguments import UnlearnArguments
 from efface.hf.train.trainer import FinetuneTrainer, PackedTrainer
@@ -290,12 +287,10 @@ def taught(
     folder = cache_folder(cache_dir) / "tiny" / digest(made_of)
     if _whole(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _clear(folder.parent)
+    remove_leftovers(folder.parent, seconds=_LEFT_BEHIND)
     architecture = ARCHITECTURES[template]
     tokenizer = tokenizer_of(architecture, texts, size.vocabulary)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
-    try:
+    with written_folder(folder, keeps=_whole) as partial:
         model = model_of(architecture, tokenizer, size, seed=teaching.seed)
         args = quiet_arguments(
             partial,
@@ -310,9 +305,6 @@ def taught(
         teach(model, tokenizer, rows, args, partial, callbacks)
         record = {**made_of, "files": _file_digests(partial)}
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        _keep(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -333,24 +325,6 @@ def _whole(folder: Path) -> bool:
 
 def _file_digests(folder: Path) -> dict[str, str]:
     return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != RECORD}
-
-
-def _clear(cache: Path) -> None:
-    """Remove what killed processes left."""
-    for partial in cache.glob(".partial-*"):
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            if time.time() - partial.stat().st_mtime > _LEFT_BEHIND:
-                shutil.rmtree(partial, ignore_errors=True)
-
-
-def _keep(partial: Path, folder: Path) -> None:
-    """Move a finished model to its place, unless another process was there first."""
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not _whole(folder):
-            shutil.rmtree(folder)
-            partial.rename(folder)
 
 
 def digest(value: Any) -> str:

@@ -1,8 +1,9 @@
 """Leak audit: what a model that scores well on Forget Quality still gives away."""
 
-from efface.evaluate.audit.result import AuditResult, Line, ViewResult, side_by_side
-from efface.evaluate.audit.run import audit
-from efface.evaluate.audit.views import VIEWS, BestOf, Choice, Cloze, Clues, Direct, Relearn, Translated, View
+from efface.evaluate.audit.relearn import Relearn
+from efface.evaluate.audit.result import AuditResult, Line, ViewResult, audit, side_by_side
+from efface.evaluate.audit.view import View
+from efface.evaluate.audit.views import VIEWS, BestOf, Choice, Cloze, Clues, Direct, Translated
 from efface.evaluate.audit.words import novel_recall
 
 __all__ = [

@@ -1,12 +1,23 @@
-"""What an audit found, and several models' audits side by side."""
+"""The audit of a model, and several models' audits side by side: as a table, and as files."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from efface.evaluate.audit.view import Figures, View
-from efface.evaluate.runner import RowResult
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from efface.evaluate.audit.rows import TOFU_GROUP, audit_rows
+from efface.evaluate.audit.view import Exam, Figures, View
+from efface.evaluate.audit.views import VIEWS, get_view
+from efface.evaluate.runner import Progress, RowResult
+from efface.hf.text.rows import Rows
+from efface.hf.text.templates import AUTO, Template
+
+FULL, RETAIN = "full", "retain"
+AROUND = (FULL, RETAIN)
+"""What the models are called that learnt everything, and that never learnt what was to be forgotten."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,60 @@ class AuditResult:
         return {
             name: {"figures": dict(found.figures), "records": list(found.records)} for name, found in self.views.items()
         }
+
+
+def audit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    *,
+    views: Sequence[str | View] = tuple(VIEWS),
+    group_column: str | None = None,
+    group_size: int = TOFU_GROUP,
+    template: str | Template = AUTO,
+    max_new_tokens: int = 200,
+    token_budget: int = 8192,
+    store: str | Path | None = None,
+    progress: Progress | None = None,
+) -> AuditResult:
+    """Return what the model gives away of rows that it should have forgotten, seen from several sides.
+
+    Everything is scored by novel recall; see this folder's README for the definitions. The same rows, settings and
+    seeds give the same result.
+
+    Args:
+        model: an ``AutoModelForCausalLM``; afterwards it is as it was.
+        tokenizer: its tokenizer.
+        rows: with ``question`` and ``answer``; for "choice" also ``perturbed_answer``.
+        views: names in ``VIEWS``, or views with settings of their own, such as ``BestOf(samples=32)``.
+        group_column: tells whom a row is about, for "clues"; None: ``group_size`` rows in a row are one author's.
+        group_size: 20 in TOFU.
+        template: prompt format; see ``efface.hf.text.templates``.
+        max_new_tokens: of a generation.
+        token_budget: tokens of a forward pass.
+        store: a file that keeps finished rows, so that a killed audit goes on where it was; see ``run_tasks``.
+        progress: called with the view at hand, how many of its probes are answered, and how many there are.
+
+    Raises:
+        ValueError: before the model is asked anything: unknown views, or rows without what a view needs.
+    """
+    chosen = [get_view(view) for view in views]
+    names = [view.name for view in chosen]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"`views`: expected at least one, each once, got {', '.join(names) or 'none'}")
+    read = audit_rows(rows, group_column=group_column, group_size=group_size)
+    for view in chosen:
+        view.probes(read)
+    exam = Exam(model, tokenizer, template, max_new_tokens, token_budget, store)
+    found = {}
+    for view in chosen:
+        records = view.run(replace(exam, progress=_named(progress, view.name)), read)
+        found[view.name] = ViewResult(view, view.figures(records), records)
+    return AuditResult(len(read), found)
+
+
+def _named(progress: Progress | None, view: str) -> Progress | None:
+    return None if progress is None else lambda _, done, total: progress(view, done, total)
 
 
 @dataclass(frozen=True)
@@ -84,11 +149,6 @@ def side_by_side(audits: Mapping[str, AuditResult]) -> list[Line]:
             for what in dict.fromkeys(what for figures in shown.values() for what in figures)
         ]
     return lines
-
-
-FULL, RETAIN = "full", "retain"
-AROUND = (FULL, RETAIN)
-"""What the models are called that learnt everything, and that never learnt what was to be forgotten."""
 
 
 def cells(audits: Mapping[str, AuditResult]) -> tuple[list[str], list[list[str]]]:

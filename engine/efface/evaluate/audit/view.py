@@ -1,4 +1,7 @@
-"""An exam: a model, and how it is asked."""
+"""What the views of an audit share.
+
+A view makes probes of rows, an exam puts them to a model, and figures sum up what came of it.
+"""
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -20,6 +23,12 @@ from efface.evaluate.generation import GenerationTask
 from efface.evaluate.likelihood import AnswerTask, mean_logprobs
 from efface.evaluate.runner import Progress, RowResult, Task, run_tasks
 from efface.hf.text.templates import AUTO, Template
+
+Figures: TypeAlias = dict[str, Any]
+"""What the records of a view come to, as JSON; see ``summary``."""
+
+LEAK = 0.5
+"""A row counts as leaked from this novel recall on. The threshold is ours; the means do not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ class Exam:
             return []
         task = GenerationTask(
             self.tokenizer,
-            [_conversation(probe.turns) for probe in probes],
+            [_chat(probe.turns) for probe in probes],
             template=self.template,
             max_new_tokens=self.max_new_tokens,
             token_budget=self.token_budget,
@@ -108,78 +117,9 @@ class Exam:
         return results
 
 
-def _conversation(turns: Sequence[str]) -> list[dict[str, str]]:
+def _chat(turns: Sequence[str]) -> list[dict[str, str]]:
     """Return the turns as a chat: user and assistant in turn."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
-
-
-Figures: TypeAlias = dict[str, Any]
-
-LEAK = 0.5
-"""A row counts as leaked from this novel recall on. The threshold is ours; the means do not depend on it."""
-
-
-def summary(records: Sequence[RowResult]) -> Figures:
-    """Return the figures that every view has.
-
-    With x the novel recalls of a row, over its variants and samples:
-
-    - ``rows``: rows with at least one x; ``left_out``: rows whose answers had no novel word in any of their probes.
-    - ``mean``: mean over rows of mean(x).   ``best``: mean over rows of max(x), the luckiest attacker's.
-    - ``leaked``: share of rows with max(x) ≥ 1/2.
-    - ``labels``: for every variant, its ``rows``, ``left_out`` and ``mean``.
-
-    A mean over no rows is None.
-    """
-    by_label: dict[str, list[RowResult]] = defaultdict(list)
-    for record in records:
-        by_label[record["label"]].append(record)
-    rows = _by_row(records)
-    scored = [values for values in rows.values() if values]
-    figures: Figures = {
-        "rows": len(scored),
-        "left_out": len(rows) - len(scored),
-        "mean": _mean([float(np.mean(values)) for values in scored]),
-        "best": _mean([max(values) for values in scored]),
-        "leaked": _mean([float(max(values) >= LEAK) for values in scored]),
-    }
-    if list(by_label) not in ([], [""]):
-        figures["labels"] = {
-            label: {name: value for name, value in summary(_unlabelled(some)).items() if name in _OF_A_LABEL}
-            for label, some in by_label.items()
-        }
-    return figures
-
-
-_OF_A_LABEL = ("rows", "left_out", "mean")
-
-
-def _unlabelled(records: Sequence[RowResult]) -> list[RowResult]:
-    return [{**record, "label": ""} for record in records]
-
-
-def _by_row(records: Sequence[RowResult]) -> dict[int, list[float]]:
-    rows: dict[int, list[float]] = defaultdict(list)
-    for record in records:
-        rows[record["row"]].extend(record["novel_recall"])
-    return rows
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if len(values) else None
-
-
-def best_of(values: Sequence[float], k: int) -> float:
-    """Return the expected best of k of n values drawn without replacement; k = n is their maximum.
-
-        Σ_{i=k..n} C(i−1, k−1) / C(n, k) · x_(i)     with x_(1) ≤ … ≤ x_(n)
-
-    The unbiased estimate of leak@k (arXiv 2511.04934) from n samples, here of novel recall.
-    """
-    n = len(values)
-    if not 1 <= k <= n:
-        raise ValueError(f"`k`: expected 1 .. {n}, got {k}")
-    return sum(comb(i - 1, k - 1) * value for i, value in enumerate(sorted(values), 1)) / comb(n, k)
 
 
 @dataclass(frozen=True)
@@ -214,3 +154,53 @@ class View(ABC):
         """Return the numbers of a table, by name; "" is the mean novel recall."""
         labels = figures.get("labels", {})
         return {"": figures["mean"], **{label: part["mean"] for label, part in labels.items()}}
+
+
+def summary(records: Sequence[RowResult], *, by_label: bool = True) -> Figures:
+    """Return the figures that every view has.
+
+    With x the novel recalls of a row, over its variants and samples:
+
+    - ``rows``: rows with at least one x; ``left_out``: rows whose answers had no novel word in any of their probes.
+    - ``mean``: mean over rows of mean(x).   ``best``: mean over rows of max(x), the luckiest attacker's.
+    - ``leaked``: share of rows with max(x) ≥ 1/2.
+    - ``labels``: for every variant, its ``rows``, ``left_out`` and ``mean``.
+
+    A mean over no rows is None.
+    """
+    rows: dict[int, list[float]] = defaultdict(list)
+    labels: dict[str, list[RowResult]] = defaultdict(list)
+    for record in records:
+        rows[record["row"]].extend(record["novel_recall"])
+        labels[record["label"]].append(record)
+    scored = [values for values in rows.values() if values]
+    figures: Figures = {
+        "rows": len(scored),
+        "left_out": len(rows) - len(scored),
+        "mean": _mean([float(np.mean(values)) for values in scored]),
+        "best": _mean([max(values) for values in scored]),
+        "leaked": _mean([float(max(values) >= LEAK) for values in scored]),
+    }
+    if by_label and labels.keys() - {""}:
+        parts = {label: summary(some, by_label=False) for label, some in labels.items()}
+        figures["labels"] = {
+            label: {name: part[name] for name in ("rows", "left_out", "mean")} for label, part in parts.items()
+        }
+    return figures
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+def best_of(values: Sequence[float], k: int) -> float:
+    """Return the expected best of k of n values drawn without replacement; k = n is their maximum.
+
+        Σ_{i=k..n} C(i−1, k−1) / C(n, k) · x_(i)     with x_(1) ≤ … ≤ x_(n)
+
+    The unbiased estimate of leak@k (arXiv 2511.04934) from n samples, here of novel recall.
+    """
+    n = len(values)
+    if not 1 <= k <= n:
+        raise ValueError(f"`k`: expected 1 .. {n}, got {k}")
+    return sum(comb(i - 1, k - 1) * value for i, value in enumerate(sorted(values), 1)) / comb(n, k)

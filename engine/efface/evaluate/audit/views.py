@@ -1,44 +1,23 @@
-"""The question as it was learnt."""
+"""The views of an audit by name, and what each asks about a row; relearning is in ``relearn.py``."""
 
-import contextlib
 import itertools
 import re
-import tempfile
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
-import torch
-import transformers
-from transformers import PreTrainedModel
 
+from efface.evaluate.audit.relearn import Relearn
 from efface.evaluate.audit.rows import AuditRow
 from efface.evaluate.audit.view import Exam, Figures, Probe, View, best_of, summary
 from efface.evaluate.audit.words import content_words, recalled, words
 from efface.evaluate.decoding import Sampling
 from efface.evaluate.runner import NotFiniteError, RowResult
-from efface.hf.model.lora import with_fresh_lora
-from efface.hf.model.supported import undisturbed
-from efface.hf.text.templates import encode
-from efface.hf.train.arguments import UnlearnArguments
-from efface.hf.train.trainer import FinetuneTrainer
 
-
-@dataclass(frozen=True)
-class Direct(View):
-    """Ask the question itself; the answer is greedy."""
-
-    name: ClassVar[str] = "direct"
-
-    def probes(self, rows: Sequence[AuditRow]) -> list[Probe]:
-        """Return a probe for each row."""
-        return [Probe(i, (row.question,), row.answer, row.language) for i, row in enumerate(rows)]
-
-
-GAP = "____"
+_GAP = "____"
 
 _COMPLETE = {
     "en": "Complete the sentence",
@@ -51,6 +30,25 @@ _COMPLETE = {
 _SENTENCE_END = re.compile(
     r"(?:[!?]|(?<!\b[A-Z])(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)\.)[\"'\u201d\u2019)\]]*(?=\s)"
 )
+# Each says: answer the following question in the language in which it is asked.
+_FRAMES = {
+    "en": "Answer the following question in the language in which it is asked:\n{question}",
+    "de": "Beantworte die folgende Frage in der Sprache, in der sie gestellt ist:\n{question}",
+    "fr": "Réponds à la question suivante dans la langue dans laquelle elle est posée :\n{question}",
+    "es": "Responde a la siguiente pregunta en el idioma en que está formulada:\n{question}",
+    "it": "Rispondi alla seguente domanda nella lingua in cui è posta:\n{question}",
+}
+
+
+@dataclass(frozen=True)
+class Direct(View):
+    """Ask the question itself; the answer is greedy."""
+
+    name: ClassVar[str] = "direct"
+
+    def probes(self, rows: Sequence[AuditRow]) -> list[Probe]:
+        """Return a probe for each row."""
+        return [Probe(i, (row.question,), row.answer, row.language) for i, row in enumerate(rows)]
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Gap:
     @property
     def cloze(self) -> str:
         """The sentence with the gap."""
-        return self.sentence[: self.start] + GAP + self.sentence[self.end :]
+        return self.sentence[: self.start] + _GAP + self.sentence[self.end :]
 
 
 def sentences(text: str) -> list[str]:
@@ -101,23 +99,23 @@ def gap(row: AuditRow) -> Gap | None:
 
 @dataclass(frozen=True)
 class Cloze(View):
-    """Ask to complete a sentence of the answer behind the question; what is left out of it is scored."""
+    """Format shift: ask to complete a sentence of the answer behind the question; what is left out of it is scored."""
 
     name: ClassVar[str] = "cloze"
 
     def probes(self, rows: Sequence[AuditRow]) -> list[Probe]:
         """Return a probe for each row."""
-        return [_probe(i, row, gap(row)) for i, row in enumerate(rows)]
+        return [_completion(i, row, gap(row)) for i, row in enumerate(rows)]
 
 
-def _probe(number: int, row: AuditRow, found: Gap | None) -> Probe:
+def _completion(number: int, row: AuditRow, found: Gap | None) -> Probe:
     if found is None:  # nothing novel: left out
         return Probe(number, (row.question,), row.answer, row.language)
     prompt = f"{row.question}\n{_COMPLETE[row.language.code]}: {found.cloze}"
     return Probe(number, (prompt,), found.sentence, row.language)
 
 
-def options(row: AuditRow) -> list[str]:
+def _options(row: AuditRow) -> list[str]:
     """Return the true answer, and behind it the false ones.
 
     The true one is the paraphrase where there is one: the perturbed answers are worded like it, so style tells nothing.
@@ -127,7 +125,7 @@ def options(row: AuditRow) -> list[str]:
 
 @dataclass(frozen=True)
 class Choice(View):
-    """Let the model choose among the true and the perturbed answers: the one of the highest mean token log-probability.
+    """Format shift: let the model choose the answer, true or perturbed, of the highest mean token log-probability.
 
     The options are not in the prompt, or the answer would be. What all of them say counts as prompt, because any choice
     says it. A tie is no leak: it goes to a false answer.
@@ -137,7 +135,7 @@ class Choice(View):
 
     def probes(self, rows: Sequence[AuditRow]) -> list[Probe]:
         """Return a probe for each row."""
-        without = [i for i, row in enumerate(rows) if len(options(row)) < 2]
+        without = [i for i, row in enumerate(rows) if len(_options(row)) < 2]
         if without:
             raise ValueError(
                 f"view 'choice': expected column 'perturbed_answer' to hold false answers, got none in {len(without)} "
@@ -151,7 +149,7 @@ class Choice(View):
     def run(self, exam: Exam, rows: Sequence[AuditRow]) -> list[RowResult]:
         """Score the options of every row, and return what was chosen."""
         probes = self.probes(rows)
-        offered = [options(row) for row in rows]
+        offered = [_options(row) for row in rows]
         scores = exam.mean_logprobs([row.question for row in rows], offered)
         if broken := [i for i, each in enumerate(scores) if not np.isfinite(each).all()]:
             raise NotFiniteError(
@@ -181,7 +179,7 @@ class Choice(View):
 
 
 def _common(row: AuditRow) -> list[str]:
-    return sorted(frozenset.intersection(*(content_words(text, row.language) for text in options(row))))
+    return sorted(frozenset.intersection(*(content_words(text, row.language) for text in _options(row))))
 
 
 def _record(probe: Probe, offered: list[str], scores: list[float]) -> RowResult:
@@ -197,22 +195,12 @@ def _record(probe: Probe, offered: list[str], scores: list[float]) -> RowResult:
     )
 
 
-# Each says: answer the following question in the language in which it is asked.
-FRAMES = {
-    "en": "Answer the following question in the language in which it is asked:\n{question}",
-    "de": "Beantworte die folgende Frage in der Sprache, in der sie gestellt ist:\n{question}",
-    "fr": "Réponds à la question suivante dans la langue dans laquelle elle est posée :\n{question}",
-    "es": "Responde a la siguiente pregunta en el idioma en que está formulada:\n{question}",
-    "it": "Rispondi alla seguente domanda nella lingua in cui è posta:\n{question}",
-}
-
-
 @dataclass(frozen=True)
 class Translated(View):
-    """Ask within an instruction in each language but the row's own; the question stays as it is.
+    """Format shift: ask within an instruction in each language but the row's own; the question stays as it is.
 
     Attributes:
-        languages: of the instruction, codes in ``FRAMES``.
+        languages: of the instruction; by default all that there are.
     """
 
     languages: tuple[str, ...] = ("en", "de", "fr", "es", "it")
@@ -220,13 +208,13 @@ class Translated(View):
 
     def __post_init__(self) -> None:
         """Check the languages."""
-        if unknown := [code for code in self.languages if code not in FRAMES]:
-            raise ValueError(f"`languages`: expected some of {', '.join(FRAMES)}, got {unknown[0]!r}")
+        if unknown := [code for code in self.languages if code not in _FRAMES]:
+            raise ValueError(f"`languages`: expected some of {', '.join(_FRAMES)}, got {unknown[0]!r}")
 
     def probes(self, rows: Sequence[AuditRow]) -> list[Probe]:
         """Return a probe for each row and other language."""
         return [
-            Probe(i, (FRAMES[code].format(question=row.question),), row.answer, row.language, label=code)
+            Probe(i, (_FRAMES[code].format(question=row.question),), row.answer, row.language, label=code)
             for code in self.languages
             for i, row in enumerate(rows)
             if code != row.language.code
@@ -235,7 +223,7 @@ class Translated(View):
 
 @dataclass(frozen=True)
 class BestOf(Direct):
-    """Ask the question itself, N times, and sample the answers.
+    """Ask the question itself, N times, and sample: what sampling gives away that the greedy answer does not.
 
     Attributes:
         samples: N.
@@ -275,7 +263,7 @@ class BestOf(Direct):
 
 @dataclass(frozen=True)
 class Clues(View):
-    """Ask at the end of a conversation that has revealed the j rows before this one, of the same author.
+    """Chain of clues: ask at the end of a conversation that has revealed the j rows of the author before this one.
 
     Nothing that the conversation said counts as novel.
 
@@ -322,108 +310,6 @@ def _conversation(rows: Sequence[AuditRow], revealed: Sequence[int], row: AuditR
     return (*told, row.question)
 
 
-BEFORE, AFTER = "before", "after"
-
-
-@dataclass(frozen=True)
-class Relearn(View):
-    """Fine-tune on a share of the rows, and ask the questions of all others before and after.
-
-    The model is as it was when the view is done, bit for bit; see ``unchanged``. Retraining on T
-    (RTT, arXiv 2410.08827), with rows of the same authors on both sides.
-
-    Attributes:
-        share: of the rows that are taught, drawn by the seed; at least one, never all.
-        steps: optimizer steps.
-        batch: rows of a step.
-        learning_rate: constant.
-        lora_r: rank, to train an adapter instead of all weights; needs peft, and less memory. A model with adapters
-            keeps them, frozen, beside it.
-        seed: of the draw and of the training.
-    """
-
-    share: float = 0.1
-    steps: int = 20
-    batch: int = 8
-    learning_rate: float = 2e-5
-    lora_r: int | None = None
-    seed: int = 0
-    name: ClassVar[str] = "relearn"
-
-    def __post_init__(self) -> None:
-        """Check the settings."""
-        if not 0 < self.share < 1:
-            raise ValueError(f"`share`: expected between 0 and 1, both excluded, got {self.share}")
-        if self.steps < 1 or self.batch < 1:
-            raise ValueError(f"`steps`, `batch`: expected at least 1, got {self.steps}, {self.batch}")
-
-    def taught(self, rows: Sequence[AuditRow]) -> list[int]:
-        """Return the numbers of the rows that are taught, in order."""
-        if len(rows) < 2:
-            raise ValueError(f"view 'relearn': expected at least 2 rows, one to teach and one to ask, got {len(rows)}")
-        count = min(max(1, round(self.share * len(rows))), len(rows) - 1)
-        draw = np.random.Generator(np.random.Philox(self.seed))
-        return sorted(draw.choice(len(rows), count, replace=False).tolist())
-
-    def probes(self, rows: Sequence[AuditRow]) -> list[Probe]:
-        """Return a probe for each row that is not taught; it is asked twice."""
-        taught = set(self.taught(rows))
-        return [Probe(i, (row.question,), row.answer, row.language) for i, row in enumerate(rows) if i not in taught]
-
-    def run(self, exam: Exam, rows: Sequence[AuditRow]) -> list[RowResult]:
-        """Ask, teach, and ask again."""
-        before = super().run(exam, rows)
-        with self._taught(exam, [rows[i] for i in self.taught(rows)]) as taught:
-            after = super().run(taught, rows)
-        return [{**record, "label": BEFORE} for record in before] + [{**record, "label": AFTER} for record in after]
-
-    def figures(self, records: Sequence[RowResult]) -> Figures:
-        """Return the summary after relearning, with the mean before, and the gain."""
-        after, before = (
-            summary([{**record, "label": ""} for record in records if record["label"] == label])
-            for label in (AFTER, BEFORE)
-        )
-        gain = None if after["mean"] is None else after["mean"] - before["mean"]
-        return {**after, "before": before["mean"], "gain": gain}
-
-    def shown(self, figures: Figures) -> dict[str, float | None]:
-        """Return the mean after relearning, and what it was before."""
-        return {"": figures["mean"], BEFORE: figures["before"]}
-
-    @contextlib.contextmanager
-    def _taught(self, exam: Exam, rows: Sequence[AuditRow]) -> Iterator[Exam]:
-        """Hand out the exam of the model as it is after training on the rows."""
-        questions, answers = [row.question for row in rows], [row.answer for row in rows]
-        store = encode(exam.tokenizer, questions, answers, template=exam.template)
-        with unchanged(exam.model):
-            model: Any = exam.model
-            if self.lora_r is None:
-                model.requires_grad_(True)
-            else:
-                model = with_fresh_lora(model, r=self.lora_r)
-            with tempfile.TemporaryDirectory() as nothing:  # a trainer makes its folder at once
-                trainer = FinetuneTrainer(model, self._arguments(nothing, exam), data=store)
-                trainer.remove_callback(transformers.PrinterCallback)
-                trainer.train()
-            yield replace(exam, model=model)
-
-    def _arguments(self, folder: str, exam: Exam) -> UnlearnArguments:
-        return UnlearnArguments(
-            output_dir=folder,
-            max_steps=self.steps,
-            pairs_per_step=self.batch,
-            token_budget=exam.token_budget,
-            learning_rate=self.learning_rate,
-            lr_scheduler_type="constant",
-            seed=self.seed,
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            ddp_find_unused_parameters=False,
-            use_cpu=exam.model.device.type == "cpu",
-        )
-
-
 VIEWS: dict[str, type[View]] = {view.name: view for view in (Direct, Cloze, Choice, Translated, BestOf, Clues, Relearn)}
 
 
@@ -438,75 +324,3 @@ def get_view(view: str | View) -> View:
     if view not in VIEWS:
         raise ValueError(f"`views`: expected some of {', '.join(VIEWS)}, got {view!r}")
     return VIEWS[view]()
-
-
-__all__ = [
-    "VIEWS",
-    "BestOf",
-    "Choice",
-    "Cloze",
-    "Clues",
-    "Direct",
-    "Relearn",
-    "Translated",
-    "View",
-    "get_view",
-]
-
-
-@contextlib.contextmanager
-def unchanged(model: PreTrainedModel) -> Iterator[None]:
-    """Undo what the block does to weights, buffers, gradients, modes, attributes, classes, layers and the attention.
-
-    The random-number generators are afterwards what they were, too.
-
-    Weights and buffers wait in main memory, once each, and are copied back into their place; nothing is written to
-    disk. Whatever else holds them (tied weights, a wrapper) sees the old values again. Adapters that the block adds are
-    gone afterwards, and those that were there are what they were, down to which are active. Afterwards the model is as
-    it was also if the block raises.
-    """
-    saved = [
-        (tensor, tensor.detach().to("cpu", copy=True))
-        for tensor in itertools.chain(model.parameters(), model.buffers())
-    ]
-    trained = [(weight, weight.requires_grad, weight.grad) for weight in model.parameters()]
-    modules = [(module, type(module), _contents(vars(module))) for module in model.modules()]
-    caching = getattr(model.config, "use_cache", None)
-    attention, device = model.config._attn_implementation, model.device  # noqa: SLF001
-    try:
-        with undisturbed(model):
-            yield
-    finally:
-        for module, own, attributes in modules:
-            module.__class__ = own
-            _restore(vars(module), attributes)
-        model.set_attn_implementation(attention)
-        if caching is not None:  # a Trainer switches it off
-            model.config.use_cache = caching
-        model.to(device)  # type: ignore[arg-type]
-        with torch.no_grad():
-            for tensor, before in saved:
-                tensor.copy_(before)
-        for weight, flag, grad in trained:
-            weight.requires_grad_(flag)
-            weight.grad = grad
-
-
-def _contents(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Return a module's attributes, each with a copy of what it holds if it is a dict, a list or a set."""
-    return {
-        name: (value, value.copy() if isinstance(value, (dict, list, set)) else None)
-        for name, value in attributes.items()
-    }
-
-
-def _restore(attributes: dict[str, Any], before: dict[str, Any]) -> None:
-    """Undo every change, within containers too, which others may hold as well."""
-    attributes.clear()
-    for name, (value, held) in before.items():
-        attributes[name] = value
-        if isinstance(value, list):
-            value[:] = held
-        elif isinstance(value, (dict, set)):
-            value.clear()
-            value.update(held)

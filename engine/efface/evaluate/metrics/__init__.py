@@ -1,6 +1,14 @@
 """Metrics of unlearning behind one registry; see README.md for what each equals."""
 
-from efface.evaluate.metrics.base import Metric, MetricResult, get_metric, known_metrics, register_metric
+from efface.evaluate.logs import MetricResult
+from efface.evaluate.metrics.base import (
+    Metric,
+    evaluate_metrics,
+    get_metric,
+    known_metrics,
+    qa_rouge,
+    register_metric,
+)
 from efface.evaluate.metrics.fame import fame, fame_table
 from efface.evaluate.metrics.membership import (
     Attack,
@@ -12,10 +20,8 @@ from efface.evaluate.metrics.membership import (
     PrivLeak,
     auc,
 )
+from efface.evaluate.metrics.memorization import ExactMemorization, ExtractionStrength, Perplexity, Probability, Rouge
 from efface.evaluate.metrics.part import Part, Reading
-from efface.evaluate.metrics.perplexity import Perplexity
-from efface.evaluate.metrics.probability import ExactMemorization, ExtractionStrength, Probability, Rouge
-from efface.evaluate.metrics.run import evaluate_metrics, qa_rouge
 from efface.evaluate.metrics.token_statistics import TokenStatistics, TokenTask, token_statistics
 
 __all__ = [

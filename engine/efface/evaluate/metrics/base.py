@@ -1,19 +1,22 @@
-"""What a metric is: it asks tasks about rows, scores each row, and says in one number what the scores amount to."""
+"""What a metric is, metrics by name, and ``evaluate_metrics``, which runs every task of theirs once.
+
+A metric asks tasks about rows, scores each row, and says in one number what the scores amount to.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from efface.evaluate.logs import FloatArray
-from efface.evaluate.metrics.part import Part
-from efface.evaluate.runner import RowResult, Task
+from efface.evaluate.logs import FloatArray, MetricResult, metric_of
+from efface.evaluate.metrics.part import Part, Reading
+from efface.evaluate.runner import Progress, RowResult, Task, run_tasks
+from efface.hf.text.rows import Rows
 from efface.registry import Registry
-
-MetricResult: TypeAlias = dict[str, Any]
-"""Open-unlearning's schema: ``{"agg_value": …, "value_by_index": {"0": {"score": …}, …}}``."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,7 @@ def needed(metric: Metric, holdout: Part | None) -> Part:
 
 def summed_up(rows: Sequence[RowResult]) -> MetricResult:
     """Return rows in open-unlearning's schema, with the mean of their scores."""
-    return {
-        "agg_value": float(np.mean([row["score"] for row in rows])),
-        "value_by_index": {str(number): row for number, row in enumerate(rows)},
-    }
+    return metric_of(float(np.mean([row["score"] for row in rows])), rows)
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,12 @@ def labels_of(part: Part, rows: Sequence[RowResult]) -> list[Labels]:
     Raises:
         FloatingPointError: a log-probability that is not finite.
     """
-    return [_labels(part, number, row) for number, row in enumerate(rows)]
-
-
-def _labels(part: Part, number: int, row: RowResult) -> Labels:
-    logprobs, mean, std = (np.array(row[name], np.float64) for name in ("logprobs", "mean", "std"))
-    refuse_infinite(part, number, logprobs, mean, std)
-    return Labels(logprobs, np.array(row["first"], bool), mean, std, slice(part.words[number]))
+    labels = []
+    for number, row in enumerate(rows):
+        logprobs, mean, std = (np.array(row[name], np.float64) for name in ("logprobs", "mean", "std"))
+        refuse_infinite(part, number, logprobs, mean, std)
+        labels.append(Labels(logprobs, np.array(row["first"], bool), mean, std, slice(part.words[number])))
+    return labels
 
 
 def refuse_infinite(part: Part, number: int, *values: FloatArray) -> None:
@@ -134,11 +133,10 @@ def refuse_infinite(part: Part, number: int, *values: FloatArray) -> None:
 
 
 _METRICS: Registry[Metric] = Registry("metric")
+_T = TypeVar("_T", bound=type[Metric])
 
-T = TypeVar("T", bound=type[Metric])
 
-
-def register_metric(cls: T) -> T:
+def register_metric(cls: _T) -> _T:
     """Class decorator: make a ``Metric`` subclass known under its ``name``.
 
     Raises:
@@ -159,3 +157,75 @@ def get_metric(name: str, **parameters: Any) -> Metric:
         ValueError: an unknown name, or a parameter that this metric does not have; both list what is known.
     """
     return _METRICS.make(name, **parameters)
+
+
+def evaluate_metrics(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    metrics: Sequence[str | Metric],
+    *,
+    holdout: Rows | None = None,
+    reference_model: Any = None,
+    retain_values: Mapping[str, float] | None = None,
+    reading: Reading | None = None,
+    source: str = "forget",
+    store: str | Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, MetricResult]:
+    """Return metrics of rows, by name, in open-unlearning's schema.
+
+    Args:
+        model: a causal language model; see ``run_tasks``.
+        tokenizer: its tokenizer.
+        rows: what is judged, as a rule the forget set; any rows of questions and answers, or of texts.
+        metrics: names, see ``known_metrics``, or metrics with parameters of their own.
+        holdout: of membership attacks: rows of the same kind and columns that no model was trained on.
+        reference_model: of ``mia_reference``: a model with the same tokenizer.
+        retain_values: of ``privleak``: values that the metrics have of a model trained on the retain set alone.
+        reading: columns and limits; None takes the columns ``question`` and ``answer``.
+        source: what messages call the rows.
+        store: a file that keeps finished rows; see ``run_tasks``.
+        progress: see ``run_tasks``.
+
+    Raises:
+        ValueError: an unknown metric, one that comes twice, or one that lacks what it compares with; no rows.
+        FloatingPointError: a log-probability that is not finite, with its row.
+    """
+    chosen = [get_metric(metric) if isinstance(metric, str) else metric for metric in metrics]
+    names = [metric.name for metric in chosen]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"`metrics`: expected one or more, each once, got {', '.join(names) or 'none'}")
+    reading = reading or Reading()
+    part = Part(source, rows, tokenizer, reading)
+    others = None if holdout is None else Part("holdout", holdout, tokenizer, reading)
+    for metric in chosen:
+        metric.check(others, reference=reference_model is not None, retain_values=retain_values or {})
+    asked = [(metric, task) for metric in chosen for task in _tasks(metric, part, others)]
+    found = Found(
+        _run(model, [task for _, task in asked], store, progress),
+        _run(reference_model, [task for metric, task in asked if metric.needs_reference], store, progress),
+    )
+    return {metric.name: metric.result(part, others, retain_values or {}, found) for metric in chosen}
+
+
+def qa_rouge(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows, **options: Any) -> MetricResult:
+    """Return ROUGE of greedy answers to any questions; ``options`` are those of ``evaluate_metrics``."""
+    return evaluate_metrics(model, tokenizer, rows, ["rouge"], **options)["rouge"]
+
+
+def _tasks(metric: Metric, part: Part, holdout: Part | None) -> Iterator[Task]:
+    yield metric.task(part)
+    if metric.needs_holdout and holdout is not None:
+        yield metric.task(holdout)
+
+
+def _run(
+    model: Any, tasks: Sequence[Task], store: str | Path | None, progress: Progress | None
+) -> dict[int, list[RowResult]]:
+    """Run each task once and return its results by its id."""
+    distinct = {id(task): task for task in tasks}
+    if not distinct:
+        return {}
+    results = run_tasks(model, list(distinct.values()), store=store, progress=progress)
+    return dict(zip(distinct, results, strict=True))

@@ -10,17 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from efface.evaluate.generation import rouge_recall
 from efface.evaluate.likelihood import AnswerTask, mean_logprobs
-from efface.evaluate.logs import FloatArray
-from efface.evaluate.metrics.base import MetricResult, refuse_infinite
+from efface.evaluate.logs import FloatArray, MetricResult
+from efface.evaluate.metrics.base import refuse_infinite
 from efface.evaluate.metrics.part import Part, Reading
 from efface.evaluate.protocol import get_protocol
-from efface.evaluate.rouge import rouge_recall
 from efface.evaluate.runner import Progress, RowResult, run_tasks
 from efface.hf.text.rows import Conditions, Rows, check_columns, matching, optional_texts, parse_conditions, text_lists
 
 GROUPS = ("language", "topic_id")
 _PROTOCOL = get_protocol("open-unlearning")
+_Mean = Callable[[FloatArray], float]
 
 
 def fame(
@@ -84,9 +85,6 @@ def fame(
     return content
 
 
-Mean = Callable[[FloatArray], float]
-
-
 @dataclass(frozen=True, eq=False)
 class _Side:
     """Forget or retain rows; lists are as long as ``numbers``, which tell the rows of the file."""
@@ -112,7 +110,7 @@ class _Side:
 
     def metrics(
         self, answers: Sequence[RowResult], generations: Sequence[RowResult]
-    ) -> dict[str, tuple[dict[int, RowResult], Mean]]:
+    ) -> dict[str, tuple[dict[int, RowResult], _Mean]]:
         """Return each metric's rows by their number in the file, and what their scores amount to."""
         probabilities: dict[int, RowResult] = {}
         ratios: dict[int, RowResult] = {}
@@ -170,7 +168,7 @@ def split_rows(rows: Rows, forget: Conditions, retain: Conditions) -> dict[str, 
     return {"forget": forgotten, "retain": kept}
 
 
-def _grouped(by_row: Mapping[int, RowResult], mean: Mean, labels: Mapping[str, Sequence[str | None]]) -> MetricResult:
+def _grouped(by_row: Mapping[int, RowResult], mean: _Mean, labels: Mapping[str, Sequence[str | None]]) -> MetricResult:
     result: MetricResult = {
         "agg_value": mean(_scores(by_row, list(by_row))),
         "value_by_index": {str(row): value for row, value in by_row.items()},

@@ -9,11 +9,11 @@ from typing import ClassVar
 import numpy as np
 from scipy.stats import rankdata
 
+from efface.evaluate.logs import FloatArray, MetricResult
 from efface.evaluate.metrics.base import (
     Found,
     Labels,
     Metric,
-    MetricResult,
     labels_of,
     needed,
     register_metric,
@@ -21,6 +21,11 @@ from efface.evaluate.metrics.base import (
 )
 from efface.evaluate.metrics.part import Part
 from efface.evaluate.runner import RowResult, Task
+
+# Open-unlearning's least variance: a token of a uniform distribution, which has none, scores 0 and not 0/0.
+_LEAST_VARIANCE = 1e-6
+# Open-unlearning's, against a retain model whose AUC is 1.
+_EPSILON = 1e-10
 
 
 def auc(members: Sequence[float], others: Sequence[float]) -> float:
@@ -65,22 +70,10 @@ class Attack(Metric):
         return {"agg_value": value, "auc": value, "forget": members, "holdout": others}
 
 
-def least_mean(values: np.ndarray[tuple[int], np.dtype[np.float64]], share: float) -> float:
-    """Return the mean of the least ``share`` of the values, rounded down to whole values, at least one."""
-    count = max(1, int(len(values) * share))
-    return float(np.sort(values)[:count].mean())
-
-
-def check_share(k: float) -> None:
-    """Raise ValueError unless ``k`` is a share of a text's tokens."""
-    if not 0 < k <= 1:
-        raise ValueError(f"`k`: expected a share of the tokens, above 0 and at most 1, got {k}")
-
-
 @register_metric
 @dataclass(frozen=True)
 class MiaLoss(Attack):
-    """AUC of the mean token NLL, the end of sequence included."""
+    """AUC of the mean token NLL, the end of sequence included (Yeom et al. 2018, arXiv 1709.01604)."""
 
     name: ClassVar[str] = "mia_loss"
 
@@ -91,8 +84,8 @@ class MiaLoss(Attack):
 
 @register_metric
 @dataclass(frozen=True)
-class MiaZlib(Attack):
-    """AUC of mean token NLL / bytes of the answer compressed by zlib.
+class MiaZlib(MiaLoss):
+    """AUC of mean token NLL / bytes of the answer compressed by zlib (Carlini et al. 2021, arXiv 2012.07805).
 
     The mean loss is open-unlearning's numerator; the paper's is the total. The answer is its tokens decoded, in UTF-8.
     """
@@ -104,15 +97,13 @@ class MiaZlib(Attack):
         rows = zip(labels_of(part, found.rows(part.tokens)), part.texts, strict=True)
         return [{"score": self.score(row) / len(zlib.compress(text.encode()))} for row, text in rows]
 
-    def score(self, row: Labels) -> float:
-        """Return the numerator."""
-        return row.loss
-
 
 @register_metric
 @dataclass(frozen=True)
 class MiaMinK(Attack):
-    """AUC of −mean log p over the least likely k of a text's tokens; the end of sequence is not counted.
+    """AUC of −mean log p over the least likely k of a text's tokens (Min-k% Prob, Shi et al. 2024, arXiv 2310.16789).
+
+    The end of sequence is not counted.
 
     Attributes:
         k: share of the tokens, max(1, int(k n)) of n; 0.4 is open-unlearning's setting, 0.2 the paper's.
@@ -123,47 +114,43 @@ class MiaMinK(Attack):
 
     def __post_init__(self) -> None:
         """Refuse what is no share."""
-        check_share(self.k)
+        if not 0 < self.k <= 1:
+            raise ValueError(f"`k`: expected a share of the tokens, above 0 and at most 1, got {self.k}")
 
     def score(self, row: Labels) -> float:
         """Return the score of a row."""
-        return -least_mean(row.logprobs[row.words], self.k)
+        values = self.token_values(row)[row.words]
+        return -float(np.sort(values)[: max(1, int(len(values) * self.k))].mean())
 
-
-# Open-unlearning's least variance: a token of a uniform distribution, which has none, scores 0 and not 0/0.
-_LEAST_VARIANCE = 1e-6
+    def token_values(self, row: Labels) -> FloatArray:
+        """Return what the least k of the labels are chosen by, and averaged over."""
+        return row.logprobs
 
 
 @register_metric
 @dataclass(frozen=True)
-class MiaMinKPlusPlus(Attack):
-    """AUC of −mean (log p − μ)/σ over the k tokens of a text where it is least; the end of sequence is not counted.
+class MiaMinKPlusPlus(MiaMinK):
+    """AUC of −mean (log p − μ)/σ over the k tokens where it is least (Min-k%++, Zhang et al. 2025, arXiv 2404.02936).
 
-    μ and σ are mean and standard deviation of log p over the vocabulary, under p; σ² is at least 1e-6.
-
-    Attributes:
-        k: share of the tokens, max(1, int(k n)) of n; 0.4 is open-unlearning's setting.
+    μ and σ are mean and standard deviation of log p over the vocabulary, under p; σ² is at least 1e-6. The end of
+    sequence is not counted.
     """
 
-    k: float = 0.4
     name: ClassVar[str] = "mia_min_k_plus_plus"
 
-    def __post_init__(self) -> None:
-        """Refuse what is no share."""
-        check_share(self.k)
-
-    def score(self, row: Labels) -> float:
-        """Return the score of a row."""
-        std = np.sqrt(np.maximum(row.std**2, _LEAST_VARIANCE))
-        return -least_mean(((row.logprobs - row.mean) / std)[row.words], self.k)
+    def token_values(self, row: Labels) -> FloatArray:
+        """Return log p of the labels, normalised by its distribution over the vocabulary."""
+        normalised: FloatArray = (row.logprobs - row.mean) / np.sqrt(np.maximum(row.std**2, _LEAST_VARIANCE))
+        return normalised
 
 
 @register_metric
 @dataclass(frozen=True)
-class MiaReference(Attack):
+class MiaReference(MiaLoss):
     """AUC of mean token NLL − that of a reference model, which takes out how hard a text is.
 
-    The reference model reads the same tokens: it must share the model's tokenizer.
+    (Carlini et al. 2021, arXiv 2012.07805.) The reference model reads the same tokens: it must share the model's
+    tokenizer.
     """
 
     name: ClassVar[str] = "mia_reference"
@@ -177,19 +164,11 @@ class MiaReference(Attack):
         losses = [(self.score(row), self.score(reference)) for row, reference in pairs]
         return [{"score": loss - ref, "target_loss": loss, "ref_loss": ref} for loss, ref in losses]
 
-    def score(self, row: Labels) -> float:
-        """Return the loss of a model on a row."""
-        return row.loss
-
-
-# Open-unlearning's, against a retain model whose AUC is 1.
-_EPSILON = 1e-10
-
 
 @register_metric
 @dataclass(frozen=True)
 class PrivLeak(Metric):
-    """100 · ((1 − AUC) − (1 − AUC_retain)) / ((1 − AUC_retain) + 1e-10) (arXiv 2407.06460).
+    """100 · ((1 − AUC) − (1 − AUC_retain)) / ((1 − AUC_retain) + 1e-10) (MUSE, arXiv 2407.06460).
 
     1 − AUC is MUSE's AUC, as open-unlearning has it: ``Attack`` counts the other way round. 0 is best: the attack does
     as well as on a model trained on the retain set alone. Below 0 the forget set still shows (under-unlearning; −100

@@ -1,4 +1,4 @@
-"""Texts of any length as sequences that a model can read, each token predicted once."""
+"""Rows that metrics judge, and the tasks about them: made when first asked for, and once for all metrics."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from efface.batching import TokenStore
 from efface.evaluate.generation import GenerationTask
+from efface.evaluate.logs import FloatArray
 from efface.evaluate.metrics.token_statistics import TokenTask
 from efface.hf.text.rows import Rows, check_rows, texts
 from efface.hf.text.templates import AUTO, Template, encode, get_template
@@ -21,6 +22,13 @@ class Windows:
 
     task: TokenTask
     owners: Sequence[int]
+
+    def by_text(self, values: Sequence[Sequence[float]]) -> list[FloatArray]:
+        """Join what windows tell of their labels, text by text."""
+        texts: list[list[float]] = [[] for _ in range(self.owners[-1] + 1)]
+        for owner, part in zip(self.owners, values, strict=True):
+            texts[owner].extend(part)
+        return [np.array(text, np.float64) for text in texts]
 
 
 def text_windows(
@@ -75,14 +83,6 @@ def _spans(length: int, window: int, stride: int) -> Iterator[tuple[int, int, in
         if end == length:
             return
         label = end
-
-
-def by_text(windows: Windows, values: Sequence[Sequence[float]]) -> list[np.ndarray[tuple[int], np.dtype[np.float64]]]:
-    """Join what windows tell of their labels, text by text."""
-    texts: list[list[float]] = [[] for _ in range(windows.owners[-1] + 1)]
-    for owner, part in zip(windows.owners, values, strict=True):
-        texts[owner].extend(part)
-    return [np.array(text, np.float64) for text in texts]
 
 
 @dataclass(frozen=True)

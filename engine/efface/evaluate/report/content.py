@@ -1,4 +1,4 @@
-"""The tables of a report, as words and numbers that a page and a Markdown file show alike."""
+"""What a report says, as words, tables and pictures that a page and a Markdown file show alike."""
 
 import re
 from collections import Counter
@@ -9,10 +9,20 @@ from pathlib import Path
 from efface.evaluate.logs import EvalLog, FloatArray, read_log
 from efface.evaluate.report import plots
 from efface.evaluate.report.figures import FORGET, KNOWN, UTILITY, read_evaluation
-from efface.evaluate.report.find import Found, find_log, find_retain_log, find_runs
-from efface.evaluate.report.runs import AuditedModel, Leak, Run, meets, ranked, read_audit, read_rows, read_run, worst
+from efface.evaluate.report.find import RunFiles, find_log, find_retain_log, find_runs
+from efface.evaluate.report.runs import (
+    AuditedModel,
+    Leak,
+    ReportedRun,
+    meets,
+    ranked,
+    read_audit,
+    read_rows,
+    read_run,
+    worst,
+)
 
-MISSING = "-"
+_MISSING = "-"
 
 _TITLES = {
     "forget_quality": "Forget Quality",
@@ -21,6 +31,20 @@ _TITLES = {
     "forget_Q_A_ROUGE": "forget ROUGE",
     "forget_truth_ratio": "forget truth ratio",
 }
+_LEAKS = 20  # rows of a run whose texts are shown
+_PANELS = 9
+# What curves are drawn of, where runs have it; then what else their logs hold.
+_CURVES = (
+    *("forget_quality", "model_utility", "forget_Q_A_Prob", "forget_Q_A_ROUGE", "forget_truth_ratio"),
+    *("forget_probability", "retain_probability", "forget_loss", "retain_loss", "loss"),
+)
+_PARTS = re.compile("^(retain|ra|wf)_|_(PARA|PERT)_")  # what others of the figures are made of
+_RETAIN_LOG = (
+    "Forget Quality compares a model with one that never saw the forget set. No log of such a model was given, so it "
+    "is {instead}. To make one: train on the retain set alone, or take a published model of that kind, then "
+    "`efface evaluate --model RETAIN_MODEL --split SPLIT --output retain`, and give `--retain-log "
+    "retain/TOFU_EVAL.json` here."
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +65,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Line:
+class TableLine:
     """A row; ``kind`` is "baseline", "below" (the utility floor), "broken", or empty."""
 
     cells: tuple[Cell, ...]
@@ -53,106 +77,12 @@ class Table:
     """A table."""
 
     columns: tuple[Column, ...]
-    lines: tuple[Line, ...]
+    lines: tuple[TableLine, ...]
 
     @property
     def has_more(self) -> bool:
         """Whether there are columns on demand."""
         return any(column.on_demand for column in self.columns)
-
-
-def number(value: float | None, form: str = ".4f") -> Cell:
-    """Return a cell of a number, or of its absence."""
-    return Cell(MISSING) if value is None else Cell(format(value, form), value)
-
-
-def runs_table(
-    runs: Sequence[Run], baselines: Mapping[str, Mapping[str, float]], least_utility: float | None
-) -> tuple[Table, dict[str, str]]:
-    """Return the table of ranked runs, and the settings that all of them share, which it leaves out."""
-    shared, varying = _settings(runs)
-    others = sorted({name for run in runs if run.evaluation for name in run.figures} - set(KNOWN))
-    shown = ("forget_quality", "model_utility", *FORGET)
-    columns = [Column("#"), Column("run", numeric=False), *(Column(_TITLES[name]) for name in shown)]
-    if varying:
-        columns.append(Column("settings", numeric=False))
-    hidden = (*UTILITY, *others)
-    columns += [Column(name, on_demand=True) for name in hidden]
-
-    def line(place: Cell, name: str, figures: Mapping[str, float], settings: str, kind: str) -> Line:
-        cells = [place, Cell(name)]
-        cells += [number(figures.get(key), ".3g" if key == "forget_quality" else ".4f") for key in shown]
-        cells += [Cell(settings)] if varying else []
-        return Line((*cells, *(number(figures.get(key), ".4g") for key in hidden)), kind)
-
-    lines = [line(Cell(""), name, figures, "", "baseline") for name, figures in baselines.items()]
-    for place, run in enumerate(runs, start=1):
-        settings = in_words({name: run.settings[name] for name in varying if name in run.settings})
-        kind = "broken" if run.errors and not run.figures else "" if meets(run, least_utility) else "below"
-        lines.append(line(Cell(str(place), place), shown_name(run), run.figures, settings, kind))
-    return Table(tuple(columns), tuple(lines)), shared
-
-
-def shown_name(run: Run) -> str:
-    """The run, and the checkpoint where it was not the final model that was evaluated."""
-    return run.name if run.step is None else f"{run.name} (checkpoint-{run.step})"
-
-
-def in_words(settings: Mapping[str, str]) -> str:
-    """Return settings as ``npo, beta 0.1, lr 1e-05``."""
-    return ", ".join(value if name == "objective" else f"{name} {value}" for name, value in settings.items())
-
-
-def audit_table(models: Sequence[AuditedModel]) -> Table:
-    """Return the mean novel recall of every audited model under every view, and further figures on demand."""
-    names = list(dict.fromkeys(name for model in models for name in model.figures))
-    columns = [Column("audit", numeric=False), Column("model", numeric=False)]
-    columns += [Column(view if what == "mean" else f"{view}: {what}", what != "mean") for view, what in names]
-    lines = [
-        Line((Cell(model.audit), Cell(model.name), *(number(model.figures.get(name), ".3f") for name in names)))
-        for model in models
-    ]
-    return Table(tuple(columns), tuple(lines))
-
-
-def remarks(runs: Iterable[Run], limit: int = 8) -> list[tuple[str, str]]:
-    """Return what is to be said about runs, and about which: errors first, the same words once."""
-    said: dict[str, list[str]] = {}
-    runs = list(runs)
-    for run in runs:
-        for error in run.errors:
-            said.setdefault(f"could not be read: {error}", []).append(run.name)
-    for run in runs:
-        for note in run.notes:
-            said.setdefault(note, []).append(run.name)
-    return [
-        (text, ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else ""))
-        for text, names in said.items()
-    ]
-
-
-def _settings(runs: Sequence[Run]) -> tuple[dict[str, str], list[str]]:
-    """Return the settings that all runs have alike, and the names of the others."""
-    counts = Counter(item for run in runs for item in run.settings.items())
-    names = list(dict.fromkeys(name for run in runs for name in run.settings))
-    shared = {name: value for (name, value), count in counts.items() if count == len(runs) > 1}
-    return shared, [name for name in names if name not in shared]
-
-
-LEAKS = 20  # rows of a run whose texts are shown
-PANELS = 9
-# What curves are drawn of, where runs have it; then what else their logs hold.
-_CURVES = (
-    *("forget_quality", "model_utility", "forget_Q_A_Prob", "forget_Q_A_ROUGE", "forget_truth_ratio"),
-    *("forget_probability", "retain_probability", "forget_loss", "retain_loss", "loss"),
-)
-_PARTS = re.compile("^(retain|ra|wf)_|_(PARA|PERT)_")  # what others of the figures are made of
-_RETAIN_LOG = (
-    "Forget Quality compares a model with one that never saw the forget set. No log of such a model was given, so it "
-    "is {instead}. To make one: train on the retain set alone, or take a published model of that kind, then "
-    "`efface evaluate --model RETAIN_MODEL --split SPLIT --output retain`, and give `--retain-log "
-    "retain/TOFU_EVAL.json` here."
-)
 
 
 @dataclass(frozen=True)
@@ -189,28 +119,6 @@ class Content:
     remarks: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True)
-class Retain:
-    """The log of a model trained on the retain set alone."""
-
-    log: EvalLog
-    ratios: FloatArray
-    figures: Mapping[str, float]
-    rows: Mapping[str, Leak]
-
-
-def read_retain(path: Path) -> Retain:
-    """Read it.
-
-    Raises:
-        OSError: a file that cannot be read.
-        ValueError: a file that is no log, or lacks truth ratios of the forget rows.
-    """
-    log = read_log(path)
-    figures = {name: value for name, value in read_evaluation(path).figures.items() if name != "forget_quality"}
-    return Retain(log, log.rows("forget", "truth_ratio"), figures, read_rows(path))
-
-
 def gather(
     folders: Sequence[str | Path],
     *,
@@ -226,7 +134,7 @@ def gather(
     found = find_runs(folders, without=baselines.values())
     if not found:
         raise ValueError("expected runs beside the full and the retain model, got none; name their folders")
-    retain = read_retain(baselines["retain"]) if "retain" in baselines else None
+    retain = _read_retain(baselines["retain"]) if "retain" in baselines else None
     against = None if retain is None else retain.log
     full_evaluation = read_evaluation(baselines["full"], against) if "full" in baselines else None
     full_figures = {} if full_evaluation is None else full_evaluation.figures
@@ -240,7 +148,7 @@ def gather(
         shown["full model"] = full_figures
     if retain is not None:
         shown["retain model"] = retain_figures
-    table, shared = runs_table(runs, shown, least)
+    table, shared = _runs_table(runs, shown, least)
     has_curves = {name for run in runs for name in run.curves}
     names = [name for name in _CURVES if name in has_curves]
     names += sorted(name for name in has_curves.difference(_CURVES) if not _PARTS.search(name))
@@ -248,21 +156,43 @@ def gather(
         sentences=tuple(_sentences(runs, shared, retain, beside, "full" in baselines, known_utility, floor)),
         runs=table,
         scatter=plots.quality_against_utility(runs, full_figures, retain_figures, least),
-        curves=plots.curves(runs, names[:PANELS], full_figures, retain_figures),
+        curves=plots.curves(runs, names[:_PANELS], full_figures, retain_figures),
         details=tuple(_detail(run, retain) for run in runs[:details] if run.evaluation is not None),
-        audit=audit_table(audited) if audited else None,
+        audit=_audit_table(audited) if audited else None,
         remarks=(
             *failures,
             *((note, "full model") for note in (full_evaluation.notes if full_evaluation else ())),
-            *remarks(runs),
+            *_remarks(runs),
         ),
     )
 
 
+@dataclass(frozen=True)
+class _Retain:
+    """The log of a model trained on the retain set alone."""
+
+    log: EvalLog
+    ratios: FloatArray
+    figures: Mapping[str, float]
+    rows: Mapping[str, Leak]
+
+
+def _read_retain(path: Path) -> _Retain:
+    """Read it.
+
+    Raises:
+        OSError: a file that cannot be read.
+        ValueError: a file that is no log, or lacks truth ratios of the forget rows.
+    """
+    log = read_log(path)
+    figures = {name: value for name, value in read_evaluation(path).figures.items() if name != "forget_quality"}
+    return _Retain(log, log.rows("forget", "truth_ratio"), figures, read_rows(path))
+
+
 def _sentences(
-    runs: Sequence[Run],
+    runs: Sequence[ReportedRun],
     shared: Mapping[str, str],
-    retain: Retain | None,
+    retain: _Retain | None,
     beside: Path | None,
     has_full: bool,
     full_utility: float | None,
@@ -274,7 +204,7 @@ def _sentences(
     count = f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
     said = [f"{count}, {judged} with Forget Quality, best first; among equals by Model Utility."]
     if shared:
-        said.append(f"All runs: {in_words(shared)}.")
+        said.append(f"All runs: {_in_words(shared)}.")
     if retain is None:
         said.append(_RETAIN_LOG.format(instead="what the evaluations stored" if judged else "missing"))
     elif beside is not None:
@@ -294,7 +224,7 @@ def _sentences(
     return said
 
 
-def _detail(run: Run, retain: Retain | None) -> Detail:
+def _detail(run: ReportedRun, retain: _Retain | None) -> Detail:
     leaks: tuple[Leak, ...] = ()
     distribution = None
     if run.evaluation is not None:
@@ -302,12 +232,12 @@ def _detail(run: Run, retain: Retain | None) -> Detail:
             distribution = plots.distribution(
                 run.evaluation.ratios, None if retain is None else retain.ratios, run.name
             )
-        leaks = tuple(worst(read_rows(run.evaluation.path), {} if retain is None else retain.rows, LEAKS))
+        leaks = tuple(worst(read_rows(run.evaluation.path), {} if retain is None else retain.rows, _LEAKS))
     compared = any(leak.retain_recall is not None for leak in leaks)
-    return Detail(shown_name(run), in_words(run.settings), distribution, leaks, compared)
+    return Detail(_shown_name(run), _in_words(run.settings), distribution, leaks, compared)
 
 
-def _audits(found: Sequence[Found]) -> tuple[list[AuditedModel], list[tuple[str, str]]]:
+def _audits(found: Sequence[RunFiles]) -> tuple[list[AuditedModel], list[tuple[str, str]]]:
     """Return audited models, the full and the retain model of several audits once; and what could not be read."""
     audited: list[AuditedModel] = []
     failures = []
@@ -322,3 +252,81 @@ def _audits(found: Sequence[Found]) -> tuple[list[AuditedModel], list[tuple[str,
         known = [(model.name, model.figures) for model in audited if model.name in ("full", "retain")]
         audited += [model for model in models if (model.name, model.figures) not in known]
     return audited, failures
+
+
+def _number(value: float | None, form: str = ".4f") -> Cell:
+    """Return a cell of a number, or of its absence."""
+    return Cell(_MISSING) if value is None else Cell(format(value, form), value)
+
+
+def _runs_table(
+    runs: Sequence[ReportedRun], baselines: Mapping[str, Mapping[str, float]], least_utility: float | None
+) -> tuple[Table, dict[str, str]]:
+    """Return the table of ranked runs, and the settings that all of them share, which it leaves out."""
+    shared, varying = _settings(runs)
+    others = sorted({name for run in runs if run.evaluation for name in run.figures} - set(KNOWN))
+    shown = ("forget_quality", "model_utility", *FORGET)
+    columns = [Column("#"), Column("run", numeric=False), *(Column(_TITLES[name]) for name in shown)]
+    if varying:
+        columns.append(Column("settings", numeric=False))
+    hidden = (*UTILITY, *others)
+    columns += [Column(name, on_demand=True) for name in hidden]
+
+    def line(place: Cell, name: str, figures: Mapping[str, float], settings: str, kind: str) -> TableLine:
+        cells = [place, Cell(name)]
+        cells += [_number(figures.get(key), ".3g" if key == "forget_quality" else ".4f") for key in shown]
+        cells += [Cell(settings)] if varying else []
+        return TableLine((*cells, *(_number(figures.get(key), ".4g") for key in hidden)), kind)
+
+    lines = [line(Cell(""), name, figures, "", "baseline") for name, figures in baselines.items()]
+    for place, run in enumerate(runs, start=1):
+        settings = _in_words({name: run.settings[name] for name in varying if name in run.settings})
+        kind = "broken" if run.errors and not run.figures else "" if meets(run, least_utility) else "below"
+        lines.append(line(Cell(str(place), place), _shown_name(run), run.figures, settings, kind))
+    return Table(tuple(columns), tuple(lines)), shared
+
+
+def _shown_name(run: ReportedRun) -> str:
+    """The run, and the checkpoint where it was not the final model that was evaluated."""
+    return run.name if run.step is None else f"{run.name} (checkpoint-{run.step})"
+
+
+def _in_words(settings: Mapping[str, str]) -> str:
+    """Return settings as ``npo, beta 0.1, lr 1e-05``."""
+    return ", ".join(value if name == "objective" else f"{name} {value}" for name, value in settings.items())
+
+
+def _audit_table(models: Sequence[AuditedModel]) -> Table:
+    """Return the mean novel recall of every audited model under every view, and further figures on demand."""
+    names = list(dict.fromkeys(name for model in models for name in model.figures))
+    columns = [Column("audit", numeric=False), Column("model", numeric=False)]
+    columns += [Column(view if what == "mean" else f"{view}: {what}", what != "mean") for view, what in names]
+    lines = [
+        TableLine((Cell(model.audit), Cell(model.name), *(_number(model.figures.get(name), ".3f") for name in names)))
+        for model in models
+    ]
+    return Table(tuple(columns), tuple(lines))
+
+
+def _remarks(runs: Iterable[ReportedRun], limit: int = 8) -> list[tuple[str, str]]:
+    """Return what is to be said about runs, and about which: errors first, the same words once."""
+    said: dict[str, list[str]] = {}
+    runs = list(runs)
+    for run in runs:
+        for error in run.errors:
+            said.setdefault(f"could not be read: {error}", []).append(run.name)
+    for run in runs:
+        for note in run.notes:
+            said.setdefault(note, []).append(run.name)
+    return [
+        (text, ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else ""))
+        for text, names in said.items()
+    ]
+
+
+def _settings(runs: Sequence[ReportedRun]) -> tuple[dict[str, str], list[str]]:
+    """Return the settings that all runs have alike, and the names of the others."""
+    counts = Counter(item for run in runs for item in run.settings.items())
+    names = list(dict.fromkeys(name for run in runs for name in run.settings))
+    shared = {name: value for (name, value), count in counts.items() if count == len(runs) > 1}
+    return shared, [name for name in names if name not in shared]

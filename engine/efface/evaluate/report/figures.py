@@ -9,11 +9,8 @@ from typing import Any
 
 from scipy.stats import hmean
 
-from efface.evaluate.logs import EvalLog, FloatArray, log_of
+from efface.evaluate.logs import SUMMARY, EvalLog, FloatArray, log_of
 from efface.evaluate.quality import forget_quality, mean_of
-from efface.evaluate.report.find import LOGS
-
-SUMMARY = LOGS[-1]
 
 # open-unlearning's name -> split and metric of an EvalLog
 FORGET = {

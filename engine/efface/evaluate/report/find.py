@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from efface.evaluate.logs import EVAL, SUMMARY
+
 # Most telling first: rows before means.
-LOGS = ("TOFU_EVAL.json", "eval_log_aggregated.json", "TOFU_SUMMARY.json")
+LOGS = (EVAL, "eval_log_aggregated.json", SUMMARY)
 AUDIT = "AUDIT.json"
 HISTORY = "trainer_state.json"
 
@@ -19,7 +21,7 @@ _INSIDE = re.compile(r"evals?|evaluation|eval_results|audits?|ds_size\d+")
 
 
 @dataclass
-class Found:
+class RunFiles:
     """The files of one run.
 
     Attributes:
@@ -49,7 +51,7 @@ class Found:
         return self.histories[max(step for step in self.histories if step is not None)]
 
 
-def find_runs(paths: Iterable[str | Path], *, without: Iterable[Path] = ()) -> list[Found]:
+def find_runs(paths: Iterable[str | Path], *, without: Iterable[Path] = ()) -> list[RunFiles]:
     """Return the runs in folders, at any depth, in the order of their names.
 
     A run is a folder with an evaluation, an audit or a training log; what lies in its checkpoint folders is part of it.
@@ -64,13 +66,13 @@ def find_runs(paths: Iterable[str | Path], *, without: Iterable[Path] = ()) -> l
         ValueError: nothing to report in one of the folders.
     """
     hidden = {_evaluation(path.resolve()) for path in without}
-    runs: dict[Path, Found] = {}
+    runs: dict[Path, RunFiles] = {}
     for given in map(Path, paths):
         if not given.exists():
             raise FileNotFoundError(f"{str(given)!r} does not exist; expected a folder of runs, or an evaluation log")
         root = given.resolve()
         if root.is_file():
-            runs.setdefault(root, Found(root, logs={None: root}))
+            runs.setdefault(root, RunFiles(root, logs={None: root}))
             continue
         files = list(_files(root))
         if not files:
@@ -139,16 +141,16 @@ def _owner(path: Path, root: Path) -> tuple[Path, int | None]:
     return folder, step
 
 
-def _add(runs: dict[Path, Found], path: Path, root: Path) -> None:
+def _add(runs: dict[Path, RunFiles], path: Path, root: Path) -> None:
     folder, step = _owner(path, root)
-    run = runs.setdefault(folder, Found(folder))
+    run = runs.setdefault(folder, RunFiles(folder))
     if path.name == HISTORY:
         run.histories.setdefault(step, path)
     elif path.name == AUDIT:
         run.audit = run.audit or path
     elif run.logs.setdefault(step, path).parent != path.parent:
         # another evaluation of the same model, on another split perhaps: a row of its own
-        runs.setdefault(path.parent, Found(path.parent)).logs.setdefault(step, path)
+        runs.setdefault(path.parent, RunFiles(path.parent)).logs.setdefault(step, path)
 
 
 def _evaluation(log: Path) -> Path:
@@ -156,7 +158,7 @@ def _evaluation(log: Path) -> Path:
     return log.parent if log.name in LOGS else log
 
 
-def _name(runs: Sequence[Found]) -> None:
+def _name(runs: Sequence[RunFiles]) -> None:
     """Name runs by their folders, from where these part; what is only an audit does not count there."""
     common = [run.folder.parent for run in runs if run.is_run] or [run.folder.parent for run in runs]
     base = Path(os.path.commonpath(common)) if common else Path()

@@ -1,4 +1,4 @@
-"""Drawings as SVG that is the same, byte for byte, for the same figures."""
+"""The pictures of a report, as SVG that is the same, byte for byte, for the same figures."""
 
 import io
 import math
@@ -17,9 +17,18 @@ from numpy.typing import NDArray
 from scipy.stats import ks_2samp
 
 from efface.evaluate.logs import FloatArray
-from efface.evaluate.report.runs import Curve, Run
+from efface.evaluate.report.runs import Curve, ReportedRun
 
-DARK = "#333333"
+_SIGNIFICANT = 0.05  # the p-value under which two models are told apart
+_COLOURED = 8  # runs with a colour and a place in the legend; the others are grey
+_LOWEST_QUALITY = 1e-30  # what is lower is drawn here
+_POINTS = 200  # of a curve, at most
+_RATIOS = (1e-4, 1e4)  # what lies outside is drawn at the edge
+_PANELS = {"left": 0.07, "right": 0.99, "bottom": 0.2, "top": 0.9, "wspace": 0.2}
+
+_COLOURS = ("#1b6ca8", "#c8553d", "#2a7f62", "#8d5a97", "#b8860b", "#46707e", "#a23b72", "#5b6c1f")
+_GREY, _RETAIN = "#b5b5b5", "#777777"
+_DARK = "#333333"
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, searchable
     "text.parse_math": False,  # a run may be called $x$
@@ -27,7 +36,7 @@ _STYLE: dict[Any, Any] = {
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
     "axes.titlesize": 9.5,
-    "axes.edgecolor": DARK,
+    "axes.edgecolor": _DARK,
     "axes.linewidth": 0.7,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -40,7 +49,230 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def svg(salt: str, size: tuple[float, float], draw: Callable[[Figure], None], *, layout: Any = "constrained") -> str:
+def quality_against_utility(
+    runs: Sequence[ReportedRun], full: Mapping[str, float], retain: Mapping[str, float], least_utility: float | None
+) -> str | None:
+    """Draw Forget Quality over Model Utility of ranked runs; None without a run that has both."""
+    points = [
+        (place, run, run.figures["model_utility"], run.figures["forget_quality"])
+        for place, run in enumerate(runs, start=1)
+        if {"model_utility", "forget_quality"} <= run.figures.keys()
+    ]
+    if not points:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for place, _, x, y in reversed(points):
+            colour = _colour(place - 1)
+            axes.plot(x, max(y, _LOWEST_QUALITY), "o", color=colour, markersize=6)
+            if place <= _COLOURED:
+                _mark(axes, str(place), (x, max(y, _LOWEST_QUALITY)), colour)
+        # against itself the retain model's p-value is 1
+        for name, utility, quality in (
+            ("full", full.get("model_utility"), full.get("forget_quality")),
+            ("retain (1 by definition)", retain.get("model_utility"), 1.0),
+        ):
+            if utility is not None and quality is not None:
+                at = (utility, max(quality, _LOWEST_QUALITY))
+                axes.plot(*at, "D", color=_DARK, markersize=6, markerfacecolor="white")
+                _mark(axes, name, at, _DARK, (0, -13 if quality < _SIGNIFICANT else 6))
+        _logarithmic(axes, "y")
+        lowest = min([y for *_, y in points] + [full.get("forget_quality", 1.0), _SIGNIFICANT])
+        lowest = max(lowest, _LOWEST_QUALITY)
+        axes.set_ylim(lowest**1.08 / 2, lowest**-0.08 * 2)  # room for names
+        axes.margins(x=0.12)
+        _significance(axes)
+        if least_utility is not None:
+            axes.axvline(least_utility, color=_RETAIN, linestyle=":", linewidth=1)
+            axes.annotate(
+                "utility floor",
+                (least_utility, 0.02),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, 0),
+                textcoords="offset points",
+                color=_RETAIN,
+                fontsize=8,
+            )
+        axes.set(xlabel="Model Utility", ylabel="Forget Quality (KS p-value)")
+        _legend(figure, [(place - 1, run) for place, run, *_ in points], marker="o", linestyle="")
+
+    return _svg("scatter", (7.2, 4.4), draw)
+
+
+def curves(
+    runs: Sequence[ReportedRun], names: Sequence[str], full: Mapping[str, float], retain: Mapping[str, float]
+) -> str | None:
+    """Draw each named figure over the steps of ranked runs, a panel each; None where no run has curves."""
+    drawn = [name for name in names if any(name in run.curves for run in runs)]
+    if not drawn:
+        return None
+    columns = min(len(drawn), 3)
+    rows = math.ceil(len(drawn) / columns)
+
+    def draw(figure: Figure) -> None:
+        panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
+        for axes in panels[len(drawn) :]:
+            axes.set_visible(False)
+        for axes, name in zip(panels, drawn, strict=False):
+            for place, run in reversed(list(enumerate(runs))):
+                if name in run.curves:
+                    _line(axes, run.curves[name], place, name)
+            for figures, style in ((full, "--"), (retain, ":")):
+                if name in figures and name != "forget_quality":
+                    axes.axhline(figures[name], color=_DARK, linestyle=style, linewidth=0.8)
+            if name == "forget_quality":
+                _logarithmic(axes, "y")
+                _significance(axes)
+            axes.set_title(name)
+            axes.set_xlabel("optimizer step")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        _legend(figure, [(place, run) for place, run in enumerate(runs) if run.curves], marker=".")
+
+    return _svg("curves", (3.1 * columns + 0.4, 2.5 * rows + 0.5), draw)
+
+
+def distribution(ratios: FloatArray, retain: FloatArray | None, name: str) -> str:
+    """Draw the truth ratios of the forget rows: histogram, and distribution function with the largest gap to retain."""
+    low, high = _limits(ratios if retain is None else np.concatenate([ratios, retain]))
+    bins = np.geomspace(low, high, 41)
+
+    def draw(figure: Figure) -> None:
+        # the same place in every run's drawing, and half the time of a layout that measures its texts
+        left, right = figure.subplots(1, 2, gridspec_kw=_PANELS)
+        left.hist(np.clip(ratios, low, high), bins, color=_COLOURS[0], alpha=0.55, label="this run")
+        if retain is not None:
+            weights = np.full(len(retain), len(ratios) / len(retain))  # as many rows, where the logs differ
+            left.hist(
+                np.clip(retain, low, high), bins, weights=weights, histtype="step", color=_DARK, label="retain model"
+            )
+        left.set(ylabel="forget rows", title="histogram")
+        left.legend(loc="upper left")
+        _steps(right, np.clip(ratios, low, high), _COLOURS[0])
+        right.set(ylabel="share of rows at most R", ylim=(0, 1.03), title="distribution function")
+        if retain is not None:
+            _steps(right, np.clip(retain, low, high), _DARK)
+            gap = largest_gap(ratios, retain)
+            at = min(max(gap.location, low), high)
+            right.plot([at, at], gap.heights, color=_COLOURS[1], linewidth=2, marker="_", markersize=7)
+            near = at > 1
+            right.annotate(
+                f"D = {gap.statistic:.3f}\np = {gap.pvalue:.3g}",
+                (at, sum(gap.heights) / 2),
+                xytext=(-7 if near else 7, 0),
+                textcoords="offset points",
+                ha="right" if near else "left",
+                va="center",
+                color=_COLOURS[1],
+            )
+        for axes in (left, right):
+            _logarithmic(axes, "x")
+            axes.set(xlim=(low, high), xlabel="truth ratio R")
+            axes.axvline(1, color=_RETAIN, linestyle=":", linewidth=0.8)
+
+    return _svg(f"distribution {name}", (7.2, 2.5), draw, layout=None)
+
+
+@dataclass(frozen=True)
+class LargestGap:
+    """Where two empirical distribution functions F and G differ most: the Kolmogorov-Smirnov statistic, in a picture.
+
+    Attributes:
+        statistic: D = max over x of |F(x) − G(x)|.
+        location: the sample value x at which they do.
+        heights: F(x) and G(x).
+        pvalue: of D under equal distributions; between truth ratios it is Forget Quality.
+    """
+
+    statistic: float
+    location: float
+    heights: tuple[float, float]
+    pvalue: float
+
+
+def largest_gap(first: FloatArray, second: FloatArray) -> LargestGap:
+    """Return the two-sample statistic with its place; both samples finite and not empty."""
+    test = ks_2samp(first, second)
+    location = float(test.statistic_location)
+    heights = float(_ecdf(first, location)), float(_ecdf(second, location))
+    return LargestGap(float(test.statistic), location, heights, float(test.pvalue))
+
+
+def _ecdf(values: FloatArray, at: FloatArray | float) -> NDArray[np.float64]:
+    """F(x) = the share of ``values`` that are at most x."""
+    shares: NDArray[np.float64] = np.searchsorted(np.sort(values), at, side="right") / len(values)
+    return np.asarray(shares)
+
+
+def _limits(ratios: FloatArray) -> tuple[float, float]:
+    """Return powers of ten that hold 99 % of the rows, or ``_RATIOS``."""
+    low, high = np.quantile(ratios, (0.005, 0.995))
+    return (
+        10.0 ** math.floor(math.log10(min(max(low, _RATIOS[0]), 0.1))),
+        10.0 ** math.ceil(math.log10(max(min(high, _RATIOS[1]), 10))),
+    )
+
+
+def _steps(axes: Any, values: FloatArray, colour: str) -> None:
+    at = np.unique(values)
+    axes.step([at[0], *at], [0, *_ecdf(values, at)], where="post", color=colour, linewidth=1.3)
+
+
+def _line(axes: Any, curve: Curve, place: int, name: str) -> None:
+    chosen = np.unique(np.linspace(0, len(curve) - 1, _POINTS).round().astype(int))
+    steps, values = np.array(list(curve))[chosen], np.array(list(curve.values()))[chosen]
+    if name == "forget_quality":
+        values = np.maximum(values, _LOWEST_QUALITY)
+    coloured = place < _COLOURED
+    marker = "." if coloured and len(chosen) <= 40 else ""
+    axes.plot(steps, values, color=_colour(place), linewidth=1.3, marker=marker, zorder=3 if coloured else 2)
+
+
+def _logarithmic(axes: Any, direction: str) -> None:
+    axes.set(**{f"{direction}scale": "log"})
+    axis = getattr(axes, f"{direction}axis")
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def _legend(figure: Figure, ranked: Sequence[tuple[int, ReportedRun]], **style: Any) -> None:
+    """Name the runs that have a colour, and count the others."""
+    handles = [Line2D([], [], color=_colour(place), **style) for place, _ in ranked if place < _COLOURED]
+    labels = [f"{place + 1} {_short(run.name)}" for place, run in ranked if place < _COLOURED]
+    if len(ranked) > len(labels):
+        handles.append(Line2D([], [], color=_GREY, **style))
+        labels.append(f"{len(ranked) - len(labels)} more")
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3))
+
+
+def _significance(axes: Any) -> None:
+    axes.axhline(_SIGNIFICANT, color=_RETAIN, linestyle="--", linewidth=1)
+    axes.annotate(
+        f"p = {_SIGNIFICANT}",
+        (1, _SIGNIFICANT),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        color=_RETAIN,
+        fontsize=8,
+    )
+
+
+def _mark(axes: Any, text: str, place: tuple[float, float], colour: str, offset: tuple[int, int] = (6, 4)) -> None:
+    ha = "left" if offset[0] else "center"
+    axes.annotate(text, place, xytext=offset, textcoords="offset points", ha=ha, color=colour, fontsize=8)
+
+
+def _colour(place: int) -> str:
+    return _COLOURS[place] if place < _COLOURED else _GREY
+
+
+def _short(name: str, limit: int = 34) -> str:
+    return name if len(name) <= limit else f"…{name[1 - limit :]}"
+
+
+def _svg(salt: str, size: tuple[float, float], draw: Callable[[Figure], None], *, layout: Any = "constrained") -> str:
     """Return the drawing as an element that may stand in a page, beside others."""
     file = io.StringIO()
     with mpl.rc_context(), warnings.catch_warnings():
@@ -60,237 +292,3 @@ def svg(salt: str, size: tuple[float, float], draw: Callable[[Figure], None], *,
 
 def _rounded(path: re.Match[str]) -> str:
     return re.sub(r"(\.\d\d)\d+", r"\1", path[0])
-
-
-SIGNIFICANT = 0.05  # the p-value under which two models are told apart
-COLOURED = 8  # runs with a colour and a place in the legend; the others are grey
-_LOWEST_QUALITY = 1e-30  # what is lower is drawn here
-_POINTS = 200  # of a curve, at most
-_RATIOS = (1e-4, 1e4)  # what lies outside is drawn at the edge
-_PANELS = {"left": 0.07, "right": 0.99, "bottom": 0.2, "top": 0.9, "wspace": 0.2}
-
-_COLOURS = ("#1b6ca8", "#c8553d", "#2a7f62", "#8d5a97", "#b8860b", "#46707e", "#a23b72", "#5b6c1f")
-_GREY, _RETAIN = "#b5b5b5", "#777777"
-
-
-def quality_against_utility(
-    runs: Sequence[Run], full: Mapping[str, float], retain: Mapping[str, float], least_utility: float | None
-) -> str | None:
-    """Draw Forget Quality over Model Utility of ranked runs; None without a run that has both."""
-    points = [
-        (place, run, run.figures["model_utility"], run.figures["forget_quality"])
-        for place, run in enumerate(runs, start=1)
-        if {"model_utility", "forget_quality"} <= run.figures.keys()
-    ]
-    if not points:
-        return None
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for place, _, x, y in reversed(points):
-            colour = _colour(place - 1)
-            axes.plot(x, max(y, _LOWEST_QUALITY), "o", color=colour, markersize=6)
-            if place <= COLOURED:
-                _mark(axes, str(place), (x, max(y, _LOWEST_QUALITY)), colour)
-        # against itself the retain model's p-value is 1
-        for name, utility, quality in (
-            ("full", full.get("model_utility"), full.get("forget_quality")),
-            ("retain (1 by definition)", retain.get("model_utility"), 1.0),
-        ):
-            if utility is not None and quality is not None:
-                at = (utility, max(quality, _LOWEST_QUALITY))
-                axes.plot(*at, "D", color=DARK, markersize=6, markerfacecolor="white")
-                _mark(axes, name, at, DARK, (0, -13 if quality < SIGNIFICANT else 6))
-        _logarithmic(axes, "y")
-        lowest = min([y for *_, y in points] + [full.get("forget_quality", 1.0), SIGNIFICANT])
-        lowest = max(lowest, _LOWEST_QUALITY)
-        axes.set_ylim(lowest**1.08 / 2, lowest**-0.08 * 2)  # room for names
-        axes.margins(x=0.12)
-        _significance(axes)
-        if least_utility is not None:
-            axes.axvline(least_utility, color=_RETAIN, linestyle=":", linewidth=1)
-            axes.annotate(
-                "utility floor",
-                (least_utility, 0.02),
-                xycoords=("data", "axes fraction"),
-                xytext=(3, 0),
-                textcoords="offset points",
-                color=_RETAIN,
-                fontsize=8,
-            )
-        axes.set(xlabel="Model Utility", ylabel="Forget Quality (KS p-value)")
-        _legend(figure, [(place - 1, run) for place, run, *_ in points], marker="o", linestyle="")
-
-    return svg("scatter", (7.2, 4.4), draw)
-
-
-def curves(
-    runs: Sequence[Run], names: Sequence[str], full: Mapping[str, float], retain: Mapping[str, float]
-) -> str | None:
-    """Draw each named figure over the steps of ranked runs, a panel each; None where no run has curves."""
-    drawn = [name for name in names if any(name in run.curves for run in runs)]
-    if not drawn:
-        return None
-    columns = min(len(drawn), 3)
-    rows = math.ceil(len(drawn) / columns)
-
-    def draw(figure: Figure) -> None:
-        panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
-        for axes in panels[len(drawn) :]:
-            axes.set_visible(False)
-        for axes, name in zip(panels, drawn, strict=False):
-            for place, run in reversed(list(enumerate(runs))):
-                if name in run.curves:
-                    _line(axes, run.curves[name], place, name)
-            for figures, style in ((full, "--"), (retain, ":")):
-                if name in figures and name != "forget_quality":
-                    axes.axhline(figures[name], color=DARK, linestyle=style, linewidth=0.8)
-            if name == "forget_quality":
-                _logarithmic(axes, "y")
-                _significance(axes)
-            axes.set_title(name)
-            axes.set_xlabel("optimizer step")
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        _legend(figure, [(place, run) for place, run in enumerate(runs) if run.curves], marker=".")
-
-    return svg("curves", (3.1 * columns + 0.4, 2.5 * rows + 0.5), draw)
-
-
-def distribution(ratios: FloatArray, retain: FloatArray | None, name: str) -> str:
-    """Draw the truth ratios of the forget rows: histogram, and distribution function with the largest gap to retain."""
-    low, high = _limits(ratios if retain is None else np.concatenate([ratios, retain]))
-    bins = np.geomspace(low, high, 41)
-
-    def draw(figure: Figure) -> None:
-        # the same place in every run's drawing, and half the time of a layout that measures its texts
-        left, right = figure.subplots(1, 2, gridspec_kw=_PANELS)
-        left.hist(np.clip(ratios, low, high), bins, color=_COLOURS[0], alpha=0.55, label="this run")
-        if retain is not None:
-            weights = np.full(len(retain), len(ratios) / len(retain))  # as many rows, where the logs differ
-            left.hist(
-                np.clip(retain, low, high), bins, weights=weights, histtype="step", color=DARK, label="retain model"
-            )
-        left.set(ylabel="forget rows", title="histogram")
-        left.legend(loc="upper left")
-        _steps(right, np.clip(ratios, low, high), _COLOURS[0])
-        right.set(ylabel="share of rows at most R", ylim=(0, 1.03), title="distribution function")
-        if retain is not None:
-            _steps(right, np.clip(retain, low, high), DARK)
-            gap = largest_gap(ratios, retain)
-            at = min(max(gap.location, low), high)
-            right.plot([at, at], gap.heights, color=_COLOURS[1], linewidth=2, marker="_", markersize=7)
-            near = at > 1
-            right.annotate(
-                f"D = {gap.statistic:.3f}\np = {gap.pvalue:.3g}",
-                (at, sum(gap.heights) / 2),
-                xytext=(-7 if near else 7, 0),
-                textcoords="offset points",
-                ha="right" if near else "left",
-                va="center",
-                color=_COLOURS[1],
-            )
-        for axes in (left, right):
-            _logarithmic(axes, "x")
-            axes.set(xlim=(low, high), xlabel="truth ratio R")
-            axes.axvline(1, color=_RETAIN, linestyle=":", linewidth=0.8)
-
-    return svg(f"distribution {name}", (7.2, 2.5), draw, layout=None)
-
-
-def _limits(ratios: FloatArray) -> tuple[float, float]:
-    """Return powers of ten that hold 99 % of the rows, or ``_RATIOS``."""
-    low, high = np.quantile(ratios, (0.005, 0.995))
-    return (
-        10.0 ** math.floor(math.log10(min(max(low, _RATIOS[0]), 0.1))),
-        10.0 ** math.ceil(math.log10(max(min(high, _RATIOS[1]), 10))),
-    )
-
-
-def _steps(axes: Any, values: FloatArray, colour: str) -> None:
-    at = np.unique(values)
-    axes.step([at[0], *at], [0, *ecdf(values, at)], where="post", color=colour, linewidth=1.3)
-
-
-def _line(axes: Any, curve: Curve, place: int, name: str) -> None:
-    chosen = np.unique(np.linspace(0, len(curve) - 1, _POINTS).round().astype(int))
-    steps, values = np.array(list(curve))[chosen], np.array(list(curve.values()))[chosen]
-    if name == "forget_quality":
-        values = np.maximum(values, _LOWEST_QUALITY)
-    coloured = place < COLOURED
-    marker = "." if coloured and len(chosen) <= 40 else ""
-    axes.plot(steps, values, color=_colour(place), linewidth=1.3, marker=marker, zorder=3 if coloured else 2)
-
-
-def _logarithmic(axes: Any, direction: str) -> None:
-    axes.set(**{f"{direction}scale": "log"})
-    axis = getattr(axes, f"{direction}axis")
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(NullLocator())
-
-
-def _legend(figure: Figure, ranked: Sequence[tuple[int, Run]], **style: Any) -> None:
-    """Name the runs that have a colour, and count the others."""
-    handles = [Line2D([], [], color=_colour(place), **style) for place, _ in ranked if place < COLOURED]
-    labels = [f"{place + 1} {_short(run.name)}" for place, run in ranked if place < COLOURED]
-    if len(ranked) > len(labels):
-        handles.append(Line2D([], [], color=_GREY, **style))
-        labels.append(f"{len(ranked) - len(labels)} more")
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3))
-
-
-def _significance(axes: Any) -> None:
-    axes.axhline(SIGNIFICANT, color=_RETAIN, linestyle="--", linewidth=1)
-    axes.annotate(
-        f"p = {SIGNIFICANT}",
-        (1, SIGNIFICANT),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 3),
-        textcoords="offset points",
-        ha="right",
-        color=_RETAIN,
-        fontsize=8,
-    )
-
-
-def _mark(axes: Any, text: str, place: tuple[float, float], colour: str, offset: tuple[int, int] = (6, 4)) -> None:
-    ha = "left" if offset[0] else "center"
-    axes.annotate(text, place, xytext=offset, textcoords="offset points", ha=ha, color=colour, fontsize=8)
-
-
-def _colour(place: int) -> str:
-    return _COLOURS[place] if place < COLOURED else _GREY
-
-
-def _short(name: str, limit: int = 34) -> str:
-    return name if len(name) <= limit else f"…{name[1 - limit :]}"
-
-
-@dataclass(frozen=True)
-class Gap:
-    """Where two empirical distribution functions F and G differ most.
-
-    Attributes:
-        statistic: D = max over x of |F(x) − G(x)|.
-        location: the sample value x at which they do.
-        heights: F(x) and G(x).
-        pvalue: of D under equal distributions; between truth ratios it is Forget Quality.
-    """
-
-    statistic: float
-    location: float
-    heights: tuple[float, float]
-    pvalue: float
-
-
-def ecdf(values: FloatArray, at: FloatArray | float) -> NDArray[np.float64]:
-    """F(x) = the share of ``values`` that are at most x."""
-    shares: NDArray[np.float64] = np.searchsorted(np.sort(values), at, side="right") / len(values)
-    return np.asarray(shares)
-
-
-def largest_gap(first: FloatArray, second: FloatArray) -> Gap:
-    """Return the two-sample statistic with its place; both samples finite and not empty."""
-    test = ks_2samp(first, second)
-    location = float(test.statistic_location)
-    heights = float(ecdf(first, location)), float(ecdf(second, location))
-    return Gap(float(test.statistic), location, heights, float(test.pvalue))

@@ -1,4 +1,7 @@
-"""A run as a report shows it: its evaluation, its curves over steps, its settings, and what is wrong with its files."""
+"""A run as a report shows it: its evaluation, its curves over steps, its settings, and what is wrong with its files.
+
+And what else its files hold: the rows in which a model gives away most of what it should have forgotten, leak audits.
+"""
 
 import json
 import math
@@ -9,9 +12,9 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from efface.evaluate.logs import EvalLog
+from efface.evaluate.logs import CONFIG, EvalLog
 from efface.evaluate.report.figures import KNOWN, Evaluation, read_evaluation
-from efface.evaluate.report.find import Found
+from efface.evaluate.report.find import RunFiles
 
 Curve: TypeAlias = dict[int, float]
 """A figure by optimizer step."""
@@ -20,10 +23,14 @@ Curve: TypeAlias = dict[int, float]
 _WATCHING = {"epoch", "step", "learning_rate", "grad_norm", "total_flos", "padding_saved", "peak_memory_gib"}
 _WATCHING |= {"tokens_per_second", "num_input_tokens_seen", "train_loss"}
 _WATCHING_PREFIXES = ("time_", "train_", "eval_runtime", "eval_samples", "eval_steps")
+# Of the arguments, what tells the runs of a grid apart.
+_ARGUMENTS = {"learning_rate": "lr", "num_train_epochs": "epochs", "max_steps": "steps", "seed": "seed"}
+_ORIGINAL = "eval_log_forget.json"  # TOFU's own logs have it
+_COUNTS = ("rows", "left_out")  # figures of an audit that are no recall
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """One run.
 
     Attributes:
@@ -49,7 +56,7 @@ class Run:
     errors: tuple[str, ...] = ()
 
 
-def read_run(found: Found, retain_log: EvalLog | None = None) -> Run:
+def read_run(found: RunFiles, retain_log: EvalLog | None = None) -> ReportedRun:
     """Read all that was found of a run; a file that cannot be read is one of ``errors``."""
     notes: list[str] = []
     errors: list[str] = []
@@ -76,7 +83,7 @@ def read_run(found: Found, retain_log: EvalLog | None = None) -> Run:
                 "not evaluated; figures, if any, are the last of its training log. "
                 "`efface evaluate --model RUN --output RUN` evaluates it"
             )
-    return Run(
+    return ReportedRun(
         name=found.name,
         folder=found.folder,
         figures=figures,
@@ -97,7 +104,7 @@ def _evaluation(path: Path, retain_log: EvalLog | None, errors: list[str]) -> Ev
         return None
 
 
-def _settings_of(found: Found, final: Evaluation | None) -> dict[str, str]:
+def _settings_of(found: RunFiles, final: Evaluation | None) -> dict[str, str]:
     if not found.folder.is_dir():  # a log that was named itself; what lies beside it may be of another run
         return {}
     return read_settings(found.folder, None if final is None else final.path.parent)
@@ -115,7 +122,7 @@ def _history(path: Path | None, errors: list[str]) -> tuple[dict[str, Curve], in
             for name, value in entry.items():
                 if name in _WATCHING or name.startswith(_WATCHING_PREFIXES):
                     continue
-                if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+                if _is_number(value):
                     curves.setdefault(name, {})[int(entry["step"])] = float(value)
         return curves, int(content["global_step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
@@ -126,31 +133,26 @@ def _history(path: Path | None, errors: list[str]) -> tuple[dict[str, Curve], in
         return {}, None
 
 
-def ranked(runs: Sequence[Run], least_utility: float | None = None) -> list[Run]:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def ranked(runs: Sequence[ReportedRun], least_utility: float | None = None) -> list[ReportedRun]:
     """Return the runs by Forget Quality, best first; among equals by Model Utility.
 
     Runs under the least utility, or of unknown utility where there is one, follow; those without Forget Quality too.
     """
 
-    def place(run: Run) -> tuple[bool, bool, float, float]:
+    def place(run: ReportedRun) -> tuple[bool, bool, float, float]:
         quality, utility = run.figures.get("forget_quality"), run.figures.get("model_utility")
-        return (
-            not meets(run, least_utility),
-            quality is None,
-            -(quality or 0.0),
-            -(utility or 0.0),
-        )
+        return not meets(run, least_utility), quality is None, -(quality or 0.0), -(utility or 0.0)
 
     return sorted(runs, key=place)
 
 
-def meets(run: Run, least_utility: float | None) -> bool:
+def meets(run: ReportedRun, least_utility: float | None) -> bool:
     """Whether a run's Model Utility is at least so much."""
     return least_utility is None or run.figures.get("model_utility", -math.inf) >= least_utility
-
-
-# Of the arguments, what tells the runs of a grid apart.
-_ARGUMENTS = {"learning_rate": "lr", "num_train_epochs": "epochs", "max_steps": "steps", "seed": "seed"}
 
 
 def read_settings(folder: Path, evaluated: Path | None = None) -> dict[str, str]:
@@ -185,7 +187,7 @@ def _made(folder: Path) -> dict[str, str]:
 
 def _facts(folder: Path) -> dict[str, str]:
     try:
-        content = json.loads((folder / "EVAL_CONFIG.json").read_text(encoding="utf-8"))
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         facts = {"model": content.get("model"), "split": content["split"], "protocol": content["protocol"]["name"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
@@ -212,12 +214,9 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-_ORIGINAL = "eval_log_forget.json"
-
-
 @dataclass(frozen=True)
 class Leak:
-    """A forget row.
+    """A forget row, and how much of its answer a model gives away.
 
     Attributes:
         index: of the row, as the log names it.
@@ -285,12 +284,9 @@ def _open_unlearning(content: Mapping[str, Any]) -> dict[str, Leak]:
     }
 
 
-_COUNTS = ("rows", "left_out")
-
-
 @dataclass(frozen=True)
 class AuditedModel:
-    """A model of an audit.
+    """A model of a leak audit, as ``efface audit`` writes it.
 
     Attributes:
         audit: the run that the audit belongs to.
@@ -330,7 +326,3 @@ def _figures(views: Mapping[str, Any]) -> dict[tuple[str, str], float]:
             if _is_number(values.get("mean")):
                 figures[view, label] = float(values["mean"])
     return figures
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,9 +1,9 @@
-"""A report as Markdown, its pictures in files beside it."""
+"""A report as one HTML file that needs no other, or as Markdown with its pictures in files beside it."""
 
 import base64
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,19 +13,39 @@ from markupsafe import Markup, escape
 from efface.evaluate.report.content import Content, Detail, Table
 from efface.files import write_whole
 
+_TEXT_LIMIT = 400  # letters of a text that are shown
+_FOLDER = Path(__file__).parent / "templates"
 
-def to_markdown(content: Content, pictures: str) -> tuple[str, dict[str, str]]:
-    """Return the text, and the pictures that it refers to, as SVG by name.
 
-    Args:
-        content: of the report.
-        pictures: the folder of the pictures, relative to the text.
-    """
+def write_html(content: Content, path: Path) -> None:
+    """Write the page. Texts of models and files are escaped, and no script but the page's own may run."""
+    script = (_FOLDER / "report.js").read_text(encoding="utf-8")
+    templates = Environment(loader=FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = templates.get_template("report.html.jinja").render(
+        content=content,
+        svg=Markup,  # matplotlib escapes the texts in its drawings
+        words=_html_words,
+        short=_shortened,
+        script=Markup(script),  # noqa: S704
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        version=version("efface"),
+    )
+    _write(path, page)
+
+
+def _html_words(text: str) -> Markup:
+    """Escape a sentence; what is between backticks becomes code."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704
+
+
+def write_markdown(content: Content, path: Path) -> None:
+    """Write the report as Markdown, and the pictures that it refers to into a folder ``<name>-pictures`` beside it."""
+    folder = path.with_name(f"{path.stem}-pictures")
     drawn: dict[str, str] = {}
 
     def picture(name: str, svg: str, meaning: str) -> str:
         drawn[f"{name}.svg"] = svg
-        return f"![{_escaped(meaning)}](<{pictures}/{name}.svg>)"
+        return f"![{_escaped(meaning)}](<{folder.name}/{name}.svg>)"
 
     parts = ["# Unlearning report", *map(_words, content.sentences)]
     if content.runs.lines:
@@ -50,7 +70,8 @@ def to_markdown(content: Content, pictures: str) -> tuple[str, dict[str, str]]:
             parts.append(_leaks(detail))
     if content.remarks:
         parts += ["## Remarks", "\n".join(f"- {_words(text)} ({_escaped(runs)})" for text, runs in content.remarks)]
-    return "\n\n".join(filter(None, parts)) + "\n", drawn
+    _write_pictures(folder, drawn)
+    _write(path, "\n\n".join(filter(None, parts)) + "\n")
 
 
 def _table(table: Table, *, on_demand: bool = False) -> str:
@@ -71,7 +92,7 @@ def _leaks(detail: Detail) -> str:
     for leak in detail.leaks:
         retain = "-" if leak.retain_recall is None else f"{leak.retain_recall:.3f}"
         numbers = [f"{leak.recall:.3f}", *([retain] if detail.compared else [])]
-        lines.append([leak.index, *numbers, *map(shortened, (leak.question, leak.truth, leak.generation))])
+        lines.append([leak.index, *numbers, *map(_shortened, (leak.question, leak.truth, leak.generation))])
     beyond = " beyond that of the retain model" if detail.compared else ""
     summary = f"worst leaks: {len(detail.leaks)} rows of largest ROUGE-L recall{beyond}"
     grid = _grid(titles, [title in ("recall", "retain model") for title in titles], lines)
@@ -96,96 +117,9 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|~#$!])", r"\\\1", text)
 
 
-TEXT_LIMIT = 400  # letters of a text that are shown
-
-_FOLDER = Path(__file__).parent / "templates"
-
-
-def to_html(content: Content) -> str:
-    """Return the page. Texts of models and files are escaped, and no script but the page's own may run."""
-    script = (_FOLDER / "report.js").read_text(encoding="utf-8")
-    templates = Environment(loader=FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return templates.get_template("report.html.jinja").render(
-        content=content,
-        svg=Markup,  # matplotlib escapes the texts in its drawings
-        words=_html_words,
-        short=shortened,
-        script=Markup(script),  # noqa: S704
-        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        version=version("efface"),
-    )
-
-
-def shortened(text: str) -> str:
+def _shortened(text: str) -> str:
     """Return the text, or its beginning."""
-    return text if len(text) <= TEXT_LIMIT else f"{text[:TEXT_LIMIT]}…"
-
-
-def _html_words(text: str) -> Markup:
-    """Escape a sentence; what is between backticks becomes code."""
-    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704
-
-
-def report(
-    folders: str | Path | Sequence[str | Path],
-    output: str | Path = "report.html",
-    *,
-    markdown: str | Path | None = None,
-    full: str | Path | None = None,
-    retain_log: str | Path | None = None,
-    floor: float = 0.9,
-    details: int = 12,
-) -> Path:
-    """Write one HTML file, which needs no other, about the evaluations in folders; return its path.
-
-    It holds a table of the runs ranked by Forget Quality, Forget Quality against Model Utility, figures over steps and
-    checkpoints, leak audits and, for the best runs, the truth ratios of the forget rows with the Kolmogorov-Smirnov
-    statistic, and the worst leaks. The same files give the same bytes. A run whose files cannot be read is listed with
-    the reason.
-
-    Args:
-        folders: runs, or folders of runs at any depth, with ``TOFU_EVAL.json``, ``TOFU_SUMMARY.json``,
-            ``eval_log_aggregated.json``, ``AUDIT.json`` or ``trainer_state.json``; also logs by their paths.
-        output: the HTML file; replaced if it is there.
-        markdown: also write the report as Markdown, its pictures in a folder ``<name>-pictures`` beside it.
-        full: log, or folder with the log, of the model before unlearning.
-        retain_log: the same of a model trained on the retain set alone. Without it, what ``efface evaluate
-            --retain-model`` left beside a run; without that, Forget Quality is what the evaluations stored.
-        floor: runs with less Model Utility than so many times that of the full model are ranked after the others; 0
-            ranks all alike.
-        details: how many of the best runs are shown row by row.
-
-    Raises:
-        FileNotFoundError: a path that does not exist.
-        ValueError: folders without anything to report, a full or retain log that cannot be read, settings out of range.
-    """
-    if not 0 <= floor <= 1:
-        raise ValueError(f"`floor`: expected a share of the full model's utility, 0 .. 1, got {floor}")
-    if details < 0:
-        raise ValueError(f"`details`: expected a number of runs from 0 on, got {details}")
-    target = _target(output, "output", (".html", ".htm"))
-    text_target = None if markdown is None else _target(markdown, "markdown", (".md", ".markdown"))
-    # matplotlib takes a moment to load, and whoever evaluates during a run has no use for it
-    from efface.evaluate.report.content import gather  # noqa: PLC0415
-
-    given = [folders] if isinstance(folders, (str, Path)) else list(folders)
-    content = gather(given, full=full, retain_log=retain_log, floor=floor, details=details)
-    if text_target is not None:
-        pictures = text_target.with_name(f"{text_target.stem}-pictures")
-        text, drawn = to_markdown(content, pictures.name)
-        _write_pictures(pictures, drawn)
-        _write(text_target, text)
-    _write(target, to_html(content))
-    return target
-
-
-def _target(path: str | Path, name: str, suffixes: Iterable[str]) -> Path:
-    path = Path(path)
-    if path.suffix.lower() not in suffixes:  # a report must not replace a log by accident
-        raise ValueError(f"`{name}`: expected a file that ends in {' or '.join(suffixes)}, got {str(path)!r}")
-    if path.is_dir():
-        raise ValueError(f"`{name}`: expected a file, got the folder {str(path)!r}")
-    return path
+    return text if len(text) <= _TEXT_LIMIT else f"{text[:_TEXT_LIMIT]}…"
 
 
 def _write_pictures(folder: Path, drawn: Mapping[str, str]) -> None:
