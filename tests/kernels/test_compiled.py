@@ -369,7 +369,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, weight, torch.randint(V, (N,), generator=generator)
 
 
-def logprob(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
     return linear_logprob(hidden, weight, targets, chunk_rows=rows).sum()
 
 
@@ -382,7 +382,7 @@ def distribution(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> 
     return linear_distribution_loss(hidden, weight, targets, 1.0, frozen, chunk_rows=rows).loss
 
 
-OPS: list[Callable[..., Tensor]] = [logprob, sequence, distribution]
+OPS: list[Callable[..., Tensor]] = [logprobs, sequence, distribution]
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -1,4 +1,4 @@
-"""efface_native against a naive packer, and the plan of an epoch. Imports no torch, so that it also runs under the sanitizers."""
+"""efface_native: the packer against a naive one, and the plan of an epoch. Imports no torch, for the sanitizers."""
 
 import itertools
 import os
