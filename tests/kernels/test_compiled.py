@@ -421,7 +421,7 @@ def test_no_gradient_is_formed_that_nobody_can_ask_for(
     loss = op(hidden, weight, targets, rows)
     # Chunks that no gradient waits for end elsewhere, and some CPUs' GEMMs round by the number of rows.
     torch.testing.assert_close(loss.detach(), value, rtol=1e-6, atol=0)
-    assert any(wanted.any for wanted in formed) or op is logprob  # which forms them in the backward call
+    assert any(wanted.any for wanted in formed) or op is logprobs  # which forms them in the backward call
 
 
 @pytest.mark.parametrize("op", [sequence, distribution])
