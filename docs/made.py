@@ -142,12 +142,12 @@ def _columns(count: int) -> Iterator[None]:
 
 
 def command_help(folder: Path) -> None:
-    """Write ``efface <command> --help`` of every command, and the page that shows them."""
+    """Write ``efface <command> --help-all`` of every command, and the page that shows them."""
     page = ["# Command line", "", "```{include} intro.md\n```" if (folder / "intro.md").exists() else ""]
     for name, (_, summary) in COMMANDS.items():
         said = io.StringIO()
         with _columns(100), contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-            main([name, "--help"])
+            main([name, "--help-all"])
         (folder / f"{name}.txt").write_text(_without_defaults_of_the_machine(said.getvalue()), encoding="utf-8")
         page += [f"## efface {name}", "", f"{summary[0].upper()}{summary[1:]}.", ""]
         page += [f"```{{literalinclude}} ../_made/{name}.txt", ":language: text", "```", ""]

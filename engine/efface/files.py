@@ -54,8 +54,9 @@ def written_folder(folder: Path, *, keeps: Callable[[Path], bool] | None = None)
     partial.chmod(0o755)  # a temporary folder is for its owner alone
     try:
         yield partial
+        _sync_all(partial)
         if keeps is None or not folder.exists() or not keeps(folder):
-            move_whole(partial, folder)
+            _take_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -98,10 +99,18 @@ def move_whole(source: Path, target: Path) -> None:
     A process that is killed between the two renames leaves no folder of that name, and the old one under a name that
     ``remove_leftovers`` knows.
     """
-    for parent, _, names in os.walk(source):
+    _sync_all(source)
+    _take_place(source, target)
+
+
+def _sync_all(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
         for name in names:
             _sync(Path(parent, name))
         _sync(Path(parent))
+
+
+def _take_place(source: Path, target: Path) -> None:
     old = _set_aside(target) if target.exists() else None
     source.rename(target)
     _sync(target.parent)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from efface.batching.roles import Role, StepTotals
+from efface.batching.plan import Role, StepTotals
 from efface.objectives import (
     CEU,
     DPO,

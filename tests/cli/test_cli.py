@@ -1,14 +1,22 @@
-"""The command line: what it writes, what it refuses, and its exit codes."""
+"""The command line: what it writes, what it refuses, its exit codes, what a shell completes, and where it speaks."""
 
+import importlib
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import efface
+from efface.cli import tiny as tiny_command
 from efface.cli.main import COMMANDS, main
+from efface.cli.progress import PIPE_WIDTH, open_console
 from efface.files import written_whole
 from efface.hf.train.arguments import UnlearnArguments
 from support.helpers import TEXTS, written_rows
@@ -236,3 +244,80 @@ def test_a_finished_training_is_not_trained_further(
     assert "continuing from" in capsys.readouterr().err
     assert (out / "model.safetensors").read_bytes() == whole
     assert not (out / "checkpoint-4").exists()
+
+
+def completed(script: Path, line: str) -> list[str]:
+    """What bash offers for a line."""
+    code = f"""
+        source {script}
+        COMP_LINE={line!r}; COMP_POINT=${{#COMP_LINE}}
+        COMP_WORDS=({line}); [[ $COMP_LINE == *' ' ]] && COMP_WORDS+=('')
+        COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+        _shtab_efface
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_every_command_has_a_parser() -> None:
+    for name, (module, _) in COMMANDS.items():
+        assert importlib.import_module(module).parser().prog == f"efface {name}"
+
+
+def test_bash_completes_commands_flags_and_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if shutil.which("bash") is None:
+        pytest.skip("needs bash")
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "efface"
+    script.write_text(capsys.readouterr().out)
+    assert completed(script, "efface ev") == ["evaluate"]
+    assert "--learning-rate" in completed(script, "efface unlearn --learning")
+    assert completed(script, "efface evaluate --protocol ") == ["open-unlearning", "tofu"]
+    assert "simnpo-tofu-forget05-llama-2-7b" in completed(script, "efface unlearn --recipe simnpo")
+
+
+def test_zsh_gets_a_script_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "zsh"]) == 0
+    assert "#compdef efface" in capsys.readouterr().out
+
+
+def test_bench_runs_the_benchmarks_of_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def run(command: list[str], env: dict[str, str], check: bool) -> subprocess.CompletedProcess[bytes]:
+        seen.update(command=command, path=env["PYTHONPATH"].split(":")[0])
+        return subprocess.CompletedProcess(command, 5)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert main(["bench", "loss", "--shape", "smoke"]) == 5
+    assert seen["command"] == [sys.executable, "-m", "benchmarks", "loss", "--shape", "smoke"]
+    assert (Path(seen["path"]) / "benchmarks" / "__main__.py").is_file()
+
+
+def test_bench_without_a_checkout_says_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(efface, "__file__", str(tmp_path / "site" / "efface" / "__init__.py"))
+    assert main(["bench", "loss"]) == 2
+    assert "git clone the repository" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("columns", "width"), [("72", PIPE_WIDTH), ("300", 300)])
+def test_a_pipe_is_wide(columns: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert open_console().width == width
+    assert open_console(stderr=True).stderr
+
+
+def test_figures_of_a_recipe_are_whole_on_a_narrow_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = dict(
+        zip(tiny_command._COLUMNS.values(), [1.46e-13, 0.9291, 5.22e-05, 0.0411, 0.558, 0.0353, 0.285], strict=True)
+    )
+    model = SimpleNamespace(name="unlearned", note="", figures=figures)
+    run = SimpleNamespace(recipe="r", data="d", changed={}, overrides=[], revisions=[], models=[model])
+    tiny_command.show(run, Console(width=80))  # type: ignore[arg-type]
+    shown = capsys.readouterr().out
+    for value in figures.values():
+        assert f"{value:.3g}" in shown
+    assert "…" not in shown

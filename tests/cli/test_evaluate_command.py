@@ -1,4 +1,4 @@
-"""``efface evaluate``: its words and files, on several processes, killed and given again."""
+"""``efface evaluate``: its words and files, on several processes, killed and given again; other metrics, and FAME."""
 
 import json
 import shutil
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from efface.cli.main import main
 from efface.evaluate import forget_quality, read_log
 from efface.hf.model.lora import add_lora, merged
+from support.helpers import TEXTS, tiny_llama, tiny_tokenizer
 from support.processes import RANKS, environment, launch
 from support.tofu_helpers import model_of, tokenizer_of, write_rows
 
@@ -170,10 +171,8 @@ def test_errors_of_use_are_one_line(folder: Path, tmp_path: Path, capsys: pytest
     refused("model folder './none' does not exist", "--retain-model", "./none")
     (tmp_path / ".rows.sqlite").write_text("no database" * 1000)
     refused("delete the file: the rows are then computed anew")
-    with pytest.raises(SystemExit, match="2"):
-        main(words(folder, "--protocol", "muse"))
-    with pytest.raises(SystemExit, match="2"):
-        main(words(folder, "--retain-log", "a", "--retain-model", "b"))
+    refused("argument --protocol: invalid choice: 'muse'", "--protocol", "muse")
+    refused("argument --retain-model: not allowed with argument --retain-log", "--retain-log=a", "--retain-model=b")
     with pytest.raises(SystemExit, match="0"):
         main(["evaluate", "--help"])
     assert "torchrun" in capsys.readouterr().out
@@ -233,3 +232,62 @@ def test_several_processes_share_the_work_and_write_the_same_bytes_as_one(folder
         )  # two models, of which each may end on a part of a turn
         for name in (*RESULTS[1:], *(f"retain_model/{name}" for name in RESULTS[1:])):
             assert (out / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), f"{name} on {processes} processes"
+
+
+@pytest.fixture
+def rated(tmp_path: Path) -> Path:
+    tokenizer = tiny_tokenizer()
+    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{**row, "topic_id": number % 2, "language": "EN"} for number, row in enumerate(TEXTS)]
+    for name, some in (("fame", rows), ("forget", rows[:3]), ("holdout", rows[3:])):
+        (tmp_path / f"{name}.json").write_text("\n".join(map(json.dumps, some)))
+    return tmp_path
+
+
+def read(path: Path) -> dict[str, object]:
+    content: dict[str, object] = json.loads(path.read_text())
+    return content
+
+
+def test_metrics_are_written_in_open_unlearnings_schema(rated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, forget, holdout = (str(rated / name) for name in ("model", "forget.json", "holdout.json"))
+    words = ["evaluate", "--model", model, "--metrics", "extraction_strength,mia_loss", "--forget", forget]
+    assert main([*words, "--holdout", holdout, "--output", str(rated / "out")]) == 0
+    printed = capsys.readouterr().out
+    summary = read(rated / "out" / "METRICS_SUMMARY.json")
+    assert list(summary) == ["extraction_strength", "mia_loss"]
+    for name, value in summary.items():
+        assert f"{name} {value:.4f}" in " ".join(word for word in printed.split() if word != "3")
+    assert read(rated / "out" / "METRICS_CONFIG.json")["benchmark"] == "METRICS"
+    assert not (rated / "out" / "TOFU_EVAL.json").exists()
+    assert main([*words, "--output", str(rated / "again")]) == 2
+    assert "mia_loss: expected --holdout FILE" in capsys.readouterr().err
+
+
+def test_texts_may_be_cut_and_read_in_windows(rated: Path) -> None:
+    words = ["evaluate", "--model", str(rated / "model"), "--forget", str(rated / "forget.json")]
+    words += ["--metrics", "perplexity,extraction_strength", "--output", str(rated / "out")]
+    assert main([*words, "--window", "16", "--max-length", "40"]) == 0
+    assert len(read(rated / "out" / "METRICS_SUMMARY.json")) == 2
+    assert main(words) == 0  # a window may be longer than the text
+
+
+def test_fame_by_language_and_topic(rated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "evaluate",
+        "--model",
+        str(rated / "model"),
+        "--benchmark",
+        "fame",
+        "--data",
+        str(rated / "fame.json"),
+    ]
+    words += ["--forget-filter", "topic_id=1", "--max-new-tokens", "8", "--output", str(rated / "out")]
+    assert main(words) == 0
+    assert "language EN" in capsys.readouterr().out
+    content = read(rated / "out" / "FAME_EVAL.json")
+    assert {"forget_Q_A_Prob", "forget_Q_A_ROUGE", "retain_Q_A_Prob", "retain_Q_A_ROUGE"} <= set(content)
+    assert set(read(rated / "out" / "FAME_SUMMARY.json")) <= set(content)

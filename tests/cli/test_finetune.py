@@ -132,14 +132,14 @@ def test_fresh_weights_come_from_the_seed(
     assert not torch.equal(a, c)
     assert a.dtype == torch.float32
     assert main([*flags(checkpoint, data, tmp_path / "d"), *words, "--dtype", "bfloat16"]) == 2
-    assert "weights drawn by --from_config are float32" in capsys.readouterr().err
+    assert "weights drawn by --from-config are float32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--lerning_rate", "1"], "unknown arguments --lerning_rate 1; see `efface finetune --help`"),
-        (["--num_train_epochs", "many"], "argument --num_train_epochs/--num-train-epochs: invalid float value"),
+        (["--lerning_rate", "1"], "unknown arguments --lerning_rate 1; did you mean '--learning-rate'?"),
+        (["--num_train_epochs", "many"], "argument --num-train-epochs: invalid float value"),
         (["--answer_column", "reply"], "expected a column 'reply'"),
         (["--model", "./missing"], "model folder './missing' does not exist"),
         (["--data", "missing.json"], "data file 'missing.json' does not exist"),

@@ -11,15 +11,15 @@ import transformers
 import yaml
 
 from efface.batching import plan_epoch
-from efface.cli.flags import parse
 from efface.cli.main import main
+from efface.flags import flag_words
 from efface.hf.model.head import fuse, packed_hidden
 from efface.hf.text.data import token_store
 from efface.hf.train.arguments import UnlearnArguments
 from efface.hf.train.estimate import RunShape, memory, model_sizes, optimizer_bytes
 from efface.objectives import known_objectives
 from efface.recipes import known_recipes, load_recipe, local_source
-from efface.recipes.flags import flag_words, not_overridden
+from efface.recipes.settings import not_overridden, parse
 from support.helpers import TEXTS, arguments, tiny_llama, tiny_model, tiny_tokenizer, unlabelled, written_rows
 
 # The table of the five systems, copied by hand from the project's notes on them, in their names and values.
@@ -378,19 +378,19 @@ def test_recipe_then_config_then_command_line(tmp_path: Path) -> None:
 def test_flags_and_words_go_both_ways() -> None:
     flags = {"system_prompt": "- hello", "forget_filter": ["a=1", "b!=2"], "beta": 0.1, "retain": None, "bf16": True}
     assert flag_words(flags) == [
-        "--system_prompt=- hello",
-        "--forget_filter",
+        "--system-prompt=- hello",
+        "--forget-filter",
         "a=1",
         "b!=2",
         "--beta=0.1",
         "--bf16=True",
     ]
-    assert flag_words({"lr_scheduler_kwargs": {"power": 2}}) == ['--lr_scheduler_kwargs={"power": 2}']
-    assert flag_words({"save_schedule": False, "bf16": False}) == ["--save_schedule=no", "--bf16=False"]  # YAML's no
+    assert flag_words({"lr_scheduler_kwargs": {"power": 2}}) == ['--lr-scheduler-kwargs={"power": 2}']
+    assert flag_words({"save_schedule": False, "bf16": False}) == ["--save-schedule=no", "--bf16=False"]  # YAML's no
     mine = {"objective": "simnpo", "beta": 2.5, "reference_model": "a", "reference_revision": "r"}
-    assert not_overridden(mine, ["--objective", "SimNPO"]).keys() == mine.keys() - {"objective"}
-    assert not_overridden(mine, ["--reference-model", "b"]).keys() == {"objective", "beta"}
-    assert not_overridden(flags, ["--fp16", "True", "--forget-filter", "c=3"]).keys() == {
+    assert not_overridden(mine, {"objective": "SimNPO"}).keys() == mine.keys() - {"objective"}
+    assert not_overridden(mine, {"reference_model": "b"}).keys() == {"objective", "beta"}
+    assert not_overridden(flags, {"fp16": True, "forget_filter": ["c=3"]}).keys() == {
         "system_prompt",
         "beta",
         "retain",
@@ -401,7 +401,7 @@ def test_flags_are_whole_names_and_a_scale_is_for_unlearn_alone(tmp_path: Path) 
     with pytest.raises(ValueError, match="--learning"):
         parse(["--recipe", "tofu-npo", "--learning", "1e-4", "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="--scale: is for `efface unlearn` alone"):
-        parse(["--recipe", "tofu-npo", "--scale", "tiny", "--output_dir", str(tmp_path)], name="cache-reference")
+        parse(["--recipe", "tofu-npo", "--scale", "tiny", "--output_dir", str(tmp_path)])
 
 
 GOOD = {
@@ -480,7 +480,7 @@ def test_files_that_are_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--recipe", "tofu-npo", "--template", "alpaca"], "`template`: expected one of auto"),
         (
             ["--recipe", "tofu-npo", "--evaluate", "False", "--retain_log", "x.json"],
-            "--retain_log: is for the evaluation",
+            "--retain-log: is for the evaluation",
         ),
         (["--recipe", "tofu-npo", "--model", "./nowhere"], "model folder './nowhere' does not exist"),
         (["--recipe"], "--recipe: expected a name of `efface recipes`"),
@@ -493,9 +493,9 @@ def test_overrides_that_contradict(words: list[str], message: str, capsys: pytes
 
 def test_flags_that_nothing_would_look_at(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["unlearn", "--model", "a", "--forget", "b", "--json", "--use_cpu", "True"]) == 2
-    assert "--json: is how --dry_run prints" in capsys.readouterr().err
+    assert "--json: is how --dry-run prints" in capsys.readouterr().err
     assert main(["cache-reference", "--recipe", "tofu-npo", "--dry_run"]) == 2
-    assert "--dry_run: `efface cache-reference` has none" in capsys.readouterr().err
+    assert "--dry-run: `efface cache-reference` has none" in capsys.readouterr().err
 
 
 def test_local_files_stand_for_hub_data(data: Path, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_rmu_steers_a_layer_that_small_models_have(tmp_path: Path) -> None:
         (["--scale"], "--scale: expected tiny or smoke, got nothing"),
         (["--scale", "smoke"], "--scale smoke: expected --recipe"),
         (["--scale", "smoke", "--recipe", "tofu-npo", "--model", "x"], "expected no --model"),
-        (["--scale", "smoke", "--recipe", "tofu-npo", "--dry_run"], "expected no --dry_run"),
+        (["--scale", "smoke", "--recipe", "tofu-npo", "--dry_run"], "expected no --dry-run"),
         (["--scale", "smoke", "--recipe", "tofu-npo", "--data", "missing"], "'missing/forget10_perturbed.json'"),
         (["--scale", "smoke", "--recipe", "tofu-npo", "--learning_ratio", "1"], "unknown arguments --learning_ratio 1"),
     ],

@@ -13,11 +13,10 @@ import torch
 from transformers import GenerationConfig, MambaConfig, MambaForCausalLM
 
 from efface.evaluate import GenerationTask, Sampling, decoding, generation, rouge_recall
-from efface.evaluate.decoding import draw, uniforms
+from efface.evaluate.decoding import draw, padding_of, uniforms
 from efface.evaluate.generation import empty_texts
 from efface.evaluate.runner import NotFiniteError, RowResult
 from efface.hf.model.head import fuse
-from efface.hf.model.padding import padding_of
 from efface.hf.text.templates import prompt_ids
 from support.helpers import TEXTS, tiny_model, tiny_tokenizer
 

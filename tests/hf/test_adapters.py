@@ -424,6 +424,6 @@ def test_flags_of_an_adapter_without_its_rank(
 ) -> None:
     words = [*command, "--output_dir", str(tmp_path / "out")]
     assert main([*words, "--lora_alpha", "4", "--merge_adapter"]) == 2
-    assert "--lora_alpha, --merge_adapter: expected --lora_r" in capsys.readouterr().err
+    assert "--lora-alpha, --merge-adapter: expected --lora-r" in capsys.readouterr().err
     assert main([*words, "--reference", "adapter"]) == 2
     assert "expected a peft.PeftModel" in capsys.readouterr().err

@@ -270,7 +270,7 @@ def test_the_state_of_callbacks_continues(tmp_path: Path) -> None:
         ({"save_schedule": "7", "save_steps": 8}, "contradicts save_strategy='steps', save_steps=8"),
         ({"save_schedule": "0"}, "expected epoch, no, or a number"),
         ({"save_schedule": "weekly"}, "expected epoch, no, or a number"),
-        ({"revision_per_checkpoint": True}, "needs --push_to_hub too"),
+        ({"revision_per_checkpoint": True}, "needs --push-to-hub too"),
     ],
 )
 def test_save_schedule(settings: dict[str, Any], expected: Any, tmp_path: Path) -> None:
@@ -456,7 +456,7 @@ def test_the_command_pushes_revisions_and_fails_if_one_is_missing(
     words = [*command, "--output_dir", str(out), "--push-to-hub", "--revision-per-checkpoint"]
     words += ["--hub_model_id", "forgetful", "--num_train_epochs", "1"]
     assert main(words) == 2
-    assert "`--push_to_hub`: " in capsys.readouterr().err
+    assert "`--push-to-hub`: " in capsys.readouterr().err
     assert not out.exists()
     hub = FakeHub(tmp_path / "hub", failures=1000)
     monkeypatch.setattr("efface.cli.training.default_client", lambda token: hub)

@@ -377,4 +377,4 @@ def test_the_command_line_takes_every_objective(
         assert main([*flags, "--objective", name, "--output_dir", str(out), *options]) == 0, name
         assert (out / "model.safetensors").is_file()
     assert main([*flags, "--output_dir", str(tmp_path / "bad"), "--objective_options", "beta"]) == 2
-    assert "--objective_options: expected name=value, got 'beta'" in capsys.readouterr().err
+    assert "--objective-options: expected name=value, got 'beta'" in capsys.readouterr().err

@@ -14,14 +14,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from efface import NPO, RMU, GradDiff, UnlearnTrainer
 from efface.batching import StepTotals, TokenStore, pack, token_tree
-from efface.evaluate.decoding import decode, generate, has_selectable_cache
+from efface.evaluate.decoding import decode, generate, has_selectable_cache, padding_of
 from efface.evaluate.likelihood import token_logprobs
 from efface.hf.model import packing
 from efface.hf.model.attention import NAME
 from efface.hf.model.head import fuse, unfuse, use_packed_attention
 from efface.hf.model.head_loss import HeadLoss
 from efface.hf.model.packing import MEMORY, PackReading, reading_of
-from efface.hf.model.padding import padding_of
 from efface.hf.reference.live import LiveReference
 from efface.hf.reference.score import store_logprobs
 from support.helpers import LONG, NOT_BUILT, arguments, perturbed, random_store, sequence, tiny_decoder, tiny_llama

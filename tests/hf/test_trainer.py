@@ -256,7 +256,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path: Path) -
                 model.model.norm.weight.data.fill_(float("nan"))
 
     trainer.add_callback(Poison())
-    with pytest.raises(FloatingPointError, match=r"not finite at step 3.*lower --learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"not finite at step 3.*lower --learning-rate"):
         trainer.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 

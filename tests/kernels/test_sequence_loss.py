@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from efface.batching.roles import StepTotals
+from efface.batching.plan import StepTotals
 from efface.objectives import CEU, DPO, NPO, WGA, GradAscent, GradDiff, IdkNLL, Objective, SatImp, SimNPO, step_terms
 from efface_kernels import Kind, SequenceRule, Sequences, Term, sequence_loss
 from support import oracle

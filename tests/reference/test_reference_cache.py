@@ -253,7 +253,7 @@ def test_a_place_that_cannot_be_used_costs_a_warning(path: Path) -> None:
     path.write_text("")
     forget = random_store(5)
     expected = store_logprobs(tiny_llama(), forget)
-    with pytest.warns(UserWarning, match="cannot use the reference cache .* --reference_cache none"):
+    with pytest.warns(UserWarning, match="cannot use the reference cache .* --reference-cache none"):
         made = reference(tiny_llama(), path / "below a file", forget)
     assert torch.equal(sums_of(made, 5), expected)
     assert made.path is None
@@ -428,7 +428,7 @@ def test_cache_reference_explains_what_is_wrong(
     path.write_text("mine")
     for changes, message in (
         (["--objective", "simnpo"], "--objective simnpo: expected one that compares with a reference"),
-        (["--reference_cache", "none"], "a --reference_cache that is a file"),
+        (["--reference_cache", "none"], "a --reference-cache that is a file"),
         (["--reference", "live"], "expected --reference cached"),
         (["--reference_cache", str(path)], "file is not a database; delete the file"),
         (["--nonsense"], "unknown arguments --nonsense; see `efface cache-reference --help`"),

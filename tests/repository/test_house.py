@@ -49,14 +49,17 @@ FLOORS: dict[str, set[str]] = {
     "engine/efface/recipes": {
         *BASE,
         *("efface.registry", "efface.batching", "efface.objectives", "efface.hf", "efface.evaluate", "efface.recipes"),
-        *("accelerate", "transformers", "yaml"),
+        *("efface.flags", "accelerate", "transformers", "yaml"),
     },
     "engine/efface/simulate": {
         *BASE,
         *("efface.files", "efface.objectives", "efface.hf", "efface.evaluate", "efface.recipes", "efface.simulate"),
         *("transformers", "tokenizers", "datasets"),
     },
-    "engine/efface/sweep": {"efface.files", "efface.hf", "efface.recipes", "efface.sweep", "optuna", "yaml"},
+    "engine/efface/sweep": {
+        *("efface.files", "efface.flags", "efface.hf", "efface.recipes", "efface.sweep"),
+        *("optuna", "yaml"),
+    },
     "engine/efface/cli": {
         *BASE,
         *("efface",),

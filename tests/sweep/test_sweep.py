@@ -14,8 +14,7 @@ from rich.console import Console
 
 from efface.cli import sweep as sweep_command
 from efface.cli.main import main
-from efface.cli.sweep import parse_sweep
-from efface.cli.trial import carry_out as carry_out_trial
+from efface.cli.sweep import run_trial
 from efface.sweep import (
     Floor,
     Ledger,
@@ -31,6 +30,7 @@ from efface.sweep import (
 )
 from efface.sweep.ranking import objective
 from efface.sweep.results import Result
+from efface.sweep.settings import parse_sweep
 from support.helpers import TEXTS, saved_llama
 
 pytest.importorskip("optuna", reason="needs Optuna: pip install 'efface[sweep]'")
@@ -65,6 +65,7 @@ class Quick:
 
     def __call__(self, words: Sequence[str], log: Path, environment: Mapping[str, str], lock: int) -> Ended:
         given = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
+        given = {name.replace("-", "_"): value for name, value in given.items()}
         folder = Path(given["output_dir"])
         self.started.append(folder.name)
         self.environments.append(environment)
@@ -439,14 +440,14 @@ def test_the_retain_model_is_evaluated_by_one_trial(tmp_path: Path) -> None:
     launch = Quick(good)
 
     def with_retain_log(words: Sequence[str], log: Path, environment: Mapping[str, str], lock: int) -> Ended:
-        folder = Path(words[[word.startswith("--output_dir=") for word in words].index(True)].partition("=")[2])
-        if not any(word.startswith("--retain_log=") for word in words):
+        folder = Path(words[[word.startswith("--output-dir=") for word in words].index(True)].partition("=")[2])
+        if not any(word.startswith("--retain-log=") for word in words):
             (folder / "evaluation" / "retain_model").mkdir(parents=True)
             (folder / "evaluation" / "retain_model" / "TOFU_EVAL.json").write_text("{}")
         return launch(words, log, environment, lock)
 
     sweep(tmp_path, with_retain_log, "--grid", "learning_rate=1e-5", "beta=.1,.2,.3")
-    given = [any(word.startswith("--retain_log=") for word in words) for words in launch.words]
+    given = [any(word.startswith("--retain-log=") for word in words) for words in launch.words]
     assert given == [False, True, True]
 
 
@@ -507,7 +508,7 @@ def test_trials_in_work_go_on_from_their_checkpoints(folder: Path, monkeypatch: 
     said: list[str] = []
 
     def launch(words: Sequence[str], log: Path, environment: Mapping[str, str], lock: int) -> Ended:
-        return Ended(carry_out_trial(words, None))
+        return Ended(run_trial(words, None))
 
     def fill(words: Sequence[str], log: Path) -> int:
         said.append(str(log))
@@ -528,15 +529,15 @@ def test_trials_in_work_go_on_from_their_checkpoints(folder: Path, monkeypatch: 
 def test_a_trial_of_plain_flags_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that was killed between the two; one that failed is not."""
     called: list[list[str]] = []
-    monkeypatch.setattr("efface.cli.trial.main", lambda words: called.append(words) or int("bad" in words))
-    words, out = [f"--output_dir={tmp_path}"], tmp_path / "evaluation"
+    monkeypatch.setattr("efface.cli.sweep.main", lambda words: called.append(words) or int("bad" in words))
+    words, out = [f"--output-dir={tmp_path}"], tmp_path / "evaluation"
     evaluation = ["evaluate", f"--model={tmp_path}", f"--output={out}", "--split", "forget05"]
-    assert carry_out_trial(words, evaluation[3:]) == 0
+    assert run_trial(words, evaluation[3:]) == 0
     assert called == [["unlearn", *words], evaluation]
-    assert carry_out_trial(["bad", *words], evaluation[3:]) == 1
+    assert run_trial(["bad", *words], evaluation[3:]) == 1
     assert called[2:] == [["unlearn", "bad", *words]]
     (tmp_path / "run.json").write_text(json.dumps({"finished": True}))
-    assert carry_out_trial(words, evaluation[3:]) == 0
+    assert run_trial(words, evaluation[3:]) == 0
     assert called[3:] == [evaluation]
 
 

@@ -2,8 +2,7 @@
 
 from efface.batching.assemble import Assembler, Step
 from efface.batching.pack import PackedBatch, pack, pack_items
-from efface.batching.plan import EpochPlan, MicroBatch, RetainSampling, plan_epoch
-from efface.batching.roles import Role, StepTotals
+from efface.batching.plan import EpochPlan, MicroBatch, RetainSampling, Role, StepTotals, plan_epoch
 from efface.batching.store import TokenStore
 from efface.batching.tree import TokenTree, token_tree, tree_tokens
 

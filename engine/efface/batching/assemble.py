@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from efface.batching.pack import PackedBatch, pack_items
-from efface.batching.plan import EpochPlan, MicroBatch
-from efface.batching.roles import Role, StepTotals
+from efface.batching.plan import EpochPlan, MicroBatch, Role, StepTotals
 from efface.batching.store import TokenStore
 
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from efface.batching.roles import Role
+from efface.batching.plan import Role
 from efface.batching.store import TokenStore
 from efface_kernels import RowOffsets, to_device
 

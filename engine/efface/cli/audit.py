@@ -18,6 +18,7 @@ from efface.evaluate.audit.result import AROUND, Document, cells
 from efface.evaluate.audit.rows import TOFU_GROUP, audit_rows
 from efface.evaluate.audit.views import get_view
 from efface.files import written_whole
+from efface.flags import FlagParser
 from efface.hf.model.loading import MAIN, load_model, load_tokenizer
 from efface.hf.text.rows import Rows, load_rows
 from efface.hf.text.templates import AUTO
@@ -35,13 +36,12 @@ the model says. `kept` is (model - retain) / (full - retain). The command, given
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> FlagParser:
     """Return the parser of the command's flags."""
-    flags = argparse.ArgumentParser(
-        prog="efface audit",
-        description="Asks models for what they should have forgotten in several ways, and scores what they give away.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    flags = FlagParser(
+        "audit",
+        "Asks models for what they should have forgotten in several ways, and scores what they give away.",
+        _EXAMPLES,
     )
     flags.add_argument("--model", nargs="+", required=True, help="unlearned checkpoints: folders or Hub names")
     flags.add_argument("--full", help="the model before unlearning")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import efface
+from efface.flags import FlagParser
 
 _EXAMPLES = """
 examples:
@@ -17,14 +18,12 @@ examples:
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> FlagParser:
     """Return the parser of the command's flags."""
-    flags = argparse.ArgumentParser(
-        prog="efface bench",
-        description="Runs `python -m benchmarks SUITE ...` of the checkout that efface was installed from (pip install "
-        "-e).",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    flags = FlagParser(
+        "bench",
+        "Runs `python -m benchmarks SUITE ...` of the checkout that efface was installed from (pip install -e).",
+        _EXAMPLES,
     )
     flags.add_argument("suite", help="evaluate, loss, pack, step, …")
     flags.add_argument("options", nargs=argparse.REMAINDER, help="of the suite")

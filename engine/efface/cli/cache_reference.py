@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from efface.cli.flags import parse, unlearn_parser
 from efface.cli.progress import ProgressBar, open_console
 from efface.cli.training import make_trainer
 from efface.hf.reference.cached import NO_FILE, CachedReference
-from efface.recipes.flags import FlagParser
+from efface.recipes.flags import SettingsParser
+from efface.recipes.settings import parse, unlearn_parser
 
 _EXAMPLES = """
 examples:
@@ -22,18 +22,20 @@ in both: the model, the forget set and its template, --dtype and --bf16. Trainin
 """
 
 
-def parser() -> FlagParser:
+def parser() -> SettingsParser:
     """Return the parser of the command's flags."""
     return unlearn_parser("cache-reference", __doc__, _EXAMPLES)
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    command, args = parse(argv, name="cache-reference", description=__doc__, epilog=_EXAMPLES)
+    command, args = parse(argv, parser())
+    if command.dry_run:
+        raise ValueError("--dry-run: `efface cache-reference` has none; see `efface unlearn --dry-run`")
     if not command.make_objective().needs_reference:
         raise ValueError(f"--objective {command.objective}: expected one that compares with a reference, such as npo")
     if command.reference not in ("auto", "cached") or args.reference_cache == NO_FILE:
-        raise ValueError("expected --reference cached and a --reference_cache that is a file: they are to be filled")
+        raise ValueError("expected --reference cached and a --reference-cache that is a file: they are to be filled")
     console = open_console(stderr=True, quiet=args.process_index != 0)
     bar = ProgressBar(console, Path(command.reference_model or command.model).name)
     with tempfile.TemporaryDirectory() as nothing, contextlib.closing(bar):

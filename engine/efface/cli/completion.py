@@ -8,6 +8,7 @@ from pathlib import Path
 import shtab
 
 from efface.cli.main import COMMANDS
+from efface.flags import FlagParser
 from efface.recipes import known_recipes
 
 _EXAMPLES = """
@@ -19,13 +20,12 @@ _FILES = {"config", "data", "forget", "retain", "retain_log", "holdout", "refusa
 _FOLDERS = {"model", "full", "retain_model", "reference_model", "tokenizer", "output_dir", "out", "folders"}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> FlagParser:
     """Return the parser of the command's flags."""
-    flags = argparse.ArgumentParser(
-        prog="efface completion",
-        description="Prints a script that completes efface's commands, flags and their values.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    flags = FlagParser(
+        "completion",
+        "Prints a script that completes efface's commands, flags and their values.",
+        _EXAMPLES,
     )
     flags.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
     return flags
@@ -37,7 +37,8 @@ def run(argv: Sequence[str]) -> int:
     whole = argparse.ArgumentParser(prog="efface")
     commands = whole.add_subparsers()
     for name, (module, summary) in COMMANDS.items():
-        flags: argparse.ArgumentParser = importlib.import_module(module).parser()
+        flags: FlagParser = importlib.import_module(module).parser()
+        flags.show_all()
         # A parent of its own class would want what it was made of; its flags are all that counts here.
         commands.add_parser(name, help=summary, parents=[_completing(flags)], add_help=False)
     print(shtab.complete(whole, options.shell))

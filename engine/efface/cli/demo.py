@@ -1,6 +1,5 @@
 """``efface demo``: a small model is taught, made to forget and measured; and how runs on small models are shown."""
 
-import argparse
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from efface.files import check_output, written_whole
+from efface.flags import FlagParser
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,13 +31,13 @@ _COLUMNS = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> FlagParser:
     """Return the parser of the command's flags."""
-    flags = argparse.ArgumentParser(
-        prog="efface demo",
-        description="Trains a small Llama on fictitious authors (full) and another without some of them (retain); "
+    flags = FlagParser(
+        "demo",
+        "Trains a small Llama on fictitious authors (full) and another without some of them (retain); "
         "makes full forget those with NPO, SimNPO and GradDiff; compares with retain.",
-        epilog="example: efface demo --data tofu/ --authors 20 --out demo-tofu",
+        "example: efface demo --data tofu/ --authors 20 --out demo-tofu",
     )
     flags.add_argument("--out", type=Path, default=Path("demo-out"), help="output folder (default: demo-out)")
     flags.add_argument("--data", type=Path, help="folder with TOFU's JSON files; default: made-up authors")

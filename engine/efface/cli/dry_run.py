@@ -13,7 +13,6 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from efface.batching import TokenStore, plan_epoch
-from efface.cli.flags import UnlearnCommand
 from efface.cli.plan import summary
 from efface.hf.model.loading import local_files
 from efface.hf.reference.make import reference_kind
@@ -27,6 +26,7 @@ from efface.hf.train.stepping import pairs_per_step
 from efface.hf.train.stores import accumulation_steps, unlearning_stores
 from efface.objectives import Objective, check_term
 from efface.recipes import Recipe
+from efface.recipes.command import UnlearnCommand
 from efface_kernels import device_memory
 
 Lines = dict[str, Any]
@@ -224,7 +224,7 @@ def _evaluation(command: UnlearnCommand, recipe: Recipe | None) -> str | None:
     if not command.evaluate or asked["benchmark"] == "none":
         return "none"
     against = command.retain_log or asked.get("retain_log") or asked.get("retain_model")
-    quality = f"forget quality against {against}" if against else "no forget quality without --retain_log"
+    quality = f"forget quality against {against}" if against else "no forget quality without --retain-log"
     return (
         f"{asked['benchmark'].upper()} {asked['split']}, protocol {asked.get('protocol', 'open-unlearning')}, {quality}"
     )
@@ -296,7 +296,7 @@ def _needs(
 ) -> dict[str, Lines]:
     """Return the memory and the arithmetic of a run, computed and not measured."""
     if _is_adapter(command):
-        return {"memory": {"not known": f"{command.model} is an adapter; see that of its base model with --lora_r"}}
+        return {"memory": {"not known": f"{command.model} is an adapter; see that of its base model with --lora-r"}}
     architecture = _architecture(command, recipe)
     if architecture is None:
         return {"memory": {"not known": f"the configuration of {command.model} is not on this machine"}}

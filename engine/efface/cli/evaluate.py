@@ -21,6 +21,7 @@ from efface.evaluate.metrics.fame import GROUPS, split_rows
 from efface.evaluate.protocol import PROTOCOLS, get_protocol
 from efface.evaluate.runner import Progress
 from efface.evaluate.tofu_evaluation import ROWS
+from efface.flags import FlagParser
 from efface.hf.model.loading import MAIN, load_model, load_tokenizer
 from efface.hf.text.rows import Rows, load_rows, matching, parse_conditions, texts
 from efface.hf.text.templates import AUTO, OPEN_UNLEARNING
@@ -215,15 +216,14 @@ T = TypeVar("T")
 _TITLES = {"forget": "forget", "retain": "retain", "real_authors": "real authors", "world_facts": "world facts"}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> FlagParser:
     """Return the parser of the command's flags."""
-    flags = argparse.ArgumentParser(
-        prog="efface evaluate",
-        description="TOFU's evaluation: probability, ROUGE-L recall and truth ratio on four splits, Model Utility and "
+    flags = FlagParser(
+        "evaluate",
+        "TOFU's evaluation: probability, ROUGE-L recall and truth ratio on four splits, Model Utility and "
         "Forget Quality. Writes TOFU_EVAL.json and TOFU_SUMMARY.json as open-unlearning does. Or FAME's, or other "
         "metrics of any rows: FAME_EVAL.json, METRICS_EVAL.json.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _EXAMPLES,
     )
     flags.add_argument("--model", required=True, help="checkpoint folder or Hub name")
     flags.add_argument("--revision", default=MAIN, help="branch, tag or commit; of a folder, a checkpoint in it")

@@ -1,6 +1,5 @@
 """``efface finetune``: teach a model a data set; how the "full" and "retain" models of a benchmark are made."""
 
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,15 +7,15 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, set_seed
 
-from efface.cli.flags import part, with_config
 from efface.cli.progress import ProgressBar
-from efface.cli.training import Run, carry_out
+from efface.cli.training import TrainingRun, carry_out
 from efface.hf.model.fingerprint import fingerprint
 from efface.hf.model.loading import load_model, load_tokenizer
 from efface.hf.train.arguments import UnlearnArguments
 from efface.hf.train.record import command_line
 from efface.hf.train.trainer import FinetuneTrainer, PackedTrainer
-from efface.recipes.flags import FlagParser, not_overridden, typed
+from efface.recipes.flags import SettingsParser, made
+from efface.recipes.settings import over, with_config
 
 # As TOFU's "full" and "retain" models were made (arXiv 2401.06121, and open-unlearning's configuration).
 DEFAULTS: dict[str, Any] = {
@@ -29,14 +28,14 @@ DEFAULTS: dict[str, Any] = {
 
 _EXAMPLES = """
 examples:
-  efface finetune --model meta-llama/Llama-3.2-1B-Instruct --data locuslab/TOFU:full:train --output_dir full
-  efface finetune --model ./llama --data fame.csv --data_filter 'topic_id!=3' --output_dir retain
+  efface finetune --model meta-llama/Llama-3.2-1B-Instruct --data locuslab/TOFU:full:train --output-dir full
+  efface finetune --model ./llama --data fame.csv --data-filter 'topic_id!=3' --output-dir retain
 
 What forget quality compares with, a model that never saw the forget set, and its log:
-  efface finetune --model meta-llama/Llama-3.2-1B-Instruct --data locuslab/TOFU:retain90:train --output_dir retain90
+  efface finetune --model meta-llama/Llama-3.2-1B-Instruct --data locuslab/TOFU:retain90:train --output-dir retain90
   efface evaluate --model retain90 --split forget10 --output retain90/evaluation
 
-`efface unlearn --recipe NAME --retain_log retain90/evaluation/TOFU_EVAL.json` takes it from there. The defaults are
+`efface unlearn --recipe NAME --retain-log retain90/evaluation/TOFU_EVAL.json` takes it from there. The defaults are
 TOFU's. A run that was stopped continues when the same command is given again. Every flag of
 transformers.TrainingArguments works; --config reads a YAML file of flags.
 """
@@ -48,7 +47,9 @@ class FinetuneCommand:
 
     model: str = field(metadata={"help": "checkpoint folder or Hub name"})
     data: str = field(
-        metadata={"help": "what to learn: a JSON, CSV or Parquet file, or a Hub data set (name[:config[:split]])"}
+        metadata={
+            "help": "what to learn: a file, or a Hub data set (name[:config[:split]]); a JSON, CSV or Parquet file"
+        }
     )
     data_filter: list[str] | None = field(
         default=None,
@@ -61,9 +62,7 @@ class FinetuneCommand:
         default="main",
         metadata={"help": "branch, tag or commit on the Hub; of a folder, a checkpoint in it, as checkpoint-12"},
     )
-    dtype: str = field(
-        default="auto", metadata={"help": "dtype to load the model in: auto, float32, bfloat16, float16"}
-    )
+    dtype: str = field(default="auto", metadata={"help": "of the loaded weights: auto, float32, bfloat16, float16"})
     from_config: bool = field(
         default=False, metadata={"help": "take no weights of --model: draw them anew, by --seed, in float32"}
     )
@@ -76,30 +75,23 @@ class FinetuneCommand:
     )
 
 
-def parser() -> FlagParser:
+def parser() -> SettingsParser:
     """Return the parser of the command's flags."""
-    return FlagParser(
-        [FinetuneCommand, UnlearnArguments],  # type: ignore[list-item]
-        prog="efface finetune",
-        description=__doc__,
-        epilog=_EXAMPLES,
-        allow_abbrev=False,
-    )
+    return SettingsParser("finetune", (FinetuneCommand, UnlearnArguments), __doc__, _EXAMPLES, DEFAULTS)
 
 
 def _parse(argv: Sequence[str]) -> tuple[FinetuneCommand, UnlearnArguments]:
-    words = with_config(argv)
     flags = parser()
-    flags.set_defaults(**not_overridden(DEFAULTS, words))
-    values: Namespace = typed(flags, words, "finetune")
-    return part(FinetuneCommand, values), part(UnlearnArguments, values)
+    values = over(DEFAULTS, with_config(flags.given(argv), flags))
+    flags.check_required(values)
+    return made(FinetuneCommand, values), made(UnlearnArguments, values)
 
 
 def _load(command: FinetuneCommand, seed: int) -> Any:
     if not command.from_config:
         return load_model(command.model, revision=command.revision, dtype=command.dtype, trainable=True)
     if command.dtype not in ("auto", "float32"):
-        raise ValueError(f"--dtype: weights drawn by --from_config are float32, got {command.dtype!r}; add --bf16 True")
+        raise ValueError(f"--dtype: weights drawn by --from-config are float32, got {command.dtype!r}; add --bf16 True")
     config = AutoConfig.from_pretrained(command.model, revision=command.revision)
     set_seed(seed)
     return AutoModelForCausalLM.from_config(config, dtype="float32")
@@ -126,7 +118,7 @@ def run(argv: Sequence[str]) -> int:
         return trainer, {"model": {"weights": weights}}
 
     return carry_out(
-        Run(
+        TrainingRun(
             args,
             title=f"finetune · {Path(command.model).name}",
             command=command_line(argv, "finetune"),

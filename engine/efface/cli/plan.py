@@ -1,6 +1,5 @@
 """``efface plan``: what an epoch would hold, without loading a model."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import AutoTokenizer
 
 from efface.batching import EpochPlan, TokenStore, plan_epoch
 from efface.cli.progress import open_console
+from efface.flags import FlagParser
 from efface.hf.text.data import DataFacts, refuse_overlap, token_store
 from efface.hf.text.templates import AUTO
 from efface.hf.train.arguments import UnlearnArguments
@@ -22,14 +22,13 @@ example:
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> FlagParser:
     """Return the parser of the command's flags."""
-    flags = argparse.ArgumentParser(
-        prog="efface plan",
-        description="Tokenises the data and plans an epoch: optimizer steps, micro-batches, tokens, and what padding "
+    flags = FlagParser(
+        "plan",
+        "Tokenises the data and plans an epoch: optimizer steps, micro-batches, tokens, and what padding "
         "would have added. Loads no model.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _EXAMPLES,
     )
     flags.add_argument("--tokenizer", required=True, help="folder or Hub name of the checkpoint whose tokenizer to use")
     flags.add_argument("--forget", required=True, help="what to forget: a file or Hub data set, as for efface unlearn")

@@ -1,6 +1,5 @@
 """``efface recipes``: what recipes there are, and what one says."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,17 +9,18 @@ from rich import box
 from rich.table import Table
 
 from efface.cli.dry_run import describe
-from efface.cli.flags import parse
 from efface.cli.progress import open_console
+from efface.flags import FlagParser
 from efface.recipes import Recipe, known_recipes, load_recipe
 from efface.recipes.evaluation import stem
+from efface.recipes.settings import unlearn_settings
 
 _EXAMPLES = """
 examples:
   efface recipes
   efface recipes npo-tofu-forget10-llama-3.2-1b
   efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --dry-run
-  efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --output_dir out
+  efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --output-dir out
 
 A recipe of your own is a file like the one that the second line prints; wherever a name is taken, so is its path.
 """
@@ -29,13 +29,12 @@ A recipe of your own is a file like the one that the second line prints; whereve
 _SHORT = {"forget_quality": "FQ", "model_utility": "MU"}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> FlagParser:
     """Return the parser of the command's flags."""
-    flags = argparse.ArgumentParser(
-        prog="efface recipes",
-        description="Lists the recipes that come with efface, or explains one.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    flags = FlagParser(
+        "recipes",
+        "Lists the recipes that come with efface, or explains one.",
+        _EXAMPLES,
     )
     flags.add_argument("name", nargs="?", help="a recipe to explain: its name, or the path of a YAML file")
     flags.add_argument("--json", action="store_true", help="print JSON")
@@ -59,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _memory(recipe: Recipe) -> int | None:
     """Return the bytes that the recipe's run would take, by ``--dry-run``'s estimate."""
-    command, args = parse(["--recipe", str(recipe.path), "--dry_run"])
+    command, args = unlearn_settings({"recipe": str(recipe.path), "dry_run": True})
     total: int | None = describe(command, args, command.make_objective(), recipe)["memory"].get("total")
     return total
 
@@ -94,7 +93,7 @@ def _explain(recipe: Recipe) -> None:
     size = _memory(recipe)
     expected: Any = "not known" if size is None else f"about {size / 2**30:.0f} GiB (computed, one process)"
     print(f"\n# expected memory: {expected}")
-    print(f"# run it:   efface unlearn --recipe {recipe.name} --output_dir out")
+    print(f"# run it:   efface unlearn --recipe {recipe.name} --output-dir out")
     print(f"# or first: efface unlearn --recipe {recipe.name} --dry-run")
 
 

@@ -1,10 +1,10 @@
 """``efface report``: evaluated runs side by side, on one page."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from efface.cli.progress import open_console
+from efface.flags import FlagParser
 
 _EXAMPLES = """
 examples:
@@ -17,14 +17,13 @@ trainer_state.json. What lies in checkpoint-N folders becomes curves over steps.
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> FlagParser:
     """Return the parser of the command's flags."""
-    flags = argparse.ArgumentParser(
-        prog="efface report",
-        description="Writes one HTML file about evaluated runs: a ranked table, Forget Quality against Model Utility, "
+    flags = FlagParser(
+        "report",
+        "Writes one HTML file about evaluated runs: a ranked table, Forget Quality against Model Utility, "
         "curves over steps, truth ratios of the forget rows, leak audits, and the worst leaks.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _EXAMPLES,
     )
     flags.add_argument("folders", nargs="+", metavar="DIR", help="a run, a folder of runs, or an evaluation log")
     flags.add_argument("--output", type=Path, default=Path("report.html"), help="(default: report.html)")

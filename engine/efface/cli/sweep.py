@@ -1,285 +1,40 @@
-"""The flags of ``efface sweep``, and what they say together."""
+"""``efface sweep``: many runs of one recipe, their reference computed once, and what they say side by side."""
 
-import argparse
 import csv
 import io
 import json
 import os
-import shlex
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from efface.cli.dry_run import describe
-from efface.cli.flags import config_flags, parse, recipe_of
+from efface.cli.main import main
 from efface.cli.progress import open_console
+from efface.cli.run_folder import RECORD as RUN_RECORD
 from efface.cli.run_folder import differences
 from efface.cli.training import terminated_as_interrupted
-from efface.cli.trial import Subprocesses
 from efface.files import alone, write_whole
+from efface.flags import flag_words
 from efface.hf.reference.cached import NO_FILE
 from efface.hf.reference.make import reference_kind
-from efface.hf.text.row_files import READERS
-from efface.hf.text.token_cache import file_digest
-from efface.hf.train.arguments import UnlearnArguments
-from efface.hf.train.record import argument_values, command_line, plan_values
-from efface.hf.train.stepping import pairs_per_step
-from efface.recipes import Recipe
-from efface.recipes.command import UnlearnCommand
-from efface.recipes.evaluation import check_evaluation, check_sets
-from efface.recipes.flags import flag_words, given_names, taken
-from efface.sweep import (
-    KEEP,
-    SAMPLERS,
-    Floor,
-    Launcher,
-    Ledger,
-    Loop,
-    Place,
-    Space,
-    Trial,
-    best_of,
-    known_presets,
-    load_preset,
-    parse_grid,
-    parse_space,
-    point_name,
-    points,
-    ranked,
-)
+from efface.hf.train.record import command_line
+from efface.sweep import Floor, Launcher, Ledger, Loop, Place, Trial, best_of, point_name, points, ranked
 from efface.sweep.ledger import optuna_module
 from efface.sweep.results import last_lines
+from efface.sweep.run import Subprocesses
+from efface.sweep.settings import SweepCommand, parse_sweep, parser, resolve
 from efface.sweep.space import Point
 
-_EXAMPLES = """
-examples:
-  efface sweep --recipe npo-tofu-forget10-llama-3.2-3b --preset audit-54 --output_dir sweep --dry-run
-  efface sweep --recipe npo-tofu-forget10-llama-3.2-3b --grid learning_rate=1e-5,2e-5,5e-5 beta=.05,.1,.5 \\
-      --output_dir sweep
-  efface sweep --recipe tofu-npo --sampler tpe --trials 30 --full_log full/TOFU_EVAL.json --output_dir sweep \\
-      --space learning_rate=log:1e-6:1e-4 beta=float:0.01:1 num_train_epochs=int:3:10 alpha=choice:1,2,5
-  efface sweep --model ./llama --forget forget10.json --retain retain90.json --objective npo --grid beta=.1,.5 \\
-      --evaluation '--data tofu --split forget10 --retain-log retain90/TOFU_EVAL.json' --output_dir sweep
-
-All other flags are those of `efface unlearn`, and hold for every trial. The same command goes on where a sweep was
-stopped or killed; given on more machines with one --storage and --study, they share the trials.
-"""
-
-# What a sweep decides itself, or cannot mean.
-_OURS = {
-    "output_dir": "--output_dir is given to the sweep",
-    "overwrite": "a sweep goes on where it was; choose another --output_dir to start anew",
-    "json": "results are in best.json and sweep.csv",
-    "push_to_hub": "push the best model when it is known",
-    "resume_from_checkpoint": "a trial continues from its own newest checkpoint",
-}
-
-
-_UNSET = ("push_to_hub", "resume_from_checkpoint")  # of those above: what may be said, as long as it says no
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-@dataclass(frozen=True)
-class SweepCommand:
-    """What ``efface sweep`` was asked for.
-
-    Attributes:
-        options: its own flags.
-        words: those of ``efface unlearn`` for every trial.
-        space: what is varied.
-        sampler: "grid", "tpe" or "random".
-        command: what the words say.
-        args: likewise, not checked against this machine.
-        recipe: where they name one.
-        evaluation: words of ``efface evaluate`` for each trial.
-    """
-
-    options: argparse.Namespace
-    words: list[str]
-    space: Space
-    sampler: str
-    command: UnlearnCommand
-    args: UnlearnArguments
-    recipe: Recipe | None
-    evaluation: list[str] | None
-
-    @property
-    def out(self) -> Path:
-        """The folder of the sweep."""
-        return Path(self.options.output_dir)
-
-    @property
-    def evaluated(self) -> bool:
-        """Whether trials leave figures."""
-        judged = self.recipe is not None and self.recipe.evaluate["benchmark"] != "none" and self.command.evaluate
-        return judged or self.evaluation is not None
-
-    @property
-    def shares_retain_log(self) -> bool:
-        """Whether a trial evaluates the recipe's retain model, which the others need not do again."""
-        if self.recipe is None or not self.command.evaluate or self.command.retain_log is not None:
-            return False
-        return "retain_model" in self.recipe.evaluate and "retain_log" not in self.recipe.evaluate
-
-    def settings(self) -> dict[str, Any]:
-        """Return all that the results depend on; a study of others is another one."""
-        mine = {"dry_run", "json", "output_dir", "retain_log"}
-        return {
-            "sampler": self.sampler,
-            "space": {parameter.name: parameter.described() for parameter in self.space},
-            "evaluation": self.evaluation or (None if self.recipe is None else dict(self.recipe.evaluate)),
-            "command": {name: value for name, value in vars(self.command).items() if name not in mine},
-            "arguments": argument_values(self.args),
-            "plan": plan_values(self.args, pairs_per_step(self.args)),
-            "content": self._content(),
-        }
-
-    def _content(self) -> dict[str, str]:
-        """Return digests of the local files that trials read: another file under the same path is another study."""
-        words = [word.partition("=")[2] or word for word in self.evaluation or []]
-        sources = [self.command.forget, self.command.retain, self.command.data, self.args.refusal_file, *words]
-        found = [Path(source).expanduser() for source in sources if source]
-        files = [path for path in found if path.is_file()]
-        files += [path for folder in found if folder.is_dir() for path in folder.iterdir() if path.suffix in READERS]
-        return {str(path): file_digest(path) for path in sorted(set(files))}
-
-
-def parser() -> _Parser:
-    """Return the parser of the command's own flags; those of ``efface unlearn`` come beside them."""
-    flags = _Parser(
-        prog="efface sweep",
-        description="Runs a recipe, or any flags of `efface unlearn`, with many settings, each in a process of its "
-        "own, and ranks the results by Forget Quality among those with enough Model Utility. Trials that fail are "
-        "kept with their error. Needs Optuna: pip install 'efface[sweep]'.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = flags.add_argument
-    add("--output_dir", "--output-dir", required=True, metavar="DIR", help="study, trials and results; see the guide")
-    add("--grid", nargs="+", metavar="FLAG=A,B", help="every combination of these values, each once")
-    add("--preset", metavar="NAME", help=f"a grid by its name: {', '.join(known_presets())}; or a YAML file")
-    kinds = "float:LOW:HIGH, log:LOW:HIGH, int:LOW:HIGH, choice:A,B"
-    add("--space", nargs="+", metavar="FLAG=KIND:...", help=f"what tpe and random draw from: {kinds}")
-    add("--sampler", choices=SAMPLERS, help="(default: grid; with --space tpe)")
-    add("--trials", type=int, metavar="N", help="how many trials tpe and random draw; may be raised later")
-    add("--storage", metavar="URL", help="database of Optuna, such as postgresql://...; default: DIR/study.db")
-    add("--study", metavar="NAME", help="name of the study in --storage (default: the name of DIR)")
-    add("--workers", type=int, metavar="N", help="trials at a time (default: one per visible GPU, or 1)")
-    floor = "a trial with less Model Utility than so many times the full model's cannot win"
-    add("--floor", type=float, default=0.9, help=f"{floor}; without --full_log, the best trial's (default: 0.9)")
-    add("--full_log", "--full-log", metavar="FILE", help="evaluation of the model before unlearning, for --floor")
-    add("--min_utility", "--min-utility", type=float, metavar="MU", help="an absolute floor instead of --floor")
-    add("--keep", choices=KEEP, default="best", help="models that stay on the disk; figures all do (default: best)")
-    add("--evaluation", metavar="WORDS", help="flags of `efface evaluate` for each trial, quoted; a recipe has its own")
-    add("--retry_failed", "--retry-failed", action="store_true", help="try failed trials again")
-    add("--dry_run", "--dry-run", action="store_true", help="list the trials, their steps and tokens; run nothing")
-    return flags
-
-
-def parse_sweep(argv: Sequence[str]) -> SweepCommand:
-    """Parse the command line.
-
-    Raises:
-        FileNotFoundError: a recipe, a file or a folder that does not exist.
-        ValueError: flags or values that are not known or do not go together.
-    """
-    options, words = parser().parse_known_args(list(argv))
-    space, sampler = _space(options)
-    _check_numbers(options)
-    config, _ = taken(words, "config", "the path of a YAML file")
-    given = given_names(words) | (set(config_flags(config)) if config is not None else set())
-    for name in given & _OURS.keys() - set(_UNSET):
-        raise ValueError(f"--{name}: not for a sweep: {_OURS[name]}")
-    for name in given_names(words) & {parameter.name for parameter in space}:
-        raise ValueError(f"--{name}: expected it once, got it as a flag for all trials and among what is varied")
-    evaluation = None if options.evaluation is None else shlex.split(options.evaluation)
-    found = SweepCommand(options, words, space, sampler, *resolve(words, {}), evaluation)
-    for name in _UNSET:
-        if getattr(found.args, name):  # a recipe may ask for it, too
-            raise ValueError(f"--{name}: not for a sweep: {_OURS[name]}; set it to False")
-    _check_together(found)
-    for parameter in space:
-        for value in parameter.some():
-            point = {other.name: other.some()[0] for other in space} | {parameter.name: value}
-            resolve(words, point)
-    return found
-
-
-def resolve(words: Sequence[str], point: Point) -> tuple[UnlearnCommand, UnlearnArguments, Recipe | None]:
-    """Return what the words say with the flags of a point; needs nothing of this machine.
-
-    Raises:
-        ValueError: settings that do not go together.
-    """
-    command, args = parse([*words, *flag_words(point), "--output_dir=trial", "--dry_run"])
-    recipe = recipe_of(command)
-    command.make_objective()
-    if not args.allow_overlap:
-        check_sets(command)
-    if recipe is not None and command.evaluate:
-        check_evaluation(command, recipe)
-    return command, args, recipe
-
-
-def _space(options: argparse.Namespace) -> tuple[Space, str]:
-    given = [name for name in ("grid", "preset", "space") if getattr(options, name) is not None]
-    if len(given) != 1:
-        got = " and ".join(f"--{name}" for name in given) or "none"
-        raise ValueError(f"expected one of --grid, --preset and --space, which say what is varied, got {got}")
-    sampler = options.sampler or ("tpe" if given == ["space"] else "grid")
-    if options.grid is not None:
-        space = parse_grid(options.grid)
-    elif options.preset is not None:
-        space = load_preset(options.preset)
-    else:
-        space = parse_space(options.space)
-    if sampler == "grid" and (ranges := [parameter.name for parameter in space if parameter.kind != "choice"]):
-        raise ValueError(f"--sampler grid: expected values, got a range of {', '.join(ranges)}; give choice:A,B")
-    if (sampler == "grid") != (options.trials is None):
-        raise ValueError(
-            "--trials: a grid has as many as it has points; drop it"
-            if sampler == "grid"
-            else f"--sampler {sampler}: expected --trials, how many to draw, got none"
-        )
-    return space, sampler
-
-
-def _check_numbers(options: argparse.Namespace) -> None:
-    for name in ("trials", "workers"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name}: expected 1 or more, got {value}")
-    if not 0 <= options.floor <= 1:
-        raise ValueError(f"--floor: expected a share of the full model's utility, 0 .. 1, got {options.floor}")
-    if options.min_utility is not None and options.full_log is not None:
-        raise ValueError("--min_utility: is a floor without --full_log; drop one of them")
-
-
-def _check_together(found: SweepCommand) -> None:
-    judged = found.recipe is not None and found.recipe.evaluate["benchmark"] != "none" and found.command.evaluate
-    if judged and found.evaluation is not None:
-        raise ValueError("--evaluation: the recipe says how trials are judged; add --evaluate False, or drop it")
-    if found.sampler == "tpe" and not found.evaluated:
-        raise ValueError(
-            "--sampler tpe: expected trials with figures, which it goes by; give a --recipe with an evaluation, or "
-            "--evaluation with flags of `efface evaluate`"
-        )
-    ours = {"model", "output"} & given_names(found.evaluation or ())
-    if ours:
-        raise ValueError(f"--evaluation: --{min(ours)} is the trial's own; drop it")
-
+__all__ = ["parser", "run"]
 
 RECORD = "reference.json"
 # Swept, these make references of their own; the trials then fill the cache, which takes many writers.
@@ -356,7 +111,7 @@ def write_files(sweep: SweepCommand, trials: Sequence[Trial], floor: Floor) -> N
 
 def _best(sweep: SweepCommand, best: Trial, trials: Sequence[Trial], floor: Floor) -> dict[str, Any]:
     place = Place(sweep.out, best.name)
-    words = [*sweep.words, *flag_words(best.point), "--output_dir=best"]
+    words = [*sweep.words, *flag_words(best.point), "--output-dir=best"]
     return {
         "trial": best.number,
         "parameters": best.point,
@@ -415,7 +170,7 @@ def dry_run(sweep: SweepCommand, console: Console) -> None:
     for number, point in enumerate(listed):
         key = point_name({name: value for name, value in point.items() if name not in _FREE})
         if key not in known:
-            command, args, recipe = resolve(sweep.words, point)
+            command, args, recipe = resolve(sweep.given, point)
             known[key] = describe(command, args, command.make_objective(), recipe)["run"]
         steps.append(known[key].get("steps"))
         tokens.append(known[key].get("tokens"))
@@ -457,7 +212,7 @@ def run(argv: Sequence[str]) -> int:
     if sweep.options.dry_run:
         dry_run(sweep, open_console())
         return 0
-    return carry_out(sweep, Subprocesses(sweep.evaluation), fill_in_a_process, console)
+    return carry_out(sweep, Subprocesses("efface.cli.sweep", sweep.evaluation), fill_in_a_process, console)
 
 
 def carry_out(sweep: SweepCommand, launch: Launcher, fill: Fill, console: Console) -> int:
@@ -522,7 +277,7 @@ def _floor(sweep: SweepCommand) -> Floor:
 
     utility = read_evaluation(find_log(options.full_log)).figures.get("model_utility")
     if utility is None:
-        raise ValueError(f"--full_log {options.full_log!r}: expected an evaluation with Model Utility, got none")
+        raise ValueError(f"--full-log {options.full_log!r}: expected an evaluation with Model Utility, got none")
     return Floor(options.floor, full=utility)
 
 
@@ -571,3 +326,33 @@ def _report(sweep: SweepCommand, console: Console) -> None:
         report(sweep.out / "trials", page, full=options.full_log, retain_log=log, floor=options.floor)
     except (ValueError, OSError) as error:  # trials that leave nothing to show
         console.print(f"no report: {error}", highlight=False, soft_wrap=True, markup=False)
+
+
+def run_trial(words: Sequence[str], evaluation: Sequence[str] | None) -> int:
+    """Run ``efface unlearn`` with the words, if it has not finished there, then ``efface evaluate``; its exit code."""
+    folder = next(Path(word.partition("=")[2]) for word in reversed(words) if word.startswith("--output-dir="))
+    code = 0 if _finished(folder) else main(["unlearn", *words])
+    if code or evaluation is None:
+        return code
+    return main(["evaluate", f"--model={folder}", f"--output={folder / 'evaluation'}", *evaluation])
+
+
+def _finished(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / RUN_RECORD).read_text(encoding="utf-8"))["finished"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _stop_with_the_sweep() -> None:
+    def wait() -> None:
+        while os.read(0, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+if __name__ == "__main__":
+    _stop_with_the_sweep()
+    sys.exit(run_trial(*json.loads(sys.argv[1])))

@@ -3,20 +3,21 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers.hf_argparser import string_to_bool
 
 from efface.cli.demo import figures_table, teaching_bar
-from efface.cli.flags import parse
 from efface.cli.progress import open_console
 from efface.cli.run_folder import RECORD as RUN_RECORD
 from efface.cli.training import unlearn
+from efface.flags import FlagParser, flag_words, given_names, hyphens
 from efface.recipes import load_recipe
-from efface.recipes.flags import FlagParser, flag_words, given_names, not_overridden
+from efface.recipes.recipe import settings_parser
+from efface.recipes.settings import not_overridden, parse
 from efface.simulate.scales import RECORD, TinyRun, run_tiny
 
 _COLUMNS = {
@@ -37,17 +38,6 @@ _NOT_HERE = {
 }
 
 
-@dataclass
-class _Command:
-    """The flags that are not of the training itself."""
-
-    recipe: str | None = None
-    data: str | None = None
-    output_dir: str | None = None
-    overwrite: bool = False
-    json: bool = False
-
-
 def unlearn_with(flags: Mapping[str, Any], overrides: Sequence[str], check: bool) -> None:
     """Do what ``efface unlearn`` does with the flags and the words that win over them, unless that is done.
 
@@ -56,7 +46,7 @@ def unlearn_with(flags: Mapping[str, Any], overrides: Sequence[str], check: bool
         overrides: words of a command line.
         check: see that the flags are right, and do no more.
     """
-    words = [*flag_words(not_overridden(flags, overrides)), *overrides]
+    words = [*flag_words(not_overridden(flags, settings_parser().given(overrides))), *overrides]
     parsed = parse(words)
     record = Path(flags["output_dir"], RUN_RECORD)
     finished = record.is_file() and json.loads(record.read_text(encoding="utf-8"))["finished"]
@@ -72,9 +62,13 @@ def run_at(scale: str, words: Sequence[str]) -> int:
         ValueError: no recipe, or flags that have no meaning at a scale; as ``run_tiny``.
     """
     for name in _NOT_HERE.keys() & given_names(words):
-        raise ValueError(f"--scale {scale}: expected no --{name}, because {_NOT_HERE[name]}; drop it")
-    parser = FlagParser([_Command], allow_abbrev=False)  # type: ignore[list-item]
-    command, overrides = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
+        raise ValueError(f"--scale {scale}: expected no --{hyphens(name)}, because {_NOT_HERE[name]}; drop it")
+    parser = FlagParser("unlearn", "A recipe at a small scale.")
+    for name in ("--recipe", "--data", "--output-dir"):
+        parser.add_argument(name)
+    for name in ("--overwrite", "--json"):
+        parser.add_argument(name, type=string_to_bool, nargs="?", const=True, default=False)
+    command, overrides = parser.parse_known_args(words)
     if command.recipe is None:
         raise ValueError(f"--scale {scale}: expected --recipe, a name of `efface recipes`, got none")
     recipe = load_recipe(command.recipe)

@@ -12,7 +12,6 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
 
-from efface.cli.flags import UnlearnCommand, recipe_of
 from efface.cli.progress import ProgressBar, open_console
 from efface.cli.run_folder import RunFolder
 from efface.files import written_whole
@@ -28,14 +27,16 @@ from efface.hf.train.record import argument_values, command_line
 from efface.hf.train.trainer import PackedTrainer, UnlearnTrainer
 from efface.objectives import Objective
 from efface.recipes import Recipe
+from efface.recipes.command import UnlearnCommand
 from efface.recipes.evaluation import check_evaluation, check_files, check_sets, evaluate_recipe
+from efface.recipes.settings import recipe_of
 
 # Weights of an earlier model in the folder, in whatever files: loading would take them for this one's.
 _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*", "adapter_config.json")
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """A run of a command.
 
     Attributes:
@@ -79,7 +80,7 @@ def terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def carry_out(run: Run) -> int:
+def carry_out(run: TrainingRun) -> int:
     """Train, save and push; continue an unfinished run of the same command. Returns the exit code."""
     # Of the processes of a distributed run, the first is the one that speaks and writes.
     console = open_console(stderr=True, quiet=run.args.process_index != 0)
@@ -94,11 +95,11 @@ def carry_out(run: Run) -> int:
     return 0
 
 
-def _carry_out(run: Run, console: Console) -> None:
+def _carry_out(run: TrainingRun, console: Console) -> None:
     args, folder = run.args, None
     if not args.learning_rate > 0:
         raise ValueError(
-            f"--learning_rate: expected more than 0, got {args.learning_rate}: the model would be written as it was"
+            f"--learning-rate: expected more than 0, got {args.learning_rate}: the model would be written as it was"
         )
     bar = ProgressBar(console, run.title)
     with ExitStack() as stack:
@@ -172,10 +173,10 @@ def _adapted(model: Any, command: UnlearnCommand, seed: int) -> Any:
     """Return the model, with the LoRA adapter that the flags ask for."""
     if command.lora_r is None:
         given = {"alpha": command.lora_alpha, "dropout": command.lora_dropout, "target": command.lora_target}
-        unused = [f"--lora_{name}" for name, value in given.items() if value]
-        unused += ["--merge_adapter"] if command.merge_adapter and base_of(model) is model else []
+        unused = [f"--lora-{name}" for name, value in given.items() if value]
+        unused += ["--merge-adapter"] if command.merge_adapter and base_of(model) is model else []
         if unused:
-            raise ValueError(f"{', '.join(unused)}: expected --lora_r, the rank of the adapter, got none")
+            raise ValueError(f"{', '.join(unused)}: expected --lora-r, the rank of the adapter, got none")
         if command.merge_adapter:
             check_mergeable(model)
         return model
@@ -257,11 +258,11 @@ def make_trainer(
 def _check_use(command: UnlearnCommand) -> None:
     """Raise ValueError for a flag that nothing would look at."""
     if command.json and not command.dry_run:
-        raise ValueError("--json: is how --dry_run prints; add that, or drop it")
+        raise ValueError("--json: is how --dry-run prints; add that, or drop it")
     if command.retain_filter and command.retain is None:
-        raise ValueError("--retain_filter: expected --retain, the rows that it takes some of, got none")
+        raise ValueError("--retain-filter: expected --retain, the rows that it takes some of, got none")
     if command.retain_log is not None and (command.recipe is None or not command.evaluate):
-        raise ValueError("--retain_log: is for the evaluation of a --recipe, and there is none; see `efface evaluate`")
+        raise ValueError("--retain-log: is for the evaluation of a --recipe, and there is none; see `efface evaluate`")
 
 
 def _evaluate(command: UnlearnCommand, recipe: Recipe, trainer: PackedTrainer, console: Console) -> None:
@@ -331,7 +332,7 @@ def unlearn(command: UnlearnCommand, args: UnlearnArguments, argv: Sequence[str]
             _evaluate(command, recipe, trainer, console)
 
     return carry_out(
-        Run(
+        TrainingRun(
             args,
             title=f"{objective.name} · {Path(command.model).name}",
             command=command_line(argv),

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from efface.batching.roles import Role, StepTotals
+from efface.batching.plan import Role, StepTotals
 from efface.objectives.role_loss import DistributionLoss, RoleLoss
 from efface.registry import Registry
 from efface_kernels import Kind, SequenceRule, Sequences, Term, TermFunction, checked_terms

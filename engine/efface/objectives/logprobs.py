@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from efface.batching.roles import StepTotals
+from efface.batching.plan import StepTotals
 from efface.objectives.base import Objective, check_finite, check_not_negative, check_positive, register_objective
 from efface_kernels import Kind, Sequences, Term
 

@@ -13,7 +13,7 @@ class UnlearnCommand:
 
     model: str = field(metadata={"help": "checkpoint folder or Hub name"})
     forget: str = field(
-        metadata={"help": "what to forget: a JSON, CSV or Parquet file, or a Hub data set (name[:config[:split]])"}
+        metadata={"help": "what to forget: a file, or a Hub data set (name[:config[:split]]); JSON, CSV or Parquet"}
     )
     retain: str | None = field(default=None, metadata={"help": "what to keep, likewise"})
     forget_filter: list[str] | None = field(
@@ -26,7 +26,8 @@ class UnlearnCommand:
     retain_filter: list[str] | None = field(default=None, metadata={"help": "rows to keep, likewise"})
     objective: str = field(default="npo", metadata={"help": f"one of {', '.join(known_objectives())}"})
     beta: float | None = field(
-        default=None, metadata={"help": "inverse temperature of npo, simnpo and dpo, shift of undial, power of wga"}
+        default=None,
+        metadata={"help": "inverse temperature, shift or power; of npo, simnpo, dpo; of undial; of wga"},
     )
     delta: float | None = field(default=None, metadata={"help": "reward margin of SimNPO"})
     gamma: float | None = field(default=None, metadata={"help": "weight of the forget term"})
@@ -37,10 +38,10 @@ class UnlearnCommand:
     )
     reference: str = field(
         default="auto",
-        metadata={"help": "cached, live, adapter (of --lora_r, switched off), or auto: cached wherever that will do"},
+        metadata={"help": "cached, live, adapter or auto; adapter: of --lora-r, off; auto: cached where that will do"},
     )
     reference_model: str | None = field(default=None, metadata={"help": "default: --model as it is before training"})
-    reference_revision: str = field(default="main", metadata={"help": "revision of --reference_model"})
+    reference_revision: str = field(default="main", metadata={"help": "revision of --reference-model"})
     reference_device: str | None = field(
         default=None, metadata={"help": "where a live reference runs, such as cuda:1; default: where the policy does"}
     )
@@ -51,13 +52,11 @@ class UnlearnCommand:
         default="main",
         metadata={"help": "branch, tag or commit on the Hub; of a folder, a checkpoint in it, as checkpoint-12"},
     )
-    dtype: str = field(
-        default="auto", metadata={"help": "dtype to load the model in: auto, float32, bfloat16, float16"}
-    )
+    dtype: str = field(default="auto", metadata={"help": "of the loaded weights: auto, float32, bfloat16, float16"})
     lora_r: int | None = field(
         default=None,
         metadata={
-            "help": "rank: train a LoRA adapter of the model, and write that (needs peft); on a model that is an "
+            "help": "rank: train a LoRA adapter, and write that (needs peft); on a model that is an "
             "adapter, a second one, and write both as one"
         },
     )
@@ -77,28 +76,28 @@ class UnlearnCommand:
 
     recipe: str | None = field(
         default=None,
-        metadata={"help": "recipe whose flags hold unless given here: a name of `efface recipes`, or a YAML file"},
+        metadata={"help": "a name of `efface recipes`, or a YAML file; its flags hold unless given here"},
     )
     data: str | None = field(
         default=None,
-        metadata={"help": "folder that has the recipe's data sets as files, forget10.json for locuslab/TOFU:forget10"},
+        metadata={"help": "folder of the recipe's data sets as files; forget10.json for locuslab/TOFU:forget10"},
     )
     scale: str | None = field(
         default=None,
         metadata={
-            "help": "tiny: the recipe end to end on a CPU in minutes, with small models of its architecture taught on "
-            "the spot on its own data (--data: a folder with TOFU's files), and evaluated; smoke: in seconds"
+            "help": "tiny or smoke: the recipe end to end on a CPU; with small models of its architecture taught on "
+            "the spot on its own data (--data: a folder with TOFU's files), and evaluated, in minutes or in seconds"
         },
     )
     retain_log: str | None = field(
         default=None,
-        metadata={"help": "evaluation log of a model that never saw the forget set, for the recipe's forget quality"},
+        metadata={"help": "log of a model that never saw the forget set; for the recipe's forget quality"},
     )
     evaluate: bool = field(default=True, metadata={"help": "evaluate the result as the recipe says"})
     dry_run: bool = field(
         default=False, metadata={"help": "say what the run would be, its steps, tokens and memory; load nothing"}
     )
-    json: bool = field(default=False, metadata={"help": "--dry_run as JSON"})
+    json: bool = field(default=False, metadata={"help": "--dry-run as JSON"})
 
     def make_objective(self) -> Objective:
         """Return the objective with the parameters that were given."""
@@ -107,6 +106,6 @@ class UnlearnCommand:
         for option in self.objective_options or []:
             name, equals, value = option.partition("=")
             if not equals:
-                raise ValueError(f"--objective_options: expected name=value, got {option!r}")
+                raise ValueError(f"--objective-options: expected name=value, got {option!r}")
             given[name] = yaml.safe_load(value)
         return get_objective(self.objective, **given)

@@ -11,6 +11,7 @@ from efface.evaluate import tofu
 from efface.evaluate.logs import SPLITS, read_log
 from efface.evaluate.protocol import get_protocol
 from efface.evaluate.tofu_evaluation import load_split
+from efface.flags import hyphens
 from efface.hf.model.loading import load_model, load_tokenizer
 from efface.hf.text.templates import AUTO, Template
 from efface.recipes.command import UnlearnCommand
@@ -35,8 +36,9 @@ def check_evaluation(command: UnlearnCommand, recipe: Recipe) -> None:
     ):
         if not right:
             raise ValueError(
-                f"--{flag}: recipe {recipe.name} evaluates on {split}, which is not what {getattr(command, flag)!r} "
-                "forgets; add --evaluate False, and evaluate the result with `efface evaluate`"
+                f"--{hyphens(flag)}: recipe {recipe.name} evaluates on {split}, which is not what "
+                f"{getattr(command, flag)!r} forgets; add --evaluate False, and evaluate the result with "
+                "`efface evaluate`"
             )
 
 
@@ -132,10 +134,10 @@ def _log_of(name: str, beside: Any, source: str | None, output: Path, options: d
     # All processes evaluate it, or none: those that could would wait for the others.
     failure = next(filter(None, gather_object([failure])), None)
     if failure is not None:
-        _LOG.warning("no forget quality: the retain model %s cannot be loaded (%s); give --retain_log", name, failure)
+        _LOG.warning("no forget quality: the retain model %s cannot be loaded (%s); give --retain-log", name, failure)
         return None
     if _architecture(model) != _architecture(beside):
-        _LOG.warning("no forget quality: the retain model %s is of another architecture; give --retain_log", name)
+        _LOG.warning("no forget quality: the retain model %s is of another architecture; give --retain-log", name)
         return None
     return tofu(model, tokenizer, source, output=output, **options).log
 

@@ -1,180 +1,181 @@
-"""Flags as data: from a mapping to the words of a command line, and back to typed values."""
+"""Dataclasses of settings as flags: their parser, and the values of files, each read as its flag would read it."""
 
+import argparse
 import dataclasses
-import difflib
-import json
-from argparse import Namespace
+import re
+from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
-from efface.registry import plain
+from efface.flags import FlagParser, did_you_mean, hyphens, texts
 
-# Flags that say the same thing in several ways: who gives one of a group means it in place of a recipe's others.
-_GROUPS = (
-    {"warmup_epochs", "warmup_steps", "warmup_ratio"},
-    {"save_schedule", "save_strategy", "save_steps"},
-    {"pairs_per_step", "per_device_train_batch_size", "gradient_accumulation_steps"},
-    {"num_train_epochs", "max_steps"},
-    {"bf16", "fp16"},
-    {"refusal_file", "alternate_column"},
-)
-# What is said about another flag's value, and means nothing about another value.
-_ABOUT = {
-    "objective": {"beta", "delta", "gamma", "alpha", "retain_loss_type", "objective_options"},
-    "template": {"system_prompt", "date_string"},
-    "model": {"revision"},
-    "reference_model": {"reference_revision"},
+T = TypeVar("T")
+
+# What `--help` shows, by the groups' titles; the rest is for `--help-all`.
+_GROUPS = {
+    "model and data": (
+        *("model", "revision", "dtype", "from_config", "forget", "retain", "forget_filter", "retain_filter"),
+        *("data", "data_filter", "question_column", "answer_column", "alternate_column", "refusal_file"),
+        *("template", "system_prompt", "date_string", "max_length", "retain_sampling", "allow_overlap"),
+    ),
+    "objective": (
+        *("objective", "beta", "delta", "gamma", "alpha", "retain_loss_type", "objective_options", "compat"),
+    ),
+    "reference": (
+        *("reference", "reference_model", "reference_revision", "reference_device", "reference_8bit"),
+        "reference_cache",
+    ),
+    "LoRA": ("lora_r", "lora_alpha", "lora_dropout", "lora_target", "merge_adapter"),
+    "recipe and evaluation": ("recipe", "scale", "evaluate", "retain_log", "dry_run", "json"),
+    "run": (
+        *("output_dir", "overwrite", "save_schedule", "save_strategy", "seed", "bf16", "use_cpu"),
+        *("push_to_hub", "hub_model_id", "revision_per_checkpoint"),
+    ),
+    "training": (
+        *("learning_rate", "num_train_epochs", "max_steps", "pairs_per_step", "warmup_epochs", "warmup_steps"),
+        *("weight_decay", "lr_scheduler_type", "optim"),
+    ),
+    "memory and speed": ("token_budget", "gradient_checkpointing", "chunk_rows", "loss_backend", "token_cache"),
+}
+_TITLES = {name: title for title, names in _GROUPS.items() for name in names}
+# What it says of those of transformers.
+_SHORT = {
+    "output_dir": "folder for the model and its checkpoints",
+    "bf16": "compute in bfloat16",
+    "push_to_hub": "push the model and its checkpoints",
+    "hub_model_id": "name on the Hub; default: that of the folder",
+    "seed": "of all that is drawn",
+    "use_cpu": "leave GPUs alone",
+    "num_train_epochs": "passes over the forget set",
+    "max_steps": "optimizer steps, instead of epochs",
+    "learning_rate": "after the warm-up",
+    "lr_scheduler_type": "how the learning rate falls",
+    "warmup_steps": "steps in which it rises; below 1, a share of all",
+    "optim": "optimizer",
+    "weight_decay": "of weights other than biases and norms",
+    "gradient_checkpointing": "compute activations twice instead of keeping them",
+}
+_REST = "transformers.TrainingArguments"
+_METAVARS: dict[Any, str] = {int: "N", float: "X", string_to_bool: "BOOL"}
+# What a flag without its value lacks, where that is worth saying.
+_WANTED = {
+    "--config": "the path of a YAML file",
+    "--recipe": "a name of `efface recipes`, or the path of a YAML file",
+    "--scale": "tiny or smoke",
 }
 
 
-_NO = {"save_schedule", "save_strategy", "eval_strategy", "logging_strategy"}  # YAML reads their "no" as False
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a name that a mapping holds twice, of which YAML's own would take the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names: list[Any] = []
-        for key, _ in node.value:
-            name = self.construct_object(key)
-            if name in names:
-                raise yaml.constructor.ConstructorError(None, None, f"found {name!r} twice", key.start_mark)
-            names.append(name)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> Any:
-    """Return what a YAML file holds.
-
-    Raises:
-        ValueError: it is no YAML, or holds a name twice.
-    """
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r}: expected YAML, got something else ({error})") from error
-
-
-class FlagParser(HfArgumentParser):
-    """Raises ValueError where argparse would print its usage and end the process.
-
-    A flag of several values may be given several times; to argparse alone, the last one would be all.
-    """
-
-    def add_argument(self, *names: Any, **options: Any) -> Any:
-        """See ``argparse``."""
-        if options.get("nargs") == "+":
-            options.setdefault("action", "extend")
-        return super().add_argument(*names, **options)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise."""
-        raise ValueError(message)
-
-
-def flag_names(*classes: type) -> set[str]:
-    """Return the names of the flags that dataclasses of arguments have."""
-    return {field.name for cls in classes for field in dataclasses.fields(cls) if field.init}
-
-
-def flag_words(flags: Mapping[str, Any]) -> list[str]:
-    """Return ``{"beta": 0.1, "forget_filter": ["a=1", "b=2"]}`` as the words of a command line; None is left out."""
-    words: list[str] = []
-    for name, value in flags.items():
-        if isinstance(value, (list, tuple)):
-            words += [f"--{name}", *map(str, value)]
-        elif isinstance(value, Mapping):
-            words.append(f"--{name}={json.dumps(value)}")
-        elif value is False and name.replace("-", "_") in _NO:
-            words.append(f"--{name}=no")
-        elif value is not None:
-            words.append(f"--{name}={value}")  # one word, so that a value may begin with a dash
-    return words
-
-
-def given_names(words: Sequence[str]) -> set[str]:
-    """Return the names of the flags among the words of a command line."""
-    return {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
-
-
-def not_overridden(flags: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    """Return the flags of a recipe that still hold beside the words of a command line.
-
-    A flag gives way to itself, and to another that says the same thing differently (``warmup_steps`` for
-    ``warmup_epochs``). What is said about a value gives way with it: an objective's parameters, a template's date.
-    """
-    given = given_names(words)
-    gone = set(given).union(*(group for group in _GROUPS if group & given))
-    for name, about in _ABOUT.items():
-        found = (taken(words, spelling, "a value")[0] for spelling in (name, name.replace("_", "-")))
-        value, before = next(filter(None, found), None), flags.get(name)
-        if value is not None and before is not None and not _same(name, value, before):
-            gone |= about
-    return {name: value for name, value in flags.items() if name not in gone}
-
-
-def _same(name: str, value: str, other: Any) -> bool:
-    """Whether two values of a flag mean one thing: in an objective's name case and underscores do not matter."""
-    if name == "objective":
-        return plain(value) == plain(str(other))
-    return value == str(other)
-
-
-def taken(words: Sequence[str], flag: str, what: str) -> tuple[str | None, list[str]]:
-    """Return the value of a flag, the last one given, and the words without it; None if it is not there.
-
-    Raises:
-        ValueError: a flag without a value; ``what`` says what one is.
-    """
-    value, rest = None, []
-    waiting = iter(words)
-    for word in waiting:
-        name, equals, after = word.partition("=")
-        if name != f"--{flag}":
-            rest.append(word)
-            continue
-        value = after if equals else next(waiting, "")
-        if not value or value.startswith("--"):
-            raise ValueError(f"--{flag}: expected {what}, got {value or 'nothing'}")
-    return value, rest
-
-
-def check_flags(flags: Mapping[str, Any], classes: Sequence[type], where: str, *, partial: bool = False) -> None:
-    """Raise ValueError, which begins with ``where``, unless every flag is one of the classes' and of its type.
+class SettingsParser(FlagParser, HfArgumentParser):
+    """The parser of a command whose flags are the fields of dataclasses; they have no defaults but the fields' own.
 
     Args:
-        flags: by name.
-        classes: dataclasses of arguments.
-        where: the file and section, for messages.
-        partial: flags that a command requires may be missing.
+        command: its name.
+        classes: dataclasses.
+        description: see ``FlagParser``.
+        examples: likewise.
+        defaults: what its help says in place of fields' own.
     """
-    known = flag_names(*classes)
-    for name in flags:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "; see `efface unlearn --help`"
-            raise ValueError(f"{where}: expected flags of the command, got {name!r}{hint}")
-    parser = FlagParser(classes)  # type: ignore[arg-type]
-    if partial:
-        for action in parser._actions:  # noqa: SLF001 - argparse has no other way to lift a requirement
-            action.required = False
-    try:
-        parser.parse_args(flag_words(flags))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+
+    def __init__(
+        self,
+        command: str,
+        classes: Sequence[type],
+        description: str | None = None,
+        examples: str = "",
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.names = {field.name for cls in classes for field in dataclasses.fields(cls) if field.init}
+        self._said_defaults = defaults or {}
+        self._required: list[str] = []
+        self._groups: dict[str, Any] = {}
+        super().__init__(command, description, examples, partial=True, dataclass_types=classes)
+        said = "YAML file of flags, under those given here"
+        self.add_argument("--config", metavar="FILE", default=SUPPRESS, help=said)
+        needed = "".join(f" {name} {name.strip('-').upper()}" for name in self._required)
+        self.usage = f"efface {command} [--config FILE]{needed} [flags]"
+        self._action_groups.sort(key=lambda group: group.title == _REST)
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        """Add a flag of a field, to its group of the help."""
+        flags = list(dict.fromkeys(map(hyphens, names)))
+        name = options.get("dest") or flags[0].lstrip("-").replace("-", "_")
+        if name not in self.names:
+            return super().add_argument(*names, **options)
+        if options.pop("required", False):
+            self._required.append(flags[0])
+        default = self._said_defaults.get(name, options.get("default"))
+        options["default"] = SUPPRESS
+        said = re.sub(r"--\w+", lambda found: hyphens(found[0]), options.pop("help", ""))
+        at = ""
+        if default not in (None, "", False, True, -1) and "default" not in said:
+            at = f" (default: {getattr(default, 'value', default)})".replace("%", "%%")
+        if options.get("nargs") == "+":
+            options["action"] = "extend"
+        negation, choices = options.get("action") == "store_false", options.get("choices", ())
+        if not negation and (not choices or len("".join(map(str, choices))) > 30):
+            word = "NAME" if choices else name.rpartition("_")[2].upper()
+            options["metavar"] = _METAVARS.get(options.get("type"), word)
+        title = _TITLES.get(name, _REST)
+        if title not in self._groups:
+            self._groups[title] = self.add_argument_group(title)
+        action = self._groups[title].add_argument(*flags, help=f"{said}{at}", **options)
+        short = f"{_SHORT.get(name) or said.partition('; ')[0]}{at}"
+        self.shorten(action, SUPPRESS if negation or title == _REST else short)
+        return action
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ValueError."""
+        flag, _, rest = message.removeprefix("argument ").partition(": ")
+        if rest == "expected one argument" and flag in _WANTED:
+            message = f"{flag}: expected {_WANTED[flag]}, got nothing"
+        super().error(message)
+
+    def converted(self, flags: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Return the values of flags out of a file, by their fields' names, as the command line would read them.
+
+        ``2e-5``, which YAML reads as text, becomes a number, ``no`` the word where that is meant, a mapping JSON; what
+        is None is left out.
+
+        Raises:
+            ValueError: a flag that is not known, twice there, or not of its type; begins with ``where``.
+        """
+        values: dict[str, Any] = {}
+        for name, value in flags.items():
+            action = self._option_string_actions.get(f"--{hyphens(str(name))}")
+            if action is None or action.dest not in self.names:
+                hint = did_you_mean(str(name).replace("-", "_"), self.names, f"; see `{self.prog} --help`")
+                raise ValueError(f"{where}: expected flags of the command, got {name!r}{hint}")
+            if action.dest in values:
+                raise ValueError(f"{where}: expected each flag once, got {action.dest!r} in two spellings")
+            try:
+                values[action.dest] = self._converted(action, value)
+            except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
+                raise ValueError(f"{where}: {error}") from error
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _converted(self, action: argparse.Action, value: Any) -> Any:
+        if value is None:
+            return None
+        said = texts(action.dest, value)
+        if len(said) != 1 and (action.nargs != "+" or not said):
+            raise argparse.ArgumentError(action, f"expected {'values' if action.nargs else 'one value'}, got {value!r}")
+        if action.nargs == 0:  # --no-...
+            return action.const if string_to_bool(said[0]) else not action.const
+        values = [self._get_value(action, text) for text in said]
+        for each in values:
+            self._check_value(action, each)
+        return values if action.nargs == "+" else values[0]
+
+    def check_required(self, values: Mapping[str, Any], where: str = "") -> None:
+        """Raise ValueError, which begins with ``where``, where a value is missing that has no default."""
+        missing = [flag for flag in self._required if flag.strip("-").replace("-", "_") not in values]
+        if missing:
+            raise ValueError(f"{where}the following arguments are required: {', '.join(missing)}")
 
 
-def typed(parser: FlagParser, words: Sequence[str], name: str) -> Namespace:
-    """Return the values of the words.
-
-    Raises:
-        ValueError: a flag that is not known, or a value that is not of its type.
-    """
-    namespace, unknown = parser.parse_known_args(list(words))
-    if unknown:
-        raise ValueError(f"unknown arguments {' '.join(unknown)}; see `efface {name} --help`")
-    return namespace
+def made(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Return a dataclass of those of the values that are its own."""
+    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""Data sets of the Hub, and the files that stand for them in a folder."""
+"""Recipes: their YAML files, what is wrong in them, and the local files that stand for data sets of the Hub."""
 
-import difflib
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,11 +8,89 @@ from typing import Any
 
 import yaml
 
+from efface.flags import did_you_mean
 from efface.hf.train.arguments import UnlearnArguments
 from efface.recipes.command import UnlearnCommand
-from efface.recipes.flags import check_flags, read_yaml
+from efface.recipes.flags import SettingsParser
 
+FOLDER = Path(__file__).parent
+ARCHITECTURES = FOLDER / "architectures.yaml"
+FLAG_CLASSES = (UnlearnCommand, UnlearnArguments)
+BENCHMARKS = ("tofu", "none")
+
+# section -> the type of its content; the first three are in every recipe
+_SECTIONS: dict[str, type | tuple[type, ...]] = {
+    "about": str,
+    "unlearn": dict,
+    "evaluate": dict,
+    "source": str,
+    "published": dict,
+    "ours": list,
+    "architecture": (str, dict),
+    "rows": dict,
+    "tiny": dict,
+}
+_WORDS: dict[type, str] = {dict: "`name: value` lines", list: "a list", str: "text"}
+_REQUIRED = ("about", "unlearn", "evaluate")
+_EVALUATION = ("benchmark", "data", "split", "protocol", "retain_model", "retain_log")
+_NOT_A_RECIPE = ("recipe", "data", "scale", "output_dir", "dry_run", "json", "overwrite")
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as its file says it; ``README.md`` here explains the sections.
+
+    Attributes:
+        name: of the file, without its suffix.
+        path: of the file.
+        about: one line.
+        unlearn: flags of ``efface unlearn``, with the files beside the recipe by their whole path.
+        evaluate: ``benchmark`` and what it needs.
+        source: where the settings are from.
+        published: figures of the source, by name.
+        ours: settings that the source does not state.
+        architecture: a configuration in transformers' names; empty where unknown.
+        rows: how many rows ``forget`` and ``retain`` have.
+        tiny: flags that differ at ``--scale tiny``.
+    """
+
+    name: str
+    path: Path
+    about: str
+    unlearn: Mapping[str, Any]
+    evaluate: Mapping[str, Any]
+    source: str = ""
+    published: Mapping[str, float] = field(default_factory=dict)
+    ours: tuple[str, ...] = ()
+    architecture: Mapping[str, Any] = field(default_factory=dict)
+    rows: Mapping[str, int] = field(default_factory=dict)
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that a mapping holds twice, of which YAML's own would take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names: list[Any] = []
+        for key, _ in node.value:
+            name = self.construct_object(key)
+            if name in names:
+                raise yaml.constructor.ConstructorError(None, None, f"found {name!r} twice", key.start_mark)
+            names.append(name)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds.
+
+    Raises:
+        ValueError: it is no YAML, or holds a name twice.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r}: expected YAML, got something else ({error})") from error
 
 
 def check_source(source: str, where: str) -> None:
@@ -48,60 +126,6 @@ def local_source(source: str, folder: str | Path, flag: str) -> str:
     )
 
 
-FOLDER = Path(__file__).parent
-ARCHITECTURES = FOLDER / "architectures.yaml"
-FLAG_CLASSES = (UnlearnCommand, UnlearnArguments)
-BENCHMARKS = ("tofu", "none")
-
-# section -> the type of its content; the first three are in every recipe
-_SECTIONS: dict[str, type | tuple[type, ...]] = {
-    "about": str,
-    "unlearn": dict,
-    "evaluate": dict,
-    "source": str,
-    "published": dict,
-    "ours": list,
-    "architecture": (str, dict),
-    "rows": dict,
-    "tiny": dict,
-}
-_WORDS: dict[type, str] = {dict: "`name: value` lines", list: "a list", str: "text"}
-_REQUIRED = ("about", "unlearn", "evaluate")
-_EVALUATION = ("benchmark", "data", "split", "protocol", "retain_model", "retain_log")
-_NOT_A_RECIPE = ("recipe", "data", "scale", "output_dir", "dry_run", "json", "overwrite")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A recipe as its file says it; ``README.md`` here explains the sections.
-
-    Attributes:
-        name: of the file, without its suffix.
-        path: of the file.
-        about: one line.
-        unlearn: flags of ``efface unlearn``, with the files beside the recipe by their whole path.
-        evaluate: ``benchmark`` and what it needs.
-        source: where the settings are from.
-        published: figures of the source, by name.
-        ours: settings that the source does not state.
-        architecture: a configuration in transformers' names; empty where unknown.
-        rows: how many rows ``forget`` and ``retain`` have.
-        tiny: flags that differ at ``--scale tiny``.
-    """
-
-    name: str
-    path: Path
-    about: str
-    unlearn: Mapping[str, Any]
-    evaluate: Mapping[str, Any]
-    source: str = ""
-    published: Mapping[str, float] = field(default_factory=dict)
-    ours: tuple[str, ...] = ()
-    architecture: Mapping[str, Any] = field(default_factory=dict)
-    rows: Mapping[str, int] = field(default_factory=dict)
-    tiny: Mapping[str, Any] = field(default_factory=dict)
-
-
 def known_recipes() -> dict[str, Path]:
     """Return the files of the recipes that come with efface, by name."""
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml")) if path != ARCHITECTURES}
@@ -117,14 +141,10 @@ def load_recipe(name: str | Path) -> Recipe:
     path = _path(str(name))
     content = _mapping(path)
     _check_sections(content, path)
-    unlearn = dict(content["unlearn"])
+    unlearn, tiny = (_flags(content, section, path) for section in ("unlearn", "tiny"))
+    settings_parser().check_required(unlearn, f"{path}: unlearn: ")
     if "refusal_file" in unlearn:
         unlearn["refusal_file"] = _beside(unlearn["refusal_file"], path)
-    check_flags(unlearn, FLAG_CLASSES, f"{path}: unlearn")
-    check_flags(content.get("tiny", {}), FLAG_CLASSES, f"{path}: tiny", partial=True)
-    for section in ("unlearn", "tiny"):
-        if wrong := [flag for flag in _NOT_A_RECIPE if flag in content.get(section, {})]:
-            raise ValueError(f"{path}: {section}: {wrong[0]!r} is about one run, not about the recipe; drop it")
     for role in ("forget", "retain"):
         if role in unlearn:
             check_source(unlearn[role], f"{path}: unlearn: {role}")
@@ -132,10 +152,27 @@ def load_recipe(name: str | Path) -> Recipe:
         name=path.stem,
         path=path,
         unlearn=unlearn,
+        tiny=tiny,
         architecture=_architecture(content.get("architecture", {}), path),
         ours=tuple(map(str, content.get("ours", ()))),
-        **{key: value for key, value in content.items() if key not in ("unlearn", "architecture", "ours")},
+        **{key: value for key, value in content.items() if key not in ("unlearn", "tiny", "architecture", "ours")},
     )
+
+
+@functools.cache
+def settings_parser() -> SettingsParser:
+    """Return the one parser of the flags of ``efface unlearn`` that reads values for all."""
+    return SettingsParser("unlearn", FLAG_CLASSES)
+
+
+def _flags(content: Mapping[str, Any], section: str, path: Path) -> dict[str, Any]:
+    """Return a section's flags, which are checked, as they stand there; their names with underscores."""
+    flags = content.get(section, {})
+    settings_parser().converted(flags, f"{path}: {section}")
+    flags = {str(name).replace("-", "_"): value for name, value in flags.items()}
+    if wrong := [name for name in _NOT_A_RECIPE if name in flags]:
+        raise ValueError(f"{path}: {section}: {wrong[0]!r} is about one run, not about the recipe; drop it")
+    return flags
 
 
 def _path(name: str) -> Path:
@@ -147,8 +184,7 @@ def _path(name: str) -> Path:
         if not path.is_file():
             raise FileNotFoundError(f"recipe file {name!r} does not exist; check the path")
         return path
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, known, cutoff=0.4)
     raise ValueError(f"recipe: expected one of {', '.join(known)}, or the path of a YAML file, got {name!r}{hint}")
 
 
@@ -162,8 +198,7 @@ def _mapping(path: Path) -> dict[str, Any]:
 def _check_sections(content: Mapping[str, Any], path: Path) -> None:
     for section in content:
         if section not in _SECTIONS:
-            near = difflib.get_close_matches(str(section), _SECTIONS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(section, _SECTIONS)
             raise ValueError(f"{path}: expected sections {', '.join(_SECTIONS)}, got {section!r}{hint}")
     for section in _REQUIRED:
         if section not in content:

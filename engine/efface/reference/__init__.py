@@ -1,7 +1,6 @@
 """The cached reference: log-probabilities of a frozen model in a file, found again by content."""
 
-from efface.reference.cache import DistinctSequences, ReferenceCache, sequence_keys
+from efface.reference.cache import DistinctSequences, LogprobStore, ReferenceCache, sequence_keys
 from efface.reference.fingerprint import model_fingerprint
-from efface.reference.store import LogprobStore
 
 __all__ = ["DistinctSequences", "LogprobStore", "ReferenceCache", "model_fingerprint", "sequence_keys"]

@@ -1,17 +1,60 @@
-"""The reference cache of a run: distinct sequences by the keys of their content, each scored once, in a file."""
+"""The reference cache of a run: distinct sequences by the keys of their content, each scored once, in a SQLite file."""
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from efface.batching import TokenStore
-from efface.reference.store import LogprobStore
+from efface.keyed_store import KeyedStore, KeyedTable
+
+
+class LogprobStore(KeyedStore):
+    """A file of sequence log-probabilities: (model fingerprint, sequence key) -> L, in float64; see ``KeyedStore``."""
+
+    table = KeyedTable(
+        name="logprobs",
+        key="sequence",
+        value="value",
+        kind="REAL",
+        application=0x65666663,  # "effc"
+        version=1,
+        file="reference cache",
+        remedy="delete the file, or choose another with --reference-cache",
+    )
+
+    @staticmethod
+    def encoded(values: Sequence[Any]) -> Sequence[bytes]:
+        """Return each number's eight bytes."""
+        content = np.array(values, "<f8").tobytes()
+        return [content[first : first + 8] for first in range(0, len(content), 8)]
+
+    def get(self, model: bytes, keys: Sequence[bytes]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Return the values (len(keys),) of a model's sequences, NaN where there is none, and where there is one."""
+        found = self.read(model, keys)
+        result = np.array([found.get(key, math.nan) for key in keys], np.float64)
+        return result, ~np.isnan(result)
+
+    def put(self, model: bytes, keys: Sequence[bytes], values: NDArray[np.float64]) -> None:
+        """Add values of a model's sequences, all or none; of a key that is there already, the value stays.
+
+        Raises:
+            ValueError: as many values as keys are needed, and finite ones.
+        """
+        if len(keys) != len(values):
+            raise ValueError(f"`values`: expected {len(keys)} entries, got {len(values)}")
+        if not np.isfinite(values).all():
+            raise ValueError("`values`: expected finite log-probabilities, got NaN or infinity")
+        # SQLite keeps no sign of a zero, which is the log-probability of a sure answer.
+        self.write(model, keys, (values + 0.0).tolist())
+
 
 KEY_BYTES = 16
 
@@ -152,6 +195,6 @@ class ReferenceCache:
         self.path, self.problem = None, error
         warnings.warn(
             f"cannot use the reference cache ({error}), so the reference's values are kept in memory and computed anew "
-            "in each run; set EFFACE_CACHE or --reference_cache to a place with space, or --reference_cache none",
+            "in each run; set EFFACE_CACHE or --reference-cache to a place with space, or --reference-cache none",
             stacklevel=4,
         )

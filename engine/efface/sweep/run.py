@@ -1,13 +1,16 @@
 """The loop of a sweep: claim a trial, start its process, see how it ends, rank, make room on the disk."""
 
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from efface.recipes.flags import flag_words
+from efface.flags import flag_words
 from efface.sweep.ledger import Claim, Ledger
 from efface.sweep.ranking import Floor, best_of
 from efface.sweep.results import RETAIN_LOG, Place, Result
@@ -32,6 +35,59 @@ class Launcher(Protocol):
 
     def __call__(self, words: Sequence[str], log: Path, environment: Mapping[str, str], lock: int) -> Process:
         """Start ``efface unlearn`` with the words; what it says is added to the log, and it inherits the lock."""
+
+
+class TrialProcess:
+    """A trial's process."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
+        self._process = process
+
+    def poll(self) -> int | None:
+        """Return its exit code, or None while it runs."""
+        return self._process.poll()
+
+    def stop(self) -> None:
+        """Ask it to end, and wait; one that does not listen is killed."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(60)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+
+@dataclass(frozen=True)
+class Subprocesses:
+    """Starts every trial in a process of its own: what fails, or runs out of memory, ends that trial and nothing else.
+
+    Attributes:
+        module: is run with the words of ``efface unlearn`` and of ``efface evaluate``, as JSON. When its standard input
+            ends, because the sweep is gone, however that went, it has to stop as by Ctrl-C.
+        evaluation: words of ``efface evaluate``, for runs without a recipe that says how they are judged.
+    """
+
+    module: str
+    evaluation: Sequence[str] | None = None
+
+    def __call__(self, words: Sequence[str], log: Path, environment: Mapping[str, str], lock: int) -> TrialProcess:
+        """Start a trial; see ``Launcher``."""
+        command = [sys.executable, "-m", self.module, json.dumps([list(words), self.evaluation])]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            process = subprocess.Popen(  # noqa: S603 - our own command
+                command,
+                stdin=subprocess.PIPE,  # never written to: it ends when this process does
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                pass_fds=(lock,),
+                start_new_session=True,  # Ctrl-C is for the sweep, which then stops its trials
+            )
+        return TrialProcess(process)
 
 
 @dataclass
@@ -109,10 +165,10 @@ class Loop:
             claim.lock = claim.place.lock()
         if claim.lock is None or claim.place.result() is not None:
             return
-        words = [*self.words, *flag_words(claim.point), f"--output_dir={claim.place.folder}"]
+        words = [*self.words, *flag_words(claim.point), f"--output-dir={claim.place.folder}"]
         shared = self.ledger.out / RETAIN_LOG
         if self.retain_log and shared.is_file():
-            words.append(f"--retain_log={shared}")
+            words.append(f"--retain-log={shared}")
         environment = {} if work.device is None else {"CUDA_VISIBLE_DEVICES": work.device}
         work.began = time.monotonic()
         self.changed(f"{claim.name}: started")

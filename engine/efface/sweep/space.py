@@ -1,7 +1,5 @@
 """What a sweep varies: flags of ``efface unlearn``, each over a list of values or a range."""
 
-import difflib
-import functools
 import hashlib
 import itertools
 import json
@@ -14,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from efface.hf.train.arguments import UnlearnArguments
-from efface.recipes.command import UnlearnCommand
-from efface.recipes.flags import FlagParser, flag_names
+from efface.flags import did_you_mean
+from efface.recipes.recipe import settings_parser
 
 if TYPE_CHECKING:
     import optuna
@@ -24,7 +21,6 @@ if TYPE_CHECKING:
 Value = bool | int | float | str
 Point = dict[str, Value]
 
-_CLASSES = (UnlearnCommand, UnlearnArguments)
 PRESETS = Path(__file__).parents[1] / "recipes" / "presets"
 # About one run, about where it is written, or about how it is judged: nothing to choose the best of.
 NOT_SWEPT = {"recipe", "data", "output_dir", "dry_run", "json", "overwrite", "evaluate", "retain_log", "scale"}
@@ -111,8 +107,7 @@ def load_preset(name: str) -> Space:
     """
     path = known_presets().get(name, Path(name))
     if not path.is_file():
-        near = difflib.get_close_matches(name, known_presets(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, known_presets())
         raise ValueError(
             f"--preset: expected one of {', '.join(known_presets())}, or the path of a YAML file, got {name!r}{hint}"
         )
@@ -157,13 +152,12 @@ def _split(words: Sequence[str], where: str, example: str) -> dict[str, str]:
 
 
 def _check_names(names: Mapping[str, Any], where: str) -> None:
-    known = flag_names(*_CLASSES)
+    known = settings_parser().names
     for name in names:
         if name in NOT_SWEPT:
             raise ValueError(f"{where}: {name} is not swept: it is about one run, or about how runs are judged")
         if name not in known:
-            near = difflib.get_close_matches(name, known - NOT_SWEPT, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "; see `efface unlearn --help`"
+            hint = did_you_mean(name, known - NOT_SWEPT, "; see `efface unlearn --help`")
             raise ValueError(f"{where}: expected flags of `efface unlearn`, got {name!r}{hint}")
 
 
@@ -195,19 +189,8 @@ def _range(name: str, kind: str, text: str, where: str) -> Parameter:
     return Parameter(name, kind, low=low, high=high)
 
 
-@functools.cache
-def _parser() -> FlagParser:
-    parser = FlagParser(_CLASSES)  # type: ignore[arg-type]
-    for action in parser._actions:  # noqa: SLF001 - argparse has no other way to lift a requirement
-        action.required = False
-    return parser
-
-
 def _typed(name: str, text: str, where: str) -> Value:
-    try:
-        value = getattr(_parser().parse_args([f"--{name}={text.strip()}"]), name)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    value = settings_parser().converted({name: text.strip()}, where)[name]
     value = value.value if isinstance(value, Enum) else value
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} {name}: expected finite numbers, got {text!r}")

@@ -91,7 +91,7 @@ class Watched:
         if torch.is_grad_enabled() and not output.requires_grad:
             raise RuntimeError(
                 "the activations that the loss reads carry no gradient: train a parameter at or before that module; "
-                "with gradient checkpointing set --gradient_checkpointing_kwargs '{\"use_reentrant\": false}'"
+                "with gradient checkpointing set --gradient-checkpointing-kwargs '{\"use_reentrant\": false}'"
             )
         return output
 

@@ -261,7 +261,7 @@ def load_adapted(folder: Path, load_base: Callable[[str, str], Any], *, trainabl
     if base_of(base) is not base:
         raise ValueError(
             f"adapter {str(folder)!r}: expected a whole model as its base, got {name!r}, which is an adapter too; "
-            "merge that into its own base first (`--merge_adapter`, or peft's merge_and_unload)"
+            "merge that into its own base first (`--merge-adapter`, or peft's merge_and_unload)"
         )
     weights = peft.load_peft_weights(str(folder), device="cpu")
     _make_room(folder, config, base, weights)

@@ -235,7 +235,7 @@ def check_second(model: Any, config: Any) -> None:
             raise ValueError(
                 f"a second LoRA adapter: expected a model with one plain LoRA adapter, got {reason}, which no single "
                 "adapter on the same base can hold together with the second. Train the first one further (without "
-                "lora_r), or save the first as a whole model (--merge_adapter) and begin with that"
+                "lora_r), or save the first as a whole model (--merge-adapter) and begin with that"
             )
     if config.use_dora:
         raise ValueError("a second LoRA adapter: expected plain LoRA, got use_dora=True")

@@ -179,7 +179,7 @@ def _check(
             raise ValueError(
                 f"reference cache {place!r}: expected the model's own log-probabilities, got {values[numbers[k]]:.6g} "
                 f"for a sequence with {fresh[k]:.6g} (allowed difference {allowed[k]:.2g}); delete the file, or set "
-                "--reference_cache to another one or to none"
+                "--reference-cache to another one or to none"
             )
 
 

@@ -98,7 +98,7 @@ class AdapterReference(ModelReference):
         if self._base is model:
             raise ValueError(
                 "reference 'adapter' is the base model with its adapters switched off: expected a peft.PeftModel, got "
-                f"{type(model).__name__}; give it LoRA (--lora_r 8, or peft.get_peft_model), or use 'cached' or 'live'"
+                f"{type(model).__name__}; give it LoRA (--lora-r 8, or peft.get_peft_model), or use 'cached' or 'live'"
             )
         free = {name for name, weight in model.named_parameters() if weight.requires_grad}
         with self._switched_off():  # peft freezes what it switches off, and some versions free what lies under it

@@ -108,5 +108,5 @@ def check_store(model: PreTrainedModel, store: TokenStore, name: str) -> None:
     if limit is not None and longest > limit > 0:  # XLNet says -1: it has no limit
         raise ValueError(
             f"`{name}`: expected sequences of at most {limit} tokens (the model's positions), got {longest}; "
-            "cut them on purpose by a maximal length (--max_length)"
+            "cut them on purpose by a maximal length (--max-length)"
         )

@@ -244,7 +244,7 @@ def refuse_overlap(forget: TokenStore, retain: TokenStore, *, prompts: bool = Fa
     if len(numbers) == len(forget) and len(shared_sequences(retain, forget, prompts=prompts)[0]) == len(retain):
         warnings.warn(
             f"the forget and the retain set are the same {len(retain)} rows, which are trained both ways; if that is "
-            "meant, --allow_overlap (UnlearnArguments(allow_overlap=True)) says so",
+            "meant, --allow-overlap (UnlearnArguments(allow_overlap=True)) says so",
             stacklevel=2,
         )
         return
@@ -253,7 +253,7 @@ def refuse_overlap(forget: TokenStore, retain: TokenStore, *, prompts: bool = Fa
         f"expected forget and retain sets without a common {what}, got {len(numbers)} of {len(forget)} forget rows in "
         f"both: rows {', '.join(pairs)}{' and more' if len(numbers) > _SHOWN else ''} (of the forget and of the retain "
         f"set as taken, from 0) have the same {'question' if prompts else 'tokens'}; leave them out of one set, with "
-        "--retain_filter or a file without them, or insist with --allow_overlap (UnlearnArguments(allow_overlap=True))"
+        "--retain-filter or a file without them, or insist with --allow-overlap (UnlearnArguments(allow_overlap=True))"
     )
 
 

@@ -35,16 +35,16 @@ class UnlearnArguments(TrainingArguments):
 
     save_schedule: str | None = field(
         default=None,
-        metadata={"help": "when to write a checkpoint: epoch, a number of optimizer steps, or no"},
+        metadata={"help": "when to write a checkpoint: epoch, a number of steps, or no"},
     )
     save_strategy: SaveStrategy | str = field(
-        default="", metadata={"help": "as of transformers: no, steps (default), epoch or best; see --save_schedule"}
+        default="", metadata={"help": "as of transformers; steps is the default, see --save-schedule"}
     )
     revision_per_checkpoint: bool = field(
         default=False,
         metadata={
-            "help": "with --push_to_hub: push each checkpoint to its own branch checkpoint-N (N: optimizer steps), and "
-            "the final model to main"
+            "help": "with --push-to-hub: each checkpoint to a branch; checkpoint-N (N: optimizer steps), and the final "
+            "model to main"
         },
     )
 
@@ -61,19 +61,19 @@ class UnlearnArguments(TrainingArguments):
     warmup_epochs: float | None = field(
         default=None,
         metadata={
-            "help": "warm the learning rate up over so many epochs, in whole steps rounded down, at least one "
-            "(with --compat perhaps none)"
+            "help": "epochs in which the learning rate rises; in whole steps rounded down, at least one (with --compat "
+            "perhaps none)"
         },
     )
     retain_sampling: str = field(
         default="random",
-        metadata={"help": "how pairs draw retain rows: random, cycle (none again before all came), paired (row i)"},
+        metadata={"help": "draw of retain rows: random, cycle, paired; cycle: none again before all came; paired: i"},
     )
     dataloader_num_workers: int = field(default=0, metadata={"help": "threads that assemble batches; 0 is one"})
 
     compat: str | None = field(
         default=None,
-        metadata={"help": "open-unlearning: its labels and padded step with all its quirks, to match old runs; slow"},
+        metadata={"help": "open-unlearning: its labels and step, to match old runs; padded, quirk for quirk, slow"},
     )
 
     question_column: str | None = field(
@@ -85,11 +85,11 @@ class UnlearnArguments(TrainingArguments):
     )
     alternate_column: str | None = field(
         default=None,
-        metadata={"help": "column of the forget set that holds another answer, for dpo (AltPO) and idk_nll"},
+        metadata={"help": "column of the forget set with another answer; for dpo (AltPO) and idk_nll"},
     )
     refusal_file: str | None = field(
         default=None,
-        metadata={"help": "text file with a refusal a line, the other answers instead, for dpo (IdkDPO) and idk_nll"},
+        metadata={"help": "text file of other answers, refusals; one a line, for dpo (IdkDPO) and idk_nll"},
     )
     template: str = field(
         default=AUTO,
@@ -104,16 +104,14 @@ class UnlearnArguments(TrainingArguments):
     max_length: int | None = field(
         default=None, metadata={"help": "cut sequences to so many tokens (documents are split); default: never"}
     )
-    allow_overlap: bool = field(
-        default=False, metadata={"help": "let rows stand in the forget and in the retain set, which is an error"}
-    )
+    allow_overlap: bool = field(default=False, metadata={"help": "let rows stand in both sets; else that is an error"})
     token_cache: str | None = field(
         default=None, metadata={"help": "folder for tokenised data; default: $EFFACE_CACHE or ~/.cache/efface"}
     )
     reference_cache: str | None = field(
         default=None,
         metadata={
-            "help": "file of cached reference log-probabilities, which runs share; none keeps them in memory alone; "
+            "help": "file of cached log-probabilities; runs share it; none keeps them in memory alone; "
             "default: reference.sqlite in $EFFACE_CACHE or ~/.cache/efface"
         },
     )
@@ -121,9 +119,7 @@ class UnlearnArguments(TrainingArguments):
         default=None,
         metadata={"help": "rows of logits alive at a time in the loss; default: by the model and the device"},
     )
-    loss_backend: str = field(
-        default="auto", metadata={"help": "implementation of the loss: auto, native, triton or torch"}
-    )
+    loss_backend: str = field(default="auto", metadata={"help": "of the loss: auto, native, triton or torch"})
 
     # Pairs of an epoch, and of a step; the trainer sets it, because it knows the data.
     epoch_pairs: tuple[int, int] | None = field(default=None, init=False, repr=False)
@@ -135,10 +131,10 @@ class UnlearnArguments(TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]
         check_optimizer(str(getattr(self.optim, "value", self.optim)))
         if self.revision_per_checkpoint and not self.push_to_hub:
-            raise ValueError("`revision_per_checkpoint`: pushes to the Hub, so it needs --push_to_hub too")
+            raise ValueError("`revision_per_checkpoint`: pushes to the Hub, so it needs --push-to-hub too")
         if self.revision_per_checkpoint and self.save_strategy == SaveStrategy.NO:
             raise ValueError(
-                "`revision_per_checkpoint`: no checkpoint is written; set --save_schedule epoch or a number"
+                "`revision_per_checkpoint`: no checkpoint is written; set --save-schedule epoch or a number"
             )
         self._check_warmup()
         self._check_compat()
@@ -211,7 +207,7 @@ class UnlearnArguments(TrainingArguments):
         if self.pairs_per_step is not None and self.pairs_per_step % size:
             raise ValueError(
                 f"`compat`: expected `pairs_per_step` in micro-batches of per_device_train_batch_size={size}, got "
-                f"{self.pairs_per_step}; set --per_device_train_batch_size to a divisor of it"
+                f"{self.pairs_per_step}; set --per-device-train-batch-size to a divisor of it"
             )
 
     def get_warmup_steps(self, num_training_steps: int) -> int:

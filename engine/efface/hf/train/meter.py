@@ -247,6 +247,6 @@ class LossWatch:
             return
         raise FloatingPointError(
             f"the loss is not finite at step {step}, so the run stops; nothing was saved after it. Try a lower "
-            "--learning_rate, a smaller --gamma, gradient clipping (--max_grad_norm 1.0), or --bf16 instead of --fp16; "
+            "--learning-rate, a smaller --gamma, gradient clipping (--max-grad-norm 1.0), or --bf16 instead of --fp16; "
             "gradient ascent without a retain term diverges by design"
         )

@@ -66,7 +66,7 @@ def check_weights(model: nn.Module, step: int) -> None:
     if not all(finite):
         raise FloatingPointError(
             f"the weights are not finite after step {step} ({trained[finite.index(False)][0]}), so the run stops; they "
-            "were not saved. Try a lower --learning_rate, gradient clipping (--max_grad_norm 1.0), or --bf16 instead "
+            "were not saved. Try a lower --learning-rate, gradient clipping (--max-grad-norm 1.0), or --bf16 instead "
             "of --fp16"
         )
 

@@ -77,10 +77,10 @@ def check_login(client: HubClient) -> None:
         client.whoami()
     except LocalTokenNotFoundError as error:
         raise HubError(
-            "`--push_to_hub`: not logged in to the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN"
+            "`--push-to-hub`: not logged in to the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN"
         ) from error
     except Exception as error:
-        raise HubError(f"`--push_to_hub`: the Hugging Face Hub does not answer a login: {error}") from error
+        raise HubError(f"`--push-to-hub`: the Hugging Face Hub does not answer a login: {error}") from error
 
 
 class RevisionPusher:
@@ -105,7 +105,7 @@ class RevisionPusher:
         try:
             self.repository: str = client.create_repo(name, private=private, exist_ok=True).repo_id
         except Exception as error:
-            raise HubError(f"`--hub_model_id`: cannot make or write to {name!r}: {error}") from error
+            raise HubError(f"`--hub-model-id`: cannot make or write to {name!r}: {error}") from error
         self._client = client
         self._folder = folder
         self._lock = threading.Lock()

@@ -70,7 +70,7 @@ def _forget_stores(
         elif isinstance(forget, TokenStore) or not (args.refusal_file or args.alternate_column):
             raise ValueError(
                 f"objective {objective.name!r} trains other answers to the forget questions, got none; set "
-                "--refusal_file (a refusal a line) or --alternate_column, or give `alternate`"
+                "--refusal-file (a refusal a line) or --alternate-column, or give `alternate`"
             )
         elif args.refusal_file and args.alternate_column:
             raise ValueError("expected `refusal_file` or `alternate_column`, got both; drop one")

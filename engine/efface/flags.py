@@ -1,0 +1,153 @@
+"""The flags of every command: written with hyphens, read with underscores too; and flags as mappings and as words."""
+
+import argparse
+import difflib
+import functools
+import json
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+_WIDTH = 100
+# YAML reads their "no" as False.
+_NO = {"save_schedule", "save_strategy", "eval_strategy", "logging_strategy"}
+
+
+def hyphens(name: str) -> str:
+    """Return ``retain_log`` as it is written after two hyphens: ``retain-log``."""
+    return name.replace("_", "-")
+
+
+def did_you_mean(name: object, known: Iterable[str], otherwise: str = "", *, cutoff: float = 0.6) -> str:
+    """Return the end of a message about a name that is not known: the nearest one that is, else what is said."""
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]!r}?" if near else otherwise
+
+
+class FlagParser(argparse.ArgumentParser):
+    """The parser of a command.
+
+    Flags are declared and shown with hyphens, and whole names alone are taken: a recipe's settings give way to what is
+    named. Wrong use raises ValueError. ``--help-all`` shows what ``--help`` leaves out (``shorten``).
+
+    Args:
+        command: its name.
+        description: what it does.
+        examples: the end of its help, as it is.
+        beside: of the command whose flags it takes beside its own, which ``--help-all`` then shows too.
+        partial: whether ``--help`` leaves something out.
+        options: of ``argparse.ArgumentParser``.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        description: str | None,
+        examples: str = "",
+        *,
+        beside: "FlagParser | None" = None,
+        partial: bool = False,
+        **options: Any,
+    ) -> None:
+        self._whole: dict[argparse.Action, str | None] = {}
+        self._beside = beside
+        super().__init__(
+            prog=f"efface {command}",
+            description=textwrap.fill(description or "", _WIDTH),
+            epilog=examples,
+            formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34),
+            allow_abbrev=False,
+            **options,
+        )
+        said = "show all flags and exit"
+        whole = self.add_argument("--help-all", nargs=0, action=_HelpAll, default=argparse.SUPPRESS, help=said)
+        if not partial:
+            self.shorten(whole)
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        """Add a flag as argparse does; one of several values may be given several times and keeps them all."""
+        if options.get("nargs") == "+" and names[0].startswith("-") and options.get("default") is None:
+            options.setdefault("action", "extend")
+        return super().add_argument(*names, **options)
+
+    def shorten(self, action: argparse.Action, text: str = argparse.SUPPRESS) -> None:
+        """Say less of a flag in ``--help`` than in ``--help-all``, or nothing."""
+        self._whole[action], action.help = action.help, text
+
+    def show_all(self) -> None:
+        """Say all of every flag."""
+        for action, text in self._whole.items():
+            action.help = text
+        self._whole = {}
+
+    def format_help_all(self) -> str:
+        """Return the help with every flag."""
+        self.show_all()
+        return self.format_help() + ("" if self._beside is None else "\n" + self._beside.format_help_all())
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See ``argparse``; underscores in the name of a flag are hyphens."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._written(word) for word in words], namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See ``argparse``; a flag that is not known raises ValueError too."""
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+            hint = did_you_mean(hyphens(name), self.option_names(), f"; see `{self.prog} --help`")
+            raise ValueError(f"unknown arguments {' '.join(unknown)}{hint}")
+        return values
+
+    def given(self, words: Sequence[str]) -> dict[str, Any]:
+        """Return the values that the words give, by name; of flags without a default, what was not given is missing."""
+        values: dict[str, Any] = vars(self.parse_args(words))
+        return values
+
+    def option_names(self) -> list[str]:
+        """Return all flags as they are written."""
+        return [name for name in self._option_string_actions if name.startswith("--")]
+
+    def error(self, message: str) -> NoReturn:
+        """Raise where argparse would print its usage and end the process."""
+        raise ValueError(message)
+
+    def _written(self, word: str) -> str:
+        name, equals, value = word.partition("=")
+        known = name.startswith("--") and hyphens(name) in self._option_string_actions
+        return f"{hyphens(name)}{equals}{value}" if known else word
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: Any, *_: Any) -> None:
+        print(parser.format_help_all())
+        parser.exit()
+
+
+def texts(name: str, value: Any) -> list[str]:
+    """Return a flag's value out of a file as the words that say it on a command line; None as none."""
+    if isinstance(value, (list, tuple)):
+        return list(map(str, value))
+    if isinstance(value, Mapping):
+        return [json.dumps(value)]
+    if value is False and name in _NO:
+        return ["no"]
+    return [] if value is None else [str(value)]
+
+
+def flag_words(flags: Mapping[str, Any]) -> list[str]:
+    """Return ``{"beta": 0.1, "forget_filter": ["a=1", "b=2"]}`` as the words of a command line; None is left out."""
+    words: list[str] = []
+    for name, value in flags.items():
+        said = texts(name, value)
+        if isinstance(value, (list, tuple)):
+            words += [f"--{hyphens(name)}", *said]
+        elif said:
+            words.append(f"--{hyphens(name)}={said[0]}")  # one word, so that a value may begin with a dash
+    return words
+
+
+def given_names(words: Sequence[str]) -> set[str]:
+    """Return the names of the flags among the words of a command line, with underscores."""
+    return {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
