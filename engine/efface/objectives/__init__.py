@@ -22,7 +22,7 @@ from efface.objectives.logprobs import (
 )
 from efface.objectives.pdu import PDU
 from efface.objectives.rmu import RMU
-from efface.objectives.role_loss import UNDIAL
+from efface.objectives.undial import UNDIAL
 
 __all__ = [
     "CEU",

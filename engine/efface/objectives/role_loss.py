@@ -5,13 +5,12 @@ Most objectives need none of these: their ``Objective.term`` of the log-probabil
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from efface.objectives.base import Objective, check_positive, register_objective
 from efface_kernels import (
     Head,
     ReferenceRows,
@@ -138,27 +137,3 @@ def _capped_margins(hidden: Tensor, head: Head) -> Tensor:
 
 def _linear(head: Head) -> tuple[Tensor, Tensor | None]:
     return head.weight, head.bias
-
-
-@register_objective
-@dataclass(frozen=True, kw_only=True)
-class UNDIAL(Objective):
-    """gamma · mean over label tokens of the cross entropy to softmax(z_ref − β onehot(y)) + alpha · retain NLL.
-
-    The model distilled into itself with the true token's logit lowered (Dong et al. 2024, arXiv 2402.10052).
-    """
-
-    beta: float = 10.0
-    alpha: float = 0.0
-
-    name: ClassVar[str] = "undial"
-    mean_over: ClassVar[Literal["sequences", "tokens"]] = "tokens"
-    reads: ClassVar[Literal["logprobs", "logits", "activations"]] = "logits"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("beta", self.beta)
-
-    def forget_loss(self) -> DistributionLoss:
-        """Cross entropy to the shifted distribution of the frozen model."""
-        return DistributionLoss(shift=self.beta, cross_entropy=True)
