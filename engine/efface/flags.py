@@ -19,10 +19,15 @@ def hyphens(name: str) -> str:
     return name.replace("_", "-")
 
 
-def did_you_mean(name: object, known: Iterable[str], otherwise: str = "", *, cutoff: float = 0.6) -> str:
-    """Return the end of a message about a name that is not known: the nearest one that is, else what is said."""
+def did_you_mean(
+    name: object, known: Iterable[str], otherwise: str = "", *, cutoff: float = 0.6, before: str = ""
+) -> str:
+    """Return the end of a message about a name that is not known: the nearest one that is, else what is said.
+
+    What stands ``before`` every name is shown, and not compared.
+    """
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {near[0]!r}?" if near else otherwise
+    return f"; did you mean {before + near[0]!r}?" if near else otherwise
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -96,7 +101,8 @@ class FlagParser(argparse.ArgumentParser):
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
-            hint = did_you_mean(hyphens(name), self.option_names(), f"; see `{self.prog} --help`")
+            known = [option[2:] for option in self.option_names()]
+            hint = did_you_mean(hyphens(name[2:]), known, f"; see `{self.prog} --help`", before="--")
             raise ValueError(f"unknown arguments {' '.join(unknown)}{hint}")
         return values
 
