@@ -348,7 +348,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from efface.batching import pack_items
-from efface.hf import token_cache
+from efface.hf.text import token_cache
 
 path, chunk, chunks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 length = 1000
