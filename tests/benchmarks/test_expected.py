@@ -58,12 +58,9 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], tupl
     from triton.runtime import interpreter
 
     seen: list[Counter[str]] = []
-    launch = interpreter.GridExecutor.__call__
 
-    def noted(self: Any, *arguments: Any, **options: Any) -> None:
+    def noted(self: Any, *_: Any, **__: Any) -> None:  # what a kernel computes decides no launch: none runs
         seen[-1][self.fn.__name__] += 1
-        with _disable_current_modes():
-            launch(self, *arguments, **options)
 
     def add_in_gemm(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
         seen[-1]["mm"] += 1

@@ -226,6 +226,13 @@ def test_no_two_classes_have_one_name() -> None:
     assert not {name: found for name, found in places.items() if len(found) > 1}
 
 
+def tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
 def test_a_circle_is_found(tmp_path: Path) -> None:
     """Also one that is hidden: by TYPE_CHECKING, in a function, or by way of a package's ``__init__``."""
     files = {
@@ -237,10 +244,7 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
         "top/pass_/launch.py": "",
         "top/choice.py": "from top.pass_.launch import x",
     }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    edges = graph(tmp_path, "top")
+    edges = graph(tree(tmp_path, files), "top")
     assert edges["top.one"] == {"top.two"}
     assert edges["top.two"] == {"top.one"}
     assert edges["top.choice"] == {"top.pass_", "top.pass_.launch"}
@@ -259,10 +263,7 @@ def test_a_circle_of_folders_is_found(tmp_path: Path) -> None:
         "top/two/__init__.py": "",
         "top/two/b.py": "from top.one.d import y",
     }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    edges = graph(tmp_path, "top")
+    edges = graph(tree(tmp_path, files), "top")
     assert circle({name: others - {"top.one", "top.two"} for name, others in edges.items()}) == ""
     assert circle(folders(edges)["top"]) in ("one <- two <- one", "two <- one <- two")
 
