@@ -1,6 +1,8 @@
 """The plan of the house: who may import whom, without a circle; what an import costs; one way to a device."""
 
 import ast
+import importlib
+import pickle
 import re
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import efface
+import efface.hf
 import efface_kernels
 from efface.batching import TokenStore, pack
 from efface_kernels import to_device
@@ -127,6 +131,24 @@ def test_the_native_core_knows_neither_python_nor_torch() -> None:
         assert "Python.h" not in text
         assert "torch" not in text
     assert "torch" not in (ROOT / "bindings" / "module.cpp").read_text(encoding="utf-8")
+
+
+def test_modules_under_their_old_names_warn() -> None:
+    """Documented ones, and those that files of runs hold."""
+    assert efface.hf._MOVED.keys() >= {"loading", "token_cache", "open_unlearning", "arguments"}
+    for old, new in efface.hf._MOVED.items():
+        module = importlib.import_module(f"efface.hf.{new}")
+        names = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        assert names
+        moved = importlib.import_module(f"efface.hf.{old}")
+        for name in names:
+            with pytest.warns(DeprecationWarning, match=f"efface.hf.{old} is now efface.hf.{new}"):
+                assert getattr(moved, name) is getattr(module, name)
+    loading = importlib.import_module("efface.hf.loading")
+    with pytest.warns(DeprecationWarning, match="loading"), pytest.raises(AttributeError, match="'nothing'"):
+        _ = loading.nothing
+    with pytest.warns(DeprecationWarning, match="efface.hf.train.arguments"):
+        assert pickle.loads(b"cefface.hf.arguments\nUnlearnArguments\n.") is efface.UnlearnArguments
 
 
 def test_importing_efface_is_light() -> None:

@@ -1,1 +1,37 @@
-"""The Hugging Face engine: the fused head, packed attention, references, templates and trainers."""
+"""The Hugging Face engine in four rooms: text, model, reference and train."""
+
+import importlib
+import sys
+import warnings
+from types import ModuleType
+from typing import Any
+
+# Where modules are whose names were documented, or are in files of runs (training_args.bin), before they were here.
+_MOVED = {
+    "adapters": "model.lora",
+    "arguments": "train.arguments",
+    "callbacks": "train.callbacks",
+    "checkpoints": "train.checkpoints",
+    "data": "text.data",
+    "fingerprint": "model.fingerprint",
+    "head": "model.head",
+    "loading": "model.loading",
+    "open_unlearning": "train.open_unlearning",
+    "templates": "text.templates",
+    "token_cache": "text.token_cache",
+    "trainer": "train.trainer",
+}
+
+
+class _MovedModule(ModuleType):
+    """Stands for a module under its old name, which is loaded when something of it is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        new = f"{__name__}.{_MOVED[self.__name__.rpartition('.')[2]]}"
+        warnings.warn(f"{self.__name__} is now {new}", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(new), name)
+
+
+sys.modules.update({f"{__name__}.{old}": _MovedModule(f"{__name__}.{old}") for old in _MOVED})
