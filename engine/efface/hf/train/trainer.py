@@ -19,8 +19,10 @@ from transformers.trainer_utils import TrainOutput
 from efface.batching import Role, TokenStore
 from efface.hf.model.activations import find_module
 from efface.hf.model.adapted_head import base_of
+from efface.hf.model.forwards import release
 from efface.hf.model.head import fuse
 from efface.hf.model.packing import agree, reading_of
+from efface.hf.model.supported import check_model
 from efface.hf.reference.cached import CachedReference, ReferenceCallback
 from efface.hf.reference.live import AdapterReference, ModelReference
 from efface.hf.reference.make import make_reference, reference_kind
@@ -84,6 +86,9 @@ class PackedTrainer(ResumableTrainer):
         if args.n_gpu > 1:
             # transformers would wrap the model in DataParallel, which splits tensors along a batch axis we do not have
             args._n_gpu = 1  # noqa: SLF001
+        check_model(model)
+        for module in {id(one): one for one in (model, base_of(model))}.values():
+            release(module)  # from an earlier trainer of this process; the precision is what these arguments say
         check_trainable(model)
         for name, store in (("forget", forget), ("retain", retain), ("alternate", alternate)):
             if store is not None:
