@@ -184,6 +184,13 @@ def fuse_layer(layer: Any, softcap: float | None) -> None:
     route(layer)
 
 
+def _unfuse_layer(layer: Any) -> None:
+    if type(layer) is FusedHead:
+        unroute(layer)
+        del layer.softcap
+        layer.__class__ = nn.Linear
+
+
 def _check_forward(model: Any, base: Any) -> None:
     """Raise ValueError for a ``forward`` on the instance that a packed call can neither pass through nor by."""
     for module in {id(one): one for one in (model, base)}.values():
@@ -254,10 +261,7 @@ def unfuse(model: Model, *, attention: str | None = "own") -> Model:
         fused: Any = base
         layers: list[Any] = head_linears(fused.get_output_embeddings())
         for layer in layers:
-            if type(layer) is FusedHead:
-                unroute(layer)
-                del layer.softcap
-                layer.__class__ = nn.Linear
+            _unfuse_layer(layer)
         unroute(fused)
         base.__class__ = type(base).__mro__[2]
     if attention is not None:
