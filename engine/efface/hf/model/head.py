@@ -185,7 +185,7 @@ def fuse_layer(layer: Any, softcap: float | None) -> None:
 
 
 def _unfuse_layer(layer: Any) -> None:
-    if type(layer) is FusedHead:
+    if hasattr(layer, "softcap"):
         unroute(layer)
         del layer.softcap
         layer.__class__ = nn.Linear
