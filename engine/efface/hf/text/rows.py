@@ -151,8 +151,9 @@ def check_rows(rows: Any, source: str) -> None:
             "datasets.Dataset.from_pandas of it"
         )
     if isinstance(rows, (str, bytes)) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        remedy = "; give list(...) of it" if hasattr(rows, "__iter__") and not isinstance(rows, (str, bytes)) else ""
         raise TypeError(
-            f"{source}: expected rows, as a list of mappings or a datasets.Dataset, got {type(rows).__name__}"
+            f"{source}: expected rows, as a list of mappings or a datasets.Dataset, got {type(rows).__name__}{remedy}"
         )
 
 
