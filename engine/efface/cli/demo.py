@@ -52,7 +52,7 @@ def parser() -> FlagParser:
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parser().parse_args(argv)
-    out = check_output(options.out, overwrite=options.overwrite)
+    out = check_output(options.out, overwrite=options.overwrite, inputs={"--data": options.data})
     # here, because --help needs none of it
     import datasets
     import transformers
