@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from efface.cli.main import main
+from efface.evaluate.runner import RowStore
 from efface.files import private_folder
 from efface.hf.text import token_cache
 from efface.hf.text.cache_entries import entries, of_data, purge
 from efface.hf.text.data import token_store
-from efface.keyed_store import remove_store
+from efface.keyed_store import KeyedStore, remove_store
 from efface.reference.cache import LogprobStore, sequence_keys
 from support.helpers import TEXTS, saved_llama, tiny_tokenizer, written_rows
 from support.processes import environment
@@ -163,6 +164,24 @@ def test_nobody_else_can_read_the_cache(filled: dict[str, Path], cache: Path) ->
     (cache / "tokens").chmod(0o755)
     token_store(filled["retain"], tiny_tokenizer(), name="retain")
     assert (cache / "tokens").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("kind", [LogprobStore, RowStore])
+def test_nobody_else_can_read_a_store(kind: type[KeyedStore], tmp_path: Path) -> None:
+    """Nor what SQLite writes beside it, also where the folder is open to all; a file keeps the mode it was given."""
+    path = tmp_path / "values.sqlite"
+    store = kind(path)
+    store.write(MODEL, [b"key"], [1.0 if kind is LogprobStore else "text"])
+    files = [file for file in tmp_path.iterdir() if file.is_file()]
+    assert len(files) > 1
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+    store.remove([b"key", b"other"])
+    assert store.read(MODEL, [b"key"]) == {}
+    assert all(b"text" not in file.read_bytes() for file in files)
+    store.close()
+    path.chmod(0o640)
+    kind(path).close()
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 def needles(rows: list[dict[str, str]]) -> Iterator[bytes]:

@@ -34,6 +34,7 @@ _NOT_PUSHED = [
         "trainer_state.json",
     ),
     *("global_step*", "pytorch_model_fsdp*", "checkpoint-*", f"{PARTIAL}*", "run.json", RECORD, f"{REPLACED}*"),
+    *("evaluation/*", "audit*", "*.sqlite*"),  # what models said of the data, and what these hold
 ]
 
 
