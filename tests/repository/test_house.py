@@ -30,7 +30,8 @@ FLOORS: dict[str, set[str]] = {
     "engine/efface/reference": {*BASE, "efface.batching", "efface.keyed_store", "efface.reference"},
     "engine/efface/hf": {
         *BASE,
-        *("efface.batching", "efface.files", "efface.objectives", "efface.reference", "efface.hf"),
+        *("efface.batching", "efface.files", "efface.keyed_store", "efface.objectives", "efface.reference"),
+        "efface.hf",
         *(
             "accelerate",
             "transformers",

@@ -1,8 +1,9 @@
 """``efface audit``: what unlearned models still give away, beside the full and the retain model."""
 
 import argparse
+import contextlib
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from efface.evaluate.audit import VIEWS, AuditResult, BestOf, Clues, Relearn, Vi
 from efface.evaluate.audit.result import AROUND, Document, cells
 from efface.evaluate.audit.rows import TOFU_GROUP, audit_rows
 from efface.evaluate.audit.views import get_view
-from efface.files import written_whole
+from efface.files import check_output, in_words, locked_folder, written_whole
 from efface.flags import FlagParser
 from efface.hf.model.loading import MAIN, load_model, load_tokenizer
 from efface.hf.text.rows import Rows, load_rows
@@ -150,7 +151,12 @@ def run(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     state = processes()
     console = open_console(quiet=not state.is_main_process)
-    output: Path = options.output
+    output: Path = check_output(
+        options.output,
+        overwrite=True,
+        inputs={"--data": options.data},
+        replaced=(JSON_NAME, MARKDOWN_NAME, STORE_NAME),
+    )
     if (output / JSON_NAME).exists() and not options.overwrite:
         raise FileExistsError(
             f"{str(output / JSON_NAME)!r} is there already; choose another --output, or add --overwrite"
@@ -167,7 +173,23 @@ def run(argv: Sequence[str]) -> int:
         for name, place in models.items()
     }
     transformers.logging.disable_progress_bar()
-    output.mkdir(parents=True, exist_ok=True)
+    with locked_folder(output) if state.is_main_process else contextlib.nullcontext():
+        if there := [path for name in (JSON_NAME, MARKDOWN_NAME) if (path := output / name).exists()]:
+            console.print(f"replaced when the audit is whole: {in_words(there)}", highlight=False, soft_wrap=True)
+        return _audit(options, output, models, tokenizers, rows, views, console)
+
+
+def _audit(
+    options: argparse.Namespace,
+    output: Path,
+    models: Mapping[str, str],
+    tokenizers: Mapping[str, Any],
+    rows: Rows,
+    views: Sequence[View],
+    console: Console,
+) -> int:
+    """Audit the models, and write and show what came out."""
+    state = processes()
     audits = {
         name: _audited(name, place, tokenizers[name], rows, views, options, console) for name, place in models.items()
     }

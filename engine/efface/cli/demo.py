@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efface.files import check_output, written_whole
+from efface.files import check_output, in_words, written_whole
 from efface.flags import FlagParser
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def parser() -> FlagParser:
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parser().parse_args(argv)
-    out = check_output(options.out, overwrite=options.overwrite)
+    out = check_output(options.out, overwrite=options.overwrite, inputs={"--data": options.data})
     # here, because --help needs none of it
     import datasets
     import transformers
@@ -76,6 +76,9 @@ def run(argv: Sequence[str]) -> int:
     datasets.disable_progress_bars()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     console = open_console()
+    if out.is_dir() and (there := sorted(out.iterdir())):
+        said = f"files of the same names are replaced when the demo is whole; there are {in_words(there)}"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
     with written_whole(out) as partial:
         with teaching_bar(console) as progress:
             demo = Demo(data, settings, partial, progress)

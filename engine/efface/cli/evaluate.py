@@ -3,7 +3,7 @@
 import argparse
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,13 +15,22 @@ from rich.table import Table
 
 from efface.cli.progress import open_console, progress_on
 from efface.evaluate import EvalLog, TofuResult, evaluate_metrics, fame, get_metric, known_metrics, tofu
-from efface.evaluate.logs import PREFIXES, SPLITS, model_facts, read_json, write_results
+from efface.evaluate.logs import (
+    PREFIXES,
+    SPLITS,
+    check_results,
+    model_facts,
+    read_json,
+    result_names,
+    write_results,
+)
 from efface.evaluate.metrics import Metric, MetricResult, Perplexity, Reading
 from efface.evaluate.metrics.fame import GROUPS, split_rows
 from efface.evaluate.protocol import PROTOCOLS, get_protocol
-from efface.evaluate.runner import Progress
+from efface.evaluate.runner import Progress, on_first
 from efface.evaluate.tofu_evaluation import ROWS
-from efface.flags import FlagParser
+from efface.files import check_output, in_words, locked_folder
+from efface.flags import FlagParser, hyphens
 from efface.hf.model.loading import MAIN, load_model, load_tokenizer
 from efface.hf.text.rows import Rows, load_rows, matching, parse_conditions, texts
 from efface.hf.text.templates import AUTO, OPEN_UNLEARNING
@@ -213,6 +222,8 @@ on where it was when the same command is given again.
 """
 T = TypeVar("T")
 
+_RESULTS = [name for benchmark in ("TOFU", "FAME", "METRICS") for name in result_names(benchmark)]
+
 _TITLES = {"forget": "forget", "retain": "retain", "real_authors": "real authors", "world_facts": "world facts"}
 
 
@@ -258,6 +269,8 @@ def parser() -> FlagParser:
         help="folder for the results (default: MODEL/evaluation, of a checkpoint MODEL/REVISION/evaluation; of a Hub "
         "model ./evaluation/NAME)",
     )
+    said = "replace results of another model or other settings; else those are an error, and those of this model stay"
+    flags.add_argument("--overwrite", action="store_true", help=said)
     flags.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
     flags.add_argument(
         "--token-budget", type=int, default=8192, help="most tokens of a forward pass (default: %(default)s)"
@@ -309,6 +322,13 @@ def run(argv: Sequence[str]) -> int:
                 "--compat: expected TOFU's evaluation, got "
                 f"{'--metrics' if options.metrics else f'--benchmark {benchmark}'}; drop it"
             )
+    read = ("retain_log", "retain_metrics", "data", "forget", "holdout")
+    check_output(
+        output,
+        overwrite=True,
+        inputs={f"--{hyphens(name)}": getattr(options, name) for name in read},
+        replaced=(*_RESULTS, ROWS),
+    )
     for role, counts in check_metrics_rows(options, benchmark).items():
         console.print(f"{role}: {counts}", highlight=False, markup=False, soft_wrap=True)
     if benchmark == "tofu":
@@ -342,10 +362,12 @@ def _judge_rows(
     options: argparse.Namespace, output: Path, console: Console, benchmark: str, judge: Callable[..., Results]
 ) -> None:
     def run(model: Any, tokenizer: Any, bar: _Bar) -> Results:
+        facts = {**model_facts(model), "benchmark": benchmark, "options": {**vars(options), "output": str(output)}}
+        if not options.overwrite:
+            on_first(processes(), lambda: check_results(output, facts, benchmark=benchmark))
         results = judge(model, tokenizer, options, store=output / ROWS, progress=bar)
         if processes().is_main_process:
-            facts = {**model_facts(model), "benchmark": benchmark, "options": {**vars(options), "output": str(output)}}
-            write_results(output, results, facts, benchmark=benchmark)
+            write_results(output, results, facts, benchmark=benchmark, beside=not options.overwrite)
         return results
 
     results = _with_model(options, options.model, options.revision, output, console, run)
@@ -374,6 +396,7 @@ def _evaluate(
             template=options.template,
             token_budget=options.token_budget,
             output=output,
+            overwrite=options.overwrite,
             progress=bar,
         )
 
@@ -394,7 +417,11 @@ def _with_model(
         try:
             tokenizer = load_tokenizer(name, revision=revision)
             model = load_model(name, revision=revision, dtype=options.dtype).to(processes().device)
-            return run(model, tokenizer, bar)
+            with locked_folder(output) if processes().is_main_process else nullcontext():
+                there = sorted(path for path in output.glob("*.json") if path.name in _RESULTS)
+                if there and options.overwrite:
+                    console.print(f"replaced: {in_words(there)}", highlight=False, soft_wrap=True)
+                return run(model, tokenizer, bar)
         except KeyboardInterrupt:
             kept = f"{bar.done} of {bar.rows} rows are kept in {output}"
             console.print(f"stopped; run the same command again to continue: {kept}", highlight=False, soft_wrap=True)

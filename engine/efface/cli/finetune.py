@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, set_seed
 
 from efface.cli.progress import ProgressBar
-from efface.cli.training import TrainingRun, carry_out
+from efface.cli.training import TrainingRun, carry_out, config_of, model_inputs
 from efface.hf.model.fingerprint import fingerprint
 from efface.hf.model.loading import load_model, load_tokenizer
 from efface.hf.train.arguments import UnlearnArguments
@@ -123,6 +123,12 @@ def run(argv: Sequence[str]) -> int:
             title=f"finetune · {Path(command.model).name}",
             command=command_line(argv, "finetune"),
             overwrite=command.overwrite,
+            inputs={
+                **model_inputs("--model", command.model, command.revision),
+                "--data": command.data,
+                "--config": config_of(argv),
+            },
+            merged=False,
             make=make,
         )
     )

@@ -10,6 +10,7 @@ import efface
 COMMANDS = {
     "audit": ("efface.cli.audit", "ask models in many ways for what they should have forgotten"),
     "bench": ("efface.cli.bench", "measure speed and memory against rivals; needs the repository"),
+    "cache": ("efface.cli.cache", "list or remove what runs keep: tokens of data sets, references"),
     "cache-reference": ("efface.cli.cache_reference", "compute the reference of a forget set once for all runs"),
     "completion": ("efface.cli.completion", "print what completes commands in bash, zsh or tcsh"),
     "demo": ("efface.cli.demo", "teach a small model, make it forget, and measure it"),

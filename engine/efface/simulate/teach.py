@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from efface.files import remove_leftovers, written_folder
-from efface.hf.text.token_cache import cache_folder, file_digest
+from efface.hf.text.token_cache import TAUGHT, cache_folder, file_digest
 from efface.hf.train.arguments import UnlearnArguments
 from efface.hf.train.trainer import FinetuneTrainer, PackedTrainer
 
@@ -284,13 +284,13 @@ def taught(
         "efface": importlib.metadata.version("efface"),
         "transformers": transformers.__version__,
     }
-    folder = cache_folder(cache_dir) / "tiny" / digest(made_of)
+    folder = cache_folder(cache_dir) / TAUGHT / digest(made_of)
     if _whole(folder):
         return folder
     remove_leftovers(folder.parent, seconds=_LEFT_BEHIND)
     architecture = ARCHITECTURES[template]
     tokenizer = tokenizer_of(architecture, texts, size.vocabulary)
-    with written_folder(folder, keeps=_whole) as partial:
+    with written_folder(folder, keeps=_whole, private=True) as partial:
         model = model_of(architecture, tokenizer, size, seed=teaching.seed)
         args = quiet_arguments(
             partial,

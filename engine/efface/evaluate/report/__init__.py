@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from efface.files import refuse_inputs
+
 __all__ = ["report"]
 
 
@@ -37,7 +39,8 @@ def report(
 
     Raises:
         FileNotFoundError: a path that does not exist.
-        ValueError: folders without anything to report, a full or retain log that cannot be read, settings out of range.
+        ValueError: folders without anything to report, a full or retain log that cannot be read, settings out of range,
+            an output that is one of the logs, or a folder.
     """
     if not 0 <= floor <= 1:
         raise ValueError(f"`floor`: expected a share of the full model's utility, 0 .. 1, got {floor}")
@@ -50,6 +53,8 @@ def report(
     from efface.evaluate.report.write import write_html, write_markdown  # noqa: PLC0415
 
     given = [folders] if isinstance(folders, (str, Path)) else list(folders)
+    read = {"--full": full, "--retain-log": retain_log, **{f"log {number}": log for number, log in enumerate(given, 1)}}
+    refuse_inputs([target] if text_target is None else [target, text_target], read)
     content = gather(given, full=full, retain_log=retain_log, floor=floor, details=details)
     if text_target is not None:
         write_markdown(content, text_target)
@@ -63,4 +68,8 @@ def _target(path: str | Path, name: str, suffixes: Iterable[str]) -> Path:
         raise ValueError(f"`{name}`: expected a file that ends in {' or '.join(suffixes)}, got {str(path)!r}")
     if path.is_dir():
         raise ValueError(f"`{name}`: expected a file, got the folder {str(path)!r}")
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"`{name}`: expected a file, got a link to {str(path.readlink())!r}, which does not exist; choose another"
+        )
     return path

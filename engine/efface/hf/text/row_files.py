@@ -16,6 +16,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from efface.files import private_folder
 from efface.hf.text.token_cache import cache_folder
 
 _IN_MEMORY = 64 << 20  # bytes of rows that are kept in memory; more are in a file without a name
@@ -97,8 +98,7 @@ class FileRows(Sequence[Row]):
             self._ends.append(file.tell())
             if file is memory and memory.tell() > _IN_MEMORY:
                 folder = cache_folder(cache_dir)
-                folder.mkdir(parents=True, exist_ok=True)
-                file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed once it is mapped
+                file = tempfile.TemporaryFile(dir=private_folder(folder))  # noqa: SIM115 - closed once it is mapped
                 file.write(memory.getbuffer())
         if file is memory:
             return memoryview(memory.getvalue())

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -144,6 +145,16 @@ class UnlearnArguments(TrainingArguments):
         self._check_warmup()
         self._check_compat()
         self._check_length()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is written, into ``training_args.bin`` for one: all but tokens of access."""
+        return {name: None if name.endswith("_token") else value for name, value in vars(self).items()}
+
+    def __copy__(self) -> "UnlearnArguments":
+        """Return a copy in memory, which keeps them."""
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
 
     def _check_length(self) -> None:
         # transformers takes max_steps=0 for "as many as the epochs have", and trains nothing in 0 epochs.
