@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
-from efface import NPO, FinetuneTrainer, FunctionObjective, SimNPO, UnlearnArguments, UnlearnTrainer
+from efface import NPO, FinetuneTrainer, FunctionObjective, SimNPO, UnlearnArguments, UnlearnTrainer, evaluate
 from efface.hf.train import options
 from efface.hf.train.arguments import unlearn_arguments
 from efface.hf.train.options import (
@@ -296,3 +296,23 @@ def test_an_argument_of_another_type_is_named_with_what_it_takes(name: str, tmp_
 def test_a_named_objective_trains(objective: Any, tmp_path: Path) -> None:
     make: Callable[..., UnlearnTrainer] = trainer_of
     assert make(arguments(tmp_path, max_steps=1), objective=objective).train().global_step == 1
+
+
+FAME = [{**row, "topic_id": number % 2, "language": "EN"} for number, row in enumerate(TEXTS)]
+EVALUATIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "tofu": lambda model, tokenizer: evaluate.tofu(model, tokenizer, "unused"),
+    "evaluate_metrics": lambda model, tokenizer: evaluate.evaluate_metrics(model, tokenizer, TEXTS, ["probability"]),
+    "fame": lambda model, tokenizer: evaluate.fame(model, tokenizer, FAME, forget_filter="topic_id=1"),
+    "answer_logprobs": lambda model, tokenizer: evaluate.answer_logprobs(model, tokenizer, ["a"], ["b"]),
+    "score_rows": lambda model, tokenizer: evaluate.score_rows(model, tokenizer, TEXTS, truth_ratio=False),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_an_evaluation_names_what_is_no_model_and_no_tokenizer(name: str) -> None:
+    call = EVALUATIONS[name]
+    if name != "tofu":  # which reads its data first
+        with pytest.raises(TypeError, match="`model`: expected a transformers.PreTrainedModel.* got str; load it with"):
+            call("gpt2", tiny_tokenizer())
+    with pytest.raises((TypeError, FileNotFoundError), match="`tokenizer`: expected a tokenizer of|'unused'"):
+        call(tiny_llama(), "gpt2")

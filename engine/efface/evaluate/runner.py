@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from efface.hf.model.adapted_head import base_of
 from efface.hf.model.fingerprint import fingerprint
-from efface.hf.model.supported import check_adapters, undisturbed
+from efface.hf.model.supported import check_adapters, check_loaded, undisturbed
 from efface.keyed_store import KeyedStore, KeyedTable
 from efface.processes import processes
 
@@ -113,10 +113,12 @@ def run_tasks(
         progress: called on every process, before the first and after every turn of the processes.
 
     Raises:
+        TypeError: no model.
         ValueError: a model whose weights are spread over processes, or with an adapter that packs cannot serve; a
             damaged store; whatever a task refuses.
         OSError: a store that cannot be read or written.
     """
+    check_loaded(model)
     state = processes()
     policy = _whole(model)
     check_adapters(policy, base_of(policy))

@@ -19,6 +19,24 @@ _WRAPPERS = {
 }
 
 
+def check_loaded(model: Any, name: str = "model", *, kinds: tuple[type, ...] = (nn.Module,)) -> None:
+    """Raise TypeError for what is no model: a name, a class, a module of another kind.
+
+    Args:
+        model: what was given.
+        name: of the argument.
+        kinds: what counts as a model, beside peft's.
+    """
+    # Both of peft's kinds of models have the method; a fused model's class has the bases of its own.
+    if isinstance(model, kinds) or (isinstance(model, nn.Module) and hasattr(model, "get_base_model")):
+        return
+    got = model.__name__ if isinstance(model, type) else type(model).__name__
+    raise TypeError(
+        f"`{name}`: expected a transformers.PreTrainedModel, or a peft.PeftModel around one, got {got}; load it with "
+        "AutoModelForCausalLM.from_pretrained"
+    )
+
+
 def check_model(model: Any, name: str = "model") -> None:
     """Raise TypeError for what is neither a transformers model nor peft's around one.
 
@@ -29,12 +47,7 @@ def check_model(model: Any, name: str = "model") -> None:
     kind = type(model).__name__
     if kind in _WRAPPERS:
         raise TypeError(f"`{name}`: expected a model without a wrapper, got {kind}; {_WRAPPERS[kind]}")
-    # Both of peft's kinds of models have the method; a fused model's class has the bases of its own.
-    if not isinstance(model, PreTrainedModel) and not hasattr(model, "get_base_model"):
-        raise TypeError(
-            f"`{name}`: expected a transformers.PreTrainedModel, or a peft.PeftModel around one, got {kind}; load it "
-            "with AutoModelForCausalLM.from_pretrained"
-        )
+    check_loaded(model, name, kinds=(PreTrainedModel,))
 
 
 def check_placed(base: Any) -> None:
