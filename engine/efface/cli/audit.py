@@ -167,7 +167,6 @@ def run(argv: Sequence[str]) -> int:
         for name, place in models.items()
     }
     transformers.logging.disable_progress_bar()
-    output.mkdir(parents=True, exist_ok=True)
     audits = {
         name: _audited(name, place, tokenizers[name], rows, views, options, console) for name, place in models.items()
     }

@@ -15,15 +15,15 @@ from rich.table import Table
 
 from efface.cli.progress import open_console, progress_on
 from efface.evaluate import EvalLog, TofuResult, evaluate_metrics, fame, get_metric, known_metrics, tofu
-from efface.evaluate.logs import PREFIXES, SPLITS, model_facts, read_json, write_results
+from efface.evaluate.logs import PREFIXES, SPLITS, model_facts, read_json, read_log, write_results
 from efface.evaluate.metrics import Metric, MetricResult, Perplexity, Reading
 from efface.evaluate.metrics.fame import GROUPS, split_rows
 from efface.evaluate.protocol import PROTOCOLS, get_protocol
 from efface.evaluate.runner import Progress
-from efface.evaluate.tofu_evaluation import ROWS
+from efface.evaluate.tofu_evaluation import ROWS, load_split
 from efface.flags import FlagParser
 from efface.hf.model.loading import MAIN, load_model, load_tokenizer
-from efface.hf.text.rows import Rows, load_rows, matching, parse_conditions, texts
+from efface.hf.text.rows import Rows, check_columns, load_rows, matching, parse_conditions, texts
 from efface.hf.text.templates import AUTO, OPEN_UNLEARNING
 from efface.processes import processes
 
@@ -92,6 +92,9 @@ def check_metrics_rows(options: argparse.Namespace, benchmark: str | None) -> di
     taken: dict[str, str] = {}
     if benchmark == "fame" and options.data and filters["forget"]:
         rows = load_rows(options.data)
+        check_columns(rows, options.group_columns, options.data)
+        for column in names:
+            texts(rows, column, options.data)
         for name, some in split_rows(rows, filters["forget"], filters["retain"]).items():
             taken[f"FAME {name}"] = f"{len(some):,} of {len(rows):,} rows, {options.data}"
     for name, source in sources.items():
@@ -309,6 +312,10 @@ def run(argv: Sequence[str]) -> int:
                 "--compat: expected TOFU's evaluation, got "
                 f"{'--metrics' if options.metrics else f'--benchmark {benchmark}'}; drop it"
             )
+    if options.retain_metrics:
+        read_values(options.retain_metrics)
+    if benchmark == "tofu":
+        _check_tofu(options)
     for role, counts in check_metrics_rows(options, benchmark).items():
         console.print(f"{role}: {counts}", highlight=False, markup=False, soft_wrap=True)
     if benchmark == "tofu":
@@ -319,6 +326,15 @@ def run(argv: Sequence[str]) -> int:
         _judge_rows(options, output, console, "METRICS", run_metrics)
     console.print(f"wrote {output}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _check_tofu(options: argparse.Namespace) -> None:
+    """Raise what the evaluation would say of its local files, before a model is loaded."""
+    if options.retain_log is not None and "forget" in options.splits:
+        read_log(options.retain_log).rows("forget", "truth_ratio")
+    if options.data is not None and Path(options.data).expanduser().exists():
+        for split in options.splits:
+            load_split(options.data, split, options.split, get_protocol(options.protocol, options.compat))
 
 
 def _judge_by_tofu(options: argparse.Namespace, output: Path, console: Console) -> None:

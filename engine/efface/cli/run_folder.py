@@ -50,6 +50,7 @@ class RunFolder:
         Raises:
             FileExistsError: another process works on it.
         """
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         handle: int | None = -1  # of a file system without locks
         with suppress(OSError):
@@ -64,6 +65,9 @@ class RunFolder:
         finally:
             if handle >= 0:
                 os.close(handle)
+            with suppress(OSError):  # those with something in them stay
+                for folder in missing:
+                    folder.rmdir()
 
     def begin(self, identity: dict[str, Any]) -> Path | None:
         """Return the checkpoint to continue from, or None to start; the folder is this run's from now on.
