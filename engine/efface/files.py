@@ -272,18 +272,24 @@ def locked_folder(folder: Path) -> Iterator[None]:
     """Keep other processes from an output folder; the system lets go of it when this one ends, however it does.
 
     Args:
-        folder: is made if it is not there.
+        folder: is made if it is not there, and is gone again where nothing came to be in it.
 
     Raises:
         FileExistsError: another process works on it.
     """
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with held(folder) as mine:
-        if not mine:
-            raise FileExistsError(
-                f"output folder {str(folder)!r}: another process is writing there; wait for it, or stop it"
-            )
-        yield
+    try:
+        with held(folder) as mine:
+            if not mine:
+                raise FileExistsError(
+                    f"output folder {str(folder)!r}: another process is writing there; wait for it, or stop it"
+                )
+            yield
+    finally:
+        with suppress(OSError):  # those with something in them stay
+            for parent in missing:
+                parent.rmdir()
 
 
 @contextmanager

@@ -54,7 +54,8 @@ def test_a_folder_with_checkpoints_alone_names_them(tmp_path: Path, capsys: pyte
     for step in (2, 12):
         saved(tmp_path / f"checkpoint-{step}", step)
     (tmp_path / "run.json").write_text("{}")
-    words = ["unlearn", "--model", str(tmp_path), "--forget", "f.json", "--output_dir", str(tmp_path / "out")]
+    rows = written_rows(tmp_path / "rows.json")
+    words = ["unlearn", "--model", str(tmp_path), "--forget", str(rows), "--output_dir", str(tmp_path / "out")]
     assert main([*words, "--use_cpu", "True"]) == 2
     told = capsys.readouterr().err
     assert "it has revisions checkpoint-2, checkpoint-12. Choose one, such as `--revision checkpoint-12`" in told
@@ -298,7 +299,7 @@ LOADS: dict[str, list[list[str]] | None] = {
     "evaluate": [
         ["--model", "BROKEN", "--forget", "ROWS", "--metrics", "probability", "--output", "OUT"],
         [*_RIVAL, "--model", "WHOLE", "--reference-model", "BROKEN"],
-        ["--model", "BROKEN", "--data", "DATA", "--output", "OUT"],
+        ["--model", "BROKEN", "--output", "OUT"],
     ],
     "audit": [
         ["--model", "BROKEN", "--data", "ROWS", "--views", "direct", "--output", "OUT"],
@@ -328,7 +329,6 @@ def test_every_command_that_reads_a_model_refuses_it(
         "BROKEN": files / fault,
         "WHOLE": files / "whole",
         "ROWS": files / "rows.json",
-        "DATA": files,
         "OUT": tmp_path / "out",
         "ADAPTER": tmp_path / "adapter",
     }

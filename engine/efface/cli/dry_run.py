@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
 
 from efface.batching import TokenStore, plan_epoch
 from efface.cli.plan import summary
-from efface.hf.model.loading import local_files
+from efface.hf.model.loading import local_files, read_config, read_tokenizer
 from efface.hf.reference.make import reference_kind
 from efface.hf.text.rows import check_columns, load_rows, local_file, matching, parse_conditions
 from efface.hf.text.templates import AUTO, TEMPLATES
@@ -121,7 +120,7 @@ def _data(command: UnlearnCommand, args: UnlearnArguments, objective: Objective,
     retain = command.retain if "retain" in sources else None
     stores = unlearning_stores(
         objective,
-        AutoTokenizer.from_pretrained(folder),
+        read_tokenizer(folder),
         args,
         forget=command.forget,
         retain=retain,
@@ -347,7 +346,7 @@ def _is_adapter(command: UnlearnCommand) -> bool:
 def _architecture(command: UnlearnCommand, recipe: Recipe | None) -> Any:
     folder = local_files(command.model, command.revision, "config.json")
     if folder is not None:
-        return AutoConfig.from_pretrained(folder)
+        return read_config(folder)
     if recipe is not None and command.model == recipe.unlearn["model"] and recipe.architecture:
         return recipe.architecture
     return None

@@ -21,6 +21,7 @@ from efface.evaluate.logs import (
     check_results,
     model_facts,
     read_json,
+    read_log,
     result_names,
     write_results,
 )
@@ -28,11 +29,11 @@ from efface.evaluate.metrics import Metric, MetricResult, Perplexity, Reading
 from efface.evaluate.metrics.fame import GROUPS, split_rows
 from efface.evaluate.protocol import PROTOCOLS, get_protocol
 from efface.evaluate.runner import Progress, on_first
-from efface.evaluate.tofu_evaluation import ROWS
+from efface.evaluate.tofu_evaluation import ROWS, load_split
 from efface.files import check_output, in_words, locked_folder
 from efface.flags import FlagParser, hyphens
 from efface.hf.model.loading import MAIN, load_model, load_tokenizer
-from efface.hf.text.rows import Rows, load_rows, matching, parse_conditions, texts
+from efface.hf.text.rows import Rows, check_columns, load_rows, matching, parse_conditions, texts
 from efface.hf.text.templates import AUTO, OPEN_UNLEARNING
 from efface.processes import processes
 
@@ -101,6 +102,9 @@ def check_metrics_rows(options: argparse.Namespace, benchmark: str | None) -> di
     taken: dict[str, str] = {}
     if benchmark == "fame" and options.data and filters["forget"]:
         rows = load_rows(options.data)
+        check_columns(rows, options.group_columns, options.data)
+        for column in names:
+            texts(rows, column, options.data)
         for name, some in split_rows(rows, filters["forget"], filters["retain"]).items():
             taken[f"FAME {name}"] = f"{len(some):,} of {len(rows):,} rows, {options.data}"
     for name, source in sources.items():
@@ -329,6 +333,10 @@ def run(argv: Sequence[str]) -> int:
         inputs={f"--{hyphens(name)}": getattr(options, name) for name in read},
         replaced=(*_RESULTS, ROWS),
     )
+    if options.retain_metrics:
+        read_values(options.retain_metrics)
+    if benchmark == "tofu":
+        _check_tofu(options)
     for role, counts in check_metrics_rows(options, benchmark).items():
         console.print(f"{role}: {counts}", highlight=False, markup=False, soft_wrap=True)
     if benchmark == "tofu":
@@ -339,6 +347,15 @@ def run(argv: Sequence[str]) -> int:
         _judge_rows(options, output, console, "METRICS", run_metrics)
     console.print(f"wrote {output}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _check_tofu(options: argparse.Namespace) -> None:
+    """Raise what the evaluation would say of its local files, before a model is loaded."""
+    if options.retain_log is not None and "forget" in options.splits:
+        read_log(options.retain_log).rows("forget", "truth_ratio")
+    if options.data is not None and Path(options.data).expanduser().exists():
+        for split in options.splits:
+            load_split(options.data, split, options.split, get_protocol(options.protocol, options.compat))
 
 
 def _judge_by_tofu(options: argparse.Namespace, output: Path, console: Console) -> None:

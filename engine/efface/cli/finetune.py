@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, set_seed
+from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
 
 from efface.cli.progress import ProgressBar
 from efface.cli.training import TrainingRun, carry_out, config_of, model_inputs
 from efface.hf.model.fingerprint import fingerprint
-from efface.hf.model.loading import load_model, load_tokenizer
+from efface.hf.model.loading import load_config, load_model, load_tokenizer
+from efface.hf.text.rows import check_source
 from efface.hf.train.arguments import UnlearnArguments
 from efface.hf.train.record import command_line
 from efface.hf.train.trainer import FinetuneTrainer, PackedTrainer
@@ -92,7 +93,7 @@ def _load(command: FinetuneCommand, seed: int) -> Any:
         return load_model(command.model, revision=command.revision, dtype=command.dtype, trainable=True)
     if command.dtype not in ("auto", "float32"):
         raise ValueError(f"--dtype: weights drawn by --from-config are float32, got {command.dtype!r}; add --bf16 True")
-    config = AutoConfig.from_pretrained(command.model, revision=command.revision)
+    config = load_config(command.model, revision=command.revision)
     set_seed(seed)
     return AutoModelForCausalLM.from_config(config, dtype="float32")
 
@@ -101,8 +102,10 @@ def run(argv: Sequence[str]) -> int:
     """Run the command."""
     command, args = _parse(argv)
     args.disable_tqdm = True
+    check_source(command.data)
 
     def make(bar: ProgressBar) -> tuple[PackedTrainer, dict[str, Any]]:
+        tokenizer = load_tokenizer(command.model, revision=command.revision)  # at once, where a model takes minutes
         model = _load(command, args.seed)
         weights = fingerprint(model).hex()
         trainer = FinetuneTrainer(
@@ -110,7 +113,7 @@ def run(argv: Sequence[str]) -> int:
             args,
             data=command.data,
             data_filter=command.data_filter,
-            processing_class=load_tokenizer(command.model, revision=command.revision),
+            processing_class=tokenizer,
             callbacks=[bar],
         )
         trainer.remove_callback(PrinterCallback)

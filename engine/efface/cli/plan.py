@@ -2,17 +2,19 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich import box
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from efface.batching import EpochPlan, TokenStore, plan_epoch
 from efface.cli.progress import open_console
 from efface.flags import FlagParser
+from efface.hf.model.loading import load_tokenizer, read_tokenizer
 from efface.hf.text.data import DataFacts, refuse_overlap, token_store
+from efface.hf.text.rows import check_source
 from efface.hf.text.templates import AUTO
 from efface.hf.train.arguments import UnlearnArguments
 
@@ -88,7 +90,10 @@ def summary(
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parser().parse_args(argv)
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    for source in (options.forget, options.retain):
+        check_source(source)
+    folder = Path(options.tokenizer).expanduser()
+    tokenizer = read_tokenizer(folder) if folder.is_dir() else load_tokenizer(options.tokenizer)
     names = ("template", "max_length", "question_column", "answer_column")
     settings = {name: getattr(options, name) for name in names}
     forget = token_store(options.forget, tokenizer, name="forget", rows_filter=options.forget_filter, **settings)

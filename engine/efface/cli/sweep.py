@@ -21,7 +21,7 @@ from efface.cli.main import main
 from efface.cli.progress import open_console
 from efface.cli.run_folder import RECORD as RUN_RECORD
 from efface.cli.run_folder import differences
-from efface.cli.training import model_inputs, terminated_as_interrupted
+from efface.cli.training import model_inputs
 from efface.files import alone, check_output, write_whole
 from efface.flags import flag_words
 from efface.hf.reference.cached import NO_FILE
@@ -274,10 +274,9 @@ def carry_out(sweep: SweepCommand, launch: Launcher, fill: Fill, console: Consol
         changed=changed,
     )
     try:
-        with terminated_as_interrupted():
-            if ledger.unfinished():
-                fill_reference(sweep, fill, say)
-            loop.run()
+        if ledger.unfinished():
+            fill_reference(sweep, fill, say)
+        loop.run()
     except KeyboardInterrupt:
         say("stopped; run the same command again to continue: finished trials stay, those in work go on")
         raise

@@ -3,10 +3,8 @@
 import json
 import math
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from efface.hf.model.adapted_head import base_of
 from efface.hf.model.fingerprint import fingerprint
 from efface.hf.model.loading import MAIN, load_model, load_tokenizer
 from efface.hf.model.lora import add_lora, check_mergeable, is_second, merged
+from efface.hf.text.rows import check_source
 from efface.hf.text.templates import get_template
 from efface.hf.train.arguments import UnlearnArguments
 from efface.hf.train.checkpoints import checkpoints, newest_checkpoint, unsaved
@@ -73,30 +72,12 @@ class TrainingRun:
         return Path(self.args.output_dir or "trainer_output")
 
 
-@contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does, so that what is half written is cleared away."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # only there does Python allow handlers
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def carry_out(run: TrainingRun) -> int:
     """Train, save and push; continue an unfinished run of the same command. Returns the exit code."""
     # Of the processes of a distributed run, the first is the one that speaks and writes.
     console = open_console(stderr=True, quiet=run.args.process_index != 0)
     try:
-        with terminated_as_interrupted():
-            _carry_out(run, console)
+        _carry_out(run, console)
     except KeyboardInterrupt:
         newest = newest_checkpoint(run.out)
         state = "there is no checkpoint yet, so it starts anew" if newest is None else f"{newest.name} is whole"
@@ -276,6 +257,7 @@ def make_trainer(
         The trainer, and the fingerprints of the models that it began with.
     """
     args.disable_tqdm = True
+    tokenizer = load_tokenizer(command.model, revision=command.revision)  # at once, where a model takes minutes
     model = load_model(command.model, revision=command.revision, dtype=command.dtype, trainable=True)
     models: dict[str, str | None] = {"weights": fingerprint(model).hex(), "reference_weights": None}
     reference_model = _reference_model(command)
@@ -293,7 +275,7 @@ def make_trainer(
         reference=command.reference,
         reference_model=reference_model,
         reference_device=command.reference_device,
-        processing_class=load_tokenizer(command.model, revision=command.revision),
+        processing_class=tokenizer,
         callbacks=[bar],
     )
     trainer.check_start()  # before anything is written
@@ -389,6 +371,8 @@ def unlearn(command: UnlearnCommand, args: UnlearnArguments, argv: Sequence[str]
         return show(command, args, objective, recipe)
     if recipe is not None and command.evaluate:
         check_files(command, recipe)
+    for source in (command.forget, command.retain):
+        check_source(source)
 
     def make(bar: ProgressBar) -> tuple[PackedTrainer, dict[str, Any]]:
         trainer, models = make_trainer(command, args, objective, bar)

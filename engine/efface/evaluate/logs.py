@@ -125,26 +125,46 @@ def log_of(content: Any, source: str) -> EvalLog:
     Raises:
         ValueError: neither of the two forms.
     """
-    if isinstance(content, dict) and content.keys() & set(_ORIGINAL_FILES.values()):
-        splits = {
-            split: _original_split(content[file], split) for split, file in _ORIGINAL_FILES.items() if file in content
-        }
-    elif isinstance(content, dict) and any(_is_open_unlearning(name) for name in content):
-        splits = {split: _open_unlearning_split(content, prefix) for split, prefix in PREFIXES.items()}
-    else:
+    try:
+        splits = _splits(content)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"{source!r}: expected rows as TOFU or open-unlearning write them, got other ones "
+            f"({type(error).__name__}: {error}); evaluate again"
+        ) from error
+    if splits is None:
+        got = ", ".join(map(str, list(content)[:4])) if isinstance(content, dict) else type(content).__name__
         raise ValueError(
             f"{source!r}: expected the keys of TOFU's eval_log_aggregated.json ({_ORIGINAL_FILES['forget']}, …) or "
-            f"of open-unlearning's TOFU_EVAL.json (forget_truth_ratio, …), got {', '.join(map(str, list(content)[:4]))}"
+            f"of open-unlearning's TOFU_EVAL.json (forget_truth_ratio, …), got {got or 'none'}; evaluate again"
         )
     return EvalLog(splits, source=source)
 
 
+def _splits(content: Any) -> dict[str, SplitLog] | None:
+    if isinstance(content, dict) and content.keys() & set(_ORIGINAL_FILES.values()):
+        return {
+            split: _original_split(content[file], split) for split, file in _ORIGINAL_FILES.items() if file in content
+        }
+    if isinstance(content, dict) and any(_is_open_unlearning(name) for name in content):
+        return {split: _open_unlearning_split(content, prefix) for split, prefix in PREFIXES.items()}
+    return None
+
+
+def _numbers(values: Iterable[Any]) -> FloatArray:
+    found = np.array(list(values), dtype=np.float64)
+    if found.ndim != 1:
+        raise ValueError(f"a number a row was expected, not an array of {found.ndim} dimensions")
+    return found
+
+
 def _column(metrics: Mapping[str, Any], name: str) -> FloatArray | None:
-    return np.array(list(metrics[name].values()), dtype=np.float64) if name in metrics else None
+    return _numbers(metrics[name].values()) if name in metrics else None
 
 
 def _original_split(metrics: Mapping[str, Any], split: str) -> SplitLog:
-    answer, perturbed = _column(metrics, "avg_gt_loss"), _column(metrics, "average_perturb_loss")
+    answer, perturbed = _column(metrics, "avg_gt_loss"), metrics.get("average_perturb_loss")
+    perturbed = None if perturbed is None else np.array(list(perturbed.values()), dtype=np.float64)  # (rows, answers)
     paraphrased = _column(metrics, "avg_paraphrased_loss")
     probability = None if answer is None else np.exp(-answer)
     if split in ("real_authors", "world_facts") and probability is not None and perturbed is not None:
@@ -174,7 +194,7 @@ def _open_unlearning_split(content: Mapping[str, Any], prefix: str) -> SplitLog:
 
     def values(name: str, field: str) -> FloatArray | None:
         found = fields(name, field)
-        return None if found is None else np.array(list(found.values()), dtype=np.float64)
+        return None if found is None else _numbers(found.values())
 
     ratios = fields("Truth_Ratio", "score")
     return SplitLog(

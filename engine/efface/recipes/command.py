@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
+from efface.errors import reading
 from efface.objectives import Objective, get_objective, known_objectives
 
 
@@ -107,5 +108,6 @@ class UnlearnCommand:
             name, equals, value = option.partition("=")
             if not equals:
                 raise ValueError(f"--objective-options: expected name=value, got {option!r}")
-            given[name] = yaml.safe_load(value)
+            with reading(f"--objective-options {name}", "a value as YAML writes it", "correct it there"):
+                given[name] = yaml.safe_load(value)
         return get_objective(self.objective, **given)
