@@ -49,6 +49,7 @@ def parser() -> FlagParser:
     flags.add_argument("--retain", help="a model that never learnt what was to be forgotten")
     flags.add_argument("--revision", default=MAIN, help="revision of --model")
     flags.add_argument("--tokenizer", help="default: each model's own")
+    flags.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
     flags.add_argument("--data", required=True, help="a file of rows, a folder of TOFU's files, or a Hub data set")
     flags.add_argument("--split", help="of a folder or a Hub data set: forget01, forget05, forget10 (default)")
     flags.add_argument(
@@ -168,7 +169,9 @@ def run(argv: Sequence[str]) -> int:
     # The tokenizers first: a name that is not there shows before anything is computed.
     tokenizers = {
         name: load_tokenizer(
-            options.tokenizer or place, revision=MAIN if options.tokenizer else _revision(name, options)
+            options.tokenizer or place,
+            revision=MAIN if options.tokenizer else _revision(name, options),
+            trust_remote_code=options.trust_remote_code,
         )
         for name, place in models.items()
     }
@@ -230,7 +233,12 @@ def _audited(
     console: Console,
 ) -> AuditResult:
     """Load a model, audit it, and let go of it."""
-    model = load_model(place, revision=_revision(name, options), dtype=options.dtype).to(processes().device)
+    model = load_model(
+        place,
+        revision=_revision(name, options),
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+    ).to(processes().device)
     with progress_on(console) as bar:
         task = bar.add_task(name)
         result = audit(

@@ -134,7 +134,9 @@ def run_metrics(
     metrics = chosen_metrics(options)
     reference = None
     if options.reference_model is not None:
-        reference = load_model(options.reference_model, dtype=options.dtype).to(model.device)
+        reference = load_model(
+            options.reference_model, dtype=options.dtype, trust_remote_code=options.trust_remote_code
+        ).to(model.device)
     try:
         return evaluate_metrics(
             model,
@@ -242,6 +244,8 @@ def parser() -> FlagParser:
     )
     flags.add_argument("--model", required=True, help="checkpoint folder or Hub name")
     flags.add_argument("--revision", default=MAIN, help="branch, tag or commit; of a folder, a checkpoint in it")
+    flags.add_argument("--tokenizer", help="folder or Hub name; default: that of the model")
+    flags.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
     flags.add_argument(
         "--benchmark", choices=("tofu", "fame"), help="(default: tofu; with --metrics nothing but those)"
     )
@@ -432,8 +436,10 @@ def _with_model(
     bar = _Bar(console, Path(name).name)
     with closing(bar):
         try:
-            tokenizer = load_tokenizer(name, revision=revision)
-            model = load_model(name, revision=revision, dtype=options.dtype).to(processes().device)
+            trusted, given = options.trust_remote_code, options.tokenizer
+            tokenizer = load_tokenizer(given or name, revision=MAIN if given else revision, trust_remote_code=trusted)
+            model = load_model(name, revision=revision, dtype=options.dtype, trust_remote_code=trusted)
+            model = model.to(processes().device)
             with locked_folder(output) if processes().is_main_process else nullcontext():
                 there = sorted(path for path in output.glob("*.json") if path.name in _RESULTS)
                 if there and options.overwrite:

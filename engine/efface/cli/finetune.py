@@ -8,9 +8,9 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
 
 from efface.cli.progress import ProgressBar
-from efface.cli.training import TrainingRun, carry_out, config_of, model_inputs
+from efface.cli.training import TrainingRun, carry_out, config_of, model_inputs, tokenizer_of
 from efface.hf.model.fingerprint import fingerprint
-from efface.hf.model.loading import load_config, load_model, load_tokenizer
+from efface.hf.model.loading import load_config, load_model
 from efface.hf.text.rows import check_source
 from efface.hf.train.arguments import UnlearnArguments
 from efface.hf.train.record import command_line
@@ -64,6 +64,10 @@ class FinetuneCommand:
         metadata={"help": "branch, tag or commit on the Hub; of a folder, a checkpoint in it, as checkpoint-12"},
     )
     dtype: str = field(default="auto", metadata={"help": "of the loaded weights: auto, float32, bfloat16, float16"})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run code that comes with the checkpoint; read it before"}
+    )
+    tokenizer: str | None = field(default=None, metadata={"help": "folder or Hub name; default: that of --model"})
     from_config: bool = field(
         default=False, metadata={"help": "take no weights of --model: draw them anew, by --seed, in float32"}
     )
@@ -90,12 +94,19 @@ def _parse(argv: Sequence[str]) -> tuple[FinetuneCommand, UnlearnArguments]:
 
 def _load(command: FinetuneCommand, seed: int) -> Any:
     if not command.from_config:
-        return load_model(command.model, revision=command.revision, dtype=command.dtype, trainable=True)
+        return load_model(
+            command.model,
+            revision=command.revision,
+            dtype=command.dtype,
+            trainable=True,
+            trust_remote_code=command.trust_remote_code,
+        )
     if command.dtype not in ("auto", "float32"):
         raise ValueError(f"--dtype: weights drawn by --from-config are float32, got {command.dtype!r}; add --bf16 True")
-    config = load_config(command.model, revision=command.revision)
+    trusted = command.trust_remote_code
+    config = load_config(command.model, revision=command.revision, trust_remote_code=trusted)
     set_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype="float32")
+    return AutoModelForCausalLM.from_config(config, dtype="float32", trust_remote_code=trusted)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -105,7 +116,7 @@ def run(argv: Sequence[str]) -> int:
     check_source(command.data)
 
     def make(bar: ProgressBar) -> tuple[PackedTrainer, dict[str, Any]]:
-        tokenizer = load_tokenizer(command.model, revision=command.revision)  # at once, where a model takes minutes
+        tokenizer = tokenizer_of(command)  # at once, where a model takes minutes
         model = _load(command, args.seed)
         weights = fingerprint(model).hex()
         trainer = FinetuneTrainer(

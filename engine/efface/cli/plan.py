@@ -33,6 +33,7 @@ def parser() -> FlagParser:
         _EXAMPLES,
     )
     flags.add_argument("--tokenizer", required=True, help="folder or Hub name of the checkpoint whose tokenizer to use")
+    flags.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
     flags.add_argument("--forget", required=True, help="what to forget: a file or Hub data set, as for efface unlearn")
     flags.add_argument("--retain", help="what to keep, likewise")
     flags.add_argument("--pairs-per-step", type=int, default=32, help="of the run (default: 32)")
@@ -92,8 +93,11 @@ def run(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     for source in (options.forget, options.retain):
         check_source(source)
-    folder = Path(options.tokenizer).expanduser()
-    tokenizer = read_tokenizer(folder) if folder.is_dir() else load_tokenizer(options.tokenizer)
+    folder, trusted = Path(options.tokenizer).expanduser(), options.trust_remote_code
+    if folder.is_dir():
+        tokenizer = read_tokenizer(folder, trust_remote_code=trusted)
+    else:
+        tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=trusted)
     names = ("template", "max_length", "question_column", "answer_column")
     settings = {name: getattr(options, name) for name in names}
     forget = token_store(options.forget, tokenizer, name="forget", rows_filter=options.forget_filter, **settings)

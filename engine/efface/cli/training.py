@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
@@ -245,7 +245,32 @@ def _reference_model(command: UnlearnCommand) -> Any:
     name, revision = command.model, command.revision
     if command.reference_model is not None:
         name, revision = command.reference_model, command.reference_revision
-    return load_model(name, revision=revision, dtype=command.dtype, load_in_8bit=command.reference_8bit)
+    return load_model(
+        name,
+        revision=revision,
+        dtype=command.dtype,
+        load_in_8bit=command.reference_8bit,
+        trust_remote_code=command.trust_remote_code,
+    )
+
+
+class ModelFlags(Protocol):
+    """The flags of a model that is trained."""
+
+    model: str
+    revision: str
+    tokenizer: str | None
+    trust_remote_code: bool
+
+
+def tokenizer_of(command: ModelFlags) -> Any:
+    """Load the tokenizer that the flags name, or else the model's own."""
+    own = command.tokenizer is None
+    return load_tokenizer(
+        command.tokenizer or command.model,
+        revision=command.revision if own else MAIN,
+        trust_remote_code=command.trust_remote_code,
+    )
 
 
 def make_trainer(
@@ -257,8 +282,14 @@ def make_trainer(
         The trainer, and the fingerprints of the models that it began with.
     """
     args.disable_tqdm = True
-    tokenizer = load_tokenizer(command.model, revision=command.revision)  # at once, where a model takes minutes
-    model = load_model(command.model, revision=command.revision, dtype=command.dtype, trainable=True)
+    tokenizer = tokenizer_of(command)  # at once, where a model takes minutes
+    model = load_model(
+        command.model,
+        revision=command.revision,
+        dtype=command.dtype,
+        trainable=True,
+        trust_remote_code=command.trust_remote_code,
+    )
     models: dict[str, str | None] = {"weights": fingerprint(model).hex(), "reference_weights": None}
     reference_model = _reference_model(command)
     if reference_model is not None:

@@ -54,6 +54,10 @@ class UnlearnCommand:
         metadata={"help": "branch, tag or commit on the Hub; of a folder, a checkpoint in it, as checkpoint-12"},
     )
     dtype: str = field(default="auto", metadata={"help": "of the loaded weights: auto, float32, bfloat16, float16"})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run code that comes with the checkpoint; read it before"}
+    )
+    tokenizer: str | None = field(default=None, metadata={"help": "folder or Hub name; default: that of --model"})
     lora_r: int | None = field(
         default=None,
         metadata={

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -18,7 +19,7 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -54,6 +55,7 @@ def load_model(
     dtype: str = "auto",
     load_in_8bit: bool = False,
     trainable: bool = False,
+    trust_remote_code: bool = False,
     client: HubFiles | None = None,
 ) -> Any:
     """Load a causal language model: all of its weights from the checkpoint, and all of the checkpoint.
@@ -67,6 +69,7 @@ def load_model(
         dtype: auto (as saved), float32, bfloat16 or float16.
         load_in_8bit: quantise all linear layers but the head, by bitsandbytes; for models that are not trained.
         trainable: whether a saved adapter can be trained further; a whole model always can.
+        trust_remote_code: whether to run code that the checkpoint brings (``auto_map`` in its config.json).
         client: the Hub; None is the real one.
 
     Raises:
@@ -74,7 +77,7 @@ def load_model(
         FileNotFoundError: no such folder, no weights in this revision (lists the revisions that there are), or no base
             model of an adapter.
         ValueError: weights that are not those of the config, or of the adapter's base model; an adapter that cannot be
-            read back as it was trained.
+            read back as it was trained; code that is not trusted.
         OSError: whatever else the Hub says.
     """
 
@@ -88,10 +91,11 @@ def load_model(
             return load_adapted(Path(found).parent, base_at, trainable=trainable)
         if load_in_8bit:
             options["quantization_config"] = _in_8bit()
-        return _load_whole(source, name, dtype=dtype, **options)
+        return _load_whole(source, name, dtype=dtype, trust_remote_code=trust_remote_code, **options)
 
     def load_readable(source: str | Path, **options: Any) -> Any:
         _check_json(source, _MODEL_JSON)
+        check_code(source, trusted=trust_remote_code)
         folder = Path(source)
         if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
             raise FileNotFoundError(
@@ -102,7 +106,14 @@ def load_model(
             return load(source, **options)
 
     def base_at(base: str, base_revision: str) -> Any:
-        return load_model(base, revision=base_revision, dtype=dtype, load_in_8bit=load_in_8bit, client=client)
+        return load_model(
+            base,
+            revision=base_revision,
+            dtype=dtype,
+            load_in_8bit=load_in_8bit,
+            trust_remote_code=trust_remote_code,
+            client=client,
+        )
 
     return _load(load_readable, name, revision, client)
 
@@ -217,9 +228,11 @@ def _in_8bit() -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", "embed_out"])
 
 
-def load_tokenizer(name: str, *, revision: str = MAIN, client: HubFiles | None = None) -> Any:
+def load_tokenizer(
+    name: str, *, revision: str = MAIN, trust_remote_code: bool = False, client: HubFiles | None = None
+) -> Any:
     """Load a tokenizer; arguments and errors are those of ``load_model``."""
-    return _load(read_tokenizer, name, revision, client)
+    return _load(partial(read_tokenizer, trust_remote_code=trust_remote_code), name, revision, client)
 
 
 def read_tokenizer(source: str | Path, **options: Any) -> Any:
@@ -234,16 +247,35 @@ def read_tokenizer(source: str | Path, **options: Any) -> Any:
     if Path(source).is_dir() and not any(path for pattern in _TOKENIZER for path in Path(source).glob(pattern)):
         raise FileNotFoundError(
             f"{where}: expected tokenizer.json and tokenizer_config.json in the folder, got no file of a tokenizer; "
-            "copy those of the model that it was made from"
+            "name another with --tokenizer, or copy the files of the model that it was made from"
         )
     _check_json(source, _TOKENIZER_JSON)
     with reading(where, "a tokenizer that transformers can load"):
         return AutoTokenizer.from_pretrained(source, **options)
 
 
-def load_config(name: str, *, revision: str = MAIN) -> Any:
+def check_code(source: str | Path, *, trusted: bool) -> None:
+    """Raise ValueError for a folder whose model is code of its own, unless that is trusted.
+
+    Without an answer transformers would ask on the terminal, and wait.
+    """
+    path = Path(source, "config.json")
+    if trusted or not path.is_file():
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    code = found.get("auto_map") if isinstance(found, dict) else None
+    if isinstance(code, dict) and found.get("model_type") not in CONFIG_MAPPING:
+        files = sorted({f"{str(name).split('--')[-1].split('.')[0]}.py" for name in code.values()})
+        raise ValueError(
+            f"model {str(source)!r}: expected an architecture of transformers, got {found.get('model_type')!r}, whose "
+            f"code comes with it ({', '.join(files)}); read it, and add --trust-remote-code (in Python "
+            "trust_remote_code=True) if it may run"
+        )
+
+
+def load_config(name: str, *, revision: str = MAIN, trust_remote_code: bool = False) -> Any:
     """Load a model's configuration; arguments and errors are those of ``load_model``."""
-    return _load(read_config, name, revision, None)
+    return _load(partial(read_config, trust_remote_code=trust_remote_code), name, revision, None)
 
 
 def read_config(source: str | Path, **options: Any) -> Any:
@@ -254,6 +286,7 @@ def read_config(source: str | Path, **options: Any) -> Any:
         OSError: whatever else the Hub says.
     """
     _check_json(source, ("config.json",))
+    check_code(source, trusted=bool(options.get("trust_remote_code")))
     with reading(f"model {str(source)!r}", "a config.json that transformers can load"):
         return AutoConfig.from_pretrained(source, **options)
 
