@@ -29,7 +29,7 @@ from efface.evaluate.metrics.fame import GROUPS, split_rows
 from efface.evaluate.protocol import PROTOCOLS, get_protocol
 from efface.evaluate.runner import Progress, on_first
 from efface.evaluate.tofu_evaluation import ROWS
-from efface.files import check_output, in_words, locked_folder
+from efface.files import check_output, in_words, locked_folder, remove_leftovers
 from efface.flags import FlagParser, hyphens
 from efface.hf.model.loading import MAIN, load_model, load_tokenizer
 from efface.hf.text.rows import Rows, load_rows, matching, parse_conditions, texts
@@ -417,7 +417,10 @@ def _with_model(
         try:
             tokenizer = load_tokenizer(name, revision=revision)
             model = load_model(name, revision=revision, dtype=options.dtype).to(processes().device)
-            with locked_folder(output) if processes().is_main_process else nullcontext():
+            first = processes().is_main_process
+            with locked_folder(output) if first else nullcontext():
+                if first:
+                    remove_leftovers(output)
                 there = sorted(path for path in output.glob("*.json") if path.name in _RESULTS)
                 if there and options.overwrite:
                     console.print(f"replaced: {in_words(there)}", highlight=False, soft_wrap=True)
