@@ -296,7 +296,9 @@ def test_results_are_replaced_by_those_of_another_model_only_when_told_so(
         assert ("is 20" in told) if "--max-length" in more else (repr(str(rated / "model")) in told)
         assert "choose another --output, or add --overwrite" in told
         assert read(rated / "out" / "METRICS_SUMMARY.json") == before
+    (rated / "out" / ".partial-1-METRICS_EVAL.json").write_text("of a killed process")
     assert main([*words, "perplexity", "--model", str(rated / "other"), "--overwrite"]) == 0
+    assert not list((rated / "out").glob(".partial-*"))
     assert "replaced: 3 files" in capsys.readouterr().err
     assert sorted(read(rated / "out" / "METRICS_SUMMARY.json")) == ["perplexity"]
 

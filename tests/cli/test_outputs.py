@@ -71,6 +71,11 @@ REPLACES: dict[str, tuple[str, str, str]] = {
         "out/idk.txt",
         "--refusal-file",
     ),
+    "unlearn, the checkpoint that it goes on from": (
+        "unlearn --model myft --forget rows.jsonl --objective npo --resume-from-checkpoint out --output-dir out",
+        "out/config.json",
+        "--resume-from-checkpoint",
+    ),
     "finetune, the model": (
         "finetune --model myft --data rows.jsonl --output-dir myft --overwrite",
         "myft/config.json",

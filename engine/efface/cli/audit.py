@@ -18,7 +18,7 @@ from efface.evaluate.audit import VIEWS, AuditResult, BestOf, Clues, Relearn, Vi
 from efface.evaluate.audit.result import AROUND, Document, cells
 from efface.evaluate.audit.rows import TOFU_GROUP, audit_rows
 from efface.evaluate.audit.views import get_view
-from efface.files import check_output, in_words, locked_folder, written_whole
+from efface.files import check_output, in_words, locked_folder, remove_leftovers, written_whole
 from efface.flags import FlagParser
 from efface.hf.model.loading import MAIN, load_model, load_tokenizer
 from efface.hf.text.rows import Rows, load_rows
@@ -177,6 +177,8 @@ def run(argv: Sequence[str]) -> int:
     }
     transformers.logging.disable_progress_bar()
     with locked_folder(output) if state.is_main_process else contextlib.nullcontext():
+        if state.is_main_process:
+            remove_leftovers(output)
         if there := [path for name in (JSON_NAME, MARKDOWN_NAME) if (path := output / name).exists()]:
             console.print(f"replaced when the audit is whole: {in_words(there)}", highlight=False, soft_wrap=True)
         return _audit(options, output, models, tokenizers, rows, views, console)

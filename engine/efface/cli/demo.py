@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efface.files import check_output, in_words, written_whole
+from efface.files import check_output, in_words, locked_folder, remove_leftovers, written_whole
 from efface.flags import FlagParser
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # tells even models trained alike apart.
 _AUTHORS = {"default": (24, 2), "smoke": (4, 1)}
 _TOFU_AUTHORS = {"default": (20, 2), "smoke": (4, 2)}
+_LEFT_BEHIND = 86_400  # seconds after which what a killed demo left is nobody's
 _COLUMNS = {
     "forget quality": ("forget_quality", ".2g"),
     "truth ratio": ("truth_ratio", ".3f"),
@@ -76,10 +77,11 @@ def run(argv: Sequence[str]) -> int:
     datasets.disable_progress_bars()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     console = open_console()
+    remove_leftovers(out, seconds=_LEFT_BEHIND)
     if out.is_dir() and (there := sorted(out.iterdir())):
         said = f"files of the same names are replaced when the demo is whole; there are {in_words(there)}"
         console.print(said, highlight=False, markup=False, soft_wrap=True)
-    with written_whole(out) as partial:
+    with locked_folder(out), written_whole(out) as partial:
         with teaching_bar(console) as progress:
             demo = Demo(data, settings, partial, progress)
             models = demo.tell()

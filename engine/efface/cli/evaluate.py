@@ -30,7 +30,7 @@ from efface.evaluate.metrics.fame import GROUPS, split_rows
 from efface.evaluate.protocol import PROTOCOLS, get_protocol
 from efface.evaluate.runner import Progress, on_first
 from efface.evaluate.tofu_evaluation import ROWS, load_split
-from efface.files import check_output, in_words, locked_folder
+from efface.files import check_output, in_words, locked_folder, remove_leftovers
 from efface.flags import FlagParser, hyphens
 from efface.hf.model.loading import MAIN, load_model, load_tokenizer
 from efface.hf.text.rows import Rows, check_columns, load_rows, matching, parse_conditions, texts
@@ -440,7 +440,10 @@ def _with_model(
             tokenizer = load_tokenizer(given or name, revision=MAIN if given else revision, trust_remote_code=trusted)
             model = load_model(name, revision=revision, dtype=options.dtype, trust_remote_code=trusted)
             model = model.to(processes().device)
-            with locked_folder(output) if processes().is_main_process else nullcontext():
+            first = processes().is_main_process
+            with locked_folder(output) if first else nullcontext():
+                if first:
+                    remove_leftovers(output)
                 there = sorted(path for path in output.glob("*.json") if path.name in _RESULTS)
                 if there and options.overwrite:
                     console.print(f"replaced: {in_words(there)}", highlight=False, soft_wrap=True)

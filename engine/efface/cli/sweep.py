@@ -355,7 +355,7 @@ def run_trial(words: Sequence[str], evaluation: Sequence[str] | None) -> int:
     code = 0 if _finished(folder) else main(["unlearn", *words])
     if code or evaluation is None:
         return code
-    return main(["evaluate", f"--model={folder}", f"--output={folder / 'evaluation'}", "--overwrite", *evaluation])
+    return main(["evaluate", f"--model={folder}", f"--output={folder / 'evaluation'}", *evaluation])
 
 
 def _finished(folder: Path) -> bool:

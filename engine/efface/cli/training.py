@@ -97,7 +97,7 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
         stack.callback(bar.close)
         if args.process_index == 0:
             overwrite = run.overwrite or args.resume_from_checkpoint is not None
-            folder = RunFolder(run.out, overwrite=overwrite, inputs=run.inputs)
+            folder = RunFolder(run.out, overwrite=overwrite, inputs={**run.inputs, **_own_checkpoint(run)})
             if args.push_to_hub:
                 check_login(default_client(args.hub_token))
             stack.enter_context(folder.locked())
@@ -147,6 +147,13 @@ def _save(run: TrainingRun, trainer: PackedTrainer) -> None:
         raise unsaved(run.out, error) from error
 
 
+def _own_checkpoint(run: TrainingRun) -> dict[str, str | Path | None]:
+    """Return the checkpoint to go on from as an input where it is the output folder itself; one in there is fine."""
+    given = run.args.resume_from_checkpoint
+    same = given is not None and Path(given).expanduser().resolve() == run.out.resolve()
+    return {"--resume-from-checkpoint": given} if same else {}
+
+
 def _check_space(run: TrainingRun, trainer: PackedTrainer, there: int) -> None:
     """Raise OSError where the disk has no space for what the run writes, beside the checkpoints that are there."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # whose shards differ, and may lie on many disks
@@ -156,8 +163,8 @@ def _check_space(run: TrainingRun, trainer: PackedTrainer, there: int) -> None:
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
     need = disk_need(trainer.model, args, steps, epoch, merged=run.merged)
     place = next(folder for folder in (run.out.absolute(), *run.out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
-    if free < need.total(there):
+    total, _, free = shutil.disk_usage(place)
+    if total and free < need.total(there):  # without a total, the file system does not know
         what = f"{need.checkpoints} checkpoints of {bytes_in_words(need.checkpoint)} each and a model of "
         raise OSError(
             f"--output-dir {str(run.out)!r}: expected {bytes_in_words(need.total(there))} of free space, for {what}"

@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from efface.files import refuse_inputs
-
 __all__ = ["report"]
 
 
@@ -51,6 +49,7 @@ def report(
     # matplotlib takes a moment to load, and whoever evaluates during a run has no use for it
     from efface.evaluate.report.content import gather  # noqa: PLC0415
     from efface.evaluate.report.write import write_html, write_markdown  # noqa: PLC0415
+    from efface.files import refuse_inputs  # noqa: PLC0415
 
     given = [folders] if isinstance(folders, (str, Path)) else list(folders)
     read = {"--full": full, "--retain-log": retain_log, **{f"log {number}": log for number, log in enumerate(given, 1)}}
