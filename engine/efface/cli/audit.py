@@ -28,11 +28,12 @@ JSON_NAME, MARKDOWN_NAME, STORE_NAME = "AUDIT.json", "AUDIT.md", "audit_rows.sql
 
 _EXAMPLES = """
 examples:
-  efface audit --model ./npo --full ./full --retain ./retain90 --data tofu/ --split forget10 --output audit-npo
-  efface audit --model ./npo ./simnpo --data forget10_perturbed.json --views direct,cloze,choice --output audit
+  efface audit --model ./npo --full ./full --retain ./retain90 --data tofu/ --output audit-npo
+  efface audit --model ./npo ./simnpo --data rows.json --views direct,cloze,choice --output audit
 
-Numbers are means over rows of novel recall: the share of the answer's content words, beyond those of the prompt, that
-the model says. `kept` is (model - retain) / (full - retain). The command, given again, goes on where it was stopped.
+Numbers are means over rows of novel recall: the share of the answer's content words, beyond those
+of the prompt, that the model says. `kept` is (model - retain) / (full - retain). The command, given
+again, goes on where it was stopped.
 """
 
 

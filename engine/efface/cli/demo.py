@@ -30,6 +30,13 @@ _COLUMNS = {
     "tokens/s": ("tokens_per_second", ",.0f"),
 }
 
+_EXAMPLES = """
+examples:
+  efface demo
+  efface demo --scale smoke --output demo-smoke
+  efface demo --data tofu/ --authors 20 --output demo-tofu
+"""
+
 
 def parser() -> FlagParser:
     """Return the parser of the command's flags."""
@@ -37,14 +44,14 @@ def parser() -> FlagParser:
         "demo",
         "Trains a small Llama on fictitious authors (full) and another without some of them (retain); "
         "makes full forget those with NPO, SimNPO and GradDiff; compares with retain.",
-        "example: efface demo --data tofu/ --authors 20 --out demo-tofu",
+        _EXAMPLES,
     )
-    flags.add_argument("--out", type=Path, default=Path("demo-out"), help="output folder (default: demo-out)")
+    flags.add_argument("--output", type=Path, default=Path("demo-out"), help="folder (default: demo-out)")
     flags.add_argument("--data", type=Path, help="folder with TOFU's JSON files; default: made-up authors")
     flags.add_argument("--authors", type=int, help="how many authors in all (default: 24; TOFU: 20)")
     flags.add_argument("--forget-authors", type=int, help="how many of them to forget (default: 2; smoke: 1)")
     flags.add_argument("--scale", choices=sorted(_AUTHORS), default="default", help="smoke ends within a minute")
-    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
     flags.add_argument("--overwrite", action="store_true", help="write into an output folder that is not empty")
     return flags
 
@@ -52,7 +59,7 @@ def parser() -> FlagParser:
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parser().parse_args(argv)
-    out = check_output(options.out, overwrite=options.overwrite)
+    out = check_output(options.output, overwrite=options.overwrite)
     # here, because --help needs none of it
     import datasets
     import transformers

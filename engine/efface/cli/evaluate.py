@@ -201,15 +201,14 @@ def _reading(options: argparse.Namespace) -> Reading:
 
 _EXAMPLES = """
 examples:
-  efface evaluate --model ./unlearned --retain-log retain90/TOFU_EVAL.json
-  efface evaluate --model ./unlearned --retain-model ./retain90 --data ./tofu --split forget05 --output results
-  torchrun --nproc-per-node 8 -m efface evaluate --model ./unlearned --retain-log retain90/TOFU_EVAL.json
-  efface evaluate --model ./unlearned --metrics extraction_strength,mia_min_k --forget forget.csv --holdout new.csv
-  efface evaluate --model ./unlearned --benchmark fame --data fame.csv --forget-filter topic_id=3
+  efface evaluate --model ./npo --retain-log retain90/TOFU_EVAL.json
+  efface evaluate --model ./npo --retain-model ./retain90 --data tofu/ --split forget05
+  efface evaluate --model ./npo --metrics privleak,mia_min_k --forget a.csv --holdout b.csv
+  efface evaluate --model ./npo --benchmark fame --data fame.csv --forget-filter topic_id=3
 
-Forget Quality compares with a model that was trained on the retain set alone: with its TOFU_EVAL.json (--retain-log),
-or with the model itself (--retain-model), which is then evaluated first. An evaluation that was stopped or killed goes
-on where it was when the same command is given again.
+Forget Quality compares with a model that was trained on the retain set alone: with its
+TOFU_EVAL.json (--retain-log), or with the model itself (--retain-model), which is then evaluated
+first. An evaluation that was stopped goes on where it was when the same command is given again.
 """
 T = TypeVar("T")
 

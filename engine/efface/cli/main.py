@@ -2,7 +2,8 @@
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import efface
 
@@ -25,24 +26,39 @@ COMMANDS = {
 EXIT_USAGE = 2
 EXIT_DIVERGED = 3
 EXIT_INTERRUPTED = 130
+EXIT_CODES = {
+    0: "done",
+    1: "a fault in efface, or a sweep without a finished trial",
+    EXIT_USAGE: "wrong use, or input that cannot be read",
+    EXIT_DIVERGED: "the loss or the weights diverged; no model was written",
+    EXIT_INTERRUPTED: "interrupted; the same command continues",
+}
+# Flags that every command takes, and what they do.
+COMMON = {
+    "--help": "show the flags of the command that are used most, and examples",
+    "--help-all": "show all of its flags",
+    "--debug": "show tracebacks of errors",
+}
+
+
+def _listed(lines: Mapping[Any, str]) -> str:
+    width = max(len(str(name)) for name in lines)
+    return "\n".join(f"  {name!s:<{width}}  {text}" for name, text in lines.items())
 
 
 def _help() -> str:
-    width = max(map(len, COMMANDS))
-    listed = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
     return (
-        "usage: efface [--version] <command> [options]\n\n"
+        "usage: efface [--version] <command> [flags]\n\n"
         "Fast, exact unlearning for Hugging Face causal language models.\n\n"
-        f"commands:\n{listed}\n\n"
-        "`efface <command> --help` lists the options of a command."
+        f"commands:\n{_listed({name: summary for name, (_, summary) in COMMANDS.items()})}\n\n"
+        f"flags of every command:\n{_listed(COMMON)}\n\n"
+        f"exit codes:\n{_listed(EXIT_CODES)}\n\n"
+        "Results go to standard output, as JSON where a command has --json; progress and errors to standard error."
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code.
-
-    0 done, 1 a sweep without a whole trial, 2 wrong use or input, 3 diverged, 130 interrupted.
-    """
+    """Run a command and return its exit code, one of ``EXIT_CODES``."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help", "--version"):

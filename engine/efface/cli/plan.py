@@ -17,8 +17,9 @@ from efface.hf.text.templates import AUTO
 from efface.hf.train.arguments import UnlearnArguments
 
 _EXAMPLES = """
-example:
-  efface plan --tokenizer ./llama --forget forget10.json --retain retain90.json --pairs-per-step 32 --processes 1 8
+examples:
+  efface plan --tokenizer ./llama --forget forget10.json --retain retain90.json --processes 1 8
+  efface plan --tokenizer ./llama --forget forget10.json --token-budget 2048 --json
 """
 
 
@@ -38,9 +39,11 @@ def parser() -> FlagParser:
         "--token-budget", type=int, default=UnlearnArguments.token_budget, help="most tokens of a forward pass"
     )
     flags.add_argument("--processes", type=int, nargs="+", default=[1], help="numbers of processes to plan for")
-    flags.add_argument("--retain-sampling", choices=["random", "cycle", "paired"], default="random")
-    flags.add_argument("--seed", type=int, default=42)
-    flags.add_argument("--epoch", type=int, default=0)
+    flags.add_argument(
+        "--retain-sampling", choices=["random", "cycle", "paired"], default="random", help="draw of retain rows"
+    )
+    flags.add_argument("--seed", type=int, default=42, help="of the order and of the draw (default: 42)")
+    flags.add_argument("--epoch", type=int, default=0, help="which epoch to plan, from 0 on (default: 0)")
     flags.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
     flags.add_argument("--max-length", type=int, help="cut sequences to so many tokens; default: never")
     flags.add_argument("--question-column", help="column that holds the prompt")

@@ -19,10 +19,10 @@ _EXAMPLES = """
 examples:
   efface recipes
   efface recipes npo-tofu-forget10-llama-3.2-1b
-  efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --dry-run
-  efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --output-dir out
+  efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --output out
 
-A recipe of your own is a file like the one that the second line prints; wherever a name is taken, so is its path.
+A recipe of your own is a file like the one that the second line prints; wherever a name is taken,
+so is its path.
 """
 
 
@@ -93,7 +93,7 @@ def _explain(recipe: Recipe) -> None:
     size = _memory(recipe)
     expected: Any = "not known" if size is None else f"about {size / 2**30:.0f} GiB (computed, one process)"
     print(f"\n# expected memory: {expected}")
-    print(f"# run it:   efface unlearn --recipe {recipe.name} --output-dir out")
+    print(f"# run it:   efface unlearn --recipe {recipe.name} --output out")
     print(f"# or first: efface unlearn --recipe {recipe.name} --dry-run")
 
 

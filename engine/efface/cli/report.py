@@ -12,8 +12,8 @@ examples:
   efface report npo/ simnpo/ --output npo-simnpo.html --markdown npo-simnpo.md
   efface report saves/unlearn/ --floor 0.8     # of open-unlearning
 
-Folders are searched, at any depth, for TOFU_EVAL.json, TOFU_SUMMARY.json, eval_log_aggregated.json, AUDIT.json and
-trainer_state.json. What lies in checkpoint-N folders becomes curves over steps.
+Folders are searched, at any depth, for TOFU_EVAL.json, TOFU_SUMMARY.json, eval_log_aggregated.json,
+AUDIT.json and trainer_state.json. What lies in checkpoint-N folders becomes curves over steps.
 """
 
 

@@ -64,8 +64,9 @@ def run_at(scale: str, words: Sequence[str]) -> int:
     for name in _NOT_HERE.keys() & given_names(words):
         raise ValueError(f"--scale {scale}: expected no --{hyphens(name)}, because {_NOT_HERE[name]}; drop it")
     parser = FlagParser("unlearn", "A recipe at a small scale.")
-    for name in ("--recipe", "--data", "--output-dir"):
+    for name in ("--recipe", "--data"):
         parser.add_argument(name)
+    parser.add_argument("--output", dest="output_dir")
     for name in ("--overwrite", "--json"):
         parser.add_argument(name, type=string_to_bool, nargs="?", const=True, default=False)
     command, overrides = parser.parse_known_args(words)
