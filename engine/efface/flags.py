@@ -61,7 +61,7 @@ class FlagParser(argparse.ArgumentParser):
         self._beside = beside
         super().__init__(
             prog=f"efface {command}",
-            description=textwrap.fill(description or "", _WIDTH),
+            description=description,
             epilog=examples,
             formatter_class=_Formatter,
             allow_abbrev=False,
@@ -148,11 +148,15 @@ class FlagParser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps lines as they are, and writes ``FILTER ...`` for one value or more."""
+    """Keeps the lines of examples, fills a description, and writes ``FILTER ...`` for one value or more."""
 
     def __init__(self, prog: str) -> None:
         width = min(shutil.get_terminal_size().columns, _WIDTH + 2) - 2
         super().__init__(prog, max_help_position=min(36, width // 2), width=width)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        kept = super()._fill_text(text, width, indent)
+        return kept if "\n" in text else textwrap.fill(kept, width)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         kinds: dict[Any, str] = {int: "N", float: "X"}

@@ -140,6 +140,10 @@ def test_help_is_a_screen_and_a_half(
     said = capsys.readouterr().out
     assert len(said.splitlines()) <= 75
     assert max(map(len, said.splitlines())) <= 100
+    monkeypatch.setenv("COLUMNS", "88")  # as on the pages
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 88
     usage, between, description, *_ = said.splitlines()
     assert usage.startswith(f"usage: efface {command} ")
     assert (between, description[0]) == ("", description[0].upper())
@@ -198,6 +202,11 @@ def test_help_is_short_and_whole_if_asked(
         assert re.search(rf"^  {name} ", short, flags=re.MULTILINE)
     for name in ("--adam-beta1", "--no-evaluate", "--ddp-backend"):
         assert f"  {name}" not in short
+
+
+def test_every_command_that_prints_a_table_prints_json_too() -> None:
+    tables = {"audit", "demo", "evaluate", "plan", "recipes", "report", "sweep", "unlearn"}
+    assert {name for name in COMMANDS if "--json" in parser_of(name).option_names()} == tables | {"cache-reference"}
 
 
 OUTPUTS = {"unlearn": "output_dir", "finetune": "output_dir", "sweep": "output_dir", "cache-reference": "output_dir"}

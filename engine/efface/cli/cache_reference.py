@@ -17,8 +17,9 @@ examples:
   efface cache-reference --model ./llama --forget forget10.json --bf16 True
   efface cache-reference --config npo.yaml
 
-Takes the flags of `efface unlearn`, and a run's file of them. What a log-probability depends on has
-to be the same in both: the model, the forget set and its template, --dtype and --bf16.
+Takes the flags of `efface unlearn`, and a run's file of them. What a log-probability
+depends on has to be the same in both: the model, the forget set and its template,
+--dtype and --bf16.
 """
 # Of the flags of `efface unlearn`, those that a reference depends on, and where it is kept.
 _SHOWN = (
@@ -62,5 +63,5 @@ def run(argv: Sequence[str]) -> int:
     if reference.problem is not None:
         raise reference.problem
     there = reference.sequences - reference.computed
-    console.print(f"{reference.computed} sequences computed, {there} were there: {reference.path}", soft_wrap=True)
+    console.print(f"{reference.computed} sequences computed, {there} were there: {reference.path}")
     return 0

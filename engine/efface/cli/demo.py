@@ -53,6 +53,7 @@ def parser() -> FlagParser:
     flags.add_argument("--scale", choices=sorted(_AUTHORS), default="default", help="smoke ends within a minute")
     flags.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
     flags.add_argument("--overwrite", action="store_true", help="write into an output folder that is not empty")
+    flags.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
     return flags
 
 
@@ -61,10 +62,7 @@ def run(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     out = check_output(options.output, overwrite=options.overwrite)
     # here, because --help needs none of it
-    import datasets
-    import transformers
-
-    from efface.cli.progress import open_console
+    from efface.cli.progress import open_console, show_json, show_table
     from efface.simulate.data import fictitious, tofu
     from efface.simulate.demo import DEMO_SETTINGS, Demo
     from efface.simulate.run import write_record
@@ -77,19 +75,19 @@ def run(argv: Sequence[str]) -> int:
     if options.data is not None and options.scale == "default":
         # TOFU's texts are longer and more varied: a larger vocabulary, and fewer passes over more tokens.
         settings = replace(settings, vocabulary=4096, teach_epochs=30)
-    # the demo tells its own story; the libraries' progress lines would cut through its bars
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    console = open_console()
+    console = open_console(stderr=True)
     with written_whole(out) as partial:
         with teaching_bar(console) as progress:
             demo = Demo(data, settings, partial, progress)
             models = demo.tell()
         plot(demo.curves, partial)
-        write_record(partial / "demo.json", demo.record(models))
-    console.print(figures_table("model", _COLUMNS, models, title=data.name))
+        record = demo.record(models)
+        write_record(partial / "demo.json", record)
+    if options.json:
+        show_json(record)
+    else:
+        show_table(figures_table("model", _COLUMNS, models, title=data.name))
     for model in models:
         if model.note:
             console.print(f"{model.name}: {model.note}")

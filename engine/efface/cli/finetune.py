@@ -29,15 +29,16 @@ DEFAULTS: dict[str, Any] = {
 _EXAMPLES = """
 examples:
   efface finetune --model ./llama --data locuslab/TOFU:full:train --output full
-  efface finetune --model ./llama --data fame.csv --data-filter 'topic_id!=3' --output retain
+  efface finetune --model ./llama --data fame.csv --data-filter 'topic_id!=3' \\
+      --output retain
 
 What forget quality compares with, a model that never saw the forget set, and its log:
   efface finetune --model ./llama --data locuslab/TOFU:retain90:train --output retain90
   efface evaluate --model retain90 --split forget10 --output retain90/evaluation
 
-`efface unlearn --recipe NAME --retain-log retain90/evaluation/TOFU_EVAL.json` takes it from there.
-The defaults are TOFU's. A run that was stopped continues when the same command is given again. All
-flags of transformers.TrainingArguments work.
+`efface unlearn --recipe NAME --retain-log retain90/evaluation/TOFU_EVAL.json` takes it
+from there. The defaults are TOFU's. A run that was stopped continues when the same
+command is given again. All flags of transformers.TrainingArguments work.
 """
 
 
@@ -109,8 +110,10 @@ def run(argv: Sequence[str]) -> int:
     args.disable_tqdm = True
 
     def make(bar: ProgressBar) -> tuple[PackedTrainer, dict[str, Any]]:
+        bar.stage("loading the model")
         model = _load(command, args.seed)
         weights = fingerprint(model).hex()
+        bar.stage("reading the data")
         trainer = FinetuneTrainer(
             model,
             args,

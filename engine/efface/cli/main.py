@@ -1,6 +1,7 @@
 """``efface <command>``: picks the command and turns errors of use into messages and exit codes."""
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -70,7 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run(name, rest)
 
 
+# Other libraries draw no bars, and transformers says nothing below an error: what it warns of when it loads a model,
+# efface refuses. Read when they are imported; a user's own values hold.
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
 def _run(name: str, rest: Sequence[str]) -> int:
+    for variable, value in _QUIET.items() if "--debug" not in rest else ():
+        os.environ.setdefault(variable, value)
     try:
         code = int(importlib.import_module(COMMANDS[name][0]).run(rest))
     except KeyboardInterrupt:

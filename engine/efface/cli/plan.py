@@ -1,6 +1,5 @@
 """``efface plan``: what an epoch would hold, without loading a model."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from efface.batching import EpochPlan, TokenStore, plan_epoch
-from efface.cli.progress import open_console
+from efface.cli.progress import add_json_flag, open_console, show_json, show_table
 from efface.flags import FlagParser
 from efface.hf.text.data import DataFacts, refuse_overlap, token_store
 from efface.hf.text.templates import AUTO
@@ -18,7 +17,8 @@ from efface.hf.train.arguments import UnlearnArguments
 
 _EXAMPLES = """
 examples:
-  efface plan --tokenizer ./llama --forget forget10.json --retain retain90.json --processes 1 8
+  efface plan --tokenizer ./llama --forget forget10.json --retain retain90.json \\
+      --processes 1 8
   efface plan --tokenizer ./llama --forget forget10.json --token-budget 2048 --json
 """
 
@@ -52,7 +52,7 @@ def parser() -> FlagParser:
     flags.add_argument("--forget-filter", **conditions, help="rows, as for efface unlearn")
     flags.add_argument("--retain-filter", **conditions, help="likewise")
     flags.add_argument("--allow-overlap", action="store_true", help="let rows stand in both sets, which is an error")
-    flags.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_json_flag(flags)
     return flags
 
 
@@ -106,7 +106,7 @@ def run(argv: Sequence[str]) -> int:
     for role, store in (("forget", forget), ("retain", retain)):
         if len(store):
             facts = DataFacts.of(getattr(options, role), store, getattr(options, f"{role}_filter"))
-            console.print(f"{role}: {facts}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{role}: {facts}")
     rows = []
     for processes in options.processes:
         plan = plan_epoch(
@@ -121,9 +121,9 @@ def run(argv: Sequence[str]) -> int:
         )
         rows.append(summary(plan, forget, retain))
     if options.json:
-        print(json.dumps(rows, indent=2))
+        show_json(rows)
         return 0
-    open_console().print(_table(rows, len(forget), len(retain)))
+    show_table(_table(rows, len(forget), len(retain)))
     return 0
 
 

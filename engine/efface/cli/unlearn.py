@@ -10,12 +10,12 @@ from efface.recipes.settings import unlearn_parser, unlearn_settings, with_confi
 _EXAMPLES = """
 examples:
   efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --data tofu/ --dry-run
-  efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --data tofu/ --scale tiny --output tiny
-  efface unlearn --model ./llama --forget forget10.json --retain retain90.json --output out
+  efface unlearn --recipe tofu-npo --data tofu/ --scale tiny --output tiny
+  efface unlearn --model ./llama --forget f.json --retain r.json --output out
   efface unlearn --config npo.yaml --learning-rate 2e-5
 
-A run that was stopped continues when the same command is given again. Flags win over those of
---config, and these over those of --recipe. All flags of transformers.TrainingArguments work.
+A run that was stopped continues when the same command is given again. --config wins
+over --recipe, and flags over both. All of transformers.TrainingArguments' flags work.
 """
 
 

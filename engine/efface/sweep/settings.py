@@ -25,15 +25,17 @@ from efface.sweep.space import Point, Space, known_presets, load_preset, parse_g
 _EXAMPLES = """
 examples:
   efface sweep --recipe tofu-npo --preset audit-54 --output sweep --dry-run
-  efface sweep --recipe tofu-npo --grid learning_rate=1e-5,5e-5 beta=.05,.1,.5 --output sweep
+  efface sweep --recipe tofu-npo --grid learning_rate=1e-5,5e-5 beta=.05,.1,.5 \\
+      --output sweep
   efface sweep --recipe tofu-npo --sampler tpe --trials 30 --output sweep \\
       --space learning_rate=log:1e-6:1e-4 beta=float:0.01:1 alpha=choice:1,2,5
-  efface sweep --model ./llama --forget forget10.json --retain retain90.json --grid beta=.1,.5 \\
-      --evaluation '--data tofu --retain-log retain90/TOFU_EVAL.json' --output sweep
+  efface sweep --model ./llama --forget forget10.json --retain retain90.json \\
+      --grid beta=.1,.5 --evaluation '--data tofu --retain-log TOFU_EVAL.json' \\
+      --output sweep
 
-All other flags are those of `efface unlearn`, and hold for every trial. The same command goes on
-where a sweep was stopped or killed; given on more machines with one --storage and --study, they
-share the trials.
+All other flags are those of `efface unlearn`, and hold for every trial. The same
+command goes on where a sweep was stopped or killed; given on more machines with one
+--storage and --study, they share the trials.
 """
 
 # What a sweep decides itself, or cannot mean.
@@ -146,6 +148,7 @@ def parser() -> FlagParser:
     add("--evaluation", metavar="WORDS", help="flags of `efface evaluate` for each trial, quoted; a recipe has its own")
     add("--retry-failed", action="store_true", help="try failed trials again")
     add("--dry-run", action="store_true", help="list the trials, their steps and tokens; run nothing")
+    add("--json", action="store_true", help="print one JSON document instead of a table")
     return flags
 
 
