@@ -17,7 +17,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inl bindings/*.cpp csrc/fuzz/*
 .PHONY: demo test docs lint format sanitize fuzz clean
 
 demo: $(READY)
-	$(BIN)/efface demo --out $(OUT) --overwrite
+	$(BIN)/efface demo --output $(OUT) --overwrite
 
 # One process a core, one thread each: half the time of one process with all threads.
 test: $(READY)

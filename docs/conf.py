@@ -15,7 +15,7 @@ author = "the efface authors"
 version = release = efface.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_made/*"]
 
@@ -27,6 +27,8 @@ napoleon_use_rtype = False
 html_theme = "furo"
 html_title = f"efface {release}"
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["code.css"]
 nitpicky = False
 
 

@@ -3,15 +3,16 @@
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from efface.cli.main import COMMANDS, main
+from efface.cli.main import COMMANDS, COMMON, EXIT_CODES, main
 from efface.hf.train.options import as_markdown
 
 INK, FORGET, RETAIN, QUIET, LOUD = "#333333", "#d1495b", "#30638e", "#d8dee4", "#edae49"
@@ -147,12 +148,26 @@ def argument_tables(folder: Path) -> None:
     (folder / "arguments.md").write_text(as_markdown(), encoding="utf-8")
 
 
+_COMMAND_LINE = """Results go to standard output, progress and errors to standard error. On a terminal a command
+shows one bar; in a pipe or a file it writes a line every few seconds. Where it prints a table, `--json` prints one JSON
+document in its place. Other libraries' progress bars and remarks are off; `--debug` shows them, and so do their own
+variables: `HF_HUB_DISABLE_PROGRESS_BARS=0`, `HF_DATASETS_DISABLE_PROGRESS_BARS=0`, `TRANSFORMERS_VERBOSITY=warning`.
+
+Hyphens and underscores in the names of flags mean the same; `--output-dir` and `--out` are read as `--output`."""
+
+
+def _rows(heading: str, lines: Mapping[Any, str]) -> list[str]:
+    """Return a table of names and what they mean."""
+    return [f"| {heading} | |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in lines.items())]
+
+
 def command_help(folder: Path) -> None:
     """Write ``efface <command> --help-all`` of every command, and the page that shows them."""
-    page = ["# Command line", "", "```{include} intro.md\n```" if (folder / "intro.md").exists() else ""]
+    page = ["# Command line", "", _COMMAND_LINE, "", *_rows("flag of every command", COMMON), ""]
+    page += ["## Exit codes", "", *_rows("code", EXIT_CODES), ""]
     for name, (_, summary) in COMMANDS.items():
         said = io.StringIO()
-        with _columns(100), contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        with _columns(88), contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
             main([name, "--help-all"])
         (folder / f"{name}.txt").write_text(_without_defaults_of_the_machine(said.getvalue()), encoding="utf-8")
         page += [f"## efface {name}", "", f"{summary[0].upper()}{summary[1:]}.", ""]

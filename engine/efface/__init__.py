@@ -1,38 +1,36 @@
 """efface: fast, exact unlearning for Hugging Face causal language models.
 
 The loss backend is ``efface.functional``; the objectives are below; the run is ``efface.UnlearnTrainer``. Importing
-this package initialises no device and imports no trainer: those names are loaded when they are first used.
+this package imports nothing else: a name is loaded when it is first used (PEP 562).
 """
 
 import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from efface import functional
-from efface.objectives import (
-    CEU,
-    DPO,
-    NPO,
-    PDU,
-    RMU,
-    UNDIAL,
-    WGA,
-    FunctionObjective,
-    GradAscent,
-    GradDiff,
-    IdkNLL,
-    Objective,
-    SatImp,
-    SimNPO,
-    get_objective,
-    register_objective,
-)
-
 if TYPE_CHECKING:
-    from efface import evaluate
+    from efface import evaluate, functional, objectives
     from efface.hf.train.arguments import UnlearnArguments
     from efface.hf.train.callbacks import EvaluateCallback, KeepBest, StopUnder
     from efface.hf.train.trainer import FinetuneTrainer, UnlearnTrainer
+    from efface.objectives import (
+        CEU,
+        DPO,
+        NPO,
+        PDU,
+        RMU,
+        UNDIAL,
+        WGA,
+        FunctionObjective,
+        GradAscent,
+        GradDiff,
+        IdkNLL,
+        Objective,
+        SatImp,
+        SimNPO,
+        get_objective,
+        register_objective,
+    )
 
 __version__ = version("efface")
 
@@ -61,10 +59,13 @@ __all__ = [
     "evaluate",
     "functional",
     "get_objective",
+    "objectives",
     "register_objective",
 ]
 
-_LAZY = {
+_MODULES = ("evaluate", "functional", "objectives")
+# Where names are; all others of __all__ are in efface.objectives.
+_PLACES = {
     "EvaluateCallback": "efface.hf.train.callbacks",
     "KeepBest": "efface.hf.train.callbacks",
     "StopUnder": "efface.hf.train.callbacks",
@@ -75,8 +76,12 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "evaluate":
-        return importlib.import_module("efface.evaluate")
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"efface.{name}")
+    if name in __all__:
+        return getattr(importlib.import_module(_PLACES.get(name, "efface.objectives")), name)
     raise AttributeError(f"module 'efface' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,14 +2,16 @@
 
 import argparse
 import difflib
-import functools
 import json
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 _WIDTH = 100
+# Other spellings of flags: transformers' own, and that of efface 0.1.
+_SPELLINGS = {"--output-dir": "--output", "--out": "--output"}
 # YAML reads their "no" as False.
 _NO = {"save_schedule", "save_strategy", "eval_strategy", "logging_strategy"}
 
@@ -34,12 +36,12 @@ class FlagParser(argparse.ArgumentParser):
     """The parser of a command.
 
     Flags are declared and shown with hyphens, and whole names alone are taken: a recipe's settings give way to what is
-    named. Wrong use raises ValueError. ``--help-all`` shows what ``--help`` leaves out (``shorten``).
+    named. Wrong use raises ValueError. ``--help-all`` shows what ``--help`` leaves out (``shorten``, ``hide``).
 
     Args:
         command: its name.
-        description: what it does.
-        examples: the end of its help, as it is.
+        description: what it does, in a sentence or two.
+        examples: the end of its help, kept line by line.
         beside: of the command whose flags it takes beside its own, which ``--help-all`` then shows too.
         partial: whether ``--help`` leaves something out.
         options: of ``argparse.ArgumentParser``.
@@ -59,9 +61,9 @@ class FlagParser(argparse.ArgumentParser):
         self._beside = beside
         super().__init__(
             prog=f"efface {command}",
-            description=textwrap.fill(description or "", _WIDTH),
+            description=description,
             epilog=examples,
-            formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34),
+            formatter_class=_Formatter,
             allow_abbrev=False,
             **options,
         )
@@ -78,13 +80,30 @@ class FlagParser(argparse.ArgumentParser):
 
     def shorten(self, action: argparse.Action, text: str = argparse.SUPPRESS) -> None:
         """Say less of a flag in ``--help`` than in ``--help-all``, or nothing."""
-        self._whole[action], action.help = action.help, text
+        self._whole.setdefault(action, action.help)
+        action.help = text
+
+    def hide(self, *names: str) -> None:
+        """Leave flags out of ``--help``."""
+        for action in self._actions:
+            if action.dest in names:
+                self.shorten(action)
 
     def show_all(self) -> None:
         """Say all of every flag."""
         for action, text in self._whole.items():
             action.help = text
         self._whole = {}
+
+    def format_help(self) -> str:
+        """Return the help; its usage names what has to be given."""
+        if self.usage is None:
+            needed = [action for action in self._actions if action.required or not action.option_strings]
+            formatter = self._get_formatter()
+            formatter.add_usage(None, needed, [])
+            words = formatter.format_help().removeprefix("usage: ").split()
+            self.usage = " ".join([*words, "[flags]"]).replace("%", "%%")
+        return super().format_help()
 
     def format_help_all(self) -> str:
         """Return the help with every flag."""
@@ -94,7 +113,7 @@ class FlagParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """See ``argparse``; underscores in the name of a flag are hyphens."""
         words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._written(word) for word in words], namespace)
+        return super().parse_known_args([self.written(word) for word in words], namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """See ``argparse``; a flag that is not known raises ValueError too."""
@@ -119,10 +138,34 @@ class FlagParser(argparse.ArgumentParser):
         """Raise where argparse would print its usage and end the process."""
         raise ValueError(message)
 
-    def _written(self, word: str) -> str:
+    def written(self, word: str) -> str:
+        """Return a word of a command line with the name of a flag as it was declared."""
         name, equals, value = word.partition("=")
-        known = name.startswith("--") and hyphens(name) in self._option_string_actions
-        return f"{hyphens(name)}{equals}{value}" if known else word
+        declared, known = hyphens(name), self._option_string_actions
+        if declared not in known:
+            declared = _SPELLINGS.get(declared, declared)
+        return f"{declared}{equals}{value}" if name.startswith("--") and declared in known else word
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of examples, fills a description, and writes ``FILTER ...`` for one value or more."""
+
+    def __init__(self, prog: str) -> None:
+        width = min(shutil.get_terminal_size().columns, _WIDTH + 2) - 2
+        super().__init__(prog, max_help_position=min(36, width // 2), width=width)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        kept = super()._fill_text(text, width, indent)
+        return kept if "\n" in text else textwrap.fill(kept, width)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        kinds: dict[Any, str] = {int: "N", float: "X"}
+        return kinds.get(action.type, action.dest.rpartition("_")[2].upper())
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if action.nargs == "+" and not isinstance(action.metavar, tuple):
+            return f"{self._metavar_formatter(action, default_metavar)(1)[0]} ..."
+        return super()._format_args(action, default_metavar)
 
 
 class _HelpAll(argparse.Action):

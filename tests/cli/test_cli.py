@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import efface
 from efface.cli import tiny as tiny_command
-from efface.cli.main import COMMANDS, main
+from efface.cli.main import COMMANDS, COMMON, EXIT_CODES, main
 from efface.cli.progress import PIPE_WIDTH, open_console
 from efface.files import written_whole
 from efface.hf.train.arguments import UnlearnArguments
@@ -43,10 +44,19 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"efface {efface.__version__}\n"
     assert main(["--help"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in COMMANDS)
+    assert all(f"  {name} " in listed for name in (*COMMANDS, *COMMON, *EXIT_CODES))
     assert main([]) == 2
     assert main(["forget"]) == 2
     assert f"unknown command 'forget'; expected one of {', '.join(COMMANDS)}" in capsys.readouterr().err
+
+
+def test_help_is_instant() -> None:
+    """In a process of its own, less than half a second of a processor; what imports torch takes several."""
+    process = subprocess.Popen([sys.executable, "-m", "efface", "--help"], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert usage.ru_utime + usage.ru_stime < 0.5
 
 
 def test_plan_prints_what_an_epoch_holds(

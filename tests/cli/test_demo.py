@@ -14,10 +14,12 @@ from efface.cli.main import main
 def test_the_whole_story(
     source: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [] if source == "made up" else ["--data", str(request.getfixturevalue("tofu"))]
+    options = ["--json"] if source == "made up" else ["--data", str(request.getfixturevalue("tofu"))]
     assert main(["demo", "--scale", "smoke", "--out", str(tmp_path / "out"), *options]) == 0
     table = capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert ("probability_forget" in table) == (source == "made up")
+    assert source == "tofu" or json.loads(table) == record
     names = [row["name"] for row in record["results"]]
     assert names == ["full", "retain", "npo", "simnpo", "graddiff"]
     full, retain, npo, *_ = record["results"]

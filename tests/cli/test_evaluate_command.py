@@ -77,6 +77,9 @@ def test_each_protocol_counts_its_own_labels(
 ) -> None:
     assert main([*words(folder, *more), "--output", str(tmp_path), "--splits", "world_facts"]) == 0
     assert f"full on forget10, {name}" in capsys.readouterr().out
+    assert main([*words(folder, *more), "--output", str(tmp_path), "--splits", "world_facts", "--json"]) == 0
+    summary = json.loads((tmp_path / "TOFU_SUMMARY.json").read_text())
+    assert json.loads(capsys.readouterr().out) == {"output": str(tmp_path), "tofu": summary}
     config = json.loads((tmp_path / "EVAL_CONFIG.json").read_text())
     assert (config["protocol"]["name"], config["template"]["labels"]) == (name, labels)
     # by hand: the mean log-probability of the tokens behind this prompt
@@ -264,6 +267,10 @@ def test_metrics_are_written_in_open_unlearnings_schema(rated: Path, capsys: pyt
         assert f"{name} {value:.4f}" in " ".join(word for word in printed.split() if word != "3")
     assert read(rated / "out" / "METRICS_CONFIG.json")["benchmark"] == "METRICS"
     assert not (rated / "out" / "TOFU_EVAL.json").exists()
+    assert main([*words, "--holdout", holdout, "--output", str(rated / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["output"] == str(rated / "out")
+    assert {name: metric["agg_value"] for name, metric in found["metrics"].items()} == summary
     assert main([*words, "--output", str(rated / "again")]) == 2
     assert "mia_loss: expected --holdout FILE" in capsys.readouterr().err
 

@@ -4,6 +4,8 @@ import argparse
 import ast
 import importlib
 import re
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,52 @@ def test_help_writes_hyphens(command: str, capsys: pytest.CaptureFixture[str]) -
         assert UNDERSCORED.findall(said) == []
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_a_screen_and_a_half(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A usage in one line, a description for users, flags that are all explained, examples line by line."""
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) <= 75
+    assert max(map(len, said.splitlines())) <= 100
+    monkeypatch.setenv("COLUMNS", "88")  # as on the pages
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 88
+    usage, between, description, *_ = said.splitlines()
+    assert usage.startswith(f"usage: efface {command} ")
+    assert (between, description[0]) == ("", description[0].upper())
+    assert "``" not in said
+    parser = parser_of(command)
+    assert parser.epilog is not None
+    assert parser.epilog.strip() in said
+    assert parser.epilog.startswith("\nexamples:\n  efface ")
+    assert [action.dest for action in parser._actions if not action.help and action.option_strings] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_are_read_by_their_parsers(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["efface"])
+    epilog = importlib.import_module(COMMANDS[command][0]).parser().epilog.replace("\\\n", " ")
+    lines = [
+        shlex.split(line, comments=True)[1:] for line in re.findall(r"^  (efface .*)$", epilog, flags=re.MULTILINE)
+    ]
+    assert sum(words[0] == command for words in lines) in range(1, 5)
+    for name, *rest in lines:
+        words = rest[: rest.index(">")] if ">" in rest else rest
+        if "--help" in words:  # a suite's own
+            continue
+        parser: FlagParser = importlib.import_module(COMMANDS[name][0]).parser()
+        unknown = parser.parse_known_args(words)[1]
+        if parser._beside is not None:
+            parser._beside.parse_args(unknown)
+        else:
+            assert not unknown
+
+
 @pytest.mark.parametrize("command", SETTINGS)
 def test_help_is_short_and_whole_if_asked(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -141,14 +189,48 @@ def test_help_is_short_and_whole_if_asked(
     written = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
     assert [name for name in written if not re.search(rf"{name}\b", shown["--help-all"])] == []
     short = shown["--help"]
-    assert len(short.splitlines()) <= 125
     assert len(short.splitlines()) < 0.3 * len(shown["--help-all"].splitlines())
     # efface's own come first
-    assert short.index("--model ") < short.index("--learning-rate ") < short.index("examples:")
-    for name in ("--forget", "--pairs-per-step", "--lora-r") if command != "finetune" else ("--data", "--from-config"):
+    whole = shown["--help-all"]
+    assert whole.index("--model ") < whole.index("--learning-rate ") < whole.index("--adam-beta1 ")
+    named = {
+        "unlearn": ("--forget", "--pairs-per-step", "--lora-r", "--output"),
+        "finetune": ("--data", "--from-config", "--learning-rate", "--output"),
+        "cache-reference": ("--forget", "--reference-cache", "--objective"),
+    }
+    for name in ("--model", *named[command]):
         assert re.search(rf"^  {name} ", short, flags=re.MULTILINE)
     for name in ("--adam-beta1", "--no-evaluate", "--ddp-backend"):
         assert f"  {name}" not in short
+
+
+def test_every_command_that_prints_a_table_prints_json_too() -> None:
+    tables = {"audit", "demo", "evaluate", "plan", "recipes", "report", "sweep", "unlearn"}
+    assert {name for name in COMMANDS if "--json" in parser_of(name).option_names()} == tables | {"cache-reference"}
+
+
+OUTPUTS = {"unlearn": "output_dir", "finetune": "output_dir", "sweep": "output_dir", "cache-reference": "output_dir"}
+OUTPUTS |= dict.fromkeys(("audit", "demo", "evaluate", "report"), "output")
+
+
+def test_the_output_is_called_one_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """Others are read: transformers' own, and those that commands had."""
+    for command in COMMANDS:
+        parser = parser_of(command)
+        assert not {"--out", "--output-dir"} & set(parser.option_names())
+        assert ("--output" in parser.option_names()) == (command in OUTPUTS)
+        for name in ("--output", "--output-dir", "--output_dir", "--out") if command in OUTPUTS else ():
+            for words in ([name, "there"], [f"{name}=there"]):
+                value = parser.parse_known_args([*words, *(["x"] if command == "report" else [])])[0]
+                assert str(getattr(value, OUTPUTS[command])) == "there"
+    parser = parser_of("unlearn")
+    assert isinstance(parser, SettingsParser)
+    for name in ("output", "output-dir", "output_dir"):
+        assert parser.converted({name: "there"}, "a file") == {"output_dir": "there"}
+    for words in (["--output", "a"], ["--output_dir=a"]):
+        sweep = ["sweep", "--model=a/b", "--forget=a/c", "--retain=a/d", "--grid", "beta=1", "--output=a"]
+        assert main([*sweep, f"--evaluation={shlex.join(words)}"]) == 2
+        assert "is the trial's own; drop it" in capsys.readouterr().err
 
 
 def test_help_of_a_sweep_shows_what_it_passes_on_if_asked(capsys: pytest.CaptureFixture[str]) -> None:

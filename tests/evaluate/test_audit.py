@@ -296,8 +296,10 @@ def test_the_command(
     # an audit that is there is not overwritten by accident; with --overwrite the rows that are known are not computed
     assert main(words) == 2
     assert "is there already; choose another --output, or add --overwrite" in capsys.readouterr().err
-    assert main([*words, "--overwrite"]) == 0
+    assert main([*words, "--overwrite", "--json"]) == 0
     assert json.loads((tmp_path / "out" / "AUDIT.json").read_text()) == record
+    found = json.loads(capsys.readouterr().out)["models"]
+    assert found["full"]["direct"] == record["models"]["full"]["views"]["direct"]["figures"]
 
 
 MISTAKES = [

@@ -478,6 +478,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(words) == 0
     assert capsys.readouterr().out == f"wrote {tmp_path / 'r.html'}, {tmp_path / 'r.md'}\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r-pictures", "r.html", "r.md", "runs"]
+    page = (tmp_path / "r.html").read_bytes()
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["written"] == [str(tmp_path / "r.html"), str(tmp_path / "r.md")]
+    names = [run["name"] for run in found["runs"]]
+    assert names
+    assert [names, page] == [[name for name in names if name.encode() in page], (tmp_path / "r.html").read_bytes()]
+    assert all({"figures", "settings", "below_floor", "notes"} <= run.keys() for run in found["runs"])
     (tmp_path / "nothing").mkdir()
     for given, said in (
         ([str(tmp_path / "gone")], "gone' does not exist"),

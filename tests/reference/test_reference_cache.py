@@ -451,8 +451,8 @@ def test_the_bar_of_a_terminal(flags: list[str], capsys: pytest.CaptureFixture[s
     bar.on_reference(0, 0, 7)
     shown = capsys.readouterr().out
     assert "npo: reference, 5 of 7 sequences to compute" in shown
-    assert "5/5" in shown
-    assert bar._progress is None
+    assert "5 of 5" in shown
+    assert bar._bar is None
 
 
 # --- several processes

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from efface.cli.main import COMMANDS, main
+from efface.cli.main import COMMANDS, EXIT_CODES, main
 from efface.simulate.authors import make_authors
 from support.helpers import TEXTS, tiny_llama, tiny_tokenizer
 
@@ -76,6 +76,23 @@ def test_every_sh_line_is_a_command_of_efface() -> None:
             assert "efface " in line, f"{page}: {line}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT / "docs")))
+def test_code_is_narrower_than_its_column(page: Path) -> None:
+    for language in ("sh", "python", "text", "yaml", "json"):
+        lines = "".join(blocks(page, language)).splitlines()
+        assert [line for line in lines if len(line) > 88] == []
+
+
+def test_the_index_leads_to_every_page() -> None:
+    """By the questions that they answer, not by a second copy of the sidebar."""
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    table, sidebar = index.split("```{toctree}", 1)
+    listed = set(re.findall(r"^(\w[\w/]*)$", sidebar, flags=re.MULTILINE))
+    assert set(re.findall(r"{doc}`([\w/]+)`", table)) == listed
+    assert sidebar.count(":hidden:") == sidebar.count(":maxdepth:")
+    assert {str(page.relative_to(ROOT / "docs").with_suffix("")) for page in PAGES} <= listed | {"index"}
+
+
 @pytest.mark.slow
 def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
     if importlib.util.find_spec("sphinx") is None:
@@ -84,6 +101,13 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "index.html").is_file()
+    pages = {page: page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")}
+    assert [
+        page for page, text in pages.items() if re.search(r"<p>((?!</p>).)*\n: ", text, re.DOTALL)
+    ] == []  # a definition, as it is written
+    assert "<dl class=" in pages[tmp_path / "guides" / "trainer.html"]
+    said = pages[tmp_path / "reference" / "commands.html"]
+    assert all(f">{code}<" in said for code in EXIT_CODES)
 
 
 # ---- the README

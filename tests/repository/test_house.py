@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import pickle
 import re
 import subprocess
@@ -163,15 +164,30 @@ def test_importing_efface_is_light() -> None:
     """And its kernels import no Triton before one is launched."""
     heavy = ("transformers.trainer", "matplotlib", "datasets", "scipy", "rich")
     code = (
-        "import sys, efface_kernels.backends, efface_kernels.passes\n"
-        "assert 'triton' not in sys.modules\n"
-        "import efface, torch\n"
+        "import sys\n"
+        "import efface\n"
+        "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()\n"
+        "assert not [name for name in sys.modules if name.startswith('efface.')]\n"
+        "assert set(efface.__all__) <= set(dir(efface))\n"
+        "from efface import functional, get_objective\n"  # registered by the import of what makes them
+        "assert type(get_objective('npo')) is efface.NPO\n"
+        "import torch\n"
         f"loaded = [name for name in {heavy!r} if name in sys.modules]\n"
         "assert not loaded, loaded\n"
         "assert not torch.cuda.is_initialized()\n"
-        "efface.NPO(), efface.functional\n"
+        "import efface_kernels.backends, efface_kernels.passes\n"
+        "assert 'triton' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_name_of_efface_is_there() -> None:
+    for name in efface.__all__:
+        assert getattr(efface, name) is getattr(importlib.import_module("efface"), name)
+    assert inspect.ismodule(efface.functional)
+    assert pickle.loads(pickle.dumps(efface.NPO(beta=0.5))) == efface.NPO(beta=0.5)
+    with pytest.raises(AttributeError, match="module 'efface' has no attribute 'nothing'"):
+        _ = efface.nothing
 
 
 # ---- no circle of imports

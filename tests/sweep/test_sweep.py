@@ -460,6 +460,9 @@ def test_a_dry_run_lists_the_trials(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "54 trials, 5,265 steps" in shown  # 27 x 13 steps x (5 + 10) epochs
     assert main([*words, "--space", "beta=float:0.1:1", "--trials", "3"]) == 0
     assert "3 trials, 195 steps" in capsys.readouterr().out
+    assert main([*words, "--grid", "beta=.1,.5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["trials"]
+    assert [(trial["parameters"], trial["steps"]) for trial in found] == [({"beta": 0.1}, 65), ({"beta": 0.5}, 65)]
     assert not out.exists()
 
 

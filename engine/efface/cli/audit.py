@@ -1,19 +1,18 @@
 """``efface audit``: what unlearned models still give away, beside the full and the retain model."""
 
 import argparse
-import contextlib
 import gc
 from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from efface.cli.progress import open_console, progress_on
+from efface.cli.progress import Bar, add_json_flag, open_console, show_json, show_table
 from efface.evaluate.audit import VIEWS, AuditResult, BestOf, Clues, Relearn, View, audit
 from efface.evaluate.audit.result import AROUND, Document, cells
 from efface.evaluate.audit.rows import TOFU_GROUP, audit_rows
@@ -29,11 +28,14 @@ JSON_NAME, MARKDOWN_NAME, STORE_NAME = "AUDIT.json", "AUDIT.md", "audit_rows.sql
 
 _EXAMPLES = """
 examples:
-  efface audit --model ./npo --full ./full --retain ./retain90 --data tofu/ --split forget10 --output audit-npo
-  efface audit --model ./npo ./simnpo --data forget10_perturbed.json --views direct,cloze,choice --output audit
+  efface audit --model ./npo --full ./full --retain ./retain90 --data tofu/ \\
+      --output audit-npo
+  efface audit --model ./npo ./simnpo --data rows.json --views direct,cloze,choice \\
+      --output audit
 
-Numbers are means over rows of novel recall: the share of the answer's content words, beyond those of the prompt, that
-the model says. `kept` is (model - retain) / (full - retain). The command, given again, goes on where it was stopped.
+Numbers are means over rows of novel recall: the share of the answer's content words,
+beyond those of the prompt, that the model says. `kept` is (model - retain) / (full -
+retain). The command, given again, goes on where it was stopped.
 """
 
 
@@ -72,6 +74,7 @@ def parser() -> FlagParser:
     flags.add_argument("--dtype", default="auto", help="dtype to load models in: auto, float32, bfloat16, float16")
     flags.add_argument("--output", type=Path, required=True, help="folder for AUDIT.json and AUDIT.md")
     flags.add_argument("--overwrite", action="store_true", help="replace an audit that is already there")
+    add_json_flag(flags)
     return flags
 
 
@@ -151,7 +154,7 @@ def run(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parser().parse_args(argv)
     state = processes()
-    console = open_console(quiet=not state.is_main_process)
+    console = open_console(stderr=True, quiet=not state.is_main_process)
     output: Path = check_output(
         options.output,
         overwrite=True,
@@ -175,12 +178,11 @@ def run(argv: Sequence[str]) -> int:
         )
         for name, place in models.items()
     }
-    transformers.logging.disable_progress_bar()
-    with locked_folder(output) if state.is_main_process else contextlib.nullcontext():
+    with locked_folder(output) if state.is_main_process else nullcontext():
         if state.is_main_process:
             remove_leftovers(output)
         if there := [path for name in (JSON_NAME, MARKDOWN_NAME) if (path := output / name).exists()]:
-            console.print(f"replaced when the audit is whole: {in_words(there)}", highlight=False, soft_wrap=True)
+            console.print(f"replaced when the audit is whole: {in_words(there)}")
         return _audit(options, output, models, tokenizers, rows, views, console)
 
 
@@ -210,15 +212,32 @@ def _audit(
         if state.is_main_process:
             (partial / JSON_NAME).write_text(found.json_text(), encoding="utf-8")
             (partial / MARKDOWN_NAME).write_text(found.markdown_text(), encoding="utf-8")
+    if state.is_main_process:
+        if options.json:
+            show_json(_figures(found, output / JSON_NAME))
+        else:
+            show_table(_table(audits, len(rows)))
+    console.print(f"prompts, generations and scores: {output / JSON_NAME}")
+    return 0
+
+
+def _figures(found: Document, path: Path) -> dict[str, Any]:
+    """Return the figures of every view, without its records, and where those are."""
+    models = {
+        name: {view: dict(seen.figures) for view, seen in audited.views.items()}
+        for name, audited in found.audits.items()
+    }
+    return {"data": found.source, "models": models, "records": path}
+
+
+def _table(audits: Mapping[str, AuditResult], rows: int) -> Table:
     headings, lines = cells(audits)
-    table = Table(title=f"novel recall, {len(rows)} rows", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=f"novel recall, {rows} rows", box=box.SIMPLE_HEAD, padding=(0, 1))
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="right" if i else "left")
     for line in lines:
         table.add_row(*line)
-    console.print(table)
-    console.print(f"prompts, generations and scores: {output / JSON_NAME}", highlight=False, soft_wrap=True)
-    return 0
+    return table
 
 
 def _revision(name: str, options: argparse.Namespace) -> str:
@@ -235,14 +254,14 @@ def _audited(
     console: Console,
 ) -> AuditResult:
     """Load a model, audit it, and let go of it."""
-    model = load_model(
-        place,
-        revision=_revision(name, options),
-        dtype=options.dtype,
-        trust_remote_code=options.trust_remote_code,
-    ).to(processes().device)
-    with progress_on(console) as bar:
-        task = bar.add_task(name)
+    with closing(Bar(console, name)) as bar:
+        bar.stage("loading the model")
+        model = load_model(
+            place,
+            revision=_revision(name, options),
+            dtype=options.dtype,
+            trust_remote_code=options.trust_remote_code,
+        ).to(processes().device)
         result = audit(
             model,
             tokenizer,
@@ -254,9 +273,7 @@ def _audited(
             max_new_tokens=options.max_new_tokens,
             token_budget=options.token_budget,
             store=options.output / STORE_NAME,
-            progress=lambda view, done, total: bar.update(
-                task, description=f"{name}: {view}", completed=done, total=total
-            ),
+            progress=bar.follow,
         )
     del model
     gc.collect()

@@ -18,14 +18,27 @@ examples:
   efface cache-reference --model ./llama --forget forget10.json --bf16 True
   efface cache-reference --config npo.yaml
 
-Takes the flags of `efface unlearn`, and a run's file of them. What decides about a log-probability has to be the same
-in both: the model, the forget set and its template, --dtype and --bf16. Training settings have no part in it.
+Takes the flags of `efface unlearn`, and a run's file of them. What a log-probability
+depends on has to be the same in both: the model, the forget set and its template,
+--dtype and --bf16.
 """
+# Of the flags of `efface unlearn`, those that a reference depends on, and where it is kept.
+_SHOWN = (
+    "model forget forget_filter revision dtype bf16 question_column answer_column alternate_column refusal_file "
+    "template max_length objective reference_model reference_revision reference_cache token_budget use_cpu recipe "
+    "data"
+)
 
 
 def parser() -> SettingsParser:
     """Return the parser of the command's flags."""
-    return unlearn_parser("cache-reference", __doc__, _EXAMPLES)
+    return unlearn_parser(
+        "cache-reference",
+        "Computes the log-probabilities that NPO, DPO and the like compare with, once for all runs on the same model "
+        "and forget set.",
+        _EXAMPLES,
+        shown=frozenset(_SHOWN.split()),
+    )
 
 
 def run(argv: Sequence[str]) -> int:
@@ -52,5 +65,5 @@ def run(argv: Sequence[str]) -> int:
     if reference.problem is not None:
         raise reference.problem
     there = reference.sequences - reference.computed
-    console.print(f"{reference.computed} sequences computed, {there} were there: {reference.path}", soft_wrap=True)
+    console.print(f"{reference.computed} sequences computed, {there} were there: {reference.path}")
     return 0

@@ -17,7 +17,7 @@ examples:
   efface completion zsh > "${fpath[1]}/_efface"
 """
 _FILES = {"config", "data", "forget", "retain", "retain_log", "holdout", "refusal_file", "markdown", "json_file"}
-_FOLDERS = {"model", "full", "retain_model", "reference_model", "tokenizer", "output_dir", "out", "folders"}
+_FOLDERS = {"model", "full", "retain_model", "reference_model", "tokenizer", "output_dir", "folders"}
 
 
 def parser() -> FlagParser:

@@ -31,6 +31,13 @@ _COLUMNS = {
     "tokens/s": ("tokens_per_second", ",.0f"),
 }
 
+_EXAMPLES = """
+examples:
+  efface demo
+  efface demo --scale smoke --output demo-smoke
+  efface demo --data tofu/ --authors 20 --output demo-tofu
+"""
+
 
 def parser() -> FlagParser:
     """Return the parser of the command's flags."""
@@ -38,27 +45,25 @@ def parser() -> FlagParser:
         "demo",
         "Trains a small Llama on fictitious authors (full) and another without some of them (retain); "
         "makes full forget those with NPO, SimNPO and GradDiff; compares with retain.",
-        "example: efface demo --data tofu/ --authors 20 --out demo-tofu",
+        _EXAMPLES,
     )
-    flags.add_argument("--out", type=Path, default=Path("demo-out"), help="output folder (default: demo-out)")
+    flags.add_argument("--output", type=Path, default=Path("demo-out"), help="folder (default: demo-out)")
     flags.add_argument("--data", type=Path, help="folder with TOFU's JSON files; default: made-up authors")
     flags.add_argument("--authors", type=int, help="how many authors in all (default: 24; TOFU: 20)")
     flags.add_argument("--forget-authors", type=int, help="how many of them to forget (default: 2; smoke: 1)")
     flags.add_argument("--scale", choices=sorted(_AUTHORS), default="default", help="smoke ends within a minute")
-    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
     flags.add_argument("--overwrite", action="store_true", help="write into an output folder that is not empty")
+    flags.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
     return flags
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parser().parse_args(argv)
-    out = check_output(options.out, overwrite=options.overwrite, inputs={"--data": options.data})
+    out = check_output(options.output, overwrite=options.overwrite, inputs={"--data": options.data})
     # here, because --help needs none of it
-    import datasets
-    import transformers
-
-    from efface.cli.progress import open_console
+    from efface.cli.progress import open_console, show_json, show_table
     from efface.simulate.data import fictitious, tofu
     from efface.simulate.demo import DEMO_SETTINGS, Demo
     from efface.simulate.run import write_record
@@ -71,23 +76,23 @@ def run(argv: Sequence[str]) -> int:
     if options.data is not None and options.scale == "default":
         # TOFU's texts are longer and more varied: a larger vocabulary, and fewer passes over more tokens.
         settings = replace(settings, vocabulary=4096, teach_epochs=30)
-    # the demo tells its own story; the libraries' progress lines would cut through its bars
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    console = open_console()
+    console = open_console(stderr=True)
     remove_leftovers(out, seconds=_LEFT_BEHIND)
     if out.is_dir() and (there := sorted(out.iterdir())):
         said = f"files of the same names are replaced when the demo is whole; there are {in_words(there)}"
-        console.print(said, highlight=False, markup=False, soft_wrap=True)
+        console.print(said)
     with locked_folder(out), written_whole(out) as partial:
         with teaching_bar(console) as progress:
             demo = Demo(data, settings, partial, progress)
             models = demo.tell()
         plot(demo.curves, partial)
-        write_record(partial / "demo.json", demo.record(models))
-    console.print(figures_table("model", _COLUMNS, models, title=data.name))
+        record = demo.record(models)
+        write_record(partial / "demo.json", record)
+    if options.json:
+        show_json(record)
+    else:
+        show_table(figures_table("model", _COLUMNS, models, title=data.name))
     for model in models:
         if model.note:
             console.print(f"{model.name}: {model.note}")

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 
 from efface.batching import TokenStore, plan_epoch
 from efface.cli.plan import summary
+from efface.cli.progress import show_json
 from efface.hf.model.loading import MAIN, local_files, read_config, read_tokenizer
 from efface.hf.reference.make import reference_kind
 from efface.hf.text.rows import check_columns, load_rows, local_file, matching, parse_conditions
@@ -40,7 +40,7 @@ def show(command: UnlearnCommand, args: UnlearnArguments, objective: Objective, 
     """Print the resolved configuration, the steps and tokens, and the memory that they would take."""
     report = describe(command, args, objective, recipe)
     if command.json:
-        print(json.dumps(report, indent=2))
+        show_json(report)
         return 0
     for title, lines in report.items():
         print(f"{title}{_NOTES.get(title, '')}")

@@ -10,10 +10,9 @@ from typing import Any, TypeVar
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import TaskID
 from rich.table import Table
 
-from efface.cli.progress import open_console, progress_on
+from efface.cli.progress import Bar, add_json_flag, open_console, show_json, show_table
 from efface.evaluate import EvalLog, TofuResult, evaluate_metrics, fame, get_metric, known_metrics, tofu
 from efface.evaluate.logs import (
     PREFIXES,
@@ -216,15 +215,17 @@ def _reading(options: argparse.Namespace) -> Reading:
 
 _EXAMPLES = """
 examples:
-  efface evaluate --model ./unlearned --retain-log retain90/TOFU_EVAL.json
-  efface evaluate --model ./unlearned --retain-model ./retain90 --data ./tofu --split forget05 --output results
-  torchrun --nproc-per-node 8 -m efface evaluate --model ./unlearned --retain-log retain90/TOFU_EVAL.json
-  efface evaluate --model ./unlearned --metrics extraction_strength,mia_min_k --forget forget.csv --holdout new.csv
-  efface evaluate --model ./unlearned --benchmark fame --data fame.csv --forget-filter topic_id=3
+  efface evaluate --model ./npo --retain-log retain90/TOFU_EVAL.json
+  efface evaluate --model ./npo --retain-model ./retain90 --data tofu/ --split forget05
+  efface evaluate --model ./npo --metrics privleak,mia_min_k --forget a.csv \\
+      --holdout b.csv
+  efface evaluate --model ./npo --benchmark fame --data fame.csv \\
+      --forget-filter topic_id=3
 
-Forget Quality compares with a model that was trained on the retain set alone: with its TOFU_EVAL.json (--retain-log),
-or with the model itself (--retain-model), which is then evaluated first. An evaluation that was stopped or killed goes
-on where it was when the same command is given again.
+Forget Quality compares with a model that was trained on the retain set alone: with its
+TOFU_EVAL.json (--retain-log), or with the model itself (--retain-model), which is then
+evaluated first. An evaluation that was stopped goes on where it was when the same
+command is given again. `torchrun -m efface evaluate ...` shares rows among processes.
 """
 T = TypeVar("T")
 
@@ -284,30 +285,9 @@ def parser() -> FlagParser:
         "--token-budget", type=int, default=8192, help="most tokens of a forward pass (default: %(default)s)"
     )
     flags.add_argument("--dtype", default="auto", help="dtype to load models in: auto, float32, bfloat16, float16")
+    add_json_flag(flags)
     add_metrics_flags(flags)
     return flags
-
-
-class _Bar:
-    """Shows how many rows are done: a bar on a terminal, nothing in a pipe."""
-
-    def __init__(self, console: Console, title: str) -> None:
-        self._progress = progress_on(console)
-        self._title = title
-        self._task: TaskID | None = None
-        self.done, self.rows = 0, 0
-
-    def __call__(self, name: str, done: int, rows: int) -> None:
-        """Follow ``run_tasks``."""
-        self.done, self.rows = done, rows
-        if self._task is None:
-            self._progress.start()
-            self._task = self._progress.add_task("", total=rows)
-        self._progress.update(self._task, description=f"{self._title}: {name}", completed=done)
-
-    def close(self) -> None:
-        """Remove the bar."""
-        self._progress.stop()
 
 
 def run(argv: Sequence[str]) -> int:
@@ -342,14 +322,17 @@ def run(argv: Sequence[str]) -> int:
     if benchmark == "tofu":
         _check_tofu(options)
     for role, counts in check_metrics_rows(options, benchmark).items():
-        console.print(f"{role}: {counts}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{role}: {counts}")
+    found: dict[str, Any] = {"output": output}
     if benchmark == "tofu":
-        _judge_by_tofu(options, output, console)
+        found["tofu"] = _judge_by_tofu(options, output, console)
     if benchmark == "fame":
-        _judge_rows(options, output, console, "FAME", run_fame)
+        found["fame"] = _judge_rows(options, output, console, "FAME", run_fame)
     if options.metrics:
-        _judge_rows(options, output, console, "METRICS", run_metrics)
-    console.print(f"wrote {output}", highlight=False, soft_wrap=True)
+        found["metrics"] = _judge_rows(options, output, console, "METRICS", run_metrics)
+    if options.json and state.is_main_process:
+        show_json(found)
+    console.print(f"wrote {output}")
     return 0
 
 
@@ -362,38 +345,43 @@ def _check_tofu(options: argparse.Namespace) -> None:
             load_split(options.data, split, options.split, get_protocol(options.protocol, options.compat))
 
 
-def _judge_by_tofu(options: argparse.Namespace, output: Path, console: Console) -> None:
+def _judge_by_tofu(options: argparse.Namespace, output: Path, console: Console) -> dict[str, Any]:
+    """Evaluate, show the table unless JSON is wanted, and return the figures by their names in TOFU_SUMMARY.json."""
     retain_log: str | EvalLog | None = options.retain_log
     if options.retain_model is not None:
         folder = output / "retain_model"
         retain_log = _evaluate(options, options.retain_model, options.retain_revision, folder, None, console).log
     result = _evaluate(options, options.model, options.revision, output, retain_log, console)
     if processes().is_main_process:
-        open_console().print(
-            results_table(
-                result,
-                f"{Path(options.model).name} on {options.split}, {get_protocol(options.protocol, options.compat).name}",
-            )
-        )
+        if not options.json:
+            protocol = get_protocol(options.protocol, options.compat).name
+            show_table(results_table(result, f"{Path(options.model).name} on {options.split}, {protocol}"))
         for note in _notes(result, options):
-            console.print(note, highlight=False, soft_wrap=True)
+            console.print(note)
+    return dict(result.summary)
 
 
 def _judge_rows(
     options: argparse.Namespace, output: Path, console: Console, benchmark: str, judge: Callable[..., Results]
-) -> None:
-    def run(model: Any, tokenizer: Any, bar: _Bar) -> Results:
+) -> Results:
+    """Likewise of other metrics, with the figures of groups, but without those of single rows."""
+
+    def run(model: Any, tokenizer: Any, bar: Bar) -> Results:
         facts = {**model_facts(model), "benchmark": benchmark, "options": {**vars(options), "output": str(output)}}
         if not options.overwrite:
             on_first(processes(), lambda: check_results(output, facts, benchmark=benchmark))
-        results = judge(model, tokenizer, options, store=output / ROWS, progress=bar)
+        results = judge(model, tokenizer, options, store=output / ROWS, progress=bar.follow)
         if processes().is_main_process:
             write_results(output, results, facts, benchmark=benchmark, beside=not options.overwrite)
         return results
 
     results = _with_model(options, options.model, options.revision, output, console, run)
-    if processes().is_main_process:
-        open_console().print(metrics_table(results, f"{Path(options.model).name}: {benchmark}"))
+    if processes().is_main_process and not options.json:
+        show_table(metrics_table(results, f"{Path(options.model).name}: {benchmark}"))
+    return {
+        name: {key: value for key, value in metric.items() if key != "value_by_index"}
+        for name, metric in results.items()
+    }
 
 
 def _evaluate(
@@ -404,7 +392,7 @@ def _evaluate(
     retain_log: str | EvalLog | None,
     console: Console,
 ) -> TofuResult:
-    def run(model: Any, tokenizer: Any, bar: _Bar) -> TofuResult:
+    def run(model: Any, tokenizer: Any, bar: Bar) -> TofuResult:
         return tofu(
             model,
             tokenizer,
@@ -418,7 +406,7 @@ def _evaluate(
             token_budget=options.token_budget,
             output=output,
             overwrite=options.overwrite,
-            progress=bar,
+            progress=bar.follow,
         )
 
     return _with_model(options, name, revision, output, console, run)
@@ -430,12 +418,13 @@ def _with_model(
     revision: str,
     output: Path,
     console: Console,
-    run: Callable[[Any, Any, _Bar], T],
+    run: Callable[[Any, Any, Bar], T],
 ) -> T:
     """Load a model, run something with it and its tokenizer, and let go of it."""
-    bar = _Bar(console, Path(name).name)
+    bar = Bar(console, Path(name).name)
     with closing(bar):
         try:
+            bar.stage("loading the model")
             trusted, given = options.trust_remote_code, options.tokenizer
             tokenizer = load_tokenizer(given or name, revision=MAIN if given else revision, trust_remote_code=trusted)
             model = load_model(name, revision=revision, dtype=options.dtype, trust_remote_code=trusted)
@@ -446,11 +435,11 @@ def _with_model(
                     remove_leftovers(output)
                 there = sorted(path for path in output.glob("*.json") if path.name in _RESULTS)
                 if there and options.overwrite:
-                    console.print(f"replaced: {in_words(there)}", highlight=False, soft_wrap=True)
+                    console.print(f"replaced: {in_words(there)}")
                 return run(model, tokenizer, bar)
         except KeyboardInterrupt:
-            kept = f"{bar.done} of {bar.rows} rows are kept in {output}"
-            console.print(f"stopped; run the same command again to continue: {kept}", highlight=False, soft_wrap=True)
+            kept = f"{bar.completed} of {bar.total} rows are kept in {output}"
+            console.print(f"stopped; run the same command again to continue: {kept}")
             raise
         finally:
             model = None  # before the next one is loaded

@@ -29,16 +29,17 @@ DEFAULTS: dict[str, Any] = {
 
 _EXAMPLES = """
 examples:
-  efface finetune --model meta-llama/Llama-3.2-1B-Instruct --data locuslab/TOFU:full:train --output-dir full
-  efface finetune --model ./llama --data fame.csv --data-filter 'topic_id!=3' --output-dir retain
+  efface finetune --model ./llama --data locuslab/TOFU:full:train --output full
+  efface finetune --model ./llama --data fame.csv --data-filter 'topic_id!=3' \\
+      --output retain
 
 What forget quality compares with, a model that never saw the forget set, and its log:
-  efface finetune --model meta-llama/Llama-3.2-1B-Instruct --data locuslab/TOFU:retain90:train --output-dir retain90
+  efface finetune --model ./llama --data locuslab/TOFU:retain90:train --output retain90
   efface evaluate --model retain90 --split forget10 --output retain90/evaluation
 
-`efface unlearn --recipe NAME --retain-log retain90/evaluation/TOFU_EVAL.json` takes it from there. The defaults are
-TOFU's. A run that was stopped continues when the same command is given again. Every flag of
-transformers.TrainingArguments works; --config reads a YAML file of flags.
+`efface unlearn --recipe NAME --retain-log retain90/evaluation/TOFU_EVAL.json` takes it
+from there. The defaults are TOFU's. A run that was stopped continues when the same
+command is given again. All flags of transformers.TrainingArguments work.
 """
 
 
@@ -82,7 +83,13 @@ class FinetuneCommand:
 
 def parser() -> SettingsParser:
     """Return the parser of the command's flags."""
-    return SettingsParser("finetune", (FinetuneCommand, UnlearnArguments), __doc__, _EXAMPLES, DEFAULTS)
+    return SettingsParser(
+        "finetune",
+        (FinetuneCommand, UnlearnArguments),
+        'Teaches a model a data set. The "full" and "retain" models of a benchmark are made so.',
+        _EXAMPLES,
+        DEFAULTS,
+    )
 
 
 def _parse(argv: Sequence[str]) -> tuple[FinetuneCommand, UnlearnArguments]:
@@ -116,9 +123,11 @@ def run(argv: Sequence[str]) -> int:
     check_source(command.data)
 
     def make(bar: ProgressBar) -> tuple[PackedTrainer, dict[str, Any]]:
+        bar.stage("loading the model")
         tokenizer = tokenizer_of(command)  # at once, where a model takes minutes
         model = _load(command, args.seed)
         weights = fingerprint(model).hex()
+        bar.stage("reading the data")
         trainer = FinetuneTrainer(
             model,
             args,

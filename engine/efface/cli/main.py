@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -42,11 +42,11 @@ EXIT_PIPE = 141
 
 EXIT_CODES = {
     0: "done",
-    EXIT_FAULT: "a fault of efface, with its traceback; of `efface sweep`: no trial came to its end",
-    EXIT_USAGE: "wrong use or input, or too little memory: one line says what, where, and what to do",
-    EXIT_DIVERGED: "the training diverged; no model was written",
-    EXIT_INTERRUPTED: "interrupted, by Ctrl-C or SIGTERM",
-    EXIT_PIPE: "the reader of the output has gone, as `head` does",
+    EXIT_FAULT: "a fault in efface, shown with its traceback; or a sweep without a finished trial",
+    EXIT_USAGE: "wrong use or input, or too little memory; one line says what, where, and what to do",
+    EXIT_DIVERGED: "the loss or the weights diverged; no model was written",
+    EXIT_INTERRUPTED: "interrupted, by Ctrl-C or SIGTERM; the same command continues",
+    EXIT_PIPE: "the reader of the output ended, as `head` does",
 }
 
 # Of TrainingArguments, which have a --debug with a value; alone it is ours.
@@ -63,16 +63,27 @@ _LESS_MEMORY = {
     "sweep": _TRAINING,
     "unlearn": f"{_TRAINING}; --dry-run estimates what a run takes",
 }
+# Flags that every command takes, and what they do.
+COMMON = {
+    "--help": "show the flags of the command that are used most, and examples",
+    "--help-all": "show all of its flags",
+    "--debug": "show tracebacks of errors",
+}
+
+
+def _listed(lines: Mapping[Any, str]) -> str:
+    width = max(len(str(name)) for name in lines)
+    return "\n".join(f"  {name!s:<{width}}  {text}" for name, text in lines.items())
 
 
 def _help() -> str:
-    width = max(map(len, COMMANDS))
-    listed = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
     return (
-        "usage: efface [--version] <command> [options]\n\n"
+        "usage: efface [--version] <command> [flags]\n\n"
         "Fast, exact unlearning for Hugging Face causal language models.\n\n"
-        f"commands:\n{listed}\n\n"
-        "`efface <command> --help` lists the options of a command."
+        f"commands:\n{_listed({name: summary for name, (_, summary) in COMMANDS.items()})}\n\n"
+        f"flags of every command:\n{_listed(COMMON)}\n\n"
+        f"exit codes:\n{_listed(EXIT_CODES)}\n\n"
+        "Results go to standard output, as JSON where a command has --json; progress and errors to standard error."
     )
 
 
@@ -89,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals = _Signals(command, at_once=argv is None)
     with signals.handled():
         try:
-            return _run(arguments, signals)
+            return _run(arguments, signals, debug=debug)
         except SystemExit as stop:  # of --help, and of rich where the reader of its output has gone
             if isinstance(stop.__context__, BrokenPipeError) or not _flushed():
                 return EXIT_PIPE
@@ -107,7 +118,16 @@ def _without_debug(words: Sequence[str]) -> tuple[list[str], bool]:
     return [word for word, taken in zip(words, ours, strict=True) if not taken], any(ours)
 
 
-def _run(arguments: Sequence[str], signals: "_Signals") -> int:
+# Other libraries draw no bars, and transformers says nothing below an error: what it warns of when it loads a model,
+# efface refuses. Read when they are imported; a user's own values hold.
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def _run(arguments: Sequence[str], signals: "_Signals", *, debug: bool) -> int:
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help", "--version"):
         print(f"efface {efface.__version__}" if name == "--version" else _help())
@@ -115,6 +135,8 @@ def _run(arguments: Sequence[str], signals: "_Signals") -> int:
     elif name not in COMMANDS:
         raise ValueError(f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}")
     else:
+        for variable, value in () if debug else _QUIET.items():
+            os.environ.setdefault(variable, value)
         with signals.importing():
             module = importlib.import_module(COMMANDS[name][0])
         code = int(module.run(rest))

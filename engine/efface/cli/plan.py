@@ -1,6 +1,5 @@
 """``efface plan``: what an epoch would hold, without loading a model."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from efface.batching import EpochPlan, TokenStore, plan_epoch
-from efface.cli.progress import open_console
+from efface.cli.progress import add_json_flag, open_console, show_json, show_table
 from efface.flags import FlagParser
 from efface.hf.model.loading import load_tokenizer, read_tokenizer
 from efface.hf.text.data import DataFacts, refuse_overlap, token_store
@@ -19,8 +18,10 @@ from efface.hf.text.templates import AUTO
 from efface.hf.train.arguments import UnlearnArguments
 
 _EXAMPLES = """
-example:
-  efface plan --tokenizer ./llama --forget forget10.json --retain retain90.json --pairs-per-step 32 --processes 1 8
+examples:
+  efface plan --tokenizer ./llama --forget forget10.json --retain retain90.json \\
+      --processes 1 8
+  efface plan --tokenizer ./llama --forget forget10.json --token-budget 2048 --json
 """
 
 
@@ -41,9 +42,11 @@ def parser() -> FlagParser:
         "--token-budget", type=int, default=UnlearnArguments.token_budget, help="most tokens of a forward pass"
     )
     flags.add_argument("--processes", type=int, nargs="+", default=[1], help="numbers of processes to plan for")
-    flags.add_argument("--retain-sampling", choices=["random", "cycle", "paired"], default="random")
-    flags.add_argument("--seed", type=int, default=42)
-    flags.add_argument("--epoch", type=int, default=0)
+    flags.add_argument(
+        "--retain-sampling", choices=["random", "cycle", "paired"], default="random", help="draw of retain rows"
+    )
+    flags.add_argument("--seed", type=int, default=42, help="of the order and of the draw (default: 42)")
+    flags.add_argument("--epoch", type=int, default=0, help="which epoch to plan, from 0 on (default: 0)")
     flags.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
     flags.add_argument("--max-length", type=int, help="cut sequences to so many tokens; default: never")
     flags.add_argument("--question-column", help="column that holds the prompt")
@@ -52,7 +55,7 @@ def parser() -> FlagParser:
     flags.add_argument("--forget-filter", **conditions, help="rows, as for efface unlearn")
     flags.add_argument("--retain-filter", **conditions, help="likewise")
     flags.add_argument("--allow-overlap", action="store_true", help="let rows stand in both sets, which is an error")
-    flags.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_json_flag(flags)
     return flags
 
 
@@ -112,7 +115,7 @@ def run(argv: Sequence[str]) -> int:
     for role, store in (("forget", forget), ("retain", retain)):
         if len(store):
             facts = DataFacts.of(getattr(options, role), store, getattr(options, f"{role}_filter"))
-            console.print(f"{role}: {facts}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{role}: {facts}")
     rows = []
     for processes in options.processes:
         plan = plan_epoch(
@@ -127,9 +130,9 @@ def run(argv: Sequence[str]) -> int:
         )
         rows.append(summary(plan, forget, retain))
     if options.json:
-        print(json.dumps(rows, indent=2))
+        show_json(rows)
         return 0
-    open_console().print(_table(rows, len(forget), len(retain)))
+    show_table(_table(rows, len(forget), len(retain)))
     return 0
 
 

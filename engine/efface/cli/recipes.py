@@ -1,6 +1,5 @@
 """``efface recipes``: what recipes there are, and what one says."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -9,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from efface.cli.dry_run import describe
-from efface.cli.progress import open_console
+from efface.cli.progress import add_json_flag, show_json, show_table
 from efface.flags import FlagParser
 from efface.recipes import Recipe, known_recipes, load_recipe
 from efface.recipes.evaluation import stem
@@ -19,10 +18,10 @@ _EXAMPLES = """
 examples:
   efface recipes
   efface recipes npo-tofu-forget10-llama-3.2-1b
-  efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --dry-run
-  efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --output-dir out
+  efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --output out
 
-A recipe of your own is a file like the one that the second line prints; wherever a name is taken, so is its path.
+A recipe of your own is a file like the one that the second line prints; wherever a name
+is taken, so is its path.
 """
 
 
@@ -37,7 +36,7 @@ def parser() -> FlagParser:
         _EXAMPLES,
     )
     flags.add_argument("name", nargs="?", help="a recipe to explain: its name, or the path of a YAML file")
-    flags.add_argument("--json", action="store_true", help="print JSON")
+    add_json_flag(flags)
     return flags
 
 
@@ -48,9 +47,9 @@ def run(argv: Sequence[str]) -> int:
     recipes = [load_recipe(name) for name in names]
     if options.json:
         plain = [{**asdict(recipe), "path": str(recipe.path), "memory": _memory(recipe)} for recipe in recipes]
-        print(json.dumps(plain if options.name is None else plain[0], indent=2))
+        show_json(plain if options.name is None else plain[0])
     elif options.name is None:
-        open_console().print(_table(recipes))
+        show_table(_table(recipes))
     else:
         _explain(recipes[0])
     return 0
@@ -93,7 +92,7 @@ def _explain(recipe: Recipe) -> None:
     size = _memory(recipe)
     expected: Any = "not known" if size is None else f"about {size / 2**30:.0f} GiB (computed, one process)"
     print(f"\n# expected memory: {expected}")
-    print(f"# run it:   efface unlearn --recipe {recipe.name} --output-dir out")
+    print(f"# run it:   efface unlearn --recipe {recipe.name} --output out")
     print(f"# or first: efface unlearn --recipe {recipe.name} --dry-run")
 
 

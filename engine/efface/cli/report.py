@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from efface.cli.progress import open_console
+from efface.cli.progress import add_json_flag, open_console, show_json
 from efface.flags import FlagParser
 
 _EXAMPLES = """
@@ -12,8 +12,9 @@ examples:
   efface report npo/ simnpo/ --output npo-simnpo.html --markdown npo-simnpo.md
   efface report saves/unlearn/ --floor 0.8     # of open-unlearning
 
-Folders are searched, at any depth, for TOFU_EVAL.json, TOFU_SUMMARY.json, eval_log_aggregated.json, AUDIT.json and
-trainer_state.json. What lies in checkpoint-N folders becomes curves over steps.
+Folders are searched, at any depth, for TOFU_EVAL.json, TOFU_SUMMARY.json,
+eval_log_aggregated.json, AUDIT.json and trainer_state.json. What lies in checkpoint-N
+folders becomes curves over steps.
 """
 
 
@@ -39,15 +40,16 @@ def parser() -> FlagParser:
     flags.add_argument(
         "--details", type=int, default=12, metavar="N", help="show the forget rows of the N best runs (default: 12)"
     )
+    add_json_flag(flags)
     return flags
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parser().parse_args(argv)
-    from efface.evaluate import report
+    from efface.evaluate.report.write import write_report
 
-    path = report(
+    content = write_report(
         options.folders,
         options.output,
         markdown=options.markdown,
@@ -56,6 +58,9 @@ def run(argv: Sequence[str]) -> int:
         floor=options.floor,
         details=options.details,
     )
-    written = str(path) if options.markdown is None else f"{path}, {options.markdown}"
-    open_console().print(f"wrote {written}", highlight=False, soft_wrap=True, markup=False)
+    written = [options.output, *([] if options.markdown is None else [options.markdown])]
+    if options.json:
+        show_json({"written": written, **content.to_json()})
+    else:
+        open_console().print(f"wrote {', '.join(map(str, written))}")
     return 0

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from rich.table import Table
 
 from efface.cli.dry_run import describe
 from efface.cli.main import main
-from efface.cli.progress import open_console
+from efface.cli.progress import Bar, open_console, show_json, show_table
 from efface.cli.run_folder import RECORD as RUN_RECORD
 from efface.cli.run_folder import differences
 from efface.cli.training import model_inputs
@@ -122,7 +124,7 @@ def write_files(sweep: SweepCommand, trials: Sequence[Trial], floor: Floor) -> N
 
 def _best(sweep: SweepCommand, best: Trial, trials: Sequence[Trial], floor: Floor) -> dict[str, Any]:
     place = Place(sweep.out, best.name)
-    words = [*sweep.words, *flag_words(best.point), "--output-dir=best"]
+    words = [*sweep.words, *flag_words(best.point), "--output=best"]
     return {
         "trial": best.number,
         "parameters": best.point,
@@ -161,35 +163,40 @@ def show_failures(trials: Sequence[Trial], console: Console) -> None:
     """Print why trials failed."""
     for trial in trials:
         if trial.state == "failed":
-            console.print(f"{trial.name}: {_state(trial)}", highlight=False, soft_wrap=True, markup=False)
-            console.print(trial.error, highlight=False, soft_wrap=True, markup=False)
+            console.print(f"{trial.name}: {_state(trial)}")
+            console.print(trial.error)
 
 
-def dry_run(sweep: SweepCommand, console: Console) -> None:
+def dry_run(sweep: SweepCommand) -> None:
     """Print the trials that there would be, with their steps and tokens."""
+    say = str if sweep.options.json else open_console().print
     if sweep.sampler == "grid":
         listed = list(points(sweep.space))
     else:
         first = {parameter.name: parameter.some()[0] for parameter in sweep.space}
         for parameter in sweep.space:
-            console.print(f"{parameter.name}: {parameter.described()}", highlight=False, soft_wrap=True, markup=False)
-        console.print(f"{sweep.options.trials} trials drawn by {sweep.sampler}; counted at the least values:")
+            say(f"{parameter.name}: {parameter.described()}")
+        say(f"{sweep.options.trials} trials drawn by {sweep.sampler}; counted at the least values:")
         listed = [first] * sweep.options.trials
     known: dict[str, dict[str, Any]] = {}
-    steps: list[Any] = []
-    tokens: list[Any] = []
+    counts: list[dict[str, Any]] = []
     for number, point in enumerate(listed):
         key = point_name({name: value for name, value in point.items() if name not in _FREE})
         if key not in known:
             command, args, recipe = resolve(sweep.given, point)
             known[key] = describe(command, args, command.make_objective(), recipe)["run"]
-        steps.append(known[key].get("steps"))
-        tokens.append(known[key].get("tokens"))
+        counts.append({what: known[key].get(what) for what in ("steps", "tokens")})
         if sweep.sampler == "grid":
-            line = f"{number:>4}  {_in_words(point)}  {_count(steps[-1], 'steps')}  {_count(tokens[-1], 'tokens')}"
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
-    total = f"{len(listed)} trials, {_total(steps, 'steps')}, {_total(tokens, 'tokens')}"
-    console.print(total, highlight=False, soft_wrap=True, markup=False)
+            said = (_count(count, what) for what, count in counts[-1].items())
+            say(f"{number:>4}  {_in_words(point)}  {'  '.join(said)}")
+    if sweep.options.json:
+        trials = [
+            {"parameters": point if sweep.sampler == "grid" else None, **count}
+            for point, count in zip(listed, counts, strict=True)
+        ]
+        show_json({"sampler": sweep.sampler, "trials": trials})
+    totals = (_total([count[what] for count in counts], what) for what in ("steps", "tokens"))
+    say(f"{len(listed)} trials, {', '.join(totals)}")
 
 
 def _in_words(point: Point) -> str:
@@ -232,7 +239,7 @@ def run(argv: Sequence[str]) -> int:
     )
     console = open_console(stderr=True)
     if sweep.options.dry_run:
-        dry_run(sweep, open_console())
+        dry_run(sweep)
         return 0
     return carry_out(sweep, Subprocesses("efface.cli.sweep", sweep.evaluation), fill_in_a_process, console)
 
@@ -250,13 +257,14 @@ def carry_out(sweep: SweepCommand, launch: Launcher, fill: Fill, console: Consol
     floor = _floor(sweep)
     ledger = _ledger(sweep)
 
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
+    bar = Bar(console, "sweep")
+    say = bar.say
 
     def changed(what: str) -> None:
         trials = ledger.trials()
-        ended = sum(trial.state in ("complete", "failed") for trial in trials)
-        say(f"{ended} of {max(len(trials), ledger.count)}  {what}")
+        ended, count = sum(trial.state in ("complete", "failed") for trial in trials), max(len(trials), ledger.count)
+        say(f"{ended} of {count}  {what}")
+        bar.follow("trials", ended, count)
         write_files(sweep, trials, floor)
 
     ledger.plan()
@@ -274,15 +282,21 @@ def carry_out(sweep: SweepCommand, launch: Launcher, fill: Fill, console: Consol
         changed=changed,
     )
     try:
-        if ledger.unfinished():
-            fill_reference(sweep, fill, say)
-        loop.run()
+        with closing(bar):
+            if ledger.unfinished():
+                fill_reference(sweep, fill, say)
+            loop.run()
     except KeyboardInterrupt:
         say("stopped; run the same command again to continue: finished trials stay, those in work go on")
         raise
     trials = ledger.trials()
     write_files(sweep, trials, floor)
-    open_console().print(table(sweep, trials, floor))
+    if sweep.options.json:
+        best = best_of(trials, floor)
+        listed = [{**asdict(trial), "folder": Place(sweep.out, trial.name).folder} for trial in ranked(trials, floor)]
+        show_json({"trials": listed, "best": None if best is None else _best(sweep, best, trials, floor)})
+    else:
+        show_table(table(sweep, trials, floor))
     show_failures(trials, console)
     _report(sweep, console)
     say(f"wrote {sweep.out}")
@@ -346,7 +360,7 @@ def _report(sweep: SweepCommand, console: Console) -> None:
     try:
         report(sweep.out / "trials", page, full=options.full_log, retain_log=log, floor=options.floor)
     except (ValueError, OSError) as error:  # trials that leave nothing to show
-        console.print(f"no report: {error}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"no report: {error}")
 
 
 def run_trial(words: Sequence[str], evaluation: Sequence[str] | None) -> int:

@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from transformers.hf_argparser import string_to_bool
 
 from efface.cli.demo import figures_table, teaching_bar
-from efface.cli.progress import open_console
+from efface.cli.progress import open_console, show_table
 from efface.cli.run_folder import RECORD as RUN_RECORD
 from efface.cli.training import unlearn
 from efface.flags import FlagParser, flag_words, given_names, hyphens
@@ -64,8 +63,9 @@ def run_at(scale: str, words: Sequence[str]) -> int:
     for name in _NOT_HERE.keys() & given_names(words):
         raise ValueError(f"--scale {scale}: expected no --{hyphens(name)}, because {_NOT_HERE[name]}; drop it")
     parser = FlagParser("unlearn", "A recipe at a small scale.")
-    for name in ("--recipe", "--data", "--output-dir"):
+    for name in ("--recipe", "--data"):
         parser.add_argument(name)
+    parser.add_argument("--output", dest="output_dir")
     for name in ("--overwrite", "--json"):
         parser.add_argument(name, type=string_to_bool, nargs="?", const=True, default=False)
     command, overrides = parser.parse_known_args(words)
@@ -74,7 +74,7 @@ def run_at(scale: str, words: Sequence[str]) -> int:
     recipe = load_recipe(command.recipe)
     folder = Path(command.output_dir or f"{recipe.name}-{scale}")
     options: dict[str, Any] = {"data": command.data, "overrides": overrides, "overwrite": command.overwrite}
-    say = partial(open_console(stderr=True).print, highlight=False, soft_wrap=True)
+    say = open_console(stderr=True).print
     with teaching_bar(open_console(stderr=True)) as progress:
         run = run_tiny(recipe, folder, unlearn=unlearn_with, scale=scale, progress=progress, say=say, **options)
     if command.json:
@@ -87,12 +87,12 @@ def run_at(scale: str, words: Sequence[str]) -> int:
 
 def show(run: TinyRun, console: Console) -> None:
     """Print what changed against the recipe, and the figures of the three models."""
-    say = partial(console.print, highlight=False, soft_wrap=True)
+    say = console.print
     changed = ", ".join([*(f"{name} {json.dumps(value)}" for name, value in run.changed.items()), *run.overrides])
     say(f"{run.recipe} on {run.data}")
     say(f"other than the recipe: {changed}")
     columns = {heading: (name, ".3g") for heading, name in _COLUMNS.items()}
-    console.print(figures_table("", columns, run.models, pad_edge=False, collapse_padding=True))
+    show_table(figures_table("", columns, run.models, pad_edge=False, collapse_padding=True), console)
     for model in run.models:
         if model.note:
             say(f"{model.name}: {model.note}")

@@ -53,7 +53,7 @@ class TrainingRun:
         merged: whether the model is written with its adapter in it.
         make: returns the trainer, ready to train, and what the result depends on beside the trainer's own recipe.
         before_saving: changes the trained model, which is then written.
-        after_saving: is called with the trainer and the console when the model is whole in the output folder.
+        after_saving: is called with the trainer and the bar when the model is whole in the output folder.
     """
 
     args: UnlearnArguments
@@ -64,7 +64,7 @@ class TrainingRun:
     merged: bool
     make: Callable[[ProgressBar], tuple[PackedTrainer, dict[str, Any]]]
     before_saving: Callable[[PackedTrainer], None] | None = None
-    after_saving: Callable[[PackedTrainer, Console], None] | None = None
+    after_saving: Callable[[PackedTrainer, ProgressBar], None] | None = None
 
     @property
     def out(self) -> Path:
@@ -119,15 +119,16 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
         if checkpoint[0] is not None:
             console.print(f"continuing from {checkpoint[0]}", highlight=False, soft_wrap=True)
         trainer.train(resume_from_checkpoint=checkpoint[0])
-        bar.close()
+        bar.stage("writing the model")
         _save(run, trainer)
         if folder is not None:
             folder.settle()
         trainer.save_state()
+        bar.close()
         console.print(f"wrote {run.out}", highlight=False, soft_wrap=True)
         _push(trainer, args, run.out)
         if run.after_saving is not None:
-            run.after_saving(trainer, console)
+            run.after_saving(trainer, bar)
         if folder is not None:
             folder.finish()
 
@@ -289,6 +290,7 @@ def make_trainer(
         The trainer, and the fingerprints of the models that it began with.
     """
     args.disable_tqdm = True
+    bar.stage("loading the model")
     tokenizer = tokenizer_of(command)  # at once, where a model takes minutes
     model = load_model(
         command.model,
@@ -302,6 +304,7 @@ def make_trainer(
     if reference_model is not None:
         models["reference_weights"] = fingerprint(reference_model).hex()
     adapted = _adapted(model, command, args.seed)
+    bar.stage("reading the data")
     trainer = UnlearnTrainer(
         adapted,
         args,
@@ -359,7 +362,7 @@ def _check_use(command: UnlearnCommand) -> None:
         raise ValueError("--retain-log: is for the evaluation of a --recipe, and there is none; see `efface evaluate`")
 
 
-def _evaluate(command: UnlearnCommand, recipe: Recipe, trainer: PackedTrainer, console: Console) -> None:
+def _evaluate(command: UnlearnCommand, recipe: Recipe, trainer: PackedTrainer, bar: ProgressBar) -> None:
     """Judge the trained model as the recipe says, and show what was published beside."""
     args: Any = trainer.args
     tokenizer: Any = trainer.processing_class
@@ -378,15 +381,17 @@ def _evaluate(command: UnlearnCommand, recipe: Recipe, trainer: PackedTrainer, c
             retain_log=command.retain_log,
             template=template,
             compat=compat,
+            progress=bar.follow,
         )
     except (ValueError, OSError):
         left = f"the model is whole in {args.output_dir}, but not evaluated; run the same command again to do that"
-        console.print(left, highlight=False, soft_wrap=True)
+        bar.say(left)
         raise
+    bar.close()
     for name in ("model_utility", "forget_quality"):
         if name in figures:
             published = f", published {recipe.published[name]:g}" if name in recipe.published else ""
-            console.print(f"{name} {figures[name]:.4g}{published}", highlight=False, soft_wrap=True)
+            bar.say(f"{name} {figures[name]:.4g}{published}")
 
 
 def unlearn(command: UnlearnCommand, args: UnlearnArguments, argv: Sequence[str]) -> int:
@@ -423,9 +428,9 @@ def unlearn(command: UnlearnCommand, args: UnlearnArguments, argv: Sequence[str]
         if command.merge_adapter:
             trainer.model = merged(trainer.model)
 
-    def after_saving(trainer: PackedTrainer, console: Console) -> None:
+    def after_saving(trainer: PackedTrainer, bar: ProgressBar) -> None:
         if recipe is not None and command.evaluate:
-            _evaluate(command, recipe, trainer, console)
+            _evaluate(command, recipe, trainer, bar)
 
     return carry_out(
         TrainingRun(

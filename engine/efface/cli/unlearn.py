@@ -9,29 +9,23 @@ from efface.recipes.settings import unlearn_parser, unlearn_settings, with_confi
 
 _EXAMPLES = """
 examples:
-  efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --output-dir out
-  efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --data tofu/ --learning-rate 2e-5 --dry-run
-  efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --data tofu/ --scale tiny --output-dir tiny
-
-  efface unlearn --model ./llama --forget forget10.json --retain retain90.json --objective npo --output-dir out
+  efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --data tofu/ --dry-run
+  efface unlearn --recipe tofu-npo --data tofu/ --scale tiny --output tiny
+  efface unlearn --model ./llama --forget f.json --retain r.json --output out
   efface unlearn --config npo.yaml --learning-rate 2e-5
-  efface unlearn --model ./llama --forget fame.csv --forget-filter topic_id=3 --retain fame.csv \\
-      --retain-filter 'topic_id!=3' --objective graddiff --pairs-per-step 32 --output-dir out
 
-  efface unlearn --model ./llama --forget forget10.json --retain retain90.json --objective npo --output-dir out \\
-      --lora-r 8 --reference adapter
-
-  torchrun --nproc-per-node 8 -m efface unlearn --config npo.yaml
-
-A run that was stopped continues from its newest checkpoint when the same command is given again.
-Every flag of transformers.TrainingArguments works: --help-all. Flags on the command line win over those of --config,
-and these over those of --recipe. Hyphens and underscores in names mean the same.
+A run that was stopped continues when the same command is given again. --config wins
+over --recipe, and flags over both. All of transformers.TrainingArguments' flags work.
 """
 
 
 def parser() -> SettingsParser:
     """Return the parser of the command's flags."""
-    return unlearn_parser("unlearn", __doc__, _EXAMPLES)
+    return unlearn_parser(
+        "unlearn",
+        "Trains a checkpoint to forget one data set and keep what it knows of another, and writes the model.",
+        _EXAMPLES,
+    )
 
 
 def run(argv: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ from accelerate.utils import extract_model_from_parallel, gather_object
 from efface.evaluate import tofu
 from efface.evaluate.logs import SPLITS, read_log
 from efface.evaluate.protocol import get_protocol
+from efface.evaluate.runner import Progress
 from efface.evaluate.tofu_evaluation import load_split
 from efface.flags import hyphens
 from efface.hf.model.loading import load_model, load_tokenizer
@@ -93,6 +94,7 @@ def evaluate_recipe(
     retain_log: str | None = None,
     template: str | Template = AUTO,
     compat: str | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Evaluate a model as a recipe says, and return the figures by open-unlearning's names; none without a benchmark.
 
@@ -105,6 +107,7 @@ def evaluate_recipe(
         retain_log: evaluation log of a retain model; None is the recipe's, or that of its retain model.
         template: the prompt format of the run.
         compat: of the recipe's protocol; see ``TofuEvaluation``.
+        progress: see ``run_tasks``.
     """
     asked = recipe.evaluate
     if asked["benchmark"] == "none":
@@ -114,6 +117,7 @@ def evaluate_recipe(
         "protocol": asked.get("protocol", "open-unlearning"),
         "template": template,
         "compat": compat,
+        "progress": progress,
     }
     source = data or asked.get("data")
     log: Any = retain_log or asked.get("retain_log")

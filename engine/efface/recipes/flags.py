@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import re
 from argparse import SUPPRESS
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from transformers import HfArgumentParser
@@ -14,33 +14,34 @@ from efface.flags import FlagParser, did_you_mean, hyphens, texts
 
 T = TypeVar("T")
 
-# What `--help` shows, by the groups' titles; the rest is for `--help-all`.
+# Flags by the titles of their groups: those that `--help` shows, and those that `--help-all` adds.
 _GROUPS = {
     "model and data": (
-        *("model", "revision", "dtype", "from_config", "forget", "retain", "forget_filter", "retain_filter"),
-        *("data", "data_filter", "question_column", "answer_column", "alternate_column", "refusal_file"),
-        *("template", "system_prompt", "date_string", "max_length", "retain_sampling", "allow_overlap"),
+        """model forget retain forget_filter retain_filter data data_filter from_config question_column answer_column
+        template max_length""",
+        "refusal_file revision dtype alternate_column system_prompt date_string retain_sampling allow_overlap",
     ),
     "objective": (
-        *("objective", "beta", "delta", "gamma", "alpha", "retain_loss_type", "objective_options", "compat"),
+        "objective beta gamma alpha retain_loss_type objective_options reference reference_model",
+        "delta compat reference_revision reference_device reference_8bit reference_cache",
     ),
-    "reference": (
-        *("reference", "reference_model", "reference_revision", "reference_device", "reference_8bit"),
-        "reference_cache",
-    ),
-    "LoRA": ("lora_r", "lora_alpha", "lora_dropout", "lora_target", "merge_adapter"),
-    "recipe and evaluation": ("recipe", "scale", "evaluate", "retain_log", "dry_run", "json"),
-    "run": (
-        *("output_dir", "overwrite", "save_schedule", "save_strategy", "seed", "bf16", "use_cpu"),
-        *("push_to_hub", "hub_model_id", "revision_per_checkpoint"),
-    ),
+    "recipe and evaluation": ("recipe scale evaluate retain_log dry_run json", ""),
     "training": (
-        *("learning_rate", "num_train_epochs", "max_steps", "pairs_per_step", "warmup_epochs", "warmup_steps"),
-        *("weight_decay", "lr_scheduler_type", "optim"),
+        """learning_rate num_train_epochs max_steps pairs_per_step token_budget warmup_epochs bf16
+        gradient_checkpointing""",
+        "warmup_steps weight_decay lr_scheduler_type optim chunk_rows loss_backend token_cache",
     ),
-    "memory and speed": ("token_budget", "gradient_checkpointing", "chunk_rows", "loss_backend", "token_cache"),
+    "LoRA": ("lora_r merge_adapter", "lora_alpha lora_dropout lora_target"),
+    "run": (
+        "output_dir overwrite save_schedule seed use_cpu push_to_hub",
+        "save_strategy hub_model_id revision_per_checkpoint",
+    ),
 }
-_TITLES = {name: title for title, names in _GROUPS.items() for name in names}
+_ORDER = {name: place for place, name in enumerate(" ".join(map(" ".join, _GROUPS.values())).split())}
+_TITLES = {name: title for title, names in _GROUPS.items() for name in " ".join(names).split()}
+_SHOWN = frozenset(name for shown, _ in _GROUPS.values() for name in shown.split())
+# Fields whose flag is called otherwise, as in all commands; the field's name is read too.
+_NAMES = {"output_dir": "--output"}
 # What it says of those of transformers.
 _SHORT = {
     "output_dir": "folder for the model and its checkpoints",
@@ -49,7 +50,7 @@ _SHORT = {
     "hub_model_id": "name on the Hub; default: that of the folder",
     "seed": "of all that is drawn",
     "use_cpu": "leave GPUs alone",
-    "num_train_epochs": "passes over the forget set",
+    "num_train_epochs": "passes over what is forgotten or learnt",
     "max_steps": "optimizer steps, instead of epochs",
     "learning_rate": "after the warm-up",
     "lr_scheduler_type": "how the learning rate falls",
@@ -77,6 +78,7 @@ class SettingsParser(FlagParser, HfArgumentParser):
         description: see ``FlagParser``.
         examples: likewise.
         defaults: what its help says in place of fields' own.
+        shown: names of the fields that ``--help`` shows.
     """
 
     def __init__(
@@ -86,9 +88,11 @@ class SettingsParser(FlagParser, HfArgumentParser):
         description: str | None = None,
         examples: str = "",
         defaults: Mapping[str, Any] | None = None,
+        shown: Collection[str] = _SHOWN,
     ) -> None:
         self.names = {field.name for cls in classes for field in dataclasses.fields(cls) if field.init}
         self._said_defaults = defaults or {}
+        self._shown = shown
         self._required: list[str] = []
         self._groups: dict[str, Any] = {}
         super().__init__(command, description, examples, partial=True, dataclass_types=classes)
@@ -96,7 +100,11 @@ class SettingsParser(FlagParser, HfArgumentParser):
         self.add_argument("--config", metavar="FILE", default=SUPPRESS, help=said)
         needed = "".join(f" {name} {name.strip('-').upper()}" for name in self._required)
         self.usage = f"efface {command} [--config FILE]{needed} [flags]"
+        titles = list(_GROUPS)
+        self._action_groups.sort(key=lambda group: titles.index(group.title) if group.title in titles else -1)
         self._action_groups.sort(key=lambda group: group.title == _REST)
+        for title in self._groups.keys() - {_REST}:
+            self._groups[title]._group_actions.sort(key=lambda action: _ORDER[action.dest])  # noqa: SLF001 - as above
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
         """Add a flag of a field, to its group of the help."""
@@ -104,6 +112,8 @@ class SettingsParser(FlagParser, HfArgumentParser):
         name = options.get("dest") or flags[0].lstrip("-").replace("-", "_")
         if name not in self.names:
             return super().add_argument(*names, **options)
+        if name in _NAMES:
+            flags, options["dest"] = [_NAMES[name]], name
         if options.pop("required", False):
             self._required.append(flags[0])
         default = self._said_defaults.get(name, options.get("default"))
@@ -123,7 +133,7 @@ class SettingsParser(FlagParser, HfArgumentParser):
             self._groups[title] = self.add_argument_group(title)
         action = self._groups[title].add_argument(*flags, help=f"{said}{at}", **options)
         short = f"{_SHORT.get(name) or said.partition('; ')[0]}{at}"
-        self.shorten(action, SUPPRESS if negation or title == _REST else short)
+        self.shorten(action, short if name in self._shown and not negation else SUPPRESS)
         return action
 
     def error(self, message: str) -> NoReturn:
@@ -144,7 +154,7 @@ class SettingsParser(FlagParser, HfArgumentParser):
         """
         values: dict[str, Any] = {}
         for name, value in flags.items():
-            action = self._option_string_actions.get(f"--{hyphens(str(name))}")
+            action = self._option_string_actions.get(self.written(f"--{name}"))
             if action is None or action.dest not in self.names:
                 hint = did_you_mean(str(name).replace("-", "_"), self.names, f"; see `{self.prog} --help`")
                 raise ValueError(f"{where}: expected flags of the command, got {name!r}{hint}")

@@ -34,7 +34,7 @@ _SECTIONS: dict[str, type | tuple[type, ...]] = {
 _WORDS: dict[type, str] = {dict: "`name: value` lines", list: "a list", str: "text"}
 _REQUIRED = ("about", "unlearn", "evaluate")
 _EVALUATION = ("benchmark", "data", "split", "protocol", "retain_model", "retain_log")
-_NOT_A_RECIPE = ("recipe", "data", "scale", "output_dir", "dry_run", "json", "overwrite")
+_NOT_A_RECIPE = ("recipe", "data", "scale", "output_dir", "output", "dry_run", "json", "overwrite")
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
 
 

@@ -42,9 +42,11 @@ _OF_THE_MACHINE: dict[str, Any] = {
 }
 
 
-def unlearn_parser(command: str = "unlearn", description: str | None = None, examples: str = "") -> SettingsParser:
+def unlearn_parser(
+    command: str = "unlearn", description: str | None = None, examples: str = "", **options: Any
+) -> SettingsParser:
     """Return the parser of ``efface <command>``, which takes the flags of ``efface unlearn``."""
-    return SettingsParser(command, FLAG_CLASSES, description, examples)
+    return SettingsParser(command, FLAG_CLASSES, description, examples, **options)
 
 
 def not_overridden(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

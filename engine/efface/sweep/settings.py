@@ -24,22 +24,24 @@ from efface.sweep.space import Point, Space, known_presets, load_preset, parse_g
 
 _EXAMPLES = """
 examples:
-  efface sweep --recipe npo-tofu-forget10-llama-3.2-3b --preset audit-54 --output-dir sweep --dry-run
-  efface sweep --recipe npo-tofu-forget10-llama-3.2-3b --grid learning_rate=1e-5,2e-5,5e-5 beta=.05,.1,.5 \\
-      --output-dir sweep
-  efface sweep --recipe tofu-npo --sampler tpe --trials 30 --full-log full/TOFU_EVAL.json --output-dir sweep \\
-      --space learning_rate=log:1e-6:1e-4 beta=float:0.01:1 num_train_epochs=int:3:10 alpha=choice:1,2,5
-  efface sweep --model ./llama --forget forget10.json --retain retain90.json --objective npo --grid beta=.1,.5 \\
-      --evaluation '--data tofu --split forget10 --retain-log retain90/TOFU_EVAL.json' --output-dir sweep
+  efface sweep --recipe tofu-npo --preset audit-54 --output sweep --dry-run
+  efface sweep --recipe tofu-npo --grid learning_rate=1e-5,5e-5 beta=.05,.1,.5 \\
+      --output sweep
+  efface sweep --recipe tofu-npo --sampler tpe --trials 30 --output sweep \\
+      --space learning_rate=log:1e-6:1e-4 beta=float:0.01:1 alpha=choice:1,2,5
+  efface sweep --model ./llama --forget forget10.json --retain retain90.json \\
+      --grid beta=.1,.5 --evaluation '--data tofu --retain-log TOFU_EVAL.json' \\
+      --output sweep
 
-All other flags are those of `efface unlearn`, and hold for every trial. The same command goes on where a sweep was
-stopped or killed; given on more machines with one --storage and --study, they share the trials.
+All other flags are those of `efface unlearn`, and hold for every trial. The same
+command goes on where a sweep was stopped or killed; given on more machines with one
+--storage and --study, they share the trials.
 """
 
 # What a sweep decides itself, or cannot mean.
 _OURS = {
-    "output_dir": "--output-dir is given to the sweep",
-    "overwrite": "a sweep goes on where it was; choose another --output-dir to start anew",
+    "output_dir": "--output is given to the sweep",
+    "overwrite": "a sweep goes on where it was; choose another --output to start anew",
     "json": "results are in best.json and sweep.csv",
     "push_to_hub": "push the best model when it is known",
     "resume_from_checkpoint": "a trial continues from its own newest checkpoint",
@@ -128,7 +130,7 @@ def parser() -> FlagParser:
         partial=True,
     )
     add = flags.add_argument
-    add("--output-dir", required=True, metavar="DIR", help="study, trials and results; see the guide")
+    add("--output", dest="output_dir", required=True, metavar="DIR", help="study, trials and results; see the guide")
     add("--grid", nargs="+", metavar="FLAG=A,B", help="every combination of these values, each once")
     add("--preset", metavar="NAME", help=f"a grid by its name: {', '.join(known_presets())}; or a YAML file")
     kinds = "float:LOW:HIGH, log:LOW:HIGH, int:LOW:HIGH, choice:A,B"
@@ -146,6 +148,7 @@ def parser() -> FlagParser:
     add("--evaluation", metavar="WORDS", help="flags of `efface evaluate` for each trial, quoted; a recipe has its own")
     add("--retry-failed", action="store_true", help="try failed trials again")
     add("--dry-run", action="store_true", help="list the trials, their steps and tokens; run nothing")
+    add("--json", action="store_true", help="print one JSON document instead of a table")
     return flags
 
 
@@ -240,6 +243,6 @@ def _check_together(found: SweepCommand) -> None:
             "--sampler tpe: expected trials with figures, which it goes by; give a --recipe with an evaluation, or "
             "--evaluation with flags of `efface evaluate`"
         )
-    ours = {"model", "output"} & given_names(found.evaluation or ())
+    ours = {"model", "output", "output_dir"} & given_names(found.evaluation or ())
     if ours:
         raise ValueError(f"--evaluation: --{min(ours)} is the trial's own; drop it")

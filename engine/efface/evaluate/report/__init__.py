@@ -1,6 +1,6 @@
 """Reports: the evaluations of one run or a hundred, as a page for people."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 __all__ = ["report"]
@@ -40,35 +40,8 @@ def report(
         ValueError: folders without anything to report, a full or retain log that cannot be read, settings out of range,
             an output that is one of the logs, or a folder.
     """
-    if not 0 <= floor <= 1:
-        raise ValueError(f"`floor`: expected a share of the full model's utility, 0 .. 1, got {floor}")
-    if details < 0:
-        raise ValueError(f"`details`: expected a number of runs from 0 on, got {details}")
-    target = _target(output, "output", (".html", ".htm"))
-    text_target = None if markdown is None else _target(markdown, "markdown", (".md", ".markdown"))
     # matplotlib takes a moment to load, and whoever evaluates during a run has no use for it
-    from efface.evaluate.report.content import gather  # noqa: PLC0415
-    from efface.evaluate.report.write import write_html, write_markdown  # noqa: PLC0415
-    from efface.files import refuse_inputs  # noqa: PLC0415
+    from efface.evaluate.report.write import write_report  # noqa: PLC0415
 
-    given = [folders] if isinstance(folders, (str, Path)) else list(folders)
-    read = {"--full": full, "--retain-log": retain_log, **{f"log {number}": log for number, log in enumerate(given, 1)}}
-    refuse_inputs([target] if text_target is None else [target, text_target], read)
-    content = gather(given, full=full, retain_log=retain_log, floor=floor, details=details)
-    if text_target is not None:
-        write_markdown(content, text_target)
-    write_html(content, target)
-    return target
-
-
-def _target(path: str | Path, name: str, suffixes: Iterable[str]) -> Path:
-    path = Path(path)
-    if path.suffix.lower() not in suffixes:  # a report must not replace a log by accident
-        raise ValueError(f"`{name}`: expected a file that ends in {' or '.join(suffixes)}, got {str(path)!r}")
-    if path.is_dir():
-        raise ValueError(f"`{name}`: expected a file, got the folder {str(path)!r}")
-    if path.is_symlink() and not path.exists():
-        raise ValueError(
-            f"`{name}`: expected a file, got a link to {str(path.readlink())!r}, which does not exist; choose another"
-        )
-    return path
+    write_report(folders, output, markdown=markdown, full=full, retain_log=retain_log, floor=floor, details=details)
+    return Path(output)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from efface.evaluate.logs import EvalLog, FloatArray, read_log
 from efface.evaluate.report import plots
@@ -108,6 +109,8 @@ class Content:
         details: of the best runs.
         audit: of leak audits.
         remarks: what is missing or wrong, and in which runs.
+        ranking: the runs, best first.
+        least_utility: Model Utility with less of which a run is ranked after the others; None where all rank alike.
     """
 
     sentences: tuple[str, ...]
@@ -117,6 +120,24 @@ class Content:
     details: tuple[Detail, ...]
     audit: Table | None
     remarks: tuple[tuple[str, str], ...]
+    ranking: tuple[ReportedRun, ...]
+    least_utility: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the ranked runs as JSON values."""
+        runs = [
+            {
+                "name": run.name,
+                "folder": str(run.folder),
+                "checkpoint": run.step,
+                "figures": dict(run.figures),
+                "settings": dict(run.settings),
+                "below_floor": not meets(run, self.least_utility),
+                "notes": [*run.notes, *run.errors],
+            }
+            for run in self.ranking
+        ]
+        return {"runs": runs, "least_model_utility": self.least_utility}
 
 
 def gather(
@@ -167,6 +188,8 @@ def gather(
             *((note, "full model") for note in (full_evaluation.notes if full_evaluation else ())),
             *_remarks(runs),
         ),
+        ranking=tuple(runs),
+        least_utility=least,
     )
 
 

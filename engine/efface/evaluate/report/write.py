@@ -3,18 +3,58 @@
 import base64
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
-from efface.evaluate.report.content import Content, Detail, Table
-from efface.files import write_whole
+from efface.evaluate.report.content import Content, Detail, Table, gather
+from efface.files import refuse_inputs, write_whole
 
 _TEXT_LIMIT = 400  # letters of a text that are shown
 _FOLDER = Path(__file__).parent / "templates"
+
+
+def write_report(
+    folders: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    markdown: str | Path | None,
+    full: str | Path | None,
+    retain_log: str | Path | None,
+    floor: float,
+    details: int,
+) -> Content:
+    """Write a report, and return what it says; see ``report``."""
+    if not 0 <= floor <= 1:
+        raise ValueError(f"`floor`: expected a share of the full model's utility, 0 .. 1, got {floor}")
+    if details < 0:
+        raise ValueError(f"`details`: expected a number of runs from 0 on, got {details}")
+    target = _target(output, "output", (".html", ".htm"))
+    text_target = None if markdown is None else _target(markdown, "markdown", (".md", ".markdown"))
+    given = [folders] if isinstance(folders, (str, Path)) else list(folders)
+    read = {"--full": full, "--retain-log": retain_log, **{f"log {number}": log for number, log in enumerate(given, 1)}}
+    refuse_inputs([target] if text_target is None else [target, text_target], read)
+    content = gather(given, full=full, retain_log=retain_log, floor=floor, details=details)
+    if text_target is not None:
+        write_markdown(content, text_target)
+    write_html(content, target)
+    return content
+
+
+def _target(path: str | Path, name: str, suffixes: Iterable[str]) -> Path:
+    path = Path(path)
+    if path.suffix.lower() not in suffixes:  # a report must not replace a log by accident
+        raise ValueError(f"`{name}`: expected a file that ends in {' or '.join(suffixes)}, got {str(path)!r}")
+    if path.is_dir():
+        raise ValueError(f"`{name}`: expected a file, got the folder {str(path)!r}")
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"`{name}`: expected a file, got a link to {str(path.readlink())!r}, which does not exist; choose another"
+        )
+    return path
 
 
 def write_html(content: Content, path: Path) -> None:
