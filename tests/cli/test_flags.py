@@ -205,7 +205,7 @@ def test_help_is_short_and_whole_if_asked(
 
 
 def test_every_command_that_prints_a_table_prints_json_too() -> None:
-    tables = {"audit", "demo", "evaluate", "plan", "recipes", "report", "sweep", "unlearn"}
+    tables = {"audit", "cache", "demo", "evaluate", "plan", "recipes", "report", "sweep", "unlearn"}
     assert {name for name in COMMANDS if "--json" in parser_of(name).option_names()} == tables | {"cache-reference"}
 
 

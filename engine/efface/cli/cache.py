@@ -1,6 +1,5 @@
 """``efface cache``: what runs have left in the cache folder, of which data, and its removal."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from efface.cli.progress import open_console
+from efface.cli.progress import add_json_flag, open_console, show_json, show_table
 from efface.files import bytes_in_words
 from efface.flags import FlagParser
 from efface.hf.text.cache_entries import CacheEntry, entries, of_data, purge
@@ -21,7 +20,8 @@ examples:
   efface cache purge --data forget10.json
   efface cache purge --older-than 30 --dry-run
 
-Tokens are found by the content of a file, and by its path when it is there no more. What a running process uses stays.
+Tokens are found by the content of a file, and by its path when it is there no more. What a
+running process uses stays.
 """
 
 
@@ -38,7 +38,7 @@ def parser() -> FlagParser:
     flags.add_argument("--older-than", type=float, metavar="DAYS", help="what was not used for so many days alone")
     flags.add_argument("--token-cache", metavar="DIR", help="the folder; default: $EFFACE_CACHE or ~/.cache/efface")
     flags.add_argument("--dry-run", action="store_true", help="of purge: say what would be removed")
-    flags.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_json_flag(flags)
     return flags
 
 
@@ -64,15 +64,15 @@ def run(argv: Sequence[str]) -> int:
     console, where = open_console(), cache_folder(options.token_cache)
     if options.json:
         plain = [{**asdict(entry), "path": str(entry.path), "days": round(entry.days(), 3)} for entry in chosen]
-        print(json.dumps(plain, indent=2))
+        show_json(plain)
     elif options.action == "list" or options.dry_run:
-        console.print(_table(chosen))
+        show_table(_table(chosen))
     kept = purge(chosen, options.token_cache) if options.action == "purge" and not options.dry_run else []
     if not options.json:
         gone = [entry for entry in chosen if entry not in kept]
         verb = "removed" if options.action == "purge" and not options.dry_run else "in all"
         what = f"{len(gone)} {'entry' if len(gone) == 1 else 'entries'}, {bytes_in_words(sum(e.size for e in gone))}"
-        console.print(f"{verb}: {what}; {where}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{verb}: {what}; {where}")
     if kept:
         raise OSError(
             f"{len(kept)} {'entry is' if len(kept) == 1 else 'entries are'} used by a running process and stayed "
