@@ -20,8 +20,8 @@ examples:
   efface cache purge --data forget10.json
   efface cache purge --older-than 30 --dry-run
 
-Tokens are found by the content of a file, and by its path when it is there no more. What a
-running process uses stays.
+Tokens are found by the content of a file, and by its path when it is there no more.
+What a running process uses stays.
 """
 
 
