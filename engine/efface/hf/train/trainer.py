@@ -109,7 +109,7 @@ class PackedTrainer(ResumableTrainer):
         args.gradient_accumulation_steps = 1
         # transformers would look for columns to count; a step knows its tokens.
         self._counts_tokens = args.include_num_input_tokens_seen not in ("no", False)
-        args.include_num_input_tokens_seen = "no" if isinstance(args.include_num_input_tokens_seen, str) else False
+        args.include_num_input_tokens_seen = type(args).include_num_input_tokens_seen  # "no"; False of transformers 4
         self.meter = StepMeter()
         self._watch = LossWatch()
         self._dual: DualVariable | None = None
