@@ -14,7 +14,14 @@ _RAISE = bytes([opcode.opmap["RAISE_VARARGS"]])
 _TERMINAL = re.compile("\x1b\\[[0-9;]*[A-Za-z]")  # colours, as torch puts into messages
 _MOST = 300  # letters of another library's message
 # Of torch on CPUs and GPUs, the system's loader, and C++.
-_NO_MEMORY = ("out of memory", "allocate memory", "failed to map segment", "bad_alloc", "unable to mmap")
+_NO_MEMORY = (
+    "out of memory",
+    "allocate memory",
+    "failed to map segment",
+    "bad_alloc",
+    "unable to mmap",
+    "size calculation overflowed",
+)
 
 
 def _innermost(error: BaseException) -> TracebackType | None:
@@ -55,7 +62,8 @@ def in_words(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return one_line(f"{str(error.filename)!r}: {error.strerror}")
     said = one_line(str(error))
-    if isinstance(error, (ValueError, OSError)) or type(error) in (TypeError, ImportError, RuntimeError, Exception):
+    told = (ValueError, OSError, ImportError)
+    if isinstance(error, told) or type(error) in (TypeError, RuntimeError, Exception):
         return said or type(error).__name__
     return f"{type(error).__name__}: {said}".removesuffix(": ")
 

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import math
 import shutil
 import sys
 import textwrap
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 _WIDTH = 100
 # Other spellings of flags: transformers' own, and that of efface 0.1.
 _SPELLINGS = {"--output-dir": "--output", "--out": "--output"}
+_LARGEST = (1 << 63) - 1
 # YAML reads their "no" as False.
 _NO = {"save_schedule", "save_strategy", "eval_strategy", "logging_strategy"}
 
@@ -137,6 +139,15 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise where argparse would print its usage and end the process."""
         raise ValueError(message)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Refuse what no flag means, and what no code that is not Python's can count with."""
+        value = super()._get_value(action, arg_string)
+        if isinstance(value, float) and math.isnan(value):
+            raise argparse.ArgumentError(action, f"expected a number, got {arg_string!r}")
+        if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
+            raise argparse.ArgumentError(action, f"expected at most {_LARGEST}, got {arg_string!r}")
+        return value
 
     def written(self, word: str) -> str:
         """Return a word of a command line with the name of a flag as it was declared."""

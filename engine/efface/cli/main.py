@@ -161,8 +161,9 @@ def _told(name: str, command: str, error: BaseException, interrupted: bool) -> i
     if isinstance(error, FloatingPointError):
         _say(f"{command}: error: {one_line(str(error))}")
         return EXIT_DIVERGED
-    missing = isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("efface")
-    meant = isinstance(error, (ValueError, TypeError, ImportError)) and (missing or on_purpose(error))
+    meant = isinstance(error, (ValueError, TypeError, ImportError)) and on_purpose(error)
+    if isinstance(error, ModuleNotFoundError):  # of a package that can be installed
+        meant = not str(error.name).startswith("efface")
     if meant or isinstance(error, OSError):
         _say(f"{command}: error: {in_words(error)}")
         return EXIT_USAGE

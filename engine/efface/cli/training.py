@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
@@ -353,7 +354,13 @@ def config_of(argv: Sequence[str]) -> str | None:
 
 
 def _check_use(command: UnlearnCommand) -> None:
-    """Raise ValueError for a flag that nothing would look at."""
+    """Raise ValueError for a flag that nothing would look at, or that means nothing."""
+    if command.reference_device is not None:
+        try:
+            torch.device(command.reference_device)
+        except RuntimeError as error:
+            device = command.reference_device
+            raise ValueError(f"--reference-device: expected a device such as cuda:1 or cpu, got {device!r}") from error
     if command.json and not command.dry_run:
         raise ValueError("--json: is how --dry-run prints; add that, or drop it")
     if command.retain_filter and command.retain is None:

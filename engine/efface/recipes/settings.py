@@ -39,6 +39,7 @@ _OF_THE_MACHINE: dict[str, Any] = {
     "tf32": None,
     "torch_compile": False,
     "deepspeed": None,
+    "report_to": "none",
 }
 
 

@@ -80,6 +80,8 @@ def load_model(
             read back as it was trained; code that is not trusted.
         OSError: whatever else the Hub says.
     """
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"`dtype`: expected auto, float32, bfloat16 or float16, got {dtype!r}")
 
     def load(source: str | Path, **options: Any) -> Any:
         if (found := find_adapter_config_file(str(source), **options)) is not None:

@@ -11,7 +11,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from efface.hf.text.templates import AUTO, TEMPLATES
 from efface.hf.train.options import check_fields, check_unknown_fields
-from efface.hf.train.preflight import check_optimizer
+from efface.hf.train.preflight import check_optimizer, check_reporters, check_texts
 
 
 @dataclass
@@ -131,11 +131,13 @@ class UnlearnArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Check what transformers does not."""
         check_unknown_fields(self)  # as given: transformers changes some of its own
+        check_texts(self)
         self._schedule_saves()
         self._meet()
         super().__post_init__()  # type: ignore[no-untyped-call]
         check_fields(self)
         check_optimizer(str(getattr(self.optim, "value", self.optim)))
+        check_reporters(self.report_to or ())
         if self.revision_per_checkpoint and not self.push_to_hub:
             raise ValueError("`revision_per_checkpoint`: pushes to the Hub, so it needs --push-to-hub too")
         if self.revision_per_checkpoint and self.save_strategy == SaveStrategy.NO:

@@ -1,14 +1,21 @@
 """What is found out before a run costs time: a missing package, nothing to train, gradients that do not arrive."""
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+from efface.errors import reading
 
 _BITSANDBYTES = ("bnb", "8bit", "paged", "ademamix", "lion")
 """Parts of the names of the optimizers that transformers takes from bitsandbytes; those of "torch" it does not."""
+
+_OR_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
+"""Arguments that hold JSON, or the path of a file of it."""
 
 
 def check_optimizer(name: str) -> None:
@@ -19,6 +26,30 @@ def check_optimizer(name: str) -> None:
             f"--optim {name} needs the package bitsandbytes, which is not installed; pip install "
             "'efface[bitsandbytes]', or use adamw_torch_fused"
         )
+
+
+def check_reporters(names: Sequence[str]) -> None:
+    """Raise ImportError for a tracker whose package is not installed, ValueError for one that transformers has not."""
+    for name, callback in zip(names, get_reporting_integration_callbacks(list(names)), strict=True):
+        try:
+            callback()
+        except (ImportError, RuntimeError) as error:  # noqa: PERF203 - there is one, if any
+            raise ImportError(f"--report-to {name}: {str(error).rstrip('.')}, or leave the flag out") from error
+
+
+def check_texts(args: Any) -> None:
+    """Raise ValueError for JSON and pairs that cannot be read; transformers looks when it is about to train."""
+    for name in args._VALID_DICT_FIELDS:  # noqa: SLF001 - transformers lists them nowhere else
+        text, remedy = getattr(args, name, None), 'write it as {"name": value}'
+        if not isinstance(text, str) or (name in _OR_FILES and not text.startswith("{")):
+            continue
+        with reading(f"`{name}`", "a JSON object", remedy):
+            content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError(f"`{name}`: expected a JSON object, got {text!r}; {remedy}")  # noqa: TRY004 - words of a command line are values
+    pairs = [pair for pair in (args.optim_args or "").replace(" ", "").split(",") if pair]
+    if wrong := [pair for pair in pairs if pair.count("=") != 1]:
+        raise ValueError(f"`optim_args`: expected name=value[,name=value], got {wrong[0]!r}")
 
 
 def check_trainable(model: nn.Module) -> None:
