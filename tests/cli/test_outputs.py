@@ -194,10 +194,18 @@ def test_overwriting_keeps_the_old_checkpoints_until_the_new_model_is_whole(tmp_
     put(tmp_path / "checkpoint-3" / "model.safetensors")
     again = RunFolder(tmp_path, overwrite=True)  # of another run, before that one was whole
     assert again.begin({"objective": "simnpo"}) is None
-    assert len(list((tmp_path / REPLACED).rglob("model.safetensors"))) == 2
+    assert again.removed == "1 file, 2 bytes: checkpoint-3"  # or runs that fail would fill the disk
+    assert [path.name for path in sorted((tmp_path / REPLACED).iterdir())] == ["best", "checkpoint-100"]
     again.settle()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "notes.txt", "run.json"]
     assert in_words([tmp_path / "notes.txt"]) == "1 file, 4 bytes: notes.txt"
+
+
+def test_results_are_not_pushed_along(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(place / "out" / "evaluation" / "TOFU_EVAL.json")
+    words = "unlearn --model myft --forget rows.jsonl --objective grad_ascent --output-dir out --overwrite"
+    assert main([*words.split(), "--push-to-hub"]) == 2
+    assert "holds results with questions and answers of the data, which would be pushed" in capsys.readouterr().err
 
 
 # Results of evaluations

@@ -118,6 +118,7 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
             overwrite = run.overwrite or args.resume_from_checkpoint is not None
             folder = RunFolder(run.out, overwrite=overwrite, inputs={**run.inputs, **_own_checkpoint(run)})
             if args.push_to_hub:
+                _check_pushed(run)
                 check_login(default_client(args.hub_token))
             stack.enter_context(folder.locked())
         trainer, beside = run.make(bar)
@@ -130,8 +131,10 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
             if checkpoint[0] is None:
                 start = folder.begin(identity)
                 checkpoint = [None if start is None else str(start)]
-                if said := folder.replaced_in_words(*_WEIGHTS) if start is None else "":
-                    console.print(f"removed when the new model is whole: {said}", highlight=False, soft_wrap=True)
+                said = folder.replaced_in_words(*_WEIGHTS) if start is None else ""
+                for what, when in ((folder.removed, ""), (said, " when the new model is whole")):
+                    if what:
+                        console.print(f"removed{when}: {what}", highlight=False, markup=False, soft_wrap=True)
             else:
                 folder.continue_from(identity)
         checkpoint = broadcast_object_list(checkpoint)
@@ -164,6 +167,16 @@ def _save(run: TrainingRun, trainer: PackedTrainer) -> None:
             trainer.save_model(str(partial), _internal_call=True)
     except Exception as error:
         raise unsaved(run.out, error) from error
+
+
+def _check_pushed(run: TrainingRun) -> None:
+    """Raise ValueError where transformers would push what models said of the data, and the true answers, too."""
+    if not run.args.revision_per_checkpoint and any((run.out / "evaluation").glob("*")):
+        raise ValueError(
+            f"--push-to-hub: {str(run.out / 'evaluation')!r} holds results with questions and answers of the data, "
+            "which would be pushed; move it out of the folder, or add --revision-per-checkpoint, which pushes the "
+            "model alone"
+        )
 
 
 def _own_checkpoint(run: TrainingRun) -> dict[str, str | Path | None]:
