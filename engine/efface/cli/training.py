@@ -6,7 +6,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import PrinterCallback, set_seed
 
 from efface.cli.progress import ProgressBar, open_console
 from efface.cli.run_folder import RunFolder
-from efface.files import bytes_in_words, written_whole
+from efface.files import bytes_in_words, locked_folder, written_whole
 from efface.flags import hyphens
 from efface.hf.model.adapted_head import base_of
 from efface.hf.model.fingerprint import fingerprint
@@ -368,17 +368,20 @@ def _evaluate(command: UnlearnCommand, recipe: Recipe, trainer: PackedTrainer, c
     template = get_template(
         args.template, tokenizer, system_prompt=args.system_prompt, date_string=args.date_string, compat=compat
     )
+    output = Path(args.output_dir) / "evaluation"
+    locks = args.process_index == 0 and recipe.evaluate["benchmark"] != "none"
     try:
-        figures = evaluate_recipe(
-            trainer.model,
-            tokenizer,
-            recipe,
-            Path(args.output_dir) / "evaluation",
-            data=command.data,
-            retain_log=command.retain_log,
-            template=template,
-            compat=compat,
-        )
+        with locked_folder(output) if locks else nullcontext():
+            figures = evaluate_recipe(
+                trainer.model,
+                tokenizer,
+                recipe,
+                output,
+                data=command.data,
+                retain_log=command.retain_log,
+                template=template,
+                compat=compat,
+            )
     except (ValueError, OSError):
         left = f"the model is whole in {args.output_dir}, but not evaluated; run the same command again to do that"
         console.print(left, highlight=False, soft_wrap=True)
