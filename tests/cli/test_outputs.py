@@ -219,6 +219,7 @@ def facts(**changes: Any) -> dict[str, Any]:
         "dtype": "torch.float32",
         "versions": {},
         "benchmark": "METRICS",
+        "content": {},
         "options": options,
     }
     own = {name: value for name, value in changes.items() if name in config}
@@ -236,6 +237,10 @@ def test_results_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
         check_results(tmp_path, facts(model="n", fingerprint="bb" * 16), benchmark="METRICS")
     with pytest.raises(FileExistsError, match=r"other settings: forget: was 'f.json', is 'g.json'; choose another"):
         check_results(tmp_path, facts(forget="g.json"), benchmark="METRICS")
+    write_results(tmp_path, {"perplexity": {"agg_value": 2.0}}, facts(content={"forget": "a"}), benchmark="METRICS")
+    check_results(tmp_path, facts(content={"forget": "a", "holdout": "c"}, holdout="h.json"), benchmark="METRICS")
+    with pytest.raises(FileExistsError, match="content of forget: was 'a', is 'b'"):
+        check_results(tmp_path, facts(content={"forget": "b"}), benchmark="METRICS")
     (tmp_path / "METRICS_CONFIG.json").unlink()
     with pytest.raises(FileExistsError, match="another model, 'unknown'"):
         check_results(tmp_path, facts(), benchmark="METRICS")

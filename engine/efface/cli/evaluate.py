@@ -34,6 +34,7 @@ from efface.flags import FlagParser, hyphens
 from efface.hf.model.loading import MAIN, load_model, load_tokenizer
 from efface.hf.text.rows import Rows, load_rows, matching, parse_conditions, texts
 from efface.hf.text.templates import AUTO, OPEN_UNLEARNING
+from efface.hf.text.token_cache import DIGITS, file_digest
 from efface.processes import processes
 
 Results = dict[str, MetricResult]
@@ -362,7 +363,12 @@ def _judge_rows(
     options: argparse.Namespace, output: Path, console: Console, benchmark: str, judge: Callable[..., Results]
 ) -> None:
     def run(model: Any, tokenizer: Any, bar: _Bar) -> Results:
-        facts = {**model_facts(model), "benchmark": benchmark, "options": {**vars(options), "output": str(output)}}
+        facts = {
+            **model_facts(model),
+            "benchmark": benchmark,
+            "options": {**vars(options), "output": str(output)},
+            "content": _digests(options, ("data",) if benchmark == "FAME" else ("forget", "holdout")),
+        }
         if not options.overwrite:
             on_first(processes(), lambda: check_results(output, facts, benchmark=benchmark))
         results = judge(model, tokenizer, options, store=output / ROWS, progress=bar)
@@ -373,6 +379,12 @@ def _judge_rows(
     results = _with_model(options, options.model, options.revision, output, console, run)
     if processes().is_main_process:
         open_console().print(metrics_table(results, f"{Path(options.model).name}: {benchmark}"))
+
+
+def _digests(options: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
+    """Return digests of the files of rows: another file under the same path makes other results."""
+    paths = {name: Path(source).expanduser() for name in names if (source := getattr(options, name)) is not None}
+    return {name: file_digest(path)[:DIGITS] for name, path in paths.items() if path.is_file()}
 
 
 def _evaluate(
