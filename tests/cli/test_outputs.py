@@ -194,10 +194,18 @@ def test_overwriting_keeps_the_old_checkpoints_until_the_new_model_is_whole(tmp_
     put(tmp_path / "checkpoint-3" / "model.safetensors")
     again = RunFolder(tmp_path, overwrite=True)  # of another run, before that one was whole
     assert again.begin({"objective": "simnpo"}) is None
-    assert len(list((tmp_path / REPLACED).rglob("model.safetensors"))) == 2
+    assert again.removed == "1 file, 2 bytes: checkpoint-3"  # or runs that fail would fill the disk
+    assert [path.name for path in sorted((tmp_path / REPLACED).iterdir())] == ["best", "checkpoint-100"]
     again.settle()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "notes.txt", "run.json"]
     assert in_words([tmp_path / "notes.txt"]) == "1 file, 4 bytes: notes.txt"
+
+
+def test_results_are_not_pushed_along(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(place / "out" / "evaluation" / "TOFU_EVAL.json")
+    words = "unlearn --model myft --forget rows.jsonl --objective grad_ascent --output-dir out --overwrite"
+    assert main([*words.split(), "--push-to-hub"]) == 2
+    assert "holds results with questions and answers of the data, which would be pushed" in capsys.readouterr().err
 
 
 # Results of evaluations
@@ -211,6 +219,7 @@ def facts(**changes: Any) -> dict[str, Any]:
         "dtype": "torch.float32",
         "versions": {},
         "benchmark": "METRICS",
+        "content": {},
         "options": options,
     }
     own = {name: value for name, value in changes.items() if name in config}
@@ -228,6 +237,10 @@ def test_results_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
         check_results(tmp_path, facts(model="n", fingerprint="bb" * 16), benchmark="METRICS")
     with pytest.raises(FileExistsError, match=r"other settings: forget: was 'f.json', is 'g.json'; choose another"):
         check_results(tmp_path, facts(forget="g.json"), benchmark="METRICS")
+    write_results(tmp_path, {"perplexity": {"agg_value": 2.0}}, facts(content={"forget": "a"}), benchmark="METRICS")
+    check_results(tmp_path, facts(content={"forget": "a", "holdout": "c"}, holdout="h.json"), benchmark="METRICS")
+    with pytest.raises(FileExistsError, match="content of forget: was 'a', is 'b'"):
+        check_results(tmp_path, facts(content={"forget": "b"}), benchmark="METRICS")
     (tmp_path / "METRICS_CONFIG.json").unlink()
     with pytest.raises(FileExistsError, match="another model, 'unknown'"):
         check_results(tmp_path, facts(), benchmark="METRICS")

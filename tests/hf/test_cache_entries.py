@@ -14,15 +14,17 @@ import datasets
 import numpy as np
 import pytest
 
+from efface.batching import Role
 from efface.cli.main import main
 from efface.evaluate.runner import RowStore
 from efface.files import private_folder
+from efface.hf.reference.cached import CachedReference
 from efface.hf.text import token_cache
 from efface.hf.text.cache_entries import entries, of_data, purge
 from efface.hf.text.data import token_store
 from efface.keyed_store import KeyedStore, remove_store
 from efface.reference.cache import LogprobStore, sequence_keys
-from support.helpers import TEXTS, saved_llama, tiny_tokenizer, written_rows
+from support.helpers import TEXTS, saved_llama, tiny_llama, tiny_tokenizer, written_rows
 from support.processes import environment
 
 MODEL = b"m" * 16
@@ -161,9 +163,17 @@ def test_nobody_else_can_read_the_cache(filled: dict[str, Path], cache: Path) ->
         if path.name not in shared and "tiny" not in path.parts:
             assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
     assert cache.stat().st_mode & 0o777 == 0o700
-    (cache / "tokens").chmod(0o755)
-    token_store(filled["retain"], tiny_tokenizer(), name="retain")
-    assert (cache / "tokens").stat().st_mode & 0o777 == 0o700
+    # what an earlier version left open
+    opened = {cache / "tokens": 0o755, cache / "tiny": 0o755, cache / "reference.sqlite": 0o644}
+    for path, mode in opened.items():
+        path.chmod(mode)
+    tokens = token_store(filled["retain"], tiny_tokenizer(), name="retain")
+    model = tiny_llama(vocab_size=len(tiny_tokenizer()))
+    assert CachedReference(model, {Role.FORGET: tokens}, cache=None).path == cache / "reference.sqlite"
+    token_cache.own_folder(token_cache.TAUGHT)
+    assert {path: path.stat().st_mode & 0o777 for path in opened} == {
+        path: mode & 0o700 for path, mode in opened.items()
+    }
 
 
 @pytest.mark.parametrize("kind", [LogprobStore, RowStore])

@@ -17,6 +17,7 @@ from efface.evaluate.audit import VIEWS, AuditResult, BestOf, Clues, Relearn, Vi
 from efface.evaluate.audit.result import AROUND, Document, cells
 from efface.evaluate.audit.rows import TOFU_GROUP, audit_rows
 from efface.evaluate.audit.views import get_view
+from efface.evaluate.logs import read_json
 from efface.files import check_output, in_words, locked_folder, remove_leftovers, written_whole
 from efface.flags import FlagParser
 from efface.hf.model.loading import MAIN, load_model, load_tokenizer
@@ -161,11 +162,13 @@ def run(argv: Sequence[str]) -> int:
         inputs={"--data": options.data},
         replaced=(JSON_NAME, MARKDOWN_NAME, STORE_NAME),
     )
+    models = model_names(options)
     if (output / JSON_NAME).exists() and not options.overwrite:
         raise FileExistsError(
-            f"{str(output / JSON_NAME)!r} is there already; choose another --output, or add --overwrite"
+            f"{str(output / JSON_NAME)!r}, an audit of {_audited_models(output / JSON_NAME)} (this one is of "
+            f"{', '.join(models.values())}), is there already; choose another --output, or add --overwrite"
         )
-    views, models, rows = chosen_views(options), model_names(options), audit_data(options.data, options.split)
+    views, rows = chosen_views(options), audit_data(options.data, options.split)
     read = audit_rows(rows, group_column=options.group_column, group_size=options.group_size)
     for view in views:  # what is wrong with the rows shows before a model is loaded
         view.probes(read)
@@ -238,6 +241,12 @@ def _table(audits: Mapping[str, AuditResult], rows: int) -> Table:
     for line in lines:
         table.add_row(*line)
     return table
+
+
+def _audited_models(path: Path) -> str:
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        return ", ".join(str(model["path"]) for model in read_json(path, "audit")["models"].values())
+    return "unknown models"
 
 
 def _revision(name: str, options: argparse.Namespace) -> str:

@@ -34,6 +34,7 @@ from efface.flags import FlagParser, hyphens
 from efface.hf.model.loading import MAIN, load_model, load_tokenizer
 from efface.hf.text.rows import Rows, check_columns, load_rows, matching, parse_conditions, texts
 from efface.hf.text.templates import AUTO, OPEN_UNLEARNING
+from efface.hf.text.token_cache import DIGITS, file_digest
 from efface.processes import processes
 
 Results = dict[str, MetricResult]
@@ -367,7 +368,12 @@ def _judge_rows(
     """Likewise of other metrics, with the figures of groups, but without those of single rows."""
 
     def run(model: Any, tokenizer: Any, bar: Bar) -> Results:
-        facts = {**model_facts(model), "benchmark": benchmark, "options": {**vars(options), "output": str(output)}}
+        facts = {
+            **model_facts(model),
+            "benchmark": benchmark,
+            "options": {**vars(options), "output": str(output)},
+            "content": _digests(options, ("data",) if benchmark == "FAME" else ("forget", "holdout")),
+        }
         if not options.overwrite:
             on_first(processes(), lambda: check_results(output, facts, benchmark=benchmark))
         results = judge(model, tokenizer, options, store=output / ROWS, progress=bar.follow)
@@ -382,6 +388,12 @@ def _judge_rows(
         name: {key: value for key, value in metric.items() if key != "value_by_index"}
         for name, metric in results.items()
     }
+
+
+def _digests(options: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
+    """Return digests of the files of rows: another file under the same path makes other results."""
+    paths = {name: Path(source).expanduser() for name in names if (source := getattr(options, name)) is not None}
+    return {name: file_digest(path)[:DIGITS] for name, path in paths.items() if path.is_file()}
 
 
 def _evaluate(

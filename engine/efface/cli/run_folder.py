@@ -28,6 +28,7 @@ class RunFolder:
 
     def __init__(self, folder: Path, *, overwrite: bool, inputs: Mapping[str, str | Path | None] | None = None) -> None:
         self.path = folder
+        self.removed = ""  # by ``begin`` already, in words
         self._overwrite = overwrite
         check_output(folder, overwrite=True, inputs=inputs)
         self._look()
@@ -78,14 +79,13 @@ class RunFolder:
         remove_leftovers(self.path)
         if self._overwrite:
             # A later continuation must not take another run's checkpoint for its own.
-            set_aside(self.path)
+            self.removed = set_aside(self.path)
         self._write({"finished": False, "identity": identity})
         return None
 
     def replaced_in_words(self, *also: str) -> str:
         """Return what of another run goes when this one is whole; ``also`` are patterns of files that it replaces."""
-        aside = self.path / REPLACED
-        there = [path for place in sorted(aside.glob("*")) for path in sorted(place.iterdir())]
+        there = sorted((self.path / REPLACED).glob("*"))
         there += sorted({path for pattern in also for path in self.path.glob(pattern)})
         return in_words(there) if there and self._overwrite else ""
 

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from transformers import PrinterCallback, set_seed
 
 from efface.cli.progress import ProgressBar, open_console
 from efface.cli.run_folder import RunFolder
-from efface.files import bytes_in_words, written_whole
+from efface.files import bytes_in_words, locked_folder, written_whole
 from efface.flags import hyphens
 from efface.hf.model.adapted_head import base_of
 from efface.hf.model.fingerprint import fingerprint
@@ -100,6 +100,7 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
             overwrite = run.overwrite or args.resume_from_checkpoint is not None
             folder = RunFolder(run.out, overwrite=overwrite, inputs={**run.inputs, **_own_checkpoint(run)})
             if args.push_to_hub:
+                _check_pushed(run)
                 check_login(default_client(args.hub_token))
             stack.enter_context(folder.locked())
         trainer, beside = run.make(bar)
@@ -112,8 +113,10 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
             if checkpoint[0] is None:
                 start = folder.begin(identity)
                 checkpoint = [None if start is None else str(start)]
-                if said := folder.replaced_in_words(*_WEIGHTS) if start is None else "":
-                    console.print(f"removed when the new model is whole: {said}")
+                said = folder.replaced_in_words(*_WEIGHTS) if start is None else ""
+                for what, when in ((folder.removed, ""), (said, " when the new model is whole")):
+                    if what:
+                        console.print(f"removed{when}: {what}")
             else:
                 folder.continue_from(identity)
         checkpoint = broadcast_object_list(checkpoint)
@@ -147,6 +150,16 @@ def _save(run: TrainingRun, trainer: PackedTrainer) -> None:
             trainer.save_model(str(partial), _internal_call=True)
     except Exception as error:
         raise unsaved(run.out, error) from error
+
+
+def _check_pushed(run: TrainingRun) -> None:
+    """Raise ValueError where transformers would push what models said of the data, and the true answers, too."""
+    if not run.args.revision_per_checkpoint and any((run.out / "evaluation").glob("*")):
+        raise ValueError(
+            f"--push-to-hub: {str(run.out / 'evaluation')!r} holds results with questions and answers of the data, "
+            "which would be pushed; move it out of the folder, or add --revision-per-checkpoint, which pushes the "
+            "model alone"
+        )
 
 
 def _own_checkpoint(run: TrainingRun) -> dict[str, str | Path | None]:
@@ -378,18 +391,21 @@ def _evaluate(command: UnlearnCommand, recipe: Recipe, trainer: PackedTrainer, b
     template = get_template(
         args.template, tokenizer, system_prompt=args.system_prompt, date_string=args.date_string, compat=compat
     )
+    output = Path(args.output_dir) / "evaluation"
+    locks = args.process_index == 0 and recipe.evaluate["benchmark"] != "none"
     try:
-        figures = evaluate_recipe(
-            trainer.model,
-            tokenizer,
-            recipe,
-            Path(args.output_dir) / "evaluation",
-            data=command.data,
-            retain_log=command.retain_log,
-            template=template,
-            compat=compat,
-            progress=bar.follow,
-        )
+        with locked_folder(output) if locks else nullcontext():
+            figures = evaluate_recipe(
+                trainer.model,
+                tokenizer,
+                recipe,
+                output,
+                data=command.data,
+                retain_log=command.retain_log,
+                template=template,
+                compat=compat,
+                progress=bar.follow,
+            )
     except (ValueError, OSError):
         left = f"the model is whole in {args.output_dir}, but not evaluated; run the same command again to do that"
         bar.say(left)

@@ -272,21 +272,26 @@ def check_results(folder: Path, config: Mapping[str, Any], *, benchmark: str = "
 
 
 # What of a description does not change a number that is there, or follows from what does.
-_NO_SETTINGS = {"model", "versions", "rows", "empty_generations", "retain_log", "options"}
+_NO_SETTINGS = {"model", "versions", "rows", "empty_generations", "retain_log", "options", "content"}
 # Of the flags of `efface evaluate`, those that metrics of any rows depend on.
 _OPTIONS = (
     *("forget", "forget_filter", "holdout", "holdout_filter", "retain_filter", "reference_model", "retain_metrics"),
     *("group_columns", "question_column", "answer_column", "max_length", "window", "max_new_tokens", "template"),
 )
 # What only some metrics need, and what belongs to it.
-_OPTIONAL = {"holdout": ("holdout_filter",), "reference_model": (), "retain_metrics": (), "window": ()}
+_OPTIONAL: dict[str, tuple[str, ...]] = {
+    "holdout": ("holdout_filter",),
+    **dict.fromkeys(("reference_model", "retain_metrics", "window"), ()),
+    **{f"content of {name}": () for name in ("forget", "holdout", "data")},  # of what was no file, nobody knows it
+}
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     plain = json.loads(json.dumps(config))
     options = plain.get("options", {})
     own = {name: value for name, value in plain.items() if name not in _NO_SETTINGS}
-    return own | {name: options.get(name) for name in _OPTIONS if options}
+    content = {f"content of {name}": digest for name, digest in plain.get("content", {}).items()}
+    return own | content | {name: options.get(name) for name in _OPTIONS if options}
 
 
 def write_results(
@@ -318,7 +323,7 @@ def write_results(
 def _merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Return what old and new results together are of."""
     merged = {**now}
-    for name in ("rows", "empty_generations", "options"):
+    for name in ("rows", "empty_generations", "options", "content"):
         if isinstance(before.get(name), dict) and isinstance(now.get(name), dict):
             given = {key: value for key, value in now[name].items() if value is not None or key not in before[name]}
             merged[name] = {**before[name], **given}

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from efface.files import remove_leftovers, take_lock, written_folder
-from efface.hf.text.token_cache import TAUGHT, cache_folder, file_digest
+from efface.hf.text.token_cache import TAUGHT, file_digest, own_folder
 from efface.hf.train.arguments import UnlearnArguments
 from efface.hf.train.trainer import FinetuneTrainer, PackedTrainer
 
@@ -285,7 +285,7 @@ def taught(
         "efface": importlib.metadata.version("efface"),
         "transformers": transformers.__version__,
     }
-    folder = cache_folder(cache_dir) / TAUGHT / digest(made_of)
+    folder = own_folder(TAUGHT, cache_dir) / digest(made_of)
     if _whole(folder):
         return _in_use(folder)
     remove_leftovers(folder.parent, seconds=_LEFT_BEHIND)

@@ -114,7 +114,12 @@ class CachedReference:
 
 
 def _place(cache: str | Path | None) -> Path:
-    return private_folder(cache_folder()) / REFERENCE if cache is None else Path(cache)
+    if cache is not None:
+        return Path(cache)
+    path = private_folder(cache_folder()) / REFERENCE
+    with contextlib.suppress(OSError):  # earlier versions let everybody read it
+        path.chmod(0o600)
+    return path
 
 
 @contextlib.contextmanager

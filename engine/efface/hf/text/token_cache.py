@@ -61,6 +61,18 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
         raise OSError(str(error)) from error
 
 
+def own_folder(name: str, cache_dir: str | Path | None = None) -> Path:
+    """Make a folder in the cache that nobody but the user can look into, and return it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder = private_folder(cache_folder(cache_dir) / name)
+    with suppress(OSError):  # earlier versions let everybody look into it
+        folder.chmod(0o700)
+    return folder
+
+
 def stored(
     key: str,
     chunks: Callable[[], tuple[Iterable[Chunk], Taken | None]],
@@ -84,9 +96,7 @@ def stored(
         source: path or name of the data, likewise.
     """
     try:
-        folder = private_folder(cache_folder(cache_dir) / TOKENS)
-        with suppress(OSError):  # earlier versions let everybody look into it
-            folder.chmod(0o700)
+        folder = own_folder(TOKENS, cache_dir)
         path = folder / (f"{data[:DIGITS]}-{key}.arrow" if data else f"{key}.arrow")
         if path.exists():
             with suppress(OSError):

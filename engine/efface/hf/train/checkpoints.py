@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from efface.files import PARTIAL, move_whole, remove_leftovers, remove_whole
+from efface.files import PARTIAL, in_words, move_whole, remove_leftovers, remove_whole
 
 STATE = "trainer_state.json"
 BEST = "best"  # the folder of KeepBest
@@ -249,17 +249,20 @@ def _in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def set_aside(folder: Path) -> None:
-    """Move the checkpoints and the best model of another run out of the way."""
-    best = folder / BEST
+def set_aside(folder: Path) -> str:
+    """Move the checkpoints and the best model of another run out of the way.
+
+    Where those of a run before it are there already, it never was whole, and its own are removed: runs that fail one
+    after another must not fill the disk. Returns what was removed, in words.
+    """
+    best, aside = folder / BEST, folder / REPLACED
     paths = [*checkpoints(folder).values(), *([best] if best.is_dir() else [])]
-    if paths:
-        aside = folder / REPLACED
-        aside.mkdir(exist_ok=True)
-        place = aside / str(len(list(aside.iterdir())))  # beside those of a run that was replaced before it was whole
-        place.mkdir()
-        for path in paths:
-            path.rename(place / path.name)
+    removed = in_words(paths) if paths and aside.is_dir() else ""
+    if paths and not removed:
+        aside.mkdir()
+    for path in paths:
+        remove_whole(path) if removed else path.rename(aside / path.name)
+    return removed
 
 
 __all__ = ["CheckpointError", "ResumableTrainer", "checkpoints", "newest_checkpoint"]
