@@ -90,7 +90,7 @@ def carry_out(run: TrainingRun) -> int:
     except KeyboardInterrupt:
         newest = newest_checkpoint(run.out)
         state = "there is no checkpoint yet, so it starts anew" if newest is None else f"{newest.name} is whole"
-        console.print(f"stopped; run the same command again to continue: {state}", highlight=False, soft_wrap=True)
+        console.print(f"stopped; run the same command again to continue: {state}")
         raise
     return 0
 
@@ -121,7 +121,7 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
                 folder.continue_from(identity)
         checkpoint = broadcast_object_list(checkpoint)
         if checkpoint[0] is not None:
-            console.print(f"continuing from {checkpoint[0]}", highlight=False, soft_wrap=True)
+            console.print(f"continuing from {checkpoint[0]}")
         trainer.train(resume_from_checkpoint=checkpoint[0])
         bar.stage("writing the model")
         if run.before_saving is not None:
@@ -130,7 +130,7 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
             trainer.save_model(str(partial), _internal_call=True)
         trainer.save_state()
         bar.close()
-        console.print(f"wrote {run.out}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {run.out}")
         _push(trainer, args, run.out)
         if run.after_saving is not None:
             run.after_saving(trainer, bar)
