@@ -17,7 +17,7 @@ version = release = efface.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-exclude_patterns = ["_made/*.txt"]
+exclude_patterns = ["_made/*"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say shapes and units beside the types
@@ -36,3 +36,4 @@ def setup(_app: object) -> None:
     """Make what pages include."""
     made.pictures(HERE / "_made")
     made.command_help(HERE / "_made")
+    made.argument_tables(HERE / "_made")

@@ -1,4 +1,4 @@
-"""What the pages include and nobody writes by hand: the pictures, and the help of every command."""
+"""What the pages include and nobody writes by hand: pictures, the help of every command, tables of arguments."""
 
 import contextlib
 import io
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from efface.cli.main import COMMANDS, COMMON, EXIT_CODES, main
+from efface.hf.train.options import as_markdown
 
 INK, FORGET, RETAIN, QUIET, LOUD = "#333333", "#d1495b", "#30638e", "#d8dee4", "#edae49"
 
@@ -140,6 +141,11 @@ def _columns(count: int) -> Iterator[None]:
             del os.environ["COLUMNS"]
         else:
             os.environ["COLUMNS"] = before
+
+
+def argument_tables(folder: Path) -> None:
+    """Write what becomes of transformers' arguments."""
+    (folder / "arguments.md").write_text(as_markdown(), encoding="utf-8")
 
 
 _COMMAND_LINE = """Results go to standard output, progress and errors to standard error. On a terminal a command

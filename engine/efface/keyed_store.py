@@ -1,11 +1,12 @@
 """SQLite files that processes fill and read at the same time, and that are checked before they are believed."""
 
+import os
 import sqlite3
 import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -74,6 +75,9 @@ class KeyedStore(ABC):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # of which SQLite has its own to say
+            # Results hold texts: nobody but the user reads them. SQLite gives the files beside it the same mode.
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         with self._explained():
             self._connection = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
         try:
@@ -122,6 +126,17 @@ class KeyedStore(ABC):
         checksums = self._checksums(model, keys, values)
         rows = ((model, *row) for row in zip(keys, values, checksums, strict=True))
         self._change(f"INSERT OR IGNORE INTO {self.table.name} VALUES (?, ?, ?, ?)", rows)  # noqa: S608 - the names are ours
+
+    def remove(self, keys: Sequence[bytes]) -> None:
+        """Delete the values of keys, those of every model, and overwrite them in the file."""
+        name = self.table.name
+        with self._explained():
+            self._execute("PRAGMA secure_delete = ON")
+            models = [model for (model,) in self._execute(f"SELECT DISTINCT model FROM {name}")]  # noqa: S608 - the names are ours
+        rows = ((model, key) for model in models for key in keys)
+        self._change(f"DELETE FROM {name} WHERE model = ? AND {self.table.key} = ?", rows)  # noqa: S608 - the names are ours
+        with self._explained():
+            self._read("PRAGMA wal_checkpoint(TRUNCATE)")  # or the log beside the file would hold them still
 
     def close(self) -> None:
         """Close the file; closing twice changes nothing."""
@@ -216,3 +231,23 @@ class KeyedStore(ABC):
         finally:
             if self._connection.in_transaction:
                 self._execute("ROLLBACK")
+
+
+def remove_store(path: Path) -> bool:
+    """Remove a file of values and what SQLite keeps beside it; return False, and do nothing, while it is in use."""
+    try:
+        with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as connection:
+            connection.execute("PRAGMA journal_mode = DELETE").fetchone()  # which needs the file for itself
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):
+            return False
+    except sqlite3.DatabaseError:  # a damaged one
+        pass
+    for file in store_files(path):
+        file.unlink(missing_ok=True)
+    return True
+
+
+def store_files(path: Path) -> list[Path]:
+    """Return the file of a store and those that SQLite keeps beside it."""
+    return [path.with_name(path.name + end) for end in ("", "-wal", "-shm", "-journal")]

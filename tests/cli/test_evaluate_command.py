@@ -115,7 +115,8 @@ def test_the_output_folder_is_the_models_by_default(folder: Path) -> None:
 
 
 def test_a_checkpoints_results_are_its_own(folder: Path) -> None:
-    shutil.copytree(folder / "retain", folder / "run" / "checkpoint-3")
+    without = shutil.ignore_patterns("evaluation")
+    shutil.copytree(folder / "retain", folder / "run" / "checkpoint-3", ignore=without)
     command = words(folder, "--splits", "world_facts", "--revision", "checkpoint-3", model="run")
     assert main(command) == 0
     assert (folder / "run" / "checkpoint-3" / "evaluation" / "TOFU_EVAL.json").is_file()
@@ -279,7 +280,34 @@ def test_texts_may_be_cut_and_read_in_windows(rated: Path) -> None:
     words += ["--metrics", "perplexity,extraction_strength", "--output", str(rated / "out")]
     assert main([*words, "--window", "16", "--max-length", "40"]) == 0
     assert len(read(rated / "out" / "METRICS_SUMMARY.json")) == 2
-    assert main(words) == 0  # a window may be longer than the text
+    assert main([*words, "--overwrite"]) == 0  # a window may be longer than the text
+
+
+def test_results_are_replaced_by_those_of_another_model_only_when_told_so(
+    rated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one folder, metric by metric; a second model, other settings."""
+    words = ["evaluate", "--forget", str(rated / "forget.json"), "--output", str(rated / "out"), "--metrics"]
+    model = ["--model", str(rated / "model")]
+    assert main([*words, "perplexity", *model]) == 0
+    assert main([*words, "extraction_strength", *model]) == 0
+    before = read(rated / "out" / "METRICS_SUMMARY.json")
+    assert sorted(before) == ["extraction_strength", "perplexity"]
+    other = tiny_llama(seed=1, vocab_size=len(tiny_tokenizer()), max_position_embeddings=256)
+    other.save_pretrained(rated / "other")
+    tiny_tokenizer().save_pretrained(rated / "other")
+    capsys.readouterr()
+    for more in (["--model", str(rated / "other")], [*model, "--max-length", "20"]):
+        assert main([*words, "perplexity", *more]) == 2
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert ("is 20" in told) if "--max-length" in more else (repr(str(rated / "model")) in told)
+        assert "choose another --output, or add --overwrite" in told
+        assert read(rated / "out" / "METRICS_SUMMARY.json") == before
+    (rated / "out" / ".partial-1-METRICS_EVAL.json").write_text("of a killed process")
+    assert main([*words, "perplexity", "--model", str(rated / "other"), "--overwrite"]) == 0
+    assert not list((rated / "out").glob(".partial-*"))
+    assert "replaced: 3 files" in capsys.readouterr().err
+    assert sorted(read(rated / "out" / "METRICS_SUMMARY.json")) == ["perplexity"]
 
 
 def test_fame_by_language_and_topic(rated: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,9 @@
 """Checkpoints: whole or not there, and a killed run that continues bit for bit."""
 
+import copy
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -18,6 +20,7 @@ import transformers
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -27,7 +30,7 @@ from efface import NPO, UnlearnTrainer
 from efface.batching import Role, TokenStore
 from efface.cli.main import main
 from efface.cli.run_folder import RunFolder
-from efface.files import remove_leftovers
+from efface.files import bytes_in_words, remove_leftovers
 from efface.hf.text.data import store_fingerprint
 from efface.hf.train.arguments import UnlearnArguments
 from efface.hf.train.checkpoints import CheckpointError, checkpoints, newest_checkpoint, rotate
@@ -336,6 +339,78 @@ def test_overwriting_removes_the_checkpoints_of_another_run(tmp_path: Path) -> N
     (tmp_path / "out" / "checkpoint-100").mkdir()
     assert RunFolder(tmp_path / "out", overwrite=True).begin({"objective": "simnpo"}) is None
     assert checkpoints(tmp_path / "out") == {}
+
+
+def free_space(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=count))
+
+
+def test_a_run_that_does_not_fit_the_disk_does_not_begin(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Counted as it is written: weights, and twice as much of AdamW; two checkpoints stay, and a third is written."""
+    out = tmp_path / "out"
+    words = [*command, "--output_dir", str(out)]
+    model = sum(weight.numel() * 4 for weight in tiny_llama(vocab_size=len(tiny_tokenizer())).parameters())
+    whole = model + 3 * 3 * model
+    free_space(monkeypatch, whole - 1)
+    assert main(words) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert f"expected {bytes_in_words(whole)} of free space" in told
+    assert f"3 checkpoints of {bytes_in_words(3 * model)} each and a model of {bytes_in_words(model)}" in told
+    assert "--save-total-limit 1" in told
+    assert not checkpoints(out)
+    for more, count in (
+        (["--save_total_limit", "1"], 2 * 3 * model),
+        (["--save_total_limit", "0"], 6 * 3 * model),
+        (["--save_only_model", "True"], 3 * model),
+        (["--save_schedule", "no"], 0),
+    ):
+        free_space(monkeypatch, model + count - 1)
+        assert main([*words, *more]) == 2, more
+        assert "of free space" in capsys.readouterr().err
+    free_space(monkeypatch, whole)
+    assert main(words) == 0
+    # what is written is what was counted, but for small files
+    newest = sum((out / "checkpoint-12" / name).stat().st_size for name in ("model.safetensors", "optimizer.pt"))
+    assert 3 * model <= newest < 3 * model + 40_000
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_full_disk_at_the_last_save_leaves_what_there_was(
+    saved: bool, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = [*command, "--output_dir", str(out), *([] if saved else ["--save_schedule", "no"])]
+    save = UnlearnTrainer.save_model
+
+    def full(trainer: UnlearnTrainer, output_dir: str | None = None, **options: Any) -> None:
+        if "checkpoint-" in str(output_dir):
+            return save(trainer, output_dir, **options)
+        Path(str(output_dir), "model.safetensors").write_bytes(b"half")
+        raise SafetensorError("Error while serializing:\nI/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(UnlearnTrainer, "save_model", full)
+        assert main(words) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "the model could not be written to" in told
+    assert "No space left on device" in told
+    assert ("checkpoint-12 is whole, and it goes on from there" if saved else "no checkpoint was written") in told
+    assert not (out / "model.safetensors").exists()
+    assert not list(out.glob(".partial-*"))
+    assert main(words) == 0
+    assert ("continuing from" in capsys.readouterr().err) is saved
+    assert (out / "model.safetensors").is_file()
+
+
+def test_tokens_of_access_are_not_written(tmp_path: Path) -> None:
+    args = arguments(tmp_path, hub_token="hf_secret")
+    assert copy.copy(args).hub_token == args.hub_token == "hf_secret"
+    assert b"hf_secret" not in pickle.dumps(args)
+    read = pickle.loads(pickle.dumps(args))
+    assert (read.hub_token, read.learning_rate) == (None, args.learning_rate)
 
 
 def test_a_run_killed_before_it_wrote_its_record_starts_again(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from efface.hf.model import loading
 from efface.hf.model.loading import load_model, load_tokenizer, local_revision
 from support.helpers import (
     LONG,
+    TEXTS,
     TINY,
     arguments,
     random_store,
@@ -54,7 +55,8 @@ def test_a_folder_with_checkpoints_alone_names_them(tmp_path: Path, capsys: pyte
     for step in (2, 12):
         saved(tmp_path / f"checkpoint-{step}", step)
     (tmp_path / "run.json").write_text("{}")
-    words = ["unlearn", "--model", str(tmp_path), "--forget", "f.json", "--output_dir", str(tmp_path / "out")]
+    rows = written_rows(tmp_path / "rows.json")
+    words = ["unlearn", "--model", str(tmp_path), "--forget", str(rows), "--output_dir", str(tmp_path / "out")]
     assert main([*words, "--use_cpu", "True"]) == 2
     told = capsys.readouterr().err
     assert "it has revisions checkpoint-2, checkpoint-12. Choose one, such as `--revision checkpoint-12`" in told
@@ -298,7 +300,7 @@ LOADS: dict[str, list[list[str]] | None] = {
     "evaluate": [
         ["--model", "BROKEN", "--forget", "ROWS", "--metrics", "probability", "--output", "OUT"],
         [*_RIVAL, "--model", "WHOLE", "--reference-model", "BROKEN"],
-        ["--model", "BROKEN", "--data", "DATA", "--output", "OUT"],
+        ["--model", "BROKEN", "--output", "OUT"],
     ],
     "audit": [
         ["--model", "BROKEN", "--data", "ROWS", "--views", "direct", "--output", "OUT"],
@@ -328,7 +330,6 @@ def test_every_command_that_reads_a_model_refuses_it(
         "BROKEN": files / fault,
         "WHOLE": files / "whole",
         "ROWS": files / "rows.json",
-        "DATA": files,
         "OUT": tmp_path / "out",
         "ADAPTER": tmp_path / "adapter",
     }
@@ -498,3 +499,73 @@ def test_a_trainer_that_trains_nothing_is_refused(case: str, tmp_path: Path) -> 
         UnlearnTrainer(
             tiny_llama(), arguments(tmp_path, **settings), forget=random_store(5), retain=None, objective=GradAscent()
         ).train()
+
+
+# ---- custom code, and tokenizers of their own ----
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+open("code_ran", "w").close()
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model whose code comes with it, without a tokenizer; that is in a folder beside."""
+    monkeypatch.chdir(tmp_path)
+    folder = saved_llama(tmp_path / "own")
+    for file in folder.glob("*token*"):
+        (tmp_path / "tokenizer").mkdir(exist_ok=True)
+        file.rename(tmp_path / "tokenizer" / file.name)
+    (folder / "modeling_own.py").write_text(CODE)
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    changes = {"model_type": "own_llama", "architectures": ["OwnForCausalLM"], "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def test_code_of_a_checkpoint_runs_when_it_is_trusted(own_code: Path) -> None:
+    with pytest.raises(ValueError, match=r"got 'own_llama', whose code comes with it \(modeling_own\.py\); read it"):
+        load_model(str(own_code))
+    assert not Path("code_ran").exists()
+    model = load_model(str(own_code), trust_remote_code=True)
+    assert type(model).__name__ == "OwnForCausalLM"
+    assert Path("code_ran").exists()
+
+
+TAUGHT = "--model own --use-cpu True --max-steps 2 --warmup-epochs 0 --output-dir out"
+WITH_CODE = {
+    "unlearn": "--model own --forget rows.json --retain keep.json --use-cpu True --max-steps 1 --output-dir out",
+    "unlearn dry": "--model own --forget rows.json --retain keep.json --use-cpu True --output-dir out --dry-run",
+    "finetune": f"--data rows.json {TAUGHT}",
+    "finetune anew": f"--data rows.json {TAUGHT} --from-config",
+    "cache-reference": "--model own --forget rows.json --use-cpu True --output-dir out",
+    "evaluate": "--model own --metrics extraction_strength --forget rows.json --output out",
+    "audit": "--model own --data rows.json --views direct --max-new-tokens 4 --output out",
+}
+
+
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_commands_take_a_tokenizer_and_trusted_code(
+    name: str, own_code: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EFFACE_CACHE", "cache")
+    written_rows(Path("rows.json"), TEXTS[:2])
+    written_rows(Path("keep.json"), TEXTS[2:])
+    words = [name.split(maxsplit=1)[0], *WITH_CODE[name].split()]
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert "--tokenizer" in told or "--trust-remote-code" in told
+    assert main([*words, "--tokenizer", "tokenizer"]) == 2
+    assert "--trust-remote-code" in capsys.readouterr().err
+    assert not Path("code_ran").exists()
+    assert main([*words, "--tokenizer", "tokenizer", "--trust-remote-code"]) == 0
+    if Path("out/config.json").exists() and not name.endswith("anew"):
+        assert Path("out/tokenizer.json").exists()
+        again = load_model("out", trust_remote_code=True)  # the code went along
+        assert type(again).__name__ == "OwnForCausalLM"

@@ -161,7 +161,7 @@ def test_a_file_is_read_as_it_is(name: str, tmp_path: Path) -> None:
 
 
 def test_rows_larger_than_memory_are_in_a_file_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_files, "_IN_MEMORY", 1000)
+    monkeypatch.setattr(row_files, "IN_MEMORY", 1000)
     folder = tmp_path / "kept"
     path = written_rows(tmp_path / "rows.jsonl", ({"question": f"q{i}", "answer": f"a{i}"} for i in range(500)))
     rows = FileRows(path, cache_dir=folder)

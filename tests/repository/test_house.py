@@ -31,7 +31,15 @@ FLOORS: dict[str, set[str]] = {
     "engine/efface/reference": {*BASE, "efface.batching", "efface.keyed_store", "efface.reference"},
     "engine/efface/hf": {
         *BASE,
-        *("efface.batching", "efface.files", "efface.objectives", "efface.reference", "efface.hf"),
+        *(
+            "efface.batching",
+            "efface.errors",
+            "efface.files",
+            "efface.keyed_store",
+            "efface.objectives",
+            "efface.reference",
+        ),
+        "efface.hf",
         *(
             "accelerate",
             "transformers",
@@ -54,7 +62,7 @@ FLOORS: dict[str, set[str]] = {
     "engine/efface/recipes": {
         *BASE,
         *("efface.registry", "efface.batching", "efface.objectives", "efface.hf", "efface.evaluate", "efface.recipes"),
-        *("efface.flags", "accelerate", "transformers", "yaml"),
+        *("efface.errors", "efface.flags", "accelerate", "transformers", "yaml"),
     },
     "engine/efface/simulate": {
         *BASE,

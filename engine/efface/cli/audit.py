@@ -3,7 +3,7 @@
 import argparse
 import gc
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from efface.evaluate.audit import VIEWS, AuditResult, BestOf, Clues, Relearn, Vi
 from efface.evaluate.audit.result import AROUND, Document, cells
 from efface.evaluate.audit.rows import TOFU_GROUP, audit_rows
 from efface.evaluate.audit.views import get_view
-from efface.files import written_whole
+from efface.files import check_output, in_words, locked_folder, remove_leftovers, written_whole
 from efface.flags import FlagParser
 from efface.hf.model.loading import MAIN, load_model, load_tokenizer
 from efface.hf.text.rows import Rows, load_rows
@@ -51,6 +51,7 @@ def parser() -> FlagParser:
     flags.add_argument("--retain", help="a model that never learnt what was to be forgotten")
     flags.add_argument("--revision", default=MAIN, help="revision of --model")
     flags.add_argument("--tokenizer", help="default: each model's own")
+    flags.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
     flags.add_argument("--data", required=True, help="a file of rows, a folder of TOFU's files, or a Hub data set")
     flags.add_argument("--split", help="of a folder or a Hub data set: forget01, forget05, forget10 (default)")
     flags.add_argument(
@@ -154,7 +155,12 @@ def run(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     state = processes()
     console = open_console(stderr=True, quiet=not state.is_main_process)
-    output: Path = options.output
+    output: Path = check_output(
+        options.output,
+        overwrite=True,
+        inputs={"--data": options.data},
+        replaced=(JSON_NAME, MARKDOWN_NAME, STORE_NAME),
+    )
     if (output / JSON_NAME).exists() and not options.overwrite:
         raise FileExistsError(
             f"{str(output / JSON_NAME)!r} is there already; choose another --output, or add --overwrite"
@@ -166,11 +172,31 @@ def run(argv: Sequence[str]) -> int:
     # The tokenizers first: a name that is not there shows before anything is computed.
     tokenizers = {
         name: load_tokenizer(
-            options.tokenizer or place, revision=MAIN if options.tokenizer else _revision(name, options)
+            options.tokenizer or place,
+            revision=MAIN if options.tokenizer else _revision(name, options),
+            trust_remote_code=options.trust_remote_code,
         )
         for name, place in models.items()
     }
-    output.mkdir(parents=True, exist_ok=True)
+    with locked_folder(output) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            remove_leftovers(output)
+        if there := [path for name in (JSON_NAME, MARKDOWN_NAME) if (path := output / name).exists()]:
+            console.print(f"replaced when the audit is whole: {in_words(there)}")
+        return _audit(options, output, models, tokenizers, rows, views, console)
+
+
+def _audit(
+    options: argparse.Namespace,
+    output: Path,
+    models: Mapping[str, str],
+    tokenizers: Mapping[str, Any],
+    rows: Rows,
+    views: Sequence[View],
+    console: Console,
+) -> int:
+    """Audit the models, and write and show what came out."""
+    state = processes()
     audits = {
         name: _audited(name, place, tokenizers[name], rows, views, options, console) for name, place in models.items()
     }
@@ -230,7 +256,12 @@ def _audited(
     """Load a model, audit it, and let go of it."""
     with closing(Bar(console, name)) as bar:
         bar.stage("loading the model")
-        model = load_model(place, revision=_revision(name, options), dtype=options.dtype).to(processes().device)
+        model = load_model(
+            place,
+            revision=_revision(name, options),
+            dtype=options.dtype,
+            trust_remote_code=options.trust_remote_code,
+        ).to(processes().device)
         result = audit(
             model,
             tokenizer,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efface.files import check_output, written_whole
+from efface.files import check_output, in_words, locked_folder, remove_leftovers, written_whole
 from efface.flags import FlagParser
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # tells even models trained alike apart.
 _AUTHORS = {"default": (24, 2), "smoke": (4, 1)}
 _TOFU_AUTHORS = {"default": (20, 2), "smoke": (4, 2)}
+_LEFT_BEHIND = 86_400  # seconds after which what a killed demo left is nobody's
 _COLUMNS = {
     "forget quality": ("forget_quality", ".2g"),
     "truth ratio": ("truth_ratio", ".3f"),
@@ -60,7 +61,7 @@ def parser() -> FlagParser:
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parser().parse_args(argv)
-    out = check_output(options.output, overwrite=options.overwrite)
+    out = check_output(options.output, overwrite=options.overwrite, inputs={"--data": options.data})
     # here, because --help needs none of it
     from efface.cli.progress import open_console, show_json
     from efface.simulate.data import fictitious, tofu
@@ -77,7 +78,11 @@ def run(argv: Sequence[str]) -> int:
         settings = replace(settings, vocabulary=4096, teach_epochs=30)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     console = open_console(stderr=True)
-    with written_whole(out) as partial:
+    remove_leftovers(out, seconds=_LEFT_BEHIND)
+    if out.is_dir() and (there := sorted(out.iterdir())):
+        said = f"files of the same names are replaced when the demo is whole; there are {in_words(there)}"
+        console.print(said)
+    with locked_folder(out), written_whole(out) as partial:
         with teaching_bar(console) as progress:
             demo = Demo(data, settings, partial, progress)
             models = demo.tell()

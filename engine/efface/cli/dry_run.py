@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
 
 from efface.batching import TokenStore, plan_epoch
 from efface.cli.plan import summary
 from efface.cli.progress import show_json
-from efface.hf.model.loading import local_files
+from efface.hf.model.loading import MAIN, local_files, read_config, read_tokenizer
 from efface.hf.reference.make import reference_kind
 from efface.hf.text.rows import check_columns, load_rows, local_file, matching, parse_conditions
 from efface.hf.text.templates import AUTO, TEMPLATES
@@ -113,15 +112,16 @@ def _data(command: UnlearnCommand, args: UnlearnArguments, objective: Objective,
                 rows |= {role: recipe.rows[role]} if role in recipe.rows else {}
         return rows
 
-    folder = local_files(command.model, command.revision, "tokenizer_config.json")
+    named = command.tokenizer or command.model
+    folder = local_files(named, MAIN if command.tokenizer else command.revision, "tokenizer_config.json")
     if folder is None:
-        return _Data(counts(), of, None, f"the tokenizer of {command.model} is not on this machine")
+        return _Data(counts(), of, None, f"the tokenizer of {named} is not on this machine")
     if away := [source for role, (source, _) in sources.items() if files[role] is None]:
         return _Data(counts(), of, None, f"{' and '.join(dict.fromkeys(away))} is on the Hub; give --data or files")
     retain = command.retain if "retain" in sources else None
     stores = unlearning_stores(
         objective,
-        AutoTokenizer.from_pretrained(folder),
+        read_tokenizer(folder, trust_remote_code=command.trust_remote_code),
         args,
         forget=command.forget,
         retain=retain,
@@ -347,7 +347,7 @@ def _is_adapter(command: UnlearnCommand) -> bool:
 def _architecture(command: UnlearnCommand, recipe: Recipe | None) -> Any:
     folder = local_files(command.model, command.revision, "config.json")
     if folder is not None:
-        return AutoConfig.from_pretrained(folder)
+        return read_config(folder, trust_remote_code=command.trust_remote_code)
     if recipe is not None and command.model == recipe.unlearn["model"] and recipe.architecture:
         return recipe.architecture
     return None

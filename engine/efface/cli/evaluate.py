@@ -3,7 +3,7 @@
 import argparse
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,15 +14,25 @@ from rich.table import Table
 
 from efface.cli.progress import Bar, add_json_flag, open_console, show_json
 from efface.evaluate import EvalLog, TofuResult, evaluate_metrics, fame, get_metric, known_metrics, tofu
-from efface.evaluate.logs import PREFIXES, SPLITS, model_facts, read_json, write_results
+from efface.evaluate.logs import (
+    PREFIXES,
+    SPLITS,
+    check_results,
+    model_facts,
+    read_json,
+    read_log,
+    result_names,
+    write_results,
+)
 from efface.evaluate.metrics import Metric, MetricResult, Perplexity, Reading
 from efface.evaluate.metrics.fame import GROUPS, split_rows
 from efface.evaluate.protocol import PROTOCOLS, get_protocol
-from efface.evaluate.runner import Progress
-from efface.evaluate.tofu_evaluation import ROWS
-from efface.flags import FlagParser
+from efface.evaluate.runner import Progress, on_first
+from efface.evaluate.tofu_evaluation import ROWS, load_split
+from efface.files import check_output, in_words, locked_folder, remove_leftovers
+from efface.flags import FlagParser, hyphens
 from efface.hf.model.loading import MAIN, load_model, load_tokenizer
-from efface.hf.text.rows import Rows, load_rows, matching, parse_conditions, texts
+from efface.hf.text.rows import Rows, check_columns, load_rows, matching, parse_conditions, texts
 from efface.hf.text.templates import AUTO, OPEN_UNLEARNING
 from efface.processes import processes
 
@@ -91,6 +101,9 @@ def check_metrics_rows(options: argparse.Namespace, benchmark: str | None) -> di
     taken: dict[str, str] = {}
     if benchmark == "fame" and options.data and filters["forget"]:
         rows = load_rows(options.data)
+        check_columns(rows, options.group_columns, options.data)
+        for column in names:
+            texts(rows, column, options.data)
         for name, some in split_rows(rows, filters["forget"], filters["retain"]).items():
             taken[f"FAME {name}"] = f"{len(some):,} of {len(rows):,} rows, {options.data}"
     for name, source in sources.items():
@@ -120,7 +133,9 @@ def run_metrics(
     metrics = chosen_metrics(options)
     reference = None
     if options.reference_model is not None:
-        reference = load_model(options.reference_model, dtype=options.dtype).to(model.device)
+        reference = load_model(
+            options.reference_model, dtype=options.dtype, trust_remote_code=options.trust_remote_code
+        ).to(model.device)
     try:
         return evaluate_metrics(
             model,
@@ -214,6 +229,8 @@ command is given again. `torchrun -m efface evaluate ...` shares rows among proc
 """
 T = TypeVar("T")
 
+_RESULTS = [name for benchmark in ("TOFU", "FAME", "METRICS") for name in result_names(benchmark)]
+
 _TITLES = {"forget": "forget", "retain": "retain", "real_authors": "real authors", "world_facts": "world facts"}
 
 
@@ -228,6 +245,8 @@ def parser() -> FlagParser:
     )
     flags.add_argument("--model", required=True, help="checkpoint folder or Hub name")
     flags.add_argument("--revision", default=MAIN, help="branch, tag or commit; of a folder, a checkpoint in it")
+    flags.add_argument("--tokenizer", help="folder or Hub name; default: that of the model")
+    flags.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
     flags.add_argument(
         "--benchmark", choices=("tofu", "fame"), help="(default: tofu; with --metrics nothing but those)"
     )
@@ -259,6 +278,8 @@ def parser() -> FlagParser:
         help="folder for the results (default: MODEL/evaluation, of a checkpoint MODEL/REVISION/evaluation; of a Hub "
         "model ./evaluation/NAME)",
     )
+    said = "replace results of another model or other settings; else those are an error, and those of this model stay"
+    flags.add_argument("--overwrite", action="store_true", help=said)
     flags.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
     flags.add_argument(
         "--token-budget", type=int, default=8192, help="most tokens of a forward pass (default: %(default)s)"
@@ -289,6 +310,17 @@ def run(argv: Sequence[str]) -> int:
                 "--compat: expected TOFU's evaluation, got "
                 f"{'--metrics' if options.metrics else f'--benchmark {benchmark}'}; drop it"
             )
+    read = ("retain_log", "retain_metrics", "data", "forget", "holdout")
+    check_output(
+        output,
+        overwrite=True,
+        inputs={f"--{hyphens(name)}": getattr(options, name) for name in read},
+        replaced=(*_RESULTS, ROWS),
+    )
+    if options.retain_metrics:
+        read_values(options.retain_metrics)
+    if benchmark == "tofu":
+        _check_tofu(options)
     for role, counts in check_metrics_rows(options, benchmark).items():
         console.print(f"{role}: {counts}")
     found: dict[str, Any] = {"output": output}
@@ -302,6 +334,15 @@ def run(argv: Sequence[str]) -> int:
         show_json(found)
     console.print(f"wrote {output}")
     return 0
+
+
+def _check_tofu(options: argparse.Namespace) -> None:
+    """Raise what the evaluation would say of its local files, before a model is loaded."""
+    if options.retain_log is not None and "forget" in options.splits:
+        read_log(options.retain_log).rows("forget", "truth_ratio")
+    if options.data is not None and Path(options.data).expanduser().exists():
+        for split in options.splits:
+            load_split(options.data, split, options.split, get_protocol(options.protocol, options.compat))
 
 
 def _judge_by_tofu(options: argparse.Namespace, output: Path, console: Console) -> dict[str, Any]:
@@ -326,10 +367,12 @@ def _judge_rows(
     """Likewise of other metrics, with the figures of groups, but without those of single rows."""
 
     def run(model: Any, tokenizer: Any, bar: Bar) -> Results:
+        facts = {**model_facts(model), "benchmark": benchmark, "options": {**vars(options), "output": str(output)}}
+        if not options.overwrite:
+            on_first(processes(), lambda: check_results(output, facts, benchmark=benchmark))
         results = judge(model, tokenizer, options, store=output / ROWS, progress=bar.follow)
         if processes().is_main_process:
-            facts = {**model_facts(model), "benchmark": benchmark, "options": {**vars(options), "output": str(output)}}
-            write_results(output, results, facts, benchmark=benchmark)
+            write_results(output, results, facts, benchmark=benchmark, beside=not options.overwrite)
         return results
 
     results = _with_model(options, options.model, options.revision, output, console, run)
@@ -362,6 +405,7 @@ def _evaluate(
             template=options.template,
             token_budget=options.token_budget,
             output=output,
+            overwrite=options.overwrite,
             progress=bar.follow,
         )
 
@@ -381,9 +425,18 @@ def _with_model(
     with closing(bar):
         try:
             bar.stage("loading the model")
-            tokenizer = load_tokenizer(name, revision=revision)
-            model = load_model(name, revision=revision, dtype=options.dtype).to(processes().device)
-            return run(model, tokenizer, bar)
+            trusted, given = options.trust_remote_code, options.tokenizer
+            tokenizer = load_tokenizer(given or name, revision=MAIN if given else revision, trust_remote_code=trusted)
+            model = load_model(name, revision=revision, dtype=options.dtype, trust_remote_code=trusted)
+            model = model.to(processes().device)
+            first = processes().is_main_process
+            with locked_folder(output) if first else nullcontext():
+                if first:
+                    remove_leftovers(output)
+                there = sorted(path for path in output.glob("*.json") if path.name in _RESULTS)
+                if there and options.overwrite:
+                    console.print(f"replaced: {in_words(there)}")
+                return run(model, tokenizer, bar)
         except KeyboardInterrupt:
             kept = f"{bar.completed} of {bar.total} rows are kept in {output}"
             console.print(f"stopped; run the same command again to continue: {kept}")

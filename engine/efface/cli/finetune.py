@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, set_seed
+from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
 
 from efface.cli.progress import ProgressBar
-from efface.cli.training import TrainingRun, carry_out
+from efface.cli.training import TrainingRun, carry_out, config_of, model_inputs, tokenizer_of
 from efface.hf.model.fingerprint import fingerprint
-from efface.hf.model.loading import load_model, load_tokenizer
+from efface.hf.model.loading import load_config, load_model
+from efface.hf.text.rows import check_source
 from efface.hf.train.arguments import UnlearnArguments
 from efface.hf.train.record import command_line
 from efface.hf.train.trainer import FinetuneTrainer, PackedTrainer
@@ -64,6 +65,10 @@ class FinetuneCommand:
         metadata={"help": "branch, tag or commit on the Hub; of a folder, a checkpoint in it, as checkpoint-12"},
     )
     dtype: str = field(default="auto", metadata={"help": "of the loaded weights: auto, float32, bfloat16, float16"})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run code that comes with the checkpoint; read it before"}
+    )
+    tokenizer: str | None = field(default=None, metadata={"help": "folder or Hub name; default: that of --model"})
     from_config: bool = field(
         default=False, metadata={"help": "take no weights of --model: draw them anew, by --seed, in float32"}
     )
@@ -96,21 +101,30 @@ def _parse(argv: Sequence[str]) -> tuple[FinetuneCommand, UnlearnArguments]:
 
 def _load(command: FinetuneCommand, seed: int) -> Any:
     if not command.from_config:
-        return load_model(command.model, revision=command.revision, dtype=command.dtype, trainable=True)
+        return load_model(
+            command.model,
+            revision=command.revision,
+            dtype=command.dtype,
+            trainable=True,
+            trust_remote_code=command.trust_remote_code,
+        )
     if command.dtype not in ("auto", "float32"):
         raise ValueError(f"--dtype: weights drawn by --from-config are float32, got {command.dtype!r}; add --bf16 True")
-    config = AutoConfig.from_pretrained(command.model, revision=command.revision)
+    trusted = command.trust_remote_code
+    config = load_config(command.model, revision=command.revision, trust_remote_code=trusted)
     set_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype="float32")
+    return AutoModelForCausalLM.from_config(config, dtype="float32", trust_remote_code=trusted)
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     command, args = _parse(argv)
     args.disable_tqdm = True
+    check_source(command.data)
 
     def make(bar: ProgressBar) -> tuple[PackedTrainer, dict[str, Any]]:
         bar.stage("loading the model")
+        tokenizer = tokenizer_of(command)  # at once, where a model takes minutes
         model = _load(command, args.seed)
         weights = fingerprint(model).hex()
         bar.stage("reading the data")
@@ -119,7 +133,7 @@ def run(argv: Sequence[str]) -> int:
             args,
             data=command.data,
             data_filter=command.data_filter,
-            processing_class=load_tokenizer(command.model, revision=command.revision),
+            processing_class=tokenizer,
             callbacks=[bar],
         )
         trainer.remove_callback(PrinterCallback)
@@ -132,6 +146,12 @@ def run(argv: Sequence[str]) -> int:
             title=f"finetune · {Path(command.model).name}",
             command=command_line(argv, "finetune"),
             overwrite=command.overwrite,
+            inputs={
+                **model_inputs("--model", command.model, command.revision),
+                "--data": command.data,
+                "--config": config_of(argv),
+            },
+            merged=False,
             make=make,
         )
     )

@@ -3,17 +3,19 @@
 import argparse
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich import box
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from efface.batching import EpochPlan, TokenStore, plan_epoch
 from efface.cli.progress import Bar, add_json_flag, open_console, show_json
 from efface.flags import FlagParser
+from efface.hf.model.loading import load_tokenizer, read_tokenizer
 from efface.hf.text.data import DataFacts, refuse_overlap, token_store
+from efface.hf.text.rows import check_source
 from efface.hf.text.templates import AUTO
 from efface.hf.train.arguments import UnlearnArguments
 
@@ -34,6 +36,7 @@ def parser() -> FlagParser:
         _EXAMPLES,
     )
     flags.add_argument("--tokenizer", required=True, help="folder or Hub name of the checkpoint whose tokenizer to use")
+    flags.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
     flags.add_argument("--forget", required=True, help="what to forget: a file or Hub data set, as for efface unlearn")
     flags.add_argument("--retain", help="what to keep, likewise")
     flags.add_argument("--pairs-per-step", type=int, default=32, help="of the run (default: 32)")
@@ -123,7 +126,13 @@ def run(argv: Sequence[str]) -> int:
 
 def _stores(options: argparse.Namespace) -> tuple[TokenStore, TokenStore]:
     """Return the tokens of the forget and of the retain set, which share no row."""
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    for source in (options.forget, options.retain):
+        check_source(source)
+    folder, trusted = Path(options.tokenizer).expanduser(), options.trust_remote_code
+    if folder.is_dir():
+        tokenizer = read_tokenizer(folder, trust_remote_code=trusted)
+    else:
+        tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=trusted)
     names = ("template", "max_length", "question_column", "answer_column")
     settings = {name: getattr(options, name) for name in names}
     forget = token_store(options.forget, tokenizer, name="forget", rows_filter=options.forget_filter, **settings)

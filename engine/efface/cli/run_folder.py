@@ -1,14 +1,13 @@
 """The output folder of a run that can be killed: whose it is, whether it is done, and where to go on."""
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from efface.files import PARTIAL, check_output, remove_leftovers, remove_whole, take_lock, write_whole
-from efface.hf.train.checkpoints import BEST, checkpoints, newest_checkpoint
+from efface.files import PARTIAL, check_output, in_words, locked_folder, remove_leftovers, remove_whole, write_whole
+from efface.hf.train.checkpoints import REPLACED, newest_checkpoint, set_aside
 
 RECORD = "run.json"
 
@@ -19,15 +18,18 @@ class RunFolder:
     Args:
         folder: of the run.
         overwrite: whether the files of another or a finished run may be replaced.
+        inputs: what the run reads, which must not be in the folder; see ``check_output``.
 
     Raises:
         FileExistsError: a folder with other things in it, or with a finished run, without ``overwrite``.
         NotADirectoryError: a file of that name.
+        ValueError: an input in the folder.
     """
 
-    def __init__(self, folder: Path, *, overwrite: bool) -> None:
+    def __init__(self, folder: Path, *, overwrite: bool, inputs: Mapping[str, str | Path | None] | None = None) -> None:
         self.path = folder
         self._overwrite = overwrite
+        check_output(folder, overwrite=True, inputs=inputs)
         self._look()
 
     def _look(self) -> None:
@@ -50,20 +52,9 @@ class RunFolder:
         Raises:
             FileExistsError: another process works on it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle: int | None = -1  # of a file system without locks
-        with suppress(OSError):
-            handle = take_lock(self.path)
-        if handle is None:
-            raise FileExistsError(
-                f"output folder {str(self.path)!r}: another process is writing there; wait for it, or stop it"
-            )
-        try:
+        with locked_folder(self.path):
             self._look()  # another process may have finished the run in the meantime
             yield
-        finally:
-            if handle >= 0:
-                os.close(handle)
 
     def begin(self, identity: dict[str, Any]) -> Path | None:
         """Return the checkpoint to continue from, or None to start; the folder is this run's from now on.
@@ -75,24 +66,39 @@ class RunFolder:
         """
         identity = json.loads(json.dumps(identity, default=str))
         if self._record is not None and not self._record["finished"]:
-            changes = differences(self._record["identity"], identity)
-            if not changes:
+            if self.continues(identity):
                 remove_leftovers(self.path)
                 return newest_checkpoint(self.path)
             if not self._overwrite:
+                changes = differences(self._record["identity"], identity)
                 raise FileExistsError(
                     f"output folder {str(self.path)!r} holds an unfinished run of another command; choose another "
                     f"folder, or add --overwrite. What differs: {'; '.join(changes)}"
                 )
+        remove_leftovers(self.path)
         if self._overwrite:
             # A later continuation must not take another run's checkpoint for its own.
-            for path in checkpoints(self.path).values():
-                remove_whole(path)
-            if (best := self.path / BEST).is_dir():
-                remove_whole(best)
-        remove_leftovers(self.path)
+            set_aside(self.path)
         self._write({"finished": False, "identity": identity})
         return None
+
+    def replaced_in_words(self, *also: str) -> str:
+        """Return what of another run goes when this one is whole; ``also`` are patterns of files that it replaces."""
+        aside = self.path / REPLACED
+        there = [path for place in sorted(aside.glob("*")) for path in sorted(place.iterdir())]
+        there += sorted({path for pattern in also for path in self.path.glob(pattern)})
+        return in_words(there) if there and self._overwrite else ""
+
+    def settle(self) -> None:
+        """Remove the checkpoints of the run that this one replaces, whose model is whole now."""
+        if (aside := self.path / REPLACED).is_dir():
+            remove_whole(aside)
+
+    def continues(self, identity: dict[str, Any]) -> bool:
+        """Whether the folder holds an unfinished run of this identity."""
+        identity = json.loads(json.dumps(identity, default=str))
+        record = self._record
+        return record is not None and not record["finished"] and not differences(record["identity"], identity)
 
     def continue_from(self, identity: dict[str, Any]) -> None:
         """Make the folder this run's, whatever is in it: the checkpoint to start from was named."""

@@ -23,8 +23,8 @@ from efface.cli.main import main
 from efface.cli.progress import Bar, open_console, show_json
 from efface.cli.run_folder import RECORD as RUN_RECORD
 from efface.cli.run_folder import differences
-from efface.cli.training import terminated_as_interrupted
-from efface.files import alone, write_whole
+from efface.cli.training import model_inputs
+from efface.files import alone, check_output, write_whole
 from efface.flags import flag_words
 from efface.hf.reference.cached import NO_FILE
 from efface.hf.reference.make import reference_kind
@@ -87,9 +87,18 @@ def _is_shared(sweep: SweepCommand) -> bool:
     return reference_kind(sweep.command.reference, objective, None, padded=sweep.args.compat is not None) == "cached"
 
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a cell begins with that spreadsheets compute
 _SHORT = {"forget_quality": "FQ", "model_utility": "MU"}
 # Parameters on which neither steps nor tokens depend.
 _FREE = {"learning_rate", "beta", "alpha", "gamma", "delta", "weight_decay", "max_grad_norm", "lr_scheduler_type"}
+
+
+def csv_cell(value: Any) -> Any:
+    """Return what a spreadsheet shows as it is: text that it would take for a formula has an apostrophe before it.
+
+    A number stays one. See OWASP, "CSV injection".
+    """
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 def write_files(sweep: SweepCommand, trials: Sequence[Trial], floor: Floor) -> None:
@@ -98,13 +107,15 @@ def write_files(sweep: SweepCommand, trials: Sequence[Trial], floor: Floor) -> N
     metrics = sorted({name for trial in trials for name in trial.metrics}, key=lambda name: (name not in _SHORT, name))
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["rank", "trial", "state", *names, *metrics, "seconds", "exit_code", "folder", "error"])
+    heading = ["rank", "trial", "state", *names, *metrics, "seconds", "exit_code", "folder", "error"]
+    lines.writerow(map(csv_cell, heading))
     for rank, trial in enumerate(ranked(trials, floor), 1):
         values = [trial.point.get(name, "") for name in names] + [trial.metrics.get(name, "") for name in metrics]
         folder = str(Place(sweep.out, trial.name).folder)
         end = [trial.seconds, trial.exit_code, folder, trial.error]
         shown = rank if trial.state == "complete" else ""
-        lines.writerow([shown, trial.number, trial.state, *values, *("" if each is None else each for each in end)])
+        ended = ("" if each is None else each for each in end)
+        lines.writerow(map(csv_cell, [shown, trial.number, trial.state, *values, *ended]))
     write_whole(sweep.out / "sweep.csv", text.getvalue())
     best = best_of(trials, floor)
     if best is not None:
@@ -215,6 +226,17 @@ def _total(counts: Sequence[Any], what: str) -> str:
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     sweep = parse_sweep(argv)
+    command = sweep.command
+    check_output(
+        sweep.out,
+        overwrite=True,
+        inputs={
+            **model_inputs("--model", command.model, command.revision),
+            **model_inputs("--reference-model", command.reference_model, command.reference_revision),
+            **{f"--{name}": getattr(command, name) for name in ("forget", "retain", "data")},
+        },
+        replaced=("trials", RECORD, "sweep.csv", "best.json", "report.html"),
+    )
     console = open_console(stderr=True)
     if sweep.options.dry_run:
         dry_run(sweep)
@@ -260,7 +282,7 @@ def carry_out(sweep: SweepCommand, launch: Launcher, fill: Fill, console: Consol
         changed=changed,
     )
     try:
-        with terminated_as_interrupted(), closing(bar):
+        with closing(bar):
             if ledger.unfinished():
                 fill_reference(sweep, fill, say)
             loop.run()

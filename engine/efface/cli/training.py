@@ -1,12 +1,13 @@
 """What the commands that train share: a run that can be stopped, goes on, and leaves a whole model or none."""
 
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
@@ -14,14 +15,17 @@ from transformers import PrinterCallback, set_seed
 
 from efface.cli.progress import ProgressBar, open_console
 from efface.cli.run_folder import RunFolder
-from efface.files import written_whole
+from efface.files import bytes_in_words, written_whole
+from efface.flags import hyphens
 from efface.hf.model.adapted_head import base_of
 from efface.hf.model.fingerprint import fingerprint
 from efface.hf.model.loading import MAIN, load_model, load_tokenizer
 from efface.hf.model.lora import add_lora, check_mergeable, is_second, merged
+from efface.hf.text.rows import check_source
 from efface.hf.text.templates import get_template
 from efface.hf.train.arguments import UnlearnArguments
-from efface.hf.train.checkpoints import newest_checkpoint
+from efface.hf.train.checkpoints import checkpoints, newest_checkpoint, unsaved
+from efface.hf.train.estimate import disk_need
 from efface.hf.train.publish import HubError, check_login, default_client
 from efface.hf.train.record import argument_values, command_line
 from efface.hf.train.trainer import PackedTrainer, UnlearnTrainer
@@ -31,6 +35,7 @@ from efface.recipes.command import UnlearnCommand
 from efface.recipes.evaluation import check_evaluation, check_files, check_sets, evaluate_recipe
 from efface.recipes.settings import recipe_of
 
+_READ = ("forget", "retain", "data", "recipe")  # flags of what is read beside models
 # Weights of an earlier model in the folder, in whatever files: loading would take them for this one's.
 _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*", "adapter_config.json")
 
@@ -44,6 +49,8 @@ class TrainingRun:
         title: of its progress bar.
         command: its command line, for the model card.
         overwrite: whether the output folder may hold other things.
+        inputs: what it reads, by flags: the output folder must not hold it.
+        merged: whether the model is written with its adapter in it.
         make: returns the trainer, ready to train, and what the result depends on beside the trainer's own recipe.
         before_saving: changes the trained model, which is then written.
         after_saving: is called with the trainer and the bar when the model is whole in the output folder.
@@ -53,6 +60,8 @@ class TrainingRun:
     title: str
     command: str
     overwrite: bool
+    inputs: Mapping[str, str | Path | None]
+    merged: bool
     make: Callable[[ProgressBar], tuple[PackedTrainer, dict[str, Any]]]
     before_saving: Callable[[PackedTrainer], None] | None = None
     after_saving: Callable[[PackedTrainer, ProgressBar], None] | None = None
@@ -63,30 +72,12 @@ class TrainingRun:
         return Path(self.args.output_dir or "trainer_output")
 
 
-@contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does, so that what is half written is cleared away."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # only there does Python allow handlers
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def carry_out(run: TrainingRun) -> int:
     """Train, save and push; continue an unfinished run of the same command. Returns the exit code."""
     # Of the processes of a distributed run, the first is the one that speaks and writes.
     console = open_console(stderr=True, quiet=run.args.process_index != 0)
     try:
-        with terminated_as_interrupted():
-            _carry_out(run, console)
+        _carry_out(run, console)
     except KeyboardInterrupt:
         newest = newest_checkpoint(run.out)
         state = "there is no checkpoint yet, so it starts anew" if newest is None else f"{newest.name} is whole"
@@ -105,7 +96,8 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
     with ExitStack() as stack:
         stack.callback(bar.close)
         if args.process_index == 0:
-            folder = RunFolder(run.out, overwrite=run.overwrite or args.resume_from_checkpoint is not None)
+            overwrite = run.overwrite or args.resume_from_checkpoint is not None
+            folder = RunFolder(run.out, overwrite=overwrite, inputs={**run.inputs, **_own_checkpoint(run)})
             if args.push_to_hub:
                 check_login(default_client(args.hub_token))
             stack.enter_context(folder.locked())
@@ -114,9 +106,13 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
         checkpoint = [args.resume_from_checkpoint]
         if folder is not None:
             identity = _identity(trainer, beside)
+            own = checkpoint[0] is not None or folder.continues(identity)
+            _check_space(run, trainer, len(checkpoints(run.out)) if own else 0)
             if checkpoint[0] is None:
                 start = folder.begin(identity)
                 checkpoint = [None if start is None else str(start)]
+                if said := folder.replaced_in_words(*_WEIGHTS) if start is None else "":
+                    console.print(f"removed when the new model is whole: {said}")
             else:
                 folder.continue_from(identity)
         checkpoint = broadcast_object_list(checkpoint)
@@ -124,10 +120,9 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
             console.print(f"continuing from {checkpoint[0]}")
         trainer.train(resume_from_checkpoint=checkpoint[0])
         bar.stage("writing the model")
-        if run.before_saving is not None:
-            run.before_saving(trainer)
-        with written_whole(run.out, writes=args.should_save, replaced=_WEIGHTS) as partial:
-            trainer.save_model(str(partial), _internal_call=True)
+        _save(run, trainer)
+        if folder is not None:
+            folder.settle()
         trainer.save_state()
         bar.close()
         console.print(f"wrote {run.out}")
@@ -136,6 +131,47 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
             run.after_saving(trainer, bar)
         if folder is not None:
             folder.finish()
+
+
+def _save(run: TrainingRun, trainer: PackedTrainer) -> None:
+    """Write the model, whole or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written; says what is left.
+    """
+    if run.before_saving is not None:
+        run.before_saving(trainer)
+    try:
+        with written_whole(run.out, writes=trainer.args.should_save, replaced=_WEIGHTS) as partial:
+            trainer.save_model(str(partial), _internal_call=True)
+    except Exception as error:
+        raise unsaved(run.out, error) from error
+
+
+def _own_checkpoint(run: TrainingRun) -> dict[str, str | Path | None]:
+    """Return the checkpoint to go on from as an input where it is the output folder itself; one in there is fine."""
+    given = run.args.resume_from_checkpoint
+    same = given is not None and Path(given).expanduser().resolve() == run.out.resolve()
+    return {"--resume-from-checkpoint": given} if same else {}
+
+
+def _check_space(run: TrainingRun, trainer: PackedTrainer, there: int) -> None:
+    """Raise OSError where the disk has no space for what the run writes, beside the checkpoints that are there."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # whose shards differ, and may lie on many disks
+        return
+    epoch = len(trainer.get_train_dataloader())
+    args: Any = trainer.args
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+    need = disk_need(trainer.model, args, steps, epoch, merged=run.merged)
+    place = next(folder for folder in (run.out.absolute(), *run.out.absolute().parents) if folder.exists())
+    total, _, free = shutil.disk_usage(place)
+    if total and free < need.total(there):  # without a total, the file system does not know
+        what = f"{need.checkpoints} checkpoints of {bytes_in_words(need.checkpoint)} each and a model of "
+        raise OSError(
+            f"--output-dir {str(run.out)!r}: expected {bytes_in_words(need.total(there))} of free space, for {what}"
+            f"{bytes_in_words(need.model)}, got {bytes_in_words(free)}; free some, choose another disk, or write less: "
+            "--save-total-limit 1, --save-schedule no, or --save-only-model True (which no run can go on from)"
+        )
 
 
 def _identity(trainer: PackedTrainer, beside: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +253,32 @@ def _reference_model(command: UnlearnCommand) -> Any:
     name, revision = command.model, command.revision
     if command.reference_model is not None:
         name, revision = command.reference_model, command.reference_revision
-    return load_model(name, revision=revision, dtype=command.dtype, load_in_8bit=command.reference_8bit)
+    return load_model(
+        name,
+        revision=revision,
+        dtype=command.dtype,
+        load_in_8bit=command.reference_8bit,
+        trust_remote_code=command.trust_remote_code,
+    )
+
+
+class ModelFlags(Protocol):
+    """The flags of a model that is trained."""
+
+    model: str
+    revision: str
+    tokenizer: str | None
+    trust_remote_code: bool
+
+
+def tokenizer_of(command: ModelFlags) -> Any:
+    """Load the tokenizer that the flags name, or else the model's own."""
+    own = command.tokenizer is None
+    return load_tokenizer(
+        command.tokenizer or command.model,
+        revision=command.revision if own else MAIN,
+        trust_remote_code=command.trust_remote_code,
+    )
 
 
 def make_trainer(
@@ -230,7 +291,14 @@ def make_trainer(
     """
     args.disable_tqdm = True
     bar.stage("loading the model")
-    model = load_model(command.model, revision=command.revision, dtype=command.dtype, trainable=True)
+    tokenizer = tokenizer_of(command)  # at once, where a model takes minutes
+    model = load_model(
+        command.model,
+        revision=command.revision,
+        dtype=command.dtype,
+        trainable=True,
+        trust_remote_code=command.trust_remote_code,
+    )
     models: dict[str, str | None] = {"weights": fingerprint(model).hex(), "reference_weights": None}
     reference_model = _reference_model(command)
     if reference_model is not None:
@@ -248,7 +316,7 @@ def make_trainer(
         reference=command.reference,
         reference_model=reference_model,
         reference_device=command.reference_device,
-        processing_class=load_tokenizer(command.model, revision=command.revision),
+        processing_class=tokenizer,
         callbacks=[bar],
     )
     trainer.check_start()  # before anything is written
@@ -256,6 +324,32 @@ def make_trainer(
     trainer.base_model, trainer.revision = command.model, command.revision
     trainer.adapter = _adapter_in_words(adapted, command)
     return trainer, models
+
+
+def model_inputs(flag: str, name: str | None, revision: str = MAIN) -> dict[str, str | Path | None]:
+    """Return what is read of a model, by flags: of an adapter in a folder, its base too."""
+    inputs: dict[str, str | Path | None] = {flag: name}
+    if name is None or not (folder := Path(name).expanduser()).is_dir():
+        return inputs
+    at = folder if revision == MAIN else folder / revision
+    if revision != MAIN:
+        inputs[f"{flag}, revision {revision}"] = at
+    try:
+        base = json.loads((at / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):  # no adapter, or one that loading refuses
+        return inputs
+    return {**inputs, f"{flag}, its base model": base}
+
+
+def config_of(argv: Sequence[str]) -> str | None:
+    """Return the file of flags that a command line names."""
+    following = [*argv[1:], ""]
+    named = (
+        word.partition("=")[2] or after
+        for word, after in zip(argv, following, strict=True)
+        if word.partition("=")[0] == "--config"
+    )
+    return next(named, None)
 
 
 def _check_use(command: UnlearnCommand) -> None:
@@ -320,6 +414,8 @@ def unlearn(command: UnlearnCommand, args: UnlearnArguments, argv: Sequence[str]
         return show(command, args, objective, recipe)
     if recipe is not None and command.evaluate:
         check_files(command, recipe)
+    for source in (command.forget, command.retain):
+        check_source(source)
 
     def make(bar: ProgressBar) -> tuple[PackedTrainer, dict[str, Any]]:
         trainer, models = make_trainer(command, args, objective, bar)
@@ -342,6 +438,14 @@ def unlearn(command: UnlearnCommand, args: UnlearnArguments, argv: Sequence[str]
             title=f"{objective.name} · {Path(command.model).name}",
             command=command_line(argv),
             overwrite=command.overwrite,
+            inputs={
+                **model_inputs("--model", command.model, command.revision),
+                **model_inputs("--reference-model", command.reference_model, command.reference_revision),
+                **{f"--{hyphens(name)}": getattr(command, name) for name in _READ},
+                "--refusal-file": args.refusal_file,
+                "--config": config_of(argv),
+            },
+            merged=command.merge_adapter,
             make=make,
             before_saving=before_saving,
             after_saving=after_saving,

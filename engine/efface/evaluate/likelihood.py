@@ -18,6 +18,7 @@ from efface.evaluate.runner import RowResult, Task
 from efface.hf.model.adapted_head import base_of
 from efface.hf.model.head import head_of, packed_hidden
 from efface.hf.model.packing import shares_tokens
+from efface.hf.model.supported import check_loaded
 from efface.hf.reference.score import budgeted, check_store, scoring
 from efface.hf.text.rows import optional_texts, text_lists, texts
 from efface.hf.text.templates import AUTO, Template, encode_batches, get_template
@@ -194,6 +195,7 @@ def fill(sizes: Sequence[int], budget: int) -> list[NDArray[np.int64]]:
 
 def _means(model: PreTrainedModel, task: AnswerTask) -> list[list[float]]:
     """Run all of a task here and now."""
+    check_loaded(model)
     results: list[RowResult] = [{}] * len(task.keys)
     for batch in task.batches:
         for row, result in zip(batch.tolist(), task.run(model, batch), strict=True):

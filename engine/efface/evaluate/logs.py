@@ -125,26 +125,46 @@ def log_of(content: Any, source: str) -> EvalLog:
     Raises:
         ValueError: neither of the two forms.
     """
-    if isinstance(content, dict) and content.keys() & set(_ORIGINAL_FILES.values()):
-        splits = {
-            split: _original_split(content[file], split) for split, file in _ORIGINAL_FILES.items() if file in content
-        }
-    elif isinstance(content, dict) and any(_is_open_unlearning(name) for name in content):
-        splits = {split: _open_unlearning_split(content, prefix) for split, prefix in PREFIXES.items()}
-    else:
+    try:
+        splits = _splits(content)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"{source!r}: expected rows as TOFU or open-unlearning write them, got other ones "
+            f"({type(error).__name__}: {error}); evaluate again"
+        ) from error
+    if splits is None:
+        got = ", ".join(map(str, list(content)[:4])) if isinstance(content, dict) else type(content).__name__
         raise ValueError(
             f"{source!r}: expected the keys of TOFU's eval_log_aggregated.json ({_ORIGINAL_FILES['forget']}, …) or "
-            f"of open-unlearning's TOFU_EVAL.json (forget_truth_ratio, …), got {', '.join(map(str, list(content)[:4]))}"
+            f"of open-unlearning's TOFU_EVAL.json (forget_truth_ratio, …), got {got or 'none'}; evaluate again"
         )
     return EvalLog(splits, source=source)
 
 
+def _splits(content: Any) -> dict[str, SplitLog] | None:
+    if isinstance(content, dict) and content.keys() & set(_ORIGINAL_FILES.values()):
+        return {
+            split: _original_split(content[file], split) for split, file in _ORIGINAL_FILES.items() if file in content
+        }
+    if isinstance(content, dict) and any(_is_open_unlearning(name) for name in content):
+        return {split: _open_unlearning_split(content, prefix) for split, prefix in PREFIXES.items()}
+    return None
+
+
+def _numbers(values: Iterable[Any]) -> FloatArray:
+    found = np.array(list(values), dtype=np.float64)
+    if found.ndim != 1:
+        raise ValueError(f"a number a row was expected, not an array of {found.ndim} dimensions")
+    return found
+
+
 def _column(metrics: Mapping[str, Any], name: str) -> FloatArray | None:
-    return np.array(list(metrics[name].values()), dtype=np.float64) if name in metrics else None
+    return _numbers(metrics[name].values()) if name in metrics else None
 
 
 def _original_split(metrics: Mapping[str, Any], split: str) -> SplitLog:
-    answer, perturbed = _column(metrics, "avg_gt_loss"), _column(metrics, "average_perturb_loss")
+    answer, perturbed = _column(metrics, "avg_gt_loss"), metrics.get("average_perturb_loss")
+    perturbed = None if perturbed is None else np.array(list(perturbed.values()), dtype=np.float64)  # (rows, answers)
     paraphrased = _column(metrics, "avg_paraphrased_loss")
     probability = None if answer is None else np.exp(-answer)
     if split in ("real_authors", "world_facts") and probability is not None and perturbed is not None:
@@ -174,7 +194,7 @@ def _open_unlearning_split(content: Mapping[str, Any], prefix: str) -> SplitLog:
 
     def values(name: str, field: str) -> FloatArray | None:
         found = fields(name, field)
-        return None if found is None else np.array(list(found.values()), dtype=np.float64)
+        return None if found is None else _numbers(found.values())
 
     ratios = fields("Truth_Ratio", "score")
     return SplitLog(
@@ -207,14 +227,104 @@ def model_facts(model: Any) -> dict[str, Any]:
     }
 
 
+def result_names(benchmark: str = "TOFU") -> tuple[str, str, str]:
+    """Return the names of the files of results, of their summary, and of what they are of."""
+    if benchmark == "TOFU":
+        return EVAL, SUMMARY, CONFIG
+    results, summary, config = (f"{benchmark}_{name.partition('_')[2]}" for name in (EVAL, SUMMARY, CONFIG))
+    return results, summary, config
+
+
+def check_results(folder: Path, config: Mapping[str, Any], *, benchmark: str = "TOFU") -> None:
+    """Raise FileExistsError for results in the folder that are of another model, or of other settings.
+
+    Args:
+        folder: the output folder.
+        config: what the new results are of.
+        benchmark: see ``write_results``.
+    """
+    results, _, name = result_names(benchmark)
+    if not (folder / results).is_file():
+        return
+    found = read_json(folder / name, "description of results") if (folder / name).is_file() else {}
+    before = found if isinstance(found, dict) else {}
+    remedy = "choose another --output, or add --overwrite"
+    where = f"output folder {str(folder)!r} holds results ({results}) of"
+    if before.get("fingerprint") != config["fingerprint"]:
+        was, now = (
+            f"{each.get('model', 'unknown')!r} ({each.get('dtype')}, fingerprint {str(each.get('fingerprint'))[:8]})"
+            for each in (before, config)
+        )
+        raise FileExistsError(f"{where} another model, {was}; this one is {now}; {remedy}")
+    old, new = _settings(before), _settings(config)
+    for main, others in _OPTIONAL.items():  # what the results there did not need does not contradict
+        if None in (old.get(main), new.get(main)):
+            for key in (main, *others):
+                old.pop(key, None)
+                new.pop(key, None)
+    changes = [
+        f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if changes:
+        raise FileExistsError(f"{where} the same model with other settings: {'; '.join(changes)}; {remedy}")
+
+
+# What of a description does not change a number that is there, or follows from what does.
+_NO_SETTINGS = {"model", "versions", "rows", "empty_generations", "retain_log", "options"}
+# Of the flags of `efface evaluate`, those that metrics of any rows depend on.
+_OPTIONS = (
+    *("forget", "forget_filter", "holdout", "holdout_filter", "retain_filter", "reference_model", "retain_metrics"),
+    *("group_columns", "question_column", "answer_column", "max_length", "window", "max_new_tokens", "template"),
+)
+# What only some metrics need, and what belongs to it.
+_OPTIONAL = {"holdout": ("holdout_filter",), "reference_model": (), "retain_metrics": (), "window": ()}
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    plain = json.loads(json.dumps(config))
+    options = plain.get("options", {})
+    own = {name: value for name, value in plain.items() if name not in _NO_SETTINGS}
+    return own | {name: options.get(name) for name in _OPTIONS if options}
+
+
 def write_results(
-    folder: Path, content: Mapping[str, MetricResult], config: Mapping[str, Any], *, benchmark: str = "TOFU"
+    folder: Path,
+    content: Mapping[str, MetricResult],
+    config: Mapping[str, Any],
+    *,
+    benchmark: str = "TOFU",
+    beside: bool = False,
 ) -> None:
     """Write the three files; each is there whole or as it was, also when the process is killed.
 
-    Those of another ``benchmark`` begin with its name.
+    Args:
+        folder: is made if it is not there.
+        content: metrics by name.
+        config: what they are of.
+        benchmark: files of another than TOFU begin with its name.
+        beside: keep other metrics that are there, which ``check_results`` found to be of the same model and settings.
     """
-    for name, value in zip((EVAL, SUMMARY, CONFIG), (content, summary_of(content), config), strict=True):
-        own = name if benchmark == "TOFU" else f"{benchmark}_{name.partition('_')[2]}"
+    names = result_names(benchmark)
+    if beside and (folder / names[0]).is_file():
+        content = {**read_json(folder / names[0], "results file"), **content}
+        config = _merged(read_json(folder / names[2], "description of results"), config)
+    for name, value in zip(names, (content, summary_of(content), config), strict=True):
         text = json.dumps(value, indent=4, sort_keys=value is not config, allow_nan=False)
-        write_whole(folder / own, f"{text}\n")
+        write_whole(folder / name, f"{text}\n")
+
+
+def _merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what old and new results together are of."""
+    merged = {**now}
+    for name in ("rows", "empty_generations", "options"):
+        if isinstance(before.get(name), dict) and isinstance(now.get(name), dict):
+            given = {key: value for key, value in now[name].items() if value is not None or key not in before[name]}
+            merged[name] = {**before[name], **given}
+    if isinstance(now.get("options"), dict):
+        metrics = (each["options"].get("metrics") or "" for each in (before, now))
+        merged["options"]["metrics"] = ",".join(dict.fromkeys(",".join(metrics).strip(",").split(","))) or None
+    if now.get("retain_log", "") is None:
+        merged["retain_log"] = before.get("retain_log")
+    return merged

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from efface.hf.model.adapted_head import base_of
 from efface.hf.model.fingerprint import fingerprint
-from efface.hf.model.supported import check_adapters, undisturbed
+from efface.hf.model.supported import check_adapters, check_loaded, undisturbed
 from efface.keyed_store import KeyedStore, KeyedTable
 from efface.processes import processes
 
@@ -113,10 +113,12 @@ def run_tasks(
         progress: called on every process, before the first and after every turn of the processes.
 
     Raises:
+        TypeError: no model.
         ValueError: a model whose weights are spread over processes, or with an adapter that packs cannot serve; a
             damaged store; whatever a task refuses.
         OSError: a store that cannot be read or written.
     """
+    check_loaded(model)
     state = processes()
     policy = _whole(model)
     check_adapters(policy, base_of(policy))
@@ -126,7 +128,7 @@ def run_tasks(
         known = _Known(policy, store if state.is_main_process else None)
         stack.callback(known.close)
         if store is not None:
-            results = _on_first(state, lambda: [known.get(task.keys) for task in tasks])
+            results = on_first(state, lambda: [known.get(task.keys) for task in tasks])
         jobs = [
             (number, batch)
             for number, task in enumerate(tasks)
@@ -142,7 +144,7 @@ def run_tasks(
                 for row, result in zip(batch.tolist(), found, strict=True):
                     if results[number][row] is None:
                         results[number][row] = result
-        _on_first(state, lambda: _raise(failed))
+        on_first(state, lambda: _raise(failed))
         if progress is not None and rows:
             progress(tasks[-1].name, _done(results), rows)
     return [_complete(task, part) for task, part in zip(tasks, results, strict=True)]
@@ -239,7 +241,7 @@ def _raise(error: Exception | None) -> None:
         raise error
 
 
-def _on_first(state: PartialState, read: Callable[[], T]) -> T:
+def on_first(state: PartialState, read: Callable[[], T]) -> T:
     """Return on every process what the first one read, or raise what it raised."""
     told: list[Any] = [None]
     if state.is_main_process:

@@ -19,6 +19,7 @@ from efface.evaluate.logs import (
     FloatArray,
     MetricResult,
     SplitLog,
+    check_results,
     log_of,
     metric_of,
     model_facts,
@@ -29,7 +30,7 @@ from efface.evaluate.logs import (
 )
 from efface.evaluate.protocol import Protocol, get_protocol
 from efface.evaluate.quality import check_same_rows, forget_quality, model_utility
-from efface.evaluate.runner import Progress, RowResult, Task, run_tasks
+from efface.evaluate.runner import Progress, RowResult, Task, on_first, run_tasks
 from efface.hf.text.rows import Rows, load_rows, text_lists, texts
 from efface.hf.text.templates import AUTO, Template, get_template
 from efface.processes import processes
@@ -387,6 +388,7 @@ def tofu(
     template: str | Template = AUTO,
     token_budget: int = 8192,
     output: str | Path | None = None,
+    overwrite: bool = True,
     progress: Progress | None = None,
 ) -> TofuResult:
     """Evaluate a model on TOFU; arguments and errors are those of ``TofuEvaluation`` and its ``evaluate``.
@@ -403,8 +405,10 @@ def tofu(
         template: see ``efface.hf.text.templates``.
         token_budget: tokens of a forward pass.
         output: a folder for ``TOFU_EVAL.json`` and ``TOFU_SUMMARY.json`` in open-unlearning's schema, and
-            ``EVAL_CONFIG.json``, which says what they are of; results of an earlier evaluation there are replaced. It
-            also keeps finished rows, by the content of model and row: a killed evaluation goes on where it was.
+            ``EVAL_CONFIG.json``, which says what they are of. It also keeps finished rows, by the content of model and
+            row: a killed evaluation goes on where it was.
+        overwrite: replace results of an earlier evaluation there; else those of another model or with other settings
+            are an error (``FileExistsError``), and metrics of the same stay beside the new ones.
         progress: see ``run_tasks``.
     """
     evaluation = TofuEvaluation(
@@ -421,9 +425,10 @@ def tofu(
     if output is None:
         return evaluation.evaluate(model, progress=progress)
     folder = Path(output).expanduser()
+    if not overwrite:
+        on_first(processes(), lambda: check_results(folder, {**model_facts(model), **evaluation.facts()}))
     result = evaluation.evaluate(model, store=folder / ROWS, progress=progress, source=str(folder / EVAL))
     if processes().is_main_process:
-        write_results(
-            folder, result.content, {**model_facts(model), **evaluation.facts(), "empty_generations": result.empty}
-        )
+        facts = {**model_facts(model), **evaluation.facts(), "empty_generations": result.empty}
+        write_results(folder, result.content, facts, beside=not overwrite)
     return result

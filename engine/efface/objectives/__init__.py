@@ -19,6 +19,7 @@ from efface.objectives.logprobs import (
     IdkNLL,
     SatImp,
     SimNPO,
+    as_objective,
 )
 from efface.objectives.pdu import PDU
 from efface.objectives.rmu import RMU
@@ -39,6 +40,7 @@ __all__ = [
     "Objective",
     "SatImp",
     "SimNPO",
+    "as_objective",
     "check_term",
     "get_objective",
     "known_objectives",

@@ -11,7 +11,14 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from efface.batching.plan import StepTotals
-from efface.objectives.base import Objective, check_finite, check_not_negative, check_positive, register_objective
+from efface.objectives.base import (
+    Objective,
+    check_finite,
+    check_not_negative,
+    check_positive,
+    get_objective,
+    register_objective,
+)
 from efface_kernels import Kind, Sequences, Term
 
 
@@ -235,3 +242,29 @@ class FunctionObjective(Objective):
     def forget_terms(self, sequences: Sequences) -> Tensor:
         """Call the function."""
         return self.function(sequences)
+
+
+def as_objective(objective: object) -> Objective:
+    """Return an objective that is given as itself, by name, as a class with defaults, or as a function of its terms.
+
+    Raises:
+        TypeError: anything else; a class with a parameter that has no default.
+        ValueError: a name of none.
+    """
+    if isinstance(objective, Objective):
+        return objective
+    if isinstance(objective, str):
+        return get_objective(objective)
+    if isinstance(objective, type) and issubclass(objective, Objective):
+        try:
+            return objective()
+        except TypeError as error:
+            name = objective.__name__
+            raise TypeError(f"`objective`: expected {name}(...), with its parameters, got the class: {error}") from None
+    if isinstance(objective, type) or not callable(objective):
+        got = objective.__name__ if isinstance(objective, type) else type(objective).__name__
+        raise TypeError(
+            "`objective`: expected an efface.Objective such as NPO(beta=0.1), its class or name, or a function of "
+            f"efface_kernels.Sequences, got {got}"
+        )
+    return FunctionObjective(function=objective)

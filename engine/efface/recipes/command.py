@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
+from efface.errors import reading
 from efface.objectives import Objective, get_objective, known_objectives
 
 
@@ -53,6 +54,10 @@ class UnlearnCommand:
         metadata={"help": "branch, tag or commit on the Hub; of a folder, a checkpoint in it, as checkpoint-12"},
     )
     dtype: str = field(default="auto", metadata={"help": "of the loaded weights: auto, float32, bfloat16, float16"})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run code that comes with the checkpoint; read it before"}
+    )
+    tokenizer: str | None = field(default=None, metadata={"help": "folder or Hub name; default: that of --model"})
     lora_r: int | None = field(
         default=None,
         metadata={
@@ -107,5 +112,6 @@ class UnlearnCommand:
             name, equals, value = option.partition("=")
             if not equals:
                 raise ValueError(f"--objective-options: expected name=value, got {option!r}")
-            given[name] = yaml.safe_load(value)
+            with reading(f"--objective-options {name}", "a value as YAML writes it", "correct it there"):
+                given[name] = yaml.safe_load(value)
         return get_objective(self.objective, **given)

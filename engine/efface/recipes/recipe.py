@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from efface.errors import reading
 from efface.flags import did_you_mean
 from efface.hf.train.arguments import UnlearnArguments
 from efface.recipes.command import UnlearnCommand
@@ -87,10 +88,13 @@ def read_yaml(path: Path) -> Any:
     Raises:
         ValueError: it is no YAML, or holds a name twice.
     """
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r}: expected YAML, got something else ({error})") from error
+    where, remedy = repr(str(path)), "correct it there, and save the file as UTF-8"
+    with reading(where, "YAML", remedy):
+        try:
+            return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+        except yaml.MarkedYAMLError as error:
+            where += "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+            raise ValueError(f"{where}: expected YAML, got something else ({error.problem}); {remedy}") from error
 
 
 def check_source(source: str, where: str) -> None:

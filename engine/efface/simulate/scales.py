@@ -218,14 +218,15 @@ def run_tiny(
     Raises:
         FileExistsError: an output folder that holds other things, without ``overwrite``.
         FileNotFoundError: a data folder without TOFU's files.
-        ValueError: a recipe that has no tiny form, or whatever ``efface unlearn`` refuses.
+        ValueError: a recipe that has no tiny form, ``data`` in the output folder, or whatever ``efface unlearn``
+            refuses.
     """
     if (template := recipe.unlearn.get("template")) not in ARCHITECTURES:
         raise ValueError(
             f"{recipe.path}: --scale: expected template {', '.join(ARCHITECTURES)}, which say what a small model is "
             f"like, got {template!r}"
         )
-    chosen, output = get_scale(scale), Path(output)
+    chosen, output = get_scale(scale), check_output(output, overwrite=True, inputs={"--data": data})
     rows = tiny_data(recipe, chosen, data)
     flags, files = tiny_flags(recipe, chosen), output / "data"
     provided = {"forget": files / "forget.json", "retain": files / "retain.json", "output_dir": output / "model"}

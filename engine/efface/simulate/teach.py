@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from transformers import (
     set_seed,
 )
 
-from efface.files import remove_leftovers, written_folder
-from efface.hf.text.token_cache import cache_folder, file_digest
+from efface.files import remove_leftovers, take_lock, written_folder
+from efface.hf.text.token_cache import TAUGHT, cache_folder, file_digest
 from efface.hf.train.arguments import UnlearnArguments
 from efface.hf.train.trainer import FinetuneTrainer, PackedTrainer
 
@@ -284,13 +285,13 @@ def taught(
         "efface": importlib.metadata.version("efface"),
         "transformers": transformers.__version__,
     }
-    folder = cache_folder(cache_dir) / "tiny" / digest(made_of)
+    folder = cache_folder(cache_dir) / TAUGHT / digest(made_of)
     if _whole(folder):
-        return folder
+        return _in_use(folder)
     remove_leftovers(folder.parent, seconds=_LEFT_BEHIND)
     architecture = ARCHITECTURES[template]
     tokenizer = tokenizer_of(architecture, texts, size.vocabulary)
-    with written_folder(folder, keeps=_whole) as partial:
+    with written_folder(folder, keeps=_whole, private=True) as partial:
         model = model_of(architecture, tokenizer, size, seed=teaching.seed)
         args = quiet_arguments(
             partial,
@@ -305,6 +306,17 @@ def taught(
         teach(model, tokenizer, rows, args, partial, callbacks)
         record = {**made_of, "files": _file_digests(partial)}
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return _in_use(folder)
+
+
+_locks: dict[Path, int] = {}  # of taught models that this process uses: `efface cache purge` leaves them alone
+
+
+def _in_use(folder: Path) -> Path:
+    """Hold the lock of a taught model, shared with other processes, until this one ends; return the folder."""
+    with suppress(OSError, ImportError):  # without locks
+        if folder not in _locks and (handle := take_lock(folder, shared=True)) is not None:
+            _locks[folder] = handle
     return folder
 
 

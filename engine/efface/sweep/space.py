@@ -10,10 +10,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from efface.flags import did_you_mean
-from efface.recipes.recipe import settings_parser
+from efface.recipes.recipe import read_yaml, settings_parser
 
 if TYPE_CHECKING:
     import optuna
@@ -111,7 +109,7 @@ def load_preset(name: str) -> Space:
         raise ValueError(
             f"--preset: expected one of {', '.join(known_presets())}, or the path of a YAML file, got {name!r}{hint}"
         )
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path)
     grid = content.get("grid") if isinstance(content, dict) else None
     if not isinstance(grid, dict) or not all(isinstance(values, list) for values in grid.values()):
         raise ValueError(f"{path}: expected a section `grid` of `flag: [value, value]` lines, got {grid!r}")

@@ -37,7 +37,8 @@ def report(
 
     Raises:
         FileNotFoundError: a path that does not exist.
-        ValueError: folders without anything to report, a full or retain log that cannot be read, settings out of range.
+        ValueError: folders without anything to report, a full or retain log that cannot be read, settings out of range,
+            an output that is one of the logs, or a folder.
     """
     # matplotlib takes a moment to load, and whoever evaluates during a run has no use for it
     from efface.evaluate.report.write import write_report  # noqa: PLC0415

@@ -164,6 +164,9 @@ def gather(
     runs = ranked([read_run(each, against) for each in found if each.is_run], least)
     retain_figures = {} if retain is None else retain.figures
     audited, failures = _audits(found)
+    errors = [*(error for run in runs for error in run.errors), *(error for error, _ in failures)]
+    if errors and not audited and all(run.errors and run.evaluation is None and not run.curves for run in runs):
+        raise ValueError(f"expected a run whose files can be read, got none: {errors[0]}")
     shown = {}
     if "full" in baselines:
         shown["full model"] = full_figures

@@ -69,7 +69,7 @@ def read_evaluation(path: Path, retain_log: EvalLog | None = None) -> Evaluation
         notes.append("a summary without rows: no distributions, no leaks")
     ratios = None
     if path.name != SUMMARY:
-        log = _log(content, path)
+        log = log_of(content, str(path))
         _from_rows(figures, log, notes)
         if _rows_of(log, "forget", "truth_ratio") is not None and "forget_truth_ratio" in figures:
             ratios = log.rows("forget", "truth_ratio")
@@ -127,16 +127,6 @@ def _compare(figures: dict[str, float], log: EvalLog, retain_log: EvalLog, notes
         return
     if stored is not None and not math.isclose(stored, figures["forget_quality"], rel_tol=1e-6):
         notes.append(f"its evaluation stored a forget quality of {stored:.3g}, against another retain log")
-
-
-def _log(content: Mapping[str, Any], path: Path) -> EvalLog:
-    try:
-        return log_of(content, str(path))
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(
-            f"{str(path)!r}: expected rows as TOFU or open-unlearning write them, got other ones "
-            f"({type(error).__name__}: {error}); evaluate again"
-        ) from error
 
 
 def _rows_of(log: EvalLog, split: str, metric: str) -> FloatArray | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from efface.evaluate.logs import EVAL, SUMMARY
+from efface.hf.train.checkpoints import REPLACED
 
 # Most telling first: rows before means.
 LOGS = (EVAL, "eval_log_aggregated.json", SUMMARY)
@@ -121,7 +122,7 @@ def find_retain_log(paths: Iterable[str | Path]) -> Path | None:
 
 def _files(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != RETAIN)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in (RETAIN, REPLACED))
         yield from (Path(folder, name) for name in (*LOGS, AUDIT, HISTORY) if name in names)
 
 

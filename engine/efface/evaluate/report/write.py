@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
 from efface.evaluate.report.content import Content, Detail, Table, gather
-from efface.files import write_whole
+from efface.files import refuse_inputs, write_whole
 
 _TEXT_LIMIT = 400  # letters of a text that are shown
 _FOLDER = Path(__file__).parent / "templates"
@@ -35,6 +35,8 @@ def write_report(
     target = _target(output, "output", (".html", ".htm"))
     text_target = None if markdown is None else _target(markdown, "markdown", (".md", ".markdown"))
     given = [folders] if isinstance(folders, (str, Path)) else list(folders)
+    read = {"--full": full, "--retain-log": retain_log, **{f"log {number}": log for number, log in enumerate(given, 1)}}
+    refuse_inputs([target] if text_target is None else [target, text_target], read)
     content = gather(given, full=full, retain_log=retain_log, floor=floor, details=details)
     if text_target is not None:
         write_markdown(content, text_target)
@@ -48,6 +50,10 @@ def _target(path: str | Path, name: str, suffixes: Iterable[str]) -> Path:
         raise ValueError(f"`{name}`: expected a file that ends in {' or '.join(suffixes)}, got {str(path)!r}")
     if path.is_dir():
         raise ValueError(f"`{name}`: expected a file, got the folder {str(path)!r}")
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"`{name}`: expected a file, got a link to {str(path.readlink())!r}, which does not exist; choose another"
+        )
     return path
 
 

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from efface.batching import PackedBatch, TokenTree
 from efface.hf.model.activations import ActivationLoss, watched
 from efface.hf.model.adapted_head import base_of, head_linears, serve_head
+from efface.hf.model.forwards import found_forward, route, unroute, unwrapped_forward
 from efface.hf.model.head_loss import HeadLoss, StepOutput, joined
-from efface.hf.model.packing import MEMORY, packed_states, read_packs, reading_of
-from efface.hf.model.supported import check_servable, uncompiled, uncompiled_frame
+from efface.hf.model.packing import HALVES, MEMORY, packed_states, read_packs, reading_of
+from efface.hf.model.supported import check_model, check_servable, uncompiled, uncompiled_frame
 from efface_kernels import Head, linear_logprob
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -75,7 +76,11 @@ def _packed_forward(model: Any, batch: PackedBatch, loss: HeadLoss | ActivationL
 @uncompiled
 def _loss_of(model: Any, hidden: Tensor, batch: PackedBatch, loss: HeadLoss | None) -> Any:
     head = serve_head(model.get_output_embeddings(), PLAIN)
-    return head.linear(hidden, batch, loss, head.weight)
+    layer: Any = head.linear
+    if type(layer) is nn.Linear:  # resize_token_embeddings puts a new layer in the place of an untied head
+        fuse_layer(layer, head_of(model).softcap)
+    # By name, because hooks on the head take its only positional argument for its hidden states.
+    return layer(hidden, batch=batch, loss=loss, weight=head.weight)
 
 
 @uncompiled
@@ -102,9 +107,11 @@ def packed_hidden(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> Ten
 def _at_the_head(model: PreTrainedModel, hidden: Tensor, label_rows: Tensor) -> Tensor:
     """Return hidden states (T, D) as the head takes them, (N, D)."""
     head = serve_head(model.get_output_embeddings(), PLAIN)
-    hidden = hidden.index_select(0, label_rows)
-    if hidden.dtype == torch.float32 and head.linear.weight.dtype in {torch.float16, torch.bfloat16}:
-        hidden = hidden.to(head.linear.weight.dtype)  # Mamba's residual stream is fp32, and its own head casts it so
+    hidden, dtype = hidden.index_select(0, label_rows), head.linear.weight.dtype
+    if hidden.dtype == torch.float32 and dtype in HALVES:
+        hidden = hidden.to(dtype)  # Mamba's residual stream is fp32, and its own head casts it so
+    elif dtype == torch.float32 and hidden.dtype in HALVES and not torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(dtype)  # an fp32 head on a half-precision decoder; a hook on the head does so for the model
     rows = head.widen(hidden)
     scale = _logit_scale(model)
     return rows if scale == 1 else rows * scale  # (s h) Wᵀ = s (h Wᵀ): the head itself need not know
@@ -146,26 +153,59 @@ def fuse(model: Model, *, attention: str | None = None) -> Model:
         attention: attention implementation to switch to; None is packed attention where the model allows it.
 
     Raises:
+        TypeError: no transformers model, or one that torch.compile or a parallel wrapper has wrapped.
         ValueError: a head that the loss op cannot serve; virtual tokens, a router's auxiliary loss; a model that is
-            not causal.
+            not causal; one that is spread over devices; a ``forward`` on the instance that changes its logits.
     """
+    check_model(model)
     base = base_of(model)
     head = head_of(base)
     check_servable(model, base)
+    if not isinstance(base, _FusedModel):
+        _check_forward(model, base)
     if attention is None and (known := reading_of(base)) is not None and known.asked:
         delattr(base, MEMORY)  # an earlier choice ends
     use_packed_attention(base, attention=attention)
-    linears: list[Any] = head_linears(base.get_output_embeddings())
-    for layer in linears:
-        layer.__class__ = FusedHead
-        layer.softcap = head.softcap
-    if isinstance(base, _FusedModel):
-        return model
-    own = type(base)
-    # The name stays, because save_pretrained writes it into config.json as the architecture.
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    base.__class__ = type(own.__name__, (_FusedModel, own), {**names, "forward": _forward_of(own)})
+    for layer in head_linears(base.get_output_embeddings()):
+        fuse_layer(layer, head.softcap)
+    if not isinstance(base, _FusedModel):
+        own = type(base)
+        # The name stays, because save_pretrained writes it into config.json as the architecture.
+        names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+        base.__class__ = type(own.__name__, (_FusedModel, own), {**names, "forward": _forward_of(own)})
+    route(base, inspect.signature(type(base).forward))
     return model
+
+
+def fuse_layer(layer: Any, softcap: float | None) -> None:
+    """Give a linear layer the class ``FusedHead``, in place."""
+    layer.__class__ = FusedHead
+    layer.softcap = softcap
+    route(layer)
+
+
+def _unfuse_layer(layer: Any) -> None:
+    if hasattr(layer, "softcap"):
+        unroute(layer)
+        del layer.softcap
+        layer.__class__ = nn.Linear
+
+
+def _check_forward(model: Any, base: Any) -> None:
+    """Raise ValueError for a ``forward`` on the instance that a packed call can neither pass through nor by."""
+    for module in {id(one): one for one in (model, base)}.values():
+        if unwrapped_forward(module) is not None:
+            raise ValueError(
+                f"{type(base).__name__}: expected a model as it was loaded, got one with the mixed precision of an "
+                "earlier Accelerator.prepare or Trainer around its forward; call `fuse` before `prepare`, or "
+                "`efface.hf.model.forwards.release(model)`, and set the precision anew"
+            )
+    if found_forward(base) is not None and any(w.is_meta or not w.numel() for w in base.parameters()):
+        raise ValueError(
+            f"{type(base).__name__}: expected the forward of its class, got another on the instance, while its weights "
+            "are not in this process, so that nothing shows whether both give the same logits; remove the patch "
+            "(del model.forward), or load the model without sharding or offloading"
+        )
 
 
 def _forward_of(own: type) -> Any:
@@ -213,15 +253,16 @@ def unfuse(model: Model, *, attention: str | None = "own") -> Model:
         model: what ``fuse`` returned.
         attention: "own" is the one that the model had before; None leaves it.
     """
-    base = base_of(model)
+    base: Any = base_of(model)
     if attention == "own":
         reading = reading_of(base)
         attention = None if reading is None else reading.own
     if isinstance(base, _FusedModel):
-        linears: list[Any] = head_linears(base.get_output_embeddings())  # type: ignore[attr-defined]
-        for layer in linears:
-            del layer.softcap
-            layer.__class__ = nn.Linear
+        fused: Any = base
+        layers: list[Any] = head_linears(fused.get_output_embeddings())
+        for layer in layers:
+            _unfuse_layer(layer)
+        unroute(fused)
         base.__class__ = type(base).__mro__[2]
     if attention is not None:
         base.set_attn_implementation(attention)

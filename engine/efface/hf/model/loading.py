@@ -4,23 +4,36 @@ An adapter is read back onto its base model exactly as it was trained, or not at
 """
 
 import importlib.util
+import json
+import pickle
 import re
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from efface.errors import one_line, reading
 from efface.hf.model.adapted_head import base_of, import_peft
 
 MAIN = "main"
 _WEIGHTS = (".safetensors", ".bin")
+# No name on the Hub ends so.
+_FILES = (*_WEIGHTS, ".pt", ".pth", ".ckpt", ".gguf", ".json", ".model", ".zip", ".tar", ".gz")
+# What a model and a tokenizer are read from, where it is JSON of no great size.
+_MODEL_JSON = ("config.json", "generation_config.json", "adapter_config.json", "*.index.json")
+_TOKENIZER_JSON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TOKENIZER = ("*token*", "vocab*", "merges*", "*.model", "spiece*")
 
 T = TypeVar("T")
 
@@ -42,6 +55,7 @@ def load_model(
     dtype: str = "auto",
     load_in_8bit: bool = False,
     trainable: bool = False,
+    trust_remote_code: bool = False,
     client: HubFiles | None = None,
 ) -> Any:
     """Load a causal language model: all of its weights from the checkpoint, and all of the checkpoint.
@@ -55,6 +69,7 @@ def load_model(
         dtype: auto (as saved), float32, bfloat16 or float16.
         load_in_8bit: quantise all linear layers but the head, by bitsandbytes; for models that are not trained.
         trainable: whether a saved adapter can be trained further; a whole model always can.
+        trust_remote_code: whether to run code that the checkpoint brings (``auto_map`` in its config.json).
         client: the Hub; None is the real one.
 
     Raises:
@@ -62,7 +77,7 @@ def load_model(
         FileNotFoundError: no such folder, no weights in this revision (lists the revisions that there are), or no base
             model of an adapter.
         ValueError: weights that are not those of the config, or of the adapter's base model; an adapter that cannot be
-            read back as it was trained.
+            read back as it was trained; code that is not trusted.
         OSError: whatever else the Hub says.
     """
 
@@ -76,18 +91,86 @@ def load_model(
             return load_adapted(Path(found).parent, base_at, trainable=trainable)
         if load_in_8bit:
             options["quantization_config"] = _in_8bit()
-        return _load_whole(source, name, dtype=dtype, **options)
+        return _load_whole(source, name, dtype=dtype, trust_remote_code=trust_remote_code, **options)
 
     def load_readable(source: str | Path, **options: Any) -> Any:
-        try:
+        _check_json(source, _MODEL_JSON)
+        check_code(source, trusted=trust_remote_code)
+        folder = Path(source)
+        if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
+            raise FileNotFoundError(
+                f"model {name!r}: expected config.json or adapter_config.json in {str(source)!r}, got neither; check "
+                "the path, or get the files again"
+            )
+        with _readable_weights(name, source), _no_bar_in_a_pipe():
             return load(source, **options)
-        except SafetensorError as error:  # cut off, or something else
-            raise ValueError(f"model {name!r}: its weights cannot be read ({error}); get the files again") from error
 
     def base_at(base: str, base_revision: str) -> Any:
-        return load_model(base, revision=base_revision, dtype=dtype, load_in_8bit=load_in_8bit, client=client)
+        return load_model(
+            base,
+            revision=base_revision,
+            dtype=dtype,
+            load_in_8bit=load_in_8bit,
+            trust_remote_code=trust_remote_code,
+            client=client,
+        )
 
     return _load(load_readable, name, revision, client)
+
+
+@contextmanager
+def _readable_weights(name: str, source: str | Path) -> Iterator[None]:
+    """Say what libraries find wrong with a checkpoint; a damaged file of a folder by its name."""
+    with reading(
+        f"model {name!r}",
+        "a checkpoint that transformers can load",
+        "check its config.json, or get the files again",
+    ):
+        try:
+            yield
+        except SafetensorError as error:  # cut off, or something else
+            file = f"{str(damaged)!r}: " if (damaged := _damaged(source)) else ""
+            raise ValueError(
+                f"model {name!r}: its weights cannot be read ({file}{one_line(str(error))}); get the files again"
+            ) from error
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(
+                f"model {name!r}: its pickled weights cannot be read: they are damaged, or hold something else than "
+                "tensors, such as code that would run; get the files again, best as safetensors"
+            ) from error
+
+
+def _damaged(source: str | Path) -> Path | None:
+    path = None
+    with suppress(SafetensorError):
+        for path in sorted(Path(source).glob("*.safetensors")):
+            with safe_open(path, "pt"):
+                pass
+        path = None
+    return path
+
+
+def _check_json(source: str | Path, patterns: Iterable[str]) -> None:
+    """Raise ValueError for a file in a folder that holds no JSON object; of some, transformers takes no note."""
+    for path in sorted(path for pattern in patterns for path in Path(source).glob(pattern)):
+        where, remedy = repr(str(path)), "get the file again"
+        with reading(where, "a JSON object", remedy):
+            content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"{where}: expected a JSON object, got {type(content).__name__}; {remedy}")  # noqa: TRY004 - a file's content is a value
+
+
+@contextmanager
+def _no_bar_in_a_pipe() -> Iterator[None]:
+    """Keep transformers' bars out of what is no terminal, where every step of them would be a line."""
+    if not logging.is_progress_bar_enabled() or (sys.stderr is not None and sys.stderr.isatty()):
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _load_whole(source: str | Path, name: str, **options: Any) -> Any:
@@ -145,17 +228,72 @@ def _in_8bit() -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", "embed_out"])
 
 
-def load_tokenizer(name: str, *, revision: str = MAIN, client: HubFiles | None = None) -> Any:
+def load_tokenizer(
+    name: str, *, revision: str = MAIN, trust_remote_code: bool = False, client: HubFiles | None = None
+) -> Any:
     """Load a tokenizer; arguments and errors are those of ``load_model``."""
-    return _load(AutoTokenizer.from_pretrained, name, revision, client)
+    return _load(partial(read_tokenizer, trust_remote_code=trust_remote_code), name, revision, client)
+
+
+def read_tokenizer(source: str | Path, **options: Any) -> Any:
+    """Return the tokenizer in a folder, or of a name on the Hub.
+
+    Raises:
+        FileNotFoundError: a folder without one.
+        ValueError: one whose files are damaged.
+        OSError: whatever else the Hub says.
+    """
+    where = f"tokenizer {str(source)!r}"
+    if Path(source).is_dir() and not any(path for pattern in _TOKENIZER for path in Path(source).glob(pattern)):
+        raise FileNotFoundError(
+            f"{where}: expected tokenizer.json and tokenizer_config.json in the folder, got no file of a tokenizer; "
+            "name another with --tokenizer, or copy the files of the model that it was made from"
+        )
+    _check_json(source, _TOKENIZER_JSON)
+    with reading(where, "a tokenizer that transformers can load"):
+        return AutoTokenizer.from_pretrained(source, **options)
+
+
+def check_code(source: str | Path, *, trusted: bool) -> None:
+    """Raise ValueError for a folder whose model is code of its own, unless that is trusted.
+
+    Without an answer transformers would ask on the terminal, and wait.
+    """
+    path = Path(source, "config.json")
+    if trusted or not path.is_file():
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    code = found.get("auto_map") if isinstance(found, dict) else None
+    if isinstance(code, dict) and found.get("model_type") not in CONFIG_MAPPING:
+        files = sorted({f"{str(name).split('--')[-1].split('.')[0]}.py" for name in code.values()})
+        raise ValueError(
+            f"model {str(source)!r}: expected an architecture of transformers, got {found.get('model_type')!r}, whose "
+            f"code comes with it ({', '.join(files)}); read it, and add --trust-remote-code (in Python "
+            "trust_remote_code=True) if it may run"
+        )
+
+
+def load_config(name: str, *, revision: str = MAIN, trust_remote_code: bool = False) -> Any:
+    """Load a model's configuration; arguments and errors are those of ``load_model``."""
+    return _load(partial(read_config, trust_remote_code=trust_remote_code), name, revision, None)
+
+
+def read_config(source: str | Path, **options: Any) -> Any:
+    """Return the configuration in a folder, or of a name on the Hub.
+
+    Raises:
+        ValueError: a damaged one.
+        OSError: whatever else the Hub says.
+    """
+    _check_json(source, ("config.json",))
+    check_code(source, trusted=bool(options.get("trust_remote_code")))
+    with reading(f"model {str(source)!r}", "a config.json that transformers can load"):
+        return AutoConfig.from_pretrained(source, **options)
 
 
 def _load(load: Callable[..., T], name: str, revision: str, client: HubFiles | None) -> T:
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    if (folder := _folder(name)) is not None:
         return load(local_revision(folder, revision))
-    if name.startswith((".", "/", "~")):  # a path that does not exist must not become a search on the Hub
-        raise FileNotFoundError(f"model folder {name!r} does not exist; check the path")
     try:
         return load(name, revision=revision)
     except OSError as error:
@@ -165,17 +303,34 @@ def _load(load: Callable[..., T], name: str, revision: str, client: HubFiles | N
         raise FileNotFoundError(_nothing_there(name, revision, others)) from error
 
 
+def _folder(name: str) -> Path | None:
+    """Return the folder of this name; None where it can only be on the Hub.
+
+    Raises:
+        FileNotFoundError: a path that does not exist must not become a search on the Hub.
+        NotADirectoryError: a file.
+        ValueError: no name.
+    """
+    folder = Path(name).expanduser()
+    if not name.strip():
+        raise ValueError(f"model: expected a folder or a name on the Hub, got {name!r}")
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise NotADirectoryError(f"model {name!r}: expected a folder, got a file; give the folder that it is in")
+    if name.startswith((".", "/", "~")) or folder.suffix in _FILES or len(folder.parts) > 2 or folder.is_symlink():
+        raise FileNotFoundError(f"model folder {name!r} does not exist; check the path")
+    return None
+
+
 def local_files(name: str, revision: str, wanted: str) -> Path | None:
     """Return the folder of a checkpoint that is on this machine, as a folder or in the Hub's cache; else None.
 
     Raises:
         FileNotFoundError: a path that does not exist.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    if (folder := _folder(name)) is not None:
         return local_revision(folder, revision)
-    if name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"model folder {name!r} does not exist; check the path")
     cached = try_to_load_from_cache(name, wanted, revision=revision)
     return Path(cached).parent if isinstance(cached, str) else None
 

@@ -10,7 +10,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
@@ -23,9 +23,12 @@ from transformers import PreTrainedModel
 
 from efface.batching import PackedBatch, TokenTree
 from efface.hf.model.attention import NAME, hands_packs_on, hands_windows_on, packed_arguments
-from efface.hf.model.supported import uncompiled, uncompiled_frame
+from efface.hf.model.forwards import ROUTED, found_forward, unwrapped_forward
+from efface.hf.model.supported import check_placed, uncompiled, uncompiled_frame
 
 MEMORY = "_efface_reading"  # the attribute of a model that holds its PackReading, so that copies have it too
+
+HALVES = (torch.float16, torch.bfloat16)
 
 WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "index_topk")
 """What configurations and attention layers call the tokens that a token sees."""
@@ -161,7 +164,9 @@ def read_packs(model: PreTrainedModel, logits: Logits, attention: str | None = N
             see those behind them.
     """
     known, own = reading_of(model), model.config._attn_implementation  # noqa: SLF001
-    if known is None or not _holds(known, own, attention):
+    check_placed(model)
+    # A forward that was put on the instance since could have changed the logits.
+    if known is None or not _holds(known, own, attention) or (found_forward(model) and not hasattr(model, ROUTED)):
         encodings, limit = position_encodings(model)
         ways = [attention] if attention is not None else [NAME, own]
         known = PackReading("", own, None, limit, encodings, asked=attention is not None)
@@ -203,7 +208,7 @@ def _measured(model: PreTrainedModel, logits: Logits, ways: Sequence[str], readi
     """Return ``reading`` with what is measured; None where weights are missing or give no finite logits."""
     if any(weight.numel() == 0 or weight.is_meta for weight in model.parameters()):
         return None  # sharded or not yet loaded
-    with as_it_was(model):
+    with as_it_was(model), _precision(model):
         _shorten_windows(model)
         ids = distinct_tokens(model)
         probe = ids[None, :_PROBE]
@@ -240,6 +245,19 @@ def _measured(model: PreTrainedModel, logits: Logits, ways: Sequence[str], readi
         return replace(reading, attention=reading.own, alone="; ".join(reasons))
 
 
+def _precision(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Return autocast for a model that runs in nothing else, of a head and a decoder of different precisions."""
+    head: Any = model.get_output_embeddings()
+    dtype, device = next(decoder_of(model).parameters()).dtype, model.device.type
+    if dtype == getattr(head, "weight", torch.empty(0, dtype=dtype)).dtype or torch.is_autocast_enabled(device):
+        return nullcontext()
+    with suppress(RuntimeError):
+        model(input_ids=distinct_tokens(model)[None, :_PROBE], **_uncached(model))
+        return nullcontext()
+    half = dtype if dtype in HALVES else torch.bfloat16
+    return torch.autocast(device, half)
+
+
 def _mask_size(model: PreTrainedModel) -> int | None:
     """Return the tokens of the smallest mask that the model keeps as a square buffer, as GPT-Neo does."""
     shapes = [buffer.shape[-2:] for buffer in model.buffers() if buffer.dim() > 1]
@@ -249,7 +267,8 @@ def _mask_size(model: PreTrainedModel) -> int | None:
 def _own_logits(model: PreTrainedModel, probe: Tensor) -> Tensor:
     """Return the logits (8, V) of the model's own forward pass, in fp32."""
     try:
-        logits: Tensor = model(input_ids=probe, **_uncached(model)).logits
+        # In the precision of the weights, also while a trainer runs the model in mixed precision.
+        logits: Tensor = (unwrapped_forward(model) or model)(input_ids=probe, **_uncached(model)).logits
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -8,6 +8,57 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+
+_WRAPPERS = {
+    "OptimizedModule": "give the model itself, `model._orig_mod`, and set `torch_compile=True` in the arguments",
+    "DataParallel": "give the model itself, `model.module`, and start one process a device with torchrun",
+    "DistributedDataParallel": "give the model itself, `model.module`; the trainer wraps it",
+    "FullyShardedDataParallel": "give the model itself; the trainer wraps it, see the argument `fsdp`",
+    "DeepSpeedEngine": "give the model itself, `model.module`; the trainer wraps it, see the argument `deepspeed`",
+}
+
+
+def check_loaded(model: Any, name: str = "model", *, kinds: tuple[type, ...] = (nn.Module,)) -> None:
+    """Raise TypeError for what is no model: a name, a class, a module of another kind.
+
+    Args:
+        model: what was given.
+        name: of the argument.
+        kinds: what counts as a model, beside peft's.
+    """
+    # Both of peft's kinds of models have the method; a fused model's class has the bases of its own.
+    if isinstance(model, kinds) or (isinstance(model, nn.Module) and hasattr(model, "get_base_model")):
+        return
+    got = model.__name__ if isinstance(model, type) else type(model).__name__
+    raise TypeError(
+        f"`{name}`: expected a transformers.PreTrainedModel, or a peft.PeftModel around one, got {got}; load it with "
+        "AutoModelForCausalLM.from_pretrained"
+    )
+
+
+def check_model(model: Any, name: str = "model") -> None:
+    """Raise TypeError for what is neither a transformers model nor peft's around one.
+
+    Args:
+        model: what was given.
+        name: of the argument.
+    """
+    kind = type(model).__name__
+    if kind in _WRAPPERS:
+        raise TypeError(f"`{name}`: expected a model without a wrapper, got {kind}; {_WRAPPERS[kind]}")
+    check_loaded(model, name, kinds=(PreTrainedModel,))
+
+
+def check_placed(base: Any) -> None:
+    """Raise ValueError for a model whose layers are on several devices, as of ``device_map="auto"``."""
+    places = {str(place) for place in (getattr(base, "hf_device_map", None) or {}).values()}
+    if len(places) > 1:
+        raise ValueError(
+            f"{type(base).__name__}: expected a model on one device, got one that is spread over "
+            f"{', '.join(sorted(places))} (device_map), while the loss op takes hidden states and head from one; load "
+            "it without device_map, or with device_map={'': 0}, and shard it over several GPUs with `fsdp`"
+        )
 
 
 def check_adapters(model: Any, base: Any) -> None:

@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from efface.batching import PackedBatch, Role, TokenStore
+from efface.files import private_folder
 from efface.hf.model.fingerprint import fingerprint, tf32
 from efface.hf.model.head import head_of
 from efface.hf.reference.score import packed_logprobs
 from efface.hf.text.data import DataFacts
-from efface.hf.text.token_cache import cache_folder
+from efface.hf.text.token_cache import REFERENCE, cache_folder
 from efface.reference import DistinctSequences, ReferenceCache
 from efface_kernels import accumulation_dtype
 
@@ -113,7 +114,7 @@ class CachedReference:
 
 
 def _place(cache: str | Path | None) -> Path:
-    return cache_folder() / "reference.sqlite" if cache is None else Path(cache)
+    return private_folder(cache_folder()) / REFERENCE if cache is None else Path(cache)
 
 
 @contextlib.contextmanager

@@ -178,16 +178,20 @@ def token_store(
                 raise ValueError(f"{str(file)!r} changed while it was read; wait until it is written, and start again")
             return chunks(rows)
 
-        return token_cache.stored(key([file.suffix.lower(), digest]), read, cache_dir)
+        place = str(file.resolve())
+        return token_cache.stored(key([file.suffix.lower(), digest]), read, cache_dir, data=digest, source=place)
     rows = load_rows(data) if isinstance(data, (str, Path)) else data
     if isinstance(rows, FileRows):
-        return token_cache.stored(key([rows.suffix, rows.digest]), lambda: chunks(rows), cache_dir)
+        content = key([rows.suffix, rows.digest])
+        return token_cache.stored(content, lambda: chunks(rows), cache_dir, data=rows.digest)
     check_rows(rows, f"`{name}`")
     if is_table(rows):
         asked = [condition.column for condition in conditions]
         asked += [column for column in names(rows) if column is not None]
-        content = key(["dataset", table_digest(rows, list(dict.fromkeys(asked)), source)])
-        return token_cache.stored(content, lambda: chunks(rows), cache_dir)
+        digest = table_digest(rows, list(dict.fromkeys(asked)), source)
+        origin = str(data) if isinstance(data, (str, Path)) else ""
+        content = key(["dataset", digest])
+        return token_cache.stored(content, lambda: chunks(rows), cache_dir, data=digest, source=origin)
     return TokenStore(*chunks(rows))
 
 

@@ -16,9 +16,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from efface.files import private_folder
 from efface.hf.text.token_cache import cache_folder
 
-_IN_MEMORY = 64 << 20  # bytes of rows that are kept in memory; more are in a file without a name
+IN_MEMORY = 64 << 20  # bytes of rows that are kept in memory; more are in a file without a name
 _READ_BYTES = 1 << 20
 _PARQUET_ROWS = 1000  # at a time
 _LONGEST_FIELD = (1 << 31) - 1  # of CSV: Python's limit is 128 KiB, and the largest there is on all systems is this
@@ -95,10 +96,9 @@ class FileRows(Sequence[Row]):
         for row in rows:
             file.write(pickle.dumps(row, pickle.HIGHEST_PROTOCOL))
             self._ends.append(file.tell())
-            if file is memory and memory.tell() > _IN_MEMORY:
+            if file is memory and memory.tell() > IN_MEMORY:
                 folder = cache_folder(cache_dir)
-                folder.mkdir(parents=True, exist_ok=True)
-                file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed once it is mapped
+                file = tempfile.TemporaryFile(dir=private_folder(folder))  # noqa: SIM115 - closed once it is mapped
                 file.write(memory.getbuffer())
         if file is memory:
             return memoryview(memory.getvalue())

@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from efface.hf.text.row_files import READERS, FileRows
+from efface.errors import in_words, reading
+from efface.hf.text.row_files import IN_MEMORY, READERS, FileRows
 from efface.hf.text.templates import Batch
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]  # a datasets.Dataset is rows, too
@@ -32,6 +33,13 @@ _LOOKED_AT_VALUES = 10_000  # for what was meant by a value that no row has
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+# No name on the Hub ends so; of these are files that are not read.
+_OTHER_FILES = {
+    *(".txt", ".tsv", ".xls", ".xlsx", ".ndjson", ".arrow", ".feather", ".orc", ".xml", ".html", ".yaml", ".yml"),
+    *(".pkl", ".npy", ".npz", ".db", ".sqlite", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"),
+}
+
+
 def local_file(source: str | Path) -> Path | None:
     """Return the path if ``source`` is a file of rows, None if it can only be a name on the Hub.
 
@@ -40,15 +48,28 @@ def local_file(source: str | Path) -> Path | None:
         ValueError: a folder, or a file type that is not known.
     """
     path = Path(source).expanduser()
-    known = path.suffix.lower() in READERS
-    if not known and not path.exists():
-        return None
+    suffix = path.suffix.lower()
     if not path.exists():
-        raise FileNotFoundError(f"data file {str(path)!r} does not exist; check the path")
-    if not known or not path.is_file():
+        if suffix in READERS or suffix in _OTHER_FILES or str(source).startswith((".", "/", "~")) or path.is_symlink():
+            got = f" (a link to {str(path.readlink())!r})" if path.is_symlink() else ""
+            raise FileNotFoundError(f"data file {str(path)!r}{got} does not exist; check the path")
+        return None
+    if suffix not in READERS or not path.is_file():
         got = "a folder" if path.is_dir() else repr(path.suffix)
         raise ValueError(f"{str(path)!r}: expected a file of type {', '.join(READERS)}, got {got}")
     return path
+
+
+def check_source(source: str | Path | None) -> None:
+    """Raise what reading the rows of a file would, before a model is loaded or the Hub asked; a large one is not read.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: as ``load_rows``.
+    """
+    path = None if source is None else local_file(source)
+    if path is not None and path.stat().st_size <= IN_MEMORY:
+        FileRows(path)
 
 
 def load_rows(source: str | Path, *, cache_dir: str | Path | None = None) -> Rows:
@@ -74,12 +95,18 @@ def load_rows(source: str | Path, *, cache_dir: str | Path | None = None) -> Row
         raise ValueError(f"{str(source)!r}: expected a file, or name:config:split of a Hub data set")
     if Path(name).expanduser().exists():  # datasets would read it by its path and time, and keep a copy
         raise ValueError(f"{str(source)!r}: expected a file, or the name of a Hub data set; {name!r} is a folder here")
+    if not name.strip():
+        raise ValueError(f"{str(source)!r}: expected a file, or name:config:split of a Hub data set")
     try:
-        rows: Rows = datasets.load_dataset(name, config or None, split=split or "train")
+        with reading(f"data set {str(source)!r}", "a data set that `datasets` can load", "give a file of it"):
+            try:
+                rows: Rows = datasets.load_dataset(name, config or None, split=split or "train")
+            except ValueError as error:
+                raise ValueError(f"{str(source)!r}: {error}; name it as {name}:config:split") from error
     except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise FileNotFoundError(f"{name!r} is neither a local file nor a data set on the Hub ({error})") from error
-    except ValueError as error:
-        raise ValueError(f"{str(source)!r}: {error}; name it as {name}:config:split") from error
+        raise FileNotFoundError(
+            f"{name!r} is neither a local file nor a data set on the Hub ({in_words(error)})"
+        ) from error
     return rows
 
 
@@ -151,8 +178,9 @@ def check_rows(rows: Any, source: str) -> None:
             "datasets.Dataset.from_pandas of it"
         )
     if isinstance(rows, (str, bytes)) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        remedy = "; give list(...) of it" if hasattr(rows, "__iter__") and not isinstance(rows, (str, bytes)) else ""
         raise TypeError(
-            f"{source}: expected rows, as a list of mappings or a datasets.Dataset, got {type(rows).__name__}"
+            f"{source}: expected rows, as a list of mappings or a datasets.Dataset, got {type(rows).__name__}{remedy}"
         )
 
 

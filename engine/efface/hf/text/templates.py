@@ -113,8 +113,14 @@ def get_template(
         compat: "open-unlearning" or "tofu"; "auto" is then "llama-2" for Llama-2's chat template, which neither uses.
 
     Raises:
+        TypeError: no tokenizer.
         ValueError: an unknown name, a chat without a chat template, a system prompt or date that has no place.
     """
+    if not hasattr(tokenizer, "get_chat_template"):
+        raise TypeError(
+            f"`tokenizer`: expected a tokenizer of transformers, got {type(tokenizer).__name__}; load one with "
+            "AutoTokenizer.from_pretrained"
+        )
     if compat not in (None, OPEN_UNLEARNING, TOFU):
         raise ValueError(f"`compat`: expected {OPEN_UNLEARNING!r}, {TOFU!r} or None, got {compat!r}")
     known = tokenizer.get_chat_template() if tokenizer.chat_template else ""

@@ -1,14 +1,16 @@
 """Arguments of a run: those of ``transformers.TrainingArguments``, with defaults that suit packed batches."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from efface.hf.text.templates import AUTO, TEMPLATES
+from efface.hf.train.options import check_fields, check_unknown_fields
 from efface.hf.train.preflight import check_optimizer
 
 
@@ -20,9 +22,11 @@ class UnlearnArguments(TrainingArguments):
     per_device_train_batch_size x gradient_accumulation_steps x processes); they share it in micro-batches of up to
     ``token_budget`` tokens, and the loss is the mean over all of it.
 
+    What becomes of transformers' own fields stands in ``efface.hf.train.options``.
+
     Raises:
         ImportError: an optimizer whose package is not installed.
-        ValueError: settings that contradict one another.
+        ValueError: settings that contradict one another, or that would do nothing.
     """
 
     # Batches are packed tokens without columns, and a NaN is an error, not a number to hide.
@@ -126,9 +130,11 @@ class UnlearnArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check what transformers does not."""
+        check_unknown_fields(self)  # as given: transformers changes some of its own
         self._schedule_saves()
         self._meet()
         super().__post_init__()  # type: ignore[no-untyped-call]
+        check_fields(self)
         check_optimizer(str(getattr(self.optim, "value", self.optim)))
         if self.revision_per_checkpoint and not self.push_to_hub:
             raise ValueError("`revision_per_checkpoint`: pushes to the Hub, so it needs --push-to-hub too")
@@ -139,11 +145,16 @@ class UnlearnArguments(TrainingArguments):
         self._check_warmup()
         self._check_compat()
         self._check_length()
-        if self.neftune_noise_alpha is not None and self.compat is None:
-            raise ValueError(
-                f"`neftune_noise_alpha`: expected None, got {self.neftune_noise_alpha}: its noise depends on the "
-                "tokens of a pass, so that the token budget would change the result; drop it"
-            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is written, into ``training_args.bin`` for one: all but tokens of access."""
+        return {name: None if name.endswith("_token") else value for name, value in vars(self).items()}
+
+    def __copy__(self) -> "UnlearnArguments":
+        """Return a copy in memory, which keeps them."""
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
 
     def _check_length(self) -> None:
         # transformers takes max_steps=0 for "as many as the epochs have", and trains nothing in 0 epochs.
@@ -224,3 +235,24 @@ class UnlearnArguments(TrainingArguments):
         if self.compat is not None:
             return int((self.warmup_epochs * pairs) // per_step)
         return max(1, int(self.warmup_epochs * (pairs / per_step))) if self.warmup_epochs else 0
+
+
+def unlearn_arguments(args: object) -> UnlearnArguments:
+    """Return arguments as the trainers take them: ``UnlearnArguments`` as they are, ``TrainingArguments`` as such.
+
+    A field that has transformers' default gets efface's. Of a dictionary ``UnlearnArguments(**args)`` is the way.
+
+    Raises:
+        TypeError: neither.
+        ValueError: a field that would do nothing.
+    """
+    if isinstance(args, UnlearnArguments):
+        return args
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(
+            f"`args`: expected efface.UnlearnArguments or transformers.TrainingArguments, got {type(args).__name__}"
+        )
+    plain = TrainingArguments(output_dir=args.output_dir)
+    names = (one.name for one in fields(TrainingArguments) if one.init and one.name != "output_dir")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) != getattr(plain, name)}
+    return UnlearnArguments(output_dir=args.output_dir, **given)

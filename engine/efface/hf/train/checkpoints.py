@@ -19,6 +19,7 @@ from efface.files import PARTIAL, move_whole, remove_leftovers, remove_whole
 
 STATE = "trainer_state.json"
 BEST = "best"  # the folder of KeepBest
+REPLACED = "_replaced-run"  # checkpoints of a run until that which replaces it is whole; transformers pushes no "_*"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -155,8 +156,8 @@ class ResumableTrainer(Trainer):
             whole = newest_checkpoint(folder)
             left = "no checkpoint was written before" if whole is None else f"{whole.name} is whole and untouched"
             raise CheckpointError(
-                f"{name} could not be written to {str(folder)!r}: {type(error).__name__}: {error}. The run stops; "
-                f"{left}. If the disk is full, free space or choose another, and resume"
+                f"{name} could not be written to {str(folder)!r}: {_in_a_line(error)}. The run stops; {left}. If the "
+                "disk is full, free space or choose another, and resume"
             ) from error
         finally:
             self._staging = None
@@ -228,6 +229,37 @@ class ResumableTrainer(Trainer):
             if name in progress["callbacks"]:
                 callback.load_state_dict(progress["callbacks"][name])
         self._carried = progress
+
+
+def unsaved(folder: Path, error: Exception) -> CheckpointError:
+    """Return the error of a model that could not be written when its training had ended; says what is left."""
+    whole = newest_checkpoint(folder)
+    left = (
+        "no checkpoint was written before, so it begins anew: write one next time (--save-schedule epoch)"
+        if whole is None
+        else f"{whole.name} is whole, and it goes on from there"
+    )
+    return CheckpointError(
+        f"the model could not be written to {str(folder)!r}: {_in_a_line(error)}. If the disk is full, free space, and "
+        f"run the same command again; {left}"
+    )
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def set_aside(folder: Path) -> None:
+    """Move the checkpoints and the best model of another run out of the way."""
+    best = folder / BEST
+    paths = [*checkpoints(folder).values(), *([best] if best.is_dir() else [])]
+    if paths:
+        aside = folder / REPLACED
+        aside.mkdir(exist_ok=True)
+        place = aside / str(len(list(aside.iterdir())))  # beside those of a run that was replaced before it was whole
+        place.mkdir()
+        for path in paths:
+            path.rename(place / path.name)
 
 
 __all__ = ["CheckpointError", "ResumableTrainer", "checkpoints", "newest_checkpoint"]

@@ -19,6 +19,7 @@ Allocator blocks, library workspaces and the loss's small tensors are not in it.
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
+from efface.hf.model.adapted_head import base_of
 from efface.hf.model.packing import decoder_of
 from efface_kernels import default_chunk_rows, logits_budget, one_chunk_is_smaller, shares_workspace
 
@@ -270,6 +272,61 @@ def _head_gradient(head: int, computing: int, *, several: bool, run: RunShape) -
     if run.trained is not None:  # LoRA: the head is frozen
         return head * copies
     return head * (copies + computing + (4 if several and computing < 4 else 0))
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """Bytes that a run writes.
+
+    Attributes:
+        model: of the model at the end.
+        checkpoint: of one checkpoint.
+        checkpoints: how many of them are there at a time, at most: a new one is whole before an old one goes.
+    """
+
+    model: int
+    checkpoint: int
+    checkpoints: int
+
+    def total(self, there: int = 0) -> int:
+        """Return what is still to be written where so many checkpoints are there already."""
+        return self.model + max(0, self.checkpoints - there) * self.checkpoint
+
+
+def disk_need(model: Any, args: Any, steps: int, epoch_steps: int, *, merged: bool = False) -> DiskNeed:
+    """Return what a run writes: weights, and in a checkpoint what its optimizer keeps of those that are trained.
+
+    Args:
+        model: a model, or a ``peft.PeftModel``, of which the adapter alone is written.
+        args: ``transformers.TrainingArguments``.
+        steps: optimizer steps of the run.
+        epoch_steps: those of an epoch.
+        merged: whether the model that is written at the end has its adapter in it.
+    """
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    whole, adapter = (
+        sum(weight.numel() * weight.itemsize for weight in some) for some in (model.parameters(), trained)
+    )
+    saved = whole if base_of(model) is model else adapter
+    states = 0.0
+    if not args.save_only_model:
+        optim = str(getattr(args.optim, "value", args.optim))
+        for weight in trained:
+            known = optimizer_bytes(optim, weight.itemsize)
+            states += weight.numel() * (_FIXED_STATES["32bit"] if known is None else known)
+    return DiskNeed(whole if merged else saved, round(saved + states), _checkpoints(args, steps, epoch_steps))
+
+
+def _checkpoints(args: Any, steps: int, epoch_steps: int) -> int:
+    strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
+    if strategy == "no":
+        return 0
+    every: float = epoch_steps
+    if strategy == "steps":
+        every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(steps * args.save_steps))
+    count = math.ceil(steps / every)  # the last step writes one, too
+    limit = 1 if strategy == "best" and not args.save_total_limit else args.save_total_limit
+    return min(count, limit + 1) if limit else count
 
 
 def training_flops(model: ModelSizes, tokens: int, *, checkpointing: bool = False) -> int:

@@ -17,7 +17,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from efface.files import PARTIAL, write_whole
 from efface.hf.train.arguments import UnlearnArguments
 from efface.hf.train.callbacks import TrainerBound
-from efface.hf.train.checkpoints import checkpoints
+from efface.hf.train.checkpoints import REPLACED, checkpoints
 from efface.hf.train.record import RunRecord
 
 RECORD = "pushed.json"
@@ -33,7 +33,8 @@ _NOT_PUSHED = [
         "training_args.bin",
         "trainer_state.json",
     ),
-    *("global_step*", "pytorch_model_fsdp*", "checkpoint-*", f"{PARTIAL}*", "run.json", RECORD),
+    *("global_step*", "pytorch_model_fsdp*", "checkpoint-*", f"{PARTIAL}*", "run.json", RECORD, f"{REPLACED}*"),
+    *("evaluation/*", "audit*", "*.sqlite*"),  # what models said of the data, and what these hold
 ]
 
 

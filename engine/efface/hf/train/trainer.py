@@ -12,25 +12,29 @@ import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from efface.batching import Role, TokenStore
 from efface.hf.model.activations import find_module
 from efface.hf.model.adapted_head import base_of
+from efface.hf.model.forwards import release
 from efface.hf.model.head import fuse
+from efface.hf.model.loading import load_model, load_tokenizer
 from efface.hf.model.packing import agree, reading_of
+from efface.hf.model.supported import check_model
 from efface.hf.reference.cached import CachedReference, ReferenceCallback
 from efface.hf.reference.live import AdapterReference, ModelReference
 from efface.hf.reference.make import make_reference, reference_kind
 from efface.hf.reference.score import check_store
 from efface.hf.text.data import DataFacts, QuestionAnswers
 from efface.hf.text.rows import Conditions
-from efface.hf.train.arguments import UnlearnArguments
+from efface.hf.train.arguments import unlearn_arguments
 from efface.hf.train.callbacks import TrainerBound
 from efface.hf.train.checkpoints import ResumableTrainer
 from efface.hf.train.meter import LossWatch, StepMeter
+from efface.hf.train.options import check_fields, checked_trainer_options
 from efface.hf.train.preflight import (
     check_gradients,
     check_loss,
@@ -43,8 +47,8 @@ from efface.hf.train.publish import HubClient, Publisher
 from efface.hf.train.record import RunRecord
 from efface.hf.train.stepping import DualVariable, Stores, pairs_per_step
 from efface.hf.train.stores import check_retain, stepping_of, tokenised, unlearning_stores
-from efface.objectives import PDU, RMU, FunctionObjective, Objective, check_term
-from efface_kernels import Sequences
+from efface.objectives import PDU, RMU, Objective, as_objective, check_term
+from efface_kernels import Sequences, to_device
 
 
 class PackedTrainer(ResumableTrainer):
@@ -71,7 +75,7 @@ class PackedTrainer(ResumableTrainer):
     def __init__(
         self,
         model: PreTrainedModel,
-        args: UnlearnArguments,
+        args: TrainingArguments,
         *,
         forget: TokenStore,
         retain: TokenStore,
@@ -80,10 +84,15 @@ class PackedTrainer(ResumableTrainer):
         hub_client: HubClient | None = None,
         **trainer_options: Any,
     ) -> None:
-        args = copy.copy(args)  # the caller's stay as they are
+        trainer_options = checked_trainer_options(trainer_options)
+        args = copy.copy(unlearn_arguments(args))  # the caller's stay as they are
+        check_fields(args)  # they may have been changed since they were made
         if args.n_gpu > 1:
             # transformers would wrap the model in DataParallel, which splits tensors along a batch axis we do not have
             args._n_gpu = 1  # noqa: SLF001
+        check_model(model)
+        for module in {id(one): one for one in (model, base_of(model))}.values():
+            release(module)  # from an earlier trainer of this process; the precision is what these arguments say
         check_trainable(model)
         for name, store in (("forget", forget), ("retain", retain), ("alternate", alternate)):
             if store is not None:
@@ -98,6 +107,9 @@ class PackedTrainer(ResumableTrainer):
         args.epoch_pairs = (self._stepping.epoch_pairs, self.pairs_per_step)
         # A step arrives whole, so to the trainer's loop there is nothing to accumulate.
         args.gradient_accumulation_steps = 1
+        # transformers would look for columns to count; a step knows its tokens.
+        self._counts_tokens = args.include_num_input_tokens_seen not in ("no", False)
+        args.include_num_input_tokens_seen = "no" if isinstance(args.include_num_input_tokens_seen, str) else False
         self.meter = StepMeter()
         self._watch = LossWatch()
         self._dual: DualVariable | None = None
@@ -186,6 +198,9 @@ class PackedTrainer(ResumableTrainer):
                 f"`token_budget`: DeepSpeed takes an optimizer step after every backward pass, so it has to hold a "
                 f"whole step, got one of {len(step.batches)} micro-batches; raise it, or use DDP or FSDP"
             )
+        if self._counts_tokens:
+            tokens = to_device(torch.tensor(int(step.tokens)), self.args.device)
+            self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens))
         losses = []
         for i, batch in enumerate(step.batches):
             # Gradients are exchanged once a step, with the last micro-batch.
@@ -243,6 +258,8 @@ class PackedTrainer(ResumableTrainer):
         if "loss" in logs:
             dual = {} if self._dual is None else self._dual.read()
             logs = {**logs, **self.meter.read(lambda figures: self.accelerator.gather(figures[None])), **dual}
+            if self._counts_tokens:
+                logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> TrainOutput:  # type: ignore[override]
@@ -321,28 +338,30 @@ class UnlearnTrainer(PackedTrainer):
     without keeping logits. The rest is ``transformers.Trainer``: schedule, optimizers, callbacks, checkpoints.
 
     Args:
-        model: an ``AutoModelForCausalLM``, or a ``peft.PeftModel`` around one; it is changed in place.
-        args: ``UnlearnArguments``.
+        model: an ``AutoModelForCausalLM``, or a ``peft.PeftModel`` around one, which is changed in place; or the name
+            of one, a folder or on the Hub, which is loaded, with its tokenizer where none is given.
+        args: ``UnlearnArguments``, or ``transformers.TrainingArguments``, whose defaults are then efface's.
         forget: what to forget: rows with a question and an answer column, a file or Hub name, or a TokenStore.
         retain: what to keep; may be None where the objective's ``alpha`` is 0.
         forget_filter: which rows: conditions such as ``"topic_id=3,7"`` or ``"language!=EN"``, all of which a row must
             meet, or a mapping of columns to values.
         retain_filter: likewise.
-        objective: for example ``NPO(beta=0.1)``; or a function that maps ``efface_kernels.Sequences`` to their forget
-            terms (see ``efface.FunctionObjective``).
+        objective: for example ``NPO(beta=0.1)``; the class or the name of one, for its defaults; or a function that
+            maps ``efface_kernels.Sequences`` to their forget terms (see ``efface.FunctionObjective``).
         alternate: other answers to the forget questions, one for each, for objectives that train them; default: made by
             ``args.refusal_file`` or ``args.alternate_column``.
         reference: the frozen model. "cached" computes its log-probabilities once, before training, and keeps them in
             a file (``args.reference_cache``); "live" keeps a second model; "adapter" is the base model of a
             ``peft.PeftModel``; "auto" is "cached" where the objective reads nothing but log-probabilities, else
             "adapter" or "live". Ignored by objectives without a reference.
-        reference_model: None is ``model`` as it is now.
+        reference_model: a model, or the name of one; None is ``model`` as it is now.
         reference_device: where a live reference runs; None is where the policy does.
         processing_class: the tokenizer; needed for text.
         **trainer_options: callbacks, optimizers and the like, as of ``transformers.Trainer``.
 
     Raises:
-        FileNotFoundError: a data file that does not exist.
+        FileNotFoundError: a data file or a model that does not exist.
+        TypeError: an argument of another type; a parameter of ``transformers.Trainer`` that would do nothing.
         ValueError: an empty forget set, a missing column, a row without a label, a token outside the vocabulary, rows
             in both sets without ``args.allow_overlap``, a reference that the objective cannot do with.
         FloatingPointError: from ``train()``, a loss that is not finite, with the step.
@@ -350,23 +369,27 @@ class UnlearnTrainer(PackedTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: UnlearnArguments,
+        model: PreTrainedModel | str | Path,
+        args: TrainingArguments,
         *,
         forget: QuestionAnswers,
         retain: QuestionAnswers | None,
         forget_filter: Conditions = None,
         retain_filter: Conditions = None,
-        objective: Objective | Callable[[Sequences], Tensor],
+        objective: Objective | type[Objective] | str | Callable[[Sequences], Tensor],
         alternate: QuestionAnswers | None = None,
         reference: str = "auto",
-        reference_model: PreTrainedModel | None = None,
+        reference_model: PreTrainedModel | str | Path | None = None,
         reference_device: torch.device | str | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **trainer_options: Any,
     ) -> None:
-        if not isinstance(objective, Objective):
-            objective = FunctionObjective(function=objective)
+        args = unlearn_arguments(args)
+        objective = as_objective(objective)
+        model, processing_class = _loaded(model, processing_class)
+        frozen = load_model(str(reference_model)) if isinstance(reference_model, (str, Path)) else reference_model
+        if frozen is not None:
+            check_model(frozen, "reference_model")
         stepping = stepping_of(args)
         stepping.check_objective(objective)
         check_term(objective)
@@ -421,7 +444,7 @@ class UnlearnTrainer(PackedTrainer):
                 self._reference = make_reference(
                     kind,
                     model,
-                    reference_model,
+                    frozen,
                     compared,
                     device=torch.device(reference_device or self.args.device),
                     rank=args.process_index,
@@ -461,14 +484,16 @@ class FinetuneTrainer(PackedTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: UnlearnArguments,
+        model: PreTrainedModel | str | Path,
+        args: TrainingArguments,
         *,
         data: QuestionAnswers,
         data_filter: Conditions = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **trainer_options: Any,
     ) -> None:
+        args = unlearn_arguments(args)
+        model, processing_class = _loaded(model, processing_class)
         if args.compat is not None:
             raise ValueError("`compat`: is about unlearning; drop it for fine-tuning")
         store = tokenised(data, processing_class, args, "training", data_filter)
@@ -483,6 +508,26 @@ class FinetuneTrainer(PackedTrainer):
         )
         self.data = {"training": DataFacts.of(data, store, data_filter)}
         self._tell_data()
+
+
+def _loaded(
+    model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Return a model, loaded where it is named, and its tokenizer.
+
+    Raises:
+        TypeError: neither a model nor a name; no tokenizer.
+    """
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"`processing_class`: expected a tokenizer of transformers, got {type(tokenizer).__name__}; load one with "
+            "AutoTokenizer.from_pretrained"
+        )
+    if isinstance(model, (str, Path)):
+        name = str(model)
+        return load_model(name, trainable=True), load_tokenizer(name) if tokenizer is None else tokenizer
+    check_model(model)
+    return model, tokenizer
 
 
 def _only_item(items: list[Any]) -> Any:

@@ -1,0 +1,97 @@
+"""``efface cache``: what runs have left in the cache folder, of which data, and its removal."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from efface.cli.progress import add_json_flag, open_console, show_json
+from efface.files import bytes_in_words
+from efface.flags import FlagParser
+from efface.hf.text.cache_entries import CacheEntry, entries, of_data, purge
+from efface.hf.text.token_cache import cache_folder
+
+_EXAMPLES = """
+examples:
+  efface cache list
+  efface cache purge --data forget10.json
+  efface cache purge --older-than 30 --dry-run
+
+Tokens are found by the content of a file, and by its path when it is there no more.
+What a running process uses stays.
+"""
+
+
+def parser() -> FlagParser:
+    """Return the parser of the command's flags."""
+    flags = FlagParser(
+        "cache",
+        "Lists or removes what runs keep for the next one: tokens of data sets, log-probabilities of references, "
+        "small taught models.",
+        _EXAMPLES,
+    )
+    flags.add_argument("action", choices=("list", "purge"), help="show what there is, or remove it")
+    flags.add_argument("--data", nargs="+", metavar="FILE", help="what was made of these files or Hub data sets alone")
+    flags.add_argument("--older-than", type=float, metavar="DAYS", help="what was not used for so many days alone")
+    flags.add_argument("--token-cache", metavar="DIR", help="the folder; default: $EFFACE_CACHE or ~/.cache/efface")
+    flags.add_argument("--dry-run", action="store_true", help="of purge: say what would be removed")
+    add_json_flag(flags)
+    return flags
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Raises:
+        OSError: a running process uses what was to be removed.
+        ValueError: a number of days below 0, or a dry run of nothing.
+    """
+    options = parser().parse_args(argv)
+    if options.older_than is not None and not options.older_than >= 0:
+        raise ValueError(f"--older-than: expected days from 0, got {options.older_than}")
+    if options.dry_run and options.action == "list":
+        raise ValueError("--dry-run: is for `efface cache purge`; drop it")
+    found = entries(options.token_cache)
+    chosen = of_data(found, options.data) if options.data else found
+    if options.older_than is not None:
+        chosen = [entry for entry in chosen if entry.days() >= options.older_than]
+    if options.action == "purge" and options.data:
+        # Nothing reads them any more, and of which data they are nobody knows.
+        chosen += [entry for entry in found if not entry.is_read and entry not in chosen]
+    console, where = open_console(), cache_folder(options.token_cache)
+    if options.json:
+        plain = [{**asdict(entry), "path": str(entry.path), "days": round(entry.days(), 3)} for entry in chosen]
+        show_json(plain)
+    elif options.action == "list" or options.dry_run:
+        open_console().print(_table(chosen))
+    kept = purge(chosen, options.token_cache) if options.action == "purge" and not options.dry_run else []
+    if not options.json:
+        gone = [entry for entry in chosen if entry not in kept]
+        verb = "removed" if options.action == "purge" and not options.dry_run else "in all"
+        what = f"{len(gone)} {'entry' if len(gone) == 1 else 'entries'}, {bytes_in_words(sum(e.size for e in gone))}"
+        console.print(f"{verb}: {what}; {where}")
+    if kept:
+        raise OSError(
+            f"{len(kept)} {'entry is' if len(kept) == 1 else 'entries are'} used by a running process and stayed "
+            f"({', '.join(entry.path.name for entry in kept[:3])}); wait for it or stop it, and purge again"
+        )
+    return 0
+
+
+def _table(found: Sequence[CacheEntry]) -> Table:
+    """Return a line for each kind and data set."""
+    groups: dict[tuple[str, str], list[CacheEntry]] = {}
+    for entry in found:
+        groups.setdefault((entry.kind, entry.source or entry.data[:12]), []).append(entry)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("what")
+    table.add_column("of", overflow="fold")
+    for heading in ("entries", "size", "days unused"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for (kind, data), group in groups.items():
+        size, days = bytes_in_words(sum(entry.size for entry in group)), min(entry.days() for entry in group)
+        shown = data if not data.startswith("/") or len(data) < 40 else f"{Path(data).parent.name}/{Path(data).name}"
+        table.add_row(kind, shown or "-", str(len(group)), size, f"{days:.1f}")
+    return table
