@@ -160,4 +160,4 @@ def test_help_says_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert left.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "(default: 1e-05)" in shown
-    assert "efface finetune --model meta-llama/Llama-3.2-1B-Instruct --data locuslab/TOFU:retain90:train" in shown
+    assert "efface finetune --model ./llama --data locuslab/TOFU:retain90:train --output retain90" in shown

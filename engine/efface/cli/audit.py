@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from efface.cli.progress import Bar, add_json_flag, open_console, show_json, show_table
+from efface.cli.progress import Bar, add_json_flag, open_console, show_json
 from efface.evaluate.audit import VIEWS, AuditResult, BestOf, Clues, Relearn, View, audit
 from efface.evaluate.audit.result import AROUND, Document, cells
 from efface.evaluate.audit.rows import TOFU_GROUP, audit_rows
@@ -219,7 +219,7 @@ def _audit(
         if options.json:
             show_json(_figures(found, output / JSON_NAME))
         else:
-            show_table(_table(audits, len(rows)))
+            open_console().print(_table(audits, len(rows)))
     console.print(f"prompts, generations and scores: {output / JSON_NAME}")
     return 0
 

@@ -5,10 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
-from efface.cli.progress import add_json_flag, open_console, show_json, show_table
+from efface.cli.progress import add_json_flag, open_console, show_json
 from efface.files import bytes_in_words
 from efface.flags import FlagParser
 from efface.hf.text.cache_entries import CacheEntry, entries, of_data, purge
@@ -66,7 +65,7 @@ def run(argv: Sequence[str]) -> int:
         plain = [{**asdict(entry), "path": str(entry.path), "days": round(entry.days(), 3)} for entry in chosen]
         show_json(plain)
     elif options.action == "list" or options.dry_run:
-        show_table(_table(chosen))
+        open_console().print(_table(chosen))
     kept = purge(chosen, options.token_cache) if options.action == "purge" and not options.dry_run else []
     if not options.json:
         gone = [entry for entry in chosen if entry not in kept]
@@ -94,5 +93,5 @@ def _table(found: Sequence[CacheEntry]) -> Table:
     for (kind, data), group in groups.items():
         size, days = bytes_in_words(sum(entry.size for entry in group)), min(entry.days() for entry in group)
         shown = data if not data.startswith("/") or len(data) < 40 else f"{Path(data).parent.name}/{Path(data).name}"
-        table.add_row(kind, escape(shown) or "-", str(len(group)), size, f"{days:.1f}")
+        table.add_row(kind, shown or "-", str(len(group)), size, f"{days:.1f}")
     return table

@@ -63,7 +63,7 @@ def run(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     out = check_output(options.output, overwrite=options.overwrite, inputs={"--data": options.data})
     # here, because --help needs none of it
-    from efface.cli.progress import open_console, show_json, show_table
+    from efface.cli.progress import open_console, show_json
     from efface.simulate.data import fictitious, tofu
     from efface.simulate.demo import DEMO_SETTINGS, Demo
     from efface.simulate.run import write_record
@@ -92,7 +92,7 @@ def run(argv: Sequence[str]) -> int:
     if options.json:
         show_json(record)
     else:
-        show_table(figures_table("model", _COLUMNS, models, title=data.name))
+        open_console().print(figures_table("model", _COLUMNS, models, title=data.name))
     for model in models:
         if model.note:
             console.print(f"{model.name}: {model.note}")

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from efface.cli.progress import Bar, add_json_flag, open_console, show_json, show_table
+from efface.cli.progress import Bar, add_json_flag, open_console, show_json
 from efface.evaluate import EvalLog, TofuResult, evaluate_metrics, fame, get_metric, known_metrics, tofu
 from efface.evaluate.logs import (
     PREFIXES,
@@ -356,7 +356,7 @@ def _judge_by_tofu(options: argparse.Namespace, output: Path, console: Console) 
     if processes().is_main_process:
         if not options.json:
             protocol = get_protocol(options.protocol, options.compat).name
-            show_table(results_table(result, f"{Path(options.model).name} on {options.split}, {protocol}"))
+            open_console().print(results_table(result, f"{Path(options.model).name} on {options.split}, {protocol}"))
         for note in _notes(result, options):
             console.print(note)
     return dict(result.summary)
@@ -383,7 +383,7 @@ def _judge_rows(
 
     results = _with_model(options, options.model, options.revision, output, console, run)
     if processes().is_main_process and not options.json:
-        show_table(metrics_table(results, f"{Path(options.model).name}: {benchmark}"))
+        open_console().print(metrics_table(results, f"{Path(options.model).name}: {benchmark}"))
     return {
         name: {key: value for key, value in metric.items() if key != "value_by_index"}
         for name, metric in results.items()

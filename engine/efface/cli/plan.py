@@ -1,6 +1,8 @@
 """``efface plan``: what an epoch would hold, without loading a model."""
 
+import argparse
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from efface.batching import EpochPlan, TokenStore, plan_epoch
-from efface.cli.progress import add_json_flag, open_console, show_json, show_table
+from efface.cli.progress import Bar, add_json_flag, open_console, show_json
 from efface.flags import FlagParser
 from efface.hf.model.loading import load_tokenizer, read_tokenizer
 from efface.hf.text.data import DataFacts, refuse_overlap, token_store
@@ -94,24 +96,10 @@ def summary(
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parser().parse_args(argv)
-    for source in (options.forget, options.retain):
-        check_source(source)
-    folder, trusted = Path(options.tokenizer).expanduser(), options.trust_remote_code
-    if folder.is_dir():
-        tokenizer = read_tokenizer(folder, trust_remote_code=trusted)
-    else:
-        tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=trusted)
-    names = ("template", "max_length", "question_column", "answer_column")
-    settings = {name: getattr(options, name) for name in names}
-    forget = token_store(options.forget, tokenizer, name="forget", rows_filter=options.forget_filter, **settings)
-    retain = TokenStore.empty()
-    if options.retain is not None:
-        retain = token_store(options.retain, tokenizer, name="retain", rows_filter=options.retain_filter, **settings)
-    elif options.retain_filter:
-        raise ValueError("--retain-filter: expected --retain, the rows that it takes some of, got none")
-    if not options.allow_overlap:
-        refuse_overlap(forget, retain)
     console = open_console(stderr=True)
+    with closing(Bar(console, "plan")) as bar:
+        bar.stage("reading the data")
+        forget, retain = _stores(options)
     for role, store in (("forget", forget), ("retain", retain)):
         if len(store):
             facts = DataFacts.of(getattr(options, role), store, getattr(options, f"{role}_filter"))
@@ -131,9 +119,31 @@ def run(argv: Sequence[str]) -> int:
         rows.append(summary(plan, forget, retain))
     if options.json:
         show_json(rows)
-        return 0
-    show_table(_table(rows, len(forget), len(retain)))
+    else:
+        open_console().print(_table(rows, len(forget), len(retain)))
     return 0
+
+
+def _stores(options: argparse.Namespace) -> tuple[TokenStore, TokenStore]:
+    """Return the tokens of the forget and of the retain set, which share no row."""
+    for source in (options.forget, options.retain):
+        check_source(source)
+    folder, trusted = Path(options.tokenizer).expanduser(), options.trust_remote_code
+    if folder.is_dir():
+        tokenizer = read_tokenizer(folder, trust_remote_code=trusted)
+    else:
+        tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=trusted)
+    names = ("template", "max_length", "question_column", "answer_column")
+    settings = {name: getattr(options, name) for name in names}
+    forget = token_store(options.forget, tokenizer, name="forget", rows_filter=options.forget_filter, **settings)
+    retain = TokenStore.empty()
+    if options.retain is not None:
+        retain = token_store(options.retain, tokenizer, name="retain", rows_filter=options.retain_filter, **settings)
+    elif options.retain_filter:
+        raise ValueError("--retain-filter: expected --retain, the rows that it takes some of, got none")
+    if not options.allow_overlap:
+        refuse_overlap(forget, retain)
+    return forget, retain
 
 
 def _table(rows: Sequence[dict[str, Any]], forget: int, retain: int) -> Table:

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -25,17 +26,27 @@ PIPE_WIDTH = 160
 PAUSE, LONG_PAUSE = 5.0, 60.0
 
 
+class Screen(Console):
+    """A console that prints text as it is: on a terminal broken between words, never in one; elsewhere not at all."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """See rich."""
+        if not all(isinstance(each, (str, Text)) for each in objects):
+            super().print(*objects, **options)
+            return
+        lines = " ".join(map(str, objects)).split("\n")
+        if self.is_terminal:  # rich would break a path that is longer than a line
+            whole: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
+            lines = [part for line in lines for part in textwrap.wrap(line, self.width, **whole) or [""]]
+        super().print("\n".join(lines), **{"soft_wrap": True, **options})
+
+
 def open_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """Return a console that prints text as it is; in a pipe, which has no width, it is wide enough for every table."""
-    console = Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, soft_wrap=True)
+    """Return a console; in a pipe, which has no width of its own, it is wide enough for every table."""
+    console = Screen(stderr=stderr, quiet=quiet, highlight=False, markup=False)
     if not console.is_terminal:
         console.width = max(console.width, PIPE_WIDTH)
     return console
-
-
-def show_table(table: Table, console: Console | None = None) -> None:
-    """Print a table, as wide as the console is: by default that of standard output."""
-    (console or open_console()).print(table, soft_wrap=False)
 
 
 def add_json_flag(flags: argparse.ArgumentParser) -> None:
@@ -109,7 +120,7 @@ class Bar:
     def say(self, text: str) -> None:
         """Print a line; on a terminal, above the bar."""
         self._spoke = time.monotonic()
-        self.console.print(text)
+        self.console.print(text, highlight=False, markup=False)
 
     def state(self) -> str:
         """Return how much is done, the time that is left, and the loss."""

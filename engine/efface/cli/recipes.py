@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from efface.cli.dry_run import describe
-from efface.cli.progress import add_json_flag, show_json, show_table
+from efface.cli.progress import add_json_flag, open_console, show_json
 from efface.flags import FlagParser
 from efface.recipes import Recipe, known_recipes, load_recipe
 from efface.recipes.evaluation import stem
@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
         plain = [{**asdict(recipe), "path": str(recipe.path), "memory": _memory(recipe)} for recipe in recipes]
         show_json(plain if options.name is None else plain[0])
     elif options.name is None:
-        show_table(_table(recipes))
+        open_console().print(_table(recipes))
     else:
         _explain(recipes[0])
     return 0

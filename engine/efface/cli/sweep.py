@@ -20,7 +20,7 @@ from rich.table import Table
 
 from efface.cli.dry_run import describe
 from efface.cli.main import main
-from efface.cli.progress import Bar, open_console, show_json, show_table
+from efface.cli.progress import Bar, open_console, show_json
 from efface.cli.run_folder import RECORD as RUN_RECORD
 from efface.cli.run_folder import differences
 from efface.cli.training import model_inputs
@@ -296,7 +296,7 @@ def carry_out(sweep: SweepCommand, launch: Launcher, fill: Fill, console: Consol
         listed = [{**asdict(trial), "folder": Place(sweep.out, trial.name).folder} for trial in ranked(trials, floor)]
         show_json({"trials": listed, "best": None if best is None else _best(sweep, best, trials, floor)})
     else:
-        show_table(table(sweep, trials, floor))
+        open_console().print(table(sweep, trials, floor))
     show_failures(trials, console)
     _report(sweep, console)
     say(f"wrote {sweep.out}")

@@ -10,7 +10,7 @@ from rich.console import Console
 from transformers.hf_argparser import string_to_bool
 
 from efface.cli.demo import figures_table, teaching_bar
-from efface.cli.progress import open_console, show_table
+from efface.cli.progress import open_console
 from efface.cli.run_folder import RECORD as RUN_RECORD
 from efface.cli.training import unlearn
 from efface.flags import FlagParser, flag_words, given_names, hyphens
@@ -92,7 +92,7 @@ def show(run: TinyRun, console: Console) -> None:
     say(f"{run.recipe} on {run.data}")
     say(f"other than the recipe: {changed}")
     columns = {heading: (name, ".3g") for heading, name in _COLUMNS.items()}
-    show_table(figures_table("", columns, run.models, pad_edge=False, collapse_padding=True), console)
+    console.print(figures_table("", columns, run.models, pad_edge=False, collapse_padding=True))
     for model in run.models:
         if model.note:
             say(f"{model.name}: {model.note}")
