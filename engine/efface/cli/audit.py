@@ -3,7 +3,7 @@
 import argparse
 import gc
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +244,7 @@ def _table(audits: Mapping[str, AuditResult], rows: int) -> Table:
 
 
 def _audited_models(path: Path) -> str:
-    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+    with suppress(ValueError, TypeError, KeyError, AttributeError):
         return ", ".join(str(model["path"]) for model in read_json(path, "audit")["models"].values())
     return "unknown models"
 
