@@ -261,6 +261,11 @@ WRONG_TYPES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "model, a module": ({"model": torch.nn.Linear(2, 2)}, TypeError, "`model`: expected a transformers"),
     "reference_model": ({"reference_model": 3}, TypeError, "`reference_model`: expected a transformers"),
     "args, a dict": ({"args": {"output_dir": "x"}}, TypeError, "`args`: expected efface.UnlearnArguments or"),
+    "args, of others": (
+        {"args": transformers.Seq2SeqTrainingArguments(output_dir="unused", use_cpu=True)},
+        TypeError,
+        "`args`: expected .* got Seq2SeqTrainingArguments, of which generation_config, .* would do nothing",
+    ),
     "args, None": ({"args": None}, TypeError, "`args`: expected efface.UnlearnArguments or .* got NoneType"),
     "objective, None": ({"objective": None}, TypeError, "`objective`: expected an efface.Objective.* got NoneType"),
     "objective, a dict": ({"objective": {"name": "npo"}}, TypeError, "`objective`: expected .* got dict"),

@@ -250,9 +250,13 @@ def unlearn_arguments(args: object) -> UnlearnArguments:
     """
     if isinstance(args, UnlearnArguments):
         return args
-    if not isinstance(args, TrainingArguments):
+    known = {one.name for one in fields(TrainingArguments)}
+    others = sorted({one.name for one in fields(args)} - known) if isinstance(args, TrainingArguments) else []
+    if not isinstance(args, TrainingArguments) or others:
+        lost = f", of which {', '.join(others[:3])}{', ...' if len(others) > 3 else ''} would do nothing"
         raise TypeError(
-            f"`args`: expected efface.UnlearnArguments or transformers.TrainingArguments, got {type(args).__name__}"
+            "`args`: expected efface.UnlearnArguments or transformers.TrainingArguments, got "
+            f"{type(args).__name__}{lost if others else ''}"
         )
     plain = TrainingArguments(output_dir=args.output_dir)
     names = (one.name for one in fields(TrainingArguments) if one.init and one.name != "output_dir")
