@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tempfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,10 @@ if not torch.cuda.is_available():
 # Nothing here may reach the network; a missing local file must fail at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Of fixtures that several tests share; each test has its own, see ``_apart``.
+_cache = tempfile.TemporaryDirectory(prefix="efface-tests-")
+os.environ["EFFACE_CACHE"] = _cache.name
 
 with suppress(ImportError):  # a machine that runs the GPU tests alone need not have it
     from hypothesis import HealthCheck, settings
