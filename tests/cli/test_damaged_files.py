@@ -1,6 +1,7 @@
 """Damaged files of every kind, given to every command that reads them: one line that says what to do, and no trace."""
 
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -294,6 +295,59 @@ def written(name: str, content: bytes) -> Damage:
     return lambda folder: (folder / name).write_bytes(content)
 
 
+_STATE = f"{_RUN.replace('--save-strategy no', '--save-schedule 1')} --forget good.json".replace("--max-steps 1", "")
+_RESUME = f"unlearn {_STATE} --max-steps 2 --resume-from-checkpoint ck/checkpoint-1"
+_STUDY = f"sweep {_RUN} --forget good.json --grid beta=.1,.2"
+STORES = {
+    "reference cache": (f"unlearn {_STATE} --reference-cache bad.sqlite", "bad.sqlite"),
+    "cache-reference": (f"{MODEL_COMMANDS['cache-reference']} --reference-cache bad.sqlite", "bad.sqlite"),
+    "rows of evaluate": (MODEL_COMMANDS["evaluate"], "out/.rows.sqlite"),
+    "rows of audit": (MODEL_COMMANDS["audit"], "out/audit_rows.sqlite"),
+    "study": (_STUDY, "out/study.db"),
+}
+OUTPUTS = {
+    "unlearn": MODEL_COMMANDS["unlearn"],
+    "finetune": MODEL_COMMANDS["finetune"],
+    "evaluate": MODEL_COMMANDS["evaluate"],
+    "audit": MODEL_COMMANDS["audit"],
+    "sweep": _STUDY,
+    "demo": "demo --scale smoke --output out",
+    "tiny": "unlearn --scale smoke --recipe tofu-npo --output out",
+}
+
+
+def damaged_store(name: str, content: bytes) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+        (folder / "out" / "study.lock").touch() if name.endswith(".db") else None
+
+    return damage
+
+
+def more_cases() -> Iterator[tuple[str, str, Damage]]:
+    """Stores, checkpoints, outputs, and names that only look like one on the Hub."""
+    for label, (words, name) in STORES.items():
+        for damage, content in {"garbage": b"\xff" * 500, "cut": b"SQLite format 3\0" + b"\xff" * 84}.items():
+            yield f"{label}: {damage}", words, damaged_store(name, content)
+    for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "model.safetensors"):
+        for damage, content in {"empty": b"", "garbage": b"\xff" * 500}.items():
+            yield f"resume: {name} {damage}", _RESUME, written(f"ck/checkpoint-1/{name}", content)
+    yield "resume: state is a list", _RESUME, written("ck/checkpoint-1/trainer_state.json", b"[]")
+    yield "resume: nothing", _RESUME, lambda folder: shutil.rmtree(folder / "ck")
+    yield "resume: a file", _RESUME.replace("ck/checkpoint-1", "good.json"), lambda _: None
+    for label, words in OUTPUTS.items():
+        yield f"{label}: output is a file", words, written("out", b"x")
+        yield f"{label}: output is a link to nothing", words, lambda folder: (folder / "out").symlink_to("nowhere")
+    named = {"rows": "plan --tokenizer model --forget {}", "tokenizer": "plan --forget good.json --tokenizer {}"}
+    named |= {"model": MODEL_COMMANDS["unlearn"].replace("--model model", "--model {}"), "report": "report {}"}
+    for label, words in named.items():
+        for name in ("./x", "/nowhere/x.json", "x.txt", "~/nope", "link.json", "x.safetensors", "model/x/y", "x.yaml"):
+            yield f"{label}: {name}", words.format(name), lambda folder: (folder / "link.json").symlink_to("nowhere")
+    yield "rows: a model", named["rows"].format("model"), lambda _: None
+    yield "model: rows", named["model"].format("good.json"), lambda _: None
+
+
 def cases() -> Iterator[tuple[str, str, Damage]]:
     """Name, words and damage: the first command of a kind meets all of them, the others their share."""
     rows = {name: (f"bad{suffix}", content) for name, (suffix, content) in ROWS.items()}
@@ -314,12 +368,12 @@ def cases() -> Iterator[tuple[str, str, Damage]]:
                     yield f"{label}: {damage}", command, lambda folder, change=change: change(folder / "model")
 
 
-CASES = {name: (words, damage) for name, words, damage in cases()}
+CASES = {name: (words, damage) for name, words, damage in itertools.chain(cases(), more_cases())}
 
 
 def test_there_are_many() -> None:
     assert len(CASES) > 300
-    without_files = {"bench", "cache", "completion", "demo"}
+    without_files = {"bench", "cache", "completion"}
     assert {words.split()[0] for words, _ in CASES.values()} == set(COMMANDS) - without_files
 
 
@@ -332,6 +386,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     written_rows(folder / "keep.json", TEXTS[2:])
     log = {"forget_truth_ratio": {"agg_value": 0.5, "value_by_index": {"0": {"score": 0.5}, "1": {"score": 0.25}}}}
     (folder / "log.json").write_text(json.dumps(log))
+    words = f"{_STATE} --max-steps 1".replace("--output-dir out", "--output-dir ck")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["unlearn", *words.split()]) == 0
     return folder
 
 

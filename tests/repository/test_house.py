@@ -70,7 +70,7 @@ FLOORS: dict[str, set[str]] = {
         *("transformers", "tokenizers", "datasets"),
     },
     "engine/efface/sweep": {
-        *("efface.files", "efface.flags", "efface.hf", "efface.recipes", "efface.sweep"),
+        *("efface.errors", "efface.files", "efface.flags", "efface.hf", "efface.recipes", "efface.sweep"),
         *("optuna", "yaml"),
     },
     "engine/efface/cli": {

@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from efface.cli.progress import ProgressBar, open_console
-from efface.cli.training import make_trainer
+from efface.cli.training import check_inputs, make_trainer
 from efface.hf.reference.cached import NO_FILE, CachedReference
-from efface.hf.text.rows import check_source
 from efface.recipes.flags import SettingsParser
 from efface.recipes.settings import parse, unlearn_parser
 
@@ -50,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
         raise ValueError(f"--objective {command.objective}: expected one that compares with a reference, such as npo")
     if command.reference not in ("auto", "cached") or args.reference_cache == NO_FILE:
         raise ValueError("expected --reference cached and a --reference-cache that is a file: they are to be filled")
-    check_source(command.forget)
+    check_inputs(replace(command, retain=None), args)
     console = open_console(stderr=True, quiet=args.process_index != 0)
     bar = ProgressBar(console, Path(command.reference_model or command.model).name)
     with tempfile.TemporaryDirectory() as nothing, contextlib.closing(bar):

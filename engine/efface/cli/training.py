@@ -22,10 +22,11 @@ from efface.hf.model.adapted_head import base_of
 from efface.hf.model.fingerprint import fingerprint
 from efface.hf.model.loading import MAIN, load_model, load_tokenizer
 from efface.hf.model.lora import add_lora, check_mergeable, is_second, merged
+from efface.hf.reference.cached import NO_FILE
 from efface.hf.text.rows import check_source
 from efface.hf.text.templates import get_template
 from efface.hf.train.arguments import UnlearnArguments
-from efface.hf.train.checkpoints import checkpoints, newest_checkpoint, unsaved
+from efface.hf.train.checkpoints import check_whole, checkpoints, newest_checkpoint, unsaved
 from efface.hf.train.estimate import disk_need
 from efface.hf.train.publish import HubError, check_login, default_client
 from efface.hf.train.record import argument_values, command_line
@@ -35,6 +36,7 @@ from efface.recipes import Recipe
 from efface.recipes.command import UnlearnCommand
 from efface.recipes.evaluation import check_evaluation, check_files, check_sets, evaluate_recipe
 from efface.recipes.settings import recipe_of
+from efface.reference import LogprobStore
 
 _READ = ("forget", "retain", "data", "recipe")  # flags of what is read beside models
 # Weights of an earlier model in the folder, in whatever files: loading would take them for this one's.
@@ -93,6 +95,8 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
         raise ValueError(
             f"--learning-rate: expected more than 0, got {args.learning_rate}: the model would be written as it was"
         )
+    if args.resume_from_checkpoint is not None:
+        check_whole(Path(args.resume_from_checkpoint))
     bar = ProgressBar(console, run.title)
     with ExitStack() as stack:
         stack.callback(bar.close)
@@ -366,6 +370,14 @@ def config_of(argv: Sequence[str]) -> str | None:
     return next(named, None)
 
 
+def check_inputs(command: UnlearnCommand, args: UnlearnArguments) -> None:
+    """Raise what reading the run's local files would, before a model is loaded or the Hub is asked."""
+    for source in (command.forget, command.retain):
+        check_source(source)
+    if args.reference_cache not in (None, NO_FILE) and Path(args.reference_cache).expanduser().is_file():
+        LogprobStore(args.reference_cache).close()
+
+
 def _check_use(command: UnlearnCommand) -> None:
     """Raise ValueError for a flag that nothing would look at, or that means nothing."""
     if command.reference_device is not None:
@@ -437,8 +449,7 @@ def unlearn(command: UnlearnCommand, args: UnlearnArguments, argv: Sequence[str]
         return show(command, args, objective, recipe)
     if recipe is not None and command.evaluate:
         check_files(command, recipe)
-    for source in (command.forget, command.retain):
-        check_source(source)
+    check_inputs(command, args)
 
     def make(bar: ProgressBar) -> tuple[PackedTrainer, dict[str, Any]]:
         trainer, models = make_trainer(command, args, objective, bar)

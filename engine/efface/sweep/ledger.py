@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from efface.errors import reading
 from efface.files import alone
 from efface.sweep.ranking import Floor, Trial, objective
 from efface.sweep.results import Place, Result
@@ -88,7 +89,8 @@ class Ledger:
         drawn = library.samplers.TPESampler() if sampler == "tpe" else library.samplers.RandomSampler()
         self._worker = f"{socket.gethostname()}:{out.resolve()}"
         self._seen: dict[int, tuple[Any, float]] = {}  # trial -> its last beat, and when we saw it first
-        with self._alone():
+        place = f"study {study!r}" if storage else f"study {str(out / 'study.db')!r}"  # a URL may hold a password
+        with self._alone(), reading(place, "one that Optuna can open", "choose another --output or --storage"):
             self._study: optuna.Study = library.create_study(
                 storage=library.storages.RDBStorage(url, engine_kwargs=wait),
                 study_name=study,

@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -143,13 +143,16 @@ def _readable_weights(name: str, source: str | Path) -> Iterator[None]:
 
 
 def _damaged(source: str | Path) -> Path | None:
-    path = None
-    with suppress(SafetensorError):
-        for path in sorted(Path(source).glob("*.safetensors")):
-            with safe_open(path, "pt"):
-                pass
-        path = None
-    return path
+    return next((path for path in sorted(Path(source).glob("*.safetensors")) if not is_whole(path)), None)
+
+
+def is_whole(weights: Path) -> bool:
+    """Whether a file of safetensors has a header that fits its size."""
+    try:
+        with safe_open(weights, "pt"):
+            return True
+    except SafetensorError:
+        return False
 
 
 def _check_json(source: str | Path, patterns: Iterable[str]) -> None:

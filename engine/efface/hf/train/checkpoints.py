@@ -6,6 +6,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from efface.errors import reading
 from efface.files import PARTIAL, in_words, move_whole, remove_leftovers, remove_whole
+from efface.hf.model.loading import is_whole
 
 STATE = "trainer_state.json"
 BEST = "best"  # the folder of KeepBest
 REPLACED = "_replaced-run"  # checkpoints of a run until that which replaces it is whole; transformers pushes no "_*"
+_REMEDY = "resume from an older checkpoint, or begin anew (--overwrite)"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -59,14 +63,39 @@ def _check_complete(checkpoint: Path) -> None:
         if not (checkpoint / name).is_file():
             raise CheckpointError(
                 f"{str(checkpoint)!r}: expected {name}, without which the run would go on as another one, got none; "
-                "resume from an older checkpoint, or begin anew (--overwrite)"
+                f"{_REMEDY}"
             )
+    check_whole(checkpoint)
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raise an error for a folder that is no checkpoint, or one with a damaged file, as far as their ends tell.
+
+    Raises:
+        CheckpointError: a damaged file.
+        FileNotFoundError: no such folder, or no checkpoint.
+        ValueError: a damaged ``trainer_state.json``.
+    """
+    _state_of(checkpoint)
     for file in sorted(checkpoint.glob("*.pt")) + sorted(checkpoint.glob("rng_state*.pth")):
         if not zipfile.is_zipfile(file):
-            raise CheckpointError(
-                f"{str(checkpoint)!r}: {file.name} is damaged; resume from an older checkpoint, or begin anew "
-                "(--overwrite)"
-            )
+            raise CheckpointError(f"{str(checkpoint)!r}: {file.name} is damaged; {_REMEDY}")
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        if not is_whole(file):
+            raise CheckpointError(f"{str(checkpoint)!r}: {file.name} is damaged; {_REMEDY}")
+
+
+def _state_of(checkpoint: Path) -> TrainerState:
+    if not (checkpoint / STATE).is_file():
+        got = "none" if checkpoint.is_dir() else "a file" if checkpoint.exists() else "no such folder"
+        raise FileNotFoundError(f"checkpoint {str(checkpoint)!r}: expected {STATE} in it, got {got}; check the path")
+    with _readable(checkpoint / STATE):
+        state: TrainerState = TrainerState.load_from_json(str(checkpoint / STATE))
+    return state
+
+
+def _readable(place: str | Path) -> AbstractContextManager[None]:
+    return reading(f"checkpoint {str(place)!r}", "what a run of this model wrote", _REMEDY)
 
 
 class ResumableTrainer(Trainer):
@@ -108,13 +137,13 @@ class ResumableTrainer(Trainer):
         last = self.args.max_steps
         if last <= 0:
             last = math.ceil(self.args.num_train_epochs * len(self.get_train_dataloader()))
-        step: int = TrainerState.load_from_json(str(checkpoint / STATE)).global_step
+        step: int = _state_of(checkpoint).global_step
         return step >= last
 
     def _take_up(self, checkpoint: Path) -> TrainOutput:
         """Be what the run was at the end, with nothing left to train."""
         self._load_from_checkpoint(str(checkpoint))
-        self.state = TrainerState.load_from_json(str(checkpoint / STATE))
+        self.state = _state_of(checkpoint)
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         self._load_rng_state(str(checkpoint))
         self._carried = None
@@ -212,8 +241,17 @@ class ResumableTrainer(Trainer):
         }
         torch.save(progress, self._progress_file(output_dir))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _readable(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _readable(str(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
+        with _readable(str(checkpoint)):
+            super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
         stateful: Any = self.state.stateful_callbacks or {}
@@ -224,7 +262,10 @@ class ResumableTrainer(Trainer):
         path = self._progress_file(checkpoint)
         if not path.is_file():  # written by transformers alone, or on another number of processes
             return
-        progress = torch.load(path, map_location="cpu", weights_only=True)
+        with _readable(path):
+            progress = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(progress, dict) or not {"running_loss", "last_logged", "callbacks"} <= progress.keys():
+            raise CheckpointError(f"{str(path)!r}: expected where the run was, got something else; {_REMEDY}")
         for name, callback in self._stateful_callbacks():
             if name in progress["callbacks"]:
                 callback.load_state_dict(progress["callbacks"][name])
