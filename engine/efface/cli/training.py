@@ -111,18 +111,7 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
         trainer.command = run.command
         checkpoint = [args.resume_from_checkpoint]
         if folder is not None:
-            identity = _identity(trainer, beside)
-            own = checkpoint[0] is not None or folder.continues(identity)
-            _check_space(run, trainer, len(checkpoints(run.out)) if own else 0)
-            if checkpoint[0] is None:
-                start = folder.begin(identity)
-                checkpoint = [None if start is None else str(start)]
-                said = folder.replaced_in_words(*_WEIGHTS) if start is None else ""
-                for what, when in ((folder.removed, ""), (said, " when the new model is whole")):
-                    if what:
-                        console.print(f"removed{when}: {what}")
-            else:
-                folder.continue_from(identity)
+            checkpoint = [_begin(run, trainer, folder, _identity(trainer, beside), console)]
         checkpoint = broadcast_object_list(checkpoint)
         if checkpoint[0] is not None:
             console.print(f"continuing from {checkpoint[0]}")
@@ -139,6 +128,29 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
             run.after_saving(trainer, bar)
         if folder is not None:
             folder.finish()
+
+
+def _begin(
+    run: TrainingRun, trainer: PackedTrainer, folder: RunFolder, identity: dict[str, Any], console: Console
+) -> str | None:
+    """Make the folder this run's; return the checkpoint to continue from.
+
+    Raises:
+        FileExistsError: the folder is another run's.
+        OSError: there is too little space.
+    """
+    given = run.args.resume_from_checkpoint
+    own = given is not None or folder.continues(identity)
+    _check_space(run, trainer, len(checkpoints(run.out)) if own else 0)
+    if given is not None:
+        folder.continue_from(identity)
+        return given
+    start = folder.begin(identity)
+    if folder.removed:
+        console.print(f"removed: {folder.removed}")
+    if start is None and (said := folder.replaced_in_words(*_WEIGHTS)):
+        console.print(f"removed when the new model is whole: {said}")
+    return None if start is None else str(start)
 
 
 def _save(run: TrainingRun, trainer: PackedTrainer) -> None:
