@@ -95,8 +95,6 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
         raise ValueError(
             f"--learning-rate: expected more than 0, got {args.learning_rate}: the model would be written as it was"
         )
-    if args.resume_from_checkpoint is not None:
-        check_whole(Path(args.resume_from_checkpoint))
     bar = ProgressBar(console, run.title)
     with ExitStack() as stack:
         stack.callback(bar.close)
@@ -107,6 +105,8 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
                 _check_pushed(run)
                 check_login(default_client(args.hub_token))
             stack.enter_context(folder.locked())
+        if args.resume_from_checkpoint is not None:
+            check_whole(Path(args.resume_from_checkpoint))
         trainer, beside = run.make(bar)
         trainer.command = run.command
         checkpoint = [args.resume_from_checkpoint]
