@@ -91,12 +91,7 @@ def carry_out(run: TrainingRun) -> int:
 
 def _carry_out(run: TrainingRun, console: Console) -> None:
     args, folder = run.args, None
-    if not args.learning_rate > 0:
-        raise ValueError(
-            f"--learning-rate: expected more than 0, got {args.learning_rate}: the model would be written as it was"
-        )
-    if args.resume_from_checkpoint is not None:
-        check_whole(Path(args.resume_from_checkpoint))
+    _check_arguments(args)
     bar = ProgressBar(console, run.title)
     with ExitStack() as stack:
         stack.callback(bar.close)
@@ -139,6 +134,16 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
             run.after_saving(trainer, bar)
         if folder is not None:
             folder.finish()
+
+
+def _check_arguments(args: UnlearnArguments) -> None:
+    """Raise what a run would come to, before it costs time."""
+    if not args.learning_rate > 0:
+        raise ValueError(
+            f"--learning-rate: expected more than 0, got {args.learning_rate}: the model would be written as it was"
+        )
+    if args.resume_from_checkpoint is not None:
+        check_whole(Path(args.resume_from_checkpoint))
 
 
 def _save(run: TrainingRun, trainer: PackedTrainer) -> None:
