@@ -308,7 +308,7 @@ LOADS: dict[str, list[list[str]] | None] = {
     ],
     "sweep": None,  # starts `unlearn`, `evaluate` and `cache-reference`
     "demo": None,  # teaches its own
-    **dict.fromkeys(("bench", "completion", "plan", "recipes", "report")),
+    **dict.fromkeys(("bench", "cache", "completion", "plan", "recipes", "report")),
 }
 
 

@@ -142,7 +142,7 @@ def test_names_of_points_differ_and_are_fit_for_folders() -> None:
         (["--grid", "learning_rate=fast"], "invalid float value: 'fast'"),
         (["--grid", "learning_rate=1e-5,"], "invalid float value: ''"),
         (["--grid", "learning_rate=1e-5,0.00001"], "expected values that differ, got 1e-05 twice"),
-        (["--grid", "learning_rate=nan"], "expected finite numbers, got 'nan'"),
+        (["--grid", "learning_rate=nan"], "expected a number, got 'nan'"),
         (["--grid", "beta=.1", "beta=.2"], "beta is given twice"),
         (["--grid", "beta"], "expected flag=values, such as learning_rate=1e-5,2e-5, got 'beta'"),
         (["--grid", "forget_filter=a=1"], "expected a flag with one value"),

@@ -223,10 +223,21 @@ def planned_steps(args: UnlearnArguments, stores: Stores, *, pairs_per_step: int
 
 
 def pairs_per_step(args: UnlearnArguments) -> int:
-    """Return the pairs of an optimizer step, on all processes together."""
+    """Return the pairs of an optimizer step, on all processes together.
+
+    Raises:
+        ValueError: more than an int64 counts.
+    """
     if args.pairs_per_step is not None:
         return args.pairs_per_step
-    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
+    pairs = int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
+    if pairs >= 2**63:
+        raise ValueError(
+            f"`gradient_accumulation_steps`: expected fewer than 2**63 pairs in an optimizer step, got "
+            f"per_device_train_batch_size {args.per_device_train_batch_size} x gradient_accumulation_steps "
+            f"{args.gradient_accumulation_steps} x {args.world_size} processes; lower them"
+        )
+    return pairs
 
 
 def step_loss(
