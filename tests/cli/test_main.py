@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -23,6 +23,14 @@ from efface.errors import in_words, on_purpose, one_line, out_of_memory, reading
 from efface.hf.train.arguments import UnlearnArguments
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _not_in_the_background() -> Iterator[None]:
+    """A shell lets what it runs in the background ignore Ctrl-C, and programs that are started from there, too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def raised(call: Callable[[], Any]) -> BaseException:

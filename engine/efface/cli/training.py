@@ -198,7 +198,7 @@ def _check_space(run: TrainingRun, trainer: PackedTrainer, there: int) -> None:
     if total and free < need.total(there):  # without a total, the file system does not know
         what = f"{need.checkpoints} checkpoints of {bytes_in_words(need.checkpoint)} each and a model of "
         raise OSError(
-            f"--output-dir {str(run.out)!r}: expected {bytes_in_words(need.total(there))} of free space, for {what}"
+            f"--output {str(run.out)!r}: expected {bytes_in_words(need.total(there))} of free space, for {what}"
             f"{bytes_in_words(need.model)}, got {bytes_in_words(free)}; free some, choose another disk, or write less: "
             "--save-total-limit 1, --save-schedule no, or --save-only-model True (which no run can go on from)"
         )
