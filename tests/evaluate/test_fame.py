@@ -167,7 +167,7 @@ def flags(*words: str) -> argparse.Namespace:
     """What the command's own parser would have beside these flags."""
     parser = argparse.ArgumentParser()
     add_metrics_flags(parser)
-    parser.set_defaults(template="auto", token_budget=4096, dtype="float32", data=None)
+    parser.set_defaults(template="auto", token_budget=4096, dtype="float32", data=None, trust_remote_code=False)
     parser.add_argument("--data")
     return parser.parse_args(words)
 
