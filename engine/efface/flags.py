@@ -8,12 +8,14 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 _WIDTH = 100
 # Other spellings of flags: transformers' own, and that of efface 0.1.
 _SPELLINGS = {"--output-dir": "--output", "--out": "--output"}
 _LARGEST = (1 << 63) - 1
+_SEEDS = 1 << 32  # as many as NumPy's generators have
 # YAML reads their "no" as False.
 _NO = {"save_schedule", "save_strategy", "eval_strategy", "logging_strategy"}
 
@@ -32,6 +34,18 @@ def did_you_mean(
     """
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
     return f"; did you mean {before + near[0]!r}?" if near else otherwise
+
+
+def positive(text: str) -> int:
+    """Return the whole number from 1 that a flag's value is: a ``type`` of argparse.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    with suppress(ValueError):
+        if (number := int(text)) >= 1:
+            return number
+    raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -140,9 +154,18 @@ class FlagParser(argparse.ArgumentParser):
         """Raise where argparse would print its usage and end the process."""
         raise ValueError(message)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write, and raise OSError where argparse would end as if it had: on a full disk."""
+        if message:
+            print(message, end="", file=file)
+
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """Refuse what no flag means, and what no code that is not Python's can count with."""
         value = super()._get_value(action, arg_string)
+        if "--output" in action.option_strings and not arg_string:
+            raise argparse.ArgumentError(action, "expected a path, got ''")
+        if action.dest == "seed" and not 0 <= value < _SEEDS:
+            raise argparse.ArgumentError(action, f"expected 0 .. {_SEEDS - 1}, got {arg_string!r}")
         if isinstance(value, float) and math.isnan(value):
             raise argparse.ArgumentError(action, f"expected a number, got {arg_string!r}")
         if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
@@ -170,7 +193,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return kept if "\n" in text else textwrap.fill(kept, width)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        kinds: dict[Any, str] = {int: "N", float: "X"}
+        kinds: dict[Any, str] = {int: "N", positive: "N", float: "X"}
         return kinds.get(action.type, action.dest.rpartition("_")[2].upper())
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:

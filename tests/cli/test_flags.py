@@ -257,6 +257,10 @@ def test_texts_write_hyphens() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        *(
+            (["cache-reference", "--model", "x", "--forget", "x", flag], f"{flag}: `efface cache-reference` has none")
+            for flag in ("--json", "--dry-run")
+        ),
         (["plan", "--tokenizer", "x"], "the following arguments are required: --forget"),
         (
             ["evaluate", "--model", "x", "--retain_lgo", "y"],
@@ -267,6 +271,23 @@ def test_texts_write_hyphens() -> None:
         (["unlearn", "--forget", "x"], "the following arguments are required: --model"),
         (["finetune"], "the following arguments are required: --model, --data"),
         (["finetune", "--config"], "--config: expected the path of a YAML file, got nothing"),
+        *(
+            ([command, "--output", "", *(["x"] if command == "report" else [])], "argument --output: expected a path")
+            for command in OUTPUTS
+        ),
+        *(
+            (
+                [command, "--token-budget", value],
+                f"argument --token-budget: expected a whole number from 1, got {value!r}",
+            )
+            for command in ("audit", "evaluate")
+            for value in ("0", "-1", "x")
+        ),
+        *(
+            ([command, "--seed", value], f"argument --seed: expected 0 .. 4294967295, got '{value}'")
+            for command in ("audit", "demo", "finetune", "plan", "unlearn")
+            for value in ("-1", "4294967296")
+        ),
     ],
 )
 def test_wrong_use_of_any_command_is_said(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

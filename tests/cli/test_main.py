@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -185,6 +186,19 @@ def test_words_of_errors() -> None:
     assert not out_of_memory(ValueError("out of memory"))
 
 
+def test_a_warning_is_one_line(tmp_path: Path) -> None:
+    module = """
+import warnings
+def run(words):
+    warnings.warn("the cache\\ncannot be used", stacklevel=2)
+    warnings.warn("for programmers", FutureWarning, stacklevel=2)
+    return 0
+"""
+    process = program(tmp_path, module)
+    assert process.communicate(timeout=60) == ("", "efface plan: warning: the cache cannot be used\n")
+    assert process.returncode == 0
+
+
 def test_signals_end_every_command(ends: Callable[..., tuple[int, str]]) -> None:
     """Also where an extension turns the interrupt into an error of its own."""
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
@@ -199,6 +213,41 @@ def test_signals_end_every_command(ends: Callable[..., tuple[int, str]]) -> None
     for number in (signal.SIGTERM, signal.SIGINT):
         assert ends(lambda _, number=number: run(number)) == (130, "efface unlearn: interrupted\n")
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_an_output_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Help on a full disk is an error, of which argparse would say nothing; without an output, nothing is said."""
+    with Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["plan", "--help"]) == 2
+        monkeypatch.setattr(sys, "stdout", None)
+        with suppress(OSError):
+            full.close()
+    assert main(["recipes", "--json"]) == 0
+
+
+class Dropping:
+    """Python prints what its ``__del__`` raises, and drops it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), self.number)
+        signal.sigtimedwait([], 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_python_drops_comes_again(number: int, ends: Callable[..., tuple[int, str]]) -> None:
+    hook = sys.unraisablehook
+
+    def run(_: Any) -> int:
+        Dropping(number)
+        signal.sigtimedwait([], 5)
+        return 0
+
+    assert ends(run) == (130, "efface unlearn: interrupted\n")
+    assert sys.unraisablehook is hook
 
 
 def program(folder: Path, module: str, **options: Any) -> "subprocess.Popen[str]":

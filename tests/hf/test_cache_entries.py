@@ -66,6 +66,13 @@ def values(cache: Path) -> int:
     return int(count)
 
 
+def test_a_folder_that_is_none_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    for name in ("file", "missing"):
+        assert main(["cache", "list", "--token-cache", str(tmp_path / name)]) == 2
+        assert "--token-cache: expected a folder, got" in capsys.readouterr().err
+
+
 def test_a_list_says_of_which_data(filled: dict[str, Path], cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", "list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)

@@ -156,6 +156,15 @@ def test_a_run_that_had_ended_trains_no_step_more(tmp_path: Path) -> None:
         assert torch.equal(tensor, parameters(again)[name]), name
 
 
+def test_a_finished_model_is_no_checkpoint_to_continue_from(tmp_path: Path) -> None:
+    """Its folder has the state of the run that made it, which may be any: it would be handed on as trained."""
+    first = python_run(tmp_path / "first", max_steps=2)
+    first.save_model()
+    first.save_state()
+    with pytest.raises(CheckpointError, match=r"first': expected optimizer\.pt, without which the run would go on"):
+        python_run(tmp_path / "second", resume=str(tmp_path / "first"), max_steps=2)
+
+
 def test_weights_alone_end_a_run_and_do_not_continue_one(tmp_path: Path) -> None:
     whole = python_run(tmp_path, max_steps=2, save_only_model=True)
     assert not (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
@@ -211,6 +220,16 @@ def test_a_checkpoint_replaces_one_of_its_name(tmp_path: Path) -> None:
     assert not (stale / "half.txt").exists()
     assert (stale / "README.md").is_file()
     assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_an_interrupted_checkpoint_is_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        python_run(tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.name != "efface-cache"]
 
 
 def test_rotation_spares_the_newest_and_what_is_in_use(tmp_path: Path) -> None:
@@ -289,6 +308,23 @@ def test_save_schedule(settings: dict[str, Any], expected: Any, tmp_path: Path) 
 
 
 # The command line
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [(["--max_steps", "1", "--warmup_steps", "5"], 2), (["--learning_rate", "1e38", "--warmup_steps", "0"], 3)],
+)
+def test_a_run_that_is_wrong_from_the_start_leaves_the_folder_as_it_was(
+    wrong: list[str], code: int, command: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = [*command, "--output", str(out), "--max_steps", "2", "--save_schedule", "no"]
+    assert main([*words, *wrong]) == code
+    assert not out.exists()
+    assert main(words) == 0
+    record = (out / "run.json").read_text()
+    assert main([*words, "--overwrite", *wrong]) == code
+    assert (out / "run.json").read_text() == record
 
 
 def test_the_same_command_continues_and_another_is_refused(

@@ -1,7 +1,9 @@
 """The fused head and packed attention: a pack equals separate forward passes, for the model families people have."""
 
 import copy
+import pickle
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,6 +165,17 @@ def test_fused_models_can_be_copied() -> None:
     model = fuse(tiny_llama())
     batch = pack(TokenStore.empty(), random_store(3), [], [0, 1, 2])
     assert torch.equal(copy.deepcopy(model)(batch=batch), model(batch=batch))
+
+
+def test_fused_models_can_be_pickled(tmp_path: Path) -> None:
+    """As torch.save and processes that are spawned do."""
+    model = fuse(tiny_llama()).eval()
+    batch = pack(TokenStore.empty(), random_store(3), [], [0, 1, 2])
+    torch.save(model, tmp_path / "model.pt")
+    for copied in (pickle.loads(pickle.dumps(model)), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(copied(batch=batch), model(batch=batch))
+        assert copied.lm_head.weight is copied.get_input_embeddings().weight
+        assert type(unfuse(copied)) is transformers.LlamaForCausalLM
 
 
 def test_heads_that_cannot_be_served_are_refused_with_the_reason() -> None:

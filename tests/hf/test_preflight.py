@@ -1,6 +1,7 @@
 """Gradients that arrive, checkpointing, warm-up in epochs, optimizers, loss scaling."""
 
 import copy
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import transformers
 from efface import NPO, FinetuneTrainer, Objective, SimNPO, UnlearnTrainer
 from efface.hf.model.lora import add_lora
 from efface.hf.train import preflight
-from efface.hf.train.preflight import check_gradients, check_optimizer
+from efface.hf.train.preflight import _RANGES, check_gradients, check_optimizer
 from support.helpers import LONG, arguments, kibibytes, random_store, tiny_llama
 from support.padded_loop import exact_losses
 from support.processes import RANKS, environment
@@ -133,6 +134,31 @@ def test_the_learning_rate_warms_up(tmp_path: Path) -> None:
     assert rates == pytest.approx([0.0, 2.5e-4, 5e-4, 7.5e-4, *[1e-3] * 8])
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        *((name, "1", "a number") for name in ("learning_rate", "warmup_epochs", "num_train_epochs", "logging_steps")),
+        *((name, None, "a number") for name in ("weight_decay", "adam_beta1")),
+        *((name, value, "a whole number") for name in ("seed", "max_steps", "token_budget") for value in ("1", 1.5)),
+    ],
+)
+def test_what_is_no_number_is_refused(name: str, value: Any, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=f"`{name}`: expected {expected}, got {value!r}"):
+        arguments(tmp_path, **{name: value})
+    assert arguments(tmp_path, pairs_per_step=2.0).pairs_per_step == 2
+
+
+def test_a_schedule_without_such_settings_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`lr_scheduler_kwargs` \{'num_cycles': 2\}: expected what linear takes"):
+        trained(tiny_llama(), tmp_path, lr_scheduler_type="linear", lr_scheduler_kwargs={"num_cycles": 2})
+
+
+@pytest.mark.parametrize("callbacks", ["x", [3], [int]])
+def test_callbacks_are_callbacks(callbacks: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="`callbacks`: expected a list of TrainerCallback, got"):
+        FinetuneTrainer(tiny_llama(), arguments(tmp_path), data=random_store(8), callbacks=callbacks)
+
+
 @pytest.mark.parametrize("other", [{"warmup_steps": 5}, {"warmup_ratio": 0.1}], ids=str)
 def test_a_warm_up_given_twice_is_refused(other: dict[str, Any], tmp_path: Path) -> None:
     (name,) = other
@@ -140,6 +166,21 @@ def test_a_warm_up_given_twice_is_refused(other: dict[str, Any], tmp_path: Path)
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     with pytest.raises(ValueError, match=f"`warmup_epochs`: expected it alone, got `{name}`"):
         arguments(tmp_path, warmup_epochs=1, **other)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        *((name, least - 1, f"at least {least}") for name, (least, _) in _RANGES.items()),
+        *((name, end, f"less than {end}") for name, (_, end) in _RANGES.items()),
+        ("num_train_epochs", math.inf, "a finite number"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_runs(
+    name: str, value: float, expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"`{name}`: expected {expected}, got {value}"):
+        arguments(tmp_path, **{name: value})
 
 
 def test_other_warm_ups_that_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -152,6 +153,15 @@ def test_our_own_classes_fit_their_terms_and_want_finite_weights(cls: type[Objec
         for value in (math.nan, math.inf):
             with pytest.raises(ValueError, match=f"`{name}`: expected a finite number, got {value}"):
                 cls(**{name: value})
+
+
+@pytest.mark.parametrize("cls", known_objectives().values(), ids=lambda cls: cls.name)
+@pytest.mark.parametrize("value", ["1", [1], None])
+def test_parameters_of_other_types_are_named(cls: type[Objective], value: Any) -> None:
+    """What YAML or Python give: an error that says what was expected."""
+    for name in (field.name for field in fields(cls) if field.type in (float, "float")):
+        with pytest.raises(TypeError, match=f"`{name}`: expected a number, got {re.escape(repr(value))}"):
+            cls(**{name: value})
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

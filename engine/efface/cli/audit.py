@@ -19,7 +19,7 @@ from efface.evaluate.audit.rows import TOFU_GROUP, audit_rows
 from efface.evaluate.audit.views import get_view
 from efface.evaluate.logs import read_json
 from efface.files import check_output, in_words, locked_folder, remove_leftovers, written_whole
-from efface.flags import FlagParser
+from efface.flags import FlagParser, positive
 from efface.hf.model.loading import MAIN, load_model, load_tokenizer
 from efface.hf.text.rows import Rows, load_rows
 from efface.hf.text.templates import AUTO
@@ -71,7 +71,7 @@ def parser() -> FlagParser:
     flags.add_argument("--seed", type=int, default=0, help="of samples and relearning")
     flags.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
     flags.add_argument("--max-new-tokens", type=int, default=200, help="of a generation (default: 200)")
-    flags.add_argument("--token-budget", type=int, default=8192, help="tokens of a forward pass (default: 8192)")
+    flags.add_argument("--token-budget", type=positive, default=8192, help="tokens of a forward pass (default: 8192)")
     flags.add_argument("--dtype", default="auto", help="dtype to load models in: auto, float32, bfloat16, float16")
     flags.add_argument("--output", type=Path, required=True, help="folder for AUDIT.json and AUDIT.md")
     flags.add_argument("--overwrite", action="store_true", help="replace an audit that is already there")

@@ -53,6 +53,8 @@ def run(argv: Sequence[str]) -> int:
         raise ValueError(f"--older-than: expected days from 0, got {options.older_than}")
     if options.dry_run and options.action == "list":
         raise ValueError("--dry-run: is for `efface cache purge`; drop it")
+    if options.token_cache is not None and not cache_folder(options.token_cache).is_dir():
+        raise NotADirectoryError(f"--token-cache: expected a folder, got {options.token_cache!r}")
     found = entries(options.token_cache)
     chosen = of_data(found, options.data) if options.data else found
     if options.older_than is not None:

@@ -11,6 +11,7 @@ from efface.cli.training import check_inputs, make_trainer
 from efface.hf.reference.cached import NO_FILE, CachedReference
 from efface.recipes.flags import SettingsParser
 from efface.recipes.settings import parse, unlearn_parser
+from efface.reference import LogprobStore
 
 _EXAMPLES = """
 examples:
@@ -43,13 +44,16 @@ def parser() -> SettingsParser:
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     command, args = parse(argv, parser())
-    if command.dry_run:
-        raise ValueError("--dry-run: `efface cache-reference` has none; see `efface unlearn --dry-run`")
+    if command.dry_run or command.json:
+        name = "--dry-run" if command.dry_run else "--json"
+        raise ValueError(f"{name}: `efface cache-reference` has none; see `efface unlearn --dry-run`")
     if not command.make_objective().needs_reference:
         raise ValueError(f"--objective {command.objective}: expected one that compares with a reference, such as npo")
     if command.reference not in ("auto", "cached") or args.reference_cache == NO_FILE:
         raise ValueError("expected --reference cached and a --reference-cache that is a file: they are to be filled")
     check_inputs(replace(command, retain=None), args)
+    if args.reference_cache is not None:
+        LogprobStore(args.reference_cache).close()  # a place that cannot be written is said before the work
     console = open_console(stderr=True, quiet=args.process_index != 0)
     bar = ProgressBar(console, Path(command.reference_model or command.model).name)
     with tempfile.TemporaryDirectory() as nothing, contextlib.closing(bar):

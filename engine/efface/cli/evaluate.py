@@ -30,7 +30,7 @@ from efface.evaluate.protocol import PROTOCOLS, get_protocol
 from efface.evaluate.runner import Progress, on_first
 from efface.evaluate.tofu_evaluation import ROWS, load_split
 from efface.files import check_output, in_words, locked_folder, remove_leftovers
-from efface.flags import FlagParser, hyphens
+from efface.flags import FlagParser, hyphens, positive
 from efface.hf.model.loading import MAIN, load_model, load_tokenizer
 from efface.hf.text.rows import Rows, check_columns, load_rows, matching, parse_conditions, texts
 from efface.hf.text.templates import AUTO, OPEN_UNLEARNING
@@ -283,7 +283,7 @@ def parser() -> FlagParser:
     flags.add_argument("--overwrite", action="store_true", help=said)
     flags.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
     flags.add_argument(
-        "--token-budget", type=int, default=8192, help="most tokens of a forward pass (default: %(default)s)"
+        "--token-budget", type=positive, default=8192, help="most tokens of a forward pass (default: %(default)s)"
     )
     flags.add_argument("--dtype", default="auto", help="dtype to load models in: auto, float32, bfloat16, float16")
     add_json_flag(flags)

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -39,6 +40,7 @@ EXIT_USAGE = 2
 EXIT_DIVERGED = 3
 EXIT_INTERRUPTED = 130
 EXIT_PIPE = 141
+_AGAIN_SECONDS = 0.01
 
 EXIT_CODES = {
     0: "done",
@@ -98,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments[0] if arguments else "--help"
     command = f"efface {name}" if name in COMMANDS else "efface"
     signals = _Signals(command, at_once=argv is None)
+    if argv is None and not debug:  # the process is ours
+        warnings.showwarning = lambda message, category, *_: _warn(command, message, category)
     with signals.handled():
         try:
             return _run(arguments, signals, debug=debug)
@@ -173,6 +177,12 @@ def _told(name: str, command: str, error: BaseException, interrupted: bool) -> i
     return EXIT_FAULT
 
 
+def _warn(command: str, message: Warning | str, category: type[Warning]) -> None:
+    """Show a warning as one line; those about code are for whoever writes it."""
+    if not issubclass(category, (DeprecationWarning, FutureWarning, PendingDeprecationWarning)):
+        _say(f"{command}: warning: {one_line(str(message))}")
+
+
 def _say(line: str) -> None:
     with suppress(OSError):  # nobody reads it
         print(line, file=sys.stderr, flush=True)
@@ -224,6 +234,7 @@ class _Signals:
         self.came = False
         self._command, self._at_once = command, at_once
         self._imports = False
+        self._handles, self._number = True, int(signal.SIGINT)
 
     @contextmanager
     def handled(self) -> Iterator[None]:
@@ -233,14 +244,32 @@ class _Signals:
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored, as under a shell's &; not ours
                     before[number] = signal.signal(number, self._interrupt)
+        hook = sys.unraisablehook
+        sys.unraisablehook = lambda lost: self._again() if isinstance(lost.exc_value, KeyboardInterrupt) else hook(lost)
         try:
             yield
         finally:
+            self._handles = False
+            sys.unraisablehook = hook
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _interrupt(self, *_: object) -> None:
-        self.came = True
+    def _again(self) -> None:
+        """Interrupt once more, a moment later: Python drops what is raised in a ``__del__``, which it runs anywhere."""
+        again = threading.Timer(_AGAIN_SECONDS, self._send)
+        again.daemon = True
+        again.start()
+
+    def _send(self) -> None:
+        if not self._handles:
+            return
+        if hasattr(signal, "pthread_kill"):  # wakes what waits there, too; Windows has none
+            signal.pthread_kill(threading.main_thread().ident or 0, self._number)
+        else:
+            signal.raise_signal(self._number)
+
+    def _interrupt(self, number: int, _: object) -> None:
+        self.came, self._number = True, number
         if self._imports and self._at_once:
             with suppress(OSError):
                 os.write(2, f"{self._command}: interrupted\n".encode())

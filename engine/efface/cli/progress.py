@@ -56,7 +56,7 @@ def add_json_flag(flags: argparse.ArgumentParser) -> None:
 
 def show_json(document: Any) -> None:
     """Print what ``--json`` asks for: one document on standard output; JSON knows no NaN, which is null in it."""
-    sys.stdout.write(json.dumps(as_json(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    print(json.dumps(as_json(document), indent=2, ensure_ascii=False, allow_nan=False))  # nowhere, without an output
 
 
 _QUIET = ("epoch", "time_", "padding_saved", "peak_memory_gib", "npo_weight")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from efface.files import PARTIAL, check_output, in_words, locked_folder, remove_leftovers, remove_whole, write_whole
-from efface.hf.train.checkpoints import REPLACED, newest_checkpoint, set_aside
+from efface.hf.train.checkpoints import REPLACED, checkpoints, newest_checkpoint, set_aside
 
 RECORD = "run.json"
 
@@ -103,6 +103,15 @@ class RunFolder:
     def continue_from(self, identity: dict[str, Any]) -> None:
         """Make the folder this run's, whatever is in it: the checkpoint to start from was named."""
         self._write({"finished": False, "identity": json.loads(json.dumps(identity, default=str))})
+
+    def abandon(self) -> None:
+        """Leave the folder as it was: a run that was wrong from the start is none to continue."""
+        if (self.path / REPLACED).is_dir() or checkpoints(self.path):
+            return
+        if self._record is None:
+            (self.path / RECORD).unlink(missing_ok=True)
+        else:
+            self._write(self._record)
 
     def finish(self) -> None:
         """Note that everything is written."""

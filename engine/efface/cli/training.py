@@ -115,7 +115,12 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
         checkpoint = broadcast_object_list(checkpoint)
         if checkpoint[0] is not None:
             console.print(f"continuing from {checkpoint[0]}")
-        trainer.train(resume_from_checkpoint=checkpoint[0])
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint[0])
+        except (ValueError, TypeError, FloatingPointError):  # the same command would end so again
+            if folder is not None and checkpoint[0] is None:
+                folder.abandon()
+            raise
         bar.stage("writing the model")
         _save(run, trainer)
         if folder is not None:
@@ -386,6 +391,14 @@ def check_inputs(command: UnlearnCommand, args: UnlearnArguments) -> None:
     """Raise what reading the run's local files would, before a model is loaded or the Hub is asked."""
     for source in (command.forget, command.retain):
         check_source(source)
+    if command.reference_device is not None:
+        try:
+            torch.empty(1, device=command.reference_device).item()
+        except (RuntimeError, AssertionError) as error:  # as torch says that there is no such device here, or meta
+            raise ValueError(
+                "--reference-device: expected a device of this machine, such as cuda:1 or cpu, got "
+                f"{command.reference_device!r}"
+            ) from error
     if args.reference_cache not in (None, NO_FILE) and Path(args.reference_cache).expanduser().is_file():
         LogprobStore(args.reference_cache).close()
 

@@ -115,20 +115,29 @@ class Objective:
         return self.alpha / max(totals.retain_tokens, 1)
 
 
+def _check_number(name: str, value: object) -> None:
+    """Raise TypeError for what is no number, or a tensor or an array of one."""
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"`{name}`: expected a number, got {value!r}")
+
+
 def check_finite(name: str, value: float) -> None:
     """Raise ValueError unless ``value`` is finite."""
+    _check_number(name, value)
     if not math.isfinite(value):
         raise ValueError(f"`{name}`: expected a finite number, got {value}")
 
 
 def check_positive(name: str, value: float) -> None:
     """Raise ValueError unless ``value`` is positive and finite."""
+    _check_number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"`{name}`: expected a positive number, got {value}")
 
 
 def check_not_negative(name: str, value: float) -> None:
     """Raise ValueError unless ``value`` is 0, or positive and finite."""
+    _check_number(name, value)
     if not 0 <= value < math.inf:
         raise ValueError(f"`{name}`: expected 0 or a positive number, got {value}")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -55,6 +56,12 @@ class Relearn(View):
             raise ValueError(f"`share`: expected between 0 and 1, both excluded, got {self.share}")
         if self.steps < 1 or self.batch < 1:
             raise ValueError(f"`steps`, `batch`: expected at least 1, got {self.steps}, {self.batch}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"`learning_rate`: expected a positive number, got {self.learning_rate}")
+        if self.lora_r is not None and self.lora_r < 1:
+            raise ValueError(f"`lora_r`: expected at least 1, got {self.lora_r}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"`seed`: expected 0 .. {2**32 - 1}, got {self.seed}")
 
     def taught(self, rows: Sequence[AuditRow]) -> list[int]:
         """Return the numbers of the rows that are taught, in order."""

@@ -55,6 +55,11 @@ PLAIN = (nn.Linear, FusedHead)
 class _FusedModel:
     """Mixed in before a model's own class by ``fuse``."""
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Be pickled by the model's own class: pickle would take this one for that, and refuse."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _blank, (type(self).__mro__[2],), *reduced[2:]
+
     def forward(
         self, *args: Any, batch: PackedBatch | None = None, loss: HeadLoss | ActivationLoss | None = None, **kwargs: Any
     ) -> Any:
@@ -169,12 +174,21 @@ def fuse(model: Model, *, attention: str | None = None) -> Model:
     for layer in head_linears(base.get_output_embeddings()):
         fuse_layer(layer, head.softcap)
     if not isinstance(base, _FusedModel):
-        own = type(base)
-        # The name stays, because save_pretrained writes it into config.json as the architecture.
-        names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-        base.__class__ = type(own.__name__, (_FusedModel, own), {**names, "forward": _forward_of(own)})
+        base.__class__ = _fused_class(type(base))
     route(base, inspect.signature(type(base).forward))
     return model
+
+
+def _fused_class(own: type) -> Any:
+    # The name stays, because save_pretrained writes it into config.json as the architecture.
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    return type(own.__name__, (_FusedModel, own), {**names, "forward": _forward_of(own)})
+
+
+def _blank(own: type) -> Any:
+    """Return a fused model without anything in it, for pickle to fill."""
+    made = _fused_class(own)
+    return made.__new__(made)
 
 
 def fuse_layer(layer: Any, softcap: float | None) -> None:

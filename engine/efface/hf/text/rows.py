@@ -94,7 +94,8 @@ def load_rows(source: str | Path, *, cache_dir: str | Path | None = None) -> Row
     if any(more):
         raise ValueError(f"{str(source)!r}: expected a file, or name:config:split of a Hub data set")
     if Path(name).expanduser().exists():  # datasets would read it by its path and time, and keep a copy
-        raise ValueError(f"{str(source)!r}: expected a file, or the name of a Hub data set; {name!r} is a folder here")
+        kind = "a folder" if Path(name).expanduser().is_dir() else "a file, whose rows have no splits"
+        raise ValueError(f"{str(source)!r}: expected a file, or the name of a Hub data set; {name!r} is {kind} here")
     if not name.strip():
         raise ValueError(f"{str(source)!r}: expected a file, or name:config:split of a Hub data set")
     try:

@@ -1,5 +1,6 @@
 """Arguments of a run: those of ``transformers.TrainingArguments``, with defaults that suit packed batches."""
 
+import math
 import os
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -11,7 +12,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from efface.hf.text.templates import AUTO, TEMPLATES
 from efface.hf.train.options import check_fields, check_unknown_fields
-from efface.hf.train.preflight import check_optimizer, check_reporters, check_texts
+from efface.hf.train.preflight import check_numbers, check_optimizer, check_ranges, check_reporters, check_texts
 
 
 @dataclass
@@ -131,11 +132,13 @@ class UnlearnArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Check what transformers does not."""
         check_unknown_fields(self)  # as given: transformers changes some of its own
+        check_numbers(self)
         check_texts(self)
         self._schedule_saves()
         self._meet()
         super().__post_init__()  # type: ignore[no-untyped-call]
         check_fields(self)
+        check_ranges(self)
         check_optimizer(str(getattr(self.optim, "value", self.optim)))
         check_reporters(self.report_to or ())
         if self.revision_per_checkpoint and not self.push_to_hub:
@@ -169,10 +172,15 @@ class UnlearnArguments(TrainingArguments):
                 f"`num_train_epochs`: expected more than 0, got {self.num_train_epochs}: without an optimizer step the "
                 "model would be what it was"
             )
+        if self.max_steps == -1 and math.isinf(self.num_train_epochs):
+            raise ValueError("`num_train_epochs`: expected a finite number, got inf: the run would never end")
 
     def _meet(self) -> None:
         """Let processes on CPUs meet under ``ddp_timeout``, too; transformers gives it to those on GPUs alone."""
-        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        processes = os.environ.get("WORLD_SIZE", "1")
+        if not (processes.isascii() and processes.isdigit()):
+            raise ValueError(f"WORLD_SIZE: expected a number of processes, as torchrun sets it, got {processes!r}")
+        alone = int(processes) == 1
         if self.use_cpu and not alone and not torch.distributed.is_initialized():
             timeout = timedelta(seconds=self.ddp_timeout)
             torch.distributed.init_process_group(self.ddp_backend or "gloo", timeout=timeout)
@@ -203,8 +211,6 @@ class UnlearnArguments(TrainingArguments):
         others = [name for name in ("warmup_steps", "warmup_ratio") if getattr(self, name, None)]
         if others:
             raise ValueError(f"`warmup_epochs`: expected it alone, got `{others[0]}` too; give one of them")
-        if not self.warmup_epochs >= 0:
-            raise ValueError(f"`warmup_epochs`: expected at least 0, got {self.warmup_epochs}")
 
     def _check_compat(self) -> None:
         if self.compat is None:

@@ -123,8 +123,10 @@ class ResumableTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"no checkpoint to resume from in {self.args.output_dir!r}; expected checkpoint-N")
         path = None if not resume_from_checkpoint else Path(resume_from_checkpoint)
-        if path is not None and self._has_ended(path):  # the weights are all that it needs
-            return self._take_up(path)
+        if path is not None and self._has_ended(path):
+            if not _NAME.fullmatch(path.name):  # a finished model's folder, which may be another run's
+                _check_complete(path)
+            return self._take_up(path)  # the weights are all that it needs
         if path is not None and path.is_dir() and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             _check_complete(path)
         return super().train(resume_from_checkpoint=None if path is None else str(path), **options)
@@ -180,6 +182,9 @@ class ResumableTrainer(Trainer):
                 if (staging / name).is_dir():  # a machine that does not share its disk with the first
                     move_whole(staging / name, folder / name)
                 shutil.rmtree(staging, ignore_errors=True)
+        except KeyboardInterrupt:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
         except Exception as error:
             shutil.rmtree(staging, ignore_errors=True)
             whole = newest_checkpoint(folder)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 Arguments = Any
 """``TrainingArguments``, or a subclass."""
@@ -340,6 +340,9 @@ def checked_trainer_options(options: Mapping[str, Any]) -> dict[str, Any]:
     callbacks = options.get("callbacks")
     if callbacks is not None and not isinstance(callbacks, Sequence):
         raise TypeError(f"`callbacks`: expected a list of TrainerCallback, got {type(callbacks).__name__}")
+    for one in callbacks or ():
+        if not issubclass(one if isinstance(one, type) else type(one), TrainerCallback):
+            raise TypeError(f"`callbacks`: expected a list of TrainerCallback, got {one!r} in it")
     return {name: value for name, value in options.items() if name not in TRAINER_REFUSALS}
 
 

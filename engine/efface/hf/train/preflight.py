@@ -2,7 +2,11 @@
 
 import importlib.util
 import json
+import math
+import re
 from collections.abc import Sequence
+from dataclasses import fields
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,6 +20,39 @@ _BITSANDBYTES = ("bnb", "8bit", "paged", "ademamix", "lion")
 
 _OR_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
 """Arguments that hold JSON, or the path of a file of it."""
+
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32)),  # NumPy's
+    "chunk_rows": (1, 2**31),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1)),
+    **dict.fromkeys(("adam_epsilon", "learning_rate", "warmup_epochs", "weight_decay"), (0, math.inf)),
+}
+"""Arguments whose wrong numbers would be found when a run has begun: the least, and what they are less than."""
+
+
+def check_numbers(args: Any) -> None:
+    """Raise TypeError for an argument that is to be a number and is none; a whole float becomes an int."""
+    for one in fields(args):
+        kinds = set(re.findall(r"\w+", str(one.type))) - {"typing", "Optional", "Union", "class"}
+        optional, value = kinds & {"None", "NoneType"}, getattr(args, one.name)
+        if value == one.default or not kinds - optional or not kinds - optional <= {"int", "float"}:
+            continue
+        if value is None and optional:
+            continue
+        whole = "float" not in kinds
+        if not isinstance(value, Real) or (whole and not float(value).is_integer()):
+            raise TypeError(f"`{one.name}`: expected a {'whole ' if whole else ''}number, got {value!r}")
+        if whole:
+            setattr(args, one.name, value if isinstance(value, int) else int(float(value)))
+
+
+def check_ranges(args: Any) -> None:
+    """Raise ValueError for a number that its argument cannot have."""
+    for name, (least, end) in _RANGES.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value < end:
+            expected = f"less than {end}" if value >= end else f"at least {least}"
+            raise ValueError(f"`{name}`: expected {expected}, got {value}")
 
 
 def check_optimizer(name: str) -> None:

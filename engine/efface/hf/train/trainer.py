@@ -17,6 +17,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from efface.batching import Role, TokenStore
+from efface.errors import reading
 from efface.hf.model.activations import find_module
 from efface.hf.model.adapted_head import base_of
 from efface.hf.model.forwards import release
@@ -175,9 +176,12 @@ class PackedTrainer(ResumableTrainer):
         """Return the schedule.
 
         Raises:
-            ValueError: a learning rate that is 0 at every step.
+            ValueError: a learning rate that is 0 at every step; settings that the schedule has not.
         """
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        args: Any = self.args
+        expected = f"what {args.lr_scheduler_type.value} takes"
+        with reading(f"`lr_scheduler_kwargs` {args.lr_scheduler_kwargs}", expected, "correct it"):
+            scheduler = super().create_scheduler(num_training_steps, optimizer)
         check_schedule(scheduler, num_training_steps)
         return scheduler
 
