@@ -440,7 +440,7 @@ def test_the_retain_model_is_evaluated_by_one_trial(tmp_path: Path) -> None:
     launch = Quick(good)
 
     def with_retain_log(words: Sequence[str], log: Path, environment: Mapping[str, str], lock: int) -> Ended:
-        folder = Path(words[[word.startswith("--output=") for word in words].index(True)].partition("=")[2])
+        folder = Path(words[[word.startswith("--output-dir=") for word in words].index(True)].partition("=")[2])
         if not any(word.startswith("--retain-log=") for word in words):
             (folder / "evaluation" / "retain_model").mkdir(parents=True)
             (folder / "evaluation" / "retain_model" / "TOFU_EVAL.json").write_text("{}")
@@ -533,7 +533,7 @@ def test_a_trial_of_plain_flags_is_evaluated(tmp_path: Path, monkeypatch: pytest
     """Also one that was killed between the two; one that failed is not."""
     called: list[list[str]] = []
     monkeypatch.setattr("efface.cli.sweep.main", lambda words: called.append(words) or int("bad" in words))
-    words, out = [f"--output={tmp_path}"], tmp_path / "evaluation"
+    words, out = [f"--output-dir={tmp_path}"], tmp_path / "evaluation"
     evaluation = ["evaluate", f"--model={tmp_path}", f"--output={out}", "--split", "forget05"]
     assert run_trial(words, evaluation[3:]) == 0
     assert called == [["unlearn", *words], evaluation]

@@ -365,7 +365,7 @@ def _report(sweep: SweepCommand, console: Console) -> None:
 
 def run_trial(words: Sequence[str], evaluation: Sequence[str] | None) -> int:
     """Run ``efface unlearn`` with the words, if it has not finished there, then ``efface evaluate``; its exit code."""
-    folder = next(Path(word.partition("=")[2]) for word in reversed(words) if word.startswith("--output="))
+    folder = next(Path(word.partition("=")[2]) for word in reversed(words) if word.startswith("--output-dir="))
     code = 0 if _finished(folder) else main(["unlearn", *words])
     if code or evaluation is None:
         return code

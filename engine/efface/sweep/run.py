@@ -165,7 +165,7 @@ class Loop:
             claim.lock = claim.place.lock()
         if claim.lock is None or claim.place.result() is not None:
             return
-        words = [*self.words, *flag_words(claim.point), f"--output={claim.place.folder}"]
+        words = [*self.words, *flag_words(claim.point), f"--output-dir={claim.place.folder}"]
         shared = self.ledger.out / RETAIN_LOG
         if self.retain_log and shared.is_file():
             words.append(f"--retain-log={shared}")
