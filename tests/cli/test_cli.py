@@ -182,7 +182,7 @@ def test_weights_that_the_last_step_broke_are_not_saved(
     adapter: list[str], checkpoint: Path, data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    changes = ["--learning_rate", "inf", "--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
+    changes = ["--learning_rate", "1e300", "--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
     assert main([*flags(checkpoint, data, out), *changes, *adapter]) == 3
     assert "the weights are not finite after step 1" in capsys.readouterr().err
     assert not [*out.rglob("*.safetensors")]

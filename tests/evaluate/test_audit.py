@@ -311,7 +311,7 @@ MISTAKES = [
     (["--relearn-lr", "-1"], "`learning_rate`: expected a positive number, got -1.0"),
     (["--relearn-lr", "inf"], "`learning_rate`: expected a positive number, got inf"),
     (["--relearn-lora-r", "0"], "`lora_r`: expected at least 1, got 0"),
-    (["--seed", "4294967296"], "`seed`: expected 0 .. 4294967295, got 4294967296"),
+    (["--seed", "4294967296"], "--seed: expected 0 .. 4294967295, got '4294967296'"),
     (["--clues", "0"], "`clues`: expected numbers from 1"),
     (["--samples", "0"], "`n`: expected at least 1 answer, got 0"),
     (["--temperature", "0"], "`temperature`: expected a positive number, got 0.0"),

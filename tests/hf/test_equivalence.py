@@ -107,7 +107,7 @@ def test_the_command_on_two_processes_writes_one_model(tmp_path: Path) -> None:
     done = launch(2, ["-m", "efface", *words])
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stderr.count("wrote ") == 1
-    assert done.stderr.count(": 3 steps") == 1
+    assert done.stderr.count(": 3 steps\n") == 1
     assert AutoModelForCausalLM.from_pretrained(out).num_parameters() > 0
     assert not list(out.glob(".partial-*"))
     again = launch(2, [str(RANKS / "command_rank.py"), *words])

@@ -102,10 +102,11 @@ def check_metrics_rows(options: argparse.Namespace, benchmark: str | None) -> di
     taken: dict[str, str] = {}
     if benchmark == "fame" and options.data and filters["forget"]:
         rows = load_rows(options.data)
+        parts = split_rows(rows, filters["forget"], filters["retain"])
         check_columns(rows, options.group_columns, options.data)
         for column in names:
             texts(rows, column, options.data)
-        for name, some in split_rows(rows, filters["forget"], filters["retain"]).items():
+        for name, some in parts.items():
             taken[f"FAME {name}"] = f"{len(some):,} of {len(rows):,} rows, {options.data}"
     for name, source in sources.items():
         if source:

@@ -1,7 +1,7 @@
 """What an objective is: loss terms of forget and retain sequences, and means that run over the whole optimizer step."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -49,6 +49,9 @@ class Objective:
 
     def __post_init__(self) -> None:
         check_choice("retain_loss_type", self.retain_loss_type, self.retain_loss_types)
+        for field in fields(self):
+            if field.type in (float, "float"):
+                _check_number(field.name, getattr(self, field.name))
         check_finite("gamma", self.gamma)
         check_finite("alpha", self.alpha)
 
