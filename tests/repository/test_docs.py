@@ -1,7 +1,6 @@
-"""What is given away: README and pages of docs/ say what is true, their code runs; sdist and wheel build and work."""
+"""The pages of docs/: their code runs, their links lead somewhere. The sdist and the wheel: they build and import."""
 
 import importlib.util
-import json
 import re
 import shlex
 import subprocess
@@ -13,39 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from efface.cli.main import COMMANDS, EXIT_CODES, main
-from efface.simulate.authors import make_authors
-from support.helpers import TEXTS, tiny_llama, tiny_tokenizer
+from efface.cli.main import EXIT_CODES, main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_made" not in path.parts)
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 
 def blocks(page: Path, language: str) -> list[str]:
     return [code for name, code in BLOCK.findall(page.read_text(encoding="utf-8")) if name == language]
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the pages take for granted: a model, one that never saw the forget set, and files of rows."""
-    tokenizer = tiny_tokenizer()
-    for seed, name in enumerate(("llama", "retain90")):
-        model = tiny_llama(seed=seed, vocab_size=len(tokenizer), max_position_embeddings=1024)
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    rows = make_authors(1)[:2]
-    (tmp_path / "tofu").mkdir()
-    for split in ("forget10", "retain", "real_authors", "world_facts"):
-        (tmp_path / "tofu" / f"{split}_perturbed.json").write_text("\n".join(map(json.dumps, rows)))
-    for name, rows in (("forget10", TEXTS[:2]), ("retain90", TEXTS[2:])):
-        (tmp_path / f"{name}.json").write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.setenv("EFFACE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -108,40 +83,6 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
     assert "<dl class=" in pages[tmp_path / "guides" / "trainer.html"]
     said = pages[tmp_path / "reference" / "commands.html"]
     assert all(f">{code}<" in said for code in EXIT_CODES)
-
-
-# ---- the README
-
-
-@pytest.mark.parametrize("code", PYTHON, ids=[f"block {i}" for i in range(len(PYTHON))])
-def test_python_blocks_run(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside a model where the demo leaves one; ``test_demo`` has the demo itself."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    (folder / "demo-out").mkdir()
-    (folder / "llama").rename(folder / "demo-out" / "full")
-    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})  # in this process, as above
-
-
-def test_the_quickstart_is_there() -> None:
-    assert len(PYTHON) >= 2
-    assert len(PYTHON[0].strip().splitlines()) <= 14
-
-
-def test_the_map_names_folders_that_exist() -> None:
-    folders = re.findall(r"^\| `([\w./-]+/)` \|", README, flags=re.MULTILINE)
-    assert len(folders) >= 6
-    for folder in folders:
-        assert (ROOT / folder).is_dir(), folder
-
-
-def test_commands_and_targets_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = re.findall(r"^    make (\w+)", README, flags=re.MULTILINE)
-    assert {"demo", "test"} <= set(targets)
-    for target in targets:
-        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-    for command in re.findall(r"^efface ([\w-]+)", README, flags=re.MULTILINE):
-        assert command in COMMANDS
 
 
 # ---- the sdist and the wheel build, and work in an environment that has never seen this checkout
