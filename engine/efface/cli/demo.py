@@ -86,6 +86,7 @@ def run(argv: Sequence[str]) -> int:
         with teaching_bar(console) as progress:
             demo = Demo(data, settings, partial, progress)
             models = demo.tell()
+        data.write(partial / "data")
         plot(demo.curves, partial)
         record = demo.record(models)
         write_record(partial / "demo.json", record)
@@ -96,7 +97,7 @@ def run(argv: Sequence[str]) -> int:
     for model in models:
         if model.note:
             console.print(f"{model.name}: {model.note}")
-    console.print(f"models, plots and figures: {out}")
+    console.print(f"models, rows (data/), plots and figures: {out}")
     return 0
 
 

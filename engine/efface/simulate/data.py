@@ -64,10 +64,11 @@ class SimulatedData:
                 yield row["paraphrased_answer"]
 
     def write(self, folder: str | Path) -> Path:
-        """Write the files and return the folder."""
+        """Write the files that have rows and return the folder."""
         folder = Path(folder)
         for name, rows in self.files.items():
-            write_rows(rows, folder / f"{name}.json")
+            if rows:
+                write_rows(rows, folder / f"{name}.json")
         return folder
 
 
