@@ -259,11 +259,9 @@ NOT_BUILT: dict[str, str] = {
             "qwen3_5_moe",
             "qwen4_exp",
         ),
-        "a configuration of several models (images, sound, bytes); its text model, if any, is listed separately",
+        "a configuration of several models (images, sound, bytes); a text model in it is listed separately",
     ),
-    **dict.fromkeys(
-        ("gemma4_assistant", "gemma4_unified_assistant"), "a draft model that reads the cache of another model"
-    ),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "a draft model that reads another model's cache"),
     **dict.fromkeys(
         ("dots3_note", "dots3_note_text", "cohere_compass_text", "dbrx"), "sizes that depend on each other"
     ),
