@@ -107,8 +107,8 @@ _TITLES = {
 }
 
 
-_EXPECTED = """**Computed, not measured**, by `python -m benchmarks expected`, in milliseconds. The loss's GEMMs run at one
-assumed rate, and everything else moves bytes at another, without overlap. "x GEMMs" is the ratio of the sum to the
+_EXPECTED = """**Computed, not measured**, by `python -m benchmarks expected`, in milliseconds. The loss's GEMMs run at
+one assumed rate, and everything else moves bytes at another, without overlap. "x GEMMs" is the ratio of the sum to the
 GEMMs alone. "launches" counts the kernels of a forward and a backward call, including GEMMs."""
 
 
@@ -116,7 +116,9 @@ def page(found: Sequence[Result], drawn: Mapping[str, Sequence[str]]) -> str:
     """Return docs/benchmarks.md: conditions, plots and tables of every results file; times expected on a GPU."""
     parts = [_TOP.format(faster=tables.FASTER)]
     if not any(result.on_gpu for result in found):
-        parts.append("No GPU has been measured yet. `python -m benchmarks.gpu` does it, see benchmarks/gpu/README.md.")
+        parts.append(
+            "There are no results from a GPU yet. `python -m benchmarks.gpu` measures them; see benchmarks/gpu/README.md."
+        )
     for result in found:
         title = _TITLES[result.suite]
         device = result.machine.get("gpu") or "CPU"

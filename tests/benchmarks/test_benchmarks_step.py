@@ -133,8 +133,8 @@ def test_an_eager_step_that_is_far_off_is_not_timed_and_allows_nothing(
     assert list(errors) == [providers.EffaceCached]
     assert errors[providers.EffaceCached].gradient <= 1e-4
     (reason,) = refused
-    assert "'padded, two forwards, live' is not timed: expected rounding alone, at most 0.25" in reason
-    assert f"got {said} of the loss and {said} of the gradients" in reason
+    assert "'padded, two forwards, live' is not timed: expected errors of at most 0.25" in reason
+    assert f"got {said} for the loss and {said} for the gradients" in reason
 
 
 def test_a_gradient_that_is_nan_is_an_infinite_error(providers: Any) -> None:
@@ -291,7 +291,7 @@ def test_another_first_loss_is_a_problem(monkeypatch: pytest.MonkeyPatch, provid
     monkeypatch.setattr(providers.EffaceCached, "train", lambda self, *a: 1.1 * train(self, *a))
     only(monkeypatch, providers.Eager, providers.EffaceCached)
     rows, _ = measure("smoke", 2, "cuda")
-    assert [row.problem.split(":")[0] for row in rows] == ["", "another loss"]
+    assert [row.problem.split(":")[0] for row in rows] == ["", "wrong loss"]
 
 
 def test_a_second_block_warms_up_on_the_largest_steps(providers: Any) -> None:

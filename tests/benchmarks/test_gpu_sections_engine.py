@@ -95,11 +95,11 @@ def test_attention_that_is_wrong_is_said_and_the_other_cases_are_measured(
     assert by_case["heads of 128"]["said"] == "heads of 128: RuntimeError: no kernel image"
     assert "does not require grad" in by_case["heads of 64"]["problem"]
     assert by_case["a sliding window"]["repeats"] == []
-    assert "has other bits the second time" in by_case["a sliding window"]["wrong"][-1]
+    assert "differs bitwise in a second run" in by_case["a sliding window"]["wrong"][-1]
     assert by_case["more keys than queries"]["wrong"] == []
 
     monkeypatch.setattr(attention, "by_loop", lambda *a: 1.01 * right(*a))
-    rows = measure(attention, fails="heads of 64: out is 1.0e-02 from torch.float64, expected at most 1.0e-03")
+    rows = measure(attention, fails="heads of 64: out has an error of 1.0e-02 against torch.float64, expected at most 1.0e-03")
 
 
 def test_torchs_kernel_is_asked_for_what_the_case_says(
@@ -156,7 +156,7 @@ def test_torchs_kernel_is_asked_for_what_the_case_says(
         attention._compare_operator(run, attention.cases(smoke=True)[6])
     compared, problem = (json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()[-2:])
     assert compared["apart"] == 0.0
-    assert problem["said"] == "the operator refuses grouped heads: Number of heads in key/value must divide"
+    assert problem["said"] == "the operator rejects grouped heads: Number of heads in key/value must divide"
 
 
 @pytest.mark.parametrize("references", [[], ["cached", "live"]])
@@ -236,7 +236,7 @@ def test_a_wait_is_counted_at_the_line_of_the_library_that_trains(measure: Measu
     assert warnings.showwarning.__module__ != train.__name__
     run = Run("here", tmp_path, (), "cpu")
     assert train._waits(run, "cached", waits, 3) == [
-        "cached: efface waits 1.0 times a step at efface.hf.train.meter:3 called"
+        "cached: efface waits 1.0 times per step at efface.hf.train.meter:3 called"
     ]
     assert train._waits(run, "cached", waits, 4) == []
     rows = [json.loads(line) for line in (tmp_path / RESULTS).read_text().splitlines()]
