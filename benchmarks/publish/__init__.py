@@ -117,7 +117,8 @@ def page(found: Sequence[Result], drawn: Mapping[str, Sequence[str]]) -> str:
     parts = [_TOP.format(faster=tables.FASTER)]
     if not any(result.on_gpu for result in found):
         parts.append(
-            "There are no results from a GPU yet. `python -m benchmarks.gpu` measures them; see benchmarks/gpu/README.md."
+            "There are no results from a GPU yet. `python -m benchmarks.gpu` measures them; see "
+            "benchmarks/gpu/README.md."
         )
     for result in found:
         title = _TITLES[result.suite]

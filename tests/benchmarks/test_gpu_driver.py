@@ -1,4 +1,4 @@
-"""The driver of a borrowed GPU: what becomes of good, silent, failing and hanging sections; what is carried."""
+"""Tests of the driver of a borrowed GPU: good, silent, failing and hanging sections, and the prepared folder."""
 
 import importlib.metadata
 import importlib.util
@@ -50,12 +50,12 @@ def run(run):
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The package; what is prepared, in a folder of the test's, and modules of sections."""
+    """The package, with a prepared folder and modules of sections in the test's folder."""
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks.gpu import driver, prepare, sections
 
     monkeypatch.setattr(prepare, "CARRIED", tmp_path / "carried")
-    monkeypatch.setattr(prepare, "EXTENSION", "json")  # is there on every machine
+    monkeypatch.setattr(prepare, "EXTENSION", "json")  # importable on every machine
     for name, text in MODULES.items():
         (tmp_path / "modules" / "sections").mkdir(parents=True, exist_ok=True)
         (tmp_path / "modules" / "sections" / f"{name}.py").write_text(text)
@@ -106,7 +106,7 @@ def test_a_section_that_hangs_is_ended_with_all_that_it_started(gpu: Any, tmp_pa
     hanging, good = run(gpu, tmp_path / "out", "hanging", "good", limit=4)
     assert time.monotonic() - begin < 30
     assert hanging.status == "stopped at its limit"
-    assert hanging.rows == 1  # what it had measured is kept
+    assert hanging.rows == 1  # rows written before it was stopped are kept
     assert not hanging.good
     assert good.good
     assert not alive(rows(tmp_path / "out")[0]["child"])
@@ -177,7 +177,7 @@ def test_what_is_printed_is_bounded(gpu: Any, tmp_path: Path, capsys: pytest.Cap
     printed = capsys.readouterr().out
     assert len(printed) < 6000
     assert "ValueError: xxx" in printed
-    assert len(rows(tmp_path / "out")[0]["said"]) == 5 * 9999  # whole in the results
+    assert len(rows(tmp_path / "out")[0]["said"]) == 5 * 9999  # complete in the results
 
 
 def test_rows_that_say_nothing_take_no_line_of_those_that_do(
@@ -227,7 +227,7 @@ def test_the_extension_is_built_there_where_none_was_carried(
     assert (gpu.prepare.CARRIED / "site" / "efface_nowhere.cpython-312.so").is_file()
     monkeypatch.setattr(gpu.prepare, "build_command", lambda folder: [sys.executable, "-c", "raise SystemExit(3)"])
     (good,) = run(gpu, tmp_path / "again", "good", native=True)
-    assert good.good  # of a section that needs it, the import says what is missing
+    assert good.good  # for a section that needs it, the import reports what is missing
     assert "could not be built: exit 3" in capsys.readouterr().out
 
 
@@ -315,7 +315,7 @@ def test_every_section_of_the_plan_is_there(gpu: Any) -> None:
 
 
 def cached(folder: Path) -> dict[str, bytes]:
-    """The files of a cache of Triton's, but for its groups, whose times differ."""
+    """Return the files of a Triton cache, without its group files, whose times differ."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
 
 
@@ -343,7 +343,7 @@ def test_a_packed_cache_is_one_again_elsewhere(gpu: Any, tmp_path: Path, monkeyp
 
 @pytest.mark.slow
 def test_kernels_compiled_here_are_found_there(tmp_path: Path) -> None:
-    """Without a GPU; a second run, from the packed cache, compiles nothing."""
+    """Without a GPU. A second run with the packed cache compiles nothing."""
     pytest.importorskip("triton")
     from benchmarks.gpu import precompile
 

@@ -1,4 +1,4 @@
-"""The demo: the whole story at smoke size."""
+"""Tests of ``efface demo`` at smoke size."""
 
 import json
 from pathlib import Path

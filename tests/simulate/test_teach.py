@@ -1,4 +1,4 @@
-"""Small models: families, and the cache of taught ones."""
+"""Tests of the small models: their families, and the cache of trained ones."""
 
 import os
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_prompts_are_those_of_the_family(template: str, expected: str) -> None:
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == expected
     assert ids.count(tokenizer.eos_token_id) == expected.count(tokenizer.eos_token)
     labels = tokenizer.decode(ids[store.label_starts[0] :], clean_up_tokenization_spaces=False)
-    tag = "Answer: " if template == "phi" else ""  # TOFU counts it
+    tag = "Answer: " if template == "phi" else ""  # TOFU counts it as a label
     assert labels.lstrip() == f"{tag}Because.{tokenizer.eos_token}"
 
 
@@ -108,7 +108,7 @@ def test_a_killed_teacher_leaves_no_model(tmp_path: Path, monkeypatch: pytest.Mo
     folder = _teach(tmp_path)
     assert not left.exists()
     assert recent.exists()
-    (folder / teach.RECORD).unlink()  # damaged: made anew
+    (folder / teach.RECORD).unlink()  # damaged, and therefore trained again
     assert _teach(tmp_path) == folder
     assert (folder / teach.RECORD).is_file()
 
