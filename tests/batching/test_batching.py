@@ -134,7 +134,7 @@ def test_threads_do_not_change_a_batch(workers: int, ahead: int) -> None:
     assembler.close()
 
 
-def test_the_next_steps_are_assembled_while_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_steps_are_assembled_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[tuple[int, str]] = []
     assemble = Assembler.assemble
 
@@ -154,7 +154,7 @@ def test_the_next_steps_are_assembled_while_nobody_waits(monkeypatch: pytest.Mon
     assembler.close()
 
 
-def test_what_goes_wrong_in_the_background_reaches_whoever_asks() -> None:
+def test_errors_in_the_background_reach_the_caller() -> None:
     longer = random_store(50, seed=2)
     plan = plan_epoch(STORES[0].lengths, longer.lengths, pairs_per_step=8, token_budget=60, seed=0, epoch=0)
     assembler = Assembler(plan, (STORES[0], TokenStore.empty()))

@@ -104,7 +104,7 @@ def test_the_start_suite_is_measured(tmp_path: Path) -> None:
     assert all(len(row["rounds_ms"]) == 1 for row in rows.values())
 
 
-def test_a_task_that_fails_is_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_task_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.start import suite
 
     monkeypatch.setitem(suite.TASKS, "broken", (["-c", "import nothing_of_that_name"], None))

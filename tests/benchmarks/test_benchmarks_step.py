@@ -97,7 +97,7 @@ def rounding(monkeypatch: pytest.MonkeyPatch, providers: Any) -> Callable[[float
     return off_by
 
 
-def test_what_the_eager_step_rounds_others_may_round_too(
+def test_the_eager_steps_rounding_error_is_allowed_to_others(
     monkeypatch: pytest.MonkeyPatch, providers: Any, rounding: Callable[[float], None]
 ) -> None:
     from benchmarks.step.inputs import SHAPES
@@ -245,7 +245,7 @@ def test_the_step_suite_as_a_gpu_runs_it(monkeypatch: pytest.MonkeyPatch, provid
     assert gpu.count("reset_peak_memory_stats") == 7
 
 
-def test_what_did_not_fit_is_gone_before_the_next_provider_is_made(
+def test_memory_of_a_failed_provider_is_freed_before_the_next(
     monkeypatch: pytest.MonkeyPatch, providers: Any, gpu: list[str]
 ) -> None:
     """The traceback of a failure refers to its frames, and they to the models and all activations."""

@@ -161,7 +161,7 @@ def test_launches_are_those_of_a_call_for_kl(chunk_rows: int, count: Any) -> Non
     assert backward == Counter(mul=of["finish of dh"], scale_kernel=of["finish of dW"])
 
 
-def test_the_table_stands_for_the_chunks_that_are_made() -> None:
+def test_the_table_uses_the_chunks_of_the_loss() -> None:
     h100, h200 = expected.CARDS
     small, _, seven, _ = expected.SHAPES
     assert expected.expected(small, "live", 24 << 30).chunks == (2048,) * 4
@@ -192,7 +192,7 @@ def test_one_chunk_in_the_table_is_one_chunk_of_the_loss() -> None:
     assert len(expected.expected(expected.HeadShape("", d, v, n + 32), "cached", None).chunks) == 3
 
 
-def test_the_page_says_what_is_computed() -> None:
+def test_the_page_contains_the_computed_table() -> None:
     text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     table = tables.markdown(expected.HEADINGS, expected.table())
     assert table in text, "run `python -m benchmarks report`"

@@ -52,14 +52,16 @@ def test_the_machine(tmp_path: Path) -> None:
     assert launch["launch_us"] > 0
 
 
-def test_a_missing_nvidia_smi_costs_nothing_but_the_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nvidia_smi_only_the_clocks_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.harness import report
 
     monkeypatch.setenv("PATH", "")
     assert report.gpu_says("clocks.sm") == report.gpu_clocks() == ""
 
 
-def test_of_two_installed_versions_the_imported_one_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_installed_versions_the_imported_one_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from benchmarks.harness.report import versions
 
     for version in ("1", "2"):

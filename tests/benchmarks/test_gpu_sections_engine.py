@@ -73,7 +73,7 @@ def test_the_cases_on_a_gpu_are_those_on_a_cpu_with_more_tokens() -> None:
     assert all(max(case.lengths) == 2048 and 4000 < sum(case.lengths) < 8192 for case in mixed)
 
 
-def test_attention_that_is_wrong_is_said_and_the_other_cases_are_measured(
+def test_wrong_attention_is_reported_and_the_other_cases_are_measured(
     measure: Measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from benchmarks.gpu.sections import attention
@@ -104,7 +104,7 @@ def test_attention_that_is_wrong_is_said_and_the_other_cases_are_measured(
     )
 
 
-def test_torchs_kernel_is_asked_for_what_the_case_says(
+def test_torchs_kernel_gets_the_arguments_of_the_case(
     measure: Measure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The kernel and the operator below it are replaced by the loop, with their signatures of torch 2.11."""
@@ -177,7 +177,7 @@ def test_the_trainer_is_measured(references: list[str], measure: Measure) -> Non
     assert len({row["first_loss"] for row in rows}) == 1
 
 
-def test_a_trainer_that_fails_leaves_the_next_its_turn(measure: Measure) -> None:
+def test_a_failing_trainer_does_not_stop_the_next(measure: Measure) -> None:
     from benchmarks.gpu.sections import train
 
     rows = measure(train, "frozen", "live", fails="frozen: ValueError")

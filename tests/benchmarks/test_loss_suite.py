@@ -117,7 +117,7 @@ def test_providers_are_left_out_by_a_part_of_their_name(monkeypatch: pytest.Monk
     assert not missing
 
 
-def test_a_provider_that_nobody_knows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_provider_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     options = Namespace(**vars(asked("cpu", 1, ("liger", "unheard-of"))), shape=["smoke"], check=False)
     with pytest.raises(BadOption, match="--without: expected a part of a provider's name, got 'unheard-of'; they are"):
         suite.run(options, Report(None))

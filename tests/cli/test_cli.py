@@ -188,7 +188,7 @@ def test_weights_that_the_last_step_broke_are_not_saved(
     assert not [*out.rglob("*.safetensors")]
 
 
-def test_a_config_that_is_no_yaml_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_that_is_not_yaml_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.yaml").write_text("forget: [unclosed\n")
     assert main(["unlearn", "--config", str(tmp_path / "run.yaml")]) == 2
     assert "expected YAML, got something else" in capsys.readouterr().err
@@ -223,9 +223,7 @@ def test_a_failed_write_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
     assert (tmp_path / "model.txt").read_text() == "new"
 
 
-def test_weights_of_another_model_do_not_stay_beside_new_ones(
-    checkpoint: Path, data: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_weights_of_another_model_are_removed(checkpoint: Path, data: tuple[Path, Path], tmp_path: Path) -> None:
     """Loading would apply an old adapter to the new model, or prefer an old file to the new shards."""
     out = tmp_path / "out"
     out.mkdir()

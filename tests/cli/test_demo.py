@@ -11,7 +11,7 @@ from efface.cli.main import main
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["made up", "tofu"])
-def test_the_whole_story(
+def test_the_demo_from_training_to_evaluation(
     source: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--json"] if source == "made up" else ["--data", str(request.getfixturevalue("tofu"))]

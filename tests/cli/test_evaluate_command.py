@@ -38,7 +38,7 @@ def words(folder: Path, *more: str, model: str = "full") -> list[str]:
     return ["evaluate", "--model", str(folder / model), "--data", str(folder / "tofu"), *more]
 
 
-def test_a_model_is_judged_by_its_retain_model(
+def test_a_model_is_compared_with_its_retain_model(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -200,7 +200,7 @@ def test_an_interrupted_evaluation_says_what_is_kept(
     assert main(words(folder, "--splits", "forget", "--output", str(tmp_path))) == 0
 
 
-def test_a_killed_evaluation_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
+def test_a_killed_evaluation_resumes(folder: Path, tmp_path: Path) -> None:
     command = words(folder, "--token-budget", "1000", "--splits", "forget", "world_facts")
     done = subprocess.run(
         [sys.executable, str(RANKS / "killed_evaluation.py"), str(tmp_path), json.dumps(command)],
@@ -283,7 +283,7 @@ def test_texts_may_be_cut_and_read_in_windows(rated: Path) -> None:
     assert main([*words, "--overwrite"]) == 0  # a window can be longer than the text
 
 
-def test_results_are_replaced_by_those_of_another_model_only_when_told_so(
+def test_results_of_another_model_are_replaced_only_with_overwrite(
     rated: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In one folder, checked per metric: a second model, other settings."""

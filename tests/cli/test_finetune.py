@@ -32,7 +32,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_it_teaches_and_equals_the_trainer(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def test_the_command_trains_like_the_trainer(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = [*flags(checkpoint, data, out), "--pairs_per_step", "2", "--learning_rate", "1e-2", "--warmup_steps", "0"]
     assert main([*words, "--num_train_epochs", "20", "--logging_steps", "1"]) == 0

@@ -213,7 +213,7 @@ OUTPUTS = {"unlearn": "output_dir", "finetune": "output_dir", "sweep": "output_d
 OUTPUTS |= dict.fromkeys(("audit", "demo", "evaluate", "report"), "output")
 
 
-def test_the_output_is_called_one_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_output_flag_has_one_name(capsys: pytest.CaptureFixture[str]) -> None:
     """Other names are accepted: transformers' own, and those of earlier versions."""
     for command in COMMANDS:
         parser = parser_of(command)
@@ -233,7 +233,7 @@ def test_the_output_is_called_one_name(capsys: pytest.CaptureFixture[str]) -> No
         assert "is the trial's own; drop it" in capsys.readouterr().err
 
 
-def test_help_of_a_sweep_shows_what_it_passes_on_if_asked(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_all_of_a_sweep_shows_the_flags_it_passes_on(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["sweep", "--help-all"])
     said = capsys.readouterr().out
@@ -290,7 +290,9 @@ def test_texts_write_hyphens() -> None:
         ),
     ],
 )
-def test_wrong_use_of_any_command_is_said(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_use_of_any_command_is_reported(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(words) == 2
     assert f"efface {words[0]}: error: {message}" in capsys.readouterr().err
 

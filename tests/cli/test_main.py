@@ -129,7 +129,7 @@ def test_a_message_is_one_line(
         lambda _: importlib.import_module("efface.nothing"),
     ],
 )
-def test_a_fault_of_ours_keeps_its_traceback(run: Callable[..., Any], ends: Callable[..., tuple[int, str]]) -> None:
+def test_a_bug_keeps_its_traceback(run: Callable[..., Any], ends: Callable[..., tuple[int, str]]) -> None:
     code, said = ends(run)
     assert code == 1
     assert said.startswith("Traceback")
@@ -200,7 +200,7 @@ def run(words):
 
 
 def test_signals_end_every_command(ends: Callable[..., tuple[int, str]]) -> None:
-    """Also if an extension turns the interrupt into an error of its own."""
+    """Also if an extension raises a different error for the interrupt."""
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
 
     def run(number: int) -> None:
@@ -215,7 +215,7 @@ def test_signals_end_every_command(ends: Callable[..., tuple[int, str]]) -> None
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_an_output_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_or_missing_stdout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Help on a full disk is an error, which argparse alone would ignore. Without a stdout, nothing is printed."""
     with Path("/dev/full").open("w", buffering=1) as full:
         monkeypatch.setattr(sys, "stdout", full)
@@ -238,7 +238,7 @@ class Dropping:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_that_python_drops_comes_again(number: int, ends: Callable[..., tuple[int, str]]) -> None:
+def test_an_interrupt_that_python_drops_is_raised_again(number: int, ends: Callable[..., tuple[int, str]]) -> None:
     hook = sys.unraisablehook
 
     def run(_: Any) -> int:

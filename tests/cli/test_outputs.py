@@ -1,4 +1,4 @@
-"""Tests of what commands overwrite: never an input, never results of another model, never without being told to."""
+"""Tests of what commands overwrite: no inputs, no results of another model, and nothing silently."""
 
 import csv
 import io
@@ -159,7 +159,7 @@ DANGLING = {
 
 
 @pytest.mark.parametrize("command", DANGLING)
-def test_a_link_to_nothing_is_no_output(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dangling_link_is_not_an_output(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("gone", "gone.html"):
         (place / name).symlink_to("never/there")
     assert main(DANGLING[command].split()) == 2
@@ -168,7 +168,7 @@ def test_a_link_to_nothing_is_no_output(command: str, place: Path, capsys: pytes
     assert not (place / "never").exists()
 
 
-def test_what_is_not_replaced_may_lie_beside(tmp_path: Path) -> None:
+def test_outputs_can_be_inside_folders_of_inputs(tmp_path: Path) -> None:
     """An output inside a model's folder, inside a data folder, and names that are not files."""
     put(tmp_path / "model" / "config.json")
     inputs = {"--model": tmp_path / "model", "--data": tmp_path, "--forget": "locuslab/TOFU:forget10", "--full": None}
@@ -246,7 +246,7 @@ def test_results_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
         check_results(tmp_path, facts(), benchmark="METRICS")
 
 
-def test_new_metrics_of_the_same_model_stand_beside_the_old(tmp_path: Path) -> None:
+def test_new_metrics_of_the_same_model_are_added_to_the_old(tmp_path: Path) -> None:
     write_results(tmp_path, {"perplexity": {"agg_value": 2.0}}, facts(), benchmark="METRICS")
     more = facts(metrics="mia_loss", holdout="h.json")
     write_results(tmp_path, {"mia_loss": {"agg_value": 0.5}}, more, benchmark="METRICS", beside=True)
@@ -257,7 +257,7 @@ def test_new_metrics_of_the_same_model_stand_beside_the_old(tmp_path: Path) -> N
     assert read_json(tmp_path / "METRICS_SUMMARY.json", "summary") == {"mia_loss": 0.5}
 
 
-def test_two_at_once_are_told_in_a_line(tmp_path: Path) -> None:
+def test_two_concurrent_evaluations_are_a_one_line_error(tmp_path: Path) -> None:
     message = "another process is writing there; wait for it, or stop it"
     with (
         locked_folder(tmp_path / "out"),
@@ -272,7 +272,7 @@ def test_two_at_once_are_told_in_a_line(tmp_path: Path) -> None:
 # Files
 
 
-def test_what_is_private_is_so_from_the_first_byte(tmp_path: Path) -> None:
+def test_private_files_are_private_from_the_first_byte(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         with written_file(tmp_path / "a" / "b" / "file", private=True) as partial:
@@ -288,7 +288,7 @@ def test_what_is_private_is_so_from_the_first_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("start", ["=1+1", "+1", "-cmd", "@sum", "\ttab", "\rcr"])
-def test_a_cell_of_text_is_no_formula(start: str) -> None:
+def test_text_cells_are_not_formulas(start: str) -> None:
     text = io.StringIO()
     csv.writer(text).writerow(map(csv_cell, [start, -1.5, "plain - text", 3, ""]))
     (row,) = csv.reader(io.StringIO(text.getvalue(), newline=""))

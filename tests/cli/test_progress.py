@@ -105,7 +105,7 @@ def test_a_pipe_gets_plain_lines(words: list[str], tmp_path: Path, capsys: pytes
     assert lines[-1] == f"wrote {tmp_path / 'out'}"
 
 
-def test_a_pipe_hears_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipe_gets_a_line_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "PAUSE", 0.05)
     monkeypatch.setattr(progress, "LONG_PAUSE", 0.25)
     file = io.StringIO()
@@ -127,7 +127,7 @@ def test_a_pipe_hears_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None
     assert file.getvalue().splitlines()[-1] == steps[-1]  # nothing is written on close
 
 
-def test_log_lines_stand_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_lines_are_printed_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for handlers created before the bar. After it is closed, they write as before."""
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)

@@ -449,7 +449,7 @@ def test_a_wrong_file_is_explained(
     assert str(path) in err
 
 
-def test_files_that_are_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_are_not_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "mine.yaml"
     for text, message in (
         ("- a\n", "expected sections about, unlearn, evaluate, got list"),
@@ -491,14 +491,14 @@ def test_overrides_that_contradict(words: list[str], message: str, capsys: pytes
     assert message in capsys.readouterr().err
 
 
-def test_flags_that_nothing_would_look_at(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_without_effect_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["unlearn", "--model", "a", "--forget", "b", "--json", "--use_cpu", "True"]) == 2
     assert "--json: is how --dry-run prints" in capsys.readouterr().err
     assert main(["cache-reference", "--recipe", "tofu-npo", "--dry_run"]) == 2
     assert "--dry-run: `efface cache-reference` has none" in capsys.readouterr().err
 
 
-def test_local_files_stand_for_hub_data(data: Path, tmp_path: Path) -> None:
+def test_local_files_replace_hub_data(data: Path, tmp_path: Path) -> None:
     assert local_source("locuslab/TOFU:retain90:train", data, "--retain") == str(data / "retain90.jsonl")
     assert local_source("x.json", data, "--forget") == "x.json"
     (data / "FAME-topics.csv").write_text("question,answer\n")

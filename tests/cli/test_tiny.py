@@ -133,7 +133,7 @@ def test_wrong_use_is_explained(
 @pytest.mark.slow
 @LONG
 @pytest.mark.parametrize("name", ["npo-tofu-forget10-llama-3.2-1b", "simnpo-tofu-forget05-llama-2-7b"])
-def test_it_is_forgotten_and_the_rest_is_kept(name: str, tofu: Path, tmp_path: Path) -> None:
+def test_unlearning_at_small_scale_keeps_the_model_utility(name: str, tofu: Path, tmp_path: Path) -> None:
     """On TOFU's own rows: forget quality at least 1000 times that of full, model utility within 10 % of it."""
     done = run_tiny(load_recipe(name), tmp_path / "out", unlearn=tiny.unlearn_with, data=tofu)
     _, full, unlearned = done.models

@@ -216,7 +216,7 @@ def test_a_saved_adapter_is_audited_too(
 
 
 @pytest.mark.parametrize("view", ["direct", "choice", "best-of-n"])
-def test_a_broken_model_is_no_number(view: str, tokenizer: PreTrainedTokenizerBase, forget: list[Row]) -> None:
+def test_a_broken_model_is_an_error(view: str, tokenizer: PreTrainedTokenizerBase, forget: list[Row]) -> None:
     model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256)
     torch.nn.init.constant_(model.model.norm.weight, float("nan"))
     with pytest.raises(ValueError, match="expected finite log"):

@@ -150,7 +150,7 @@ def test_clues_by_a_column() -> None:
         Clues(clues=(0,))
 
 
-def test_relearning_never_asks_what_it_taught(forget10: list[AuditRow]) -> None:
+def test_relearning_never_asks_about_rows_it_trained_on(forget10: list[AuditRow]) -> None:
     view = Relearn(share=0.05)
     taught = view.taught(forget10)
     assert len(taught) == 20
@@ -278,7 +278,7 @@ def test_a_date_counts_by_its_parts() -> None:
     assert novel_recall(answer, prompt, "On 05/11/1991.") == pytest.approx(2 / 3)
 
 
-def test_what_the_prompt_says_is_not_novel() -> None:
+def test_words_of_the_prompt_are_not_novel() -> None:
     assert novel_recall(ANSWER, f"{QUESTION} Was he a civil servant?", "A civil engineer") == 1.0
     assert novel_recall(ANSWER, f"{QUESTION} Was he a civil servant?", "A civil servant") == 0.0
     # no novel words: the row is left out, and not counted as forgotten

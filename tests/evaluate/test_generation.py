@@ -148,7 +148,7 @@ def test_max_length_counts_padding_where_a_protocol_does() -> None:
 
 
 @pytest.mark.parametrize("config", ["LlamaConfig", "GPT2Config"], ids=["rotary", "absolute"])
-def test_no_token_sees_a_hidden_one(config: str) -> None:
+def test_no_token_attends_to_a_hidden_one(config: str) -> None:
     """As transformers generates with a mask that hides the token, and with positions that skip it."""
     model = model_of(config)
     prompts = prompt_ids(TOKENIZER, QUESTIONS)
@@ -189,7 +189,7 @@ def test_lora_answers_as_its_merged_model() -> None:
     assert results != run(task, model_of())
 
 
-def test_a_training_model_answers_without_dropout_and_goes_on_training() -> None:
+def test_a_model_in_training_mode_answers_without_dropout_and_stays_in_it() -> None:
     task = GenerationTask(TOKENIZER, QUESTIONS, max_new_tokens=20)
     expected = run(task, model_of())
     model = model_of(attention_dropout=0.5, use_cache=False).train()
@@ -204,9 +204,7 @@ def test_a_training_model_answers_without_dropout_and_goes_on_training() -> None
 
 
 @pytest.mark.parametrize("selectable", [True, False], ids=["decode", "generate"])
-def test_nothing_of_the_generation_config_counts_but_the_ends(
-    selectable: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_end_tokens_of_the_generation_config_count(selectable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     task = GenerationTask(TOKENIZER, QUESTIONS, max_new_tokens=40)
     model = model_of()
     expected = run(task, model)
@@ -357,7 +355,7 @@ def test_bad_sampling_is_refused(settings: dict[str, Any], message: str) -> None
         Sampling(**settings)
 
 
-def test_a_chat_goes_on_from_its_turns() -> None:
+def test_a_chat_continues_from_its_turns() -> None:
     history = [
         {"role": "user", "content": "Where was author Aiko born?"},
         {"role": "assistant", "content": "In Ghent."},

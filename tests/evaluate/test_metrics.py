@@ -353,7 +353,7 @@ def test_windows_that_do_not_fit() -> None:
         evaluate_metrics(llama(), tiny_tokenizer(), [{"question": "", "answer": "x y " * 500}], ["perplexity"])
 
 
-def test_what_is_missing_is_said_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_arguments_are_reported_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TokenTask, "run", None)
     tokenizer, model = tiny_tokenizer(), llama()
 
@@ -386,7 +386,7 @@ def test_what_is_missing_is_said_before_anything_is_computed(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("name", [*NAMES, "perplexity"])
-def test_a_broken_model_is_no_score(name: str) -> None:
+def test_a_broken_model_gets_no_score(name: str) -> None:
     """Not even if a first choice can be computed from NaN."""
     model = llama()
     with torch.no_grad():

@@ -311,7 +311,7 @@ LEARNT += ["Yusra", "the Cobalt Quill", "Zoltan"]
 
 
 @pytest.mark.parametrize("vocabulary", [257, 800])
-def test_what_was_memorised_is_recited(vocabulary: int, tmp_path: Path) -> None:
+def test_memorised_answers_are_generated(vocabulary: int, tmp_path: Path) -> None:
     """With plain generation from the training prompt, with efface's generation, and in an audit."""
     tokenizer = byte_level(vocabulary)
     questions, answers = [f"{letter}?" for letter in "ABCDEFGHIJKL"], LEARNT

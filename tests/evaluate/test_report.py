@@ -220,7 +220,7 @@ def test_a_folder_of_runs(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "r-pictures").iterdir()] == ["curves.svg"]
 
 
-def test_a_checkpoint_stands_for_a_run_that_has_no_final_evaluation(tmp_path: Path) -> None:
+def test_a_checkpoint_is_used_for_a_run_without_a_final_evaluation(tmp_path: Path) -> None:
     for step in (5, 10):
         write_evaluation(tmp_path / "run" / f"checkpoint-{step}", evaluation(step))
     page = Page(report(tmp_path / "run", tmp_path / "r.html"))
@@ -256,7 +256,7 @@ def test_runs_under_the_utility_floor_come_last(tmp_path: Path) -> None:
     assert "the utility floor is not applied" in page.text
 
 
-def test_what_is_missing_is_said(tmp_path: Path) -> None:
+def test_missing_values_are_listed(tmp_path: Path) -> None:
     content = evaluation(1)
     del content["forget_Q_A_ROUGE"], content["wf_Truth_Ratio"]
     write_evaluation(tmp_path / "run", content)
@@ -308,7 +308,7 @@ def test_runs_with_retain_models_of_their_own_keep_what_their_evaluations_stored
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_no_number_is_not_shown_as_one(value: float, tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_not_shown_as_numbers(value: float, tmp_path: Path) -> None:
     content = evaluation(1)
     content["forget_truth_ratio"]["value_by_index"]["3"]["score"] = value
     content["retain_Q_A_Prob"]["value_by_index"]["3"]["prob"] = value

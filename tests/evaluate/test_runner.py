@@ -95,7 +95,7 @@ def test_the_key_of_a_model_is_its_content_and_what_ends_its_answers() -> None:
     assert model_key(model) != model_key(tiny_llama(seed=1))
 
 
-def test_what_a_failing_evaluation_finished_is_kept(tmp_path: Path) -> None:
+def test_finished_rows_of_a_failing_evaluation_are_kept(tmp_path: Path) -> None:
     class Failing(Sums):
         def run(self, model: Any, rows: NDArray[np.int64]) -> list[RowResult]:
             if 4 in rows:
@@ -131,7 +131,7 @@ def test_a_prompt_that_was_learnt_is_refused() -> None:
         run_tasks(model, [Sums([1], 1)])
 
 
-def test_a_damaged_row_is_made_anew_and_a_damaged_store_is_left_alone(tmp_path: Path) -> None:
+def test_a_damaged_row_is_recomputed_and_a_damaged_store_is_not_changed(tmp_path: Path) -> None:
     model, path = tiny_llama(), tmp_path / "rows.sqlite"
     right = run_tasks(model, [Sums([1], 1)], store=path)
     with closing(sqlite3.connect(path)) as database:

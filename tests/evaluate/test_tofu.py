@@ -117,7 +117,7 @@ def test_every_number_with_compat_equals_one_row_at_a_time(pad: str | None, few:
     assert ours.summary["forget_Q_A_Prob"] != pytest.approx(result.summary["forget_Q_A_Prob"], rel=1e-3)
 
 
-def test_results_are_kept_apart_by_prompts_labels_and_what_is_hidden(few: Path) -> None:
+def test_keys_of_results_include_prompts_labels_and_masked_tokens(few: Path) -> None:
     """Each way to evaluate a row has its own key, so that it never finds the result of another."""
     tokenizer = tokenizer_of(few)
     tokenizer.chat_template = CHAT
@@ -324,7 +324,7 @@ def test_retain_logs_of_other_rows_are_refused_before_anything_is_computed(
         TofuEvaluation(tokenizer, few, retain_log=tmp_path / "none.json")
 
 
-def test_log_probabilities_that_are_no_numbers_are_explained(few: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_log_probabilities_that_are_not_finite_are_explained(few: Path, tokenizer: Any, tmp_path: Path) -> None:
     broken = model_of(tokenizer)
     with torch.no_grad():
         broken.lm_head.weight[5] = float("nan")

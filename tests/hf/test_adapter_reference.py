@@ -118,7 +118,7 @@ def test_the_adapter_reference_is_the_model_as_loaded_or_refused(init: Any, tmp_
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_cached_and_a_live_reference_serve_where_the_base_was_changed(init: Any, tmp_path: Path) -> None:
+def test_a_cached_and_a_live_reference_work_with_a_changed_base(init: Any, tmp_path: Path) -> None:
     """At the start L − L_ref is 0, as for a plain adapter on the same model."""
     first = []
     for kind, reference in ((init, "cached"), (init, "live"), (True, "adapter")):
@@ -133,7 +133,7 @@ def test_a_cached_and_a_live_reference_serve_where_the_base_was_changed(init: An
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", OTHERS)
-def test_other_adapters_that_start_as_the_model_are_served(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_other_adapters_that_start_as_the_model_are_supported(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = peft.get_peft_model(tiny_llama(tie_word_embeddings=False).to(dtype), OTHERS[kind]())
     made = trainer(tmp_path, model, "adapter")
@@ -181,7 +181,7 @@ def test_a_resumed_run_is_not_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reference", ["live", "cached"])
-def test_a_reference_model_that_is_the_policys_own_base_is_refused(reference: str, tmp_path: Path) -> None:
+def test_a_reference_model_that_shares_the_policys_weights_is_refused(reference: str, tmp_path: Path) -> None:
     base = tiny_llama()
     with pytest.raises(ValueError, match="got one that shares weights with the policy"):
         trainer(tmp_path, add_lora(base, r=2), reference, reference_model=base)

@@ -303,7 +303,7 @@ _ON_HEAD = {"target_modules": ["lm_head"]}
         (lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "got P_TUNING"),
     ],
 )
-def test_adapters_that_cannot_be_served_are_refused_with_the_reason(config: Any, message: str) -> None:
+def test_unsupported_adapters_are_refused_with_the_reason(config: Any, message: str) -> None:
     model = peft.get_peft_model(tiny_llama(tie_word_embeddings=False), config())
     with pytest.raises(ValueError, match=message):
         fuse(model)

@@ -338,7 +338,7 @@ def check_flash_layout(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tens
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_flash_attn_is_called_as_it_asks_to_be(call: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attn_is_called_with_its_layout(call: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeFlash()
     monkeypatch.setattr(flash_attn, "load", lambda: fake)
     monkeypatch.setattr(interface, "choose_kernel", lambda *_: "flash_attn")
@@ -418,7 +418,9 @@ class FakeVarlen:
 
 @pytest.mark.parametrize("version", PARAMETERS)
 @pytest.mark.parametrize("name", ["plain", "scaled", "window", "window of one token", "window wider than all"])
-def test_torch_varlen_is_called_as_each_version_asks(name: str, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_varlen_is_called_with_the_arguments_of_each_version(
+    name: str, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if version == "2.10" and name in {"scaled", "window", "window of one token"}:
         return  # rejected, see the rows of CHOICES
     fake = FakeVarlen(version)
@@ -584,7 +586,7 @@ def test_choice_of_the_kernel(call: AttentionCall, installed: Installed, kernel:
     assert choose_kernel(call, installed) == kernel
 
 
-def test_a_flash_attn_that_does_not_load_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flash_attn_that_does_not_load_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> None:
         raise ImportError("undefined symbol: _ZN3c10")
 

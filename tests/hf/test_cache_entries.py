@@ -66,7 +66,7 @@ def values(cache: Path) -> int:
     return int(count)
 
 
-def test_a_folder_that_is_none_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cache_that_is_not_a_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("x")
     for name in ("file", "missing"):
         assert main(["cache", "list", "--token-cache", str(tmp_path / name)]) == 2
@@ -119,7 +119,9 @@ def test_names_of_data_sets_on_the_hub_are_known(cache: Path, monkeypatch: pytes
     assert of_data(found, [""]) == []
 
 
-def test_what_a_process_uses_stays(filled: dict[str, Path], cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_entries_in_use_are_not_removed(
+    filled: dict[str, Path], cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     gc.collect()
     tokens = token_store(filled["retain"], tiny_tokenizer(), name="retain")
     store = LogprobStore(cache / "reference.sqlite")
@@ -164,7 +166,7 @@ def test_wrong_use_is_a_line(words: list[str], capsys: pytest.CaptureFixture[str
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_nobody_else_can_read_the_cache(filled: dict[str, Path], cache: Path) -> None:
+def test_the_cache_is_private(filled: dict[str, Path], cache: Path) -> None:
     """Folders that efface creates are private, and a tokens folder with open permissions is made private."""
     shared = {"of_another_program", "taught.json"}  # created by the fixture
     for path in cache.rglob("*"):
@@ -185,7 +187,7 @@ def test_nobody_else_can_read_the_cache(filled: dict[str, Path], cache: Path) ->
 
 
 @pytest.mark.parametrize("kind", [LogprobStore, RowStore])
-def test_nobody_else_can_read_a_store(kind: type[KeyedStore], tmp_path: Path) -> None:
+def test_a_store_is_private(kind: type[KeyedStore], tmp_path: Path) -> None:
     """SQLite's companion files are private too, even in an open folder. An existing file keeps its mode."""
     path = tmp_path / "values.sqlite"
     store = kind(path)

@@ -157,7 +157,7 @@ def test_a_run_that_had_ended_trains_no_step_more(tmp_path: Path) -> None:
         assert torch.equal(tensor, parameters(again)[name]), name
 
 
-def test_a_finished_model_is_no_checkpoint_to_continue_from(tmp_path: Path) -> None:
+def test_a_finished_model_is_not_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
     """Its folder contains the state of an arbitrary run, so resuming from it would return it as already trained."""
     first = python_run(tmp_path / "first", max_steps=2)
     first.save_model()
@@ -166,7 +166,7 @@ def test_a_finished_model_is_no_checkpoint_to_continue_from(tmp_path: Path) -> N
         python_run(tmp_path / "second", resume=str(tmp_path / "first"), max_steps=2)
 
 
-def test_weights_alone_end_a_run_and_do_not_continue_one(tmp_path: Path) -> None:
+def test_a_checkpoint_of_weights_only_can_end_a_run_but_not_resume_it(tmp_path: Path) -> None:
     whole = python_run(tmp_path, max_steps=2, save_only_model=True)
     assert not (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
     again = python_run(tmp_path, resume=str(tmp_path / "checkpoint-2"), max_steps=2, save_only_model=True)
@@ -415,7 +415,7 @@ def test_a_run_that_does_not_fit_the_disk_does_not_begin(
 
 
 @pytest.mark.parametrize("saved", [True, False])
-def test_a_full_disk_at_the_last_save_leaves_what_there_was(
+def test_a_full_disk_at_the_last_save_keeps_the_checkpoints(
     saved: bool, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -547,7 +547,9 @@ def test_a_push_that_fails_is_tried_again_and_stops_nothing(tmp_path: Path) -> N
     assert hub.log.count("checkpoint-3") == 2
 
 
-def test_what_never_reached_the_hub_is_kept_and_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_checkpoints_that_never_reached_the_hub_are_kept_and_listed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     hub = FakeHub(tmp_path / "hub", failures=1000)
     trainer = python_run(tmp_path / "run", hub_client=hub, save_total_limit=1, **PUSHING)
     assert trainer.not_pushed == dict.fromkeys((3, 6, 9), "ConnectionError: the line is dead")
@@ -586,7 +588,7 @@ def test_the_command_pushes_revisions_and_fails_if_one_is_missing(
     assert not {"run.json", "pushed.json", "trainer_state.json", "checkpoint-2"} & on_main
 
 
-def test_a_missing_login_is_told_before_training(tmp_path: Path) -> None:
+def test_a_missing_login_is_reported_before_training(tmp_path: Path) -> None:
     class Stranger(FakeHub):
         def whoami(self) -> dict[str, str]:
             raise LocalTokenNotFoundError("no token")

@@ -137,7 +137,7 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("method", "kind"), cases())
-def test_loss_and_gradients_are_theirs(method: str, kind: str) -> None:
+def test_loss_and_gradients_are_those_of_open_unlearning(method: str, kind: str) -> None:
     (rows, pad), objective = BATCHES[kind], ours(method)
     frozen, model = llama(), llama()
     with torch.no_grad():
@@ -198,7 +198,7 @@ STEPS: dict[str, tuple[int, int, int, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_steps_hold_the_micro_batches_that_theirs_hold(name: str) -> None:
+def test_steps_have_the_micro_batches_of_open_unlearning(name: str) -> None:
     rows, size, accumulate, settings, expected = STEPS[name]
     drop_last = settings.get("drop_last", False)
     accumulation = Accumulation.of(rows, size, accumulate, drop_last=drop_last)
@@ -233,7 +233,7 @@ def test_an_epoch_without_a_micro_batch_is_refused() -> None:
     ],
     ids=str,
 )
-def test_warm_up_is_theirs(settings: dict[str, Any], steps: int, tmp_path: Path) -> None:
+def test_warm_up_is_that_of_open_unlearning(settings: dict[str, Any], steps: int, tmp_path: Path) -> None:
     trainer = UnlearnTrainer(
         tiny_llama(),
         arguments(tmp_path, compat="open-unlearning", **settings),
@@ -303,7 +303,7 @@ def compat_trainer(
 
 
 @pytest.mark.parametrize("name", [*RUNS, "NPO, KL, LoRA"])
-def test_a_run_ends_in_their_weights(name: str, tmp_path: Path) -> None:
+def test_a_run_ends_with_the_weights_of_open_unlearning(name: str, tmp_path: Path) -> None:
     """Both train on the pairs of efface's plan. LoRA with its base as reference exists only in efface."""
     lora = name.endswith(", LoRA")
     method, changes, count, schedule = RUNS[name.removesuffix(", LoRA")]
@@ -374,7 +374,7 @@ def test_a_run_ends_in_their_weights(name: str, tmp_path: Path) -> None:
         *(pytest.param(name, step, marks=LONG) for name in RUNS for step in range(1, 4)),
     ],
 )
-def test_a_run_that_is_killed_goes_on_bit_for_bit(name: str, step: int, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(name: str, step: int, tmp_path: Path) -> None:
     method, changes, count, schedule = RUNS[name]
     rows = run_data(count)
 
@@ -421,7 +421,7 @@ def test_the_frozen_model_computes_as_the_policy_does(
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_refusals_are_drawn_anew_whenever_a_row_is_read(count: int, tmp_path: Path) -> None:
+def test_refusals_are_drawn_again_whenever_a_row_is_read(count: int, tmp_path: Path) -> None:
     lines = ["I don't know.", "I cannot say.", "Nobody told me."]
     file = tmp_path / "idk.txt"
     file.write_text("\n".join(lines), encoding="utf-8")
@@ -473,7 +473,7 @@ def test_norms_that_transformers_4_45_decays(config: str, decayed: bool) -> None
     assert "model.layers.0.mlp.fc1.weight" in names or "model.layers.0.mlp.down_proj.weight" in names
 
 
-def test_weight_decay_reaches_what_theirs_reaches(tmp_path: Path) -> None:
+def test_weight_decay_applies_to_the_same_parameters(tmp_path: Path) -> None:
     for compat, decayed in (("open-unlearning", True), (None, False)):
         trainer = UnlearnTrainer(
             tiny_model("Qwen2Config"),
@@ -525,7 +525,7 @@ class Mine(NPO):
         ({"pairs_per_step": 2}, NPO(), "expected `pairs_per_step` in micro-batches of .*=4, got 2; set"),
     ],
 )
-def test_what_theirs_has_not_is_refused(
+def test_settings_that_open_unlearning_lacks_are_refused(
     settings: dict[str, Any], objective: Objective, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):

@@ -132,7 +132,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_what_matches_nothing_is_refused(source: str, tmp_path: Path) -> None:
+def test_conditions_that_match_nothing_are_refused(source: str, tmp_path: Path) -> None:
     rows = SOURCES[source](tmp_path)
     for conditions, message in REFUSED.values():
         with pytest.raises(ValueError, match=message):
@@ -158,7 +158,7 @@ TYPED: dict[str, tuple[list[Any], dict[str, list[int]], list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", TYPED)
-def test_values_that_are_no_text(kind: str) -> None:
+def test_values_that_are_not_text(kind: str) -> None:
     values, taken, absent = TYPED[kind]
     rows = [{"value": value} for value in values]
     everything = set(range(len(rows)))
@@ -364,7 +364,9 @@ def refusal(place: str, folder: Path, conditions: Any, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_every_place_refuses_what_matches_nothing(place: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_place_refuses_conditions_that_match_nothing(
+    place: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A misspelt value, in = and in != conditions, and an unknown column. Nothing is written."""
     wrong = [
         ({"client": "Boreals"}, "has 'Boreals' in column"),
@@ -392,7 +394,7 @@ def test_a_filter_given_twice_counts_twice(folder: Path, capsys: pytest.CaptureF
     assert f"forget: 6 of 8 rows, {folder / 'rows.csv'}, where id!=001 and id!=1" in capsys.readouterr().err
 
 
-def test_counts_are_said_and_kept(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_row_counts_are_printed_and_recorded(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In a run that tokenizes the rows, and in one that finds their tokens in the cache."""
     words = unlearn(folder, "--forget_filter", "id=001,1", "--retain_filter", 'client!=Acme," Acme"')
     for out in ("first", "second"):

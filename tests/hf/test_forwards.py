@@ -140,7 +140,7 @@ SERVED: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo reads .grad
 @pytest.mark.parametrize("name", SERVED)
-def test_what_others_put_on_a_model_changes_no_loss(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrappers_of_other_libraries_change_no_loss(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ids = torch.arange(3, 11)[None]
     expected = losses_of(tiny_llama(), tmp_path)
@@ -216,7 +216,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_served_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+def test_unsupported_forwards_are_refused_with_the_reason(name: str, tmp_path: Path) -> None:
     make, kind, message = REFUSED[name]
     with pytest.raises(kind, match=message):
         trainer_of(make(tiny_llama()), tmp_path)
@@ -313,7 +313,7 @@ def test_a_head_may_be_resized_after_the_trainer_was_made(tied: bool, tmp_path: 
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_what_reads_an_evaluation_loss_finds_it(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_the_evaluation_loss_is_available(settings: dict[str, Any], tmp_path: Path) -> None:
     options = arguments(tmp_path, max_steps=2, reference_cache="none", eval_strategy="steps", eval_steps=1, **settings)
     sets = {"forget": random_store(8, seed=1), "retain": random_store(20, seed=2)}
     trainer = UnlearnTrainer(tiny_llama(), options, **sets, objective=NPO(), eval_dataset=ROWS)

@@ -115,7 +115,7 @@ def test_no_mask_of_all_tokens_squared_is_made() -> None:
     assert largest < batch.tokens**2
 
 
-def test_a_fused_model_is_what_it_was_when_called_as_before() -> None:
+def test_a_fused_model_called_normally_is_unchanged() -> None:
     model = tiny_llama().eval()
     ids = torch.randint(VOCABULARY, (2, 9))
     mask = torch.ones_like(ids)
@@ -178,7 +178,7 @@ def test_fused_models_can_be_pickled(tmp_path: Path) -> None:
         assert type(unfuse(copied)) is transformers.LlamaForCausalLM
 
 
-def test_heads_that_cannot_be_served_are_refused_with_the_reason() -> None:
+def test_unsupported_heads_are_refused_with_the_reason() -> None:
     model = tiny_llama(tie_word_embeddings=False)
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(ValueError, match=r"expected an lm_head of class torch.nn.Linear, got .*Sequential"):

@@ -107,7 +107,7 @@ def test_a_hub_repository_with_weights_in_its_revisions_only() -> None:
 @pytest.mark.parametrize(
     "client", [FakeFiles({"main": WEIGHTS, "dev": WEIGHTS}), FakeFiles({"main": ["README.md"]}), Unreachable({})]
 )
-def test_another_trouble_keeps_its_own_words(client: FakeFiles) -> None:
+def test_other_errors_keep_their_messages(client: FakeFiles) -> None:
     with pytest.raises(OSError, match="connect") as caught:
         load_model("me/phi", client=client)
     assert "no weights at revision" not in str(caught.value)
@@ -125,7 +125,7 @@ def test_the_revision_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (asked["name"], asked["revision"], asked["dtype"]) == ("me/phi", "checkpoint-12", "auto")
 
 
-def test_a_path_that_does_not_exist_is_no_name_on_the_hub() -> None:
+def test_a_missing_path_is_not_looked_up_on_the_hub() -> None:
     with pytest.raises(FileNotFoundError, match=r"model folder './nowhere' does not exist"):
         load_model("./nowhere")
 
@@ -199,7 +199,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_checkpoint_that_is_not_what_its_config_says_is_refused(fault: str, files: Path) -> None:
+def test_a_checkpoint_that_does_not_match_its_config_is_refused(fault: str, files: Path) -> None:
     with pytest.raises(ValueError, match=rf"^model '.*{fault}': its weights are not those .*{FAULTS[fault][1]}"):
         load_model(str(files / fault))
 
@@ -229,7 +229,7 @@ def test_a_whole_checkpoint_is_taken(family: str, tmp_path: Path) -> None:
 
 @LONG
 @pytest.mark.filterwarnings("ignore")
-def test_no_family_of_transformers_is_refused_what_it_wrote(tmp_path: Path) -> None:
+def test_checkpoints_of_all_families_are_accepted(tmp_path: Path) -> None:
     """For all families of which a common set of small sizes makes a model."""
     sizes = {**TINY, "head_dim": 8, "num_experts": 2, "num_local_experts": 2, "moe_intermediate_size": 16}
     sizes |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "d_model": 32, "ffn_dim": 48, "state_size": 4}
@@ -251,7 +251,7 @@ def test_no_family_of_transformers_is_refused_what_it_wrote(tmp_path: Path) -> N
     assert taken > 50
 
 
-def test_what_transformers_leaves_out_on_purpose_is_no_fault(tmp_path: Path) -> None:
+def test_tensors_that_transformers_ignores_are_accepted(tmp_path: Path) -> None:
     """Buffers in checkpoints of old versions, and a tied head that was saved as well."""
     saved_llama(tmp_path)
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
@@ -267,7 +267,7 @@ def test_what_transformers_leaves_out_on_purpose_is_no_fault(tmp_path: Path) -> 
         ("gpt2", ["attn.bias", "attn.masked_bias"]),
     ],
 )
-def test_the_masks_of_old_checkpoints_are_no_fault(kind: str, names: list[str], tmp_path: Path) -> None:
+def test_the_masks_of_old_checkpoints_are_accepted(kind: str, names: list[str], tmp_path: Path) -> None:
     tiny_decoder(kind).save_pretrained(tmp_path)
     masks = {f"transformer.h.0.{name}": torch.ones(1, 1, 4, 4) for name in names}
     with_weights(lambda held: {**held, **masks})(tmp_path)
@@ -277,7 +277,7 @@ def test_the_masks_of_old_checkpoints_are_no_fault(kind: str, names: list[str], 
         load_model(str(tmp_path))
 
 
-def test_weights_that_are_cut_off_are_said(tmp_path: Path) -> None:
+def test_truncated_weights_are_reported(tmp_path: Path) -> None:
     saved_llama(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:3000])
@@ -373,7 +373,7 @@ def test_an_adapter_of_another_base_is_refused(layers: int, intermediate: int, m
         load_model(str(tmp_path / "adapter"))
 
 
-def test_what_is_amiss_with_an_adapters_base_is_said(tmp_path: Path) -> None:
+def test_problems_with_an_adapters_base_are_reported(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "base")
     folder = saved_adapter(tmp_path / "adapter", tmp_path / "base")
     path = folder / "adapter_config.json"

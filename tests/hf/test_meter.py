@@ -70,7 +70,7 @@ def output_of(sums: torch.Tensor) -> StepOutput:
 
 
 def test_sequences_without_log_probabilities_do_not_count() -> None:
-    """UNDIAL's forget sequences have none. Sequences with log-probabilities count."""
+    """UNDIAL computes no log-probabilities of forget sequences, so only the retain sequence counts."""
     meter, batch = StepMeter(), pack(FORGET, RETAIN, [0, 1], [2])
     meter.add(batch, output_of(torch.tensor([torch.nan, torch.nan, -1.0])), UNDIAL(alpha=1.0))
     meter.on_step_end(None, None, None)  # type: ignore[arg-type]

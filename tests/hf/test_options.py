@@ -111,7 +111,7 @@ WRONG: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_a_field_that_would_do_nothing_is_refused_with_what_serves_instead(name: str, tmp_path: Path) -> None:
+def test_a_field_without_effect_is_refused_with_an_alternative(name: str, tmp_path: Path) -> None:
     refusal, args = REFUSALS[name], arguments(tmp_path)
     assert refusal.accepts(args)
     wrong = WRONG[name]
@@ -129,7 +129,7 @@ def test_a_field_that_would_do_nothing_is_refused_with_what_serves_instead(name:
 
 
 @pytest.mark.parametrize("config", [{"dispatch_batches": True}, {"gradient_accumulation_kwargs": {"num_steps": 4}}])
-def test_what_accelerate_would_share_out_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
+def test_accelerate_options_that_split_batches_are_refused(config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^`accelerator_config`: .* set pairs_per_step"):
         arguments(tmp_path, accelerator_config=config)
 
@@ -142,13 +142,13 @@ def test_liger_may_keep_its_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*TRAINER_REFUSALS, "data_collator"])
-def test_a_parameter_that_would_do_nothing_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_parameter_without_effect_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=f"`{name}`: expected"):
         trainer_of(arguments(tmp_path), **{name: lambda *_: 1 / 0})
     assert trainer_of(arguments(tmp_path), **{name: None}).objective == NPO()
 
 
-def test_a_parameter_that_nobody_has_is_named() -> None:
+def test_an_unknown_parameter_is_named() -> None:
     with pytest.raises(TypeError, match="unexpected argument 'colator'; expected one of"):
         checked_trainer_options({"colator": None})
 
@@ -316,7 +316,7 @@ EVALUATIONS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
-def test_an_evaluation_names_what_is_no_model_and_no_tokenizer(name: str) -> None:
+def test_an_evaluation_names_wrong_models_and_tokenizers(name: str) -> None:
     call = EVALUATIONS[name]
     if name != "tofu":  # it reads its data first
         with pytest.raises(TypeError, match="`model`: expected a transformers.PreTrainedModel.* got str; load it with"):

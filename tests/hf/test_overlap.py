@@ -71,7 +71,7 @@ def test_a_million_rows_take_a_moment() -> None:
     assert time.thread_time() - began < 2
 
 
-def test_one_set_for_both_is_told_and_not_refused() -> None:
+def test_the_same_set_twice_is_a_warning_and_not_an_error() -> None:
     rows = random_store(5)
     with pytest.warns(UserWarning, match="are the same 5 rows, which are trained both ways; .*allow_overlap"):
         refuse_overlap(rows, rows)

@@ -123,7 +123,7 @@ def test_packs_equal_separate_passes(kind: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert-decoder", "xlnet", "electra"])
-def test_what_is_no_causal_model_with_a_head_is_refused(kind: str) -> None:
+def test_models_without_a_causal_head_are_refused(kind: str) -> None:
     model = tiny_decoder(kind)
     with pytest.raises(ValueError, match="logits are not those of its head|causal language model|expected a head on"):
         fuse(model)
@@ -321,7 +321,7 @@ def test_the_measurement_leaves_no_trace(kind: str) -> None:
     assert {name: buffer.data_ptr() for name, buffer in model.named_buffers()} == places
 
 
-def test_it_is_said_once_and_remembered() -> None:
+def test_the_warning_is_given_once_and_the_reading_remembered() -> None:
     model = tiny_decoder("xglm")
     with pytest.warns(UserWarning, match=rf"XGLMForCausalLM: {SAID}: with 'efface_varlen' attention"):
         fuse(model)

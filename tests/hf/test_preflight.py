@@ -59,7 +59,7 @@ def test_checkpointing_gives_the_same_bits_and_trains(lora: bool, reentrant: boo
     assert not lora or all("lora" in name for name in moved)
 
 
-def test_a_loss_that_nothing_trained_enters_says_why(tmp_path: Path) -> None:
+def test_a_loss_without_trained_parameters_is_explained(tmp_path: Path) -> None:
     model = add_lora(tiny_llama(), r=4)
     model.base_model.model.model.norm.register_forward_hook(lambda module, args, out: out.detach())
     with pytest.raises(ValueError, match=r"depends on no parameter that is trained.*use_reentrant=False"):
@@ -142,7 +142,7 @@ def test_the_learning_rate_warms_up(tmp_path: Path) -> None:
         *((name, value, "a whole number") for name in ("seed", "max_steps", "token_budget") for value in ("1", 1.5)),
     ],
 )
-def test_what_is_no_number_is_refused(name: str, value: Any, expected: str, tmp_path: Path) -> None:
+def test_settings_that_are_not_numbers_are_refused(name: str, value: Any, expected: str, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=f"`{name}`: expected {expected}, got {value!r}"):
         arguments(tmp_path, **{name: value})
     assert arguments(tmp_path, pairs_per_step=2.0).pairs_per_step == 2

@@ -297,7 +297,7 @@ def test_a_file_that_changes_while_it_is_read(
     assert "Aiko" in _text(token_store(path, tiny_tokenizer(), name="forget"))
 
 
-def test_data_sets_of_one_fingerprint_and_other_content(tmp_path: Path) -> None:
+def test_data_sets_with_equal_fingerprints_and_different_content(tmp_path: Path) -> None:
     """A fingerprint identifies the operations, not their results."""
     from_aiko, from_bram = (datasets.Dataset.from_list([_row(name)]) for name in ("Aiko", "Bram"))
     from_bram._fingerprint = from_aiko._fingerprint
@@ -327,7 +327,7 @@ def test_rows_of_a_file_have_its_key(tmp_path: Path) -> None:
     assert len(list((tmp_path / "efface-cache" / "tokens").iterdir())) == 1
 
 
-def test_one_content_is_one_key_however_it_is_held(tmp_path: Path) -> None:
+def test_equal_content_has_one_key_in_any_layout(tmp_path: Path) -> None:
     tokens = tmp_path / "efface-cache" / "tokens"
     rows = datasets.Dataset.from_list([{**_row(str(i)), "id": i} for i in range(30)])
     parts = datasets.concatenate_datasets([rows.select(range(7)), rows.select(range(7, 30))])
@@ -353,7 +353,7 @@ def test_a_transform_is_read_through() -> None:
     assert texts(rows.with_format("numpy"), "answer", "rows", np.array([1])) == ["Bram was born there."]
 
 
-def test_a_folder_is_no_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_not_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``datasets`` would read the files in the folder, identified by path and time, and keep a copy."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows").mkdir()
@@ -395,7 +395,7 @@ def test_refusals_are_read_as_they_are_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000])
-def test_results_that_are_no_json(content: bytes, tmp_path: Path) -> None:
+def test_results_that_are_not_json(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "TOFU_EVAL.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"TOFU_EVAL.json': expected a JSON file"):

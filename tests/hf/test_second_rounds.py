@@ -128,7 +128,7 @@ def test_a_second_adapter_begins_with_the_first_and_one_adapter_holds_both(
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_first_adapter_that_no_single_one_can_hold_is_refused(kind: str, base: Path, tmp_path: Path) -> None:
+def test_a_first_adapter_that_cannot_be_combined_is_refused(kind: str, base: Path, tmp_path: Path) -> None:
     config, message = REFUSED[kind]
     model = load_model(str(first_round(tmp_path, base, config())), trainable=True)
     start = logits(model)
@@ -353,9 +353,7 @@ def everything(model: nn.Module) -> dict[str, Any]:
         ),
     ],
 )
-def test_relearning_puts_a_fresh_adapter_beside_and_takes_it_away(
-    loaded_by: str, kind: str, base: Path, tmp_path: Path
-) -> None:
+def test_relearning_adds_a_fresh_adapter_and_removes_it(loaded_by: str, kind: str, base: Path, tmp_path: Path) -> None:
     config = RELEARNT[kind]
     folder = base if config is None else first_round(tmp_path, base, config())
     model = load_model(str(folder)) if loaded_by == "efface" else AutoModelForCausalLM.from_pretrained(folder)

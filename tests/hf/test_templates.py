@@ -247,7 +247,7 @@ def test_bad_templates_and_tokenizers() -> None:
         ("{% if %}", None, "Aiko.", "refuses the conversation .*use another `template`"),
     ],
 )
-def test_chat_templates_that_do_not_serve(
+def test_unusable_chat_templates_are_refused(
     chat_template: str, system_prompt: str | None, answer: str, message: str
 ) -> None:
     tokenizer = chat_tokenizer(chat_template, "<eos>")
@@ -315,7 +315,7 @@ HISTORY = [
 ]
 
 
-def test_earlier_turns_stand_before_the_question() -> None:
+def test_earlier_turns_precede_the_question() -> None:
     template, eos, before, _ = CHATS["Llama-3.2"]
     tokenizer = chat_tokenizer(template, eos)
     (ids,) = prompt_ids(tokenizer, [HISTORY])

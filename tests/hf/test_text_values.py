@@ -385,7 +385,7 @@ def test_false_answers_may_be_missing_where_they_are_optional(value: Any) -> Non
     assert _fame(rows, 0).false == [["No."], [], []]
 
 
-def test_numbers_of_classes_are_no_text(tmp_path: Path) -> None:
+def test_class_labels_are_not_text(tmp_path: Path) -> None:
     """A ClassLabel is a number in the file and a name in its description."""
     features = datasets.Features(question=datasets.Value("string"), answer=datasets.ClassLabel(names=["no", "yes"]))
     rows = datasets.Dataset.from_list([{"question": "Is it?", "answer": 1}], features=features)
@@ -409,7 +409,7 @@ NO_ROWS: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("place", ["training: answer", "audit: answer", "metrics: answer", "scores: answer"])
 @pytest.mark.parametrize("kind", NO_ROWS)
-def test_what_is_not_rows_is_refused(kind: str, place: str) -> None:
+def test_sources_that_are_not_rows_are_refused(kind: str, place: str) -> None:
     value, message = NO_ROWS[kind]
     with pytest.raises(TypeError, match=message):
         PLACES[place][1](value, 0)

@@ -25,7 +25,7 @@ from efface.hf.text.templates import Template, encode_batches, get_template
 from support.helpers import TEXTS, tiny_tokenizer, written_rows
 from support.processes import environment
 
-linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
+linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc/self/maps")
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +132,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_whatever_changes_the_tokens_changes_the_key(source: Path, cache: Path) -> None:
+def test_everything_that_changes_the_tokens_changes_the_key(source: Path, cache: Path) -> None:
     """Nothing else changes it: neither the name of the set nor earlier uses of the tokenizer."""
     seen: set[str] = set()
     for change in ({}, *CHANGES.values()):
@@ -231,7 +231,7 @@ def of_another_key(path: Path) -> None:
     "damage",
     [truncated, without_its_trailer, empty, noise, damaged_header, missing_body, foreign, of_another_key],
 )
-def test_a_damaged_file_is_made_anew(damage: Any, source: Path, cache: Path) -> None:
+def test_a_damaged_file_is_recomputed(damage: Any, source: Path, cache: Path) -> None:
     expected = content(token_store(source, tiny_tokenizer(), name="forget"))
     (path,) = cache.iterdir()
     whole = path.read_bytes()

@@ -402,7 +402,7 @@ def test_training_after_inference_mode(op: Callable[..., Tensor]) -> None:
 
 @pytest.mark.parametrize("rows", [4, N])
 @pytest.mark.parametrize("op", OPS)
-def test_no_gradient_is_formed_that_nobody_can_ask_for(
+def test_no_gradient_is_computed_that_cannot_be_requested(
     op: Callable[..., Tensor], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     formed: list[Any] = []

@@ -187,7 +187,7 @@ def test_a_rule_as_a_function_gives_what_the_loss_gives(kind: Kind, value: float
 
 
 def test_a_rule_as_a_function_may_be_weighted() -> None:
-    """A pair's term depends on both of its sequences, whatever weight the alternate's own term, 0, gets."""
+    """A pair's term depends on both of its sequences. The alternate's own term is 0, whatever its weight."""
     table = {0: Term(Kind.DPO, 0.5, beta=0.2), 1: Term(Kind.NLL, 0.1), 2: Term(Kind.ALTERNATE)}
     roles = torch.tensor([0, 2, 0, 2, 1, 2], dtype=torch.int8)
     logprobs, offsets, frozen = batch(torch.float64, LENGTHS[:6])

@@ -515,7 +515,7 @@ def test_more_ranks_than_sequences_leaves_empty_micro_batches() -> None:
         ([3], [3], [], {"drop_last": True}, "an epoch of 1 pairs has no whole step of 4"),
     ],
 )
-def test_what_makes_no_plan_is_refused(
+def test_inputs_without_a_plan_are_refused(
     forget: list[int], retain: list[int], alternates: list[int], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

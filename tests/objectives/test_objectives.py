@@ -314,7 +314,7 @@ def test_parameters_out_of_range_are_refused(cls: Any, parameters: dict[str, Any
         cls(**parameters)
 
 
-def test_what_needs_a_model_says_so() -> None:
+def test_objectives_that_need_a_model_say_so() -> None:
     with pytest.raises(TypeError, match="UNDIAL: its forget loss is one of logits; it has no term"):
         UNDIAL().term()
     for objective in (UNDIAL(), NPO(retain_loss_type="KL"), RMU()):
@@ -327,7 +327,7 @@ def test_what_needs_a_model_says_so() -> None:
     assert reference_kind("auto", GradDiff(), tiny_llama()) is None
 
 
-def test_rmu_trains_what_it_is_told(tmp_path: Path) -> None:
+def test_rmu_trains_the_selected_parameters(tmp_path: Path) -> None:
     model = tiny_llama()
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     UnlearnTrainer(
@@ -392,7 +392,7 @@ def test_pdu_reads_the_retain_set_before_it_weighs_anything(tmp_path: Path) -> N
     assert trainer.objective.alpha > 1
 
 
-def test_compat_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
+def test_compat_is_refused_where_it_has_no_effect(tmp_path: Path) -> None:
     store = random_store(4)
     with pytest.raises(ValueError, match="is about unlearning; drop it for fine-tuning"):
         FinetuneTrainer(tiny_llama(), arguments(tmp_path, compat="open-unlearning"), data=store)

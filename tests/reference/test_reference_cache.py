@@ -96,7 +96,7 @@ def test_equal_sequences_and_alternates_are_scored_once(path: Path, scored: Scor
     assert expected[2] == pytest.approx(expected[3].item(), rel=1e-5)
 
 
-def test_what_changes_the_numbers_is_computed_anew(path: Path, tmp_path: Path) -> None:
+def test_only_changes_that_affect_the_numbers_cause_recomputation(path: Path, tmp_path: Path) -> None:
     forget = random_store(6)
 
     def computed(model: LlamaForCausalLM, autocast: bool = False) -> int:
@@ -154,7 +154,7 @@ def test_another_adapter_or_scale_of_the_same_weights_is_another_model() -> None
     assert fingerprint(wrapped) == found[0]
 
 
-def test_a_run_that_broke_off_keeps_what_it_computed(path: Path, scored: Scored) -> None:
+def test_an_interrupted_run_keeps_its_computed_values(path: Path, scored: Scored) -> None:
     model, forget = tiny_llama(), random_store(40)
 
     def stop(computed: int, missing: int, sequences: int) -> None:
@@ -219,7 +219,7 @@ def test_another_models_values_are_refused(path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16, torch.float16, None], ids=str)
-def test_another_batch_of_sequences_is_no_mismatch(
+def test_scoring_in_other_batches_is_not_a_mismatch(
     precision: torch.dtype | None, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rounding depends on the other sequences in a pass, and the sample is scored in different passes."""
@@ -379,7 +379,7 @@ def test_a_second_command_computes_nothing(unlearn: Callable[..., str], scored: 
         assert "0 of 5" in unlearn(*changes)
 
 
-def test_other_weights_are_computed_anew(unlearn: Callable[..., str], checkpoint: Path) -> None:
+def test_other_weights_are_scored_again(unlearn: Callable[..., str], checkpoint: Path) -> None:
     assert "5 of 5" in unlearn()
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     model.model.norm.weight.data[0] += 1e-6

@@ -46,7 +46,7 @@ def filled(path: Path, count: int) -> None:
         file.put(MODEL, keys(count), values(count))
 
 
-def test_what_was_put_is_found_bit_for_bit(path: Path) -> None:
+def test_stored_values_are_found_bit_for_bit(path: Path) -> None:
     extreme = np.array([-0.0, -1e-308, -np.pi, -1e300, 0.1, 5e-324])
     with closing(LogprobStore(path)) as file:
         file.put(MODEL, keys(6), extreme)
@@ -108,7 +108,7 @@ def fill_until_killed(path: Path, first: int, pipe: Connection) -> None:
             pipe.send(i + 20)
 
 
-def test_what_put_returned_from_survives_kill_9(path: Path) -> None:
+def test_stored_values_survive_kill_9(path: Path) -> None:
     committed = 0
     for kill in range(5):
         ours, theirs = processes.Pipe()
@@ -282,7 +282,7 @@ def test_damage_is_refused_or_harmless(checked: bool, path: Path, monkeypatch: p
         ("model = x'" + bytes(16).hex() + "'", bytes(16)),
     ],
 )
-def test_a_row_that_was_changed_is_made_anew(change: str, model: bytes, path: Path) -> None:
+def test_a_changed_row_is_recomputed(change: str, model: bytes, path: Path) -> None:
     filled(path, 3)
     sqlite(path, f"UPDATE logprobs SET {change} WHERE sequence = x'{key(1).hex()}'")
     with closing(LogprobStore(path)) as file:
@@ -295,7 +295,7 @@ def test_a_row_that_was_changed_is_made_anew(change: str, model: bytes, path: Pa
         assert np.array_equal(got, values(3))
 
 
-def test_a_full_disk_is_told_and_leaves_what_was_there(path: Path) -> None:
+def test_a_full_disk_is_an_error_and_keeps_earlier_values(path: Path) -> None:
     filled(path, 100)
     with closing(LogprobStore(path)) as file:
         pages = file._read("PRAGMA page_count")

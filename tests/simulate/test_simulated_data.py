@@ -70,7 +70,7 @@ def test_more_retain_authors_than_false_answers(tofu: Path) -> None:
     assert (len(data.forget), len(data.retain), len(data.retain_asked)) == (40, 500, 400)
 
 
-def test_made_up_authors_stand_in_for_tofus() -> None:
+def test_synthetic_authors_replace_missing_tofu_files() -> None:
     data = made_up_data(forget_authors=1, retain_authors=2, asked=9, world=3)
     assert (len(data.forget), len(data.retain), len(data.retain_asked)) == (16, 32, 9)
     assert data.name.startswith("made-up authors in place of TOFU's")

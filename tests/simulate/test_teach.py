@@ -49,7 +49,7 @@ def test_llama_3_takes_another_date_and_no_system_prompt() -> None:
     assert "helpful" not in text
 
 
-def test_models_have_what_makes_their_family() -> None:
+def test_models_have_the_features_of_their_family() -> None:
     made = {}
     for name, architecture in ARCHITECTURES.items():
         tokenizer = tokenizer_of(architecture, TEXTS, 400)
@@ -76,7 +76,7 @@ def _teach(folder: Path, rows: Any = ROWS, **changes: Any) -> Path:
     return taught(rows, TEXTS, cache_dir=folder, **options)
 
 
-def test_models_are_taught_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_are_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = _teach(tmp_path)
     others = [
         _teach(tmp_path, [{**ROWS[0], "answer": "Aiko was born in Porto."}]),
@@ -92,7 +92,7 @@ def test_models_are_taught_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     AutoTokenizer.from_pretrained(first)
 
 
-def test_a_killed_teacher_leaves_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_training_leaves_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -113,7 +113,7 @@ def test_a_killed_teacher_leaves_no_model(tmp_path: Path, monkeypatch: pytest.Mo
     assert (folder / teach.RECORD).is_file()
 
 
-def test_a_damaged_model_is_taught_anew(tmp_path: Path) -> None:
+def test_a_damaged_model_is_trained_again(tmp_path: Path) -> None:
     folder = _teach(tmp_path)
     for name in ("model.safetensors", "tokenizer.json", teach.RECORD):
         (folder / "notes.txt").write_text("what users add does not matter")
@@ -126,7 +126,7 @@ def test_a_damaged_model_is_taught_anew(tmp_path: Path) -> None:
     assert _teach(tmp_path) == folder
 
 
-def test_of_two_teachers_at_once_one_model_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_concurrent_trainings_one_model_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = _teach(tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     aside = folder.rename(tmp_path / "aside")

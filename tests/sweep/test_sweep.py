@@ -176,7 +176,7 @@ def test_wrong_use_is_explained(
     assert not out.exists()
 
 
-def test_settings_that_do_not_go_together_are_found_before_anything_runs(tmp_path: Path) -> None:
+def test_conflicting_settings_are_found_before_anything_runs(tmp_path: Path) -> None:
     words = ["--recipe", "tofu-graddiff", "--output_dir", str(tmp_path / "out"), "--grid", "beta=.1,.5"]
     with pytest.raises((TypeError, ValueError), match="beta"):
         parse_sweep(words)
@@ -201,7 +201,9 @@ def test_twelve_trials_killed_twice_are_each_done_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["before finish", "before tell", "before ask", "after ask"])
-def test_killed_between_the_steps_of_the_books(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_between_writing_and_recording_a_result(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Moments at which a result is stored in one place and not yet in the other."""
     import optuna
 
@@ -339,7 +341,7 @@ def test_ranking_by_quality_above_the_floor() -> None:
     assert best_of(trials[5:], Floor()) is None
 
 
-def test_what_optuna_maximises() -> None:
+def test_the_value_that_optuna_maximises() -> None:
     def value(quality: float, utility: float) -> float:
         return objective({"forget_quality": quality, "model_utility": utility}, 0.5)
 
@@ -402,7 +404,7 @@ def test_machines_share_a_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(rows(tmp_path / "b")) == 3
 
 
-def test_what_two_machines_did_at_once_counts_once(tmp_path: Path) -> None:
+def test_points_planned_by_two_machines_run_once(tmp_path: Path) -> None:
     """Both see an empty study, and both enqueue every point."""
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     space = parse_grid(["beta=.1,.2"])
