@@ -59,7 +59,7 @@ class Run:
             "said": said,
         }
         if taken := sorted(head.keys() & figures.keys()):
-            raise ValueError(f"`figures`: expected names that not every row has, got {', '.join(taken)}")
+            raise ValueError(f"`figures`: expected names of new columns, got {', '.join(taken)}; rename them")
         line = json.dumps(head | figures)
         with (self.folder / RESULTS).open("a", encoding="utf-8") as file:
             file.write(line + "\n")  # the file is closed, and so flushed, after every row
