@@ -173,7 +173,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     assert all(torch.equal(checkpointed[name], plain[name]) for name in plain)
 
 
-@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="their masks know no packs there")
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="the masks of this version do not support packs")
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

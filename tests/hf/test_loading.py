@@ -130,7 +130,7 @@ def test_a_missing_path_is_not_looked_up_on_the_hub() -> None:
         load_model("./nowhere")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is here")
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 def test_eight_bits_need_their_package(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(ImportError, match=r"8-bit models need the package bitsandbytes.*pip install"):

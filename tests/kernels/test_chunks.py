@@ -22,7 +22,7 @@ def offsets_of(lengths: list[int]) -> list[int]:
 
 
 def units_of(offsets: list[int], pairs: int) -> list[int]:
-    """Return the rows of each unit: a DPO pair or a sequence, which no chunk splits from the rest."""
+    """Return the rows of each unit, a DPO pair or a sequence, that must stay within one chunk."""
     borders = [*offsets[: 2 * pairs : 2], *offsets[2 * pairs :]]
     return [stop - start for start, stop in itertools.pairwise(borders)]
 

@@ -142,7 +142,7 @@ def test_log_probabilities_of_one_chunk_keep_their_softmax(compiled: bool, monke
 @pytest.mark.filterwarnings("ignore")  # torch warns that it could not compile code that raises
 def test_chunk_rows_that_are_none(compiled: bool, chunk_rows: Any, error: type[Exception]) -> None:
     if compiled and error is TypeError:
-        pytest.skip("a schema's own error")
+        pytest.skip("torch's schema check raises its own error")
     hidden, weight, targets = torch.randn(4, 8), torch.randn(9, 8), torch.zeros(4, dtype=torch.int64)
 
     def values(hidden: Tensor) -> Tensor:

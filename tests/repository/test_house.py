@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # folder -> packages that its code can import, in addition to the standard library
 BASE = {"torch", "numpy", "efface_native", "efface_kernels"}
-FLOORS: dict[str, set[str]] = {
+ALLOWED_IMPORTS: dict[str, set[str]] = {
     "kernels/efface_kernels": {"torch", "triton", "efface_native", "efface_kernels"},
     "engine/efface/batching": {*BASE, "efface.batching"},
     "engine/efface/objectives": {*BASE, "efface.registry", "efface.batching", "efface.objectives"},
@@ -92,7 +92,7 @@ def imports(path: Path) -> Iterator[str]:
             yield node.module
 
 
-@pytest.mark.parametrize("folder", FLOORS)
+@pytest.mark.parametrize("folder", ALLOWED_IMPORTS)
 def test_nothing_imports_upward(folder: str) -> None:
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files
@@ -100,7 +100,7 @@ def test_nothing_imports_upward(folder: str) -> None:
         for module in imports(path):
             if module.split(".")[0] in sys.stdlib_module_names:
                 continue
-            allowed = any(module == name or module.startswith(name + ".") for name in FLOORS[folder])
+            allowed = any(module == name or module.startswith(name + ".") for name in ALLOWED_IMPORTS[folder])
             assert allowed, f"{path.relative_to(ROOT)} imports {module}"
 
 
@@ -127,7 +127,7 @@ def test_the_engine_takes_what_the_kernels_export() -> None:
 def test_every_package_lists_its_allowed_imports() -> None:
     for path in (ROOT / "engine" / "efface").iterdir():
         if path.is_dir() and (path / "__init__.py").exists():
-            assert f"engine/efface/{path.name}" in FLOORS
+            assert f"engine/efface/{path.name}" in ALLOWED_IMPORTS
 
 
 def test_the_source_roots_are_not_packages() -> None:
@@ -247,7 +247,7 @@ def folders(edges: dict[str, set[str]]) -> dict[str, dict[str, set[str]]]:
     return levels
 
 
-def circle(edges: dict[str, set[str]]) -> str:
+def cycle(edges: dict[str, set[str]]) -> str:
     try:
         TopologicalSorter(edges).prepare()
     except CycleError as error:
@@ -256,13 +256,13 @@ def circle(edges: dict[str, set[str]]) -> str:
 
 
 @pytest.mark.parametrize("package", TREES)
-def test_no_import_circle(package: str) -> None:
+def test_no_import_cycle(package: str) -> None:
     edges = graph(TREES[package], package)
     assert sum(map(len, edges.values())) > len(edges)  # imports were found
-    assert not circle(edges)
+    assert not cycle(edges)
     levels = folders(edges)
     assert package in levels
-    assert not {level: found for level, imports in levels.items() if (found := circle(imports))}
+    assert not {level: found for level, imports in levels.items() if (found := cycle(imports))}
 
 
 def test_no_two_classes_have_one_name() -> None:
@@ -282,7 +282,7 @@ def tree(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def test_a_circle_is_found(tmp_path: Path) -> None:
+def test_a_cycle_is_found(tmp_path: Path) -> None:
     """Cycles through TYPE_CHECKING, through a function and through a package's ``__init__`` are found as well."""
     files = {
         "top/__init__.py": "from top import one",
@@ -302,7 +302,7 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
             TopologicalSorter({name: edges[name] & some for name in some}).prepare()
 
 
-def test_a_circle_of_folders_is_found(tmp_path: Path) -> None:
+def test_a_cycle_of_packages_is_found(tmp_path: Path) -> None:
     """Two packages that import each other form a cycle even if their files do not."""
     files = {
         "top/__init__.py": "from top.one import a",
@@ -313,8 +313,8 @@ def test_a_circle_of_folders_is_found(tmp_path: Path) -> None:
         "top/two/b.py": "from top.one.d import y",
     }
     edges = graph(tree(tmp_path, files), "top")
-    assert circle({name: others - {"top.one", "top.two"} for name, others in edges.items()}) == ""
-    assert circle(folders(edges)["top"]) in ("one <- two <- one", "two <- one <- two")
+    assert cycle({name: others - {"top.one", "top.two"} for name, others in edges.items()}) == ""
+    assert cycle(folders(edges)["top"]) in ("one <- two <- one", "two <- one <- two")
 
 
 # ---- no step copies a list of numbers to the device in a way that makes the host wait
