@@ -73,7 +73,7 @@ def test_a_cache_that_is_not_a_folder_is_named(tmp_path: Path, capsys: pytest.Ca
         assert "--token-cache: expected a folder, got" in capsys.readouterr().err
 
 
-def test_a_list_says_of_which_data(filled: dict[str, Path], cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_list_names_the_data(filled: dict[str, Path], cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", "list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     of = sorted((entry["kind"], entry["source"]) for entry in listed)
@@ -151,7 +151,7 @@ def test_old_and_half_written_files(filled: dict[str, Path], cache: Path, capsys
     assert main(["cache", "list", "--older-than", "30", "--json"]) == 0
     old = json.loads(capsys.readouterr().out)
     assert sorted(entry["kind"] for entry in old) == ["reference", "tokens", "tokens"]
-    assert main(["cache", "purge", "--data", "never-used.json"]) == 0  # unreadable leftovers are removed as well
+    assert main(["cache", "purge", "--data", "never-used.json"]) == 0  # files that no run can use are removed as well
     assert sorted(kinds(cache)) == ["reference", "taught model", "tokens", "tokens", "tokens"]
     os.utime(cache / "tokens", (1, 1))
     (cache / "tokens" / ".partial-2-a.arrow").write_text("text")

@@ -415,7 +415,7 @@ def test_a_run_that_does_not_fit_the_disk_does_not_begin(
 
 
 @pytest.mark.parametrize("saved", [True, False])
-def test_a_full_disk_at_the_last_save_keeps_the_checkpoints(
+def test_a_full_disk_at_the_last_save_leaves_no_partial_model(
     saved: bool, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"

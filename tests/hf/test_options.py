@@ -129,7 +129,7 @@ def test_a_field_without_effect_is_refused_with_an_alternative(name: str, tmp_pa
 
 
 @pytest.mark.parametrize("config", [{"dispatch_batches": True}, {"gradient_accumulation_kwargs": {"num_steps": 4}}])
-def test_accelerate_options_that_split_batches_are_refused(config: dict[str, Any], tmp_path: Path) -> None:
+def test_accelerate_options_about_batches_are_refused(config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^`accelerator_config`: .* set pairs_per_step"):
         arguments(tmp_path, accelerator_config=config)
 
