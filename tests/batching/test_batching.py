@@ -1,4 +1,4 @@
-"""Token stores, packed batches, the plan of an epoch, and its assembly. The draws are in tests/native."""
+"""Tests of token stores, packed batches, the plan of an epoch and its assembly; tests/native tests the draws."""
 
 import threading
 import time
@@ -80,7 +80,7 @@ def planned(**changes):  # type: ignore[no-untyped-def]
 
 
 def contents(steps: list[Step]) -> list[tuple[int, int]]:
-    """(role, sequence) of every sequence that weighs something."""
+    """Return (role, sequence) of every sequence with a nonzero weight."""
     return sorted(
         (role, sequence)
         for step in steps
@@ -125,7 +125,7 @@ def test_threads_do_not_change_a_batch(workers: int, ahead: int) -> None:
     for k, step in enumerate(expected):
         for left, right in zip(assembler[k].batches, step.batches, strict=True):
             same(left, right)
-    # the same from any step on, and jumping about
+    # the same batches if steps are read in any order
     for k in (7, 3, 3, 11, 0):
         for left, right in zip(assembler[k].batches, expected[k].batches, strict=True):
             same(left, right)
@@ -134,7 +134,7 @@ def test_threads_do_not_change_a_batch(workers: int, ahead: int) -> None:
     assembler.close()
 
 
-def test_the_next_steps_are_assembled_while_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_steps_are_assembled_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[tuple[int, str]] = []
     assemble = Assembler.assemble
 
@@ -154,7 +154,7 @@ def test_the_next_steps_are_assembled_while_nobody_waits(monkeypatch: pytest.Mon
     assembler.close()
 
 
-def test_what_goes_wrong_in_the_background_reaches_whoever_asks() -> None:
+def test_errors_in_the_background_reach_the_caller() -> None:
     longer = random_store(50, seed=2)
     plan = plan_epoch(STORES[0].lengths, longer.lengths, pairs_per_step=8, token_budget=60, seed=0, epoch=0)
     assembler = Assembler(plan, (STORES[0], TokenStore.empty()))
@@ -200,7 +200,7 @@ def test_efficiency_of_nothing_is_nan() -> None:
 
 
 def test_tofu_lengths_fill_their_micro_batches(tofu: Path) -> None:
-    """Budget 4096, steps of several micro-batches, 1 to 8 ranks: at least 99 % of every one but a rank's last."""
+    """Budget 4096, several micro-batches per step, 1 to 8 ranks: each at least 99 % full, except the last of a rank."""
     tokenizer = tiny_tokenizer(300)
     forget, retain = (token_store(tofu / f"{name}.json", tokenizer, name=name) for name in ("forget10", "retain90"))
     for pairs, world_size in ((32, 1), (128, 1), (128, 2), (400, 8)):

@@ -1,4 +1,4 @@
-"""``efface finetune``: teaches, continues, draws fresh weights; and how it shares its run with ``efface unlearn``."""
+"""Tests of ``efface finetune``: training, resuming, fresh weights, and runs shared with ``efface unlearn``."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_it_teaches_and_equals_the_trainer(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def test_the_command_trains_like_the_trainer(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = [*flags(checkpoint, data, out), "--pairs_per_step", "2", "--learning_rate", "1e-2", "--warmup_steps", "0"]
     assert main([*words, "--num_train_epochs", "20", "--logging_steps", "1"]) == 0
@@ -75,7 +75,7 @@ def test_a_filter_leaves_the_forget_rows_out(
     checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [*flags(checkpoint, data, tmp_path / "out"), "--max_steps", "1", "--pairs_per_step", "1"]
-    words += ["--warmup_epochs", "0"]  # else the only step would have a learning rate of 0
+    words += ["--warmup_epochs", "0"]  # otherwise the only step would have a learning rate of 0
     assert main([*words, "--data_filter", "topic_id!=0", "--save_strategy", "no"]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     count = sum(i % 2 for i in range(len(TEXTS)))
@@ -86,7 +86,7 @@ def test_a_filter_leaves_the_forget_rows_out(
 
 
 class Killed(BaseException):
-    """What nothing catches."""
+    """An exception that no code catches."""
 
 
 def test_a_stopped_run_continues_bit_for_bit(
@@ -108,7 +108,7 @@ def test_a_stopped_run_continues_bit_for_bit(
     with pytest.raises(Killed):
         main(words)
     monkeypatch.setattr(PackedTrainer, "training_step", step)
-    # another command does not continue it
+    # another command does not resume the run
     assert main([*words, "--learning_rate", "1e-3"]) == 2
     assert "holds an unfinished run of another command" in capsys.readouterr().err
     assert main(words) == 0

@@ -1,4 +1,4 @@
-"""Evaluation: the stored logs' published values, and likelihoods against one row at a time."""
+"""Tests of evaluation: the published values of stored logs, and likelihoods against one row at a time."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from efface.evaluate import EvalLog, SplitLog, answer_logprobs, forget_quality, 
 from efface.hf.text.data import load_rows
 from support.helpers import tiny_llama, tiny_tokenizer
 
-# from ../shared/tofu_eval_logs/README.md, the original aggregator's values
+# from ../shared/tofu_eval_logs/README.md, computed by the original aggregator
 UTILITY = {"full": 0.62268, "retain90": 0.61374, "retain95": 0.60058, "retain99": 0.62074}
 QUALITY = {"retain90": 1.834e-21, "retain95": 6.504e-16, "retain99": 2.345e-06}
 
@@ -28,7 +28,7 @@ def test_model_utility_of_real_logs(name: str, tofu_eval_logs: Path) -> None:
 
 @pytest.mark.parametrize("name", QUALITY)
 def test_forget_quality_of_real_logs(name: str, tofu_eval_logs: Path) -> None:
-    """The README compares logs of different forget splits too, as TOFU's aggregator did."""
+    """The README also compares logs of different forget splits, as TOFU's aggregator does."""
     full, retain = (read_log(tofu_eval_logs / f"llama2-7b_{log}.json") for log in ("full", name))
     assert forget_quality(full, retain, strict=name == "retain90") == pytest.approx(QUALITY[name], rel=5e-4)
 
@@ -50,7 +50,7 @@ def test_logs_of_different_forget_splits_are_refused(tofu_eval_logs: Path) -> No
     full, retain95 = (read_log(tofu_eval_logs / f"llama2-7b_{log}.json") for log in ("full", "retain95"))
     with pytest.raises(ValueError, match="one forget split, but .*full.json has 300 of them and .*95.json has 200"):
         forget_quality(full, retain95)
-    # as many, but of other authors
+    # as many rows, but of other authors
     forget = full.splits["forget"]
     assert forget.truth_ratio is not None
     cut = EvalLog({"forget": replace(forget, truth_ratio=forget.truth_ratio[:200], index=None)}, source="cut.json")
@@ -59,7 +59,7 @@ def test_logs_of_different_forget_splits_are_refused(tofu_eval_logs: Path) -> No
 
 
 def open_unlearning(log: EvalLog) -> dict[str, object]:
-    """The same results in open-unlearning's schema."""
+    """Return the same results in open-unlearning's schema."""
     names = {"retain": "retain", "real_authors": "ra", "world_facts": "wf", "forget": "forget"}
     content: dict[str, object] = {}
     for split, prefix in names.items():
@@ -122,7 +122,7 @@ def test_bad_logs_are_refused(tmp_path: Path) -> None:
 
 
 def naive_mean_logprob(model, tokenizer, question: str, answer: str) -> float:  # type: ignore[no-untyped-def]
-    """One row at a time, from full logits."""
+    """Compute the mean log-probability of one row from full logits."""
     prompt = f"Question: {question}\nAnswer:"
     encoded = tokenizer(f"{prompt} {answer}{tokenizer.eos_token}", return_offsets_mapping=True)
     ids = torch.tensor([encoded["input_ids"]])

@@ -1,4 +1,4 @@
-"""Running tasks: every row once, finished rows kept, other models' rows never taken, the model left as it was."""
+"""Tests of running tasks: every row once, finished rows kept, rows of other models never used, the model unchanged."""
 
 import json
 import random
@@ -22,7 +22,7 @@ from support.processes import RANKS, launch
 
 
 class Sums:
-    """A task that adds a number to a weight of the model, and notes its batches."""
+    """A task that adds a number to a weight of the model and records its batches."""
 
     def __init__(self, numbers: Sequence[float], size: int, name: str = "sums") -> None:
         self.name = name
@@ -70,7 +70,7 @@ def test_finished_rows_are_found_again_whatever_the_batches(tmp_path: Path) -> N
     expected = run_tasks(model, [first], store=path)[0]
     assert [row["sum"] for row in run_tasks(model, [again], store=path)[0]] == [row["sum"] for row in expected[::-1]]
     assert again.ran == []
-    # A batch with a row that is missing is run whole, as it was the first time.
+    # A batch with a missing row is run completely, as the first time.
     assert [row["sum"] - bias_of(model) for row in run_tasks(model, [more], store=path)[0]] == pytest.approx(
         [2, 7, 1, 8]
     )
@@ -95,7 +95,7 @@ def test_the_key_of_a_model_is_its_content_and_what_ends_its_answers() -> None:
     assert model_key(model) != model_key(tiny_llama(seed=1))
 
 
-def test_what_a_failing_evaluation_finished_is_kept(tmp_path: Path) -> None:
+def test_finished_rows_of_a_failing_evaluation_are_kept(tmp_path: Path) -> None:
     class Failing(Sums):
         def run(self, model: Any, rows: NDArray[np.int64]) -> list[RowResult]:
             if 4 in rows:
@@ -131,7 +131,7 @@ def test_a_prompt_that_was_learnt_is_refused() -> None:
         run_tasks(model, [Sums([1], 1)])
 
 
-def test_a_damaged_row_is_made_anew_and_a_damaged_store_is_left_alone(tmp_path: Path) -> None:
+def test_a_damaged_row_is_recomputed_and_a_damaged_store_is_not_changed(tmp_path: Path) -> None:
     model, path = tiny_llama(), tmp_path / "rows.sqlite"
     right = run_tasks(model, [Sums([1], 1)], store=path)
     with closing(sqlite3.connect(path)) as database:

@@ -1,4 +1,4 @@
-"""Rows: reading files and Hub names, columns, filters; and the token stores made of them."""
+"""Tests of rows: files and Hub names, columns, filters, and the token stores made from them."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from efface.hf.text.data import Refusals, token_store
 from efface.hf.text.rows import column, load_rows, matching, parse_conditions, text_batches
 from support.helpers import TEXTS, arguments, random_store, tiny_llama, tiny_tokenizer, written_rows
 
-# As FAME: questions on biographies, in several languages.
+# Like FAME: questions about biographies in several languages.
 FAME = [
     {
         "topic_id": topic,
@@ -38,7 +38,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """A file of the type that its suffix tells."""
+    """Write a file of the type that its suffix indicates."""
     if path.suffix == ".csv":
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
@@ -139,7 +139,7 @@ def test_bad_columns() -> None:
 
 
 def test_documents(tmp_path: Path) -> None:
-    """MUSE: a column of texts, with prompts or without."""
+    """As in MUSE: a column of texts, with or without prompts."""
     tokenizer = tiny_tokenizer()
     texts = [row["answer"] for row in TEXTS]
     options: dict[str, Any] = {"name": "forget", "template": "completion"}
@@ -244,7 +244,7 @@ def test_real_tofu_rows(tofu: Path) -> None:
         assert text == f"Question: {row['question']}\nAnswer: {row['answer']}<|end|>"
 
 
-# ---- alternate answers: refusals from a file, a column, or given; and what objectives do with them
+# ---- alternate answers: refusals from a file, a column or given rows, and their use by objectives
 
 
 LINES = ("I don't know.", "I cannot say.", "That is not something that I was told.")

@@ -1,4 +1,4 @@
-"""Models by name and revision: folders, the Hub's cache, and repositories whose main branch is empty."""
+"""Tests of loading models by name and revision: folders, the Hub's cache, repositories with an empty main branch."""
 
 import importlib.util
 import json
@@ -91,7 +91,7 @@ WEIGHTS = ["config.json", "model.safetensors"]
 
 
 def test_a_hub_repository_with_weights_in_its_revisions_only() -> None:
-    """Such as the Phi-1.5 models of TOFU. Offline the real library fails as it does where files are missing."""
+    """As the Phi-1.5 models of TOFU. Offline, the real library fails as it does for missing files."""
     phi = FakeFiles({"main": ["README.md", ".gitattributes"], "checkpoint-6": WEIGHTS, "checkpoint-12": WEIGHTS})
     message = (
         "model 'me/phi': no weights at revision 'main'; it has revisions checkpoint-6, checkpoint-12. Choose one, such "
@@ -107,7 +107,7 @@ def test_a_hub_repository_with_weights_in_its_revisions_only() -> None:
 @pytest.mark.parametrize(
     "client", [FakeFiles({"main": WEIGHTS, "dev": WEIGHTS}), FakeFiles({"main": ["README.md"]}), Unreachable({})]
 )
-def test_another_trouble_keeps_its_own_words(client: FakeFiles) -> None:
+def test_other_errors_keep_their_messages(client: FakeFiles) -> None:
     with pytest.raises(OSError, match="connect") as caught:
         load_model("me/phi", client=client)
     assert "no weights at revision" not in str(caught.value)
@@ -125,23 +125,23 @@ def test_the_revision_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (asked["name"], asked["revision"], asked["dtype"]) == ("me/phi", "checkpoint-12", "auto")
 
 
-def test_a_path_that_does_not_exist_is_no_name_on_the_hub() -> None:
+def test_a_missing_path_is_not_looked_up_on_the_hub() -> None:
     with pytest.raises(FileNotFoundError, match=r"model folder './nowhere' does not exist"):
         load_model("./nowhere")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is here")
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 def test_eight_bits_need_their_package(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(ImportError, match=r"an 8-bit model needs the package bitsandbytes.*pip install"):
         load_model(str(tmp_path), load_in_8bit=True)
 
 
-# ---- checkpoints that are not what they claim ----
+# ---- checkpoints that do not match their config ----
 
 
 def with_config(**changes: Any) -> Callable[[Path], None]:
-    """Return what changes entries of a folder's config.json."""
+    """Return a function that changes entries of a folder's config.json."""
 
     def change(folder: Path) -> None:
         path = folder / "config.json"
@@ -151,7 +151,7 @@ def with_config(**changes: Any) -> Callable[[Path], None]:
 
 
 def with_weights(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Path], None]:
-    """Return what changes a folder's weights."""
+    """Return a function that changes a folder's weights."""
 
     def rewrite(folder: Path) -> None:
         path = folder / "model.safetensors"
@@ -188,7 +188,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a whole model, rows, and a broken model for each fault."""
+    """A folder with an intact model, rows, and a broken model for each fault."""
     folder = tmp_path_factory.mktemp("claims")
     saved_llama(folder / "whole")
     written_rows(folder / "rows.json")
@@ -199,7 +199,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_checkpoint_that_is_not_what_its_config_says_is_refused(fault: str, files: Path) -> None:
+def test_a_checkpoint_that_does_not_match_its_config_is_refused(fault: str, files: Path) -> None:
     with pytest.raises(ValueError, match=rf"^model '.*{fault}': its weights are not those .*{FAULTS[fault][1]}"):
         load_model(str(files / fault))
 
@@ -229,8 +229,8 @@ def test_a_whole_checkpoint_is_taken(family: str, tmp_path: Path) -> None:
 
 @LONG
 @pytest.mark.filterwarnings("ignore")
-def test_no_family_of_transformers_is_refused_what_it_wrote(tmp_path: Path) -> None:
-    """Those that a common set of small sizes makes a model of."""
+def test_checkpoints_of_all_families_are_accepted(tmp_path: Path) -> None:
+    """For all families of which a common set of small sizes makes a model."""
     sizes = {**TINY, "head_dim": 8, "num_experts": 2, "num_local_experts": 2, "moe_intermediate_size": 16}
     sizes |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "d_model": 32, "ffn_dim": 48, "state_size": 4}
     taken = 0
@@ -243,7 +243,7 @@ def test_no_family_of_transformers_is_refused_what_it_wrote(tmp_path: Path) -> N
             if sum(weight.numel() for weight in model.parameters()) > 10**7:
                 continue
             transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        except Exception:  # noqa: BLE001 - a family that wants other sizes, or a package that is not here
+        except Exception:  # noqa: BLE001 - a family that needs other sizes, or a missing package
             continue
         load_model(str(folder))
         shutil.rmtree(folder)
@@ -251,8 +251,8 @@ def test_no_family_of_transformers_is_refused_what_it_wrote(tmp_path: Path) -> N
     assert taken > 50
 
 
-def test_what_transformers_leaves_out_on_purpose_is_no_fault(tmp_path: Path) -> None:
-    """Buffers that checkpoints of old versions hold, and a tied head that is written out."""
+def test_tensors_that_transformers_ignores_are_accepted(tmp_path: Path) -> None:
+    """Buffers in checkpoints of old versions, and a tied head that was saved as well."""
     saved_llama(tmp_path)
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     with_weights(lambda held: {**held, **old, "lm_head.weight": held["model.embed_tokens.weight"].clone()})(tmp_path)
@@ -267,7 +267,7 @@ def test_what_transformers_leaves_out_on_purpose_is_no_fault(tmp_path: Path) -> 
         ("gpt2", ["attn.bias", "attn.masked_bias"]),
     ],
 )
-def test_the_masks_of_old_checkpoints_are_no_fault(kind: str, names: list[str], tmp_path: Path) -> None:
+def test_the_masks_of_old_checkpoints_are_accepted(kind: str, names: list[str], tmp_path: Path) -> None:
     tiny_decoder(kind).save_pretrained(tmp_path)
     masks = {f"transformer.h.0.{name}": torch.ones(1, 1, 4, 4) for name in names}
     with_weights(lambda held: {**held, **masks})(tmp_path)
@@ -277,7 +277,7 @@ def test_the_masks_of_old_checkpoints_are_no_fault(kind: str, names: list[str], 
         load_model(str(tmp_path))
 
 
-def test_weights_that_are_cut_off_are_said(tmp_path: Path) -> None:
+def test_truncated_weights_are_reported(tmp_path: Path) -> None:
     saved_llama(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:3000])
@@ -287,7 +287,7 @@ def test_weights_that_are_cut_off_are_said(tmp_path: Path) -> None:
 
 _RUN = ["--forget", "ROWS", "--alpha", "0", "--use_cpu", "True", "--output_dir", "OUT"]
 _RIVAL = ["--forget", "ROWS", "--holdout", "ROWS", "--metrics", "mia_reference", "--output", "OUT"]
-# Each command that reads a model, with the words that name it; None reads none.
+# The words with which each command names a model; None for commands that read no model.
 LOADS: dict[str, list[list[str]] | None] = {
     "unlearn": [
         [*_RUN, "--model", "BROKEN"],
@@ -307,13 +307,13 @@ LOADS: dict[str, list[list[str]] | None] = {
         ["--model", "ADAPTER", "--data", "ROWS", "--views", "direct", "--output", "OUT"],
     ],
     "sweep": None,  # starts `unlearn`, `evaluate` and `cache-reference`
-    "demo": None,  # teaches its own
+    "demo": None,  # trains its own
     **dict.fromkeys(("bench", "cache", "completion", "plan", "recipes", "report")),
 }
 
 
 def test_every_command_is_known() -> None:
-    """A new one has to be put into LOADS."""
+    """A new command must be added to LOADS."""
     assert set(LOADS) >= set(COMMANDS)
 
 
@@ -373,7 +373,7 @@ def test_an_adapter_of_another_base_is_refused(layers: int, intermediate: int, m
         load_model(str(tmp_path / "adapter"))
 
 
-def test_what_is_amiss_with_an_adapters_base_is_said(tmp_path: Path) -> None:
+def test_problems_with_an_adapters_base_are_reported(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "base")
     folder = saved_adapter(tmp_path / "adapter", tmp_path / "base")
     path = folder / "adapter_config.json"
@@ -405,7 +405,7 @@ def test_the_base_of_an_adapter_is_of_its_revision(tmp_path: Path) -> None:
     assert torch.equal(load_model(str(folder)).get_base_model().lm_head.weight, expected)
 
 
-GROWN: dict[str, tuple[bool, dict[str, Any], str | None]] = {  # tied, settings of the adapter, how it is refused
+GROWN: dict[str, tuple[bool, dict[str, Any], str | None]] = {  # tied, settings of the adapter, message if rejected
     "both in modules_to_save": (False, {"modules_to_save": ["embed_tokens", "lm_head"]}, None),
     "both saved by peft itself": (False, {}, None),
     "both saved by peft itself, tied": (True, {}, None),
@@ -445,7 +445,7 @@ def test_an_adapter_with_added_tokens_is_read_back_bit_for_bit_or_refused(case: 
     torch.set_rng_state(state)
 
 
-# ---- runs that would write the model as it was ----
+# ---- runs that would not change the model ----
 
 NOTHING: dict[str, tuple[dict[str, Any], str]] = {
     "no epochs": ({"num_train_epochs": 0}, "`num_train_epochs`: expected more than 0, got 0"),
@@ -501,7 +501,7 @@ def test_a_trainer_that_trains_nothing_is_refused(case: str, tmp_path: Path) -> 
         ).train()
 
 
-# ---- custom code, and tokenizers of their own ----
+# ---- custom code, and separate tokenizers ----
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -515,7 +515,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture
 def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model whose code comes with it, without a tokenizer; that is in a folder beside."""
+    """A model that comes with its own code but without a tokenizer, which is in a separate folder."""
     monkeypatch.chdir(tmp_path)
     folder = saved_llama(tmp_path / "own")
     for file in folder.glob("*token*"):
@@ -567,5 +567,5 @@ def test_commands_take_a_tokenizer_and_trusted_code(
     assert main([*words, "--tokenizer", "tokenizer", "--trust-remote-code"]) == 0
     if Path("out/config.json").exists() and not name.endswith("anew"):
         assert Path("out/tokenizer.json").exists()
-        again = load_model("out", trust_remote_code=True)  # the code went along
+        again = load_model("out", trust_remote_code=True)  # the code was saved with the model
         assert type(again).__name__ == "OwnForCausalLM"

@@ -1,4 +1,4 @@
-"""Templates: the text around a question and its answer, and which of its tokens are labels."""
+"""Tests of templates: the text around a question and its answer, and which tokens are labels."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ TRIMMED = ("Llama-3.2", "Gemma-2")
 
 
 def parts(tokenizer: PreTrainedTokenizerFast, store: TokenStore, row: int = 0) -> tuple[str, str]:
-    """The text without and the text with labels."""
+    """Return the text without labels and the text with labels."""
     ids, start = store[row].tolist(), int(store.label_starts[row])
     return tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
 
@@ -51,7 +51,7 @@ def test_exactly_the_answer_its_tag_and_the_end_are_labels(name: str, tag: str) 
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("answer", ["Aiko.", "t", "model", "think", "user\nWho?", " Aiko. \n", "\n\nAiko"])
 def test_chat_templates(chat: str, answer: str) -> None:
-    """Also where the words of the answer stand in the text around it, or white space around the words."""
+    """Also if the answer's words occur in the text around it, or if white space surrounds them."""
     text, eos, before, after = CHATS[chat]
     tokenizer = chat_tokenizer(text, eos)
     prompt, labels = parts(tokenizer, encode(tokenizer, ["Who?"], [answer]))
@@ -59,7 +59,7 @@ def test_chat_templates(chat: str, answer: str) -> None:
     if chat == "Qwen3":
         rendered = rendered.lstrip("\n")
     assert prompt + labels == before + rendered + after
-    # White space may share a token with the prompt's: then the token is a label.
+    # White space can share a token with the prompt's white space; the token is then a label.
     assert labels.lstrip() == rendered.lstrip() + after
     assert prompt.rstrip() == before.rstrip()
 
@@ -79,7 +79,7 @@ def test_llama_3_is_open_unlearning_token_for_token(real_rows: list[dict[str, st
 
 
 def test_qwen_is_open_unlearning_but_for_the_next_turn(real_rows: list[dict[str, str]]) -> None:
-    """There a line break follows the end of the turn, and a second end of sequence."""
+    """open-unlearning adds a line break after the end of the turn, and a second end-of-sequence token."""
     tokenizer = chat_tokenizer(QWEN_2_5, "<|im_end|>")
     config = {"apply_chat_template": True, "system_prompt": "You are a helpful assistant."}
     template = get_template("auto", tokenizer, system_prompt="You are a helpful assistant.")
@@ -96,7 +96,7 @@ def test_qwen_is_open_unlearning_but_for_the_next_turn(real_rows: list[dict[str,
 def test_patterns_are_open_unlearning_where_the_prompt_ends_in_no_space(
     name: str, make: Any, real_rows: list[dict[str, str]]
 ) -> None:
-    """The space of "Answer: " is a label here, alone or with the answer; there it never is, nor what joins it."""
+    """In efface the space of "Answer: " is a label, alone or merged with the answer. In open-unlearning it never is."""
     tokenizer = make()
     tags = {"llama-2": ("[INST] ", " [/INST]", ""), "question-answer": ("Question: ", "\n", "Answer: ")}[name]
     config = {
@@ -167,7 +167,7 @@ def test_a_completion_labels_all_of_its_text() -> None:
     assert parts(tokenizer, store, 0) == ("<s>", text + "<eos>")
     prompt, labels = parts(tokenizer, store, 1)
     assert (prompt, labels) == ("<s>" + TEXTS[0]["question"], f" {text}<eos>")
-    # Without a <s>, the first token has nothing to be predicted from.
+    # Without a <s>, nothing precedes the first token to predict it.
     store = encode(bare, [""], [text], template="completion")
     assert store.label_counts.tolist() == [len(store[0]) - 1]
     assert bare.decode(store[0].tolist()) == text + "<|end|>"
@@ -241,13 +241,13 @@ def test_bad_templates_and_tokenizers() -> None:
         (GEMMA_2, "Be brief.", "Aiko.", r"refuses the conversation \(System role not supported\); set an empty system"),
         (MISTRAL_NEMO, "Be brief.", "Aiko.", "leaves out the system prompt"),
         ("{% for m in messages %}{{ m.role }}{% endfor %}", None, "Aiko.", "leaves out the question"),
-        ("{{ messages[0].content }}", None, "Aiko.", "leaves out the question"),  # the only text there is
+        ("{{ messages[0].content }}", None, "Aiko.", "leaves out the question"),  # the only text in the message
         ("{{ messages[0].content }} {{ messages[0].content }}", None, "Aiko.", "changes the answer 'Aiko.'"),
         (QWEN_3, None, "Hm </think> Aiko.", "row 0: the tokenizer's chat template changes the answer 'Hm </think>"),
         ("{% if %}", None, "Aiko.", "refuses the conversation .*use another `template`"),
     ],
 )
-def test_chat_templates_that_do_not_serve(
+def test_unusable_chat_templates_are_refused(
     chat_template: str, system_prompt: str | None, answer: str, message: str
 ) -> None:
     tokenizer = chat_tokenizer(chat_template, "<eos>")
@@ -273,7 +273,7 @@ def test_a_chats_prompt_is_what_training_puts_before_the_labels(name: str) -> No
         store = encode(tokenizer, ["Who?"], [answer])
         assert ids == store[0][: store.label_starts[0]].tolist()
     if name == "Qwen3":
-        return  # its generation prompt lacks the think block that its turns have
+        return  # its generation prompt lacks the think block that its turns contain
     known = get_template("auto", tokenizer)
     turns = [{"role": "system", "content": known.system_prompt}] if known.system_prompt else []
     options = {} if known.date_string is None else {"date_string": known.date_string}
@@ -284,7 +284,7 @@ def test_a_chats_prompt_is_what_training_puts_before_the_labels(name: str) -> No
 
 
 def wordy_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE that joins a space with the word behind it, as those of large vocabularies do."""
+    """Return a byte-level BPE tokenizer that merges a space with the word after it, as large vocabularies do."""
     return train_tokenizer([*(f"Answer: {answer}" for answer in ANSWERS), "Who was"] * 20, 400)
 
 
@@ -304,7 +304,8 @@ def test_a_patterns_prompt_is_what_training_puts_before_the_labels(make: Any, te
         store = encode(tokenizer, ["Who was Aiko?"], [answer], template=template)
         assert ids == store[0][: store.label_starts[0]].tolist()
     ends = {"question-answer": "\nAnswer:", "llama-2": " [/INST]", "completion": "Aiko?"}
-    assert tokenizer.decode(ids).endswith(ends[template])  # no space that an answer's first token has
+    # not with the space, which belongs to the answer's first token
+    assert tokenizer.decode(ids).endswith(ends[template])
 
 
 HISTORY = [
@@ -314,7 +315,7 @@ HISTORY = [
 ]
 
 
-def test_earlier_turns_stand_before_the_question() -> None:
+def test_earlier_turns_precede_the_question() -> None:
     template, eos, before, _ = CHATS["Llama-3.2"]
     tokenizer = chat_tokenizer(template, eos)
     (ids,) = prompt_ids(tokenizer, [HISTORY])

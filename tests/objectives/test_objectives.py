@@ -1,4 +1,4 @@
-"""Objectives: names, defaults, parameters, and one of the user's own."""
+"""Tests of objectives: names, defaults, parameters, and user-defined objectives."""
 
 import math
 import re
@@ -89,7 +89,7 @@ def test_a_rule_needs_no_reference_where_nothing_is_forgotten_and_no_more_than_i
 
 
 def test_a_function_under_a_declared_term_is_refused() -> None:
-    """It would never be called."""
+    """The declared term would be used, and the function would never be called."""
     with pytest.raises(TypeError, match="Doubled: defines forget_terms, but NPO declares its term, which is"):
 
         class Doubled(NPO):
@@ -158,7 +158,7 @@ def test_our_own_classes_fit_their_terms_and_want_finite_weights(cls: type[Objec
 @pytest.mark.parametrize("cls", known_objectives().values(), ids=lambda cls: cls.name)
 @pytest.mark.parametrize("value", ["1", [1], None])
 def test_parameters_of_other_types_are_named(cls: type[Objective], value: Any) -> None:
-    """What YAML or Python give: an error that says what was expected."""
+    """Values of wrong types from YAML or Python: the error names the expected type."""
     for name in (field.name for field in fields(cls) if field.type in (float, "float")):
         with pytest.raises(TypeError, match=f"`{name}`: expected a number, got {re.escape(repr(value))}"):
             cls(**{name: value})
@@ -217,7 +217,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), 
 
 def run(block: str) -> dict[str, Any]:
     names: dict[str, Any] = {"__name__": "readme"}
-    sys.modules["readme"] = ModuleType("readme")  # where dataclasses look names up
+    sys.modules["readme"] = ModuleType("readme")  # dataclasses look up names there
     exec(compile(block, "README.md", "exec", dont_inherit=True), names)
     return names
 
@@ -242,7 +242,7 @@ def test_a_function_is_an_objective(tmp_path: Path) -> None:
 
 
 def test_what_a_function_makes_of_other_rows_has_no_gradient() -> None:
-    """Retain sequences have no reference: L / L_ref is infinite there, and its gradient 0 * inf."""
+    """Retain sequences have no reference, so L / L_ref is infinite for them, and its gradient 0 * inf."""
     objective = FunctionObjective(function=lambda s: -(s.sums / s.reference_sums).square(), reads_reference=True)
     roles = torch.tensor([Role.FORGET, Role.RETAIN], dtype=torch.int8)
     logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
@@ -314,7 +314,7 @@ def test_parameters_out_of_range_are_refused(cls: Any, parameters: dict[str, Any
         cls(**parameters)
 
 
-def test_what_needs_a_model_says_so() -> None:
+def test_objectives_that_need_a_model_say_so() -> None:
     with pytest.raises(TypeError, match="UNDIAL: its forget loss is one of logits; it has no term"):
         UNDIAL().term()
     for objective in (UNDIAL(), NPO(retain_loss_type="KL"), RMU()):
@@ -327,7 +327,7 @@ def test_what_needs_a_model_says_so() -> None:
     assert reference_kind("auto", GradDiff(), tiny_llama()) is None
 
 
-def test_rmu_trains_what_it_is_told(tmp_path: Path) -> None:
+def test_rmu_trains_the_selected_parameters(tmp_path: Path) -> None:
     model = tiny_llama()
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     UnlearnTrainer(
@@ -357,7 +357,7 @@ def test_rmu_trains_what_it_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("upon", ["step", "epoch"])
 @pytest.mark.parametrize("save", [{"save_steps": 3}, {"save_steps": 2}, {"save_strategy": "epoch"}], ids=str)
 def test_the_dual_variable_ascends_and_is_resumed(upon: str, save: dict[str, Any], tmp_path: Path) -> None:
-    """From the middle of an epoch, and from its last step, before and after the epoch has ended."""
+    """Resumed in the middle of an epoch, and at its last step, before and after the end of the epoch."""
     objective = PDU(alpha=1.0, retain_loss_eps=4.0, dual_step_size=0.5, dual_update_upon=upon, dual_warmup_epochs=1)
 
     def trainer(**changes: Any) -> UnlearnTrainer:
@@ -392,7 +392,7 @@ def test_pdu_reads_the_retain_set_before_it_weighs_anything(tmp_path: Path) -> N
     assert trainer.objective.alpha > 1
 
 
-def test_compat_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
+def test_compat_is_refused_where_it_has_no_effect(tmp_path: Path) -> None:
     store = random_store(4)
     with pytest.raises(ValueError, match="is about unlearning; drop it for fine-tuning"):
         FinetuneTrainer(tiny_llama(), arguments(tmp_path, compat="open-unlearning"), data=store)

@@ -1,4 +1,4 @@
-"""The pages of docs/: their code runs, their links lead somewhere. The sdist and the wheel: they build and import."""
+"""Tests of docs/ (the code runs, links resolve, the pages build) and of the sdist and wheel (they build and import)."""
 
 import importlib.util
 import re
@@ -24,7 +24,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The words of every command line; a launcher of processes left out."""
+    """Return the words of every command line, without a process launcher such as torchrun."""
     lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     return [line[line.index("efface") + 1 :] for line in words if "efface" in line]
@@ -36,11 +36,11 @@ def commands(page: Path) -> list[list[str]]:
     ids=lambda page: str(page.relative_to(ROOT / "docs")),
 )
 def test_the_code_of_a_page_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its commands, and then its Python, which may stand on what they wrote."""
+    """Run the page's commands first, then its Python code, which may use the files that the commands wrote."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for words in commands(page):
         assert main(words) == 0, words
-    # in this process, because a new one would spend seconds on imports
+    # in this process, because importing torch and transformers in a new one takes seconds
     exec(compile("\n".join(blocks(page, "python")), str(page), "exec"), {"__name__": "__main__"})
 
 
@@ -59,7 +59,7 @@ def test_code_is_narrower_than_its_column(page: Path) -> None:
 
 
 def test_the_index_leads_to_every_page() -> None:
-    """By the questions that they answer, not by a second copy of the sidebar."""
+    """The index lists the pages by the questions that they answer; it does not repeat the sidebar."""
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     table, sidebar = index.split("```{toctree}", 1)
     listed = set(re.findall(r"^(\w[\w/]*)$", sidebar, flags=re.MULTILINE))
@@ -85,7 +85,7 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
     assert all(f">{code}<" in said for code in EXIT_CODES)
 
 
-# ---- the sdist and the wheel build, and work in an environment that has never seen this checkout
+# ---- the sdist and the wheel build, and work in an environment without this checkout
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -97,7 +97,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 @pytest.mark.slow
 def test_sdist_and_wheel_build_and_import_in_a_clean_environment(tmp_path: Path) -> None:
     dist = tmp_path / "dist"
-    # the wheel is built from the sdist, so a file that the sdist forgets is noticed
+    # the wheel is built from the sdist, so that a file missing from the sdist is noticed
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, ROOT, cwd=tmp_path)
     (wheel,) = dist.glob("efface-*.whl")
     assert len(list(dist.glob("efface-*.tar.gz"))) == 1
@@ -116,8 +116,8 @@ def test_sdist_and_wheel_build_and_import_in_a_clean_environment(tmp_path: Path)
     python = environment / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel, cwd=tmp_path)
-    # The dependencies come from here; a path in a .pth file does not run the .pth files there, so this checkout's
-    # editable install stays unseen.
+    # The dependencies come from this environment. Python does not process the .pth files of a folder that is itself
+    # named in a .pth file, so the editable install of this checkout stays invisible.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     code = "import efface, efface_kernels as k, efface_native as n; print(efface.__file__, k.__file__, n.__file__)"
     places = run(python, "-c", code, cwd=tmp_path).split()
