@@ -126,7 +126,7 @@ def test_what_a_process_uses_stays(filled: dict[str, Path], cache: Path, capsys:
     assert main(["cache", "purge"]) == 2
     printed = capsys.readouterr()
     assert "removed: 3 entries" in printed.out
-    assert "2 entries are used by a running process and stayed" in printed.err
+    assert "2 entries are in use by a running process, not removed" in printed.err
     assert kinds(cache) == ["tokens", "reference"]
     assert not remove_store(store.path)
     assert store.get(MODEL, sequence_keys(tokens))[1].all()
