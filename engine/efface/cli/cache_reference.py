@@ -70,6 +70,6 @@ def run(argv: Sequence[str]) -> int:
         raise TypeError(f"expected a cached reference, got {type(reference).__name__}")
     if reference.problem is not None:
         raise reference.problem
-    there = reference.sequences - reference.computed
-    console.print(f"{reference.computed} sequences computed, {there} already cached: {reference.path}")
+    cached = reference.sequences - reference.computed
+    console.print(f"{reference.computed} sequences computed, {cached} already cached: {reference.path}")
     return 0

@@ -34,14 +34,14 @@ def parser() -> FlagParser:
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parser().parse_args(argv)
-    whole = argparse.ArgumentParser(prog="efface")
-    commands = whole.add_subparsers()
+    root = argparse.ArgumentParser(prog="efface")
+    commands = root.add_subparsers()
     for name, (module, summary) in COMMANDS.items():
         flags: FlagParser = importlib.import_module(module).parser()
         flags.show_all()
-        # ``whole`` is not a FlagParser, because add_parser() would construct more of its class without their command.
+        # ``root`` is not a FlagParser, because add_parser() would construct FlagParsers without their command.
         commands.add_parser(name, help=summary, parents=[_completing(flags)], add_help=False)
-    print(shtab.complete(whole, options.shell))
+    print(shtab.complete(root, options.shell))
     return 0
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # also distinguishes two models that were trained in the same way.
 _AUTHORS = {"default": (24, 2), "smoke": (4, 1)}
 _TOFU_AUTHORS = {"default": (20, 2), "smoke": (4, 2)}
-_LEFT_BEHIND = 86_400  # seconds after which partial files belong to a killed demo and are removed
+_LEFTOVER_SECONDS = 86_400  # seconds after which partial files belong to a killed demo and are removed
 _COLUMNS = {
     "forget quality": ("forget_quality", ".2g"),
     "truth ratio": ("truth_ratio", ".3f"),
@@ -85,7 +85,7 @@ def run(argv: Sequence[str]) -> int:
         settings = replace(settings, vocabulary=4096, teach_epochs=30)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     console = open_console(stderr=True)
-    remove_leftovers(out, seconds=_LEFT_BEHIND)
+    remove_leftovers(out, seconds=_LEFTOVER_SECONDS)
     if out.is_dir() and (there := sorted(out.iterdir())):
         said = (
             f"files of the same names will be replaced when the demo is complete; the folder contains {in_words(there)}"

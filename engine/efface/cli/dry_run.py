@@ -81,7 +81,7 @@ class _Data:
     """Row counts of the sets, and their tokens if the data and the tokenizer are on this machine."""
 
     rows: Mapping[str, int]
-    of: Mapping[str, int]  # rows of a file before its filter; only sets with a filter
+    unfiltered: Mapping[str, int]  # rows of a file before its filter; only sets with a filter
     stores: tuple[TokenStore, TokenStore, TokenStore | None] | None
     missing: str  # reason why ``stores`` is None; empty otherwise
 
@@ -96,14 +96,14 @@ def _data(command: UnlearnCommand, args: UnlearnArguments, objective: Objective,
             "--retain, or set --alpha 0"
         )
     files = {role: local_file(source) for role, (source, _) in sources.items()}
-    of: dict[str, int] = {}
+    unfiltered: dict[str, int] = {}
 
     def counts() -> dict[str, int]:
         rows: dict[str, int] = {}
         for role, (source, conditions) in sources.items():
             if (file := files[role]) is not None:
                 rows[role], total = _count(file, conditions, args, role)
-                of.update({role: total} if conditions else {})
+                unfiltered.update({role: total} if conditions else {})
             elif (
                 recipe is not None
                 and source == recipe.unlearn.get(role)
@@ -115,10 +115,13 @@ def _data(command: UnlearnCommand, args: UnlearnArguments, objective: Objective,
     named = command.tokenizer or command.model
     folder = local_files(named, MAIN if command.tokenizer else command.revision, "tokenizer_config.json")
     if folder is None:
-        return _Data(counts(), of, None, f"the tokenizer of {named} is not on this machine")
-    if away := [source for role, (source, _) in sources.items() if files[role] is None]:
+        return _Data(counts(), unfiltered, None, f"the tokenizer of {named} is not on this machine")
+    if remote := [source for role, (source, _) in sources.items() if files[role] is None]:
         return _Data(
-            counts(), of, None, f"{' and '.join(dict.fromkeys(away))} is on the Hub; give --data or local files"
+            counts(),
+            unfiltered,
+            None,
+            f"{' and '.join(dict.fromkeys(remote))} is on the Hub; give --data or local files",
         )
     retain = command.retain if "retain" in sources else None
     stores = unlearning_stores(
@@ -130,7 +133,7 @@ def _data(command: UnlearnCommand, args: UnlearnArguments, objective: Objective,
         forget_filter=command.forget_filter,
         retain_filter=command.retain_filter,
     )
-    return _Data({"forget": len(stores[0]), "retain": len(stores[1])}, of, stores, "")
+    return _Data({"forget": len(stores[0]), "retain": len(stores[1])}, unfiltered, stores, "")
 
 
 def _count(file: Path, conditions: list[str] | None, args: UnlearnArguments, role: str) -> tuple[int, int]:
@@ -222,14 +225,13 @@ def _checkpoints(args: UnlearnArguments) -> str:
 def _evaluation(command: UnlearnCommand, recipe: Recipe | None) -> str | None:
     if recipe is None:
         return None
-    asked = recipe.evaluate
-    if not command.evaluate or asked["benchmark"] == "none":
+    settings = recipe.evaluate
+    if not command.evaluate or settings["benchmark"] == "none":
         return "none"
-    against = command.retain_log or asked.get("retain_log") or asked.get("retain_model")
+    against = command.retain_log or settings.get("retain_log") or settings.get("retain_model")
     quality = f"forget quality against {against}" if against else "no forget quality without --retain-log"
-    return (
-        f"{asked['benchmark'].upper()} {asked['split']}, protocol {asked.get('protocol', 'open-unlearning')}, {quality}"
-    )
+    protocol = settings.get("protocol", "open-unlearning")
+    return f"{settings['benchmark'].upper()} {settings['split']}, protocol {protocol}, {quality}"
 
 
 def _provenance(recipe: Recipe) -> Lines:
@@ -241,8 +243,8 @@ def _run(args: UnlearnArguments, data: _Data) -> Lines:
     lines: Lines = {}
     for role, count in data.rows.items():
         lines[f"{role} rows"] = count
-        if role in data.of:
-            lines[f"{role} rows before the filter"] = data.of[role]
+        if role in data.unfiltered:
+            lines[f"{role} rows before the filter"] = data.unfiltered[role]
     if "forget" not in data.rows:
         return {**lines, "steps": "not known: the forget set is on the Hub, so its number of rows is unknown"}
     per_step = pairs_per_step(args)

@@ -264,7 +264,9 @@ class _Signals:
                 ):  # ignored, as by nohup or a shell's &: leave it
                     before[number] = signal.signal(number, self._interrupt)
         hook = sys.unraisablehook
-        sys.unraisablehook = lambda lost: self._again() if isinstance(lost.exc_value, KeyboardInterrupt) else hook(lost)
+        sys.unraisablehook = lambda lost: (
+            self._resend() if isinstance(lost.exc_value, KeyboardInterrupt) else hook(lost)
+        )
         try:
             yield
         finally:
@@ -273,7 +275,7 @@ class _Signals:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _again(self) -> None:
+    def _resend(self) -> None:
         """Send the signal again after 10 ms, because Python discards an exception that is raised in a ``__del__``.
 
         Python runs ``__del__`` methods at any point, so the handler can run inside one.

@@ -56,12 +56,11 @@ def add_json_flag(flags: argparse.ArgumentParser) -> None:
 
 def show_json(document: Any) -> None:
     """Print a document as JSON on standard output. NaN and infinities become null."""
-    print(
-        json.dumps(as_json(document), indent=2, ensure_ascii=False, allow_nan=False)
-    )  # prints nothing if there is no stdout
+    # print() writes nothing if there is no stdout.
+    print(json.dumps(as_json(document), indent=2, ensure_ascii=False, allow_nan=False))
 
 
-_QUIET = ("epoch", "time_", "padding_saved", "peak_memory_gib", "npo_weight")
+_HIDDEN = ("epoch", "time_", "padding_saved", "peak_memory_gib", "npo_weight")
 """Prefixes of figures that are sent to trackers, but not printed, to keep lines short."""
 
 
@@ -243,7 +242,7 @@ class ProgressBar(Bar, ReferenceCallback):
         **kwargs: Any,
     ) -> None:
         """Show the loss in the bar, or print the figures as one line if there is no bar."""
-        shown = {name: value for name, value in (logs or {}).items() if not name.startswith(_QUIET)}
+        shown = {name: value for name, value in (logs or {}).items() if not name.startswith(_HIDDEN)}
         if "train_runtime" in shown:  # the last log of a run
             self.close()
             if self._log:

@@ -87,7 +87,7 @@ def _table(recipes: Sequence[Recipe]) -> Table:
 
 
 def _explain(recipe: Recipe) -> None:
-    print(f"# {recipe.path}\n# {_EXPLAINED}\n")
+    print(f"# {recipe.path}\n# {_LEGEND}\n")
     print(recipe.path.read_text(encoding="utf-8").rstrip())
     size = _memory(recipe)
     expected: Any = "not known" if size is None else f"about {size / 2**30:.0f} GiB (computed, one process)"
@@ -96,6 +96,6 @@ def _explain(recipe: Recipe) -> None:
     print(f"# or first: efface unlearn --recipe {recipe.name} --dry-run")
 
 
-_EXPLAINED = """published: figures of the source. ours: settings that the source does not state.
+_LEGEND = """published: figures of the source. ours: settings that the source does not state.
 # unlearn: flags of `efface unlearn`. evaluate: benchmark for the result.
 # architecture, rows: for estimates without network. tiny: flags that differ with --scale tiny."""

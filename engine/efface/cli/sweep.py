@@ -41,7 +41,7 @@ __all__ = ["parser", "run"]
 RECORD = "reference.json"
 # If one of these is swept, trials have different references. Each trial then fills the cache itself; the cache supports
 # concurrent writers.
-_OF_THE_REFERENCE = {
+_REFERENCE_FLAGS = {
     *("objective", "model", "revision", "dtype", "bf16", "fp16", "tf32", "forget", "forget_filter", "seed"),
     *("refusal_file", "alternate_column", "template", "system_prompt", "date_string", "max_length"),
     *("reference", "reference_cache"),
@@ -88,7 +88,7 @@ def fill_reference(sweep: SweepCommand, fill: Fill, say: Callable[[str], None]) 
 
 
 def _is_shared(sweep: SweepCommand) -> bool:
-    if any(parameter.name in _OF_THE_REFERENCE or parameter.name.startswith("reference_") for parameter in sweep.space):
+    if any(parameter.name in _REFERENCE_FLAGS or parameter.name.startswith("reference_") for parameter in sweep.space):
         return False
     objective = sweep.command.make_objective()
     if sweep.args.reference_cache == NO_FILE or sweep.command.reference not in ("auto", "cached"):
@@ -99,7 +99,16 @@ def _is_shared(sweep: SweepCommand) -> bool:
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # first characters of cells that spreadsheets evaluate as formulas
 _SHORT = {"forget_quality": "FQ", "model_utility": "MU"}
 # Parameters that change neither the number of steps nor that of tokens.
-_FREE = {"learning_rate", "beta", "alpha", "gamma", "delta", "weight_decay", "max_grad_norm", "lr_scheduler_type"}
+_STEP_INDEPENDENT = {
+    "learning_rate",
+    "beta",
+    "alpha",
+    "gamma",
+    "delta",
+    "weight_decay",
+    "max_grad_norm",
+    "lr_scheduler_type",
+}
 
 
 def csv_cell(value: Any) -> Any:
@@ -190,7 +199,7 @@ def dry_run(sweep: SweepCommand) -> None:
     known: dict[str, dict[str, Any]] = {}
     counts: list[dict[str, Any]] = []
     for number, point in enumerate(listed):
-        key = point_name({name: value for name, value in point.items() if name not in _FREE})
+        key = point_name({name: value for name, value in point.items() if name not in _STEP_INDEPENDENT})
         if key not in known:
             command, args, recipe = resolve(sweep.given, point)
             known[key] = describe(command, args, command.make_objective(), recipe)["run"]

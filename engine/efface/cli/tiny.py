@@ -28,7 +28,7 @@ _COLUMNS = {
     "retain:\nprobability": "retain_Q_A_Prob",
     "ROUGE ": "retain_Q_A_ROUGE",
 }
-_NOT_HERE = {
+_REFUSED = {
     "model": "the models are trained as part of the run",
     "forget": "the data come from the recipe; give a folder with TOFU's files as --data",
     "retain": "the data come from the recipe; give a folder with TOFU's files as --data",
@@ -67,8 +67,8 @@ def run_at(scale: str, words: Sequence[str]) -> int:
         FileExistsError: the output folder contains other files.
         ValueError: there is no recipe, or a flag that cannot be used with ``--scale``; and as ``run_tiny``.
     """
-    for name in _NOT_HERE.keys() & given_names(words):
-        raise ValueError(f"--scale {scale}: expected no --{hyphens(name)}, because {_NOT_HERE[name]}; drop it")
+    for name in _REFUSED.keys() & given_names(words):
+        raise ValueError(f"--scale {scale}: expected no --{hyphens(name)}, because {_REFUSED[name]}; drop it")
     parser = FlagParser("unlearn", "Runs a recipe with small models.")
     for name in ("--recipe", "--data"):
         parser.add_argument(name)

@@ -38,7 +38,7 @@ from efface.recipes.evaluation import check_evaluation, check_files, check_sets,
 from efface.recipes.settings import recipe_of
 from efface.reference import LogprobStore
 
-_READ = ("forget", "retain", "data", "recipe")  # flags of inputs other than models
+_INPUT_FLAGS = ("forget", "retain", "data", "recipe")  # flags of inputs other than models
 # Weight files of an earlier model in the output folder. They are removed, because loading could read them instead.
 _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*", "adapter_config.json")
 
@@ -114,11 +114,11 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
             stack.enter_context(folder.locked())
         if args.resume_from_checkpoint is not None:
             check_whole(Path(args.resume_from_checkpoint))
-        trainer, beside = run.make(bar)
+        trainer, extra = run.make(bar)
         trainer.command = run.command
         checkpoint = [args.resume_from_checkpoint]
         if folder is not None:
-            checkpoint = [_begin(run, trainer, folder, _identity(trainer, beside), console)]
+            checkpoint = [_begin(run, trainer, folder, _identity(trainer, extra), console)]
         checkpoint = broadcast_object_list(checkpoint)
         if checkpoint[0] is not None:
             console.print(f"continuing from {checkpoint[0]}")
@@ -200,8 +200,8 @@ def _own_checkpoint(run: TrainingRun) -> dict[str, str | Path | None]:
     return {"--resume-from-checkpoint": given} if same else {}
 
 
-def _check_space(run: TrainingRun, trainer: PackedTrainer, there: int) -> None:
-    """Raise OSError if the disk has no space for the files of the run. ``there`` counts its existing checkpoints."""
+def _check_space(run: TrainingRun, trainer: PackedTrainer, existing: int) -> None:
+    """Raise OSError if the disk has no space for the files of the run. ``existing`` is its number of checkpoints."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # shards have other sizes, and can be on several disks
         return
     epoch = len(trainer.get_train_dataloader())
@@ -210,20 +210,20 @@ def _check_space(run: TrainingRun, trainer: PackedTrainer, there: int) -> None:
     need = disk_need(trainer.model, args, steps, epoch, merged=run.merged)
     place = next(folder for folder in (run.out.absolute(), *run.out.absolute().parents) if folder.exists())
     total, _, free = shutil.disk_usage(place)
-    if total and free < need.total(there):  # some file systems report a total of 0
+    if total and free < need.total(existing):  # some file systems report a total of 0
         what = f"{need.checkpoints} checkpoints of {bytes_in_words(need.checkpoint)} each and a model of "
         raise OSError(
-            f"--output {str(run.out)!r}: expected {bytes_in_words(need.total(there))} of free space, for {what}"
+            f"--output {str(run.out)!r}: expected {bytes_in_words(need.total(existing))} of free space, for {what}"
             f"{bytes_in_words(need.model)}, got {bytes_in_words(free)}; free some, choose another disk, or write less: "
             "--save-total-limit 1, --save-schedule no, or --save-only-model True (a run cannot resume from these)"
         )
 
 
-def _identity(trainer: PackedTrainer, beside: dict[str, Any]) -> dict[str, Any]:
+def _identity(trainer: PackedTrainer, extra: dict[str, Any]) -> dict[str, Any]:
     """Return everything that the result depends on. An unfinished run of the same identity is continued."""
     recipe = trainer.recipe()
     return {
-        **beside,
+        **extra,
         "objective": recipe.objective,
         "reference": recipe.reference,
         "data": {role: facts.fingerprint for role, facts in recipe.data.items()},
@@ -531,7 +531,7 @@ def unlearn(command: UnlearnCommand, args: UnlearnArguments, argv: Sequence[str]
             inputs={
                 **model_inputs("--model", command.model, command.revision),
                 **model_inputs("--reference-model", command.reference_model, command.reference_revision),
-                **{f"--{hyphens(name)}": getattr(command, name) for name in _READ},
+                **{f"--{hyphens(name)}": getattr(command, name) for name in _INPUT_FLAGS},
                 "--refusal-file": args.refusal_file,
                 "--config": config_of(argv),
             },

@@ -50,15 +50,15 @@ def check_files(command: UnlearnCommand, recipe: Recipe) -> None:
         FileNotFoundError: a log or a file of the benchmark does not exist.
         ValueError: a file has other contents.
     """
-    asked = recipe.evaluate
-    if asked["benchmark"] != "tofu":
+    settings = recipe.evaluate
+    if settings["benchmark"] != "tofu":
         return
     if command.retain_log is not None:
         read_log(command.retain_log).rows("forget", "truth_ratio")
     if command.data is not None:
-        protocol = get_protocol(asked.get("protocol", "open-unlearning"))
+        protocol = get_protocol(settings.get("protocol", "open-unlearning"))
         for split in SPLITS:
-            load_split(command.data, split, asked["split"], protocol)
+            load_split(command.data, split, settings["split"], protocol)
 
 
 def check_sets(command: UnlearnCommand) -> None:
@@ -113,32 +113,32 @@ def evaluate_recipe(
     Returns:
         The figures by open-unlearning's names; empty if the benchmark is "none".
     """
-    asked = recipe.evaluate
-    if asked["benchmark"] == "none":
+    settings = recipe.evaluate
+    if settings["benchmark"] == "none":
         return {}
     options: dict[str, Any] = {
-        "split": asked["split"],
-        "protocol": asked.get("protocol", "open-unlearning"),
+        "split": settings["split"],
+        "protocol": settings.get("protocol", "open-unlearning"),
         "template": template,
         "compat": compat,
         "progress": progress,
     }
-    source = data or asked.get("data")
-    log: Any = retain_log or asked.get("retain_log")
-    if log is None and "retain_model" in asked:
-        log = _log_of(asked["retain_model"], model, source, output / "retain_model", options)
+    source = data or settings.get("data")
+    log: Any = retain_log or settings.get("retain_log")
+    if log is None and "retain_model" in settings:
+        log = _log_of(settings["retain_model"], model, source, output / "retain_model", options)
     summary = tofu(model, tokenizer, source, retain_log=log, output=output, **options).summary
     return dict(summary)
 
 
-def _log_of(name: str, beside: Any, source: str | None, output: Path, options: dict[str, Any]) -> Any:
-    """Evaluate the retain model ``name`` on the device and in the dtype of ``beside``, and return its log.
+def _log_of(name: str, unlearned: Any, source: str | None, output: Path, options: dict[str, Any]) -> Any:
+    """Evaluate the retain model ``name`` on the device and in the dtype of ``unlearned``, and return its log.
 
     Returns None, with a warning, if the model cannot be loaded or has another architecture.
     """
     failure: str | None = None
     try:
-        model = load_model(name, dtype=str(beside.dtype).removeprefix("torch.")).to(beside.device)
+        model = load_model(name, dtype=str(unlearned.dtype).removeprefix("torch.")).to(unlearned.device)
         tokenizer = load_tokenizer(name)
     except OSError as error:
         failure = str(error)
@@ -147,7 +147,7 @@ def _log_of(name: str, beside: Any, source: str | None, output: Path, options: d
     if failure is not None:
         _LOG.warning("no forget quality: the retain model %s cannot be loaded (%s); give --retain-log", name, failure)
         return None
-    if _architecture(model) != _architecture(beside):
+    if _architecture(model) != _architecture(unlearned):
         _LOG.warning("no forget quality: the retain model %s has another architecture; give --retain-log", name)
         return None
     return tofu(model, tokenizer, source, output=output, **options).log

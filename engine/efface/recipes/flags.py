@@ -59,10 +59,10 @@ _SHORT = {
     "weight_decay": "weight decay of all weights except biases and norms",
     "gradient_checkpointing": "recompute activations in the backward pass to save memory",
 }
-_REST = "transformers.TrainingArguments"
+_TRANSFORMERS = "transformers.TrainingArguments"
 _METAVARS: dict[Any, str] = {int: "N", float: "X", string_to_bool: "BOOL"}
 # Expected value in the error of a flag that was given without one.
-_WANTED = {
+_EXPECTED = {
     "--config": "the path of a YAML file",
     "--recipe": "a name from `efface recipes`, or the path of a YAML file",
     "--scale": "tiny or smoke",
@@ -93,7 +93,7 @@ class SettingsParser(FlagParser, HfArgumentParser):
         shown: Collection[str] = _SHOWN,
     ) -> None:
         self.names = {field.name for cls in classes for field in dataclasses.fields(cls) if field.init}
-        self._said_defaults = defaults or {}
+        self._help_defaults = defaults or {}
         self._shown = shown
         self._required: list[str] = []
         self._groups: dict[str, Any] = {}
@@ -104,8 +104,8 @@ class SettingsParser(FlagParser, HfArgumentParser):
         self.usage = f"efface {command} [--config FILE]{needed} [flags]"
         titles = list(_GROUPS)
         self._action_groups.sort(key=lambda group: titles.index(group.title) if group.title in titles else -1)
-        self._action_groups.sort(key=lambda group: group.title == _REST)
-        for title in self._groups.keys() - {_REST}:
+        self._action_groups.sort(key=lambda group: group.title == _TRANSFORMERS)
+        for title in self._groups.keys() - {_TRANSFORMERS}:
             self._groups[title]._group_actions.sort(key=lambda action: _ORDER[action.dest])  # noqa: SLF001 - as above
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
@@ -118,7 +118,7 @@ class SettingsParser(FlagParser, HfArgumentParser):
             flags, options["dest"] = [_NAMES[name]], name
         if options.pop("required", False):
             self._required.append(flags[0])
-        default = self._said_defaults.get(name, options.get("default"))
+        default = self._help_defaults.get(name, options.get("default"))
         options["default"] = SUPPRESS
         said = re.sub(r"--\w+", lambda found: hyphens(found[0]), options.pop("help", ""))
         at = ""
@@ -130,7 +130,7 @@ class SettingsParser(FlagParser, HfArgumentParser):
         if not negation and (not choices or len("".join(map(str, choices))) > 30):
             word = "NAME" if choices else name.rpartition("_")[2].upper()
             options["metavar"] = _METAVARS.get(options.get("type"), word)
-        title = _TITLES.get(name, _REST)
+        title = _TITLES.get(name, _TRANSFORMERS)
         if title not in self._groups:
             self._groups[title] = self.add_argument_group(title)
         action = self._groups[title].add_argument(*flags, help=f"{said}{at}", **options)
@@ -141,8 +141,8 @@ class SettingsParser(FlagParser, HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise ValueError with the message of argparse, or with the expected value of a flag that lacks one."""
         flag, _, rest = message.removeprefix("argument ").partition(": ")
-        if rest == "expected one argument" and flag in _WANTED:
-            message = f"{flag}: expected {_WANTED[flag]}, got nothing"
+        if rest == "expected one argument" and flag in _EXPECTED:
+            message = f"{flag}: expected {_EXPECTED[flag]}, got nothing"
         super().error(message)
 
     def converted(self, flags: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -22,14 +22,14 @@ _GROUPS = (
     {"refusal_file", "alternate_column"},
 )
 # Flag -> flags that depend on its value. If the user changes the value, the recipe's dependent flags are ignored.
-_ABOUT = {
+_DEPENDENT = {
     "objective": {"beta", "delta", "gamma", "alpha", "retain_loss_type", "objective_options"},
     "template": {"system_prompt", "date_string"},
     "model": {"revision"},
     "reference_model": {"reference_revision"},
 }
 # Flags that require hardware or packages, with a value that requires nothing: a dry run works without them.
-_OF_THE_MACHINE: dict[str, Any] = {
+_MACHINE_FLAGS: dict[str, Any] = {
     "use_cpu": True,
     "optim": OptimizerNames.ADAMW_TORCH.value,
     "bf16": False,
@@ -58,7 +58,7 @@ def not_overridden(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dic
     old one, a new template its date.
     """
     gone = set(given).union(*(group for group in _GROUPS if group & given.keys()))
-    for name, about in _ABOUT.items():
+    for name, about in _DEPENDENT.items():
         value, before = given.get(name), settings.get(name)
         if value is not None and before is not None and not _same(name, value, before):
             gone |= about
@@ -138,8 +138,8 @@ def unlearn_settings(
 
 def unready_arguments(values: Mapping[str, Any]) -> UnlearnArguments:
     """Return arguments that are checked for consistency, but not against the hardware and packages of this machine."""
-    args = made(UnlearnArguments, {**values, **_OF_THE_MACHINE})
-    for name in _OF_THE_MACHINE:
+    args = made(UnlearnArguments, {**values, **_MACHINE_FLAGS})
+    for name in _MACHINE_FLAGS:
         setattr(args, name, values.get(name, getattr(UnlearnArguments, name)))
     return args
 

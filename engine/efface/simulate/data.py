@@ -22,7 +22,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 SPLIT = "forget"
 TOFU_ROWS_PER_AUTHOR = 20
-_TOFU_ASKED = 400  # number of TOFU's retain rows, from the first, that have false answers
+_TOFU_EVALUATED = 400  # number of TOFU's retain rows, from the first, that have false answers
 _TOFU_SPLITS = {"forget01": 2, "forget05": 10, "forget10": 20}  # split -> authors; all their rows have false answers
 
 
@@ -103,7 +103,7 @@ def tofu_data(
     forget = read(f"{split}_perturbed")[-forget_authors * TOFU_ROWS_PER_AUTHOR :]
     kept = f"retain{100 - int(split[-2:])}" if asked else "retain_perturbed"
     retain = read(kept, retain_authors * TOFU_ROWS_PER_AUTHOR)
-    retain_asked = some(read("retain_perturbed", min(_TOFU_ASKED, len(retain))), asked) if asked else ()
+    retain_asked = some(read("retain_perturbed", min(_TOFU_EVALUATED, len(retain))), asked) if asked else ()
     name = f"TOFU's {split}, {len(forget) // TOFU_ROWS_PER_AUTHOR} authors to forget, {retain_authors} to keep"
     others = read("real_authors_perturbed", world), read("world_facts_perturbed", world)
     return SimulatedData(name, forget, retain, retain_asked, *others)
@@ -183,7 +183,7 @@ def tofu(folder: str | Path, authors: int, forget_authors: int) -> SimulatedData
     if forget_authors not in _TOFU_SPLITS.values():
         known = ", ".join(f"{count} ({split})" for split, count in _TOFU_SPLITS.items())
         raise ValueError(f"`--forget-authors`: expected {known}, as in a forget split of TOFU, got {forget_authors}")
-    retain_authors, most = authors - forget_authors, _TOFU_ASKED // TOFU_ROWS_PER_AUTHOR
+    retain_authors, most = authors - forget_authors, _TOFU_EVALUATED // TOFU_ROWS_PER_AUTHOR
     if not 1 <= retain_authors <= most:
         raise ValueError(
             f"`--authors`: expected {forget_authors + 1} .. {forget_authors + most}, including {forget_authors} to "

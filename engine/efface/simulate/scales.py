@@ -24,7 +24,7 @@ _SHOWN = (
 )
 
 # Paged optimizers do not run on a CPU, and half precision has no advantage there.
-_ON_A_CPU = {"dtype": "float32", "bf16": False, "fp16": False, "optim": "adamw_torch"}
+_CPU_FLAGS = {"dtype": "float32", "bf16": False, "fp16": False, "optim": "adamw_torch"}
 # Flags of the recipe that the run replaces with its own models and data.
 _PROVIDED = (
     *("model", "revision", "reference_model", "reference_revision"),
@@ -88,7 +88,7 @@ def get_scale(name: str) -> Scale:
 def tiny_flags(recipe: Recipe, scale: Scale) -> dict[str, Any]:
     """Return the flags of ``efface unlearn`` for a recipe at a scale, without those of models and data."""
     kept = {name: value for name, value in recipe.unlearn.items() if name not in _PROVIDED}
-    return {**kept, **_ON_A_CPU, **scale.defaults, **recipe.tiny, **scale.limits}
+    return {**kept, **_CPU_FLAGS, **scale.defaults, **recipe.tiny, **scale.limits}
 
 
 def tiny_data(recipe: Recipe, scale: Scale, folder: str | Path | None) -> SimulatedData:

@@ -250,7 +250,7 @@ def teach(
 
 FORMAT = 2  # part of every cache key; increase it when the same settings give another model
 RECORD = "taught.json"
-_LEFT_BEHIND = 86_400  # seconds after which a partial model belongs to a killed process, because training takes minutes
+_LEFTOVER_SECONDS = 86_400  # age of a partial model from which it belongs to a killed process: training takes minutes
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ def taught(
     folder = own_folder(TAUGHT, cache_dir) / digest(made_of)
     if _whole(folder):
         return _in_use(folder)
-    remove_leftovers(folder.parent, seconds=_LEFT_BEHIND)
+    remove_leftovers(folder.parent, seconds=_LEFTOVER_SECONDS)
     architecture = ARCHITECTURES[template]
     tokenizer = tokenizer_of(architecture, texts, size.vocabulary)
     with written_folder(folder, keeps=_whole, private=True) as partial:

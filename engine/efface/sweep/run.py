@@ -201,11 +201,11 @@ class Loop:
             claim.place.finish(result)
         self.ledger.tell(claim, result, self.floor)
         _release(claim)
-        self._tidy()
+        self._remove_weights()
         self.changed(f"{claim.name}: {_in_words(result)}")
         return True
 
-    def _tidy(self) -> None:
+    def _remove_weights(self) -> None:
         """Remove models that ``keep`` does not keep. Failed trials keep theirs, for ``--retry-failed`` to resume."""
         if self.keep == "all":
             return

@@ -39,7 +39,7 @@ and --study, to share the trials between them.
 """
 
 # Flags of `efface unlearn` that a sweep refuses, with the reason.
-_OURS = {
+_REFUSED = {
     "output_dir": "--output is given to the sweep",
     "overwrite": "a sweep always continues; choose another --output to start a new one",
     "json": "results are in best.json and sweep.csv",
@@ -85,8 +85,8 @@ class SweepCommand:
     @property
     def evaluated(self) -> bool:
         """Whether trials are evaluated."""
-        judged = self.recipe is not None and self.recipe.evaluate["benchmark"] != "none" and self.command.evaluate
-        return judged or self.evaluation is not None
+        by_recipe = self.recipe is not None and self.recipe.evaluate["benchmark"] != "none" and self.command.evaluate
+        return by_recipe or self.evaluation is not None
 
     @property
     def shares_retain_log(self) -> bool:
@@ -176,8 +176,8 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
     _check_numbers(options)
     given = settings_parser().given(words)
     config = config_settings(given["config"], settings_parser()) if "config" in given else {}
-    for name in (given.keys() | config.keys()) & _OURS.keys() - set(_UNSET):
-        raise ValueError(f"--{hyphens(name)}: not for a sweep: {_OURS[name]}")
+    for name in (given.keys() | config.keys()) & _REFUSED.keys() - set(_UNSET):
+        raise ValueError(f"--{hyphens(name)}: not for a sweep: {_REFUSED[name]}")
     for name in given.keys() & {parameter.name for parameter in space}:
         raise ValueError(
             f"--{hyphens(name)}: expected either a value for all trials or varied values, got both; drop one of them"
@@ -186,7 +186,7 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
     found = SweepCommand(options, words, given, space, sampler, *resolve(given, {}), evaluation)
     for name in _UNSET:
         if getattr(found.args, name):  # a recipe can set it, too
-            raise ValueError(f"--{hyphens(name)}: not for a sweep: {_OURS[name]}; set it to False")
+            raise ValueError(f"--{hyphens(name)}: not for a sweep: {_REFUSED[name]}; set it to False")
     _check_together(found)
     for parameter in space:
         for value in parameter.some():
@@ -253,8 +253,8 @@ def _check_numbers(options: argparse.Namespace) -> None:
 
 
 def _check_together(found: SweepCommand) -> None:
-    judged = found.recipe is not None and found.recipe.evaluate["benchmark"] != "none" and found.command.evaluate
-    if judged and found.evaluation is not None:
+    by_recipe = found.recipe is not None and found.recipe.evaluate["benchmark"] != "none" and found.command.evaluate
+    if by_recipe and found.evaluation is not None:
         raise ValueError(
             "--evaluation: expected a recipe without an evaluation, got one; add --evaluate False, or drop --evaluation"
         )
