@@ -31,7 +31,7 @@ def parser() -> FlagParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command.
+    """Run the command and return its exit code.
 
     Raises:
         FileNotFoundError: efface was not installed from a checkout.

@@ -44,7 +44,7 @@ def parser() -> FlagParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command.
+    """Run the command and return its exit code.
 
     Raises:
         NotADirectoryError: ``--token-cache`` is not a folder.

@@ -41,7 +41,7 @@ def parser() -> SettingsParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
     command, args = parse(argv, parser())
     if command.dry_run or command.json:
         name = "--dry-run" if command.dry_run else "--json"

@@ -32,7 +32,7 @@ def parser() -> FlagParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
     options = parser().parse_args(argv)
     root = argparse.ArgumentParser(prog="efface")
     commands = root.add_subparsers()

@@ -66,7 +66,7 @@ def parser() -> FlagParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
     options = parser().parse_args(argv)
     out = check_output(options.output, overwrite=options.overwrite, inputs={"--data": options.data})
     # Imported here, so that --help stays fast.

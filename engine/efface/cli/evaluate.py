@@ -316,7 +316,7 @@ def parser() -> FlagParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
     options = parser().parse_args(argv)
     state = processes()
     console = open_console(stderr=True, quiet=not state.is_main_process)

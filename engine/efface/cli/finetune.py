@@ -124,7 +124,7 @@ def _load(command: FinetuneCommand, seed: int) -> Any:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
     command, args = _parse(argv)
     args.disable_tqdm = True
     check_source(command.data)

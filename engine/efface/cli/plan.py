@@ -43,13 +43,19 @@ def parser() -> FlagParser:
         "--pairs-per-step", type=int, default=32, help="forget/retain pairs of an optimizer step (default: 32)"
     )
     flags.add_argument(
-        "--token-budget", type=int, default=UnlearnArguments.token_budget, help="most tokens of a forward pass"
+        "--token-budget",
+        type=int,
+        default=UnlearnArguments.token_budget,
+        help="most tokens of a forward pass (default: %(default)s)",
     )
     flags.add_argument(
         "--processes", type=int, nargs="+", default=[1], help="numbers of processes to plan for (default: 1)"
     )
     flags.add_argument(
-        "--retain-sampling", choices=["random", "cycle", "paired"], default="random", help="how retain rows are drawn"
+        "--retain-sampling",
+        choices=["random", "cycle", "paired"],
+        default="random",
+        help="how retain rows are drawn (default: random)",
     )
     flags.add_argument(
         "--seed", type=int, default=42, help="seed of the order and of the drawn retain rows (default: 42)"
@@ -105,7 +111,7 @@ def summary(
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
     options = parser().parse_args(argv)
     console = open_console(stderr=True)
     with closing(Bar(console, "plan")) as bar:

@@ -41,7 +41,7 @@ def parser() -> FlagParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
     options = parser().parse_args(argv)
     names = list(known_recipes()) if options.name is None else [options.name]
     recipes = [load_recipe(name) for name in names]

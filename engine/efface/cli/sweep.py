@@ -238,11 +238,11 @@ def _count(count: Any, what: str) -> str:
 def _total(counts: Sequence[Any], what: str) -> str:
     if all(isinstance(count, int) for count in counts):
         return f"{sum(counts):,} {what}"
-    return f"{what} not known without the data and the tokenizer here (--data)"
+    return f"{what} not known: the data or the tokenizer is not on this machine; give --data"
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
     sweep = parse_sweep(argv)
     command = sweep.command
     check_output(

@@ -291,7 +291,7 @@ def _adapter_in_words(adapted: Any, command: UnlearnCommand) -> str | None:
     if not is_second(adapted):
         return f"LoRA of rank {command.lora_r}; {saved}"
     if not command.merge_adapter:
-        saved = "saved as one adapter, of the ranks' sum, on the base of the first"
+        saved = "saved as one adapter with the sum of the ranks, for the base of the first"
     return f"a second LoRA of rank {command.lora_r} on that of {command.model!r}, which is frozen; {saved}"
 
 

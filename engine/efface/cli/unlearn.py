@@ -29,7 +29,7 @@ def parser() -> SettingsParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
     flags = parser()
     given = flags.given(argv)
     values = with_config(given, flags)

@@ -106,7 +106,7 @@ class SettingsParser(FlagParser, HfArgumentParser):
         self._action_groups.sort(key=lambda group: titles.index(group.title) if group.title in titles else -1)
         self._action_groups.sort(key=lambda group: group.title == _TRANSFORMERS)
         for title in self._groups.keys() - {_TRANSFORMERS}:
-            self._groups[title]._group_actions.sort(key=lambda action: _ORDER[action.dest])  # noqa: SLF001 - as above
+            self._groups[title]._group_actions.sort(key=lambda action: _ORDER[action.dest])  # noqa: SLF001 - argparse cannot reorder flags
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
         """Add a flag. The flag of a field goes into its group of the help."""

@@ -40,7 +40,7 @@ and --study, to share the trials between them.
 
 # Flags of `efface unlearn` that a sweep refuses, with the reason.
 _REFUSED = {
-    "output_dir": "--output is given to the sweep",
+    "output_dir": "each trial has its own folder in the --output of the sweep",
     "overwrite": "a sweep always continues; choose another --output to start a new one",
     "json": "results are in best.json and sweep.csv",
     "push_to_hub": "push the best model after the sweep",
@@ -205,7 +205,7 @@ def resolve(given: Mapping[str, Any], point: Point) -> tuple[UnlearnCommand, Unl
     Raises:
         ValueError: invalid values, or settings that contradict one another.
     """
-    values = settings_parser().converted(point, "what is varied")
+    values = settings_parser().converted(point, "varied flags")
     command, args = unlearn_settings({**given, **values, "output_dir": "trial", "dry_run": True})
     recipe = recipe_of(command)
     command.make_objective()
