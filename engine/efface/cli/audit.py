@@ -34,9 +34,9 @@ examples:
   efface audit --model ./npo ./simnpo --data rows.json --views direct,cloze,choice \\
       --output audit
 
-The figures are means of novel recall over rows. Novel recall is the share of the answer's
-content words, without those of the prompt, that the model generates. `kept` is
-(model - retain) / (full - retain). Run a stopped command again to continue.
+The figures are means of novel recall over rows. Novel recall is the share of the
+answer's content words, without those of the prompt, that the model generates. `kept` is
+(model - retain) / (full - retain). Run a stopped command again to continue it.
 """
 
 

@@ -18,8 +18,8 @@ examples:
   efface cache-reference --model ./llama --forget forget10.json --bf16 True
   efface cache-reference --config npo.yaml
 
-Takes the flags of `efface unlearn` and the same --config files. A run can use the result
-only if it has the same model, forget set, template, --dtype and --bf16.
+Takes the flags of `efface unlearn` and the same --config files. A run can use the
+result only if it has the same model, forget set, template, --dtype and --bf16.
 """
 # The flags of `efface unlearn` that a reference depends on, and that choose where it is stored.
 _SHOWN = (

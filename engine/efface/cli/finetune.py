@@ -37,9 +37,9 @@ Forget quality compares with the log of a model trained without the forget set:
   efface finetune --model ./llama --data locuslab/TOFU:retain90:train --output retain90
   efface evaluate --model retain90 --split forget10 --output retain90/evaluation
 
-Then add --retain-log retain90/evaluation/TOFU_EVAL.json to `efface unlearn --recipe NAME`.
-The defaults are TOFU's. Run a stopped command again to continue it. All flags of
-transformers.TrainingArguments work.
+Then run `efface unlearn --recipe NAME` with the flag
+--retain-log retain90/evaluation/TOFU_EVAL.json. The defaults are TOFU's. Run a stopped
+command again to continue it. All flags of transformers.TrainingArguments work.
 """
 
 
