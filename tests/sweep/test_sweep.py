@@ -154,7 +154,7 @@ def test_names_of_points_differ_and_are_fit_for_folders() -> None:
         (["--grid", "beta=.1", "--workers", "0"], "--workers: expected 1 or more, got 0"),
         (["--grid", "beta=.1", "--floor", "2"], "--floor: expected a share"),
         (["--grid", "beta=.1", "--push_to_hub", "True"], "push the best model"),
-        (["--grid", "beta=.1", "--evaluation", "--split forget10"], "expected a recipe without an evaluation"),
+        (["--grid", "beta=.1", "--evaluation", "--split forget10"], "expected no recipe with its own evaluation"),
         (["--grid", "beta=.1", "--nonsense", "1"], "unknown arguments --nonsense 1"),
         ([], "expected one of --grid, --preset and --space"),
         (["--preset", "audit-55"], "did you mean 'audit-54'?"),

@@ -261,7 +261,7 @@ class _Signals:
                 if signal.getsignal(number) not in (
                     signal.SIG_IGN,
                     None,
-                ):  # ignored, as by nohup or a shell's &: leave it
+                ):  # ignored, as by nohup, or not from Python
                     before[number] = signal.signal(number, self._interrupt)
         hook = sys.unraisablehook
         sys.unraisablehook = lambda lost: (

@@ -38,7 +38,7 @@ _REFUSED = {
 
 
 def unlearn_with(flags: Mapping[str, Any], overrides: Sequence[str], check: bool) -> None:
-    """Run ``efface unlearn`` with flags and overrides, unless the run has already finished.
+    """Run ``efface unlearn`` with flags and overrides. A finished run is repeated only with the flag ``overwrite``.
 
     Args:
         flags: name -> value.

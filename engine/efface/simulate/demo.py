@@ -128,7 +128,7 @@ class Demo(Simulation):
         """
         log = self._log(model, name)
         quality = truth_ratio = float("nan")
-        # Gradient difference can drive likelihoods to 0. The figures are then NaN, and the run continues.
+        # Gradient difference can drive likelihoods out of range. Report the figures anyway, as 0 or NaN.
         with contextlib.suppress(ValueError), np.errstate(divide="ignore"):
             ratio = log.rows("forget", "truth_ratio")
             truth_ratio = float(np.minimum(ratio, 1 / ratio).mean())

@@ -42,7 +42,7 @@ class Floor:
     Attributes:
         share: the floor as a share of the full model's utility, or of the best trial's if ``full`` is None.
         full: the full model's utility; None if unknown.
-        least: an absolute floor, which replaces ``share`` and ``full``; None for none.
+        least: an absolute floor, which replaces ``share`` and ``full``; None if not given.
     """
 
     share: float = 0.9

@@ -75,7 +75,7 @@ class Subprocesses:
         module: module to run. Its argument is a JSON list: the words of ``efface unlearn`` and those of ``efface
             evaluate``. The module must stop as by Ctrl-C when its standard input is closed, which happens when the
             sweep ends for any reason, even if it is killed.
-        evaluation: words of ``efface evaluate`` for runs without a recipe that evaluates them; None for none.
+        evaluation: words of ``efface evaluate`` for runs without a recipe that evaluates them, or None.
     """
 
     module: str
