@@ -97,9 +97,8 @@ class Ledger:
         drawn = library.samplers.TPESampler() if sampler == "tpe" else library.samplers.RandomSampler()
         self._worker = f"{socket.gethostname()}:{out.resolve()}"
         self._seen: dict[int, tuple[Any, float]] = {}  # trial -> (last heartbeat, our time when we first saw it)
-        place = (
-            f"study {study!r}" if storage else f"study {str(out / 'study.db')!r}"
-        )  # not the URL, which can contain a password
+        # The message does not contain the URL, which can contain a password.
+        place = f"study {study!r}" if storage else f"study {str(out / 'study.db')!r}"
         with self._alone(), reading(place, "one that Optuna can open", "choose another --output or --storage"):
             self._study: optuna.Study = library.create_study(
                 storage=library.storages.RDBStorage(url, engine_kwargs=wait),

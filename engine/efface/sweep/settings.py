@@ -256,7 +256,8 @@ def _check_together(found: SweepCommand) -> None:
     by_recipe = found.recipe is not None and found.recipe.evaluate["benchmark"] != "none" and found.command.evaluate
     if by_recipe and found.evaluation is not None:
         raise ValueError(
-            "--evaluation: expected no recipe with its own evaluation, got one; add --evaluate False, or drop --evaluation"
+            "--evaluation: expected no recipe with its own evaluation, got one; add --evaluate False, or drop "
+            "--evaluation"
         )
     if found.sampler == "tpe" and not found.evaluated:
         raise ValueError(
