@@ -494,10 +494,8 @@ def metrics_table(results: Results, title: str) -> Table:
     for heading in ("rows", "value"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, metric in results.items():
-        rows = len(metric.get("value_by_index", ()))
-        table.add_row(
-            name, str(rows or ""), f"{metric['agg_value']:.4f}"
-        )  # the rows cell is empty for an attack, which compares two sets
+        rows = len(metric.get("value_by_index", ()))  # 0 for an attack, which compares two sets of rows
+        table.add_row(name, str(rows or ""), f"{metric['agg_value']:.4f}")
         for grouping, groups in metric.items():
             if grouping.startswith("by_"):
                 for value, group in groups.items():
