@@ -18,6 +18,7 @@ from typing import Any
 
 import efface
 from efface.errors import in_words, on_purpose, one_line, out_of_memory
+from efface.extras import check_extras
 
 # command -> (module, summary). A module is imported only when its command is called.
 COMMANDS = {
@@ -40,6 +41,15 @@ COMMANDS = {
     "report": ("efface.cli.report", "compare evaluated runs on one HTML page"),
     "sweep": ("efface.cli.sweep", "run a recipe with many settings and rank the results"),
     "unlearn": ("efface.cli.unlearn", "make a checkpoint forget a data set"),
+}
+
+# Command -> extras that it requires in addition to "cli". ``unlearn`` requires "evaluate" only for some recipes.
+_EXTRAS = {
+    "audit": ("evaluate",),
+    "demo": ("evaluate", "report"),
+    "evaluate": ("evaluate",),
+    "report": ("evaluate", "report"),
+    "sweep": ("evaluate", "report", "sweep"),
 }
 
 EXIT_FAULT = 1
@@ -155,6 +165,7 @@ def _run(arguments: Sequence[str], signals: "_Signals", *, debug: bool) -> int:
     else:
         for variable, value in () if debug else _QUIET.items():
             os.environ.setdefault(variable, value)
+        check_extras(f"efface {name}", "cli", *_EXTRAS.get(name, ()))
         with signals.importing():
             module = importlib.import_module(COMMANDS[name][0])
         code = int(module.run(rest))

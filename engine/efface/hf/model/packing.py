@@ -88,8 +88,8 @@ def shares_tokens(model: PreTrainedModel, longest: int) -> bool:
 
 def decoder_of(model: PreTrainedModel) -> Any:
     """Return the part of the model that ends in the final hidden states."""
-    decoder = model.get_decoder()
-    if decoder is not model and not isinstance(decoder, nn.Linear):  # ModernBERT calls its head so
+    decoder = model.get_decoder()  # None of most models in transformers 4.56.0
+    if decoder is not None and decoder is not model and not isinstance(decoder, nn.Linear):  # ModernBERT calls its head so
         return decoder
     if model.base_model is not model:  # what transformers 4 answers for models (GPT-NeoX) that do not name theirs
         return model.base_model
