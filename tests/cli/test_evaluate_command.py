@@ -101,7 +101,7 @@ def test_without_a_retain_log_it_says_how_to_make_one(
 ) -> None:
     assert main(words(folder, "--splits", "forget", "--output", str(tmp_path))) == 0
     printed = capsys.readouterr()
-    assert "no forget quality: it compares with a model trained on the retain set alone" in printed.err
+    assert "no forget quality: it requires a model trained on the retain set only" in printed.err
     assert "retain90), and add --retain-model FOLDER" in printed.err
     assert printed.out.splitlines()[-2].split() == ["forget", "quality", "-"]
 
@@ -194,7 +194,7 @@ def test_an_interrupted_evaluation_says_what_is_kept(
 
     monkeypatch.setattr(GenerationTask, "run", interrupted)
     assert main(words(folder, "--splits", "forget", "--output", str(tmp_path))) == 130
-    assert "run the same command again to continue: 6 of 12 rows are kept in" in capsys.readouterr().err
+    assert "run the same command again to continue: 6 of 12 rows are saved in" in capsys.readouterr().err
     assert not (tmp_path / "TOFU_EVAL.json").exists()
     monkeypatch.setattr(GenerationTask, "run", run)
     assert main(words(folder, "--splits", "forget", "--output", str(tmp_path))) == 0

@@ -110,13 +110,13 @@ def test_a_stopped_run_continues_bit_for_bit(
     monkeypatch.setattr(PackedTrainer, "training_step", step)
     # another command does not resume the run
     assert main([*words, "--learning_rate", "1e-3"]) == 2
-    assert "holds an unfinished run of another command" in capsys.readouterr().err
+    assert "contains an unfinished run of another command" in capsys.readouterr().err
     assert main(words) == 0
     assert "continuing from" in capsys.readouterr().err
     whole, again = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert main(words) == 2
-    assert "it holds a finished run" in capsys.readouterr().err
+    assert "it contains a finished run" in capsys.readouterr().err
 
 
 def test_fresh_weights_come_from_the_seed(
@@ -132,7 +132,7 @@ def test_fresh_weights_come_from_the_seed(
     assert not torch.equal(a, c)
     assert a.dtype == torch.float32
     assert main([*flags(checkpoint, data, tmp_path / "d"), *words, "--dtype", "bfloat16"]) == 2
-    assert "weights drawn by --from-config are float32" in capsys.readouterr().err
+    assert "--dtype: expected float32 with --from-config" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

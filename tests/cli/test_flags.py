@@ -230,7 +230,7 @@ def test_the_output_flag_has_one_name(capsys: pytest.CaptureFixture[str]) -> Non
     for words in (["--output", "a"], ["--output_dir=a"]):
         sweep = ["sweep", "--model=a/b", "--forget=a/c", "--retain=a/d", "--grid", "beta=1", "--output=a"]
         assert main([*sweep, f"--evaluation={shlex.join(words)}"]) == 2
-        assert "is the trial's own; drop it" in capsys.readouterr().err
+        assert "is set by each trial; drop it" in capsys.readouterr().err
 
 
 def test_help_all_of_a_sweep_shows_the_flags_it_passes_on(capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,7 +258,10 @@ def test_texts_write_hyphens() -> None:
     ("words", "message"),
     [
         *(
-            (["cache-reference", "--model", "x", "--forget", "x", flag], f"{flag}: `efface cache-reference` has none")
+            (
+                ["cache-reference", "--model", "x", "--forget", "x", flag],
+                f"{flag}: not a flag of `efface cache-reference`",
+            )
             for flag in ("--json", "--dry-run")
         ),
         (["plan", "--tokenizer", "x"], "the following arguments are required: --forget"),

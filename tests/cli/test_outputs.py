@@ -205,7 +205,7 @@ def test_results_are_not_pushed_along(place: Path, capsys: pytest.CaptureFixture
     put(place / "out" / "evaluation" / "TOFU_EVAL.json")
     words = "unlearn --model myft --forget rows.jsonl --objective grad_ascent --output-dir out --overwrite"
     assert main([*words.split(), "--push-to-hub"]) == 2
-    assert "holds results with questions and answers of the data, which would be pushed" in capsys.readouterr().err
+    assert "contains results with questions and answers of the data, which would be pushed" in capsys.readouterr().err
 
 
 # Results of evaluations

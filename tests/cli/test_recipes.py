@@ -400,7 +400,7 @@ def test_flags_and_words_go_both_ways() -> None:
 def test_flags_are_whole_names_and_a_scale_is_for_unlearn_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--learning"):
         parse(["--recipe", "tofu-npo", "--learning", "1e-4", "--output_dir", str(tmp_path)])
-    with pytest.raises(ValueError, match="--scale: is for `efface unlearn` alone"):
+    with pytest.raises(ValueError, match="--scale: expected `efface unlearn`"):
         parse(["--recipe", "tofu-npo", "--scale", "tiny", "--output_dir", str(tmp_path)])
 
 
@@ -425,7 +425,7 @@ GOOD = {
         ({"unlearn": {"forget": "x.json"}}, "the following arguments are required: --model"),
         ({"unlearn": {**GOOD["unlearn"], "lerning_rate": 1}}, "got 'lerning_rate'; did you mean 'learning_rate'?"),
         ({"unlearn": {**GOOD["unlearn"], "learning_rate": "fast"}}, "invalid float value: 'fast'"),
-        ({"unlearn": {**GOOD["unlearn"], "output_dir": "out"}}, "'output_dir' is about one run"),
+        ({"unlearn": {**GOOD["unlearn"], "output_dir": "out"}}, "'output_dir' belongs to one run"),
         ({"unlearn": {**GOOD["unlearn"], "forget": "a:b:c:d"}}, "expected a file or name:config:split"),
         ({"tiny": {"beta": "small"}}, "tiny: argument --beta: invalid float value: 'small'"),
         ({"tiny": {"steps": 3}}, "tiny: expected flags of the command, got 'steps'"),
@@ -434,7 +434,7 @@ GOOD = {
         ({"evaluate": {"benchmark": "none", "rows": 3}}, "evaluate: expected benchmark, data, split"),
         ({"published": {"FQ": "good"}}, "published: FQ: expected a number, got 'good'"),
         ({"rows": {"forgotten": 3}}, "rows: expected forget, retain, got 'forgotten'"),
-        ({"architecture": {"layers": 3}}, "architecture: expected a configuration with its model_type"),
+        ({"architecture": {"layers": 3}}, "architecture: expected a configuration with model_type"),
         ({"architecture": "llama-4"}, "architecture: expected one of llama-3.2-1b"),
     ],
 )
@@ -472,7 +472,7 @@ def test_files_that_are_not_recipes(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--recipe", "tofu-npo", "--data", "nowhere"], "--data: expected a folder, got 'nowhere'"),
         (["--recipe", "tofu-npo", "--warmup_steps", "3", "--warmup_epochs", "1"], "`warmup_epochs`: expected it alone"),
         (["--recipe", "tofu-npo", "--save_schedule", "epoch", "--save_strategy", "no"], "give one of them"),
-        (["--recipe", "tofu-npo", "--forget", "locuslab/TOFU:forget05:train"], "evaluates on forget10, which is not"),
+        (["--recipe", "tofu-npo", "--forget", "locuslab/TOFU:forget05:train"], "expected the forget set forget10"),
         (["--recipe", "tofu-npo", "--retain", "locuslab/TOFU:retain95:train"], "5 % of TOFU in both; give --retain"),
         (["--recipe", "tofu-npo", "--objective", "graddiff", "--beta", "1"], "got beta"),
         (["--recipe", "tofu-npo", "--optim", "adam_magic"], "argument --optim: invalid choice: 'adam_magic'"),
@@ -480,10 +480,10 @@ def test_files_that_are_not_recipes(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--recipe", "tofu-npo", "--template", "alpaca"], "`template`: expected one of auto"),
         (
             ["--recipe", "tofu-npo", "--evaluate", "False", "--retain_log", "x.json"],
-            "--retain-log: is for the evaluation",
+            "--retain-log: expected a --recipe with an evaluation",
         ),
         (["--recipe", "tofu-npo", "--model", "./nowhere"], "model folder './nowhere' does not exist"),
-        (["--recipe"], "--recipe: expected a name of `efface recipes`"),
+        (["--recipe"], "--recipe: expected a name from `efface recipes`"),
     ],
 )
 def test_overrides_that_contradict(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -493,9 +493,9 @@ def test_overrides_that_contradict(words: list[str], message: str, capsys: pytes
 
 def test_flags_without_effect_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["unlearn", "--model", "a", "--forget", "b", "--json", "--use_cpu", "True"]) == 2
-    assert "--json: is how --dry-run prints" in capsys.readouterr().err
+    assert "--json: expected --dry-run with it" in capsys.readouterr().err
     assert main(["cache-reference", "--recipe", "tofu-npo", "--dry_run"]) == 2
-    assert "--dry-run: `efface cache-reference` has none" in capsys.readouterr().err
+    assert "--dry-run: not a flag of `efface cache-reference`" in capsys.readouterr().err
 
 
 def test_local_files_replace_hub_data(data: Path, tmp_path: Path) -> None:
@@ -600,7 +600,7 @@ def test_an_evaluation_that_failed_is_done_by_the_same_command(
     monkeypatch.setattr("efface.cli.training.evaluate_recipe", evaluate)
     assert main(words) == 2
     err = capsys.readouterr().err
-    assert "but not evaluated; run the same command again to do that" in err
+    assert "but not evaluated; run the same command again to evaluate it" in err
     assert "no network" in err
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert main(words) == 0

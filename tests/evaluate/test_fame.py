@@ -211,7 +211,7 @@ def test_the_flags(tmp_path: Path, found: dict[str, Any]) -> None:
 
     with pytest.raises(ValueError, match="--metrics: expected --forget FILE"):
         run_metrics(policy, tokenizer, flags("--metrics", "rouge"))
-    with pytest.raises(ValueError, match="FAME: expected --data FILE"):
+    with pytest.raises(ValueError, match="--benchmark fame: expected --data FILE"):
         run_fame(policy, tokenizer, flags())
     with pytest.raises(FileNotFoundError, match=r"results file .* does not exist"):
         read_values(tmp_path / "none.json")

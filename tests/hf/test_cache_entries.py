@@ -128,7 +128,7 @@ def test_entries_in_use_are_not_removed(
     assert main(["cache", "purge"]) == 2
     printed = capsys.readouterr()
     assert "removed: 3 entries" in printed.out
-    assert "2 entries are used by a running process and stayed" in printed.err
+    assert "2 entries are in use by a running process, not removed" in printed.err
     assert kinds(cache) == ["tokens", "reference"]
     assert not remove_store(store.path)
     assert store.get(MODEL, sequence_keys(tokens))[1].all()

@@ -343,14 +343,14 @@ def test_the_same_command_continues_and_another_is_refused(
     words = [*command, "--output_dir", str(out), "--hub_token", "hf_secret"]
     assert main(words) == 130
     told = capsys.readouterr().err
-    assert "run the same command again to continue: checkpoint-4 is whole" in told
+    assert "run the same command again to continue: it will resume from checkpoint-4" in told
     monkeypatch.undo()
     monkeypatch.setenv("EFFACE_CACHE", str(tmp_path / "efface-cache"))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
     assert main([*words, "--beta", "0.2", "--learning_rate", "1e-4", "--seed", "3"]) == 2
     told = capsys.readouterr().err
-    assert "holds an unfinished run of another command" in told
+    assert "contains an unfinished run of another command" in told
     for change in ("objective.beta: was 0.1, is 0.2", "learning_rate: was 0.001, is 0.0001", "seed: was 42, is 3"):
         assert change in told
     rows = tmp_path / "rows.json"
@@ -364,7 +364,7 @@ def test_the_same_command_continues_and_another_is_refused(
     assert f"continuing from {out / 'checkpoint-4'}" in capsys.readouterr().err
     assert "hf_secret" not in (out / "README.md").read_text() + (out / "run.json").read_text()
     assert main(words) == 2
-    assert "it holds a finished run" in capsys.readouterr().err
+    assert "it contains a finished run" in capsys.readouterr().err
     fresh = tmp_path / "fresh"
     assert main([*command, "--output_dir", str(fresh)]) == 0
     same_bits(out, fresh)

@@ -427,8 +427,8 @@ def test_cache_reference_explains_what_is_wrong(
 ) -> None:
     path.write_text("mine")
     for changes, message in (
-        (["--objective", "simnpo"], "--objective simnpo: expected one that compares with a reference"),
-        (["--reference_cache", "none"], "a --reference-cache that is a file"),
+        (["--objective", "simnpo"], "--objective: expected one with a reference, such as npo, got simnpo"),
+        (["--reference_cache", "none"], "a file as --reference-cache"),
         (["--reference", "live"], "expected --reference cached"),
         (["--reference_cache", str(path)], "file is not a database; delete the file"),
         (["--reference_cache", str(path / "below")], f"'{path}'"),

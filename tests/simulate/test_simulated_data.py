@@ -84,7 +84,7 @@ def test_fame_is_split_by_its_filter() -> None:
     assert 3 not in {row["topic_id"] for row in data.retain}
     assert {row["language"] for row in data.retain_asked} == {"EN", "FR", "DE", "IT", "ES"}
     assert (len(data.retain), len(data.retain_asked), len(data.world_facts)) == (190, 20, 10)
-    with pytest.raises(ValueError, match="expected some rows to meet it"):
+    with pytest.raises(ValueError, match="expected a filter that some rows meet"):
         fame_data([f"topic_id={','.join(map(str, range(20)))}"], identities=1, asked=1, world=1)
     with pytest.raises(ValueError, match="no row of 100 has '20'"):
         fame_data(["topic_id=20"], identities=1, asked=1, world=1)

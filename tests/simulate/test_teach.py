@@ -120,7 +120,7 @@ def test_a_damaged_model_is_trained_again(tmp_path: Path) -> None:
         whole = (folder / name).read_bytes()
         at = len(whole) // 2
         (folder / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        with pytest.warns(UserWarning, match=r"taught model .* is damaged; it is taught anew"):
+        with pytest.warns(UserWarning, match=r"trained model .* is damaged; it is trained again"):
             assert _teach(tmp_path) == folder
         assert (folder / name).read_bytes() == whole
     assert _teach(tmp_path) == folder

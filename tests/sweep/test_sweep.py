@@ -143,18 +143,18 @@ def test_names_of_points_differ_and_are_fit_for_folders() -> None:
         (["--grid", "learning_rate=1e-5,"], "invalid float value: ''"),
         (["--grid", "learning_rate=1e-5,0.00001"], "expected values that differ, got 1e-05 twice"),
         (["--grid", "learning_rate=nan"], "expected a number, got 'nan'"),
-        (["--grid", "beta=.1", "beta=.2"], "beta is given twice"),
+        (["--grid", "beta=.1", "beta=.2"], "expected each flag once, got beta twice"),
         (["--grid", "beta"], "expected flag=values, such as learning_rate=1e-5,2e-5, got 'beta'"),
         (["--grid", "forget_filter=a=1"], "expected a flag with one value"),
-        (["--grid", "output_dir=a,b"], "output_dir is not swept"),
+        (["--grid", "output_dir=a,b"], "output_dir cannot be varied"),
         (["--grid", "objective=npo,np"], "np"),
-        (["--grid", "beta=.1", "--beta", ".2"], "--beta: expected it once"),
+        (["--grid", "beta=.1", "--beta", ".2"], "--beta: expected either a value for all trials or varied values"),
         (["--grid", "beta=.1", "--preset", "audit-54"], "got --grid and --preset"),
-        (["--grid", "beta=.1", "--trials", "3"], "a grid has as many as it has points"),
+        (["--grid", "beta=.1", "--trials", "3"], "got grid, which runs every point once"),
         (["--grid", "beta=.1", "--workers", "0"], "--workers: expected 1 or more, got 0"),
         (["--grid", "beta=.1", "--floor", "2"], "--floor: expected a share"),
         (["--grid", "beta=.1", "--push_to_hub", "True"], "push the best model"),
-        (["--grid", "beta=.1", "--evaluation", "--split forget10"], "the recipe says how trials are judged"),
+        (["--grid", "beta=.1", "--evaluation", "--split forget10"], "expected no recipe with its own evaluation"),
         (["--grid", "beta=.1", "--nonsense", "1"], "unknown arguments --nonsense 1"),
         ([], "expected one of --grid, --preset and --space"),
         (["--preset", "audit-55"], "did you mean 'audit-54'?"),
@@ -164,7 +164,7 @@ def test_names_of_points_differ_and_are_fit_for_folders() -> None:
         (["--space", "beta=uniform:0:1", "--trials", "3"], "float:LOW:HIGH, log:LOW:HIGH"),
         (["--space", "beta=float:0.1:1"], "expected --trials"),
         (["--space", "beta=float:0.1:1", "--sampler", "grid"], "got a range of beta"),
-        (["--space", "beta=float:0.1:1", "--trials", "3", "--evaluate", "False"], "expected trials with figures"),
+        (["--space", "beta=float:0.1:1", "--trials", "3", "--evaluate", "False"], "expected evaluated trials"),
     ],
 )
 def test_wrong_use_is_explained(
@@ -298,7 +298,7 @@ def test_other_data_under_the_same_path_is_another_sweep(tmp_path: Path) -> None
         before, times = path.read_text(), path.stat()
         path.write_text(before.replace("Aiko", "Bram"))
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-        with pytest.raises(FileExistsError, match=rf"What differs: content\.\S*/{name}\.json: was '\w+', is '\w+'$"):
+        with pytest.raises(FileExistsError, match=rf"Differences: content\.\S*/{name}\.json: was '\w+', is '\w+'$"):
             sweep(tmp_path / "out", Quick(good), *words, recipe="tofu-npo")
         path.write_text(before)
 
