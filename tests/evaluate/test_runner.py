@@ -138,7 +138,7 @@ def test_a_damaged_row_is_made_anew_and_a_damaged_store_is_left_alone(tmp_path: 
         database.execute("UPDATE rows SET result = '{\"sum\": 9}'")
         database.commit()
     anew, kept = Sums([1], 1), Sums([1], 1)
-    with pytest.warns(UserWarning, match=r"evaluated rows '.*': 1 damaged row is made anew"):
+    with pytest.warns(UserWarning, match=r"evaluated rows '.*': 1 damaged row is computed again"):
         assert run_tasks(model, [anew], store=path) == right
     assert run_tasks(model, [kept], store=path) == right
     assert (anew.ran, kept.ran) == ([[0]], [])
