@@ -35,9 +35,9 @@ def reference_kind(kind: str, objective: Objective, policy: Any, *, padded: bool
     if objective.needs_reference_model() or (padded and objective.needs_reference):
         if kind == "cached":
             raise ValueError(
-                f"`reference`: expected 'live', or 'adapter' for a LoRA model, got 'cached', but {objective.name} "
-                f"(retain_loss_type={objective.retain_loss_type}{', compat' if padded else ''}) reads more of the "
-                "frozen model than the log-probabilities that a cache contains; use 'live' or 'adapter'"
+                f"`reference`: expected 'live' or 'adapter', got 'cached', which has only log-probabilities, while "
+                f"{objective.name} (retain_loss_type={objective.retain_loss_type}{', compat' if padded else ''}) reads "
+                "more from the frozen model; use 'live', or 'adapter' for a LoRA model"
             )
         return kind if kind != "auto" else "live" if base_of(policy) is policy else "adapter"
     if not objective.needs_reference:

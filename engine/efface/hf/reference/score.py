@@ -16,7 +16,7 @@ from efface_kernels import accumulation_dtype, linear_logprob, segment_sums
 
 
 def budgeted(store: TokenStore, index: NDArray[np.int64], token_budget: int) -> Iterator[NDArray[np.int64]]:
-    """Split ``index`` into consecutive groups of at most ``token_budget`` tokens; a longer sequence is its own group."""
+    """Split ``index`` into consecutive groups of at most ``token_budget`` tokens; a longer sequence is its own one."""
     run: list[int] = []
     tokens = 0
     for sequence, length in zip(index.tolist(), store.lengths[index].tolist(), strict=True):
