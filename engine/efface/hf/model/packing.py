@@ -39,7 +39,7 @@ ATTENTION_ONLY = {"attention", "full_attention", "sliding_attention", "chunked_a
 """Layer types, as configurations name them, that only attend to tokens of their own sequence."""
 
 _OTHERS, _PROBE, _WINDOW = (7, 5), 8, 3  # tokens of the sequence before each probe, of a probe, and of a window
-_FAR = 2**17  # maximum position if the configuration names none
+_FAR = 2**17  # assumed maximum length if the configuration names none
 
 Logits = Callable[[Tensor], Tensor]
 """Maps hidden states (T, D) to logits (T, V)."""
@@ -232,7 +232,7 @@ def _measured(model: PreTrainedModel, logits: Logits, ways: Sequence[str], readi
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # noqa: BLE001 - a model's code can raise anything for unknown arguments
-                reasons.append(f"with {way!r} attention a packed batch raises {type(error).__name__} ({_short(error)})")
+                reasons.append(f"a packed batch with {way!r} attention raises {type(error).__name__} ({_short(error)})")
                 continue
             _check_width(model, got)
             first, second = logits(got).split(_PROBE)
@@ -247,8 +247,8 @@ def _measured(model: PreTrainedModel, logits: Logits, ways: Sequence[str], readi
         states = _alone(decoder, ids[: _PROBE + 1])[:_PROBE]
         if not equal_logits(model, logits(states), expected):
             raise ValueError(
-                f"{type(model).__name__}: expected a causal language model, got one whose logits at a token change with "
-                "later tokens (or from pass to pass); set is_decoder=True if its configuration has that setting"
+                f"{type(model).__name__}: expected a causal language model, got one whose logits at a token depend on "
+                "later tokens (or change from pass to pass); set is_decoder=True if its configuration has that setting"
             )
         return replace(reading, attention=reading.own, alone="; ".join(reasons))
 
