@@ -178,7 +178,9 @@ def test_a_rank_without_a_share_idles_over_the_shortest_sequence() -> None:
 
 
 def test_a_long_sequence_has_a_batch_of_its_own_and_a_warning() -> None:
-    with pytest.warns(UserWarning, match="1 sequences are longer than the token budget of 60; each has a micro-batch"):
+    with pytest.warns(
+        UserWarning, match="1 sequences are longer than the token budget of 60; each gets its own micro-batch"
+    ):
         plan = plan_epoch([5, 70, 6], [9, 9], pairs_per_step=3, token_budget=60, seed=0, epoch=0)
     assert sorted(plan.batch_tokens.tolist()) == [38, 70]
 
