@@ -1,7 +1,6 @@
 """Conversion of an ``lm_head`` wrapped by peft into an equivalent linear layer, and detection of peft models."""
 
 import importlib
-import importlib.util
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -9,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from efface.extras import check_extras
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,7 @@ def import_peft() -> Any:
     Raises:
         ImportError: if peft is not installed; the message gives the command that installs it.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ImportError("LoRA needs the package peft, which is not installed; pip install 'efface[lora]'")
+    check_extras("LoRA", "lora")
     return importlib.import_module("peft")
 
 
