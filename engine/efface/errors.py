@@ -12,7 +12,7 @@ from types import TracebackType
 
 _RAISE = bytes([opcode.opmap["RAISE_VARARGS"]])
 _TERMINAL = re.compile("\x1b\\[[0-9;]*[A-Za-z]")  # colour escape sequences, which torch puts into messages
-_MOST = 300  # characters kept of another library's message
+_MAX_CHARACTERS = 300  # characters kept of another library's message
 # Parts of out-of-memory messages of torch (CPU and GPU), the system's dynamic loader and the C++ library.
 _NO_MEMORY = (
     "out of memory",
@@ -66,8 +66,8 @@ def in_words(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return one_line(f"{str(error.filename)!r}: {error.strerror}")
     said = one_line(str(error))
-    told = (ValueError, OSError, ImportError)
-    if isinstance(error, told) or type(error) in (TypeError, RuntimeError, Exception):
+    shown_without_type = (ValueError, OSError, ImportError)
+    if isinstance(error, shown_without_type) or type(error) in (TypeError, RuntimeError, Exception):
         return said or type(error).__name__
     return f"{type(error).__name__}: {said}".removesuffix(": ")
 
@@ -94,9 +94,9 @@ def reading(what: str, expected: str, remedy: str = "get the file again") -> Ite
     except Exception as error:
         place = _innermost(error)
         ours = place is not None and str(place.tb_frame.f_globals.get("__name__")).startswith("efface.")
-        of_the_machine = isinstance(error, OSError) and error.errno != errno.EINVAL
-        if ours or of_the_machine or out_of_memory(error):
+        system_error = isinstance(error, OSError) and error.errno != errno.EINVAL
+        if ours or system_error or out_of_memory(error):
             raise
         said = in_words(error)
-        said = said if len(said) <= _MOST else f"{said[:_MOST]}…"
+        said = said if len(said) <= _MAX_CHARACTERS else f"{said[:_MAX_CHARACTERS]}…"
         raise ValueError(f"{what}: expected {expected}, got something else ({said}); {remedy}") from error

@@ -15,7 +15,7 @@ _VARIABLES = 900  # parameters per query; SQLite before 3.32 allows 999
 _CHECKED_BYTES = 8 << 20  # files up to this size get PRAGMA quick_check when opened, which takes 8 ms at most
 _BUSY_SECONDS = 60.0  # how long to wait for another process that writes
 # Parts of SQLite's messages about the file system, not the content. Python 3.10 has no sqlite_errorcode.
-_PLACE = ("locked", "locking", "readonly", "unable to open", "is full", "I/O", "permission")
+_FILE_SYSTEM_ERRORS = ("locked", "locking", "readonly", "unable to open", "is full", "I/O", "permission")
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ class KeyedStore(ABC):
 
     def read(self, model: bytes, keys: Sequence[bytes]) -> dict[bytes, Any]:
         """Return the stored values of a model by key: floats, or texts as bytes. Keys without a value are left out."""
-        table, there, values, checksums, wrong = self.table, [], [], [], []
+        table, stored, values, checksums, damaged_keys = self.table, [], [], [], []
         column, kind = (table.value, float) if table.kind == "REAL" else (f"CAST({table.value} AS BLOB)", bytes)
-        query = f"SELECT {table.key}, {column}, checksum FROM {table.name} WHERE model = ? AND {table.key} IN "  # noqa: S608 - the names are ours
+        query = f"SELECT {table.key}, {column}, checksum FROM {table.name} WHERE model = ? AND {table.key} IN "  # noqa: S608 - the names are constants
         wanted = sorted(set(keys))  # sorted, so that one query reads neighbouring rows
         with self._explained():
             for first in range(0, len(wanted), _VARIABLES):
@@ -105,36 +105,36 @@ class KeyedStore(ABC):
                 # Row by row: 10,000 tuples alive at once trigger a garbage collection, 70 ms if torch is loaded.
                 for key, value, checksum in rows:
                     if not isinstance(key, bytes) or not isinstance(value, kind):  # the stored type is damaged
-                        wrong.append(key)
+                        damaged_keys.append(key)
                         continue
-                    there.append(key)
+                    stored.append(key)
                     values.append(value)
                     checksums.append(checksum)
-        right = self._checksums(model, there, values)
-        found = dict(zip(there, values, strict=True))
-        if right != checksums:
-            damaged = [key for key, a, b in zip(there, right, checksums, strict=True) if a != b]
-            wrong += damaged
+        expected_checksums = self._checksums(model, stored, values)
+        found = dict(zip(stored, values, strict=True))
+        if expected_checksums != checksums:
+            damaged = [key for key, a, b in zip(stored, expected_checksums, checksums, strict=True) if a != b]
+            damaged_keys += damaged
             for key in damaged:
                 del found[key]
-        if wrong:
-            self._drop(model, wrong)
+        if damaged_keys:
+            self._drop(model, damaged_keys)
         return found
 
     def write(self, model: bytes, keys: Sequence[bytes], values: Sequence[Any]) -> None:
         """Add values of a model in one transaction; keys that are already stored keep their value."""
         checksums = self._checksums(model, keys, values)
         rows = ((model, *row) for row in zip(keys, values, checksums, strict=True))
-        self._change(f"INSERT OR IGNORE INTO {self.table.name} VALUES (?, ?, ?, ?)", rows)  # noqa: S608 - the names are ours
+        self._change(f"INSERT OR IGNORE INTO {self.table.name} VALUES (?, ?, ?, ?)", rows)  # noqa: S608 - the names are constants
 
     def remove(self, keys: Sequence[bytes]) -> None:
         """Delete the values of ``keys`` for every model, and overwrite the deleted content in the file with zeros."""
         name = self.table.name
         with self._explained():
             self._execute("PRAGMA secure_delete = ON")
-            models = [model for (model,) in self._execute(f"SELECT DISTINCT model FROM {name}")]  # noqa: S608 - the names are ours
+            models = [model for (model,) in self._execute(f"SELECT DISTINCT model FROM {name}")]  # noqa: S608 - the names are constants
         rows = ((model, key) for model in models for key in keys)
-        self._change(f"DELETE FROM {name} WHERE model = ? AND {self.table.key} = ?", rows)  # noqa: S608 - the names are ours
+        self._change(f"DELETE FROM {name} WHERE model = ? AND {self.table.key} = ?", rows)  # noqa: S608 - the names are constants
         with self._explained():
             self._read("PRAGMA wal_checkpoint(TRUNCATE)")  # the write-ahead log would still contain the values
 
@@ -152,7 +152,7 @@ class KeyedStore(ABC):
     def _drop(self, model: bytes, keys: Sequence[Any]) -> None:
         """Delete damaged rows, so that they are computed again, and warn."""
         rows = ((model, key) for key in keys)
-        self._change(f"DELETE FROM {self.table.name} WHERE model = ? AND {self.table.key} = ?", rows)  # noqa: S608 - the names are ours
+        self._change(f"DELETE FROM {self.table.name} WHERE model = ? AND {self.table.key} = ?", rows)  # noqa: S608 - the names are constants
         warnings.warn(
             f"{self.table.file} {str(self.path)!r}: {len(keys)} damaged {'row is' if len(keys) == 1 else 'rows are'} "
             "computed again; if this happens repeatedly, check the disk",
@@ -177,7 +177,7 @@ class KeyedStore(ABC):
         try:
             yield
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError) and any(word in str(error) for word in _PLACE):
+            if isinstance(error, sqlite3.OperationalError) and any(word in str(error) for word in _FILE_SYSTEM_ERRORS):
                 raise OSError(f"{self.table.file} {str(self.path)!r}: {error}") from error
             raise self._refused(str(error)) from error
         except UnicodeDecodeError as error:  # SQLite's message quotes the damaged text

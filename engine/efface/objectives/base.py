@@ -191,7 +191,7 @@ def step_terms(
         return SequenceRule.of(roles, terms)
     term, weight = objective.term(), objective.forget_weight(totals)
     if not isinstance(term, Term):
-        return _OwnTerms(term, weight, roles, SequenceRule.of(roles, terms))
+        return _UserTerms(term, weight, roles, SequenceRule.of(roles, terms))
     terms[Role.FORGET] = replace(term, weight=term.weight * weight)
     if term.kind == Kind.DPO:
         terms[Role.ALTERNATE] = Term(Kind.ALTERNATE)
@@ -199,7 +199,7 @@ def step_terms(
 
 
 @dataclass(frozen=True)
-class _OwnTerms:
+class _UserTerms:
     """A user-defined function for the forget sequences, times a weight, and a built-in rule for the others."""
 
     function: TermFunction
@@ -211,8 +211,8 @@ class _OwnTerms:
         roles = sequences.own(self.roles)
         # The user's function gets the other roles' log-probabilities as constants. Its terms for them are dropped
         # below, but if they are infinite, their gradient would be NaN.
-        theirs = sequences.of_rows((roles == Role.FORGET) | (roles == Role.ALTERNATE))
-        logprobs = torch.where(theirs, sequences.logprobs, sequences.logprobs.detach())
+        read_rows = sequences.of_rows((roles == Role.FORGET) | (roles == Role.ALTERNATE))
+        logprobs = torch.where(read_rows, sequences.logprobs, sequences.logprobs.detach())
         forget = checked_terms(self.function(replace(sequences, logprobs=logprobs)), sequences)
         return torch.where(roles == Role.FORGET, forget * self.weight, self.others(sequences))
 

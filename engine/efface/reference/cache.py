@@ -144,20 +144,20 @@ class ReferenceCache:
         Raises:
             ValueError: on all ranks, if the file is damaged or was written by another program.
         """
-        told: list[NDArray[np.float64] | ValueError | None] = [None]
+        message: list[NDArray[np.float64] | ValueError | None] = [None]
         if self._first:
             try:
-                told = [self._read(keys)]
+                message = [self._read(keys)]
             except ValueError as error:
                 if self._alone:
                     raise
-                told = [error]
+                message = [error]
         if not self._alone:
-            torch.distributed.broadcast_object_list(told)
-        (answer,) = told
-        if isinstance(answer, ValueError):
-            raise answer
-        return np.full(len(keys), np.nan) if answer is None else answer
+            torch.distributed.broadcast_object_list(message)
+        (result,) = message
+        if isinstance(result, ValueError):
+            raise result
+        return np.full(len(keys), np.nan) if result is None else result
 
     def write(self, keys: Sequence[bytes], values: NDArray[np.float64]) -> None:
         """Add values on rank 0; they are in the file when the method returns. A no-op on other ranks.

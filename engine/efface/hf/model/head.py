@@ -243,10 +243,10 @@ def _forward_of(own: type) -> Any:
 
     signature = inspect.signature(own.forward)  # type: ignore[attr-defined]
     parameters = [*signature.parameters.values()]
-    ours = [one for one in inspect.signature(_FusedModel.forward).parameters.values() if one.name in ("batch", "loss")]
+    added = [one for one in inspect.signature(_FusedModel.forward).parameters.values() if one.name in ("batch", "loss")]
     last = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
     forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*parameters[:last], *ours, *parameters[last:]]
+        parameters=[*parameters[:last], *added, *parameters[last:]]
     )
     return forward
 

@@ -107,7 +107,7 @@ def load_model(
                 f"model {name!r}: expected config.json or adapter_config.json in {str(source)!r}, got neither; check "
                 "the path, or get the files again"
             )
-        with _readable_weights(name, source), _no_bar_in_a_pipe():
+        with _readable_weights(name, source), _no_progress_bar_in_a_pipe():
             return load(source, **options)
 
     def base_at(base: str, base_revision: str) -> Any:
@@ -169,7 +169,7 @@ def _check_json(source: str | Path, patterns: Iterable[str]) -> None:
 
 
 @contextmanager
-def _no_bar_in_a_pipe() -> Iterator[None]:
+def _no_progress_bar_in_a_pipe() -> Iterator[None]:
     """Disable transformers' progress bars if stderr is not a terminal, where each update would be a separate line."""
     if not logging.is_progress_bar_enabled() or (sys.stderr is not None and sys.stderr.isatty()):
         yield
@@ -206,7 +206,7 @@ def _problems(found: Mapping[str, Any], config: Any) -> list[str]:
     unused = "in the checkpoint, but not in the model"
     lists[unused] = [key for key in lists[unused] if not _CONSTANT.search(key)]
     if config.get_text_config() is not config or getattr(config, "vision_config", None) is not None:
-        lists[unused] = [key for key in lists[unused] if not _OTHER_SENSES.search(key)]
+        lists[unused] = [key for key in lists[unused] if not _OTHER_MODALITIES.search(key)]
     return [
         f"{len(keys)} {'tensor' if len(keys) == 1 else 'tensors'} {fault} ({keys[0]}{', ...' if len(keys) > 1 else ''})"
         for fault, keys in lists.items()
@@ -224,7 +224,7 @@ def _mismatch(item: Any) -> str:
 _CONSTANT = re.compile(r"(^|\.)(attn|attention)(\.attention)?\.(bias|masked_bias)$|(^|\.)(position_ids|inv_freq)$")
 """Constant buffers (causal masks, positions, frequencies) in checkpoints of GPT-2, GPT-Neo, GPT-J and early Llama."""
 
-_OTHER_SENSES = re.compile(r"(^|\.)(vision|visual|audio|image|multi_modal)")
+_OTHER_MODALITIES = re.compile(r"(^|\.)(vision|visual|audio|image|multi_modal)")
 """Weights of other modalities in a multimodal checkpoint, which its causal language model does not use."""
 
 
@@ -313,7 +313,7 @@ def _load(load: Callable[..., T], name: str, revision: str, client: HubFiles | N
         others = _other_revisions(client or HfApi(), name, revision)
         if not others:
             raise
-        raise FileNotFoundError(_nothing_there(name, revision, others)) from error
+        raise FileNotFoundError(_no_weights(name, revision, others)) from error
 
 
 def _folder(name: str) -> Path | None:
@@ -370,7 +370,7 @@ def local_revision(folder: Path, revision: str) -> Path:
     kept += [path.name for path in folder.glob("[!.]*") if _has_weights(item.name for item in path.glob("*"))]
     if not kept and revision == MAIN:
         return folder  # transformers reports which file is missing
-    raise FileNotFoundError(_nothing_there(str(folder), revision, kept))
+    raise FileNotFoundError(_no_weights(str(folder), revision, kept))
 
 
 def _has_weights(names: Iterable[str]) -> bool:
@@ -388,7 +388,7 @@ def _other_revisions(client: HubFiles, name: str, revision: str) -> list[str]:
     return [branch for branch in branches if branch != revision]
 
 
-def _nothing_there(name: str, revision: str, others: list[str]) -> str:
+def _no_weights(name: str, revision: str, others: list[str]) -> str:
     listed = ", ".join(sorted(others, key=lambda other: (len(other), other))) or "none"
     example = max(others, key=lambda other: (len(other), other), default="checkpoint-N")
     return (
@@ -397,7 +397,7 @@ def _nothing_there(name: str, revision: str, others: list[str]) -> str:
     )
 
 
-_NOT_REPEATED = {
+_NOT_REPRODUCIBLE = {
     "pissa_niter": "a randomised decomposition of the base weights, which differs each time; use 'pissa'",
     "corda": "activations of calibration data, which are not saved with the adapter",
     "loftq": "a quantised base model, which is not saved with the adapter",
@@ -427,7 +427,7 @@ def load_adapted(folder: Path, load_base: Callable[[str, str], Any], *, trainabl
     name, revision = config.base_model_name_or_path, config.revision or "main"
     if not name:
         raise ValueError(f"adapter {str(folder)!r}: expected base_model_name_or_path in adapter_config.json, got none")
-    _check_repeatable(folder, config)
+    _check_reproducible(folder, config)
     try:
         base = load_base(name, revision)
     except OSError as error:
@@ -438,23 +438,23 @@ def load_adapted(folder: Path, load_base: Callable[[str, str], Any], *, trainabl
             "merge that adapter into its base model first (`--merge-adapter`, or peft's merge_and_unload)"
         )
     weights = peft.load_peft_weights(str(folder), device="cpu")
-    _make_room(folder, config, base, weights)
+    _resize_vocabulary(folder, config, base, weights)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # _check_held raises for them
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # _check_loaded raises for them
             model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable, torch_device="cpu")
     except RuntimeError as error:  # torch raises it for different shapes
         listed = " ".join(str(error).split())
         raise ValueError(f"adapter {str(folder)!r} does not fit its base model {name!r}: {listed}") from error
-    _check_held(folder, name, model, weights)
+    _check_loaded(folder, name, model, weights)
     if not trainable:
         model.requires_grad_(False)
     return model
 
 
-def _check_repeatable(folder: Path, config: Any) -> None:
+def _check_reproducible(folder: Path, config: Any) -> None:
     init = getattr(config, "init_lora_weights", None)
-    for known, reason in _NOT_REPEATED.items():
+    for known, reason in _NOT_REPRODUCIBLE.items():
         if isinstance(init, str) and init.startswith(known):
             raise ValueError(
                 f"adapter {str(folder)!r} cannot be loaded: init_lora_weights={init!r} changed its base model by "
@@ -463,7 +463,7 @@ def _check_repeatable(folder: Path, config: Any) -> None:
             )
 
 
-def _make_room(folder: Path, config: Any, base: Any, weights: Mapping[str, Tensor]) -> None:
+def _resize_vocabulary(folder: Path, config: Any, base: Any, weights: Mapping[str, Tensor]) -> None:
     """Resize the vocabulary of ``base`` to that of the adapter; raise ValueError if the adapter lacks rows for that."""
     layers = {"input embeddings": base.get_input_embeddings(), "head": base.get_output_embeddings()}
     paths = {part: path for path, module in base.named_modules() for part, layer in layers.items() if module is layer}
@@ -475,13 +475,13 @@ def _make_room(folder: Path, config: Any, base: Any, weights: Mapping[str, Tenso
     tied = layers["head"] is None or layers["head"].weight is layers["input embeddings"].weight
     # A copy in modules_to_save is not tied, so the head still uses the base model's rows.
     copied = bool(getattr(config, "modules_to_save", None)) and not getattr(config, "ensure_weight_tying", False)
-    lacking = [] if tied and not copied else [part for part, weight in held.items() if weight is None]
-    if len(rows) > 1 or lacking:
+    missing = [] if tied and not copied else [part for part, weight in held.items() if weight is None]
+    if len(rows) > 1 or missing:
         sizes = ", ".join(map(str, sorted(rows)))
         raise ValueError(
             f"adapter {str(folder)!r} has a vocabulary of {sizes} tokens, its base model "
             f"{config.base_model_name_or_path!r} has {own}, and the adapter does not contain the new rows of both the "
-            f"input embeddings and the head (it lacks the {' and the '.join(lacking) or 'same number of them'}); save "
+            f"input embeddings and the head (it lacks the {' and the '.join(missing) or 'same number of them'}); save "
             "them with the adapter (modules_to_save), or save the resized base model and train the adapter on that"
         )
     with torch.random.fork_rng(devices=[]):  # the random new rows are replaced by the adapter's
@@ -492,7 +492,7 @@ def _ending(weights: Mapping[str, Tensor], *endings: str) -> Tensor | None:
     return next((weight for key, weight in weights.items() if key.endswith(endings)), None)
 
 
-def _check_held(folder: Path, name: str, model: Any, weights: Mapping[str, Tensor]) -> None:
+def _check_loaded(folder: Path, name: str, model: Any, weights: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless the adapter of ``model`` equals the saved weights, bit for bit."""
     peft = import_peft()
     with warnings.catch_warnings():

@@ -385,7 +385,7 @@ def combined(model: Any, state_dict: Mapping[str, Tensor] | None) -> tuple[dict[
         for adapter in (FIRST, SECOND)[: None if part.second else 1]:
             if adapter == FIRST and not part.first:
                 continue
-            a, b = (_held(state_dict, part, kind, adapter) for kind in part.kinds)
+            a, b = (_on_cpu(state_dict, part, kind, adapter) for kind in part.kinds)
             ratio = float(part.layer.scaling[adapter]) / part.scaling
             both.append((a, b if ratio == 1 else b * ratio))
         weights[part.keys[0]] = torch.cat([a for a, _ in both]).contiguous()
@@ -410,7 +410,7 @@ def combined(model: Any, state_dict: Mapping[str, Tensor] | None) -> tuple[dict[
     return weights, config
 
 
-def _held(state_dict: Mapping[str, Tensor] | None, part: _Part, kind: str, adapter: str) -> Tensor:
+def _on_cpu(state_dict: Mapping[str, Tensor] | None, part: _Part, kind: str, adapter: str) -> Tensor:
     if state_dict is None:
         return _weight(part.layer, kind, adapter).detach().cpu()
     ending = "" if kind.startswith("lora_embedding") else ".weight"

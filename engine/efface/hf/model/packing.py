@@ -174,7 +174,11 @@ def read_packs(model: PreTrainedModel, logits: Logits, attention: str | None = N
     known, own = reading_of(model), model.config._attn_implementation  # noqa: SLF001
     check_placed(model)
     # Measure again if a forward has been set on the instance since, because it can change the logits.
-    if known is None or not _holds(known, own, attention) or (found_forward(model) and not hasattr(model, ROUTED)):
+    if (
+        known is None
+        or not _still_applies(known, own, attention)
+        or (found_forward(model) and not hasattr(model, ROUTED))
+    ):
         encodings, limit = position_encodings(model)
         ways = [attention] if attention is not None else [NAME, own]
         known = PackReading("", own, None, limit, encodings, asked=attention is not None)
@@ -193,7 +197,7 @@ def read_packs(model: PreTrainedModel, logits: Logits, attention: str | None = N
     return known
 
 
-def _holds(known: PackReading, now: str, attention: str | None) -> bool:
+def _still_applies(known: PackReading, now: str, attention: str | None) -> bool:
     """Return whether an earlier result still applies for the current attention and the requested one."""
     if attention is not None:
         return known.attention == attention
@@ -203,10 +207,10 @@ def _holds(known: PackReading, now: str, attention: str | None) -> bool:
 def agree(model: PreTrainedModel) -> None:
     """Make all processes read packed batches as the most cautious one does; some may have no weights to measure."""
     readings = [reading for reading in gather_object([reading_of(model)]) if reading is not None]
-    careful = [reading for reading in readings if reading.alone] + [r for r in readings if r.attention != NAME]
-    if careful and careful[0] != reading_of(model):
-        setattr(model, MEMORY, careful[0])
-        model.set_attn_implementation(careful[0].attention)
+    cautious = [reading for reading in readings if reading.alone] + [r for r in readings if r.attention != NAME]
+    if cautious and cautious[0] != reading_of(model):
+        setattr(model, MEMORY, cautious[0])
+        model.set_attn_implementation(cautious[0].attention)
 
 
 # ---- measuring ----
@@ -501,17 +505,17 @@ def _changing_length(module: nn.Module, far: int) -> int | None:
     It is one less than the first length that changes an encoding. At that length, transformers' dynamic NTK does not
     reset the encoding after a longer sequence, so the sequence can itself be affected.
     """
-    same = _beside(module, _PROBE + 1)
-    if same is None or _beside(module, far) in (None, same):
+    same = _encoding_up_to(module, _PROBE + 1)
+    if same is None or _encoding_up_to(module, far) in (None, same):
         return None
     low, high = _PROBE + 1, far  # not changed at low, changed at high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _beside(module, middle) == same else (low, middle)
+        low, high = (middle, high) if _encoding_up_to(module, middle) == same else (low, middle)
     return low
 
 
-def _beside(module: nn.Module, length: int) -> list[bytes] | None:
+def _encoding_up_to(module: nn.Module, length: int) -> list[bytes] | None:
     """Return the encoding of the first positions in a call that includes position ``length`` − 1; None if it fails."""
     positions = torch.cat([torch.arange(_PROBE), torch.tensor([length - 1])])[None]
     try:

@@ -17,7 +17,7 @@ from efface.hf.model.head import head_of, packed_hidden, use_packed_attention
 from efface.hf.model.lora import COMPARED_TOKENS, SECOND, is_second, logits_of, without_second
 from efface_kernels import Head, ReferenceRows
 
-_ADAPTERS_OF_THEIR_OWN = {"modules_to_save", "token_adapter", SECOND}
+_SWITCHED_OFF_UNFROZEN = {"modules_to_save", "token_adapter", SECOND}
 """Name components of trainable weights that switching the adapter off disables without freezing."""
 
 _ROUNDING, _ROUNDING_HALF = 1e-5, 0.06
@@ -67,7 +67,7 @@ class LiveReference(ModelReference):
         self.model = model
         self.model.requires_grad_(False)
         self.model.eval()
-        self._far_head: Head | None = None
+        self._head_copy: Head | None = None
         if not getattr(model, "is_quantized", False) and model.device != device:
             torch.nn.Module.to(self.model, device)
         use_packed_attention(self.model)  # raises here, not at the first step, if the model is unsupported
@@ -80,9 +80,9 @@ class LiveReference(ModelReference):
     def _head(self, model: PreTrainedModel, device: torch.device) -> Head:
         if model.device == device:
             return head_of(model)
-        if self._far_head is None:
-            self._far_head = head_of(model).to(device)
-        return self._far_head
+        if self._head_copy is None:
+            self._head_copy = head_of(model).to(device)
+        return self._head_copy
 
 
 class AdapterReference(ModelReference):
@@ -110,7 +110,7 @@ class AdapterReference(ModelReference):
         free = {name for name, weight in model.named_parameters() if weight.requires_grad}
         with self._switched_off():  # peft freezes adapters that it switches off; some versions unfreeze the base layers
             trained = [name for name, weight in model.named_parameters() if weight.requires_grad and name in free]
-        trained = [name for name in trained if not _ADAPTERS_OF_THEIR_OWN.intersection(name.split("."))]
+        trained = [name for name in trained if not _SWITCHED_OFF_UNFROZEN.intersection(name.split("."))]
         if trained:
             raise ValueError(
                 f"reference 'adapter': expected a frozen base model, got one whose tensor {trained[0]!r} is trained "
@@ -142,19 +142,19 @@ class AdapterReference(ModelReference):
             policy = logits_of(self._base, ids)
             with self._switched_off():
                 reference = logits_of(self._base, ids)
-            apart = (policy - reference).abs().max().item()
+            difference = (policy - reference).abs().max().item()
             if all(map(_exact_at_first, configs)):
                 # 0 if the logits are equal; else 4 times the difference between two passes of the policy, which is not
                 # 0 on a device whose sums are not deterministic.
-                allowed = 0.0 if apart == 0 else 4 * (policy - logits_of(self._base, ids)).abs().max().item()
+                allowed = 0.0 if difference == 0 else 4 * (policy - logits_of(self._base, ids)).abs().max().item()
             else:
                 half = self._model.dtype in (torch.float16, torch.bfloat16)
                 allowed = (_ROUNDING_HALF if half else _ROUNDING) * reference.abs().max().item()
-            if not apart <= allowed:
+            if not difference <= allowed:
                 inits = [repr(getattr(config, "init_lora_weights", None)) for config in configs]
                 raise ValueError(
                     "reference 'adapter': expected the model with its adapter switched off to equal the model with "
-                    f"which this run begins, got logits that differ by up to {apart:.3g}. Either the adapter's "
+                    f"which this run begins, got logits that differ by up to {difference:.3g}. Either the adapter's "
                     "initialisation changed the base weights or is random (init_lora_weights="
                     f"{', '.join(inits)}), or the adapter has been trained before, so it is not clear which model is "
                     "the reference. To use the model as it is now, choose 'cached' (computed before the first step) or "
