@@ -59,9 +59,10 @@ def one_line(text: str) -> str:
 
 
 def in_words(error: BaseException) -> str:
-    """Return the message of an error on one line, after the name of its type if the message is unclear without it.
+    """Return the message of an error on one line, preceded by the name of its type if that adds information.
 
-    ValueError, OSError, ImportError, TypeError, RuntimeError and Exception are shown without the type, for example.
+    The type is left out for ValueError, OSError and ImportError with their subclasses, and for TypeError, RuntimeError
+    and Exception. An OSError about a file is shown as the file name and the system's message.
     """
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return one_line(f"{str(error.filename)!r}: {error.strerror}")

@@ -30,7 +30,7 @@ class _MovedModule(ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         new = f"{__name__}.{_MOVED[self.__name__.rpartition('.')[2]]}"
-        warnings.warn(f"{self.__name__} is now {new}", DeprecationWarning, stacklevel=2)
+        warnings.warn(f"{self.__name__} has moved to {new}; import it from there", DeprecationWarning, stacklevel=2)
         return getattr(importlib.import_module(new), name)
 
 

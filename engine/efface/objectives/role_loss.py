@@ -65,7 +65,14 @@ class RoleLoss(ABC):
 
 @dataclass(frozen=True)
 class DistributionLoss(RoleLoss):
-    """KL(q‖p), or the cross entropy −Σ q log p, to q = softmax(z_ref − shift · onehot(target)) of the frozen model."""
+    """The KL divergence KL(q‖p) or the cross entropy −Σ q log p, where q is a distribution of the frozen model.
+
+    q = softmax(z_ref − shift · onehot(target)), and p is the policy's distribution.
+
+    Attributes:
+        shift: amount by which the target's reference logit is lowered.
+        cross_entropy: whether the loss is the cross entropy instead of the KL divergence.
+    """
 
     shift: float = 0.0
     cross_entropy: bool = False

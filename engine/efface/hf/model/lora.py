@@ -222,7 +222,7 @@ def check_second(model: Any, config: Any) -> None:
             layer.disable_adapters or getattr(layer, "merged", False) for layer in layers.values()
         ),
         f"an adapter of kind {getattr(first, 'peft_type', None)}": getattr(first, "peft_type", "LORA") != "LORA",
-        "a variant of LoRA (DoRA and the like)": any(
+        "a variant of LoRA (such as DoRA)": any(
             getattr(layer, "lora_variant", None) or getattr(layer, "use_dora", {}).get(FIRST)
             for layer in layers.values()
         ),

@@ -85,7 +85,7 @@ def reading_of(model: Any) -> PackReading | None:
 def shares_tokens(model: PreTrainedModel, longest: int) -> bool:
     """Return whether ``model`` can read a ``TokenTree`` with shared tokens and a longest sequence of ``longest``."""
     reading = reading_of(model)
-    packed = model.config._attn_implementation == NAME  # noqa: SLF001 - the only place that knows the choice
+    packed = model.config._attn_implementation == NAME  # noqa: SLF001 - there is no public attribute
     return packed and (reading is None or not reading.splits(longest))
 
 
@@ -390,7 +390,7 @@ def _short(error: Exception) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-# ---- leaving the model as it was ----
+# ---- restoring the model ----
 
 
 @contextmanager
@@ -544,7 +544,7 @@ def _encode(module: nn.Module, positions: Tensor) -> list[Tensor]:
     return encoded
 
 
-# ---- without weights ----
+# ---- models without weights in this process ----
 
 
 def _expected(model: PreTrainedModel, attention: str | None, reading: PackReading) -> PackReading:

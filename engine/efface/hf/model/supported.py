@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 _WRAPPERS = {
     "OptimizedModule": "give the model itself, `model._orig_mod`, and set `torch_compile=True` in the arguments",
-    "DataParallel": "give the model itself, `model.module`, and start one process a device with torchrun",
+    "DataParallel": "give the model itself, `model.module`, and start one process per device with torchrun",
     "DistributedDataParallel": "give the model itself, `model.module`; the trainer wraps it",
     "FullyShardedDataParallel": "give the model itself; the trainer wraps it, see the argument `fsdp`",
     "DeepSpeedEngine": "give the model itself, `model.module`; the trainer wraps it, see the argument `deepspeed`",

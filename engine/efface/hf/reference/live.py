@@ -89,8 +89,8 @@ class AdapterReference(ModelReference):
     """The policy as its own reference, with the trained adapter switched off for the reference's forward pass.
 
     It needs no memory for a second model. The reference is the model to which the trained adapter was added (with the
-    first adapter on, if there are two), so no weights except that adapter's may be trained. ``check_start`` checks
-    that the reference is also the model with which the run begins.
+    first adapter on, if there are two), so only the weights of that adapter can be trained. ``check_start`` checks that
+    the reference is also the model with which the run begins.
 
     Args:
         model: the policy, a ``peft.PeftModel``.
