@@ -37,7 +37,7 @@ def test_a_store_of_several_chunks() -> None:
     assert all(np.array_equal(chunked[i], whole[i]) for i in range(7))
     assert chunked[3].base is not None  # a view
     same(pack(whole, chunked, [1, 6], [0, 5]), pack(chunked, whole, [1, 6], [0, 5]))
-    with pytest.raises(IndexError, match=r"expected a sequence in 0 .. 6, got 7"):
+    with pytest.raises(IndexError, match=r"sequence index: expected 0 .. 6, got 7"):
         chunked[7]
     with pytest.raises(IndexError, match="got -1"):
         chunked[-1]
@@ -160,7 +160,7 @@ def test_errors_in_the_background_reach_the_caller() -> None:
     assembler = Assembler(plan, (STORES[0], TokenStore.empty()))
     with pytest.raises(ValueError, match="`retain` sequence: expected an index"):
         assembler[0]
-    with pytest.raises(ValueError, match="`workers`, `ahead`: expected at least 1 and 0, got 0, 2"):
+    with pytest.raises(ValueError, match="`workers`, `ahead`: expected at least 1 and at least 0, got 0 and 2"):
         Assembler(plan, STORES, workers=0)
 
 
@@ -178,7 +178,9 @@ def test_a_rank_without_a_share_idles_over_the_shortest_sequence() -> None:
 
 
 def test_a_long_sequence_has_a_batch_of_its_own_and_a_warning() -> None:
-    with pytest.warns(UserWarning, match="1 sequences are longer than the token budget of 60; each has a micro-batch"):
+    with pytest.warns(
+        UserWarning, match="1 sequences are longer than the token budget of 60; each gets its own micro-batch"
+    ):
         plan = plan_epoch([5, 70, 6], [9, 9], pairs_per_step=3, token_budget=60, seed=0, epoch=0)
     assert sorted(plan.batch_tokens.tolist()) == [38, 70]
 

@@ -136,14 +136,17 @@ def test_an_output_folder_that_is_not_empty(
     assert main([*flags(checkpoint, data, out), "--overwrite"]) == 0
     assert (out / "notes.txt").read_text() == "mine"
     assert main([*flags(checkpoint, data, out / "notes.txt")]) == 2
-    assert "is a file; choose a folder" in capsys.readouterr().err
+    assert "expected a folder, got a file; choose another path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (["--objective", "forgetful"], "objective: expected one of ceu, dpo, grad_ascent"),
-        (["--objective", "graddiff", "--beta", "1"], "has parameters alpha, gamma, retain_loss_type, got beta"),
+        (
+            ["--objective", "graddiff", "--beta", "1"],
+            "expected parameters from (alpha, gamma, retain_loss_type), got beta",
+        ),
         (["--forget", "missing.json"], "data file 'missing.json' does not exist"),
         (["--model", "./missing"], "model folder './missing' does not exist"),
         (["--config", "missing.yaml"], "config file 'missing.yaml' does not exist"),

@@ -127,7 +127,7 @@ def test_a_full_disk_ends_the_evaluation(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_prompt_that_was_learnt_is_refused() -> None:
     peft = pytest.importorskip("peft", reason="needs peft")
     model = peft.get_peft_model(tiny_llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(ValueError, match="adapter 'default': expected weights of layers"):
+    with pytest.raises(ValueError, match="adapter 'default': expected an adapter of layer weights"):
         run_tasks(model, [Sums([1], 1)])
 
 
@@ -138,7 +138,7 @@ def test_a_damaged_row_is_recomputed_and_a_damaged_store_is_not_changed(tmp_path
         database.execute("UPDATE rows SET result = '{\"sum\": 9}'")
         database.commit()
     anew, kept = Sums([1], 1), Sums([1], 1)
-    with pytest.warns(UserWarning, match=r"evaluated rows '.*': 1 damaged row is made anew"):
+    with pytest.warns(UserWarning, match=r"evaluated rows '.*': 1 damaged row is computed again"):
         assert run_tasks(model, [anew], store=path) == right
     assert run_tasks(model, [kept], store=path) == right
     assert (anew.ran, kept.ran) == ([[0]], [])

@@ -594,7 +594,7 @@ def test_a_flash_attn_that_does_not_load_is_reported(monkeypatch: pytest.MonkeyP
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(flash_attn.importlib, "import_module", broken)
-    with pytest.warns(UserWarning, match=r"does not load \(undefined symbol"):
+    with pytest.warns(UserWarning, match=r"fails to load \(undefined symbol"):
         assert flash_attn.load.__wrapped__() is None
     monkeypatch.setattr(flash_attn.importlib, "import_module", absent)
     with warnings.catch_warnings():
@@ -640,7 +640,7 @@ def test_dropout_falls_on_the_weights() -> None:
 
 def test_errors_name_what_was_expected() -> None:
     states = attention_inputs(LENGTHS)
-    with pytest.raises(ValueError, match="expected no s_aux, got one from Identity; leave it its own"):
+    with pytest.raises(ValueError, match="expected no s_aux, got one from Identity; use the model's own"):
         attend(states, s_aux=torch.zeros(4))
     cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"expected one row of 5 tokens .* got query of shape \(1, 4, 18, 8\)"):

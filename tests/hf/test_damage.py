@@ -138,7 +138,7 @@ def asked(read: Callable[..., list[Any]], path: Path, right: list[Any]) -> str:
         warnings.simplefilter("always")
         first = found(read, path, right)
         again = None if first is None else found(read, path, right, put=True)
-    assert all("made anew" in str(warning.message) for warning in told)
+    assert all("computed again" in str(warning.message) for warning in told)
     if first is None or again is None:
         return "refused"
     # SQLite's search does not find keys after one that is out of order: they are computed in every run

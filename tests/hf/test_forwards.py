@@ -209,7 +209,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         "got OptimizedModule; give the model it",
     ),
     "DataParallel": (nn.DataParallel, TypeError, "got DataParallel; give the model itself, `model.module`"),
-    "a module": (lambda model: model.model, ValueError, "expected an lm_head"),
+    "a module": (lambda model: model.model, ValueError, "lm_head: expected a torch.nn.Linear"),
     "no transformers model": (lambda model: nn.Linear(2, 2), TypeError, "a transformers.PreTrainedModel, or a peft"),
     "offloaded": (lambda model: accelerate.cpu_offload(model, "cpu"), ValueError, "weights are not in this process"),
 }

@@ -181,7 +181,7 @@ def test_fused_models_can_be_pickled(tmp_path: Path) -> None:
 def test_unsupported_heads_are_refused_with_the_reason() -> None:
     model = tiny_llama(tie_word_embeddings=False)
     model.lm_head = torch.nn.Sequential(model.lm_head)
-    with pytest.raises(ValueError, match=r"expected an lm_head of class torch.nn.Linear, got .*Sequential"):
+    with pytest.raises(ValueError, match=r"lm_head: expected a torch.nn.Linear, got .*Sequential"):
         fuse(model)
 
 

@@ -47,7 +47,9 @@ def test_a_checkpoint_of_a_folder_is_a_revision(tmp_path: Path) -> None:
     assert torch.equal(load_model(str(tmp_path), revision="checkpoint-12").lm_head.weight, twelfth)
     assert load_model(str(tmp_path), revision="checkpoint-12", dtype="bfloat16").dtype == torch.bfloat16
     assert len(load_tokenizer(str(tmp_path), revision="checkpoint-12")) > 0
-    with pytest.raises(FileNotFoundError, match="no weights at revision 'checkpoint-13'.*has revisions checkpoint-12"):
+    with pytest.raises(
+        FileNotFoundError, match="expected weights at revision 'checkpoint-13'.*its revisions are checkpoint-12"
+    ):
         load_model(str(tmp_path), revision="checkpoint-13")
 
 
@@ -59,7 +61,7 @@ def test_a_folder_with_checkpoints_alone_names_them(tmp_path: Path, capsys: pyte
     words = ["unlearn", "--model", str(tmp_path), "--forget", str(rows), "--output_dir", str(tmp_path / "out")]
     assert main([*words, "--use_cpu", "True"]) == 2
     told = capsys.readouterr().err
-    assert "it has revisions checkpoint-2, checkpoint-12. Choose one, such as `--revision checkpoint-12`" in told
+    assert "its revisions are checkpoint-2, checkpoint-12; choose one, such as `--revision checkpoint-12`" in told
 
 
 def test_the_layout_of_the_hub_cache(tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_the_layout_of_the_hub_cache(tmp_path: Path) -> None:
     (tmp_path / "refs").mkdir()
     (tmp_path / "refs" / "checkpoint-12").write_text("abc")
     assert torch.equal(load_model(str(tmp_path), revision="checkpoint-12").lm_head.weight, weights)
-    with pytest.raises(FileNotFoundError, match="at revision 'main'; it has revisions checkpoint-12"):
+    with pytest.raises(FileNotFoundError, match="at revision 'main', got none; its revisions are checkpoint-12"):
         local_revision(tmp_path, "main")
 
 
@@ -94,13 +96,15 @@ def test_a_hub_repository_with_weights_in_its_revisions_only() -> None:
     """As the Phi-1.5 models of TOFU. Offline, the real library fails as it does for missing files."""
     phi = FakeFiles({"main": ["README.md", ".gitattributes"], "checkpoint-6": WEIGHTS, "checkpoint-12": WEIGHTS})
     message = (
-        "model 'me/phi': no weights at revision 'main'; it has revisions checkpoint-6, checkpoint-12. Choose one, such "
-        "as `--revision checkpoint-12`"
+        "model 'me/phi': expected weights at revision 'main', got none; its revisions are checkpoint-6, checkpoint-12; "
+        "choose one, such as `--revision checkpoint-12`"
     )
     for load in (load_model, load_tokenizer):
         with pytest.raises(FileNotFoundError, match=message):
             load("me/phi", client=phi)
-    with pytest.raises(FileNotFoundError, match="no weights at revision 'checkpoint-7'; it has revisions main, check"):
+    with pytest.raises(
+        FileNotFoundError, match="weights at revision 'checkpoint-7', got none; its revisions are main, check"
+    ):
         load_model("me/phi", revision="checkpoint-7", client=phi)
 
 
@@ -110,7 +114,7 @@ def test_a_hub_repository_with_weights_in_its_revisions_only() -> None:
 def test_other_errors_keep_their_messages(client: FakeFiles) -> None:
     with pytest.raises(OSError, match="connect") as caught:
         load_model("me/phi", client=client)
-    assert "no weights at revision" not in str(caught.value)
+    assert "weights at revision" not in str(caught.value)
 
 
 def test_the_revision_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +204,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_checkpoint_that_does_not_match_its_config_is_refused(fault: str, files: Path) -> None:
-    with pytest.raises(ValueError, match=rf"^model '.*{fault}': its weights are not those .*{FAULTS[fault][1]}"):
+    with pytest.raises(ValueError, match=rf"^model '.*{fault}': expected the weights of a .*{FAULTS[fault][1]}"):
         load_model(str(files / fault))
 
 
@@ -342,7 +346,7 @@ def test_every_command_that_reads_a_model_refuses_it(
         tiny_tokenizer().save_pretrained(tmp_path / "adapter")
     assert main([command, *(str(places.get(word, word)) for word in words)]) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"efface {command}: error: model '{files / fault}': its weights are not those of" in told
+    assert f"efface {command}: error: model '{files / fault}': expected the weights of a" in told
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
@@ -369,7 +373,7 @@ def test_an_adapter_of_another_base_is_refused(layers: int, intermediate: int, m
     tiny_llama().save_pretrained(tmp_path / "base")
     saved_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=["q_proj", "down_proj"])
     tiny_llama(num_hidden_layers=layers, intermediate_size=intermediate).save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match=rf"^adapter .* is not of its base model '.*/base': .*{message}"):
+    with pytest.raises(ValueError, match=rf"^adapter .* does not fit its base model '.*/base': .*{message}"):
         load_model(str(tmp_path / "adapter"))
 
 
@@ -390,7 +394,9 @@ def test_problems_with_an_adapters_base_are_reported(tmp_path: Path) -> None:
         load_model(str(folder))
     saved_adapter(tmp_path / "inner", tmp_path / "base")
     base_is(str(tmp_path / "inner"))
-    with pytest.raises(ValueError, match=r"expected a whole model as its base, got '.*inner', which is an adapter too"):
+    with pytest.raises(
+        ValueError, match=r"expected a whole model as its base, got '.*inner', which is also an adapter"
+    ):
         load_model(str(folder))
     tiny_llama().save_pretrained(folder)
     with pytest.raises(ValueError, match="got both config.json and adapter_config.json"):
@@ -530,7 +536,7 @@ def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_code_of_a_checkpoint_runs_when_it_is_trusted(own_code: Path) -> None:
-    with pytest.raises(ValueError, match=r"got 'own_llama', whose code comes with it \(modeling_own\.py\); read it"):
+    with pytest.raises(ValueError, match=r"got 'own_llama', which needs code from the checkpoint \(modeling_own\.py\)"):
         load_model(str(own_code))
     assert not Path("code_ran").exists()
     model = load_model(str(own_code), trust_remote_code=True)

@@ -25,8 +25,8 @@ from efface.hf.reference.live import LiveReference
 from efface.hf.reference.score import store_logprobs
 from support.helpers import LONG, NOT_BUILT, arguments, perturbed, random_store, sequence, tiny_decoder, tiny_llama
 
-ALONE = "one sequence a pass"
-SAID = "runs one sequence a pass, which is slower than packs and gives what separate passes give"
+ALONE = "one sequence per pass"
+SAID = "runs one sequence per pass, which is slower than packed batches and gives the results of separate passes"
 OLD = transformers.__version__.startswith("4.")
 ONE = StepTotals(retain_tokens=1)  # means over one token, that is, sums
 
@@ -125,9 +125,9 @@ def test_packs_equal_separate_passes(kind: str, expected: str) -> None:
 @pytest.mark.parametrize("kind", ["bert", "modernbert-decoder", "xlnet", "electra"])
 def test_models_without_a_causal_head_are_refused(kind: str) -> None:
     model = tiny_decoder(kind)
-    with pytest.raises(ValueError, match="logits are not those of its head|causal language model|expected a head on"):
+    with pytest.raises(ValueError, match="logits are not those of its head|causal language model|expected a head for"):
         fuse(model)
-    with pytest.raises(ValueError, match="logits are not those of its head|causal language model|expected a head on"):
+    with pytest.raises(ValueError, match="logits are not those of its head|causal language model|expected a head for"):
         store_logprobs(model, STORE)
 
 
@@ -245,7 +245,7 @@ def test_short_packs_are_still_one_pass(scaling: str, monkeypatch: pytest.Monkey
     assert tree.shared
     model(batch=pack(TokenStore.empty(), STORE, [], range(4)))
     monkeypatch.setitem(vars(model), MEMORY, PackReading(NAME, "sdpa", limit=3))
-    with pytest.raises(ValueError, match="which runs one sequence a pass; make the tree with share=False"):
+    with pytest.raises(ValueError, match="which runs one sequence per pass; make the tree with share=False"):
         packing.packed_states(model, tree)
 
 
@@ -349,7 +349,7 @@ def test_without_weights_a_model_is_taken_by_its_description(kind: str, expected
     model = tiny_decoder(kind)
     model.get_input_embeddings().weight = nn.Parameter(torch.empty(0, 32))  # as under ZeRO-3
     if expected == ALONE:
-        with pytest.warns(UserWarning, match="its weights are not in this process to measure with"):
+        with pytest.warns(UserWarning, match="its weights are not in this process to be measured"):
             use_packed_attention(model)
     else:
         use_packed_attention(model)

@@ -82,8 +82,8 @@ STACKED: dict[str, Callable[[], Any]] = {
 }
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "DoRA": (lambda: lora(use_dora=True), "a variant of LoRA"),
-    "modules_to_save": (lambda: lora(modules_to_save=["lm_head"]), "whole layers of its own"),
-    "trainable tokens": (lambda: lora(trainable_token_indices=[3]), "tokens of its own"),
+    "modules_to_save": (lambda: lora(modules_to_save=["lm_head"]), "whole layers"),
+    "trainable tokens": (lambda: lora(trainable_token_indices=[3]), "trained tokens"),
     "bias": (lambda: lora(bias="lora_only"), "biases"),
     "bias of LoRA": (lambda: lora(lora_bias=True), "biases"),
     "PiSSA": (lambda: lora(init_lora_weights="pissa"), "changed the base model"),
@@ -132,14 +132,14 @@ def test_a_first_adapter_that_cannot_be_combined_is_refused(kind: str, base: Pat
     config, message = REFUSED[kind]
     model = load_model(str(first_round(tmp_path, base, config())), trainable=True)
     start = logits(model)
-    with pytest.raises(ValueError, match=rf"a second LoRA adapter: .*{message}.*Train the first one further"):
+    with pytest.raises(ValueError, match=rf"a second LoRA adapter: .*{message}.*train the first adapter further"):
         add_lora(model, r=2)
     assert torch.equal(logits(model), start)
 
 
 def test_a_first_adapter_inside_a_transformers_model_is_refused(base: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(first_round(tmp_path, base, lora()))
-    with pytest.raises(ValueError, match="expected a peft.PeftModel, got a transformers model with an adapter inside"):
+    with pytest.raises(ValueError, match="expected a peft.PeftModel, got a transformers model with a built-in adapter"):
         add_lora(model, r=2)
 
 
@@ -207,7 +207,9 @@ def test_checkpoints_of_a_second_round_are_whole_models_and_resume_bit_for_bit(b
     torch.testing.assert_close(logits(last), logits(whole.model), rtol=1e-5, atol=2e-6)
     assert (logits(last) - logits(load_model(str(first)))).abs().max() > 1e-3
     other = second_run(tmp_path / "other", first_round(tmp_path / "another", base, lora(r=4, lora_alpha=4)))
-    with pytest.raises(ValueError, match="expected an adapter that this run wrote, got one with another first"):
+    with pytest.raises(
+        ValueError, match="expected an adapter that this run wrote, got one whose first adapter differs"
+    ):
         other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
 
 
@@ -303,7 +305,7 @@ def test_an_adapter_that_is_trained_further_is_not_its_own_reference(
     out = str(tmp_path / "out")
     assert main(command(rounds, "first", out, "--reference", "adapter")) == 2
     told = capsys.readouterr().err
-    assert "or the adapter has been trained before; so the reference could be either of two models" in told
+    assert "or the adapter has been trained before, so it is not clear which model is the reference" in told
     assert not list(Path(out).glob("adapter*"))
     assert main(command(rounds, "first", out, "--reference", "live")) == 0
 

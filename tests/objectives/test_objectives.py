@@ -52,7 +52,9 @@ def test_by_name() -> None:
     assert get_objective("GradAscent") == get_objective("grad_ascent") == GradAscent()
     with pytest.raises(ValueError, match=r"expected one of ceu, dpo, grad_ascent, .*, wga, got 'forgetful'"):
         get_objective("forgetful")
-    with pytest.raises(ValueError, match="'graddiff': has parameters alpha, gamma, retain_loss_type, got beta"):
+    with pytest.raises(
+        ValueError, match=r"'graddiff': expected parameters from \(alpha, gamma, retain_loss_type\), got beta"
+    ):
         get_objective("graddiff", beta=1.0)
 
 
@@ -90,7 +92,7 @@ def test_a_rule_needs_no_reference_where_nothing_is_forgotten_and_no_more_than_i
 
 def test_a_function_under_a_declared_term_is_refused() -> None:
     """The declared term would be used, and the function would never be called."""
-    with pytest.raises(TypeError, match="Doubled: defines forget_terms, but NPO declares its term, which is"):
+    with pytest.raises(TypeError, match="Doubled: defines forget_terms, but inherits `term` from NPO, which"):
 
         class Doubled(NPO):
             def forget_terms(self, sequences: Sequences) -> Tensor:
@@ -100,7 +102,7 @@ def test_a_function_under_a_declared_term_is_refused() -> None:
         def forget_terms(self, sequences: Sequences) -> Tensor:
             return 2 * sequences.sums
 
-    with pytest.raises(TypeError, match="Mixed: defines forget_terms, but DPO declares its term"):
+    with pytest.raises(TypeError, match="Mixed: defines forget_terms, but inherits `term` from DPO"):
 
         class Mixed(Own, DPO):  # type: ignore[misc]
             pass
@@ -110,7 +112,7 @@ def test_a_function_under_a_declared_term_is_refused() -> None:
             return self.forget_terms
 
     assert Chosen().term()(Sequences(torch.ones(2), torch.tensor([0, 2]))) == 4
-    with pytest.raises(TypeError, match="Nothing: defines no forget_terms; an objective of ours declares its `term`"):
+    with pytest.raises(TypeError, match="Nothing: defines no forget_terms; built-in objectives define `term`"):
         type("Nothing", (Objective,), {})().term()(Sequences(torch.ones(2), torch.tensor([0, 2])))
 
 
@@ -125,11 +127,11 @@ def objective_of(kind: Kind, **attributes: Any) -> Objective:
 @pytest.mark.parametrize(
     ("kind", "attributes", "message"),
     [
-        (Kind.NPO, {}, "Mine: its term, NPO, compares with a reference; set `needs_reference = True`"),
+        (Kind.NPO, {}, "Mine: its term, NPO, reads reference log-probabilities; set `needs_reference = True`"),
         (Kind.DPO, {"needs_reference": True}, "Mine: `forget_data`: expected 'both' for its term, DPO, got 'answer'"),
-        (Kind.DPO, {"forget_data": "both"}, "Mine: its term, DPO, compares with a reference"),
+        (Kind.DPO, {"forget_data": "both"}, "Mine: its term, DPO, reads reference log-probabilities"),
         (Kind.SIMNPO, {"forget_data": "both"}, "Mine: `forget_data`: expected 'answer' or 'alternate' for its term"),
-        (Kind.NONE, {}, "Mine: expected a term for forget sequences, got NONE, which forgets nothing"),
+        (Kind.NONE, {}, "Mine: expected a term for forget sequences, got NONE, which has no loss"),
         (Kind.ALTERNATE, {}, "Mine: expected a term for forget sequences, got ALTERNATE"),
     ],
 )
@@ -315,11 +317,11 @@ def test_parameters_out_of_range_are_refused(cls: Any, parameters: dict[str, Any
 
 
 def test_objectives_that_need_a_model_say_so() -> None:
-    with pytest.raises(TypeError, match="UNDIAL: its forget loss is one of logits; it has no term"):
+    with pytest.raises(TypeError, match="UNDIAL: its forget loss is computed from logits, so it has no term"):
         UNDIAL().term()
     for objective in (UNDIAL(), NPO(retain_loss_type="KL"), RMU()):
         assert objective.needs_reference_model()
-        with pytest.raises(ValueError, match="which nobody caches; give 'live'"):
+        with pytest.raises(ValueError, match="got 'cached', which has only log-probabilities"):
             reference_kind("cached", objective, tiny_llama())
     assert not RMU(alpha=0.0).needs_reference_model()
     assert reference_kind("auto", SimNPO(retain_loss_type="KL"), tiny_llama()) == "live"

@@ -97,7 +97,7 @@ def test_odd_shapes() -> None:
     seen = {digest(), digest(w=torch.empty(0)), digest(w=torch.empty(0, 3)), digest(w=torch.tensor(1.5))}
     seen.add(digest(w=torch.tensor([1.5])))
     assert len(seen) == 5
-    with pytest.raises(ValueError, match="weight 'w': expected it in memory, got the meta device"):
+    with pytest.raises(ValueError, match="weight 'w': expected a tensor with content, got one on the meta device"):
         digest(w=torch.empty(3, device="meta"))
 
 

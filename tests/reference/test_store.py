@@ -226,7 +226,7 @@ def test_another_format_is_refused(path: Path) -> None:
     sqlite(path, "PRAGMA user_version = 2")
     refused(path, "expected format 1, got 2")
     sqlite(path, "PRAGMA user_version = 1", "CREATE TABLE more (a)")
-    refused(path, "its tables are not those")
+    refused(path, "expected the table that efface creates")
 
 
 def test_an_empty_file_is_a_new_one(path: Path) -> None:
@@ -251,7 +251,7 @@ def damaged(content: bytes) -> Iterator[bytes]:
         yield content[: rng.randrange(1, len(content))]
 
 
-@pytest.mark.filterwarnings("ignore:reference cache .* made anew:UserWarning")
+@pytest.mark.filterwarnings("ignore:reference cache .* computed again:UserWarning")
 @pytest.mark.parametrize("checked", [True, False], ids=["quick_check", "too large for quick_check"])
 def test_damage_is_refused_or_harmless(checked: bool, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After any damage, every value that the file returns is the one that was stored."""
@@ -286,7 +286,7 @@ def test_a_changed_row_is_recomputed(change: str, model: bytes, path: Path) -> N
     filled(path, 3)
     sqlite(path, f"UPDATE logprobs SET {change} WHERE sequence = x'{key(1).hex()}'")
     with closing(LogprobStore(path)) as file:
-        with pytest.warns(UserWarning, match=r"reference cache '.*': 1 damaged row is made anew"):
+        with pytest.warns(UserWarning, match=r"reference cache '.*': 1 damaged row is computed again"):
             _, found = file.get(model, keys(3))
         assert not found[1]
         file.put(MODEL, keys(3), values(3))

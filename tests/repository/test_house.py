@@ -156,7 +156,7 @@ def test_modules_under_their_old_names_warn() -> None:
         assert names
         moved = importlib.import_module(f"efface.hf.{old}")
         for name in names:
-            with pytest.warns(DeprecationWarning, match=f"efface.hf.{old} is now efface.hf.{new}"):
+            with pytest.warns(DeprecationWarning, match=f"efface.hf.{old} has moved to efface.hf.{new}"):
                 assert getattr(moved, name) is getattr(module, name)
     loading = importlib.import_module("efface.hf.loading")
     with pytest.warns(DeprecationWarning, match="loading"), pytest.raises(AttributeError, match="'nothing'"):
