@@ -61,7 +61,7 @@ def test_a_model_is_judged_by_its_retain_model(
     # Not of another protocol, nor with other labels: that log counts otherwise.
     for more, part in ((["--protocol", "tofu"], "protocol"), (["--template", "completion"], "template")):
         assert main([*again, *more, "--output", str(tmp_path / "other")]) == 2
-        assert f"is of another {part}" in capsys.readouterr().err
+        assert f"expected the {part} of this evaluation" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_errors_of_use_are_one_line(folder: Path, tmp_path: Path, capsys: pytest
     refused("evaluation log 'none.json' does not exist", "--retain-log", "none.json")
     refused("model folder './none' does not exist", "--retain-model", "./none")
     (tmp_path / ".rows.sqlite").write_text("no database" * 1000)
-    refused("delete the file: the rows are then computed anew")
+    refused("delete the file: the rows are then computed again")
     refused("argument --protocol: invalid choice: 'muse'", "--protocol", "muse")
     refused("argument --retain-model: not allowed with argument --retain-log", "--retain-log=a", "--retain-model=b")
     with pytest.raises(SystemExit, match="0"):
