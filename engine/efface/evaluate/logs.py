@@ -128,7 +128,7 @@ def read_json(path: str | Path, name: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8
-        raise ValueError(f"{str(path)!r}: expected a JSON file, got other content ({error})") from error
+        raise ValueError(f"{str(path)!r}: expected a JSON file, got something else ({error})") from error
 
 
 def log_of(content: Any, source: str) -> EvalLog:

@@ -234,12 +234,12 @@ def _run(
     if state.num_processes == 1:
         return [mine]
     kind = next((kind for kind in _KINDS if isinstance(error, kind)), RuntimeError)
-    told = gather_object([(mine, None if error is None else (kind, repr(error)))])
+    gathered = gather_object([(mine, None if error is None else (kind, repr(error)))])
     _raise(error)
-    for process, (_, failure) in enumerate(told):
+    for process, (_, failure) in enumerate(gathered):
         if failure is not None:
             raise failure[0](f"process {process} of the evaluation: {failure[1]}")
-    return [results for results, _ in told[: len(turn)]]
+    return [results for results, _ in gathered[: len(turn)]]
 
 
 def _raise(error: Exception | None) -> None:
@@ -249,19 +249,19 @@ def _raise(error: Exception | None) -> None:
 
 def on_first(state: PartialState, read: Callable[[], T]) -> T:
     """Call ``read`` on the first process and return its result on every process, or raise its error on every one."""
-    told: list[Any] = [None]
+    message: list[Any] = [None]
     if state.is_main_process:
         try:
-            told = [read()]
+            message = [read()]
         except Exception as error:
             if state.num_processes == 1:
                 raise
-            told = [error]
+            message = [error]
     if state.num_processes > 1:
-        broadcast_object_list(told)
-    if isinstance(told[0], Exception):
-        raise told[0]
-    answer: T = told[0]
+        broadcast_object_list(message)
+    if isinstance(message[0], Exception):
+        raise message[0]
+    answer: T = message[0]
     return answer
 
 

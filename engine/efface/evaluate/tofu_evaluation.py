@@ -350,10 +350,10 @@ class TofuEvaluation:
 
     def _check_counted_alike(self, log: Path) -> None:
         """Raise ValueError if the log's ``EVAL_CONFIG.json`` records another protocol or template."""
-        beside = log.with_name(CONFIG)
-        if log.name != EVAL or not beside.is_file():
+        config_path = log.with_name(CONFIG)
+        if log.name != EVAL or not config_path.is_file():
             return
-        content = read_json(beside, "settings of an evaluation")
+        content = read_json(config_path, "settings of an evaluation")
         for part, own in (("protocol", asdict(self.protocol)), ("template", asdict(self.template))):
             theirs = content.get(part) if isinstance(content, dict) else None
             if not isinstance(theirs, dict):

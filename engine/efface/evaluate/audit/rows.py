@@ -79,7 +79,7 @@ def _row(
         if not text.strip():
             raise ValueError(f"{_SOURCE}, row {number}: expected text in column {name!r}, got {text!r}; drop the row")
     try:
-        spoken = get_language(language or "en")
+        known = get_language(language or "en")
     except ValueError as error:
         raise ValueError(f"{_SOURCE}, row {number}: {error}") from error
-    return AuditRow(question, answer, paraphrase, tuple(perturbed), group, spoken)
+    return AuditRow(question, answer, paraphrase, tuple(perturbed), group, known)

@@ -305,8 +305,8 @@ class Clues(View):
 
 
 def _conversation(rows: Sequence[AuditRow], revealed: Sequence[int], row: AuditRow) -> tuple[str, ...]:
-    told = (turn for i in revealed for turn in (rows[i].question, rows[i].answer))
-    return (*told, row.question)
+    texts = (text for i in revealed for text in (rows[i].question, rows[i].answer))
+    return (*texts, row.question)
 
 
 VIEWS: dict[str, type[View]] = {view.name: view for view in (Direct, Cloze, Choice, Translated, BestOf, Clues, Relearn)}

@@ -150,8 +150,8 @@ def gather(
     details: int,
 ) -> Content:
     """Read the runs and return the content of the report. For arguments and errors see ``efface.evaluate.report``."""
-    beside = find_retain_log(folders) if retain_log is None else None
-    given = {"full": full, "retain": retain_log or beside}
+    found_retain = find_retain_log(folders) if retain_log is None else None
+    given = {"full": full, "retain": retain_log or found_retain}
     baselines = {name: find_log(path) for name, path in given.items() if path is not None}
     found = find_runs(folders, without=baselines.values())
     if not found:
@@ -180,7 +180,7 @@ def gather(
     names = [name for name in _CURVES if name in has_curves]
     names += sorted(name for name in has_curves.difference(_CURVES) if not _PARTS.search(name))
     return Content(
-        sentences=tuple(_sentences(runs, shared, retain, beside, "full" in baselines, known_utility, floor)),
+        sentences=tuple(_sentences(runs, shared, retain, found_retain, "full" in baselines, known_utility, floor)),
         runs=table,
         scatter=plots.quality_against_utility(runs, full_figures, retain_figures, least),
         curves=plots.curves(runs, names[:_PANELS], full_figures, retain_figures),
@@ -222,7 +222,7 @@ def _sentences(
     runs: Sequence[ReportedRun],
     shared: Mapping[str, str],
     retain: _Retain | None,
-    beside: Path | None,
+    found_retain: Path | None,
     has_full: bool,
     full_utility: float | None,
     floor: float,
@@ -236,8 +236,8 @@ def _sentences(
         lines.append(f"All runs: {_in_words(shared)}.")
     if retain is None:
         lines.append(_RETAIN_LOG.format(instead="the value that each evaluation stored" if measured else "missing"))
-    elif beside is not None:
-        lines.append(f"Forget Quality compares with `{beside}`, which was found in the folders of the runs.")
+    elif found_retain is not None:
+        lines.append(f"Forget Quality compares with `{found_retain}`, which was found in the folders of the runs.")
     if floor and full_utility is not None:
         lines.append(
             f"Runs without Model Utility, or with less than {floor:g} times that of the full model "

@@ -138,7 +138,9 @@ def _metrics(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r}: expected a JSON file, got other content ({error}); evaluate again") from error
+        raise ValueError(
+            f"{str(path)!r}: expected a JSON file, got something else ({error}); evaluate again"
+        ) from error
     if isinstance(content, dict):
         return content
     raise ValueError(f"{str(path)!r}: expected a JSON object of metrics, got {type(content).__name__}; evaluate again")

@@ -127,7 +127,7 @@ def _history(path: Path | None, errors: list[str]) -> tuple[dict[str, Curve], in
         return curves, int(content["global_step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         errors.append(
-            f"{str(path)!r}: expected a trainer's state with log_history and global_step, got other content "
+            f"{str(path)!r}: expected a trainer's state with log_history and global_step, got something else "
             f"({type(error).__name__}: {error}); its curves are left out"
         )
         return {}, None
@@ -317,7 +317,7 @@ def read_audit(path: Path, run: str) -> list[AuditedModel]:
         return [AuditedModel(run, name, _figures(model["views"])) for name, model in models.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{str(path)!r}: expected an audit with models and their views, got other content "
+            f"{str(path)!r}: expected an audit with models and their views, got something else "
             f"({type(error).__name__}: {error}); write it with `efface audit`"
         ) from error
 
