@@ -29,7 +29,7 @@ from efface.keyed_store import KeyedStore, KeyedTable
 from efface.processes import processes
 
 RowResult: TypeAlias = dict[str, Any]
-"""A task's result for one row. It must survive JSON unchanged, because it is stored and sent between processes."""
+"""A task's result for one row, as JSON values: results are stored in a file and sent between processes."""
 Progress = Callable[[str, int, int], None]
 """Called with the name of the current task, the number of finished rows of all tasks, and the number of all rows."""
 
@@ -79,7 +79,7 @@ class RowStore(KeyedStore):
         application=0x65666672,  # "effr"
         version=1,
         file="evaluated rows",
-        remedy="delete the file; the rows are then computed again",
+        remedy="delete the file: the rows are then computed again",
     )
 
     @staticmethod
