@@ -151,7 +151,7 @@ def test_errors_of_use_are_one_line(folder: Path, tmp_path: Path, capsys: pytest
         assert match in message
         assert "Traceback" not in message
 
-    refused("expected forget01_perturbed.json", "--split", "forget01")
+    refused("expected TOFU's forget01_perturbed.json", "--split", "forget01")
     refused("expected --forget FILE", "--benchmark", "tofu", "--metrics", "mia_loss")
     refused("mia_loss: expected --holdout FILE", "--metrics", "mia_loss", "--forget", "rows.json")
     refused("metric: expected one of", "--metrics", "mia", "--forget", "rows.json")
@@ -167,7 +167,7 @@ def test_errors_of_use_are_one_line(folder: Path, tmp_path: Path, capsys: pytest
         "h.json",
     )
     compat = ("--compat", "open-unlearning")
-    refused("`compat`: expected protocol 'open-unlearning' beside", *compat, "--protocol", "tofu")
+    refused("`compat`: expected protocol 'open-unlearning' with compat", *compat, "--protocol", "tofu")
     refused("--compat: expected TOFU's evaluation, got --benchmark fame", *compat, "--benchmark", "fame")
     metrics = ("--metrics", "extraction_strength", "--forget", "rows.json")
     refused("--compat: expected TOFU's evaluation, got --metrics", *compat, *metrics)

@@ -52,7 +52,7 @@ def _target(path: str | Path, name: str, suffixes: Iterable[str]) -> Path:
         raise ValueError(f"`{name}`: expected a file, got the folder {str(path)!r}")
     if path.is_symlink() and not path.exists():
         raise ValueError(
-            f"`{name}`: expected a file, got a broken link to {str(path.readlink())!r}; choose another path"
+            f"`{name}`: expected a file, got a link to {str(path.readlink())!r}, which does not exist; choose another"
         )
     return path
 
