@@ -61,7 +61,7 @@ def test_a_model_is_compared_with_its_retain_model(
     # A log of another protocol or of other labels is rejected, because its numbers are not comparable.
     for more, part in ((["--protocol", "tofu"], "protocol"), (["--template", "completion"], "template")):
         assert main([*again, *more, "--output", str(tmp_path / "other")]) == 2
-        assert f"is of another {part}" in capsys.readouterr().err
+        assert f"expected the {part} of this evaluation" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_errors_of_use_are_one_line(folder: Path, tmp_path: Path, capsys: pytest
         assert match in message
         assert "Traceback" not in message
 
-    refused("expected forget01_perturbed.json", "--split", "forget01")
+    refused("expected TOFU's forget01_perturbed.json", "--split", "forget01")
     refused("expected --forget FILE", "--benchmark", "tofu", "--metrics", "mia_loss")
     refused("mia_loss: expected --holdout FILE", "--metrics", "mia_loss", "--forget", "rows.json")
     refused("metric: expected one of", "--metrics", "mia", "--forget", "rows.json")
@@ -167,14 +167,14 @@ def test_errors_of_use_are_one_line(folder: Path, tmp_path: Path, capsys: pytest
         "h.json",
     )
     compat = ("--compat", "open-unlearning")
-    refused("`compat`: expected protocol 'open-unlearning' beside", *compat, "--protocol", "tofu")
+    refused("`compat`: expected protocol 'open-unlearning' with compat", *compat, "--protocol", "tofu")
     refused("--compat: expected TOFU's evaluation, got --benchmark fame", *compat, "--benchmark", "fame")
     metrics = ("--metrics", "extraction_strength", "--forget", "rows.json")
     refused("--compat: expected TOFU's evaluation, got --metrics", *compat, *metrics)
     refused("evaluation log 'none.json' does not exist", "--retain-log", "none.json")
     refused("model folder './none' does not exist", "--retain-model", "./none")
     (tmp_path / ".rows.sqlite").write_text("no database" * 1000)
-    refused("delete the file: the rows are then computed anew")
+    refused("delete the file: the rows are then computed again")
     refused("argument --protocol: invalid choice: 'muse'", "--protocol", "muse")
     refused("argument --retain-model: not allowed with argument --retain-log", "--retain-log=a", "--retain-model=b")
     with pytest.raises(SystemExit, match="0"):

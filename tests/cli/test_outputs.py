@@ -230,7 +230,7 @@ def test_results_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
     write_results(tmp_path, {"perplexity": {"agg_value": 2.0}}, facts(), benchmark="METRICS")
     check_results(tmp_path, facts(metrics="mia_loss", holdout="h.json", window=16), benchmark="METRICS")
     message = (
-        r"another model, 'm' \(torch.float32, fingerprint aaaaaaaa\); this one is 'n' \(torch.float32, fingerprint "
+        r"another model, 'm' \(torch.float32, fingerprint aaaaaaaa\); this model is 'n' \(torch.float32, fingerprint "
         r"bbbbbbbb\); choose another --output, or add --overwrite"
     )
     with pytest.raises(FileExistsError, match=message):

@@ -126,7 +126,9 @@ def test_the_table(audits: dict[str, AuditResult]) -> None:
     assert line.kept("retain", "full", "retain") == 0
     assert line.kept("full", "retain", "full") is None
     other = AuditResult(3, audits["full"].views)
-    with pytest.raises(ValueError, match="'full' .32 rows; direct, .* and 'other' .3 rows; .* cannot be compared"):
+    with pytest.raises(
+        ValueError, match="expected the same rows and views, got 'full' .32 rows; direct, .* and 'other' .3 rows; "
+    ):
         side_by_side({"full": audits["full"], "other": other})
 
 
@@ -242,14 +244,14 @@ def test_views_are_checked_before_anything_is_asked(tokenizer: PreTrainedTokeniz
     nobody: Any = None
     with pytest.raises(ValueError, match=r"expected some of direct, cloze, .*, got 'riddle'"):
         audit(nobody, tokenizer, forget, views=["direct", "riddle"])
-    with pytest.raises(ValueError, match="expected at least one, each once, got direct, direct"):
+    with pytest.raises(ValueError, match="expected at least one, each only once, got direct, direct"):
         audit(nobody, tokenizer, forget, views=["direct", "direct"])
-    with pytest.raises(ValueError, match="expected at least one, each once, got none"):
+    with pytest.raises(ValueError, match="expected at least one, each only once, got none"):
         audit(nobody, tokenizer, forget, views=[])
     plain = [{name: row[name] for name in ("question", "answer")} for row in forget]
-    with pytest.raises(ValueError, match="view 'choice': expected column 'perturbed_answer'"):
+    with pytest.raises(ValueError, match="view 'choice': expected false answers in column 'perturbed_answer'"):
         audit(nobody, tokenizer, plain, views=["direct", "choice"])
-    with pytest.raises(ValueError, match="view 'clues': 32 rows are no whole number of authors"):
+    with pytest.raises(ValueError, match="view 'clues': expected an author for every row, .* 32, must be a multiple"):
         audit(nobody, tokenizer, forget, views=["direct", "clues"])
 
 
@@ -306,13 +308,13 @@ MISTAKES = [
     (["--views", "direct,riddle"], "expected some of direct, cloze"),
     (["--split", "forget11"], "which has splits forget10"),
     (["--group-column", "identity_id", "--views", "clues"], "expected a column 'identity_id'"),
-    (["--views", "clues"], "16 rows are no whole number of authors"),
+    (["--views", "clues"], "number of rows, 16, must be a multiple of the group size"),
     (["--relearn-share", "2"], "`share`: expected between 0 and 1"),
     (["--relearn-lr", "-1"], "`learning_rate`: expected a positive number, got -1.0"),
     (["--relearn-lr", "inf"], "`learning_rate`: expected a positive number, got inf"),
     (["--relearn-lora-r", "0"], "`lora_r`: expected at least 1, got 0"),
     (["--seed", "4294967296"], "--seed: expected 0 .. 4294967295, got '4294967296'"),
-    (["--clues", "0"], "`clues`: expected numbers from 1"),
+    (["--clues", "0"], "`clues`: expected numbers of at least 1"),
     (["--samples", "0"], "`n`: expected at least 1 answer, got 0"),
     (["--temperature", "0"], "`temperature`: expected a positive number, got 0.0"),
     (["--views", "direct", "--full", "./nowhere"], "model folder './nowhere' does not exist"),

@@ -142,11 +142,11 @@ def test_clues_by_a_column() -> None:
     assert [probe.turns for probe in probes] == [("Q0?", "Answer 0.", "Q2?"), ("Q1?", "Answer 1.", "Q3?")]
     with pytest.raises(ValueError, match="expected a column 'identity_id'"):
         audit_rows(rows, group_column="identity_id")
-    with pytest.raises(ValueError, match=r"4 rows are no whole number of authors.*--group-column"):
+    with pytest.raises(ValueError, match=r"number of rows, 4, must be a multiple of the group size.*--group-column"):
         Clues().probes(audit_rows(rows))
-    with pytest.raises(ValueError, match="no row has 1 others"):
+    with pytest.raises(ValueError, match="expected a row with at least 1 previous rows"):
         Clues().probes(audit_rows(rows, group_column="question"))
-    with pytest.raises(ValueError, match=r"`clues`: expected numbers from 1, got \(0,\)"):
+    with pytest.raises(ValueError, match=r"`clues`: expected numbers of at least 1, got \(0,\)"):
         Clues(clues=(0,))
 
 

@@ -48,7 +48,7 @@ def test_forget_quality_of_all_pairs_is_scipys(judged: str, retain: str, tofu_ev
 
 def test_logs_of_different_forget_splits_are_refused(tofu_eval_logs: Path) -> None:
     full, retain95 = (read_log(tofu_eval_logs / f"llama2-7b_{log}.json") for log in ("full", "retain95"))
-    with pytest.raises(ValueError, match="one forget split, but .*full.json has 300 of them and .*95.json has 200"):
+    with pytest.raises(ValueError, match="the same forget rows, but .*full.json has 300 rows and .*95.json has 200"):
         forget_quality(full, retain95)
     # as many rows, but of other authors
     forget = full.splits["forget"]
@@ -113,11 +113,11 @@ def test_bad_logs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"accuracy": 1}')
     with pytest.raises(ValueError, match=r"eval_log_forget.json, .* got accuracy"):
         read_log(tmp_path / "other.json")
-    with pytest.raises(ValueError, match=r"model.json: truth_ratio of the forget split is nan at row 1 \(1 of 3"):
+    with pytest.raises(ValueError, match=r"model.json: expected finite truth_ratio .*, got nan at row 1 \(1 of 3"):
         forget_quality(one_split([0.1, float("nan"), 0.2]), one_split([0.1]))
-    with pytest.raises(ValueError, match="has no rows"):
+    with pytest.raises(ValueError, match="expected rows of .* split, got none"):
         forget_quality(one_split([]), one_split([0.1]))
-    with pytest.raises(ValueError, match="has no probability for the retain split"):
+    with pytest.raises(ValueError, match="expected probability for the retain split, got none"):
         model_utility(one_split([0.1]))
 
 
@@ -162,5 +162,5 @@ def test_rows_without_perturbed_answers_are_refused() -> None:
     row = {"question": "Who?", "answer": "Aiko."}
     with pytest.raises(ValueError, match="expected a column 'perturbed_answer'"):
         score_rows(model, tokenizer, [row])
-    with pytest.raises(ValueError, match=r"lists of one length, at least 1, got lengths \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"lists of equal length, at least 1, got lengths \[1, 2\]"):
         score_rows(model, tokenizer, [{**row, "perturbed_answer": ["a"]}, {**row, "perturbed_answer": ["a", "b"]}])

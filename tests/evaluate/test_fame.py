@@ -139,10 +139,10 @@ def test_wrong_filters_and_columns() -> None:
         with pytest.raises(ValueError, match=message):
             fame(model(), tiny_tokenizer(), rows, **options)
 
-    refused("`forget_filter`: expected which rows are forgotten", ROWS, forget_filter=None)
+    refused("`forget_filter`: expected a filter of the forgotten rows", ROWS, forget_filter=None)
     refused("no row of 18 has 'it' in column 'language', which has 'en', 'fr', 'de'", ROWS, forget_filter="language=it")
-    refused("row 0 meets both", ROWS, forget_filter="language=en", retain_filter="topic_id=2")
-    refused("retain: expected rows, got none", ROWS, forget_filter="topic_id=2,10")
+    refused("got row 0 in both", ROWS, forget_filter="language=en", retain_filter="topic_id=2")
+    refused("retain: expected at least one row, got none", ROWS, forget_filter="topic_id=2,10")
     refused(
         "expected a column 'topic_id'",
         [{"question": "q", "answer": "a", "language": "en"}],

@@ -287,7 +287,7 @@ def test_privleak() -> None:
         ]
         assert leak["agg_value"] == pytest.approx(100 * (retain - value) / (1 - retain), abs=1e-6)
     of_loss = PrivLeak(attack=get_metric("mia_loss"))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="privleak: expected 'mia_loss' of a model trained on the retain set alone"):
+    with pytest.raises(ValueError, match="privleak: expected 'mia_loss' of a model trained only on the retain set"):
         evaluate_metrics(model, tokenizer, MEMBERS, [of_loss], retain_values={"mia_min_k": 0.5}, **tell)
     with pytest.raises(ValueError, match="mia_reference: expected a reference model|privleak: expected a reference"):
         evaluate_metrics(model, tokenizer, MEMBERS, [PrivLeak(attack=MiaReference())], **tell)
@@ -364,15 +364,15 @@ def test_missing_arguments_are_reported_before_anything_is_computed(monkeypatch:
     refused(
         "metric: expected one of exact_memorization, extraction_strength, .*privleak.*, got 'mia_'", MEMBERS, ["mia_"]
     )
-    refused("`metrics`: expected one or more, each once, got none", MEMBERS, [])
-    refused("each once, got mia_loss, mia_loss", MEMBERS, ["mia_loss", "mia_loss"])
+    refused("`metrics`: expected at least one, each only once, got none", MEMBERS, [])
+    refused("each only once, got mia_loss, mia_loss", MEMBERS, ["mia_loss", "mia_loss"])
     refused("mia_loss: expected a holdout", MEMBERS, ["mia_loss"])
-    refused("holdout: expected rows, got none", MEMBERS, ["mia_loss"], holdout=[])
-    refused("forget: expected rows, got none", [], ["probability"])
+    refused("holdout: expected at least one row, got none", MEMBERS, ["mia_loss"], holdout=[])
+    refused("forget: expected at least one row, got none", [], ["probability"])
     refused("mia_reference: expected a reference model", MEMBERS, ["mia_reference"], holdout=OTHERS)
     refused("expected a column 'ask'", MEMBERS, ["probability"], reading=Reading(question_column="ask"))
     refused(
-        "forget, row 1: expected a question and an answer of text, got 'q', ' '",
+        "forget, row 1: expected a question and an answer with text, got 'q', ' '",
         [MEMBERS[0], {"question": "q", "answer": " "}],
         ["probability"],
     )
@@ -393,7 +393,7 @@ def test_a_broken_model_gets_no_score(name: str) -> None:
         model.get_input_embeddings().weight[tiny_tokenizer()("Bram").input_ids[0]] = math.nan
     rows = [{"question": "?", "answer": "x y z"}, MEMBERS[1]]
     with pytest.raises(
-        FloatingPointError, match=r"(forget|holdout), row \d+: the model gives a token of '.*' a log-prob"
+        FloatingPointError, match=r"(forget|holdout), row \d+: expected finite log-prob.* of '.*', got nan"
     ):
         evaluate_metrics(model, tiny_tokenizer(), rows, [name], holdout=OTHERS)
 

@@ -271,12 +271,12 @@ def test_missing_values_are_listed(tmp_path: Path) -> None:
     write(tmp_path / "summary" / "TOFU_SUMMARY.json", {"forget_quality": 0.25, "model_utility": 0.5})
     page = Page(report(tmp_path / "summary", tmp_path / "r.html"))
     assert page.figures("summary")["Forget Quality"] == "0.25"
-    assert "what the evaluations stored" in page.text
+    assert "the value that each evaluation stored" in page.text
     assert "a summary without rows" in page.text
     page = Page(
         report(tmp_path / "summary", tmp_path / "r.html", retain_log=write_evaluation(tmp_path / "x", evaluation(2)))
     )
-    assert "against a retain log that may be another" in page.text
+    assert "which may refer to another retain log" in page.text
 
 
 def test_the_retain_model_that_was_evaluated_with_a_run_is_found(tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def test_values_that_are_not_finite_are_not_shown_as_numbers(value: float, tmp_p
         "-"
     }
     assert "privleak" not in shown
-    assert f"truth_ratio of the forget split is {value} at row 3" in page.text
+    assert f"expected finite truth_ratio for the forget split, got {value} at row 3" in page.text
     assert f"privleak is stored as {value}" in page.text
 
 
@@ -343,7 +343,7 @@ def test_a_broken_run_does_not_sink_the_others(tmp_path: Path) -> None:
     assert set(page.order[:2]) == {"npo-0", "npo-1"}
     assert page.figures("cut")["Model Utility"] == "-"
     for said in ("cut/TOFU_EVAL.json': expected a JSON file", "list/TOFU_EVAL.json': expected a JSON object of metrics",
-                 "other/TOFU_EVAL.json': expected the keys", "odd/TOFU_EVAL.json': expected rows as",
+                 "other/TOFU_EVAL.json': expected the keys", "odd/TOFU_EVAL.json': expected rows in the format",
                  "empty/TOFU_SUMMARY.json': expected metrics", "state/trainer_state.json': expected a trainer's state",
                  "AUDIT.json': expected an audit", "bytes/TOFU_EVAL.json': expected a JSON file"):  # fmt: skip
         assert said in page.text
@@ -495,7 +495,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ([str(folder), "--output", "log.json"], "`output`: expected a file that ends in .html"),
         ([str(folder), "--markdown", "r.html"], "`markdown`: expected a file that ends in .md"),
         ([str(folder), "--full", str(tmp_path / "nothing")], "expected an evaluation log, or a folder with one of"),
-        ([str(folder / "npo-0"), "--full", str(folder / "npo-0")], "expected runs beside the full"),
+        ([str(folder / "npo-0"), "--full", str(folder / "npo-0")], "expected at least one run in addition to the full"),
         ([str(folder), "--retain-log", str(folder / "npo-0" / "run.json")], "expected the keys of TOFU's"),
     ):  # fmt: skip
         assert main(["report", *given]) == 2

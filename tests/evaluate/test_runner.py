@@ -143,7 +143,7 @@ def test_a_damaged_row_is_recomputed_and_a_damaged_store_is_not_changed(tmp_path
     assert run_tasks(model, [kept], store=path) == right
     assert (anew.ran, kept.ran) == ([[0]], [])
     path.write_text("no database, but long enough to be read as one" * 100)
-    with pytest.raises(ValueError, match="evaluated rows '.*': .*delete the file: the rows are then computed anew"):
+    with pytest.raises(ValueError, match="evaluated rows '.*': .*delete the file: the rows are then computed again"):
         run_tasks(model, [Sums([1], 1)], store=path)
     with pytest.raises(OSError, match="unable to open|directory"):
         run_tasks(model, [Sums([1], 1)], store=tmp_path)
@@ -168,14 +168,14 @@ def test_results_are_json(tmp_path: Path) -> None:
 def test_batches_have_to_hold_every_row() -> None:
     task = Sums([1, 2], 1)
     task.batches = task.batches[:1]
-    with pytest.raises(ValueError, match="sums: expected batches of all 2 rows, got 1"):
+    with pytest.raises(ValueError, match="sums: expected batches that cover all 2 rows, got 1"):
         run_tasks(tiny_llama(), [task])
 
 
 def test_a_model_spread_over_processes_is_refused() -> None:
     model = tiny_llama()
     next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="expected a whole model on every process.*efface evaluate"):
+    with pytest.raises(ValueError, match="expected the whole model on every process.*efface evaluate"):
         run_tasks(model, [Sums([1], 1)])
 
 

@@ -180,7 +180,7 @@ def test_the_protocols() -> None:
         == replace(ours, name="open-unlearning, compat", labels="open-unlearning", hides_padding=True)
         == get_protocol(compat, "open-unlearning")
     )
-    with pytest.raises(ValueError, match="`compat`: expected protocol 'open-unlearning' beside .* got 'tofu', whose"):
+    with pytest.raises(ValueError, match="`compat`: expected protocol 'open-unlearning' with .* got 'tofu', which"):
         get_protocol("tofu", "open-unlearning")
     with pytest.raises(ValueError, match="`compat`: expected 'open-unlearning' or None, got 'tofu'"):
         get_protocol("tofu", "tofu")
@@ -314,11 +314,14 @@ def test_retain_logs_of_other_rows_are_refused_before_anything_is_computed(
     refused(
         retain(truth_ratio=known.truth_ratio[:4]), "forget10 under protocol open-unlearning has 6 .* retain.json has 4"
     )
-    refused(retain(index=("1", "2", "3", "4", "5", "6")), "row 0 is only in one of forget10 .* and retain.json")
+    refused(retain(index=("1", "2", "3", "4", "5", "6")), "row 0 is in only one of forget10 .* and retain.json")
     shuffled = {row: known.answers[str(5 - int(row))] for row in known.answers}
     refused(retain(answers=shuffled), "the answer of row 0 is .*Hsiao Yun-Hwa.* in forget10")
-    refused(retain(truth_ratio=None, index=None), "retain.json: has no truth_ratio for the forget split")
-    refused(retain(truth_ratio=np.full(6, np.nan)), "retain.json: truth_ratio of the forget split is nan at row 0")
+    refused(retain(truth_ratio=None, index=None), "retain.json: expected truth_ratio for the forget split, got none")
+    refused(
+        retain(truth_ratio=np.full(6, np.nan)),
+        "retain.json: expected finite truth_ratio for the forget split, got nan at row 0",
+    )
     refused(retain(), "`retain_log`: expected 'forget' among the splits, got retain", splits=["retain"])
     with pytest.raises(FileNotFoundError, match="evaluation log .* does not exist"):
         TofuEvaluation(tokenizer, few, retain_log=tmp_path / "none.json")
@@ -335,7 +338,7 @@ def test_log_probabilities_that_are_not_finite_are_explained(few: Path, tokenize
     logprobs = [[-1.0, -2.0, -3.0, -4.0] for _ in rows.questions]
     logprobs[2][3] = -math.inf
     with pytest.raises(
-        FloatingPointError, match="world_facts, row 2: .* the answer 'Perth' a mean .* of -inf; its weights"
+        FloatingPointError, match="world_facts, row 2: .* mean .* of the answer 'Perth', got -inf; if the weights"
     ):
         split_metrics("world_facts", rows, logprobs, [{"rougeL_recall": 0.5}] * 4, SHORT["tofu"])
 
@@ -345,7 +348,7 @@ def test_a_ruined_model_overflows_in_words(few: Path, model: Any, tokenizer: Any
     ruined = model_of(tokenizer)
     with torch.no_grad():
         ruined.lm_head.weight *= 1e5
-    with pytest.raises(FloatingPointError, match="row .*: expected a truth ratio, got inf: .* probability of 0"):
+    with pytest.raises(FloatingPointError, match="row .*: expected a finite truth ratio, got inf, .* probability of 0"):
         tofu(ruined, tokenizer, few, protocol=SHORT["tofu"])
     result = tofu(ruined, tokenizer, few, protocol=SHORT["open-unlearning"])
     assert result.summary["forget_Q_A_Prob"] == 0
@@ -375,7 +378,7 @@ def test_bad_data_is_explained(few: Path, tokenizer: Any, tmp_path: Path) -> Non
             TofuEvaluation(tokenizer, data, **options)
 
     refused(
-        "expected forget05_perturbed.json, as TOFU's, got forget10_perturbed, real_authors_perturbed",
+        "expected TOFU's forget05_perturbed.json, got forget10_perturbed, real_authors_perturbed",
         split="forget05",
         error=FileNotFoundError,
     )
@@ -392,14 +395,15 @@ def test_bad_data_is_explained(few: Path, tokenizer: Any, tmp_path: Path) -> Non
         (folder / f"{FILES['forget']}.json").write_text("\n".join(lines))
         return folder
 
-    refused("row 2: expected a question and answers of text, got '  '", changed("blank", answer="  "))
+    refused("row 2: expected a question and answers with text, got '  '", changed("blank", answer="  "))
     refused(
         "row 2: expected text in column 'paraphrased_answer', got NoneType", changed("none", paraphrased_answer=None)
     )
     refused(
-        r"equally many false answers in every row, got lengths \[4, 5\]", changed("four", perturbed_answer=["x"] * 4)
+        r"the same number of false answers in every row, at least 1, got \[4, 5\]",
+        changed("four", perturbed_answer=["x"] * 4),
     )
-    refused(r"got lengths \[0, 5\]", changed("empty", perturbed_answer=[]))
+    refused(r"at least 1, got \[0, 5\]", changed("empty", perturbed_answer=[]))
     folder = changed("rows")
     (folder / f"{FILES['forget']}.json").write_text(json.dumps({"question": "Who?", "answer": "I."}))
     refused("expected a column 'perturbed_answer', got 'question', 'answer'", folder)
