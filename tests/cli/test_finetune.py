@@ -143,7 +143,7 @@ def test_fresh_weights_come_from_the_seed(
         (["--answer_column", "reply"], "expected a column 'reply'"),
         (["--model", "./missing"], "model folder './missing' does not exist"),
         (["--data", "missing.json"], "data file 'missing.json' does not exist"),
-        (["--compat", "open-unlearning"], "`compat`: is about unlearning; drop it for fine-tuning"),
+        (["--compat", "open-unlearning"], "`compat`: expected None for fine-tuning"),
     ],
 )
 def test_wrong_use_is_explained(

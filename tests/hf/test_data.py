@@ -100,7 +100,7 @@ def test_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_rows(tmp_path / "rows.txt")
     with pytest.raises(ValueError, match=r"expected a file of type .*, got a folder"):
         load_rows(tmp_path)
-    with pytest.raises(ValueError, match="expected a file, or name:config:split"):
+    with pytest.raises(ValueError, match="expected a file or name:config:split"):
         load_rows("a:b:c:d")
 
     def load_dataset(*_: Any, **__: Any) -> None:
@@ -198,7 +198,7 @@ def test_bad_filters(tmp_path: Path) -> None:
     for text in ("topic_id", "=3", "!=3"):
         with pytest.raises(ValueError, match="row filter: expected column=value"):
             parse_conditions(text)
-    with pytest.raises(ValueError, match="a TokenStore has no columns to filter by"):
+    with pytest.raises(ValueError, match="expected rows to filter, got a TokenStore"):
         token_store(random_store(2), tokenizer, name="forget", rows_filter="topic_id=3")
 
 
@@ -209,7 +209,7 @@ def test_errors_name_the_row_of_the_source(kind: Any) -> None:
         token_store(kind(rows), tiny_tokenizer(), name="forget", rows_filter="topic_id=3,7")
     rows[24]["answer"] = "Yes."
     rows[24]["question"] = "?" * 500
-    with pytest.raises(ValueError, match="row 24 has no label left"):
+    with pytest.raises(ValueError, match="row 24: expected a label within"):
         token_store(kind(rows), tiny_tokenizer(), name="forget", rows_filter="topic_id=3,7", max_length=90)
 
 
@@ -316,12 +316,12 @@ def test_each_source_trains(objective: Any, source: str, refusals: Path, tmp_pat
     [
         ({}, {}, r"'dpo' trains other answers to the forget questions, got none; set --refusal-file"),
         ({}, {"refusal_file": "missing.txt"}, r"refusal file 'missing.txt' does not exist"),
-        ({}, {"refusal_file": "EMPTY"}, r"expected an answer a line, got no text"),
+        ({}, {"refusal_file": "EMPTY"}, r"expected one answer per line, got no text"),
         ({}, {"alternate_column": "reply"}, r"expected a column 'reply'"),
         ({}, {"refusal_file": "FILE", "alternate_column": "answer"}, r"`refusal_file` or `alternate_column`, got both"),
         ({"alternate": random_store(2, vocabulary=90)}, {}, r"`alternate`: expected 3 sequences, .* got 2"),
         ({"alternate": random_store(3, vocabulary=900)}, {}, r"`alternate`: expected token ids in 0 .. 299"),
-        ({"forget": random_store(3)}, {"refusal_file": "FILE"}, r"or give `alternate`"),
+        ({"forget": random_store(3)}, {"refusal_file": "FILE"}, r"or pass `alternate`"),
     ],
 )
 def test_bad_alternates_are_refused(

@@ -264,7 +264,7 @@ WRONG_TYPES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "args, of others": (
         {"args": transformers.Seq2SeqTrainingArguments(output_dir="unused", use_cpu=True)},
         TypeError,
-        "`args`: expected .* got Seq2SeqTrainingArguments, of which generation_config, .* would do nothing",
+        "`args`: expected .* got Seq2SeqTrainingArguments, whose fields generation_config, .* would have no effect",
     ),
     "args, None": ({"args": None}, TypeError, "`args`: expected efface.UnlearnArguments or .* got NoneType"),
     "objective, None": ({"objective": None}, TypeError, "`objective`: expected an efface.Objective.* got NoneType"),

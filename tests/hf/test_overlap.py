@@ -18,7 +18,7 @@ from efface.hf.train.trainer import UnlearnTrainer
 from support.helpers import TEXTS, arguments, random_store, saved_llama, tiny_llama, tiny_tokenizer, written_rows
 
 FORGET, RETAIN = TEXTS[:3], TEXTS[2:]  # one row in both
-MESSAGE = r"got 1 of 3 forget rows in both: rows 2 and 0 \(.*; leave them out .* or insist with --allow-overlap"
+MESSAGE = r"got 1 of 3 forget rows in both: rows 2 and 0 \(.*; remove them from one set .* or add --allow-overlap"
 
 
 def of(*sequences: list[int], starts: list[int] | None = None) -> TokenStore:
