@@ -152,10 +152,10 @@ def get_template(
             f"`template`: expected no system prompt and no date for {template.name!r}, got one; leave it out, or use a "
             "chat template"
         )
-    return template if compat is None else _as_theirs(template, tokenizer, compat, named and system_prompt is None)
+    return template if compat is None else _for_compat(template, tokenizer, compat, named and system_prompt is None)
 
 
-def _as_theirs(template: Template, tokenizer: PreTrainedTokenizerBase, compat: str, plain: bool) -> Template:
+def _for_compat(template: Template, tokenizer: PreTrainedTokenizerBase, compat: str, plain: bool) -> Template:
     """Return the template with the prompts and labels of ``compat``.
 
     ``plain`` is whether the template was given by name and without a system prompt.
@@ -438,12 +438,12 @@ def _chunk(
 ) -> Chunk:
     sequences: list[list[int]] = []
     starts: list[int] = []
-    theirs = template.labels == OPEN_UNLEARNING  # it appends EOS after cutting, and does not cut chats
+    cuts_before_eos = template.labels == OPEN_UNLEARNING  # it appends EOS after cutting, and does not cut chats
     for row, (tokens, start) in zip(rows, _tokens(tokenizer, texts, template), strict=True):
-        ids = tokens[:max_length] if theirs and not template.is_chat else tokens
+        ids = tokens[:max_length] if cuts_before_eos and not template.is_chat else tokens
         if ids[-1] != tokenizer.eos_token_id:
             ids.append(tokenizer.eos_token_id)
-        kept = ids if theirs else ids[:max_length]
+        kept = ids if cuts_before_eos else ids[:max_length]
         if max(start, 1) >= len(kept):
             raise ValueError(
                 f"row {row}: expected a label within {max_length} tokens, got an answer that starts at token {start}; "

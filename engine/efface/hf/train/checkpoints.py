@@ -202,7 +202,7 @@ class ResumableTrainer(Trainer):
             left = "no earlier checkpoint exists" if whole is None else f"{whole.name} is complete and unchanged"
             raise CheckpointError(
                 f"{name} could not be written to {str(folder)!r}: {_in_a_line(error)}. The run stops; {left}. If the "
-                "disk is full, free space or choose another, and resume"
+                "disk is full, free space or use another disk, and resume"
             ) from error
         finally:
             self._staging = None

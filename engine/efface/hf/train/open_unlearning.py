@@ -49,8 +49,8 @@ Remaining differences from open-unlearning:
 - Not supported: an epoch over the retain set (``anchor: retain``), PDU with KL, left padding, few-shot prompts.
 - Only here: LoRA, ``IdkNLL`` (open-unlearning's GradDiff with gamma -1 on a refusals-only forget set), a retain term
   for CE-U and GradAscent, ``retain_sampling`` other than random, a separate ``reference_model``.
-- Autocast: on a CPU with bf16, open-unlearning computes its loss formulas under autocast too. On a GPU only the models
-  run under autocast; here that is always the case.
+- Autocast: on a CPU with bf16, open-unlearning computes its loss formulas under autocast too. Here, only the models run
+  under autocast, as in open-unlearning on a GPU.
 
 Unused with compat: ``token_budget``, ``chunk_rows``, ``loss_backend``, ``reference_cache``, ``dataloader_num_workers``.
 """
@@ -399,7 +399,7 @@ def _compared(nll: list[Tensor], frozen_nll: list[Tensor]) -> Sequences:
 
 
 def _sum(term: Term, sequences: Sequences) -> Tensor:
-    """Return the sum of a term over the sequences; for DPO, forget and alternate sequences take turns."""
+    """Return the sum of a term over the sequences; for DPO, over forget sequences, each followed by its alternate."""
     terms, roles = {int(Role.FORGET): term}, [Role.FORGET] * len(sequences)
     if term.kind == Kind.DPO:
         terms[Role.ALTERNATE] = Term(Kind.ALTERNATE)

@@ -17,7 +17,7 @@ from efface.hf.train.arguments import UnlearnArguments
 from efface.objectives import Objective
 
 # Arguments of logging, saving and distribution, which do not change the result.
-_WATCHING = (
+_UNRECORDED = (
     *("output_dir", "overwrite_output_dir", "run_name", "disable_tqdm", "report_to", "project", "trackio_space_id"),
     *("resume_from_checkpoint", "do_train", "do_eval", "do_predict", "prediction_loss_only", "token_cache"),
     "allow_overlap",
@@ -25,7 +25,7 @@ _WATCHING = (
     *("restore_callback_states_from_checkpoint", "revision_per_checkpoint", "local_rank", "greater_is_better"),
     *("metric_for_best_model", "batch_eval_metrics", "enable_jit_checkpoint", "push_to_hub", "debug"),
 )
-_WATCHING_PREFIXES = (
+_UNRECORDED_PREFIXES = (
     "log",
     "save_",
     "hub_",
@@ -130,7 +130,7 @@ def argument_values(args: UnlearnArguments) -> dict[str, Any]:
     values = {
         name: value
         for name, value in args.to_dict().items()  # type: ignore[no-untyped-call]
-        if name not in (*_WATCHING, *_PLANNED) and not name.startswith(_WATCHING_PREFIXES)
+        if name not in (*_UNRECORDED, *_PLANNED) and not name.startswith(_UNRECORDED_PREFIXES)
     }
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain

@@ -125,16 +125,16 @@ class PackedTrainer(ResumableTrainer):
         self.base_model: str = getattr(model.config, "_name_or_path", "") or type(model).__name__
         prepare_checkpointing(model, base_of(model), args)
         stores = [store for store in (forget, retain, alternate) if store is not None]
-        self._settle_reading(base_of(model), max(int(store.lengths.max(initial=0)) for store in stores))
+        self._unify_reading(base_of(model), max(int(store.lengths.max(initial=0)) for store in stores))
         self._bind(*self.callback_handler.callbacks)
         # The loss is already the mean over the whole step; transformers must not divide it by the micro-batches.
         self.model_accepts_loss_kwargs = True
 
-    def _settle_reading(self, base: PreTrainedModel, longest: int) -> None:
+    def _unify_reading(self, base: PreTrainedModel, longest: int) -> None:
         """Make all processes use the same way of running packed batches.
 
         Raises:
-            ValueError: sharded processes would run different numbers of forward passes, and so wait forever.
+            ValueError: under FSDP or ZeRO-3, processes could run different numbers of forward passes.
         """
         if self.args.world_size == 1:
             return
@@ -189,7 +189,7 @@ class PackedTrainer(ResumableTrainer):
         check_schedule(scheduler, num_training_steps)
         return scheduler
 
-    def _tell_data(self) -> None:
+    def _notify_data(self) -> None:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ReferenceCallback):
                 callback.on_data(self.data)
@@ -444,7 +444,7 @@ class UnlearnTrainer(PackedTrainer):
             self.data["alternate"] = DataFacts.of(
                 forget if alternate is None else alternate, alternate_store, forget_filter
             )
-        self._tell_data()
+        self._notify_data()
         self.reference_kind = kind
         self._forget_store = forget_store
         if isinstance(objective, PDU) and objective.primal_dual:
@@ -465,7 +465,7 @@ class UnlearnTrainer(PackedTrainer):
                     rank=args.process_index,
                     world_size=args.world_size,
                     cache=args.reference_cache,
-                    progress=self._tell_reference,
+                    progress=self._notify_reference,
                 )
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> TrainOutput:  # type: ignore[override]
@@ -479,7 +479,7 @@ class UnlearnTrainer(PackedTrainer):
         if isinstance(self._reference, AdapterReference):
             self._reference.check_start(self._forget_store)
 
-    def _tell_reference(self, computed: int, missing: int, sequences: int) -> None:
+    def _notify_reference(self, computed: int, missing: int, sequences: int) -> None:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ReferenceCallback):
                 callback.on_reference(computed, missing, sequences)
@@ -524,7 +524,7 @@ class FinetuneTrainer(PackedTrainer):
             **trainer_options,
         )
         self.data = {"training": DataFacts.of(data, store, data_filter)}
-        self._tell_data()
+        self._notify_data()
 
 
 def _loaded(
