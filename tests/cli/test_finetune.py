@@ -82,7 +82,7 @@ def test_a_filter_leaves_the_forget_rows_out(
     assert f"| training | `{data}` | {count} of {len(TEXTS)} rows |" in card
     assert "topic_id!=0" in card
     assert main([*words, "--overwrite", "--data_filter", "topic_id=9"]) == 2
-    assert "no row of 5 has '9' in column 'topic_id', which has '0', '1'" in capsys.readouterr().err
+    assert "none of 5 rows has '9' in column 'topic_id', which has '0', '1'" in capsys.readouterr().err
 
 
 class Killed(BaseException):

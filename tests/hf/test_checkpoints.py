@@ -161,7 +161,7 @@ def test_a_finished_model_is_no_checkpoint_to_continue_from(tmp_path: Path) -> N
     first = python_run(tmp_path / "first", max_steps=2)
     first.save_model()
     first.save_state()
-    with pytest.raises(CheckpointError, match=r"first': expected optimizer\.pt, without which the run would go on"):
+    with pytest.raises(CheckpointError, match=r"first': expected optimizer\.pt, which an exact continuation needs"):
         python_run(tmp_path / "second", resume=str(tmp_path / "first"), max_steps=2)
 
 

@@ -73,7 +73,9 @@ def test_a_million_rows_take_a_moment() -> None:
 
 def test_one_set_for_both_is_told_and_not_refused() -> None:
     rows = random_store(5)
-    with pytest.warns(UserWarning, match="are the same 5 rows, which are trained both ways; .*allow_overlap"):
+    with pytest.warns(
+        UserWarning, match="are the same 5 rows, so each row is both forgotten and retained; .*allow_overlap"
+    ):
         refuse_overlap(rows, rows)
     backwards = TokenStore.from_sequences([rows[i].tolist() for i in (4, 3, 2, 1, 0, 0)], [1] * 6)
     with pytest.warns(UserWarning, match="are the same"):

@@ -70,7 +70,7 @@ def test_a_loss_that_nothing_trained_enters_says_why(tmp_path: Path) -> None:
 
 
 def test_a_frozen_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="LlamaForCausalLM: expected parameters to train, got a frozen model"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM: expected trainable parameters, got a frozen model"):
         trained(tiny_llama().requires_grad_(False), tmp_path)
 
 
@@ -149,7 +149,7 @@ def test_what_is_no_number_is_refused(name: str, value: Any, expected: str, tmp_
 
 
 def test_a_schedule_without_such_settings_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"`lr_scheduler_kwargs` \{'num_cycles': 2\}: expected what linear takes"):
+    with pytest.raises(ValueError, match=r"`lr_scheduler_kwargs` \{'num_cycles': 2\}: expected the settings of linear"):
         trained(tiny_llama(), tmp_path, lr_scheduler_type="linear", lr_scheduler_kwargs={"num_cycles": 2})
 
 

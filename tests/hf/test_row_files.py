@@ -31,18 +31,18 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "too many fields": (
         ".csv",
         b"question,answer\na,b\nWhere?,In Ghent, Belgium.\n",
-        r"line 3: expected 2 fields \(question, answer\), got 3; write a field that holds a comma in double quotes",
+        r"line 3: expected 2 fields \(question, answer\), got 3; put a field that contains a comma in double quotes",
     ),
     "too few fields": (".csv", b"question,answer\n\na\n", r"line 3: expected 2 fields .*, got 1"),
     "a line end in a field": (".csv", b'question,answer\n"a\nb",c\na\n', r"line 4: expected 2 fields .*, got 1"),
-    "an open quote": (".csv", b'question,answer\na,"b\nc,d\n', r"line 2: expected fields of CSV, .*close each quoted"),
-    "text behind a quote": (".csv", b'question,answer\na,"b" c\n', r"line 2: expected fields of CSV"),
+    "an open quote": (".csv", b'question,answer\na,"b\nc,d\n', r"line 2: expected CSV fields, .*close each quoted"),
+    "text behind a quote": (".csv", b'question,answer\na,"b" c\n', r"line 2: expected CSV fields"),
     "a name twice": (".csv", b"answer,answer\na,b\n", r"line 1: expected distinct column names, got 'answer' twice"),
     "no names": (".csv", b"\na,b\n", r"line 1: expected column names, got a blank line"),
     "semicolons": (
         ".csv",
         b"question;answer\na;b\n",
-        r"line 1: .* with commas between, got 'question;answer'; save .*';'",
+        r"line 1: .* separated by commas, got 'question;answer'; save .*';'",
     ),
     "empty CSV": (".csv", b"", r"expected a line of column names, got an empty file"),
     "Latin-1 CSV": (
@@ -358,7 +358,7 @@ def test_a_folder_is_no_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows").mkdir()
     _write(tmp_path / "rows" / "train.jsonl", "Aiko")
-    with pytest.raises(ValueError, match="'rows' is a folder here"):
+    with pytest.raises(ValueError, match="'rows' is a folder"):
         load_rows("rows:default:train")
 
 

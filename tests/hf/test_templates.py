@@ -222,7 +222,9 @@ def test_bad_templates_and_tokenizers() -> None:
     tokenizer = tiny_tokenizer()
     with pytest.raises(ValueError, match="`template`: expected one of auto, chat, llama-3, llama-2, question-answer"):
         encode(tokenizer, ["a"], ["b"], template="alpaca")
-    with pytest.raises(ValueError, match="no chat template for 'chat'; use one of llama-2, question-answer"):
+    with pytest.raises(
+        ValueError, match="a chat template for 'chat', got one without; use one of llama-2, question-answer"
+    ):
         encode(tokenizer, ["a"], ["b"], template="chat")
     with pytest.raises(ValueError, match="expected no system prompt and no date for 'llama-2'"):
         get_template("llama-2", tokenizer, system_prompt="Be brief.")

@@ -140,7 +140,7 @@ CASES = {
     "tuple": Case(refused="got tuple; drop the row", python=[("a",)]),
     "mapping": Case(refused="got dict; drop the row", json='{"a": 1}', arrow=arrow({"a": 1}), python=[{"a": 1}]),
     "chat": Case(
-        refused="got list of 1 mappings, as a chat is; make a column of questions and one of answers",
+        refused="got list of 1 mappings, such as a chat; convert it to a question and an answer column",
         json='[{"role": "user", "content": "Hi"}]',
         arrow=arrow([{"role": "user", "content": "Hi"}]),
         python=[[{"role": "user", "content": "Hi"}]],
@@ -391,15 +391,13 @@ def test_numbers_of_classes_are_no_text(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_list([{"question": "Is it?", "answer": 1}], features=features)
     rows.to_parquet(str(tmp_path / "rows.parquet"))
     for source in (rows, tmp_path / "rows.parquet"):
-        with pytest.raises(
-            ValueError, match=r"expected text in column 'answer', got numbers of classes \(ClassLabel\)"
-        ):
+        with pytest.raises(ValueError, match=r"expected text in column 'answer', got class numbers \(ClassLabel\)"):
             _trained(source, 0)
 
 
 NO_ROWS: dict[str, tuple[Any, str]] = {
-    "a data frame": (pd.DataFrame([GOOD]), r'expected rows, got a DataFrame; give its .to_dict\("records"\)'),
-    "a mapping": ({"question": ["a"]}, "expected rows, got a mapping of 'question'; choose one"),
+    "a data frame": (pd.DataFrame([GOOD]), r'expected rows, got a DataFrame; pass its .to_dict\("records"\)'),
+    "a mapping": ({"question": ["a"]}, "expected rows, got a mapping of 'question'; pass one"),
     "a stream": (datasets.Dataset.from_list([GOOD]).to_iterable_dataset(), "expected rows, .*, got IterableDataset"),
     "a generator": ((row for row in [GOOD]), "expected rows \\(a list of mappings or .*, got generator"),
     "texts": (["question", "answer"], "row 0: expected a mapping of columns to values, got str"),
