@@ -276,7 +276,7 @@ WRONG_TYPES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "forget, a stream": (
         {"forget": datasets.Dataset.from_list(TEXTS).to_iterable_dataset(), "processing_class": tiny_tokenizer()},
         TypeError,
-        "`forget`: expected rows \(a list .* got IterableDataset; pass list",
+        r"`forget`: expected rows \(a list .* got IterableDataset; pass list",
     ),
     "forget, a number": ({"forget": 3, "processing_class": tiny_tokenizer()}, TypeError, "`forget`: expected rows"),
     "retain, columns": (
