@@ -93,7 +93,7 @@ def test_unlearn_takes_the_rows_that_its_filters_choose(
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["epoch"] == 1.5  # 3 steps over the rows 2 and 11
     assert main([*words, "--overwrite", "--forget_filter", "topic_id=7"]) == 2
-    assert "no row of 12 has '7' in column 'topic_id', which has " in capsys.readouterr().err
+    assert "none of 12 rows has '7' in column 'topic_id', which has " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("objective", ["npo", "simnpo", "graddiff", "grad_ascent"])

@@ -82,7 +82,7 @@ def test_a_filter_leaves_the_forget_rows_out(
     assert f"| training | `{data}` | {count} of {len(TEXTS)} rows |" in card
     assert "topic_id!=0" in card
     assert main([*words, "--overwrite", "--data_filter", "topic_id=9"]) == 2
-    assert "no row of 5 has '9' in column 'topic_id', which has '0', '1'" in capsys.readouterr().err
+    assert "none of 5 rows has '9' in column 'topic_id', which has '0', '1'" in capsys.readouterr().err
 
 
 class Killed(BaseException):
@@ -143,7 +143,7 @@ def test_fresh_weights_come_from_the_seed(
         (["--answer_column", "reply"], "expected a column 'reply'"),
         (["--model", "./missing"], "model folder './missing' does not exist"),
         (["--data", "missing.json"], "data file 'missing.json' does not exist"),
-        (["--compat", "open-unlearning"], "`compat`: is about unlearning; drop it for fine-tuning"),
+        (["--compat", "open-unlearning"], "`compat`: expected None for fine-tuning"),
     ],
 )
 def test_wrong_use_is_explained(

@@ -281,7 +281,7 @@ def test_texts_write_hyphens() -> None:
         *(
             (
                 [command, "--token-budget", value],
-                f"argument --token-budget: expected a whole number from 1, got {value!r}",
+                f"argument --token-budget: expected a whole number >= 1, got {value!r}",
             )
             for command in ("audit", "evaluate")
             for value in ("0", "-1", "x")

@@ -224,7 +224,7 @@ def test_tokens_are_counted_where_data_and_tokenizer_are_here(
     words += ["--pairs_per_step", "2", "--max_steps", "3", "--dtype", "auto"]
     (checkpoint / "model.safetensors").unlink()
     assert main(["unlearn", *words, "--date_string", "1 May 2025", "--dry_run"]) == 2
-    assert "has no place for a system prompt or a date" in capsys.readouterr().err
+    assert "expected no system prompt and no date for" in capsys.readouterr().err
     assert main(["unlearn", *words, "--dry_run", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     tokenizer = tiny_tokenizer()
@@ -261,7 +261,7 @@ def test_a_dry_run_without_a_recipe(checkpoint: Path, data: Path, capsys: pytest
     assert main(["unlearn", *wrong]) == 2
     assert "expected a column 'reply'" in capsys.readouterr().err
     assert main(["unlearn", *words, "--dry_run"]) == 2
-    assert "has a retain term (alpha=1.0) but no retain set" in capsys.readouterr().err
+    assert "`retain`: expected a retain set, which the retain term of objective" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("config", "gated"), [("LlamaConfig", True), ("PhiConfig", False)])
@@ -470,8 +470,11 @@ def test_files_that_are_not_recipes(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         (["--recipe", "simnpo-tofu-forget05"], "did you mean 'simnpo-tofu-forget05-llama-2-7b'?"),
         (["--recipe", "tofu-npo", "--data", "nowhere"], "--data: expected a folder, got 'nowhere'"),
-        (["--recipe", "tofu-npo", "--warmup_steps", "3", "--warmup_epochs", "1"], "`warmup_epochs`: expected it alone"),
-        (["--recipe", "tofu-npo", "--save_schedule", "epoch", "--save_strategy", "no"], "give one of them"),
+        (
+            ["--recipe", "tofu-npo", "--warmup_steps", "3", "--warmup_epochs", "1"],
+            "`warmup_epochs`: expected no other warm-up",
+        ),
+        (["--recipe", "tofu-npo", "--save_schedule", "epoch", "--save_strategy", "no"], "set only one of them"),
         (["--recipe", "tofu-npo", "--forget", "locuslab/TOFU:forget05:train"], "expected the forget set forget10"),
         (["--recipe", "tofu-npo", "--retain", "locuslab/TOFU:retain95:train"], "5 % of TOFU in both; give --retain"),
         (["--recipe", "tofu-npo", "--objective", "graddiff", "--beta", "1"], "got beta"),

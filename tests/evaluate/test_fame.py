@@ -140,7 +140,7 @@ def test_wrong_filters_and_columns() -> None:
             fame(model(), tiny_tokenizer(), rows, **options)
 
     refused("`forget_filter`: expected a filter of the forgotten rows", ROWS, forget_filter=None)
-    refused("no row of 18 has 'it' in column 'language', which has 'en', 'fr', 'de'", ROWS, forget_filter="language=it")
+    refused("none of 18 rows has 'it' in column 'language', which has 'en', 'fr'", ROWS, forget_filter="language=it")
     refused("got row 0 in both", ROWS, forget_filter="language=en", retain_filter="topic_id=2")
     refused("retain: expected at least one row, got none", ROWS, forget_filter="topic_id=2,10")
     refused(

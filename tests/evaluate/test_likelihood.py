@@ -274,7 +274,7 @@ def test_bad_input_is_explained() -> None:
     with pytest.raises(ValueError, match="expected sequences of at most 8 tokens"):
         run_all(short, AnswerTask(tokenizer, QUESTIONS, ANSWERS))
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no end-of-sequence token"):
+    with pytest.raises(ValueError, match="expected an end-of-sequence token"):
         AnswerTask(tokenizer, ["a"], [["x"]])
 
 

@@ -368,7 +368,7 @@ def test_empty_generations_are_counted(few: Path, tokenizer: Any) -> None:
 def test_a_tokenizer_without_an_end_is_refused(few: Path) -> None:
     tokenizer = tokenizer_of(few)
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="the tokenizer has no end-of-sequence token"):
+    with pytest.raises(ValueError, match="expected an end-of-sequence token"):
         TofuEvaluation(tokenizer, few)
 
 

@@ -97,7 +97,7 @@ def test_the_schedule(tmp_path: Path) -> None:
 
 
 def test_a_figure_may_not_be_called_loss(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no figure called 'loss'"):
+    with pytest.raises(ValueError, match="no metric called 'loss'"):
         trainer_of(tmp_path, EvaluateCallback(Script({"loss": 1.0}), 1)).train()
 
 
@@ -130,7 +130,9 @@ def test_less_may_be_better_and_the_folder_another(tmp_path: Path) -> None:
 
 def test_a_floor_without_its_figure_is_an_error(tmp_path: Path) -> None:
     callbacks = EvaluateCallback(Script(*quality(1)), 1), KeepBest("forget_quality", ("model_utility", 0.5))
-    with pytest.raises(ValueError, match="expected the floor's figure 'model_utility' beside 'forget_quality'"):
+    with pytest.raises(
+        ValueError, match="expected the metric 'model_utility' of `floor` together with 'forget_quality'"
+    ):
         trainer_of(tmp_path, *callbacks).train()
 
 
@@ -166,7 +168,7 @@ def test_a_run_that_falls_under_the_floor_stops(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_without_a_trainer_of_ours_says_so() -> None:
-    with pytest.raises(ValueError, match="EvaluateCallback: expected a trainer of efface"):
+    with pytest.raises(ValueError, match="EvaluateCallback: expected a trainer, got none"):
         EvaluateCallback(Script(), 1)._run(None)  # type: ignore[arg-type]
 
 

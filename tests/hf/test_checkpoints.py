@@ -162,7 +162,7 @@ def test_a_finished_model_is_not_a_checkpoint_to_resume_from(tmp_path: Path) -> 
     first = python_run(tmp_path / "first", max_steps=2)
     first.save_model()
     first.save_state()
-    with pytest.raises(CheckpointError, match=r"first': expected optimizer\.pt, without which the run would go on"):
+    with pytest.raises(CheckpointError, match=r"first': expected optimizer\.pt, which an exact continuation needs"):
         python_run(tmp_path / "second", resume=str(tmp_path / "first"), max_steps=2)
 
 
@@ -192,7 +192,7 @@ def test_a_callback_may_be_added_to_a_run_that_is_resumed(tmp_path: Path) -> Non
 
 
 def test_resuming_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no checkpoint to resume from"):
+    with pytest.raises(ValueError, match="`resume_from_checkpoint`: expected checkpoint-N"):
         python_run(tmp_path, resume=True)
 
 
@@ -204,7 +204,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
             raise OSError(28, "No space left on device")
         save(value, path, *rest, **options)
 
-    message = r"checkpoint-4 could not be written.*No space left.*checkpoint-2 is whole"
+    message = r"checkpoint-4 could not be written.*No space left.*checkpoint-2 is complete"
     with monkeypatch.context() as patched:
         patched.setattr(torch, "save", full)
         with pytest.raises(CheckpointError, match=message):
@@ -293,7 +293,7 @@ def test_the_state_of_callbacks_continues(tmp_path: Path) -> None:
         ({"save_schedule": "7", "save_steps": 8}, "contradicts save_strategy='steps', save_steps=8"),
         ({"save_schedule": "0"}, "expected epoch, no, or a number"),
         ({"save_schedule": "weekly"}, "expected epoch, no, or a number"),
-        ({"revision_per_checkpoint": True}, "needs --push-to-hub too"),
+        ({"revision_per_checkpoint": True}, "expected --push-to-hub too"),
     ],
 )
 def test_save_schedule(settings: dict[str, Any], expected: Any, tmp_path: Path) -> None:
@@ -434,7 +434,9 @@ def test_a_full_disk_at_the_last_save_leaves_no_partial_model(
     told = capsys.readouterr().err.splitlines()[-1]
     assert "the model could not be written to" in told
     assert "No space left on device" in told
-    assert ("checkpoint-12 is whole, and it goes on from there" if saved else "no checkpoint was written") in told
+    assert (
+        "it resumes from checkpoint-12, which is complete" if saved else "without a checkpoint it starts over"
+    ) in told
     assert not (out / "model.safetensors").exists()
     assert not list(out.glob(".partial-*"))
     assert main(words) == 0
@@ -593,7 +595,7 @@ def test_a_missing_login_is_reported_before_training(tmp_path: Path) -> None:
         def whoami(self) -> dict[str, str]:
             raise LocalTokenNotFoundError("no token")
 
-    with pytest.raises(HubError, match="not logged in to the Hugging Face Hub; run `hf auth login`"):
+    with pytest.raises(HubError, match="expected a login to the Hugging Face Hub, got none; run `hf auth login`"):
         python_run(tmp_path / "run", hub_client=Stranger(tmp_path / "hub"), **PUSHING)
 
 

@@ -514,15 +514,15 @@ class Mine(NPO):
 @pytest.mark.parametrize(
     ("settings", "objective", "message"),
     [
-        ({}, Mine(), r"open-unlearning has no objective 'npo' \(Mine\)"),
+        ({}, Mine(), r"expected an objective of open-unlearning, got 'npo' \(Mine\)"),
         (
             {},
             FunctionObjective(function=lambda sequences: sequences.sums),
-            r"open-unlearning has no objective 'function'",
+            r"expected an objective of open-unlearning, got 'function'",
         ),
         ({"compat": "tofu"}, NPO(), "expected 'open-unlearning' or None, got 'tofu'"),
-        ({"pairs_per_step": 10}, NPO(), "expected `pairs_per_step` in micro-batches of .*=4, got 10; set"),
-        ({"pairs_per_step": 2}, NPO(), "expected `pairs_per_step` in micro-batches of .*=4, got 2; set"),
+        ({"pairs_per_step": 10}, NPO(), "expected `pairs_per_step` to be a multiple of .*=4, got 10; set"),
+        ({"pairs_per_step": 2}, NPO(), "expected `pairs_per_step` to be a multiple of .*=4, got 2; set"),
     ],
 )
 def test_settings_that_open_unlearning_lacks_are_refused(

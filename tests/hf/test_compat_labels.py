@@ -191,7 +191,7 @@ def test_open_unlearning_cuts_patterns_before_the_end_and_chats_never(name: str)
     cut = encode(tokenizer, *row, template=theirs, max_length=length)[0].tolist()
     assert cut == (whole if theirs.is_chat else [*whole[:length], tokenizer.eos_token_id])
     if not theirs.is_chat:
-        with pytest.raises(ValueError, match="row 0 has no label left.*cut to 4 tokens; raise `max_length`"):
+        with pytest.raises(ValueError, match="row 0: expected a label within 4 tokens, .*; raise `max_length`"):
             encode(tokenizer, *row, template=theirs, max_length=4)
 
 
@@ -203,7 +203,7 @@ def test_templates_that_have_no_others_labels() -> None:
         get_template("auto", qwen, compat="muse")
     odd = chat_tokenizer("{{ 'ab' if add_generation_prompt else 'a' }}{{ messages | tojson }}", "<eos>")
     theirs = get_template("chat", odd, compat="open-unlearning")
-    with pytest.raises(ValueError, match="row 0: the tokenizer's chat template begins a generation otherwise"):
+    with pytest.raises(ValueError, match="row 0: expected a chat template whose generation prompt is a prefix"):
         encode(odd, ["Who?"], ["Aiko."], template=theirs)
 
 

@@ -65,15 +65,15 @@ def test_every_byte_of_the_token_cache(tmp_path: Path, monkeypatch: pytest.Monke
     for where, content in flipped(whole, regions):
         path.unlink()  # the old file stays mapped
         path.write_bytes(content)
-        with pytest.warns(UserWarning, match=r"token cache: .* is damaged .*; it is made anew"):
+        with pytest.warns(UserWarning, match=r"token cache: .* is damaged .*; it is built again"):
             assert rows() == right, where
         assert path.read_bytes() == whole, where
     for size in {0, 1, len(whole) - 33, len(whole) - 32, len(whole) - 1}:
         path.write_bytes(whole[:size])
-        with pytest.warns(UserWarning, match="made anew"):
+        with pytest.warns(UserWarning, match="built again"):
             assert rows() == right
     path.write_bytes(whole + b"\0")
-    with pytest.warns(UserWarning, match="made anew"):
+    with pytest.warns(UserWarning, match="built again"):
         assert rows() == right
 
 

@@ -105,22 +105,25 @@ def test_text_is_taken_as_written(source: str, tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "unknown column": ("clients=Acme", "expected a column 'clients', got 'id', 'client', 'question', 'answer'"),
-    "no such value": ("client=Acme,Boreals", "no row of 8 has 'Boreals' in .*; did you mean 'client=Boreal'"),
-    "no such value to leave out": ("client!=Acme,Boreals", "no row of 8 has 'Boreals' .* mean 'client!=Boreal'"),
-    "no such value in a mapping": ({"client": ["Acme", "Boreals"]}, "no row of 8 has 'Boreals'"),
-    "more zeros": ("id=0100", "no row of 8 has '0100' .*'001', '01', '1', '002'.* did you mean 'id=100'"),
-    "more zeros to leave out": ("id!=0002", "no row of 8 has '0002' .* did you mean 'id!=002'"),
-    "a number with a point": ({"id": "100.0"}, "no row of 8 has '100.0' .* did you mean 'id=100'"),
-    "other case": ("client=ACME", "no row of 8 has 'ACME' .* did you mean 'client=Acme'"),
-    "other spaces": ('client="Boreal "', "no row of 8 has 'Boreal ' in"),
-    "a comma without quotes": ("client=Acme, Inc.", "no row of 8 has 'Inc.' .*stands in double quotes"),
-    "values that no row has together": (["client=Acme", "id=1"], "no row of 8 meets client=Acme and id=1 together"),
+    "no such value": ("client=Acme,Boreals", "none of 8 rows has 'Boreals' in .*; did you mean 'client=Boreal'"),
+    "no such value to leave out": ("client!=Acme,Boreals", "none of 8 rows has 'Boreals' .* mean 'client!=Boreal'"),
+    "no such value in a mapping": ({"client": ["Acme", "Boreals"]}, "none of 8 rows has 'Boreals'"),
+    "more zeros": ("id=0100", "none of 8 rows has '0100' .*'001', '01', '1', '002'.* did you mean 'id=100'"),
+    "more zeros to leave out": ("id!=0002", "none of 8 rows has '0002' .* did you mean 'id!=002'"),
+    "a number with a point": ({"id": "100.0"}, "none of 8 rows has '100.0' .* did you mean 'id=100'"),
+    "other case": ("client=ACME", "none of 8 rows has 'ACME' .* did you mean 'client=Acme'"),
+    "other spaces": ('client="Boreal "', "none of 8 rows has 'Boreal ' in"),
+    "a comma without quotes": ("client=Acme, Inc.", "none of 8 rows has 'Inc.' .*outer spaces in double quotes"),
+    "values that no row has together": (["client=Acme", "id=1"], "none of 8 rows meets client=Acme and id=1 together"),
     "nothing left": (
         'client!=Acme,acme," Acme","Acme, Inc.",Boreal,a=b,true,the "Boreal"',
-        "no row of 8 meets client!=",
+        "none of 8 rows meets client!=",
     ),
     "contradiction": (["client=Acme", "client!=acme,Acme"], "two that contradict"),
-    "two values at once": (["client=Acme", "client=acme"], "a row must meet both.*'client=Acme,acme' for either"),
+    "two values at once": (
+        ["client=Acme", "client=acme"],
+        "a row cannot have both values.*'client=Acme,acme' for either",
+    ),
     "a condition twice": (["client!=Acme", "client!=acme,Acme"], "expected each value once, got 'Acme' in both"),
     "a value twice": ("client=Acme,acme,Acme", "expected each value once, got 'Acme' 2 times"),
     "an open quote": ('client="Acme, Inc.', "expected a closing quote"),
@@ -170,7 +173,7 @@ def test_values_that_are_not_text(kind: str) -> None:
         assert chosen(rows, {"value": text.split(",")}) == expected, text
     for text in absent:
         for sign in ("=", "!="):
-            with pytest.raises(ValueError, match=f"no row of {len(rows)} has"):
+            with pytest.raises(ValueError, match=f"none of {len(rows)} rows has"):
                 chosen(rows, f"value{sign}{text}")
     for row, value in enumerate(values):
         assert row in chosen(rows, {"value": value})
@@ -416,7 +419,7 @@ def test_counts_of_documents_and_of_tokens(tmp_path: Path) -> None:
 
 
 def test_a_filter_without_a_retain_set(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`retain_filter`: expected `retain`, the rows that it takes some of"):
+    with pytest.raises(ValueError, match="`retain_filter`: expected a retain set to filter"):
         UnlearnTrainer(
             tiny_llama(vocab_size=300),
             forget=ROWS,

@@ -465,7 +465,7 @@ NOTHING: dict[str, tuple[dict[str, Any], str]] = {
     "no learning rate": ({"learning_rate": 0}, "expected (more than 0|a learning rate above 0)"),
     "a warm-up longer than the run": (
         {"max_steps": 1, "warmup_steps": 5},
-        "expected a learning rate above 0, got one that is 0 at every step of the run",
+        "expected a learning rate above 0, got 0 at each of the 1 steps",
     ),
 }
 

@@ -266,7 +266,7 @@ WRONG_TYPES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "args, of others": (
         {"args": transformers.Seq2SeqTrainingArguments(output_dir="unused", use_cpu=True)},
         TypeError,
-        "`args`: expected .* got Seq2SeqTrainingArguments, of which generation_config, .* would do nothing",
+        "`args`: expected .* got Seq2SeqTrainingArguments, whose fields generation_config, .* would have no effect",
     ),
     "args, None": ({"args": None}, TypeError, "`args`: expected efface.UnlearnArguments or .* got NoneType"),
     "objective, None": ({"objective": None}, TypeError, "`objective`: expected an efface.Objective.* got NoneType"),
@@ -278,7 +278,7 @@ WRONG_TYPES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "forget, a stream": (
         {"forget": datasets.Dataset.from_list(TEXTS).to_iterable_dataset(), "processing_class": tiny_tokenizer()},
         TypeError,
-        "`forget`: expected rows, as a list .* got IterableDataset; give list",
+        r"`forget`: expected rows \(a list .* got IterableDataset; pass list",
     ),
     "forget, a number": ({"forget": 3, "processing_class": tiny_tokenizer()}, TypeError, "`forget`: expected rows"),
     "retain, columns": (

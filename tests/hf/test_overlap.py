@@ -18,7 +18,7 @@ from efface.hf.train.trainer import UnlearnTrainer
 from support.helpers import TEXTS, arguments, random_store, saved_llama, tiny_llama, tiny_tokenizer, written_rows
 
 FORGET, RETAIN = TEXTS[:3], TEXTS[2:]  # one row is in both
-MESSAGE = r"got 1 of 3 forget rows in both: rows 2 and 0 \(.*; leave them out .* or insist with --allow-overlap"
+MESSAGE = r"got 1 of 3 forget rows in both: rows 2 and 0 \(.*; remove them from one set .* or add --allow-overlap"
 
 
 def of(*sequences: list[int], starts: list[int] | None = None) -> TokenStore:
@@ -73,7 +73,9 @@ def test_a_million_rows_take_a_moment() -> None:
 
 def test_the_same_set_twice_is_a_warning_and_not_an_error() -> None:
     rows = random_store(5)
-    with pytest.warns(UserWarning, match="are the same 5 rows, which are trained both ways; .*allow_overlap"):
+    with pytest.warns(
+        UserWarning, match="are the same 5 rows, so each row is both forgotten and retained; .*allow_overlap"
+    ):
         refuse_overlap(rows, rows)
     backwards = TokenStore.from_sequences([rows[i].tolist() for i in (4, 3, 2, 1, 0, 0)], [1] * 6)
     with pytest.warns(UserWarning, match="are the same"):

@@ -31,18 +31,18 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "too many fields": (
         ".csv",
         b"question,answer\na,b\nWhere?,In Ghent, Belgium.\n",
-        r"line 3: expected 2 fields \(question, answer\), got 3; write a field that holds a comma in double quotes",
+        r"line 3: expected 2 fields \(question, answer\), got 3; put a field that contains a comma in double quotes",
     ),
     "too few fields": (".csv", b"question,answer\n\na\n", r"line 3: expected 2 fields .*, got 1"),
     "a line end in a field": (".csv", b'question,answer\n"a\nb",c\na\n', r"line 4: expected 2 fields .*, got 1"),
-    "an open quote": (".csv", b'question,answer\na,"b\nc,d\n', r"line 2: expected fields of CSV, .*close each quoted"),
-    "text behind a quote": (".csv", b'question,answer\na,"b" c\n', r"line 2: expected fields of CSV"),
+    "an open quote": (".csv", b'question,answer\na,"b\nc,d\n', r"line 2: expected CSV fields, .*close each quoted"),
+    "text behind a quote": (".csv", b'question,answer\na,"b" c\n', r"line 2: expected CSV fields"),
     "a name twice": (".csv", b"answer,answer\na,b\n", r"line 1: expected distinct column names, got 'answer' twice"),
     "no names": (".csv", b"\na,b\n", r"line 1: expected column names, got a blank line"),
     "semicolons": (
         ".csv",
         b"question;answer\na;b\n",
-        r"line 1: .* with commas between, got 'question;answer'; save .*';'",
+        r"line 1: .* separated by commas, got 'question;answer'; save .*';'",
     ),
     "empty CSV": (".csv", b"", r"expected a line of column names, got an empty file"),
     "Latin-1 CSV": (
@@ -58,7 +58,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "UTF-16 without its mark": (
         ".csv",
         "question,answer\na,b\n".encode("utf-16-le"),
-        "expected (UTF-8|fields of CSV), got",
+        "expected (UTF-8|CSV fields), got",
     ),
     "empty JSON": (".json", b"\n \n", "expected rows, got an empty file"),
     "a comma at the end": (".json", b'[{"answer": "b"},]', r"line 1: expected an array of JSON objects.*column 1[78]"),
@@ -81,7 +81,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "an object over lines": (
         ".json",
         b'{\n"answer": "b"}\n',
-        r"line 1: expected a JSON object, .*write one object a line",
+        r"line 1: expected a JSON object, .*write one object per line",
     ),
     "a list in a line": (".jsonl", b'{"answer": "b"}\n["answer"]\n', r"line 2: expected a JSON object, got list"),
     "a key twice": (".json", b'[{"a": "b", "a": "c"}]', r"expected distinct names in an object, got 'a' twice"),
@@ -92,13 +92,13 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
         r"line 2: expected UTF-8, got byte 0xe1 at offset 10",
     ),
     "UTF-16 JSON": (".json", '[{"a": "b"}]'.encode("utf-16"), "expected UTF-8, got UTF-16"),
-    "deep JSON": (".json", b"[" * 100_000, "expected rows of text, got JSON that is nested too deep"),
+    "deep JSON": (".json", b"[" * 100_000, "expected rows of text, got JSON nested too deeply"),
     "text as Parquet": (
         ".parquet",
         b"question,answer\n",
-        "expected a Parquet file, got something else .*; write it anew",
+        "expected a Parquet file, got invalid data .*; create the file again",
     ),
-    "empty Parquet": (".parquet", b"", "expected a Parquet file, got something else"),
+    "empty Parquet": (".parquet", b"", "expected a Parquet file, got invalid data"),
 }
 
 
@@ -121,7 +121,7 @@ def test_a_parquet_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     content = path.read_bytes()
     for cut in (content[:-1], content[:200], content[:100] + bytes(200) + content[300:]):
         path.write_bytes(cut)
-        with pytest.raises(ValueError, match=r"rows.parquet': expected a Parquet file, got something else"):
+        with pytest.raises(ValueError, match=r"rows.parquet': expected a Parquet file, got invalid data"):
             load_rows(path)
 
 
@@ -290,7 +290,7 @@ def test_a_file_that_changes_while_it_is_read(
         if moment == "while it is read":
             assert "Aiko" in _text(token_store(path, tiny_tokenizer(), name="forget"))
         else:
-            with pytest.raises(ValueError, match=rf"rows{suffix}'.* changed while it was read; wait until it is wri"):
+            with pytest.raises(ValueError, match=rf"rows{suffix}'.* changed while it was read; start again"):
                 token_store(path, tiny_tokenizer(), name="forget")
     assert "Bram" in _text(token_store(path, tiny_tokenizer(), name="forget"))
     _write(path, "Aiko")
@@ -358,7 +358,7 @@ def test_a_folder_is_not_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows").mkdir()
     _write(tmp_path / "rows" / "train.jsonl", "Aiko")
-    with pytest.raises(ValueError, match="'rows' is a folder here"):
+    with pytest.raises(ValueError, match="'rows' is a folder"):
         load_rows("rows:default:train")
 
 

@@ -154,7 +154,7 @@ def test_max_length_cuts_on_purpose_only() -> None:
     whole = encode(tokenizer, [question], [answer])
     cut = encode(tokenizer, [question], [answer], max_length=len(whole[0]) - 2)
     assert cut[0].tolist() == whole[0][:-2].tolist()
-    with pytest.raises(ValueError, match="row 0 has no label left.*raise `max_length`"):
+    with pytest.raises(ValueError, match="row 0: expected a label within.*raise `max_length`"):
         encode(tokenizer, [question], [answer], max_length=int(whole.label_starts[0]))
     with pytest.raises(ValueError, match="`max_length`: expected at least 2"):
         encode(tokenizer, [question], [answer], max_length=1)
@@ -192,7 +192,7 @@ def test_long_documents_are_split_and_nothing_is_lost(make: Any, max_length: int
 
 
 def test_a_prompt_that_leaves_no_room() -> None:
-    with pytest.raises(ValueError, match="row 1 has no label left"):
+    with pytest.raises(ValueError, match="row 1: expected a label within"):
         encode(tiny_tokenizer(), ["", "a b c d e f g"], ["text", "text"], template="completion", max_length=5)
 
 
@@ -222,29 +222,46 @@ def test_bad_templates_and_tokenizers() -> None:
     tokenizer = tiny_tokenizer()
     with pytest.raises(ValueError, match="`template`: expected one of auto, chat, llama-3, llama-2, question-answer"):
         encode(tokenizer, ["a"], ["b"], template="alpaca")
-    with pytest.raises(ValueError, match="no chat template for 'chat'; use one of llama-2, question-answer"):
+    with pytest.raises(
+        ValueError, match="a chat template for 'chat', got one without; use one of llama-2, question-answer"
+    ):
         encode(tokenizer, ["a"], ["b"], template="chat")
-    with pytest.raises(ValueError, match="'llama-2' has no place for a system prompt"):
+    with pytest.raises(ValueError, match="expected no system prompt and no date for 'llama-2'"):
         get_template("llama-2", tokenizer, system_prompt="Be brief.")
     with pytest.raises(ValueError, match="expected equal lengths, got 1, 2"):
         encode(tokenizer, ["a"], ["b", "c"])
     with pytest.raises(ValueError, match="row 1: expected an answer, got ' '; drop the row"):
         encode(tokenizer, ["a", "b"], ["c", " "])
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no end-of-sequence token"):
+    with pytest.raises(ValueError, match="expected an end-of-sequence token"):
         encode(tokenizer, ["a"], ["b"])
 
 
 @pytest.mark.parametrize(
     ("chat_template", "system_prompt", "answer", "message"),
     [
-        (GEMMA_2, "Be brief.", "Aiko.", r"refuses the conversation \(System role not supported\); set an empty system"),
-        (MISTRAL_NEMO, "Be brief.", "Aiko.", "leaves out the system prompt"),
-        ("{% for m in messages %}{{ m.role }}{% endfor %}", None, "Aiko.", "leaves out the question"),
-        ("{{ messages[0].content }}", None, "Aiko.", "leaves out the question"),  # the only text in the message
-        ("{{ messages[0].content }} {{ messages[0].content }}", None, "Aiko.", "changes the answer 'Aiko.'"),
-        (QWEN_3, None, "Hm </think> Aiko.", "row 0: the tokenizer's chat template changes the answer 'Hm </think>"),
-        ("{% if %}", None, "Aiko.", "refuses the conversation .*use another `template`"),
+        (GEMMA_2, "Be brief.", "Aiko.", r"rejects the conversation \(System role not supported\); set an empty system"),
+        (MISTRAL_NEMO, "Be brief.", "Aiko.", "renders the system prompt, got one that leaves it out"),
+        (
+            "{% for m in messages %}{{ m.role }}{% endfor %}",
+            None,
+            "Aiko.",
+            "renders the question, got one that leaves it out",
+        ),
+        (
+            "{{ messages[0].content }}",
+            None,
+            "Aiko.",
+            "renders the question, got one that leaves it out",
+        ),  # the only text in the message
+        (
+            "{{ messages[0].content }} {{ messages[0].content }}",
+            None,
+            "Aiko.",
+            "keeps the answer 'Aiko.', got one that changes it",
+        ),
+        (QWEN_3, None, "Hm </think> Aiko.", "row 0: expected a chat template that keeps the answer 'Hm </think>"),
+        ("{% if %}", None, "Aiko.", "rejects the conversation .*use another `template`"),
     ],
 )
 def test_unusable_chat_templates_are_refused(
@@ -337,7 +354,7 @@ def test_earlier_turns_precede_the_question() -> None:
     ],
 )
 def test_turns_out_of_order_are_refused(turns: list[dict[str, str]], got: str) -> None:
-    with pytest.raises(ValueError, match=f"row 1: expected turns of user, .* got {got}; the system prompt"):
+    with pytest.raises(ValueError, match=f"row 1: expected alternating turns .* got {got}; pass a system prompt"):
         prompt_ids(tiny_tokenizer(), ["Who?", turns])
 
 

@@ -236,7 +236,7 @@ def test_a_damaged_file_is_recomputed(damage: Any, source: Path, cache: Path) ->
     (path,) = cache.iterdir()
     whole = path.read_bytes()
     damage(path)
-    with pytest.warns(UserWarning, match="token cache: .* is damaged .*; it is made anew"):
+    with pytest.warns(UserWarning, match="token cache: .* is damaged .*; it is built again"):
         assert content(token_store(source, tiny_tokenizer(), name="forget")) == expected
     assert path.read_bytes() == whole
     assert content(token_store(source, tiny_tokenizer(), name="forget")) == expected

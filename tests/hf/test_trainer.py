@@ -271,7 +271,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path: Path) -
         ({"reference": "remembered"}, "`reference`: expected one of 'auto', 'cached', 'live'"),
         ({"forget": random_store(3, vocabulary=500)}, r"`forget`: expected token ids in 0 .. 299 .*tokenizer"),
         ({"forget": random_store(3, low=70, high=80)}, "at most 64 tokens"),
-        ({"forget": TEXTS, "processing_class": None}, "text needs a tokenizer"),
+        ({"forget": TEXTS, "processing_class": None}, "expected a tokenizer for text"),
         ({"forget": [{"question": "Who?"}]}, "forget data: expected a column 'answer', got 'question'"),
         ({"forget": [{"question": "Who?", "answer": "  "}]}, "row 0: expected an answer"),
     ],

@@ -396,7 +396,7 @@ def test_pdu_reads_the_retain_set_before_it_weighs_anything(tmp_path: Path) -> N
 
 def test_compat_is_refused_where_it_has_no_effect(tmp_path: Path) -> None:
     store = random_store(4)
-    with pytest.raises(ValueError, match="is about unlearning; drop it for fine-tuning"):
+    with pytest.raises(ValueError, match="`compat`: expected None for fine-tuning"):
         FinetuneTrainer(tiny_llama(), arguments(tmp_path, compat="open-unlearning"), data=store)
     with pytest.raises(ValueError, match="expected 'open-unlearning' or None, got 'tofu'"):
         UnlearnTrainer(tiny_llama(), arguments(tmp_path, compat="tofu"), forget=store, retain=store, objective=NPO())

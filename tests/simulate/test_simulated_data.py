@@ -86,7 +86,7 @@ def test_fame_is_split_by_its_filter() -> None:
     assert (len(data.retain), len(data.retain_asked), len(data.world_facts)) == (190, 20, 10)
     with pytest.raises(ValueError, match="expected a filter that some rows meet"):
         fame_data([f"topic_id={','.join(map(str, range(20)))}"], identities=1, asked=1, world=1)
-    with pytest.raises(ValueError, match="no row of 100 has '20'"):
+    with pytest.raises(ValueError, match="none of 100 rows has '20'"):
         fame_data(["topic_id=20"], identities=1, asked=1, world=1)
 
 
