@@ -237,18 +237,18 @@ def npo_loss(
         return -2 / beta * torch.nn.functional.logsigmoid(-beta * ratio).mean()
 
     Args:
-        hidden: as in ``sequence_logprobs``, like ``weight``, ``labels``, ``bias``, ``softcap``, ``cu_seqlens``.
-        weight: see ``hidden``.
-        labels: see ``hidden``.
+        hidden: see ``sequence_logprobs``.
+        weight: see ``sequence_logprobs``.
+        labels: see ``sequence_logprobs``.
         beta: inverse temperature, > 0.
         reference_logprobs: (B,) or (S,) cached L_ref, float32 or float64. Pass either this, or ``reference_hidden``
             with ``reference_weight``.
         reference_hidden: hidden states of the frozen reference model, in the layout of ``hidden``.
         reference_weight: (V', D') head of the reference model; its logits are read in the same pass as the policy's.
         reference_bias: (V',) or None.
-        bias: see ``hidden``.
-        softcap: see ``hidden``; it applies to both heads.
-        cu_seqlens: see ``hidden``.
+        bias: see ``sequence_logprobs``.
+        softcap: see ``sequence_logprobs``; it applies to both heads.
+        cu_seqlens: see ``sequence_logprobs``.
         backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
 
     Returns:
@@ -345,10 +345,9 @@ def dpo_loss(
         return -2 / beta * torch.nn.functional.logsigmoid(beta * (won - lost)).mean()
 
     Args:
-        hidden: hidden states of the sequences to forget, l, as in ``sequence_logprobs``, like ``weight``, ``labels``,
-            ``bias``, ``softcap``, ``cu_seqlens``.
-        weight: see ``hidden``.
-        labels: see ``hidden``.
+        hidden: hidden states of the sequences to forget, l; see ``sequence_logprobs``.
+        weight: see ``sequence_logprobs``.
+        labels: see ``sequence_logprobs``.
         alternate_hidden: hidden states of the alternate sequences, w, one for each sequence to forget. Packed, or
             padded to a length that may differ from that of ``hidden``.
         alternate_labels: labels in the layout of ``alternate_hidden``.
@@ -360,9 +359,9 @@ def dpo_loss(
         alternate_reference_hidden: the same for the alternate sequences, in the layout of ``alternate_hidden``.
         reference_weight: (V', D') head of the reference model; its logits are read in the same pass as the policy's.
         reference_bias: (V',) or None.
-        bias: see ``hidden``.
-        softcap: see ``hidden``; it applies to both heads.
-        cu_seqlens: see ``hidden``.
+        bias: see ``sequence_logprobs``.
+        softcap: see ``sequence_logprobs``; it applies to both heads.
+        cu_seqlens: see ``sequence_logprobs``.
         alternate_cu_seqlens: (S + 1) offsets of the alternate sequences, for the packed layout only.
         backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
 
@@ -540,15 +539,15 @@ def kl_loss(
     but with fp32 logits: where two models are nearly equal, the gradient from bf16 logits would be rounding noise.
 
     Args:
-        hidden: as in ``sequence_logprobs``, like ``weight``, ``labels``, ``bias``, ``softcap``, ``cu_seqlens``.
-        weight: see ``hidden``.
-        labels: see ``hidden``; they select the positions that enter the mean.
+        hidden: see ``sequence_logprobs``.
+        weight: see ``sequence_logprobs``.
+        labels: see ``sequence_logprobs``; they select the positions that enter the mean.
         reference_hidden: hidden states of the frozen reference model, in the layout of ``hidden``.
         reference_weight: (V, D') head of the reference model, over the same vocabulary.
         reference_bias: (V,) or None.
-        bias: see ``hidden``.
-        softcap: see ``hidden``; it applies to both heads.
-        cu_seqlens: see ``hidden``.
+        bias: see ``sequence_logprobs``.
+        softcap: see ``sequence_logprobs``; it applies to both heads.
+        cu_seqlens: see ``sequence_logprobs``.
         backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
 
     Returns:

@@ -94,7 +94,7 @@ def distribution_pass_kernel(
     target = tl.load(Targets + row)
     place = target.to(tl.int32)
     offs_v = tl.arange(0, BLOCK)
-    whole = v // BLOCK * BLOCK  # whole blocks carry no mask, see row_pass/kernel.py
+    whole = v // BLOCK * BLOCK  # full blocks are not masked, see row_pass/kernel.py
 
     p_top, q_top = tl.full([BLOCK // GROUP], LOWEST, ACC), tl.full([BLOCK // REF_GROUP], LOWEST, ACC)
     p_total, q_total = tl.zeros([BLOCK // GROUP], ACC), tl.zeros([BLOCK // REF_GROUP], ACC)

@@ -71,7 +71,7 @@ class _LinearDistributionLoss(torch.autograd.Function):
         wanted: Wanted,
         chunk_rows: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        weights = cast("Tensor", call.row_weights)  # of a checked call
+        weights = cast("Tensor", call.row_weights)  # checked() has made it a tensor
         chunks = plan_pieces(hidden.shape[0], chunk_rows)
         look = DistributionLook(
             hidden,

@@ -153,7 +153,7 @@ class _Coefficients:
 
 def compute(call: Call, chunk_rows: int) -> Computed:
     """Run the loop over chunks of whole sequences, or over arbitrary rows if neither dW nor db is wanted."""
-    offsets = cast("RowOffsets", call.row_offsets)  # of a checked call
+    offsets = cast("RowOffsets", call.row_offsets)  # checked() has converted it
     if call.wanted.head:
         chunks = plan_sequences(offsets.host.tolist(), chunk_rows, call.pairs)
     else:
