@@ -460,7 +460,7 @@ NOTHING: dict[str, tuple[dict[str, Any], str]] = {
     "less than no steps": ({"max_steps": -2}, "`max_steps`: expected at least 1 optimizer step, or -1"),
     "no step in an epoch": (
         {"pairs_per_step": 64, "dataloader_drop_last": True},
-        "an epoch of 5 pairs has no whole step of 64",
+        "expected at least one full step of 64 pairs, got an epoch of 5",
     ),
     "no learning rate": ({"learning_rate": 0}, "expected (more than 0|a learning rate above 0)"),
     "a warm-up longer than the run": (

@@ -430,7 +430,7 @@ def _arguments() -> dict[str, object]:
             "`reference_hidden`: expected dtype",
         ),
         ({"bias": torch.randn(6)}, ValueError, r"`bias`: expected shape \(7\)"),
-        ({"softcap": -1.0}, ValueError, "`softcap`: expected a positive number"),
+        ({"softcap": -1.0}, ValueError, "`softcap`: expected a positive finite number"),
         ({"chunk_rows": 0}, ValueError, "`chunk_rows`: expected at least 1"),
         ({"backend": "cuda"}, ValueError, "`backend`: expected one of 'auto'"),
     ],

@@ -148,12 +148,12 @@ def test_an_unfit_out_is_refused() -> None:
         (torch.empty(2, 5), ValueError, r"`out`: expected shape \(2, 6\)"),
         (torch.empty(2, 6, dtype=torch.int32), TypeError, "`out`: expected dtype torch.float16"),
         (wide, TypeError, "`out`: expected dtype torch.float16"),
-        (torch.empty(1, 6).expand(2, 6), ValueError, "`out`: expected entries apart in memory"),
-        (torch.empty(11).as_strided((2, 6), (5, 1)), ValueError, "`out`: expected entries apart in memory"),
+        (torch.empty(1, 6).expand(2, 6), ValueError, "`out`: expected disjoint entries"),
+        (torch.empty(11).as_strided((2, 6), (5, 1)), ValueError, "`out`: expected disjoint entries"),
         (logits.view(torch.bfloat16)[:, :6], ValueError, "`out`: expected `logits` themselves"),
-        (reference.view(torch.bfloat16)[:, 6:], ValueError, "`out`: expected memory of its own, or rows that begin"),
-        (reference.view(torch.bfloat16).view(4, 6)[1:3], ValueError, "`out`: expected memory of its own, or rows"),
-        (reference.view(torch.bfloat16).flatten()[:12].view(2, 6), ValueError, "`out`: expected memory of its own"),
+        (reference.view(torch.bfloat16)[:, 6:], ValueError, "`out`: expected separate memory, or rows that begin"),
+        (reference.view(torch.bfloat16).view(4, 6)[1:3], ValueError, "`out`: expected separate memory, or rows"),
+        (reference.view(torch.bfloat16).flatten()[:12].view(2, 6), ValueError, "`out`: expected separate memory"),
     ):
         with pytest.raises(error, match=message):
             distribution_pass(logits, reference, targets, out=out)

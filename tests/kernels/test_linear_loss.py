@@ -595,12 +595,16 @@ def _arguments() -> dict[str, object]:
         ({"targets": torch.tensor([0, 1])}, ValueError, r"`targets`: expected shape \(3\)"),
         ({"targets": torch.tensor([0, 1, 7])}, ValueError, r"token ids in 0 .. 6 .* got 7"),
         ({"targets": torch.tensor([0, -100, 6])}, ValueError, r"token ids in 0 .. 6 .* got -100"),
-        ({"row_offsets": [0, 2]}, ValueError, "`row_offsets`: expected to run from 0 to 3"),
+        ({"row_offsets": [0, 2]}, ValueError, "`row_offsets`: expected offsets from 0 to 3"),
         ({"row_offsets": []}, ValueError, "got no entries"),
         ({"row_offsets": [0, 1, 1, 3]}, ValueError, "sequence 1; drop sequences without a label"),
         ({"terms": lambda s: s.logprobs}, ValueError, "one loss term for each of 1 sequences"),
         ({"reference_sums": torch.zeros(2)}, ValueError, "`reference_sums`: expected shape"),
-        ({"reference": ReferenceRows(torch.randn(2, 4), Head(torch.randn(7, 4)))}, ValueError, "whole, got 2 rows"),
+        (
+            {"reference": ReferenceRows(torch.randn(2, 4), Head(torch.randn(7, 4)))},
+            ValueError,
+            "first sequences, got 2 rows",
+        ),
         (
             {
                 "reference": ReferenceRows(torch.randn(3, 4), Head(torch.randn(7, 4))),
@@ -614,7 +618,7 @@ def _arguments() -> dict[str, object]:
             ValueError,
             r"token ids in 0 .. 4",
         ),
-        ({"softcap": 0.0}, ValueError, "`softcap`: expected a positive number"),
+        ({"softcap": 0.0}, ValueError, "`softcap`: expected a positive finite number"),
         ({"pairs": 1}, ValueError, "`pairs`: expected at most half of the 1 sequences, got 1"),
         ({"pairs": -1}, ValueError, "`pairs`: .* got -1"),
         ({"chunk_rows": 0}, ValueError, "`chunk_rows`: expected at least 1"),

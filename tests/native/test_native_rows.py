@@ -238,8 +238,8 @@ def test_a_bad_destination_is_refused() -> None:
         {"divergence": np.zeros(2, np.float32), "entropy": np.zeros(2, np.float32)},
     )
     for into, message in (
-        (describe(np.zeros((2, 6), np.float32)), "`into`: expected 2 x 5, as `logits`, got 2 x 6"),
-        (describe(np.zeros((2, 5), np.float64)), "`into`: fp64 needs fp64"),
+        (describe(np.zeros((2, 6), np.float32)), "`into`: expected 2 x 5, the shape of `logits`, got 2 x 6"),
+        (describe(np.zeros((2, 5), np.float64)), "`into`: expected a dtype other than fp64"),
         (Logits(8, "float32", 2, 5, -5, 0.0, 0), "`into`: expected stride >= 0"),
         (Logits(8, "float32", 2, 5, 4, 0.0, 0), "`into`: expected rows that do not overlap, stride >= 5, got 4"),
         (Logits(0, "float32", 2, 5, 5, 0.0, 0), "`into`: expected an address, or None"),
@@ -324,7 +324,7 @@ def test_every_name_that_an_error_lists_is_accepted(accept: Callable[[str], obje
     assert error_of(accept, "none") == message
     for name in re.findall(r"\w{3,}", message.partition("expected")[2].partition("got")[0]):
         lacking = message.startswith("`backend`") and name not in {"best", *BACKENDS}
-        expected = "`backend`: this machine, or this build, does not run it" if lacking else ""
+        expected = "`backend`: expected one that this machine and this build support" if lacking else ""
         assert error_of(accept, name) == expected
 
 

@@ -499,7 +499,7 @@ def test_more_ranks_than_sequences_leaves_empty_micro_batches() -> None:
 @pytest.mark.parametrize(
     ("forget", "retain", "alternates", "changes", "message"),
     [
-        ([], [], [], {}, "both are empty; there is nothing to plan"),
+        ([], [], [], {}, "expected at least one sequence, got two empty sets"),
         ([3, 0], [3], [], {}, r"`forget_lengths`: expected lengths in 1 .. 2\^31 - 1, got 0 at position 1"),
         ([3], [3, -1], [], {}, "`retain_lengths`: .*got -1 at position 1"),
         ([3], [INT64.max], [], {}, "`retain_lengths`: .*got 9223372036854775807"),
@@ -512,7 +512,7 @@ def test_more_ranks_than_sequences_leaves_empty_micro_batches() -> None:
         ([3], [3], [], {"world_size": INT64.max}, "`world_size`"),
         ([3], [3, 3], [], {"retain_sampling": "paired"}, "expected as many retain as forget sequences, got 2 and 1"),
         ([3], [3], [], {"retain_sampling": "some"}, "expected 'random', 'cycle' or 'paired', got 'some'"),
-        ([3], [3], [], {"drop_last": True}, "an epoch of 1 pairs has no whole step of 4"),
+        ([3], [3], [], {"drop_last": True}, "expected at least one full step of 4 pairs, got an epoch of 1"),
     ],
 )
 def test_inputs_without_a_plan_are_refused(

@@ -1,5 +1,7 @@
 """Tests of efface.functional against Hugging Face's own loss and the papers' formulas, padded and packed."""
 
+import doctest
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,13 +162,13 @@ def test_the_first_token_of_a_packed_sequence_is_never_predicted() -> None:
         ({"labels": torch.zeros(B, T - 1, dtype=torch.int64)}, ValueError, r"`labels`: expected shape \(4, 9\)"),
         ({"labels": torch.full((B, T), -100)}, ValueError, "got none in sequence 0"),
         ({"labels": torch.full((B, T), V)}, ValueError, r"token ids in 0 .. 16 .* got 17"),
-        ({"hidden": torch.randn(T, D).double()}, ValueError, "need `cu_seqlens`"),
-        ({"cu_seqlens": torch.tensor([0, 9])}, ValueError, "take no `cu_seqlens`"),
+        ({"hidden": torch.randn(T, D).double()}, ValueError, "pass `cu_seqlens`"),
+        ({"cu_seqlens": torch.tensor([0, 9])}, ValueError, "omit `cu_seqlens`"),
         ({"weight": torch.randn(V, D)}, TypeError, "`weight`: expected dtype torch.float64"),
         ({"weight": torch.randn(V, D + 1).double()}, ValueError, r"`hidden`: expected shape \(N, 7\)"),
         ({"beta": 0.0}, ValueError, "`beta`: expected a positive number"),
-        ({"reference_logprobs": None}, ValueError, "got neither"),
-        ({"reference_hidden": torch.randn(B, T, D).double()}, ValueError, "expected `reference_weight` beside it"),
+        ({"reference_logprobs": None}, ValueError, "expected a reference for NPO, got none"),
+        ({"reference_hidden": torch.randn(B, T, D).double()}, ValueError, "expected `reference_weight` as well"),
         ({"backend": "tpu"}, ValueError, "`backend`"),
     ],
 )
@@ -392,10 +394,14 @@ def test_an_empty_batch_costs_nothing_in_any_loss() -> None:
         (
             {"alternate_hidden": torch.randn(1, T, D).double(), "alternate_labels": torch.ones(1, T).long()},
             ValueError,
-            "`alternate_labels`: expected 4 sequences, one for each of `labels`, got 1",
+            "`alternate_labels`: expected 4 sequences, one for each sequence of `labels`, got 1",
         ),
-        ({"alternate_reference_logprobs": None}, ValueError, "expected `alternate_reference_logprobs` beside it"),
-        ({"alternate_reference_logprobs": None, "reference_logprobs": None}, ValueError, "got neither in full"),
+        ({"alternate_reference_logprobs": None}, ValueError, "expected `alternate_reference_logprobs` as well"),
+        (
+            {"alternate_reference_logprobs": None, "reference_logprobs": None},
+            ValueError,
+            "expected a reference for DPO, got none",
+        ),
         ({"alternate_reference_logprobs": torch.zeros(3)}, ValueError, r"`alternate_reference_logprobs`: .* \(4\)"),
         (
             {
@@ -449,6 +455,13 @@ def test_bad_parameters_of_token_losses_are_refused() -> None:
     reference["reference_hidden"] = hidden[:, 1:]
     with pytest.raises(ValueError, match="`reference_hidden`: expected shape"):
         functional.kl_loss(hidden, weight, labels, **reference)
+
+
+@pytest.mark.parametrize("name", functional.__all__)
+def test_the_docstring_has_an_example_that_runs(name: str) -> None:
+    (example,) = doctest.DocTestFinder(recurse=False).find(getattr(functional, name), name, functional, globs={})
+    assert example.examples
+    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_the_contract_is_exported() -> None:

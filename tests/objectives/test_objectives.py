@@ -65,7 +65,7 @@ def test_beta_must_be_positive(cls: type) -> None:
 
 
 def test_npo_says_that_it_needs_a_reference() -> None:
-    with pytest.raises(ValueError, match="give a live or cached reference"):
+    with pytest.raises(ValueError, match="pass a live or cached reference"):
         of_npo(Sequences(torch.zeros(2), torch.tensor([0, 2])))
 
 
