@@ -1,7 +1,7 @@
-"""Generates README's blocks, docs/benchmarks.md and the plots from benchmarks/results/*.json alone."""
+"""Generates README's table, docs/benchmarks.md and the plots from benchmarks/results/*.json alone."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import expected
@@ -9,86 +9,32 @@ from benchmarks.publish import plots, tables
 from benchmarks.publish.tables import Result, newest
 
 ROOT = Path(__file__).resolve().parents[2]
-_BLOCK = re.compile(r"(<!-- benchmarks:([\w: -]+?) -->\n).*?(\n<!-- end -->)", flags=re.DOTALL)
+_BLOCK = re.compile(r"(<!-- benchmarks:step -->\n).*?(\n<!-- end -->)", flags=re.DOTALL)
 
 
-def _link(result: Result) -> str:
-    return f"[figures](benchmarks/results/{result.file})"
-
-
-def _rounds(result: Result) -> int:
-    return len(result.rows[0]["rounds_ms"]) if "rounds_ms" in result.rows[0] else result.rows[0]["rounds"]
-
-
-def _step(result: Result) -> str:
-    shape = result.rows[0]["shape"]
+def step_block(result: Result) -> str:
+    """Return README's table: the first shape of the step suite, with the conditions of the run."""
+    machine, shape = result.machine, result.rows[0]["shape"]
     rows = [row for row in result.rows if row["shape"] == shape]
-    said = f"{shape}: `{result.machine['command']}`, one interleaved run of {_rounds(result)} rounds ({_link(result)}):"
-    return f"{said}\n\n{tables.step_table(rows)}"
-
-
-def _loss(result: Result) -> str:
-    """Show only the first shape; docs/benchmarks.md has all of them."""
-    rows = next(iter(tables.grouped(result.rows, "shape").values()))
-    cells = [[tables.name_of(row, rows), f"{row['median_ms']:.0f}", f"{row['against_floor']:.2f}"] for row in rows]
-    table = tables.markdown(["loss, forward and backward", "median ms", "x the bare GEMMs"], cells)
-    return f"NPO at the head, {rows[0]['shape']}, one interleaved run ({_link(result)}):\n\n{table}"
-
-
-def _pack(result: Result) -> str:
-    cells = []
-    for (task,), rows in tables.grouped(result.rows, "task").items():
-        ours = rows[0]["median_ms"]
-        said = f"{ours:.3g} ms" if ours >= 1 else f"{ours * 1e3:.3g} µs"
-        by_hand = next(row for row in rows if row["provider"] == "NumPy and Python")
-        cells.append([task, said, f"{by_hand['against_efface']:.0f}"])
-    table = tables.markdown(["task", "efface", "times faster than NumPy and Python"], cells)
-    return f"`{result.machine['command']}` ({_link(result)}):\n\n{table}"
-
-
-def _evaluate(result: Result) -> str:
-    """Show only the first shape of each part."""
-    said = f"`{result.machine['command']}` ({_link(result)})"
-    likelihood, generation = (result.record.get(part, []) for part in ("likelihood", "generation"))
-    parts = []
-    if likelihood:
-        shape = likelihood[0]["shape"]
-        table = tables.likelihood_table([row for row in likelihood if row["shape"] == shape])
-        parts.append(f"All {likelihood[0]['answers']} answers of {likelihood[0]['data']}, {shape}:\n\n{table}")
-    if generation:
-        shape, questions = generation[0]["shape"], generation[0]["questions"]
-        table = tables.generation_table([row for row in generation if row["shape"] == shape])
-        parts.append(f"{questions} questions answered, {shape}:\n\n{table}")
-    return "\n\n".join([f"{said}, one interleaved run for each table.", *parts])
-
-
-BLOCKS: Mapping[str, Callable[[Result], str]] = {
-    "evaluate": _evaluate,
-    "loss": _loss,
-    "pack": _pack,
-    "step": _step,
-}
+    cpu = f"a CPU ({machine['threads']} threads, {machine['processor']}); no GPU has run it yet"
+    return (
+        f"{tables.step_table(rows)}\n\n"
+        f"NPO on TOFU's rows, {shape}. Measured on {machine.get('gpu') or cpu}. torch {machine['torch']}, "
+        f"transformers {machine['rivals']['transformers']}, {machine['date']}: `{machine['command']}`, "
+        f"{len(rows[0]['rounds_ms'])} interleaved rounds ([result file](benchmarks/results/{result.file}))."
+    )
 
 
 def filled(text: str, found: Sequence[Result]) -> str:
-    """Return the text with everything between ``<!-- benchmarks:SUITE -->`` and ``<!-- end -->`` regenerated.
+    """Return README's text with everything between ``<!-- benchmarks:step -->`` and ``<!-- end -->`` regenerated.
 
-    ``SUITE gpu`` uses results from a GPU, ``SUITE`` those from a CPU.
-
-    Raises:
-        ValueError: a block names no known suite, or a suite without results.
+    The newest result of a GPU is shown; without one, the newest of a CPU.
     """
-
-    def block(match: re.Match[str]) -> str:
-        suite, _, device = match[2].partition(" ")
-        result = newest(list(found), suite, gpu=device == "gpu")
-        if suite not in BLOCKS or result is None:
-            raise ValueError(
-                f"`<!-- benchmarks:{match[2]} -->`: expected a suite with results, one of {sorted(BLOCKS)}"
-            )
-        return f"{match[1]}{BLOCKS[suite](result)}{match[3]}"
-
-    return _BLOCK.sub(block, text)
+    result = newest(list(found), "step", gpu=True) or newest(list(found), "step", gpu=False)
+    if result is None:
+        raise ValueError("README.md: expected results of the step suite in benchmarks/results, got none")
+    block = step_block(result)
+    return _BLOCK.sub(lambda match: f"{match[1]}{block}{match[2]}", text)
 
 
 _TOP = """# Benchmarks
@@ -132,7 +78,7 @@ def page(found: Sequence[Result], drawn: Mapping[str, Sequence[str]]) -> str:
 
 
 def everything(root: Path = ROOT) -> None:
-    """Write README's blocks, docs/benchmarks.md and the plots."""
+    """Write README's table, docs/benchmarks.md and the plots."""
     found = tables.read(root / "benchmarks" / "results")
     drawn = plots.draw(found, root / "benchmarks" / "results" / "plots")
     readme = root / "README.md"

@@ -49,22 +49,27 @@ def test_readme_and_page_are_what_the_results_give(tmp_path: Path) -> None:
     assert names == {name for each in drawn.values() for name in each}, again
 
 
-def test_no_figure_of_how_fast_is_typed_by_hand() -> None:
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## How fast")[2].partition("\n## ")[0]
-    by_hand = publish._BLOCK.sub("", section)
-    assert not any(character.isdigit() for character in by_hand), by_hand
-    assert len(publish._BLOCK.findall(section)) >= 3
-
-
 def test_a_changed_result_changes_readme() -> None:
     found = tables.read(RESULTS)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for suite in ("evaluate", "step", "loss", "pack"):
-        other = copy.deepcopy(found)
-        result = tables.newest(other, suite, gpu=False)
-        assert result is not None
-        result.rows[0]["median_ms"] *= 3
-        assert publish.filled(readme, other) != readme, suite
+    assert len(publish._BLOCK.findall(readme)) == 1
+    other = copy.deepcopy(found)
+    result = tables.newest(other, "step", gpu=False)
+    assert result is not None
+    result.rows[0]["median_ms"] *= 3
+    assert publish.filled(readme, other) != readme
+    with pytest.raises(ValueError, match="expected results of the step suite"):
+        publish.filled(readme, [each for each in found if each.suite != "step"])
+
+
+def test_results_of_a_gpu_take_the_place_of_those_of_a_cpu() -> None:
+    (cpu,) = [each for each in tables.read(RESULTS) if each.suite == "step"]
+    record = {**cpu.record, "machine": {**cpu.machine, "gpu": "NVIDIA H100", "date": "2020-01-01"}}
+    gpu = tables.Result("h100-2020-01-01-step.json", "step", record)
+    text = publish.filled("<!-- benchmarks:step -->\n\n<!-- end -->", [gpu, cpu])
+    assert "Measured on NVIDIA H100. torch" in text
+    assert "no GPU" not in text
+    assert "no GPU has run it yet" in publish.filled("<!-- benchmarks:step -->\n\n<!-- end -->", [cpu])
 
 
 def test_the_command_writes_all_of_it(tmp_path: Path) -> None:
@@ -76,7 +81,7 @@ def test_the_command_writes_all_of_it(tmp_path: Path) -> None:
     publish.everything(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("a\n<!-- benchmarks:step -->\n")
-    assert text.endswith("|\n<!-- end -->\nb\n")
+    assert text.endswith(").\n<!-- end -->\nb\n")
     assert "old" not in text
     publish.everything(tmp_path)
     assert (tmp_path / "README.md").read_text() == text
@@ -146,13 +151,10 @@ def test_a_step_that_a_rival_wins_is_marked() -> None:
     assert f"| padded, {tables.FASTER} |" in tables.step_table(rows)
 
 
-def test_names_of_files_and_blocks_are_checked(tmp_path: Path) -> None:
+def test_names_of_files_are_checked(tmp_path: Path) -> None:
     (tmp_path / "figures.json").write_text("{}")
     with pytest.raises(ValueError, match="rename the file"):
         tables.read(tmp_path)
-    for block in ("nothing", "step gpu"):
-        with pytest.raises(ValueError, match="expected a suite with results"):
-            publish.filled(f"<!-- benchmarks:{block} -->\n<!-- end -->\n".replace("-->\n<", "-->\n\n<"), [])
 
 
 @pytest.mark.slow

@@ -33,6 +33,9 @@ def test_the_demo_from_training_to_evaluation(
     for name in names:
         AutoModelForCausalLM.from_pretrained(tmp_path / "out" / name)
         AutoTokenizer.from_pretrained(tmp_path / "out" / name)
+    data = tmp_path / "out" / "data"
+    assert {"forget.json", "retain.json", "forget_perturbed.json"} <= {path.name for path in data.iterdir()}
+    assert all(path.stat().st_size for path in data.iterdir())
     assert main(["demo", "--out", str(tmp_path / "out")]) == 2
 
 
