@@ -38,7 +38,7 @@ def test_python_blocks_run(code: str, after_the_demo: Path) -> None:
 
 
 def test_commands_run_as_pasted(after_the_demo: Path) -> None:
-    lines = "\n".join(SHELL).replace("\\\n", " ").splitlines()
+    lines = "".join(SHELL).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("efface ")]
     assert len(commands) == 3
     for words in commands:
