@@ -643,7 +643,7 @@ def test_errors_name_what_was_expected() -> None:
     with pytest.raises(ValueError, match="expected no s_aux, got one from Identity; use the model's own"):
         attend(states, s_aux=torch.zeros(4))
     cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"expected one row of 5 tokens .* got query of shape \(1, 4, 18, 8\)"):
+    with pytest.raises(ValueError, match=r"expected one row of 5 tokens, .* got query of shape \(1, 4, 18, 8\)"):
         interface.varlen_attention(
             torch.nn.Identity(), *states, None, packed_lengths=interface.PackedLengths((5,)), cu_seq_lens_q=cu_seqlens
         )

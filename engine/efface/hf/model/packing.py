@@ -236,7 +236,7 @@ def _measured(model: PreTrainedModel, logits: Logits, ways: Sequence[str], readi
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # noqa: BLE001 - a model's code can raise anything for unknown arguments
-                reasons.append(f"a packed batch with {way!r} attention raises {type(error).__name__} ({_short(error)})")
+                reasons.append(f"with {way!r} attention a packed batch raises {type(error).__name__} ({_short(error)})")
                 continue
             _check_width(model, got)
             first, second = logits(got).split(_PROBE)

@@ -157,8 +157,8 @@ class AdapterReference(ModelReference):
                     f"which this run begins, got logits that differ by up to {difference:.3g}. Either the adapter's "
                     "initialisation changed the base weights or is random (init_lora_weights="
                     f"{', '.join(inits)}), or the adapter has been trained before, so it is not clear which model is "
-                    "the reference. To use the model as it is now, choose 'cached' (computed before the first step) or "
-                    "'live' (a frozen copy); to use its base model, pass that as the reference model with 'live' or "
+                    "the reference. For the model as it is now, use 'cached' (computed before the first step) or "
+                    "'live' (a frozen copy); for its base model, pass that as the reference model with 'live' or "
                     "'cached'"
                 )
 
