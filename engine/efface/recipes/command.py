@@ -85,8 +85,8 @@ class UnlearnCommand:
     overwrite: bool = field(
         default=False,
         metadata={
-            "help": "write into an output folder that is not empty; removes checkpoints of another run in it; an "
-            "unfinished run of the same command still continues"
+            "help": "write into an output folder that is not empty, and remove the old run's files when the new model "
+            "is complete; an unfinished run of the same command still continues"
         },
     )
 
