@@ -2,8 +2,6 @@
 
 import copy
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from efface.hf.train import preflight
 from efface.hf.train.preflight import _RANGES, check_gradients, check_optimizer
 from support.helpers import LONG, arguments, kibibytes, random_store, tiny_llama
 from support.padded_loop import exact_losses
-from support.processes import RANKS, environment
+from support.processes import RANKS, launch
 
 
 def trained(model: Any, folder: Path, *, objective: Objective | None = None, **settings: Any) -> list[float]:
@@ -238,13 +236,7 @@ def test_a_scaled_loss_has_scaled_gradients(tmp_path: Path) -> None:
 
 def peak(kind: str, width: int, vocabulary: int) -> float:
     """MiB above the model, measured in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, RANKS / "step_memory.py", kind, str(width), str(vocabulary)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = launch(0, [str(RANKS / "step_memory.py"), kind, str(width), str(vocabulary)])
     assert done.returncode == 0, done.stderr
     return float(done.stdout.splitlines()[-1])
 
