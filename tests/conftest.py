@@ -49,6 +49,19 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+_collections = [0]
+
+
+def pytest_runtest_logfinish() -> None:
+    """Freeze what tests have imported since: a collection looks through 100 000 objects in 0.08 s."""
+    now = gc.get_stats()[2]["collections"]
+    if now != _collections[0] and len(gc.get_objects(2)) > 20_000:
+        gc.collect()
+        gc.freeze()
+        now = gc.get_stats()[2]["collections"]
+    _collections[0] = now
+
+
 @pytest.fixture(autouse=True)
 def _apart(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from efface.cli.main import main
 from efface.evaluate import forget_quality, read_log
 from efface.hf.model.lora import add_lora, merged
 from support.helpers import TEXTS, tiny_llama, tiny_tokenizer
-from support.processes import RANKS, environment, launch
+from support.processes import RANKS, launch
 from support.tofu_helpers import model_of, tokenizer_of, write_rows
 
 COUNTS = {"forget": 6, "retain": 5, "real_authors": 5, "world_facts": 4}
@@ -202,14 +200,7 @@ def test_an_interrupted_evaluation_says_what_is_kept(
 
 def test_a_killed_evaluation_resumes(folder: Path, tmp_path: Path) -> None:
     command = words(folder, "--token-budget", "1000", "--splits", "forget", "world_facts")
-    done = subprocess.run(
-        [sys.executable, str(RANKS / "killed_evaluation.py"), str(tmp_path), json.dumps(command)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    done = launch(0, [str(RANKS / "killed_evaluation.py"), str(tmp_path), json.dumps(command)], limit=900)
     assert done.returncode == 0, done.stderr[-4000:]
     record = json.loads(done.stdout.splitlines()[-1])
     assert record["code"] == 0, record["logs"]

@@ -1,6 +1,7 @@
 """Tests of recipes at a small scale: their flags, and all five systems end to end at smoke size."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ FIVE = {
     "npo-tofu-forget10-llama-3.2-3b": "npo",
     "graddiff-tofu-forget01-phi-1.5": "graddiff",
 }
+
+
+@pytest.fixture(autouse=True)
+def _taught_once(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cache for the models that these tests teach, in all processes of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv(
+        "EFFACE_CACHE", str((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "taught")
+    )
 
 
 def test_the_flags_of_a_scale() -> None:

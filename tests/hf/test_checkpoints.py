@@ -479,10 +479,11 @@ def test_the_real_command_survives_a_real_kill(command: list[str], tmp_path: Pat
         time.sleep(0.005)
     child.kill()
     assert child.wait() == -signal.SIGKILL
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=900, check=False)
+    rank = [str(RANKS / "command_rank.py"), *command, "--output_dir"]
+    done = launch(0, [*rank, str(out)])
     assert done.returncode == 0, done.stderr[-4000:]
     assert "continuing from" in done.stderr
-    whole = launch(0, [str(RANKS / "command_rank.py"), *command, "--output_dir", str(tmp_path / "whole")])
+    whole = launch(0, [*rank, str(tmp_path / "whole")])
     assert whole.returncode == 0, whole.stderr[-4000:]
     same_bits(out, tmp_path / "whole")
 

@@ -2,8 +2,6 @@
 
 import copy
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from efface.hf.model.lora import add_lora
 from efface.hf.train.preflight import _RANGES, check_gradients, check_optimizer
 from support.helpers import LONG, arguments, kibibytes, random_store, tiny_llama
 from support.padded_loop import exact_losses
-from support.processes import RANKS, environment
+from support.processes import RANKS, launch
 
 
 def trained(model: Any, folder: Path, *, objective: Objective | None = None, **settings: Any) -> list[float]:
@@ -237,13 +235,7 @@ def test_a_scaled_loss_has_scaled_gradients(tmp_path: Path) -> None:
 
 def peak(kind: str, width: int, vocabulary: int) -> float:
     """Return the peak in MiB beyond the model, measured in a subprocess."""
-    done = subprocess.run(
-        [sys.executable, RANKS / "step_memory.py", kind, str(width), str(vocabulary)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = launch(0, [str(RANKS / "step_memory.py"), kind, str(width), str(vocabulary)])
     assert done.returncode == 0, done.stderr
     return float(done.stdout.splitlines()[-1])
 

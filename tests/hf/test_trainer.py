@@ -1,6 +1,7 @@
 """Tests of the trainer: against a padded two-forward loop with open-unlearning's formulas, and as a Trainer."""
 
 import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,19 @@ from support.padded_loop import Losses, batch_nll, eager_curve, exact_losses
 OBJECTIVES = (NPO(beta=0.1, alpha=1.0), SimNPO(beta=0.3), GradDiff(gamma=0.2))
 
 
+@functools.cache
+def padded_losses(name: str) -> list[float]:
+    """The losses of fifty steps of the padded loop, whose frozen model is either kind of reference."""
+    (objective,) = [each for each in OBJECTIVES if each.name == name]
+    sets = random_store(20, seed=1), random_store(50, seed=2)
+    return eager_curve(objective, tiny_llama(), *sets, steps=50, lr=1e-3)
+
+
 @pytest.mark.parametrize("reference", ["live", "cached"])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
 def test_fifty_steps_follow_the_padded_two_forward_loop(objective: Objective, reference: str, tmp_path: Path) -> None:
     forget, retain = random_store(20, seed=1), random_store(50, seed=2)
     model = tiny_llama()
-    twin = copy.deepcopy(model)
     settings = {"max_steps": 50, "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0}
     trainer = UnlearnTrainer(
         model,
@@ -35,7 +43,7 @@ def test_fifty_steps_follow_the_padded_two_forward_loop(objective: Objective, re
     )
     ours = exact_losses(trainer)
     trainer.train()
-    expected = eager_curve(objective, twin, forget, retain, steps=50, lr=1e-3)
+    expected = padded_losses(objective.name)
     assert len(ours) == 50
     scale = max(abs(value) for value in expected)
     assert max(expected) - min(expected) > 0.05 * scale  # the curve must move for the comparison to mean anything

@@ -1,11 +1,42 @@
 """Fixtures that run a test with each kernel backend that this machine supports."""
 
 from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
 
 from efface_kernels import triton_launch
+
+
+def _patch_once_a_launch() -> None:
+    """Triton's interpreter replaces the functions of ``triton.language`` in every call of a device function.
+
+    That is more than half of its time. Here it does so once a launch for each module of device functions.
+    """
+    from triton.runtime import interpreter
+
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[int] = set()
+
+    def patch_once(function: Any) -> Any:
+        module = id(function.__globals__)
+        if module in patched:
+            return None
+        patched.add(module)
+        return patch(function)
+
+    def launch_patched(executor: Any, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        launch(executor, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_patched
+
+
+if triton_launch.INTERPRETED:
+    with suppress(ImportError):
+        _patch_once_a_launch()
 
 
 def on_gpu(name: str) -> object:
