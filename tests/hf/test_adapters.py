@@ -1,8 +1,6 @@
 """LoRA by peft: exact against the padded loop, on the head too; its base as the reference; what is refused."""
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,6 @@ from support.helpers import (
     written_rows,
 )
 from support.padded_loop import batch_nll, exact_losses
-from support.processes import environment
 
 peft = pytest.importorskip("peft", reason="needs peft: pip install 'efface[lora]'")
 
@@ -363,32 +360,6 @@ def test_add_lora_starts_as_the_model_and_leaves_the_head_alone() -> None:
             add_lora(tiny_llama(), **wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="nowhere"):
         add_lora(tiny_llama(), r=2, target=["nowhere"])
-
-
-def test_without_peft_everything_else_works(tmp_path: Path) -> None:
-    code = """
-import sys
-sys.modules["peft"] = None
-from support.helpers import arguments, random_store, tiny_llama
-from efface import NPO, UnlearnTrainer
-from efface.hf.model.lora import add_lora
-UnlearnTrainer(tiny_llama(), arguments(sys.argv[1], max_steps=1), forget=random_store(4), retain=random_store(4),
-               objective=NPO()).train()
-try:
-    add_lora(tiny_llama(), r=2)
-except ImportError as error:
-    assert "pip install 'efface[lora]'" in str(error), error
-else:
-    raise AssertionError
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 # ---- the command ----

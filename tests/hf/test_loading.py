@@ -133,7 +133,7 @@ def test_a_path_that_does_not_exist_is_no_name_on_the_hub() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is here")
 def test_eight_bits_need_their_package(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
-    with pytest.raises(ImportError, match=r"8-bit models need the package bitsandbytes.*pip install"):
+    with pytest.raises(ImportError, match=r"an 8-bit model needs the package bitsandbytes.*pip install"):
         load_model(str(tmp_path), load_in_8bit=True)
 
 

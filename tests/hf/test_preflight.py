@@ -13,7 +13,6 @@ import transformers
 
 from efface import NPO, FinetuneTrainer, Objective, SimNPO, UnlearnTrainer
 from efface.hf.model.lora import add_lora
-from efface.hf.train import preflight
 from efface.hf.train.preflight import _RANGES, check_gradients, check_optimizer
 from support.helpers import LONG, arguments, kibibytes, random_store, tiny_llama
 from support.padded_loop import exact_losses
@@ -197,7 +196,7 @@ def test_other_warm_ups_that_are_refused(tmp_path: Path) -> None:
 def test_a_missing_bitsandbytes_is_named_before_any_data_is_read(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=rf"--optim {name} needs the package bitsandbytes.*pip install 'efface\[bits"):
         arguments(tmp_path, optim=name)
 
@@ -206,7 +205,7 @@ def test_a_missing_bitsandbytes_is_named_before_any_data_is_read(
     "name", ["adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "sgd", "adafactor", "adagrad"]
 )
 def test_optimizers_of_others_need_no_bitsandbytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     check_optimizer(name)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import efface
 from efface.errors import in_words, on_purpose, one_line, out_of_memory
+from efface.extras import check_extras
 
 # command -> module and what it does; the modules are imported only when their command is called
 COMMANDS = {
@@ -33,6 +34,15 @@ COMMANDS = {
     "report": ("efface.cli.report", "show evaluated runs side by side, on one page"),
     "sweep": ("efface.cli.sweep", "run a recipe with many settings, and rank the results"),
     "unlearn": ("efface.cli.unlearn", "make a checkpoint forget a data set"),
+}
+
+# Extras that a command imports packages of, in addition to "cli". ``unlearn`` needs "evaluate" for some recipes only.
+_EXTRAS = {
+    "audit": ("evaluate",),
+    "demo": ("evaluate", "report"),
+    "evaluate": ("evaluate",),
+    "report": ("evaluate", "report"),
+    "sweep": ("evaluate", "report", "sweep"),
 }
 
 EXIT_FAULT = 1
@@ -141,6 +151,7 @@ def _run(arguments: Sequence[str], signals: "_Signals", *, debug: bool) -> int:
     else:
         for variable, value in () if debug else _QUIET.items():
             os.environ.setdefault(variable, value)
+        check_extras(f"efface {name}", "cli", *_EXTRAS.get(name, ()))
         with signals.importing():
             module = importlib.import_module(COMMANDS[name][0])
         code = int(module.run(rest))

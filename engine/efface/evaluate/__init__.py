@@ -1,5 +1,9 @@
 """Evaluation: what a model still knows, and the two numbers by which unlearning is judged."""
 
+from efface.extras import check_extras
+
+check_extras("efface.evaluate", "evaluate")
+
 from efface.evaluate.audit import audit
 from efface.evaluate.decoding import Sampling
 from efface.evaluate.generation import GenerationTask, rouge_recall

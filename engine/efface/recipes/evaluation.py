@@ -3,20 +3,19 @@
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import extract_model_from_parallel, gather_object
 
-from efface.evaluate import tofu
-from efface.evaluate.logs import SPLITS, read_log
-from efface.evaluate.protocol import get_protocol
-from efface.evaluate.runner import Progress
-from efface.evaluate.tofu_evaluation import load_split
+from efface.extras import check_extras
 from efface.flags import hyphens
 from efface.hf.model.loading import load_model, load_tokenizer
 from efface.hf.text.templates import AUTO, Template
 from efface.recipes.command import UnlearnCommand
 from efface.recipes.recipe import Recipe, file_stem, local_source
+
+if TYPE_CHECKING:
+    from efface.evaluate.runner import Progress
 
 _LOG = logging.getLogger(__name__)
 _SHARE = re.compile(r"(forget|retain)(\d\d)")
@@ -24,6 +23,8 @@ _SHARE = re.compile(r"(forget|retain)(\d\d)")
 
 def check_evaluation(command: UnlearnCommand, recipe: Recipe) -> None:
     """Raise ValueError where a run forgets something else than what the recipe's evaluation asks about."""
+    if recipe.evaluate["benchmark"] != "none":
+        check_extras(f"the evaluation of recipe {recipe.name}", "evaluate", remedy="add --evaluate False")
     split = recipe.evaluate.get("split")
     if split is None:
         return
@@ -53,6 +54,10 @@ def check_files(command: UnlearnCommand, recipe: Recipe) -> None:
     asked = recipe.evaluate
     if asked["benchmark"] != "tofu":
         return
+    from efface.evaluate.logs import SPLITS, read_log  # noqa: PLC0415 - needs the extra "evaluate"
+    from efface.evaluate.protocol import get_protocol  # noqa: PLC0415
+    from efface.evaluate.tofu_evaluation import load_split  # noqa: PLC0415
+
     if command.retain_log is not None:
         read_log(command.retain_log).rows("forget", "truth_ratio")
     if command.data is not None:
@@ -94,7 +99,7 @@ def evaluate_recipe(
     retain_log: str | None = None,
     template: str | Template = AUTO,
     compat: str | None = None,
-    progress: Progress | None = None,
+    progress: "Progress | None" = None,
 ) -> dict[str, float]:
     """Evaluate a model as a recipe says, and return the figures by open-unlearning's names; none without a benchmark.
 
@@ -112,6 +117,8 @@ def evaluate_recipe(
     asked = recipe.evaluate
     if asked["benchmark"] == "none":
         return {}
+    from efface.evaluate import tofu  # noqa: PLC0415 - needs the extra "evaluate"
+
     options: dict[str, Any] = {
         "split": asked["split"],
         "protocol": asked.get("protocol", "open-unlearning"),
@@ -143,6 +150,8 @@ def _log_of(name: str, beside: Any, source: str | None, output: Path, options: d
     if _architecture(model) != _architecture(beside):
         _LOG.warning("no forget quality: the retain model %s is of another architecture; give --retain-log", name)
         return None
+    from efface.evaluate import tofu  # noqa: PLC0415 - needs the extra "evaluate"
+
     return tofu(model, tokenizer, source, output=output, **options).log
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from efface.errors import reading
+from efface.extras import check_extras
 from efface.files import alone
 from efface.sweep.ranking import Floor, Trial, objective
 from efface.sweep.results import Place, Result
@@ -36,10 +37,9 @@ def optuna_module() -> Any:
     Raises:
         ImportError: it is not there.
     """
-    try:
-        import optuna  # noqa: PLC0415 - an optional package
-    except ImportError as error:
-        raise ImportError("sweeps need Optuna; pip install 'efface[sweep]'") from error
+    check_extras("a sweep", "sweep")
+    import optuna  # noqa: PLC0415 - an optional package
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

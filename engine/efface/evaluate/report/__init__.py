@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from efface.extras import check_extras
+
 __all__ = ["report"]
 
 
@@ -40,6 +42,7 @@ def report(
         ValueError: folders without anything to report, a full or retain log that cannot be read, settings out of range,
             an output that is one of the logs, or a folder.
     """
+    check_extras("efface.evaluate.report", "report")
     # matplotlib takes a moment to load, and whoever evaluates during a run has no use for it
     from efface.evaluate.report.write import write_report  # noqa: PLC0415
 

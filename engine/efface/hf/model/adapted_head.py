@@ -1,7 +1,6 @@
 """What stands where the ``lm_head`` was once peft has been there, as the linear layer that it amounts to."""
 
 import importlib
-import importlib.util
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -9,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from efface.extras import check_extras
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ def import_peft() -> Any:
     Raises:
         ImportError: it is not installed; says how.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ImportError("LoRA needs the package peft, which is not installed; pip install 'efface[lora]'")
+    check_extras("LoRA", "lora")
     return importlib.import_module("peft")
 
 

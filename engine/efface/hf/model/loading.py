@@ -3,7 +3,6 @@
 An adapter is read back onto its base model exactly as it was trained, or not at all.
 """
 
-import importlib.util
 import json
 import pickle
 import re
@@ -24,6 +23,7 @@ from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from efface.errors import one_line, reading
+from efface.extras import check_extras
 from efface.hf.model.adapted_head import base_of, import_peft
 
 MAIN = "main"
@@ -226,10 +226,7 @@ _OTHER_SENSES = re.compile(r"(^|\.)(vision|visual|audio|image|multi_modal)")
 
 
 def _in_8bit() -> BitsAndBytesConfig:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(
-            "8-bit models need the package bitsandbytes, which is not installed; pip install 'efface[bitsandbytes]'"
-        )
+    check_extras("an 8-bit model", "bitsandbytes")
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", "embed_out"])
 
 

@@ -1,6 +1,5 @@
 """What is found out before a run costs time: a missing package, nothing to train, gradients that do not arrive."""
 
-import importlib.util
 import json
 import math
 import re
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from efface.errors import reading
+from efface.extras import check_extras
 
 _BITSANDBYTES = ("bnb", "8bit", "paged", "ademamix", "lion")
 """Parts of the names of the optimizers that transformers takes from bitsandbytes; those of "torch" it does not."""
@@ -58,11 +58,8 @@ def check_ranges(args: Any) -> None:
 def check_optimizer(name: str) -> None:
     """Raise ImportError for an optimizer of bitsandbytes where that is not installed."""
     wanted = any(part in name for part in _BITSANDBYTES) and "torch" not in name
-    if wanted and importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(
-            f"--optim {name} needs the package bitsandbytes, which is not installed; pip install "
-            "'efface[bitsandbytes]', or use adamw_torch_fused"
-        )
+    if wanted:
+        check_extras(f"--optim {name}", "bitsandbytes", remedy="use adamw_torch_fused")
 
 
 def check_reporters(names: Sequence[str]) -> None:
