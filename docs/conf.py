@@ -1,4 +1,4 @@
-"""Sphinx: MyST pages, furo, the API from docstrings; pictures and the commands' help are made when it starts."""
+"""Sphinx configuration: MyST pages, the furo theme, the API from docstrings. It also makes what the pages include."""
 
 import sys
 from pathlib import Path
@@ -29,11 +29,13 @@ html_title = f"efface {release}"
 html_show_sourcelink = False
 html_static_path = ["_static"]
 html_css_files = ["code.css"]
-nitpicky = False
+nitpicky = True  # a role that names nothing is an error; types of other packages are not looked up
+nitpick_ignore_regex = [("py:class", r"(collections|numpy|pathlib|torch|transformers)\..*")]
+nitpick_ignore = [("py:exc", "NotFiniteError")]  # of autograd's checks, in a docstring that Sphinx includes
 
 
 def setup(_app: object) -> None:
-    """Make what pages include."""
+    """Make the pictures, the commands' help and the table of arguments before Sphinx reads the pages."""
     made.pictures(HERE / "_made")
     made.command_help(HERE / "_made")
     made.argument_tables(HERE / "_made")

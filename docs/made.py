@@ -224,20 +224,21 @@ def _columns(count: int) -> Iterator[None]:
 
 
 def argument_tables(folder: Path) -> None:
-    """Write what becomes of transformers' arguments."""
+    """Write the table of transformers' arguments and their treatment."""
     (folder / "arguments.md").write_text(as_markdown(), encoding="utf-8")
 
 
-_COMMAND_LINE = """Results go to standard output, progress and errors to standard error. On a terminal a command
-shows one bar; in a pipe or a file it writes a line every few seconds. Where it prints a table, `--json` prints one JSON
-document in its place. Other libraries' progress bars and remarks are off; `--debug` shows them, and so do their own
-variables: `HF_HUB_DISABLE_PROGRESS_BARS=0`, `HF_DATASETS_DISABLE_PROGRESS_BARS=0`, `TRANSFORMERS_VERBOSITY=warning`.
+_COMMAND_LINE = """Results go to standard output; progress and errors go to standard error. On a terminal a command
+shows one progress bar; in a pipe or a file it writes a line every few seconds. A command that prints a table prints one
+JSON document instead with `--json`. Progress bars and messages of other libraries are off. `--debug` shows them, and so
+do the libraries' own variables: `HF_HUB_DISABLE_PROGRESS_BARS=0`, `HF_DATASETS_DISABLE_PROGRESS_BARS=0`,
+`TRANSFORMERS_VERBOSITY=warning`.
 
-Hyphens and underscores in the names of flags mean the same; `--output-dir` and `--out` are read as `--output`."""
+Hyphens and underscores in the names of flags are equivalent. `--output-dir` and `--out` are read as `--output`."""
 
 
 def _rows(heading: str, lines: Mapping[Any, str]) -> list[str]:
-    """Return a table of names and what they mean."""
+    """Return a Markdown table of names and their meanings."""
     return [f"| {heading} | |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in lines.items())]
 
 
