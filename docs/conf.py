@@ -11,7 +11,7 @@ import made  # noqa: E402 - beside this file
 import efface  # noqa: E402 - installed
 
 project = "efface"
-author = "the efface authors"
+author = copyright = "the efface authors"
 version = release = efface.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
