@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -17,6 +18,7 @@ version = release = efface.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+smartquotes = False  # or --flag in a docstring would be –flag
 exclude_patterns = ["_made/*"]
 
 autodoc_member_order = "bysource"
@@ -34,8 +36,14 @@ nitpick_ignore_regex = [("py:class", r"(collections|numpy|pathlib|torch|transfor
 nitpick_ignore = [("py:exc", "NotFiniteError")]  # of autograd's checks, in a docstring that Sphinx includes
 
 
-def setup(_app: object) -> None:
-    """Make the pictures, the commands' help and the table of arguments before Sphinx reads the pages."""
+def _is_noise(_app: object, _what: str, _name: str, member: object, _skip: bool, _options: object) -> bool | None:
+    """Leave out the fields of named tuples that only say their number; the signature has their names."""
+    return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
+def setup(app: Any) -> None:
+    """Make the pictures, the commands' help and the tables of arguments before Sphinx reads the pages."""
+    app.connect("autodoc-skip-member", _is_noise)
     made.pictures(HERE / "_made")
     made.command_help(HERE / "_made")
     made.argument_tables(HERE / "_made")

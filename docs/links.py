@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("benchmarks", "bindings", "csrc", "docs", "engine", "kernels", "tests")
@@ -71,12 +71,8 @@ def links(page: Path) -> Iterator[Link]:
 def dead_links(root: Path = ROOT) -> list[str]:
     """Return a message for each link that leads nowhere, in the order of pages and lines."""
     labels = {label for page in (root / "docs").rglob("*.md") for label in _labels(page)}
-    messages = []
-    for page in pages(root):
-        for link in links(page):
-            if (fault := _fault(link, root, labels)) is not None:
-                messages.append(f"{page.relative_to(root)}:{link.line}: {link.target!r}: {fault}")
-    return messages
+    found = ((link, _fault(link, root, labels)) for page in pages(root) for link in links(page))
+    return [f"{link.page.relative_to(root)}:{link.line}: {link.target!r}: {fault}" for link, fault in found if fault]
 
 
 def _fault(link: Link, root: Path, labels: set[str]) -> str | None:
@@ -87,19 +83,20 @@ def _fault(link: Link, root: Path, labels: set[str]) -> str | None:
         base = root / "docs" if link.target.startswith("/") else link.page.parent
         target = (base / f"{link.target.lstrip('/')}.md").resolve()
         return None if _exists(target, root) else f"expected a page, got no file {_shown(target, root)}"
-    parts = urlsplit(link.target)
-    if parts.scheme in ("http", "https"):
-        return None if _EXTERNAL.fullmatch(link.target) else "expected https://host/path"
-    if parts.scheme:
-        return f"expected a relative path or https, got the scheme {parts.scheme!r}"
-    if not parts.path and not parts.fragment:
+    if ":" in link.target.partition("/")[0]:
+        return None if _EXTERNAL.fullmatch(link.target) else "expected https://host/path, or a relative path"
+    return _local_fault(link, root)
+
+
+def _local_fault(link: Link, root: Path) -> str | None:
+    path, _, anchor = map(unquote, link.target.partition("#"))
+    if not path and not anchor:
         return "expected a target, got none"
-    target = (link.page.parent / unquote(parts.path)).resolve() if parts.path else link.page
+    target = (link.page.parent / path).resolve() if path else link.page
     if not target.is_relative_to(root):
         return "expected a path inside the checkout"
     if not _exists(target, root):
         return f"expected a file or folder, got nothing at {_shown(target, root)}"
-    anchor = unquote(parts.fragment)
     if anchor and target.suffix == ".md" and target.is_file() and anchor not in _anchors(target):
         return f"expected a heading or label in {_shown(target, root)}, got none with this anchor"
     return None

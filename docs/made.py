@@ -3,7 +3,10 @@
 import contextlib
 import io
 import os
+import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from transformers import TrainingArguments
 
 from efface.cli.main import COMMANDS, COMMON, EXIT_CODES, main
+from efface.hf.train.arguments import UnlearnArguments
 from efface.hf.train.options import as_markdown
 
 INK, FORGET, RETAIN, QUIET, LOUD = "#24292f", "#c83e4d", "#2f6690", "#dfe4ea", "#f2b134"
@@ -142,9 +147,17 @@ def packed_batch(axes: Axes) -> None:
 def _tokens(axes: Axes, x: float, y: float, cell: float, colours: Sequence[str], height: float = 5.0) -> None:
     """Draw a row of tokens; one without a colour is padding."""
     for i, colour in enumerate(colours):
-        face = {"facecolor": colour, "edgecolor": "white"} if colour else {"facecolor": "white", "edgecolor": PALE}
-        hatch = None if colour else "////"
-        axes.add_patch(Rectangle((x + i * cell, y), cell, height, linewidth=0.6, hatch=hatch, **face))
+        axes.add_patch(
+            Rectangle(
+                (x + i * cell, y),
+                cell,
+                height,
+                linewidth=0.6,
+                facecolor=colour or "white",
+                edgecolor="white" if colour else PALE,
+                hatch=None if colour else "////",
+            )
+        )
 
 
 def loss_loop(axes: Axes) -> None:
@@ -224,8 +237,13 @@ def _columns(count: int) -> Iterator[None]:
 
 
 def argument_tables(folder: Path) -> None:
-    """Write the table of transformers' arguments and their treatment."""
+    """Write the table of transformers' arguments and their treatment, and that of efface's own arguments."""
     (folder / "arguments.md").write_text(as_markdown(), encoding="utf-8")
+    theirs = {one.name for one in fields(TrainingArguments)}
+    own = [one for one in fields(UnlearnArguments) if one.name not in theirs and one.init]
+    rows = [f"| `{one.name}` | `{one.default!r}` | {_escaped(one.metadata['help'])} |" for one in own]
+    table = ["| Field | Default | Meaning |", "|---|---|---|", *rows, ""]
+    (folder / "own_arguments.md").write_text("\n".join(table), encoding="utf-8")
 
 
 _COMMAND_LINE = """Results go to standard output; progress and errors go to standard error. On a terminal a command
@@ -243,17 +261,64 @@ def _rows(heading: str, lines: Mapping[Any, str]) -> list[str]:
 
 
 def command_help(folder: Path) -> None:
-    """Write ``efface <command> --help-all`` of every command, and the page that shows them."""
+    """Write the page of all commands, from ``efface <command> --help-all`` of each."""
     page = ["# Command line", "", _COMMAND_LINE, "", *_rows("flag of every command", COMMON), ""]
     page += ["## Exit codes", "", *_rows("code", EXIT_CODES), ""]
     for name, (_, summary) in COMMANDS.items():
         said = io.StringIO()
         with _columns(88), contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
             main([name, "--help-all"])
-        (folder / f"{name}.txt").write_text(_without_defaults_of_the_machine(said.getvalue()), encoding="utf-8")
-        page += [f"## efface {name}", "", f"{summary[0].upper()}{summary[1:]}.", ""]
-        page += [f"```{{literalinclude}} ../_made/{name}.txt", ":language: text", "```", ""]
+        page += [f"## efface {name}", "", f"{_escaped(summary[0].upper() + summary[1:])}.", ""]
+        page += _as_page(_without_defaults_of_the_machine(said.getvalue()))
     (folder.parent / "reference" / "commands.md").write_text("\n".join(page), encoding="utf-8")
+
+
+def _as_page(text: str) -> Iterator[str]:
+    """Yield a help text as Markdown: the usage as code, flags as definitions, what follows them as it is.
+
+    argparse indents a flag by two spaces, and parts it from its help, which is indented further where it goes on, by
+    two spaces or a line break.
+    """
+    usage, *parts = re.split(r"\n\s*\n", text.strip("\n"))
+    yield from ("```text", textwrap.dedent(usage), "```", "")
+    groups = 0
+    while parts:
+        title, *lines = parts[0].split("\n")
+        flags = [line for line in lines if line.startswith("  -") or re.match(r"  [\w{]", line)]
+        if not title.endswith(":") or title.startswith(("examples", " ")) or not flags:
+            if groups:
+                break
+            yield from (_escaped(" ".join(parts.pop(0).split())), "")  # the description
+            continue
+        yield from (f"**{title.removesuffix(':').capitalize()}**", "")
+        for flag, meaning in _flags(lines):
+            yield from (f"`{flag}`", f": {_escaped(meaning)}", "")
+        groups += 1
+        parts.pop(0)
+    if parts:
+        yield from ("```text", "\n\n".join(parts), "```", "")
+
+
+def _flags(lines: Sequence[str]) -> list[tuple[str, str]]:
+    """Return flags, or positional arguments, and their help."""
+    found: list[list[str]] = []
+    for line in lines:
+        if not line.startswith("   "):
+            flag, _, meaning = line.strip().partition("  ")
+            found.append([flag, meaning.strip()])
+        else:
+            found[-1].append(line.strip())
+    return [(flag, " ".join(filter(None, meaning)) or "one of these") for flag, *meaning in found]
+
+
+def _escaped(text: str) -> str:
+    """Return plain text as Markdown; code between backticks stays code."""
+    pieces = text.split("`")
+    if len(pieces) % 2 == 0:  # a backtick without its second
+        return re.sub(r"([\\`*_{}\[\]<>$|#~])", r"\\\1", text)
+    for i in range(0, len(pieces), 2):
+        pieces[i] = re.sub(r"([\\*_{}\[\]<>$|#~])", r"\\\1", pieces[i])
+    return "`".join(pieces)
 
 
 def _without_defaults_of_the_machine(text: str) -> str:

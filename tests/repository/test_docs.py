@@ -124,7 +124,7 @@ def test_pages_with_links_are_found(links: ModuleType) -> None:
         ("[a](../../elsewhere.md)", "expected a path inside the checkout"),
         ("[a](http:/example.org)", "expected https://host/path"),
         ("[a](https://localhost)", "expected https://host/path"),
-        ("[a](ftp://example.org)", "got the scheme 'ftp'"),
+        ("[a](ftp://example.org)", "expected https://host/path"),
         ("[a]()", "expected a target, got none"),
         ("{doc}`gone`", "got no file docs/gone.md"),
         ("{doc}`text <../gone>`", "got no file gone.md"),
