@@ -288,7 +288,7 @@ def _as_page(text: str) -> Iterator[str]:
         if not title.endswith(":") or title.startswith(("examples", " ")) or not flags:
             if groups:
                 break
-            yield from (_escaped(" ".join(parts.pop(0).split())), "")  # the description
+            yield from (_escaped(_joined(parts.pop(0).split("\n"))), "")  # the description
             continue
         yield from (f"**{title.removesuffix(':').capitalize()}**", "")
         for flag, meaning in _flags(lines):
@@ -308,7 +308,12 @@ def _flags(lines: Sequence[str]) -> list[tuple[str, str]]:
             found.append([flag, meaning.strip()])
         else:
             found[-1].append(line.strip())
-    return [(flag, " ".join(filter(None, meaning)) or "one of these") for flag, *meaning in found]
+    return [(flag, _joined(meaning) or "one of these") for flag, *meaning in found]
+
+
+def _joined(lines: Sequence[str]) -> str:
+    """Return lines as one; those that were broken behind a hyphen get no space."""
+    return re.sub(r"(?<=\w)- (?=\w)", "-", " ".join(filter(None, map(str.strip, lines))))
 
 
 def _escaped(text: str) -> str:
