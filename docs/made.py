@@ -31,7 +31,7 @@ SMALL, TEXT, TITLE = 9.0, 9.5, 10.5
 def pictures(folder: Path) -> None:
     """Draw every picture as SVG; the same bytes each time."""
     folder.mkdir(exist_ok=True)
-    style = {"svg.hashsalt": "efface", "font.size": TEXT, "text.color": INK, "font.family": "DejaVu Sans"}
+    style: Any = {"svg.hashsalt": "efface", "font.size": TEXT, "text.color": INK, "font.family": "DejaVu Sans"}
     with mpl.rc_context(style):
         for draw, height in ((memory, 3.4), (packed_batch, 4.3), (loss_loop, 4.7), (cache_entries, 5.6)):
             # One unit of the axes is a hundredth of the width, in both directions.
