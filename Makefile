@@ -1,10 +1,12 @@
-# make demo   teach a small model, make it forget, measure it         (the main job)
-# make test   all tests
-# make docs   the pages of docs/, into build/docs
-# make lint   formatting, lints, types
-# make sanitize   the native tests under AddressSanitizer and UndefinedBehaviorSanitizer, and `make fuzz`
+# make demo       fine-tune small models, unlearn part of the data and evaluate the result
+# make test       run all tests
+# make docs       build the pages of docs/ into build/docs
+# make lint       check formatting, lints and types
+# make format     fix formatting and lints
+# make sanitize   run the native tests under AddressSanitizer and UndefinedBehaviorSanitizer, then `make fuzz`
+# make fuzz       run the differential fuzzers of csrc/fuzz
 #
-# Needs git, Python >= 3.10, make and a C++20 compiler. Everything else goes into .venv.
+# Requires git, Python >= 3.10, make and a C++20 compiler. Everything else is installed into .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +21,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inl bindings/*.cpp csrc/fuzz/*
 demo: $(READY)
 	$(BIN)/efface demo --output $(OUT) --overwrite
 
-# One process a core, one thread each: half the time of one process with all threads.
+# One process per core with one thread each takes half the time of one process with all threads.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
@@ -28,7 +30,8 @@ docs: $(READY)
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo build/docs/index.html
 
-# stubtest has settings of its own: in one cache with mypy's, each would check everything anew.
+# stubtest has a separate cache, because its settings differ from mypy's: in a shared cache, each run of one would
+# invalidate the results of the other.
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,10 +44,10 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
-# The sanitizer's run-time library must be the first to be loaded, so it is preloaded into Python. Leaks are not looked
-# for: the interpreter keeps memory until it exits.
+# The sanitizer's run-time library must be loaded first, so it is preloaded into Python. Leak detection is off, because
+# the interpreter keeps memory until it exits.
 SANITIZED := build/sanitize
-# pytest is called by its script: `python -m` would find the ordinary build in the current folder first.
+# pytest is started by its script: `python -m pytest` would import the ordinary build in the current folder.
 sanitize: $(READY)
 	EFFACE_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --force --build-lib $(SANITIZED) --build-temp build/sanitize-objects
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
@@ -53,8 +56,8 @@ sanitize: $(READY)
 	$(BIN)/pytest tests/native
 	$(MAKE) fuzz
 
-# Differential fuzzing by the programs of csrc/fuzz: under the address and undefined-behaviour sanitizers, and what has
-# threads of its own under the thread sanitizer too.
+# Differential fuzzing with the programs of csrc/fuzz, under the address and undefined-behaviour sanitizers. The row
+# pass, which is multithreaded, also runs under the thread sanitizer.
 FUZZ_SECONDS ?= 10
 PACKING_FUZZ_SECONDS ?= 60
 FUZZ := -std=c++20 -O1 -g -Wall -Wextra -Wconversion -Werror -DEFFACE_REPLAY -Icsrc $(wildcard csrc/*.cpp) -pthread -ldl

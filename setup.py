@@ -1,4 +1,4 @@
-"""Build of the one extension module, ``efface_native``; everything else is in pyproject.toml."""
+"""Build of the extension module ``efface_native``. All other build settings are in pyproject.toml."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
 
 # `make sanitize` builds the same sources under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize = SANITIZERS if os.environ.get("EFFACE_SANITIZE") == "1" else []
-# -Wconversion is for our sources; pybind11's headers are included as system headers.
+# -Wconversion applies to our sources only: pybind11's headers are included as system headers (below).
 flags = [] if os.name == "nt" else [*WARNINGS, *(sanitize or ["-O3"])]
 
 extension = Pybind11Extension(
@@ -25,7 +25,7 @@ extension = Pybind11Extension(
     extra_compile_args=flags,
     extra_link_args=[*sanitize, *(["-ldl"] if sys.platform == "linux" else [])],
 )
-# Moved from -I to -isystem, so that -Werror judges our code and not a library's.
+# Move pybind11's headers from -I to -isystem, so that -Werror applies to our code and not to the library's.
 if os.name != "nt":
     import pybind11
 
@@ -34,7 +34,7 @@ if os.name != "nt":
 
 
 class BuildPy(build_py):
-    """Adds the extension's types as a stub-only package: where PEP 561 has type checkers look for those of a module."""
+    """Build step that adds the extension's type stubs as the stub-only package ``efface_native-stubs`` (PEP 561)."""
 
     def run(self) -> None:
         """Copy the Python files, then the stub."""

@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m benchmarks SUITE``. Suites stand on ``harness``; see README.md."""
+"""The benchmarks of efface, run by ``python -m benchmarks SUITE``. The suites use ``harness``; see README.md."""

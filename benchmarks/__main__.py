@@ -1,7 +1,7 @@
-"""``python -m benchmarks SUITE``: a suite's tables, and its figures as JSON. ``cpu``: every suite, a file each.
+"""The command line of the benchmarks: ``python -m benchmarks SUITE`` prints a suite's tables and saves its results.
 
-``report``: pages and plots of all results. ``expected``: what a GPU is expected to show, computed. On a borrowed GPU,
-``python -m benchmarks.gpu``.
+``cpu`` runs every suite, with a JSON file for each. ``report`` generates the pages and plots of all results.
+``expected`` prints the computed times of a GPU. ``python -m benchmarks.gpu`` is the command for a borrowed GPU.
 """
 
 import argparse
@@ -19,8 +19,8 @@ import torch
 from benchmarks.harness.report import Report, processor
 from benchmarks.harness.shared import BadOption
 
-# What a suite has is said in ``harness.shared``. Only the one that is asked for is imported: a borrowed machine may
-# lack what others need.
+# ``harness.shared`` describes the module of a suite. Only the requested suite is imported: a borrowed machine may lack
+# the packages of the others.
 SUITES = {
     "evaluate": "benchmarks.evaluate.suite",
     "loss": "benchmarks.loss.suite",
@@ -29,7 +29,8 @@ SUITES = {
     "step": "benchmarks.step.suite",
 }
 RESULTS = Path(__file__).parent / "results"
-# ``cpu``: what keeps a suite's part of the ten minutes; one that is not named here runs as it does by itself.
+# Options with which ``cpu`` keeps each suite short, so that all take under ten minutes. A suite without an entry runs
+# with its defaults.
 CUT_SHORT: dict[str, list[str]] = {
     "evaluate": ["--quick", "--shape", "Llama 4 layers, d 128, V 8192, fp32"],
     "loss": ["--shape", "Llama-2 head, D 1024, bf16", "--rounds", "3"],
@@ -39,28 +40,29 @@ CUT_SHORT: dict[str, list[str]] = {
 
 
 def parsed(arguments: Sequence[str]) -> tuple[argparse.Namespace, ModuleType | None]:
-    """Return the options, and the suite's module where it is a suite that is asked for."""
+    """Return the options, and the suite's module if the command is a suite."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(dest="suite", required=True)
-    commands.add_parser("report", description="Pages and plots of all results.")
-    commands.add_parser("expected", description="What a GPU is expected to show, computed and not measured.")
+    commands.add_parser("report", description="Generate the pages and plots of all results.")
+    commands.add_parser("expected", description="Print the times expected on a GPU. They are computed, not measured.")
     cpu = commands.add_parser(
         "cpu",
-        description="``python -m benchmarks cpu``: every suite on the CPU, cut short, a JSON file each; under ten "
-        "minutes on two cores.",
+        description="Run every suite on the CPU, shortened, with a JSON file for each; under ten minutes on two cores.",
     )
-    cpu.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
-    cpu.add_argument("--name", help="their first part; default: cpu-<processor>-<date>")
-    cpu.add_argument("--smoke", action="store_true", help="tiny shapes and two rounds, to see that all runs")
+    cpu.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON files")
+    cpu.add_argument("--name", help="start of the file names; default: cpu-<processor>-<date>")
+    cpu.add_argument("--smoke", action="store_true", help="run tiny shapes for two rounds, as a test")
     suite = None
     for name, module in SUITES.items():
         command = commands.add_parser(name)
         if name in arguments[:1]:
             suite = importlib.import_module(module)
             command.description = suite.__doc__
-            command.add_argument("--shape", action="append", choices=list(suite.SHAPES), help="default: all but smoke")
+            command.add_argument(
+                "--shape", action="append", choices=list(suite.SHAPES), help="default: all for the device"
+            )
             command.add_argument("--rounds", type=int, default=suite.ROUNDS)
-            command.add_argument("--json", type=Path, help="write the figures here")
+            command.add_argument("--json", type=Path, help="write the results to this file")
             getattr(suite, "add_arguments", lambda _: None)(command)
     options = parser.parse_args(arguments)
     if suite is not None and not options.shape:
@@ -71,15 +73,14 @@ def parsed(arguments: Sequence[str]) -> tuple[argparse.Namespace, ModuleType | N
 
 
 def run_suite(suite: ModuleType, options: argparse.Namespace, report: Report) -> None:
-    """Run a suite with its options."""
-    torch.set_num_threads(1 if options.shape == ["smoke"] else 2)  # smoke: quick on a busy machine too
+    torch.set_num_threads(1 if options.shape == ["smoke"] else 2)  # the smoke shape runs in tests, on busy machines
     suite.run(options, report)
 
 
 def run_all(options: argparse.Namespace) -> int:
-    """Run every suite on the CPU, each in a process of its own; return the worst of their exit codes.
+    """Run every suite on the CPU, each in a subprocess; return the largest exit code.
 
-    A suite that fails leaves the others their turn.
+    A suite that fails does not stop the others.
     """
     name = options.name or f"cpu-{processor_name()}-{time.strftime('%Y-%m-%d')}"
     options.out.mkdir(parents=True, exist_ok=True)
@@ -95,13 +96,12 @@ def run_all(options: argparse.Namespace) -> int:
 
 
 def processor_name() -> str:
-    """Return the processor's maker and family as part of a file name, "amd-epyc" for example."""
+    """Return the processor's model name in lower case and with hyphens, for file names."""
     model = processor().get("model name", "unknown").lower()
     return re.sub(r"[^a-z0-9]+", "-", model.replace("(r)", "").replace("(tm)", "")).strip("-")[:40]
 
 
 def main() -> int:
-    """Run what is asked for."""
     options, suite = parsed(sys.argv[1:])
     if suite is not None:
         try:

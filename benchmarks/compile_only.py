@@ -1,11 +1,13 @@
-"""Compile the Triton kernels for absent GPUs and print what they take: ``python -m benchmarks.compile_only``.
+"""Compile the Triton kernels for absent GPUs and print their resources: ``python -m benchmarks.compile_only``.
 
-Of NVIDIA's, by the instructions that will run there (SASS), as ``cuobjdump`` prints them, which comes with Triton.
-Not under TRITON_INTERPRET, which replaces the compiler. Exits with 1 where an NVIDIA kernel spills registers, or has
-more instructions an element than its budget.
+For NVIDIA targets, the machine code (SASS) is read with ``cuobjdump``, which Triton ships. The command does not work
+under TRITON_INTERPRET, which replaces the compiler. The exit code is 1 if an NVIDIA kernel spills registers or needs
+more instructions per element than its budget.
 """
 
+import itertools
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -37,36 +39,36 @@ TARGETS = {
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);\s")
 _BRANCH = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
 _LOAD = re.compile(r"\bLDG\.\S+")
-_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}  # bytes of a load; else 4
+_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}  # bytes of a load; 4 without a suffix
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The innermost loop of a pass over rows: what it costs to read an element of them."""
+    """The cost of one innermost loop that sweeps over the elements of a row."""
 
-    instructions: float  # an element
-    load: int  # bytes of its narrowest load
+    instructions: float  # per element
+    load: int  # bytes of the narrowest load
 
 
 @dataclass(frozen=True)
 class Binary:
-    """A kernel as the GPU will run it."""
+    """A compiled kernel as machine code for the GPU."""
 
     registers: int
-    spills: int  # bytes of stack and local memory, which a kernel without arrays of its own has for spills only
-    loops: tuple[tuple[str, ...], ...]  # instructions of the innermost loops that load, in order
+    spills: int  # bytes of stack and local memory; a kernel without local arrays uses them only for spills
+    loops: tuple[tuple[str, ...], ...]  # instructions of each innermost loop with loads, in program order
 
     def sweeps(self, element_bytes: Sequence[int]) -> tuple[Sweep, ...]:
-        """Return the cost of each loop, given the bytes that each reads for an element.
+        """Return the cost of each loop, given the bytes that each loop reads per element.
 
-        The compiler unrolls as it likes: a loop's elements are counted by the bytes that it loads.
+        The compiler can unroll a loop, so the elements per iteration are computed from the bytes that it loads.
 
         Raises:
-            ValueError: other loops than that.
+            ValueError: the kernel has another number of loops with loads.
         """
         if len(self.loops) != len(element_bytes):
-            raise ValueError(f"expected {len(element_bytes)} loops that load, got {len(self.loops)}")
+            raise ValueError(f"expected {len(element_bytes)} loops with loads, got {len(self.loops)}")
         sweeps = []
         for loop, size in zip(self.loops, element_bytes, strict=True):
             loads = [_width(load) for each in loop for load in _LOAD.findall(each)]
@@ -74,23 +76,49 @@ class Binary:
         return tuple(sweeps)
 
 
-def read_binary(cubin: bytes) -> Binary:
-    """Return what ``cuobjdump`` says of a binary."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
+def read_binary(cubin: bytes, code: str) -> Binary:
+    """Return the registers, spills and loops of a binary, given its disassembled code."""
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(cubin)
-        usage, code = (
-            subprocess.run([tool, option, binary], check=True, capture_output=True, text=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
+        usage = _tool("cuobjdump", "-res-usage", binary)
     registers, stack, local = (int(re.findall(rf"\b{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK", "LOCAL"))
     return Binary(registers, stack + local, _loops(code))
 
 
+def disassemble(cubins: Sequence[bytes], target: GPUTarget) -> list[str]:
+    """Return the instructions of each binary, a line each.
+
+    ``nvdisasm`` takes 0.6 s to start, so one call gets the code of all binaries in one file, one after the other.
+    """
+    codes = [_code(cubin) for cubin in cubins]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "code.bin"
+        file.write_bytes(b"".join(codes))
+        # from 9.0 on, Triton compiles for the variant of the architecture that has all features of the one GPU
+        text = _tool("nvdisasm", "--binary", f"SM{target.arch}{'a' if target.arch >= 90 else ''}", file)
+    lines = iter([line for line in text.splitlines(keepends=True) if _INSTRUCTION.search(line)])
+    return ["".join(itertools.islice(lines, len(code) // 16)) for code in codes]  # an instruction has 16 bytes
+
+
+def _tool(name: str, *words: str | Path) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, *words], check=True, capture_output=True, text=True).stdout
+
+
+def _code(cubin: bytes) -> bytes:
+    """Return the ``.text`` section of a kernel's binary, a 64-bit ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    count, names = struct.unpack_from("<2H", cubin, 0x3C)
+    # name, type, flags, address, offset, size
+    sections = [struct.unpack_from("<2I4Q", cubin, table + 64 * place) for place in range(count)]
+    start = sections[names][4]
+    (code,) = [each for each in sections if cubin.startswith(b".text.", start + each[0])]
+    return cubin[code[4] : code[4] + code[5]]
+
+
 def _loops(code: str) -> tuple[tuple[str, ...], ...]:
-    """Return the bodies of the loops that load and hold no other loop: from a branch backwards to where it leads."""
+    """Return the bodies of the innermost loops with loads; a body spans a backward branch and its target."""
     places = [(int(at, 16), text) for at, text in _INSTRUCTION.findall(code)]
     spans = [
         (int(branch[1], 16), at)
@@ -112,7 +140,7 @@ def _width(load: str) -> int:
 
 @dataclass(frozen=True)
 class Variant:
-    """A named variant of a kernel: the figures that change its code."""
+    """A named variant of a kernel: the parameters that change its machine code."""
 
     kernel: str
     name: str
@@ -124,18 +152,18 @@ class Variant:
     out: torch.dtype | None = None  # None: in place
     persistent: bool = False
     vocabulary: int = 128256
-    budget: float | None = None  # instructions an element, all sweeps together
+    budget: float | None = None  # instructions per element, summed over all sweeps
 
     @property
     def stride(self) -> int:
-        """From row to row, as the loop's workspaces have them (``memory.aligned``)."""
+        """Elements from row to row, as in the workspaces of the loss (``memory.aligned``)."""
         return -(-self.vocabulary // 16) * 16
 
     @property
     def sweeps(self) -> tuple[int, ...]:
-        """The bytes of an element that each sweep over whole blocks reads."""
+        """For each sweep over whole blocks, the bytes that it reads per element."""
         own, other = self.dtype.itemsize, 0 if self.reference is None else self.reference.itemsize
-        if self.kernel == "sequence_loss" or self.vocabulary < 64:  # a few numbers; no whole block
+        if self.kernel == "sequence_loss" or self.vocabulary < 64:  # tiny inputs, no whole block
             return ()
         if self.kernel == "distribution_pass":
             return (own + other,) * 2
@@ -144,28 +172,28 @@ class Variant:
         return (*[other] * (other > 0), *[own] * (2 if self.gradient else 1))
 
     def source(self, warp_size: int) -> tuple[ASTSource, int]:
-        """Return what Triton compiles, and the number of warps."""
+        """Return the source for Triton to compile, and the number of warps."""
         return BUILDS[self.kernel](self, warp_size)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a compiled kernel takes of a GPU, as its own tools say."""
+    """The resources of a compiled kernel, as reported by the vendor's tools."""
 
     registers: int
-    spills: int  # registers or bytes kept in memory; 0 or not
+    spills: int  # spills to memory, in registers or bytes depending on the tool; 0: none
     shared: int
     binary: int
-    wide_loads: bool  # 16 bytes at once
-    sweeps: tuple[Sweep, ...] = ()  # of NVIDIA's
+    wide_loads: bool  # every load is 16 bytes wide
+    sweeps: tuple[Sweep, ...] = ()  # only for NVIDIA targets
 
     @property
     def instructions(self) -> float:
-        """An element, all sweeps together."""
+        """Instructions per element, summed over all sweeps."""
         return sum(sweep.instructions for sweep in self.sweeps)
 
 
-# Budgets are a little above what triton 3.7.1 makes of the kernels, the worst of the three NVIDIA targets.
+# Each budget is slightly above the instruction count with triton 3.7.1 on the worst of the three NVIDIA targets.
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 ROWS = (
     Variant("row_pass", "bf16", _BF16, budget=16),
@@ -199,7 +227,7 @@ ROWS = (
 
 
 def _source(kernel: Any, signature: dict[str, str], values: dict[str, Any], integers: dict[str, int]) -> ASTSource:
-    # As the launcher specialises: 1 is a constant, multiples of 16 are known to be.
+    # Specialise like the launcher: an integer 1 is a constant, and multiples of 16 are marked as divisible.
     names = list(signature) + list(values)
     names = sorted(names, key=kernel.arg_names.index)
     constants = {**values, **{name: 1 for name, value in integers.items() if value == 1}}
@@ -218,7 +246,7 @@ def _source(kernel: Any, signature: dict[str, str], values: dict[str, Any], inte
 
 
 def _is_plain(parameter: Any) -> bool:
-    """Whether the launcher never looks at the argument's alignment."""
+    """Return whether the launcher never specialises on the argument's alignment."""
     return bool(parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
 
 
@@ -242,7 +270,7 @@ def _distribution_pass(row: Variant, warp_size: int) -> tuple[ASTSource, int]:
     reference = row.reference or row.dtype
     config = distribution_config(row.vocabulary, row.dtype, reference, warp_size)
     integers = {"stride": row.stride, "reference_stride": row.stride, "v": row.vocabulary}
-    # P in half precision lies over the reference's rows
+    # with a half-precision output, P overwrites the reference's rows
     integers["out_stride"] = row.stride * (1 if row.out is None else reference.itemsize // row.out.itemsize)
     signature = {"Logits": POINTERS[row.dtype], "Reference": POINTERS[reference], "Targets": "*i64"}
     signature |= {"Divergence": "*fp32", "Entropy": "*fp32"} | dict.fromkeys(integers, "i32")
@@ -255,12 +283,12 @@ def _distribution_pass(row: Variant, warp_size: int) -> tuple[ASTSource, int]:
     return _source(distribution_pass_kernel, signature, values, integers), config.num_warps
 
 
-def _sequence_loss(row: Variant, warp_size: int) -> tuple[ASTSource, int]:  # noqa: ARG001 - one warp of any size
+def _sequence_loss(row: Variant, warp_size: int) -> tuple[ASTSource, int]:  # noqa: ARG001 - one warp on every target
     integers = {"reference_rows": 4095}
     signature = {"Offsets": "*i64", "Roles": "*i8", "Table": "*fp64", "reference_rows": "i32"}
     signature |= dict.fromkeys(("Logprobs", "Terms", "Sums", "Coefficients"), "*fp32")
     given: dict[str, Any] = {"ReferenceLogprobs": None, "ReferenceSums": None}
-    if row.reference is not None:  # fp64 stands for the sums of a cache
+    if row.reference is not None:  # the cached reference sums are fp64
         signature["ReferenceSums"] = "*fp32"
         del given["ReferenceSums"]
     if row.reference == torch.float32:
@@ -290,21 +318,32 @@ BUILDS = {
 }
 
 
-def measure(row: Variant, target: GPUTarget) -> Measured:
-    """Compile one kernel for one GPU."""
-    source, warps = row.source(target.warp_size)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+def measure(rows: Sequence[Variant], target: GPUTarget) -> list[Measured]:
+    """Compile kernels for one GPU."""
+    made = []
+    for row in rows:
+        source, warps = row.source(target.warp_size)
+        made.append(triton.compile(source, target=target, options={"num_warps": warps}))
     if target.backend == "hip":
-        text = compiled.asm["amdgcn"]
-        number = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", text)}
-        return Measured(
-            number["vgpr_count"],
-            number["vgpr_spill_count"],
-            compiled.metadata.shared,
-            len(compiled.asm["hsaco"]),
-            "global_load_dwordx4" in text or "buffer_load_dwordx4" in text,
-        )
-    binary = read_binary(compiled.asm["cubin"])
+        return [_measured_of_amd(each) for each in made]
+    codes = disassemble([each.asm["cubin"] for each in made], target)
+    return [_measured(*each) for each in zip(rows, made, codes, strict=True)]
+
+
+def _measured_of_amd(compiled: Any) -> Measured:
+    text = compiled.asm["amdgcn"]
+    number = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", text)}
+    return Measured(
+        number["vgpr_count"],
+        number["vgpr_spill_count"],
+        compiled.metadata.shared,
+        len(compiled.asm["hsaco"]),
+        "global_load_dwordx4" in text or "buffer_load_dwordx4" in text,
+    )
+
+
+def _measured(row: Variant, compiled: Any, code: str) -> Measured:
+    binary = read_binary(compiled.asm["cubin"], code)
     sweeps = binary.sweeps(row.sweeps) if row.sweeps else ()
     return Measured(
         binary.registers,
@@ -318,17 +357,18 @@ def measure(row: Variant, target: GPUTarget) -> Measured:
 
 def table() -> Iterator[tuple[Variant, str, Measured]]:
     """Compile every named row for every target."""
-    for row in ROWS:
-        for name, target in TARGETS.items():
-            yield row, name, measure(row, target)
+    columns = [measure(ROWS, target) for target in TARGETS.values()]
+    for row, *measured in zip(ROWS, *columns, strict=True):
+        for name, each in zip(TARGETS, measured, strict=True):
+            yield row, name, each
 
 
 def main() -> int:
-    """Print the table; 1 where an NVIDIA kernel spills or is over its budget."""
+    """Print the table; return 1 if an NVIDIA kernel spills or exceeds its budget."""
     print(
         f"triton {triton.__version__}\n"
-        "| kernel | variant | target | registers | spills | shared, B | binary, B | bytes a load "
-        "| instructions an element | budget |"
+        "| kernel | variant | target | registers | spills | shared, B | binary, B | bytes per load "
+        "| instructions per element | budget |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     faults = []
@@ -336,7 +376,7 @@ def main() -> int:
         if target != "gfx942" and got.spills:
             faults.append(f"{row.kernel}, {row.name}, {target}: spills registers")
         if row.budget is not None and got.instructions > row.budget:
-            faults.append(f"{row.kernel}, {row.name}, {target}: {got.instructions:.1f} instructions an element")
+            faults.append(f"{row.kernel}, {row.name}, {target}: {got.instructions:.1f} instructions per element")
         loads = "/".join(str(sweep.load) for sweep in got.sweeps) or ("16" if got.wide_loads else "-")
         each = " + ".join(f"{sweep.instructions:.1f}" for sweep in got.sweeps) or "-"
         print(
@@ -344,7 +384,7 @@ def main() -> int:
             f"| {loads} | {each} | {row.budget or '-'} |",
             flush=True,
         )
-    print("\n".join(faults) or "no spills; every budget is kept")
+    print("\n".join(faults) or "no kernel spills or exceeds its budget")
     return int(bool(faults))
 
 

@@ -1,11 +1,10 @@
-"""What a GPU is expected to show, computed from shapes: ``python -m benchmarks expected``. Nothing here was measured.
+"""The time expected on a GPU, computed from shapes: ``python -m benchmarks expected``. Nothing here is measured.
 
-One forward and backward call of ``linear_sequence_loss`` with NPO, or of ``linear_distribution_loss``, the KL retain
-term, to a live reference, in bf16, on the Triton backend, with the chunks that
-the card's memory gives it. The GEMMs run at an assumed rate. All other work moves bytes at an assumed rate, and nothing
-overlaps: what a cache keeps between two reads is not taken off. Left out are what instructions take beyond the bytes,
-and what a GEMM loses where its tiles do not fill the last wave. Launches cost no time here: small batches wait
-for them.
+The model covers one forward and backward call in bf16 on the Triton backend, with the chunks that the loss chooses for
+the card's memory: ``linear_sequence_loss`` with NPO, or ``linear_distribution_loss`` (the KL retain term) with a live
+reference. GEMMs run at an assumed rate, and all other work moves bytes at an assumed rate. Nothing overlaps, and hits
+in a cache between two reads are not subtracted. The model leaves out instruction time beyond the bytes, and GEMM tiles
+that do not fill the last wave. Launches take no time here, but small batches wait for them in practice.
 """
 
 from collections.abc import Sequence
@@ -21,15 +20,15 @@ HALF, SINGLE = 2, 4  # bytes of a bf16 and of an fp32 number
 
 @dataclass(frozen=True)
 class Card:
-    """What is assumed of a GPU."""
+    """The assumed properties of a GPU."""
 
     name: str
-    tflops: float  # of a large bf16 GEMM, as cuBLAS reaches it
-    terabytes: float  # a second
+    tflops: float  # of a large bf16 GEMM with cuBLAS
+    terabytes: float  # memory bandwidth, per second
     memory: int
 
     def milliseconds(self, flop: float = 0.0, moved: float = 0.0) -> float:
-        """Return the time of so many operations and so many bytes, one after the other."""
+        """Return the time of ``flop`` operations followed by a transfer of ``moved`` bytes."""
         return 1e3 * (flop / (1e12 * self.tflops) + moved / (1e12 * self.terabytes))
 
 
@@ -57,14 +56,14 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Expected:
-    """What one call does.
+    """The work of one call.
 
     Attributes:
-        chunks: (n,) the rows of each piece of logits.
-        gemms: their number.
-        flop: theirs.
-        moved: bytes of what is not a GEMM's operand or result, by what moves them.
-        launches: kernels of the forward and the backward call, by what launches them.
+        chunks: (n,) rows of each piece of logits.
+        gemms: number of GEMMs.
+        flop: floating-point operations of the GEMMs.
+        moved: bytes moved other than operands and results of GEMMs, by the operation that moves them.
+        launches: kernels of the forward and backward call, by the operation that launches them.
     """
 
     chunks: tuple[int, ...]
@@ -77,10 +76,10 @@ class Expected:
 def plan(
     shape: HeadShape, mode: str, card_memory: int | None, chunk_rows: int | None = None
 ) -> tuple[list[Chunk], bool]:
-    """Return the chunks that the call makes, and whether both models' logits share a workspace in turn."""
+    """Return the chunks of the call, and whether the logits of both models use the same workspace in turn."""
     n, d, v = shape.rows, shape.hidden_size, shape.vocabulary
     budget = logits_budget("cuda", card_memory)
-    if mode == KL:  # the logits of both models at a time, in fp32
+    if mode == KL:  # fp32 logits of both models at the same time
         rows = chunk_rows or default_chunk_rows("cuda", v, SINGLE, total_bytes=card_memory)
         if chunk_rows is None and n > rows and one_chunk_is_smaller(n, rows, (v, d), lambda r: 2 * r * v * SINGLE):
             rows = n
@@ -102,27 +101,27 @@ def plan(
 
 
 def expected(shape: HeadShape, mode: str, card_memory: int | None, chunk_rows: int | None = None) -> Expected:
-    """Return it for one of ``MODES``: a live reference, a cached one, a cached one and a frozen head; KL, live."""
+    """Return the work for one of ``MODES``: live reference, cached reference, cached with a frozen head, or KL."""
     chunks, in_turn = plan(shape, mode, card_memory, chunk_rows)
     n, d, v = shape.rows, shape.hidden_size, shape.vocabulary
     pieces = [stop - start for chunk in chunks for start, stop in chunk.pieces]
     kl, trained, count = mode == KL, mode != "frozen, cached", len(pieces)
     live = kl or mode == "live"
-    gemms = 2 + live + trained  # Z and P W; Z of the reference; dW
+    gemms = 2 + live + trained  # Z, P W; Z of the reference; dW
     logits = n * v * HALF
     moved = {
-        # Two sweeps, the second of which writes. A row of 128256 bf16 logits is 250 KiB, and about a thousand of them
-        # are in flight at a time: more than a cache holds, so both sweeps read memory.
+        # Two sweeps, and the second also writes. A row of 128256 bf16 logits is 250 KiB, and about a thousand rows are
+        # processed at a time. That exceeds the cache, so both sweeps read memory.
         "row pass": 0 if kl else 3 * logits,
         "reference row pass": logits if mode == "live" else 0,
-        # Both models' fp32 logits twice, and P in bf16; of the GEMMs' own operands and results, what fp32 logits have
-        # beyond bf16 ones.
+        # The fp32 logits of both models are read twice, and P is written in bf16. Of the operands and results of the
+        # GEMMs, only the extra bytes of fp32 logits over bf16 ones count.
         "distribution pass": n * v * (2 * 2 * SINGLE + HALF) if kl else 0,
         "fp32 logits": n * v * 2 * (SINGLE - HALF) if kl else 0,
-        # What the GEMM that adds to dW moves beyond a bf16 result: the fp32 sum, written by the first chunk, read and
-        # written by the others.
+        # Extra bytes of the GEMM that accumulates dW, compared with a bf16 result: the fp32 sum is written by the first
+        # chunk, and read and written by the others.
         "sum of dW": (2 * count - 1) * v * d * SINGLE - count * v * d * HALF if trained and count > 1 else 0,
-        # From the fp32 sum to bf16; the gradient of one chunk is not touched where the upstream scalar is 1.
+        # Conversion of the fp32 sum to bf16. With one chunk and an upstream scalar of 1, the gradient is left as it is.
         "finish of dW": v * d * (SINGLE + HALF) if trained and count > 1 else 0,
         "finish of dh": 2 * n * d * HALF,
         "f h": 2 * n * d * HALF if trained else 0,
@@ -131,14 +130,15 @@ def expected(shape: HeadShape, mode: str, card_memory: int | None, chunk_rows: i
         "GEMM": gemms * count,
         "row pass": 0 if kl else count * (2 if in_turn else 1),
         "distribution pass": count if kl else 0,
-        # of a piece, among those of the batch: log-probabilities of either model, or divergence and entropy
+        # copies of a piece's results into those of the batch: log-probabilities of each model, or divergence and
+        # entropy
         "keep": count * (2 if live else 1),
         "sequence loss": 0 if kl else len(chunks),
         "c = -w": len(chunks) if kl else 0,
         "f = -c": len(chunks),
         "f h": count if trained else 0,
-        "loss": 2 if kl else 1,  # the sum of the terms; KL's have weights
-        "finish of dh": 2,  # f times the upstream scalar, and P W times that
+        "loss": 2 if kl else 1,  # the sum of the terms; KL multiplies them by weights first
+        "finish of dh": 2,  # f times the upstream scalar, then P W times the result
         "finish of dW": 1 if trained else 0,
     }
     return Expected(tuple(pieces), gemms * count, gemms * 2.0 * n * d * v, moved, launches)
@@ -159,7 +159,7 @@ HEADINGS = (
 
 
 def table(cards: Sequence[Card] = CARDS, shapes: Sequence[HeadShape] = SHAPES) -> list[list[str]]:
-    """Return the rows of cells under ``HEADINGS``, in milliseconds."""
+    """Return the rows of the table with ``HEADINGS``, in milliseconds."""
     cells = []
     for card in cards:
         for shape in shapes:
@@ -181,7 +181,7 @@ MEMORY_HEADINGS = ("memory of the card, head", "chunks", "logits", "fp32 sum of 
 
 
 def memory_table(shapes: Sequence[HeadShape] = SHAPES) -> list[list[str]]:
-    """Return the rows of cells under ``MEMORY_HEADINGS``: MiB at the peak of a call with a live reference."""
+    """Return the rows of the table with ``MEMORY_HEADINGS``: peak MiB of a call with a live reference."""
     cells = []
     for memory in (24 << 30, *(card.memory for card in CARDS)):
         for shape in shapes:
@@ -189,7 +189,7 @@ def memory_table(shapes: Sequence[HeadShape] = SHAPES) -> list[list[str]]:
             v, d, rows = shape.vocabulary, shape.hidden_size, largest_piece(chunks)
             logits = rows * v * HALF * (1 if in_turn else 2)
             total = v * d * SINGLE if len(chunks) > 1 else 0
-            # Once all chunks are summed up the logits are free, and the bf16 gradient is made beside the sum.
+            # After the last chunk the logits are freed, and the bf16 gradient is allocated in addition to the sum.
             above = max(logits + total - v * d * HALF, total) if total else logits
             sizes = [str(round(size / (1 << 20))) for size in (logits, total, above)]
             name = f"{memory >> 30} GiB, {d} x {v}"
@@ -198,7 +198,7 @@ def memory_table(shapes: Sequence[HeadShape] = SHAPES) -> list[list[str]]:
 
 
 def assumptions() -> str:
-    """Return what the table stands on."""
+    """Return the assumptions of the table in a sentence."""
     cards = "; ".join(
         f"{card.name}: {card.tflops:.0f} TFLOP/s, {card.terabytes:g} TB/s, {card.memory >> 30} GiB" for card in CARDS
     )

@@ -1,6 +1,7 @@
-"""One chunk against several, where the loss chooses one: ``python -m benchmarks.one_chunk N D V [ROUNDS]``, on the CPU.
+"""One chunk against several, for shapes where the loss chooses one: ``python -m benchmarks.one_chunk N D V [ROUNDS]``.
 
-NPO in bf16 with a trained head, forward and backward, interleaved; the median over rounds of the ratio within a round.
+NPO in bf16 with a trained head on the CPU, forward and backward, interleaved. The result is the median over rounds of
+the ratio within a round.
 """
 
 import argparse
@@ -28,7 +29,6 @@ def _run(inputs: LossInputs, *, live: bool, chunk_rows: int | None) -> None:
 
 
 def main(n: int, d: int, v: int, rounds: int = 7) -> None:
-    """Print the ratios of a shape."""
     inputs = make_inputs(LossShape(n, d, v, torch.bfloat16))
     rows = default_chunk_rows("cpu", v, 2)
     print(f"N {n}, D {d}, V {v}; chunks of {rows} rows; torch {torch.__version__}")
@@ -39,7 +39,10 @@ def main(n: int, d: int, v: int, rounds: int = 7) -> None:
         }
         times = interleaved(calls, rounds, warm_up=1)
         ratio = median_ratio(times[None], times[rows])
-        print(f"{'live' if live else 'cached'}: the loss's choice takes {ratio:.2f} of the time of chunks", flush=True)
+        print(
+            f"{'live' if live else 'cached'}: the loss's choice takes {ratio:.2f} x the time of several chunks",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``pytest benchmarks --benchmark-only``: what each suite times of its smallest shapes, a table a group."""
+"""``pytest benchmarks --benchmark-only``: times the smallest shapes of each suite, with a table per group."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,14 +27,14 @@ _LLAMA = SHAPES["smoke"]
 
 
 def timed(benchmark: Any, group: str, call: Callable[..., object], *arguments: object, rounds: int = 5) -> None:
-    """Time a call, in a table with others of its group."""
+    """Time a call as part of a group's table."""
     benchmark.group = group
     benchmark.pedantic(call, arguments, rounds=rounds, warmup_rounds=1)
 
 
 @pytest.mark.parametrize(("objective", "provider"), _LOSSES)
 def test_loss(objective: str, provider: LossProvider, benchmark: Any) -> None:
-    """Forward and backward at the head: each objective, each mode."""
+    """Forward and backward at the head, for each objective and mode."""
     inputs = make_inputs(_HEADS[objective]).of(provider.mode)
     timed(benchmark, f"{objective}, {provider.mode}", provider.run, inputs)
 
@@ -47,7 +47,7 @@ def _step() -> Step:
 
 @pytest.mark.parametrize("kind", [Eager, EagerCached, EffaceLive, EffaceCached], ids=lambda kind: kind.name)
 def test_step(kind: type[StepProvider], benchmark: Any) -> None:
-    """A tiny Llama's NPO step, padded against packed."""
+    """A tiny Llama's NPO step, padded and packed."""
     provider = kind(*(make_model(_LLAMA, "cpu", seed) for seed in (0, 1)))
     timed(benchmark, "forward and backward of a step", provider.gradients, _step())
 
@@ -63,7 +63,7 @@ def test_likelihood(kind: type[Scorer], benchmark: Any) -> None:
 
 @pytest.mark.parametrize("provider", ["efface plan_epoch", "NumPy and Python"])
 def test_plan(provider: str, benchmark: Any) -> None:
-    """The smallest epoch."""
+    """Planning the smallest epoch."""
     forgotten, retained, pairs, budget = packing.SHAPES["smoke"]
     forget, retain = packing.lengths(forgotten, 1), packing.lengths(retained, 2)
     calls: dict[str, Callable[[], object]] = {
@@ -77,7 +77,7 @@ def test_plan(provider: str, benchmark: Any) -> None:
 
 @pytest.mark.parametrize("provider", ["efface pack_items", "NumPy and Python"])
 def test_assemble(provider: str, benchmark: Any) -> None:
-    """The first batch of a step of 400 pairs."""
+    """Assembling the first batch of a step of 400 pairs."""
     tokens = packing.BATCH_TOKENS
     stores = (packing.store(400, 1), packing.store(400, 2))
     plan = plan_epoch(*(s.lengths for s in stores), pairs_per_step=400, token_budget=tokens, seed=0, epoch=0)
@@ -91,5 +91,5 @@ def test_assemble(provider: str, benchmark: Any) -> None:
 
 @pytest.mark.parametrize("task", start.SHAPES["smoke"])
 def test_start(task: str, benchmark: Any) -> None:
-    """Imports and ``efface --help``, a fresh process each."""
+    """Imports and ``efface --help``, each in a new process."""
     timed(benchmark, "start-up", start.process(start.TASKS[task][0]), 0, rounds=3)

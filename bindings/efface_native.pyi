@@ -1,4 +1,5 @@
-# The types of module.cpp, whose docstrings say what everything is. Installed as the package efface_native-stubs.
+# Types of the extension module; its documentation is in the docstrings of module.cpp. Installed as the package
+# efface_native-stubs.
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 

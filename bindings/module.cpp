@@ -1,5 +1,5 @@
-// efface_native: the border between Python and csrc. Checks dtype, dimension and contiguity, lends
-// NumPy buffers as spans, releases the GIL; no logic of its own.
+// Python bindings of csrc, the extension module efface_native. The bindings check dtype, dimension and contiguity, pass
+// NumPy buffers as spans without copying them, and release the GIL. They contain no other logic.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -25,7 +25,8 @@ namespace {
 
 using efface::quoted;
 
-// A 1-D C-contiguous array of exactly dtype T; nothing is converted, so no hidden copy is made or written to.
+// Throws unless the array is 1-D, contiguous and of exactly this dtype. Nothing is converted, so that results are never
+// written to a hidden copy.
 void check_vector(const py::array& array, const py::dtype& dtype, const char* name) {
     if (!array.dtype().equal(dtype)) {
         throw py::type_error(quoted(name) + ": expected dtype " + std::string(py::str(dtype)) + ", got " +
@@ -52,7 +53,8 @@ std::span<T> buffer(py::array& array, const char* name) {
     return {static_cast<T*>(array.mutable_data()), static_cast<std::size_t>(array.size())};
 }
 
-// Anything but an array is refused: a conversion would make a temporary, and a span of it would outlive it.
+// Refuses everything that is not an array: a conversion would create a temporary, which the returned span would
+// outlive.
 template <typename T>
 std::span<const T> entry(const py::tuple& arrays, std::size_t i, const char* name) {
     const py::object item = arrays[i];
@@ -63,7 +65,7 @@ std::span<const T> entry(const py::tuple& arrays, std::size_t i, const char* nam
     return view<T>(py::reinterpret_borrow<py::array>(item), name);
 }
 
-// What Python calls the values of an enum, in the order in which an error lists them.
+// Python names of the values of an enum, in the order in which error messages list them.
 template <typename Value>
 using Name = std::pair<std::string_view, Value>;
 
@@ -74,14 +76,14 @@ constexpr Name<efface::Element> elements[] = {{"bfloat16", efface::Element::bf16
                                               {"float16", efface::Element::fp16},
                                               {"float32", efface::Element::fp32},
                                               {"float64", efface::Element::fp64}};
-// `best` first, then from the slowest to the fastest
+// `best` first, then from slowest to fastest
 constexpr Name<efface::Backend> backends[] = {{"best", efface::Backend::best},
                                               {"portable", efface::Backend::portable},
                                               {"avx2", efface::Backend::avx2},
                                               {"avx512", efface::Backend::avx512},
                                               {"neon", efface::Backend::neon}};
 
-// The value of a name in a table, for an argument; an error puts `quote` around each name.
+// Returns the value that `name` has in the table. The error for an unknown name puts `quote` around each name.
 template <typename Value, std::size_t N>
 Value named(const Name<Value> (&names)[N], std::string_view name, const char* argument, const char* quote = "") {
     for (const auto& [known, value] : names) {
@@ -96,11 +98,11 @@ Value named(const Name<Value> (&names)[N], std::string_view name, const char* ar
     throw py::value_error(message.append(", got ").append(quote).append(name).append(quote));
 }
 
-// A token store, and the arrays that its spans look at.
+// A token store together with the arrays that its spans refer to.
 struct LentStore {
     LentStore(std::string name, const py::iterable& chunks) : store(std::move(name), spans(chunks)) {}
 
-    std::vector<py::tuple> arrays;  // before `store`, which is made from them
+    std::vector<py::tuple> arrays;  // declared before `store`, whose construction fills it
     efface::TokenStore store;
 
   private:
@@ -144,7 +146,8 @@ py::tuple measure(const std::vector<const LentStore*>& lent, const py::array& ro
 py::tuple tuple_of(const std::vector<std::int64_t>& values) {
     py::tuple out(values.size());
     for (std::size_t i = 0; i < values.size(); ++i) {
-        // without py::tuple's accessor, which is slow where a batch has hundreds of sequences; takes the reference
+        // py::tuple's accessor would be slow for batches of hundreds of sequences. PyTuple_SET_ITEM steals the
+        // reference.
         PyTuple_SET_ITEM(out.ptr(), static_cast<py::ssize_t>(i), PyLong_FromLongLong(values[i]));
     }
     return out;
@@ -163,7 +166,7 @@ py::tuple pack(const std::vector<const LentStore*>& lent, const py::array& roles
     return py::make_tuple(tuple_of(packed.lengths), tuple_of(packed.row_offsets), packed.forget_sequences);
 }
 
-// Hands a vector's memory to NumPy without a copy; it is freed with the array.
+// Moves a vector's memory into a NumPy array without a copy. The memory is freed with the array.
 template <typename T>
 py::array given_away(std::vector<T>&& values) {
     auto owned = std::make_unique<std::vector<T>>(std::move(values));
@@ -202,7 +205,7 @@ py::dict plan_epoch(const py::array& forget_lengths, const py::array& retain_len
     return out;
 }
 
-// The address of a tensor's elements, which the caller keeps alive; 0 is null.
+// Converts the address of a tensor's elements, which the caller keeps alive; 0 becomes null.
 void* address_of(std::uintptr_t address) { return reinterpret_cast<void*>(address); }  // NOLINT
 
 efface::Logits make_logits(std::uintptr_t address, const std::string& dtype, std::int64_t rows, std::int64_t vocabulary,
@@ -216,7 +219,7 @@ efface::Logits make_logits(std::uintptr_t address, const std::string& dtype, std
             .residual = address_of(residual)};
 }
 
-// The matrix that takes a derivative, or nothing.
+// Checks `into` and returns the matrix that receives the derivative; a null destination if `into` is None.
 efface::Destination destination_of(const std::optional<efface::Logits>& into, const efface::Logits& logits) {
     if (!into) {
         return {};
@@ -225,7 +228,7 @@ efface::Destination destination_of(const std::optional<efface::Logits>& into, co
         throw py::value_error("`into`: expected an address, or None for no derivative, got null");
     }
     if (into->softcap != 0 || into->residual != nullptr) {
-        throw py::value_error("`into`: expected neither softcap nor residual");
+        throw py::value_error("`into`: expected neither softcap nor residual, got at least one of them");
     }
     if (into->stride >= 0 && into->stride < into->vocabulary && into->rows > 1) {
         throw py::value_error("`into`: expected rows that do not overlap, stride >= " +
@@ -233,13 +236,13 @@ efface::Destination destination_of(const std::optional<efface::Logits>& into, co
     }
     if (into->rows != logits.rows || into->vocabulary != logits.vocabulary) {
         throw py::value_error("`into`: expected " + std::to_string(logits.rows) + " x " +
-                              std::to_string(logits.vocabulary) + ", as `logits`, got " + std::to_string(into->rows) +
-                              " x " + std::to_string(into->vocabulary));
+                              std::to_string(logits.vocabulary) + ", the shape of `logits`, got " +
+                              std::to_string(into->rows) + " x " + std::to_string(into->vocabulary));
     }
     return {.data = into->data, .element = into->element, .stride = into->stride};
 }
 
-// The pass's output vectors: of `rows` entries, float64 beside fp64 logits and float32 beside all others.
+// Checks an output vector of a pass: `rows` entries, float64 for fp64 logits and float32 for all others.
 void* output(py::array& array, const efface::Logits& logits, const char* name) {
     const bool wide = logits.element == efface::Element::fp64;
     void* data = wide ? static_cast<void*>(buffer<double>(array, name).data())
@@ -260,7 +263,7 @@ void row_pass(const efface::Logits& logits, const py::array& targets, bool gradi
     void* reference_out = nullptr;
     if (reference) {
         if (!reference_logprobs) {
-            throw py::type_error("`reference_logprobs`: expected an array beside `reference_logits`, got None");
+            throw py::type_error("`reference_logprobs`: expected an array with `reference_logits`, got None");
         }
         reference_out = output(*reference_logprobs, frozen, "reference_logprobs");
     }
@@ -283,70 +286,75 @@ void distribution_pass(const efface::Logits& logits, const efface::Logits& refer
 
 }  // namespace
 
-// std::invalid_argument becomes ValueError by pybind11's own translation.
+// pybind11 translates std::invalid_argument to ValueError.
 PYBIND11_MODULE(efface_native, m) {
-    m.doc() = "efface's C++ core: the plan of an epoch, packed batches, and the row passes of the loss on CPUs.";
+    m.doc() = "C++ core of efface: planning of epochs, packing of batches, and the passes of the losses on CPUs.";
     py::class_<LentStore>(m, "TokenStore",
-                          R"(Token sequences in chunks of NumPy arrays, which it keeps alive and never copies.
+                          R"(Token sequences in chunks of NumPy arrays, which are kept alive and never copied.
 
-name: for error messages. chunks: tuples (ids int32, offsets int64, label_starts int64); sequence i of a chunk is
-ids[offsets[i]:offsets[i + 1]], its tokens from label_starts[i] on are labels. Raises TypeError for another dtype or
-layout, ValueError for arrays that do not fit one another.)")
+name: name of the store in error messages.
+chunks: tuples (ids int32, offsets int64, label_starts int64). Sequence i of a chunk is ids[offsets[i]:offsets[i + 1]];
+its tokens from label_starts[i] on, counted within the sequence, are labels.
+Raises TypeError for another dtype, and ValueError for another layout or arrays whose lengths do not match.)")
         .def(py::init<std::string, const py::iterable&>(), py::arg("name"), py::arg("chunks"))
         .def("__len__", [](const LentStore& lent) { return lent.store.size(); });
-    py::class_<efface::Logits>(
-        m, "Logits",
-        R"(Rows of logits: the memory of a matrix that the caller keeps alive, and how to read it.
+    py::class_<efface::Logits>(m, "Logits",
+                               R"(Descriptor of a matrix of logits, whose memory the caller keeps alive.
 
-address: of the first element. dtype: bfloat16, float16, float32 or float64. stride: elements from a row to the next.
-softcap: z becomes cap * tanh(z / cap) before all else; 0 for none. residual: the address of what is added to the
-elements before the cap, of the same dtype, rows and stride; 0 for none.
-Raises ValueError for another dtype. All else is checked by the passes, which know what the matrix is for.)")
+address: address of the first element. dtype: bfloat16, float16, float32 or float64.
+stride: elements from one row to the next.
+softcap: z becomes cap * tanh(z / cap) before anything else; 0 for no cap.
+residual: address of a matrix of the same dtype, shape and stride that is added to the elements before the cap; 0 for
+none.
+Raises ValueError for another dtype. All other checks are made by the passes.)")
         .def(py::init(&make_logits), py::arg("address"), py::arg("dtype"), py::arg("rows"), py::arg("vocabulary"),
              py::arg("stride"), py::arg("softcap") = 0.0, py::arg("residual") = 0);
     m.def("measure", &measure, py::arg("stores"), py::arg("roles"), py::arg("sequences"),
           R"(Return (sequences, tokens, label rows, words of storage) of the packed batch of the chosen sequences.
 
-stores: TokenStores in the order of the roles: forget, retain and, where there are any, alternates.
+stores: TokenStores in the order of the roles: forget, retain and, optionally, alternate.
 roles: int8 (S), 0 forget, 1 retain, 2 alternate. sequences: int64 (S), indices into the store of the role.
-Raises ValueError for an inconsistent store, a role without a store, an index out of range, a sequence
-without labels, or 2^31 tokens and more; TypeError for another dtype.)");
+Raises ValueError for an inconsistent store, a role without a store, an index out of range, a sequence without labels,
+or 2^31 tokens or more; TypeError for another dtype.)");
     m.def("pack", &pack, py::arg("stores"), py::arg("roles"), py::arg("sequences"), py::arg("storage"),
-          R"(Fill the caller's storage with the packed batch, and return (lengths, row_offsets, forget_sequences).
+          R"(Write the packed batch into `storage`, and return (lengths, row_offsets, forget_sequences).
 
-lengths (S) and row_offsets (S + 1) are tuples; forget_sequences counts the sequences that are not retain ones.
+lengths (S) and row_offsets (S + 1) are tuples; forget_sequences is the number of forget and alternate sequences.
 
-storage: int64, as many words as `measure` says. It holds, each from a new word on: input_ids, position_ids int64 (T),
-label_rows, targets int64 (N), sequences int64 (S), cu_seqlens int32 (S + 1), roles int8 (S).
-Nothing is written if anything is refused. Raises as `measure` does.)");
+storage: int64, with the number of words that `measure` returns. Its parts, each starting at a new word, are input_ids,
+position_ids int64 (T), label_rows, targets int64 (N), sequences int64 (S), cu_seqlens int32 (S + 1), roles int8 (S).
+Raises the errors of `measure`, and ValueError for a storage of another size. After an error nothing was written.)");
     m.def("plan_epoch", &plan_epoch, py::arg("forget_lengths"), py::arg("retain_lengths"), py::arg("alternates"),
           py::kw_only(), py::arg("pairs_per_step"), py::arg("token_budget"), py::arg("world_size"), py::arg("seed"),
           py::arg("epoch"), py::arg("retain_sampling"), py::arg("drop_last"),
           R"(Return the plan of an epoch as a dict of int64 arrays (roles: int8) and the count `over_budget`.
 
-forget, retain: the pairs, in order. Micro-batch b owns roles and sequences batch_offsets[b]:batch_offsets[b + 1] and has
-batch_tokens[b] tokens; step k owns the micro-batches step_offsets[k]:step_offsets[k + 1], rank r every world_size-th
-from r on. Arguments are those of efface.batching.plan_epoch; all lengths int64, `alternates` empty for none.
-Raises ValueError for lengths, counts or sets that make no plan.)");
+forget, retain: the sequences of the pairs, in order. Micro-batch b consists of roles and sequences
+batch_offsets[b]:batch_offsets[b + 1] and has batch_tokens[b] tokens. Step k consists of the micro-batches
+step_offsets[k]:step_offsets[k + 1]; rank r processes every world_size-th of them, starting with r.
+Arguments are those of efface.batching.plan_epoch; all lengths are int64, and `alternates` is empty if there are none.
+Raises ValueError for lengths, counts or sets from which no plan can be made.)");
     m.def("row_pass", &row_pass, py::arg("logits"), py::arg("targets"), py::kw_only(), py::arg("gradient"),
           py::arg("logprobs"), py::arg("reference_logits") = py::none(), py::arg("reference_logprobs") = py::none(),
           py::arg("threads") = 1, py::arg("backend") = "best",
-          R"(Write the targets' log-probabilities; with `gradient`, logits become softmax - onehot in place.
+          R"(Write the log-probabilities of the targets; with `gradient`, overwrite the logits by softmax - onehot.
 
-reference_logits: None, or Logits of as many rows or fewer, in any dtype, of any vocabulary; they are only read. Neither
-may have a residual.
+reference_logits: None, or Logits with at most as many rows, of any dtype and vocabulary, which are only read.
+Residuals are not supported.
 targets: int64 (rows). logprobs: float32 (rows), float64 for float64 logits; reference_logprobs likewise.
 threads: upper bound; the result does not depend on it. backend: best, portable, avx2, avx512 or neon.
-Raises ValueError for shapes that do not fit, a target out of the vocabulary, a backend that this machine lacks.)");
+Raises ValueError for shapes that do not match, a target outside the vocabulary, or a backend that this machine does not
+support.)");
     m.def("distribution_pass", &distribution_pass, py::arg("logits"), py::arg("reference_logits"), py::arg("targets"),
           py::kw_only(), py::arg("shift"), py::arg("into"), py::arg("divergence"), py::arg("entropy"),
           py::arg("threads") = 1, py::arg("backend") = "best",
-          R"(Write KL(q || p) and the entropy of q, and p - q into a matrix.
+          R"(Write KL(q || p) and the entropy of q, and write p - q into a matrix.
 
-p is the softmax of `logits`, q that of `reference_logits` with the target's logit lowered by `shift`. Arguments are
-those of `row_pass`; both logits have the same rows and vocabulary.
-into: Logits without softcap and residual, for the same rows and vocabulary: the logits themselves, other memory, or
-that of the reference, row on row, in a dtype no wider; or None.)");
+p is the softmax of `logits`. q is the softmax of `reference_logits` with the target's logit lowered by `shift`.
+The other arguments are those of `row_pass`; both logits have the same rows and vocabulary.
+into: matrix for p - q, or None: Logits of the same rows and vocabulary without softcap and residual. It can be the
+logits themselves, separate memory, or the memory of the reference if each row begins where the reference's row begins
+and the dtype is not wider.)");
     m.def(
         "backends",
         [] {
@@ -358,17 +366,19 @@ that of the reference, row on row, in a dtype no wider; or None.)");
             }
             return names;
         },
-        "Return the vector backends that this machine runs; `best` is the last of them.");
+        "Return the vector backends that this machine supports; `best` selects the last of them.");
     m.def(
         "exp_in_place",
         [](py::array values, const std::string& backend) {
             efface::exp_in_place(buffer<float>(values, "values"), named(backends, backend, "backend"));
         },
-        py::arg("values"), py::arg("backend") = "best", "Replace float32 values by exp, as the passes compute it.");
+        py::arg("values"), py::arg("backend") = "best",
+        "Replace float32 values by their exp, as computed by the passes.");
     m.def(
         "tanh_in_place",
         [](py::array values, const std::string& backend) {
             efface::tanh_in_place(buffer<float>(values, "values"), named(backends, backend, "backend"));
         },
-        py::arg("values"), py::arg("backend") = "best", "Replace float32 values by tanh, as the passes compute it.");
+        py::arg("values"), py::arg("backend") = "best",
+        "Replace float32 values by their tanh, as computed by the passes.");
 }

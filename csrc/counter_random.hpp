@@ -1,7 +1,7 @@
 // Counter-based random numbers: Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 //
-// A draw is a pure function of (seed, stream, round, index): no state, no order, the same on every platform. NumPy's
-// Philox is the same function, which the tests use.
+// A draw is a pure function of (seed, stream, round, index). It does not depend on state or on the order of draws, and
+// is the same on every platform. NumPy's Philox is the same function; the tests compare with it.
 #pragma once
 
 #include <array>
@@ -16,7 +16,8 @@ class CounterRandom {
     CounterRandom(std::uint64_t seed, std::uint64_t stream, std::uint64_t round)
         : key_{seed, stream}, round_(round), block_(philox(0, 0)) {}
 
-    // A uniform draw from 0 .. bound - 1, without bias (Lemire, "Fast random integer generation in an interval", 2019).
+    // Returns a uniform draw from 0 .. bound - 1, without bias (Lemire, "Fast random integer generation in an
+    // interval", 2019).
     std::uint64_t below(std::uint64_t index, std::uint64_t bound) {
         if (index / 4 != at_) {
             at_ = index / 4;
@@ -25,7 +26,7 @@ class CounterRandom {
         Wide product = static_cast<Wide>(block_[index % 4]) * bound;
         if (static_cast<std::uint64_t>(product) < bound) {
             const std::uint64_t biased = (0 - bound) % bound;
-            // Rejected once in 2^64 / bound draws; a block of its own for each further try.
+            // On average one in 2^64 / bound draws is rejected. Each further attempt uses a block of its own.
             for (std::uint64_t attempt = 1; static_cast<std::uint64_t>(product) < biased; ++attempt) {
                 product = static_cast<Wide>(philox(index, attempt)[0]) * bound;
             }

@@ -1,4 +1,4 @@
-// Half-precision values as they lie in memory. half.inl converts them one at a time, the vector backends many.
+// Half-precision values as stored in memory. half.inl converts single values; the vector backends convert vectors.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Conversions of single half-precision values. In an unnamed namespace, for the reason given in row_kernels.inl.
+// Conversions of single half-precision values, in an unnamed namespace for the reason given in row_kernels.inl.
 namespace {
 
 using efface::Bf16;
@@ -16,7 +16,7 @@ inline float widen(Fp16 x) {
     if (magnitude >= 0x7c00U) {  // infinity and NaN
         return __builtin_bit_cast(float, sign | 0x7f800000U | (magnitude & 0x3ffU) << 13);
     }
-    // Multiplying by 2^112 moves the exponent's bias from 15 to 127 and makes subnormal numbers normal.
+    // Multiplying by 2^112 changes the exponent's bias from 15 to 127 and makes subnormal numbers normal.
     const float scaled = __builtin_bit_cast(float, magnitude << 13) * 0x1p112F;
     return __builtin_bit_cast(float, sign | __builtin_bit_cast(std::uint32_t, scaled));
 }
@@ -29,7 +29,7 @@ inline float narrow<float>(float x) {
     return x;
 }
 
-// Round to nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN.
 template <>
 inline Bf16 narrow<Bf16>(float x) {
     const auto bits = __builtin_bit_cast(std::uint32_t, x);
@@ -50,7 +50,7 @@ inline Fp16 narrow<Fp16>(float x) {
     } else if (magnitude >= 0x477ff000U) {
         half = 0x7c00U;  // rounds to infinity
     } else if (magnitude < 0x38800000U) {
-        // Subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the last bits of the sum.
+        // Subnormal result: after adding 0.5, the last bits of the sum are the rounded multiple of 2^-24.
         half = __builtin_bit_cast(std::uint32_t, __builtin_bit_cast(float, magnitude) + 0.5F) - 0x3f000000U;
     } else {
         half = (magnitude - 0x38000000U + 0xfffU + (magnitude >> 13 & 1U)) >> 13;

@@ -1,4 +1,4 @@
-// The units of a step, and their order for best-fit decreasing.
+// The units of a step, and their sorting for best-fit decreasing.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 
 namespace efface {
 
-// What travels together: a forget sequence with its alternate, or a retain sequence.
+// Sequences that are placed in the same micro-batch: a forget sequence with its alternate, or a retain sequence.
 struct Unit {
     Role role;
     std::int64_t sequence;
@@ -23,8 +23,8 @@ struct Unit {
 
 using UnitIndex = std::uint32_t;
 
-// Sorts indices by descending tokens, ties in their order: a radix sort, because comparing mispredicts half its
-// branches.
+// Sorts indices by descending number of tokens; the sort is stable. It is a radix sort, because half of the branches of
+// a comparison sort would be mispredicted.
 class LongestFirst {
   public:
     void operator()(std::vector<UnitIndex>& order, const std::vector<Unit>& units) {

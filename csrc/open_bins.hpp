@@ -1,4 +1,4 @@
-// Best-fit: the open bins of a packing, found by the room that they have left.
+// The open bins of a best-fit packing, indexed by their remaining room.
 #pragma once
 
 #include <algorithm>
@@ -13,17 +13,18 @@ namespace efface {
 
 using BinIndex = std::uint32_t;
 
-// The micro-batches that still have room, for best-fit: put and take cost a few instructions, however many there are.
+// Micro-batches that still have room, for best-fit. put and take cost a few instructions, independent of the number of
+// bins.
 //
-// Rooms fall into at most 2^16 classes, each a stack, and a bit set says which are not empty. A class is one room where
-// no sequence has more than 2^16 tokens; for longer ones it is a range of rooms, and best-fit is best to within that
-// range.
+// Room sizes are divided into at most 2^16 classes. Each class is a stack of bins, and a bit set marks the classes that
+// are not empty. If no sequence has more than 2^16 tokens, a class is a single room size. For longer sequences a class
+// is a range of sizes, and best-fit is exact up to this range.
 class OpenBins {
   public:
     OpenBins() : heads_(classes, nobody), words_(classes / 64), summary_(classes / 4096) {}
 
-    // For sequences of up to `longest_unit` tokens. A bin with more room than that is kept apart: there is one at most,
-    // the newest, because a new one is opened only where no other has room.
+    // Prepares for sequences of up to `longest_unit` tokens. A bin with more room than that is stored separately. At
+    // most one such bin exists, the newest, because a new bin is opened only if no other bin has enough room.
     void reset(std::int64_t longest_unit) {
         shift_ = std::max(0, static_cast<int>(std::bit_width(static_cast<std::uint64_t>(longest_unit))) - 16);
         limit_ = longest_unit;
@@ -48,14 +49,14 @@ class OpenBins {
         ++held_;
     }
 
-    // Takes out the fullest bin with room for `tokens` (and says how much room it has), or nobody.
+    // Removes and returns the fullest bin with room for `tokens`, and sets `room` to its room; or returns `nobody`.
     BinIndex take(std::int64_t tokens, std::int64_t& room) {
         auto c = static_cast<std::size_t>(tokens >> shift_);
-        // Where a class is a range, its first bin may have too little room; in all later classes every bin fits.
+        // If a class is a range, its top bin can have too little room. In all later classes every bin has enough.
         if (shift_ > 0 && heads_[c] != nobody && rooms_[heads_[c]] < tokens) {
             ++c;
         }
-        c = held_ == 0 ? classes : next(c);  // most steps need few micro-batches, and hold none in the classes
+        c = held_ == 0 ? classes : next(c);  // in most steps the classes are empty
         if (c == classes) {
             room = fresh_room_;
             return fresh_ != nobody && fresh_room_ >= tokens ? std::exchange(fresh_, nobody) : nobody;
@@ -66,7 +67,7 @@ class OpenBins {
         return bin;
     }
 
-    // Empties the classes again; costs what is in them.
+    // Empties the classes; the cost is proportional to the number of classes in use.
     void clear() {
         for (std::size_t c = held_ == 0 ? classes : next(0); c != classes; c = next(c)) {
             heads_[c] = nobody;
@@ -97,7 +98,7 @@ class OpenBins {
         }
     }
 
-    // The first class from c on that is not empty, or `classes`.
+    // Returns the first class from c on that is not empty, or `classes`.
     [[nodiscard]] std::size_t next(std::size_t c) const {
         if (c >= classes) {
             return classes;
@@ -121,11 +122,11 @@ class OpenBins {
     BinIndex fresh_ = nobody;
     std::int64_t fresh_room_ = 0;
     std::size_t held_ = 0;         // bins in the classes
-    std::vector<BinIndex> heads_;  // of each class
-    std::vector<BinIndex> below_;  // of each bin, in its class
+    std::vector<BinIndex> heads_;  // top bin of each class, or nobody
+    std::vector<BinIndex> below_;  // for each bin, the next bin of its class
     std::vector<std::int64_t> rooms_;
-    std::vector<std::uint64_t> words_;    // a bit for each class
-    std::vector<std::uint64_t> summary_;  // a bit for each word
+    std::vector<std::uint64_t> words_;    // one bit per class: not empty
+    std::vector<std::uint64_t> summary_;  // one bit per word: not zero
 };
 
 }  // namespace efface

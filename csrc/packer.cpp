@@ -15,7 +15,7 @@ struct Chosen {
     PackSize size;
 };
 
-// Finds and checks the chosen sequences, in order.
+// Looks up and checks the chosen sequences, in order.
 Chosen find(Stores stores, const Choice& choice) {
     if (choice.roles.size() != choice.sequences.size()) {
         refuse("`roles` and `sequences`: expected equal lengths, got " + std::to_string(choice.roles.size()) + " and " +
@@ -36,7 +36,7 @@ Chosen find(Stores stores, const Choice& choice) {
         chosen.sequences.push_back(sequence);
         tokens += sequence.ids.size();
         rows += sequence.ids.size() - sequence.first_label;
-        // cu_seqlens is int32, as attention kernels want it. Checked at each step, so the sum cannot wrap either.
+        // cu_seqlens is int32, as attention kernels require. The sum is checked at each step, so it cannot overflow.
         if (tokens > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max())) {
             refuse("batch: expected fewer than 2^31 tokens, got at least " + std::to_string(tokens));
         }
@@ -46,7 +46,7 @@ Chosen find(Stores stores, const Choice& choice) {
     return chosen;
 }
 
-// The 64-bit words that `count` entries of T fill.
+// Returns the number of 64-bit words that `count` entries of T need.
 template <typename T>
 std::size_t words(std::size_t count) {
     return (count * sizeof(T) + 7) / 8;
@@ -78,7 +78,7 @@ PackedParts parts_of(std::span<std::int64_t> storage, const PackSize& size) {
     const auto t = static_cast<std::size_t>(size.tokens);
     const auto n = static_cast<std::size_t>(size.rows);
     const auto s = static_cast<std::size_t>(size.sequences);
-    // braces: from left to right
+    // an initialiser list is evaluated from left to right
     return {take<std::int64_t>(storage, t), take<std::int64_t>(storage, t), take<std::int64_t>(storage, n),
             take<std::int64_t>(storage, n), take<std::int64_t>(storage, s), take<std::int32_t>(storage, s + 1),
             take<std::int8_t>(storage, s)};

@@ -1,9 +1,8 @@
 // The packer: copies chosen token sequences into one flat batch without padding.
 //
-// A batch is flat. S sequences stand one behind another in T tokens; sequence s owns the tokens
-// cu_seqlens[s] .. cu_seqlens[s + 1]. A *label row* is a position whose next token is a label: its
-// hidden state enters the head, its target is that next token. The label shift of causal language
-// models is done here and nowhere else for packed batches.
+// S sequences are concatenated to T tokens; sequence s has the tokens cu_seqlens[s] .. cu_seqlens[s + 1]. A *label row*
+// is a position whose next token is a label: the head is applied to its hidden state, and its target is that next
+// token. For packed batches, the label shift of causal language models is done here and nowhere else.
 #pragma once
 
 #include <cstdint>
@@ -14,10 +13,10 @@
 
 namespace efface {
 
-// What a sequence of a batch is there for, and which of the stores it comes from.
+// Role of a sequence in a batch, and index of the store it comes from.
 enum class Role : std::int8_t { forget = 0, retain = 1, alternate = 2 };
 
-// The sequences of a batch, in the order in which they are packed: sequences[s] is an index into the store roles[s].
+// The sequences of a batch, in the order of packing: sequences[s] is an index into the store roles[s].
 struct Choice {
     std::span<const std::int8_t> roles;
     std::span<const std::int64_t> sequences;
@@ -29,40 +28,41 @@ struct PackSize {
     std::int64_t rows;       // N, label rows
 };
 
-// The parts of a packed batch, in the order in which they lie in its storage: one piece of memory, so that one copy
-// brings a batch to a device. Each part begins at a multiple of eight bytes.
+// Parts of a packed batch, in the order of its storage. The storage is one block of memory, so that a single copy moves
+// a batch to a device. Each part begins at a multiple of eight bytes.
 struct PackedParts {
     std::span<std::int64_t> input_ids;     // (T)
     std::span<std::int64_t> position_ids;  // (T) from 0 in each sequence
     std::span<std::int64_t> label_rows;    // (N) positions in 0 .. T - 1
     std::span<std::int64_t> targets;       // (N)
-    std::span<std::int64_t> sequences;     // (S) as chosen
+    std::span<std::int64_t> sequences;     // (S) copied from the choice
     std::span<std::int32_t> cu_seqlens;    // (S + 1)
-    std::span<std::int8_t> roles;          // (S) as chosen
+    std::span<std::int8_t> roles;          // (S) copied from the choice
 };
 
-// Words of eight bytes that a batch's storage has.
+// Returns the number of 8-byte words of a batch's storage.
 std::int64_t storage_words(const PackSize& size);
 
-// Throws std::invalid_argument if `storage` has not exactly storage_words(size) words.
+// Divides `storage` into its parts. Throws std::invalid_argument unless it has exactly storage_words(size) words.
 PackedParts parts_of(std::span<std::int64_t> storage, const PackSize& size);
 
 // The stores of a run, in the order of the roles; a run without alternates has two.
 using Stores = std::span<const TokenStore* const>;
 
-// Checks the choice against the stores and returns the extents of the packed batch.
-// Throws std::invalid_argument, with the offending values, for an unknown role, a batch of 2^31 tokens or more, and
-// whatever TokenStore::find refuses.
+// Checks the choice against the stores and returns the size of the packed batch.
+// Throws std::invalid_argument, with the offending values, for an unknown role, a batch of 2^31 tokens or more, and in
+// all cases in which TokenStore::find does.
 PackSize measure(Stores stores, const Choice& choice);
 
-// What the host plans with.
+// Lengths that the host needs for planning.
 struct PackedLengths {
     std::vector<std::int64_t> lengths;      // (S) tokens of each sequence
-    std::vector<std::int64_t> row_offsets;  // (S + 1) label rows of each sequence
-    std::int64_t forget_sequences = 0;      // forget and alternate ones
+    std::vector<std::int64_t> row_offsets;  // (S + 1) first label row of each sequence; the last entry is N
+    std::int64_t forget_sequences = 0;      // number of forget and alternate sequences
 };
 
-// Fills the storage. Checks all that measure() checks, and the storage's extent, before the first write.
+// Writes the packed batch into the storage. All checks of measure(), and the check of the storage's size, are made
+// before the first write.
 PackedLengths pack(Stores stores, const Choice& choice, std::span<std::int64_t> storage);
 
 }  // namespace efface

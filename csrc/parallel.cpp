@@ -14,7 +14,7 @@
 namespace efface {
 namespace {
 
-// One call of run_in_parallel, as the OpenMP runtime hands it to its threads.
+// State of one call of run_in_parallel, shared by its threads.
 struct Team {
     const std::function<void(std::size_t)>& work;
     std::size_t size;
@@ -29,13 +29,14 @@ extern "C" void efface_team_member(void* data) {
     }
 }
 
-// What a compiler calls for `#pragma omp parallel`: part of libgomp's stable interface, and offered by LLVM's and
-// Intel's runtimes too. Looked up and not linked, because it must be the runtime that is there and not another one.
+// The function that a compiler calls for `#pragma omp parallel`. It is part of libgomp's stable interface, and the
+// runtimes of LLVM and Intel provide it too. It is looked up at run time instead of linked, because it must belong to
+// the runtime that the process has already loaded.
 using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 OpenMpParallel find_openmp() {
 #if (defined(__unix__) || defined(__APPLE__)) && !defined(__SANITIZE_THREAD__)
-    // Not remembered while it is missing: PyTorch may be imported later.
+    // A failed lookup is repeated at the next call, because PyTorch can be imported later.
     static std::atomic<void*> found{nullptr};
     static const pid_t origin = getpid();
     if (getpid() != origin) {
@@ -71,7 +72,7 @@ void run_in_parallel(int threads, const std::function<void(std::size_t)>& work) 
             others.emplace_back(efface_team_member, &team);
         }
     } catch (const std::system_error&) {
-        // no more threads to be had: those that started, and this one, do the work
+        // no more threads are available: those that were started and this one do the work
     }
     efface_team_member(&team);
     for (auto& thread : others) {

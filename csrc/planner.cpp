@@ -17,14 +17,14 @@ namespace {
 using Lengths = std::span<const std::int64_t>;
 using Indices = std::vector<std::int64_t>;
 
-constexpr std::int64_t longest = std::numeric_limits<std::int32_t>::max();  // tokens of a sequence
+constexpr std::int64_t longest = std::numeric_limits<std::int32_t>::max();  // maximum tokens of a sequence
 
 enum Stream : std::uint64_t { epoch_order = 1, random_retain = 2, retain_round = 3 };
 
 void check_lengths(Lengths lengths, std::string_view name) {
     const auto wrong = [](std::int64_t n) { return static_cast<std::uint64_t>(n) - 1 >= std::uint64_t{longest}; };
     bool any = false;
-    for (const std::int64_t n : lengths) {  // without a branch, so that compilers vectorise it
+    for (const std::int64_t n : lengths) {  // without a branch, so that compilers vectorise the loop
         any |= wrong(n);
     }
     if (any) {
@@ -48,7 +48,7 @@ void check(Lengths forget, Lengths retain, Lengths alternates, const EpochSettin
     check_lengths(retain, "retain_lengths");
     check_lengths(alternates, "alternates");
     if (forget.empty() && retain.empty()) {
-        refuse("`forget_lengths` and `retain_lengths`: both are empty; there is nothing to plan");
+        refuse("`forget_lengths`, `retain_lengths`: expected at least one sequence, got two empty sets");
     }
     if (!alternates.empty() && alternates.size() != forget.size()) {
         refuse("`alternates`: expected " + std::to_string(forget.size()) +
@@ -62,8 +62,8 @@ void check(Lengths forget, Lengths retain, Lengths alternates, const EpochSettin
     }
     const auto pairs = static_cast<std::int64_t>(forget.empty() ? retain.size() : forget.size());
     if (settings.drop_last && pairs < settings.pairs_per_step) {
-        refuse("`drop_last`: an epoch of " + std::to_string(pairs) + " pairs has no whole step of " +
-               std::to_string(settings.pairs_per_step) + "; lower pairs_per_step or keep the last step");
+        refuse("`drop_last`: expected at least one full step of " + std::to_string(settings.pairs_per_step) +
+               " pairs, got an epoch of " + std::to_string(pairs) + "; lower pairs_per_step or keep the last step");
     }
 }
 
@@ -73,7 +73,7 @@ void prefetch([[maybe_unused]] const void* address) {
 #endif
 }
 
-// A shuffled 0 .. count - 1 (Fisher and Yates), each draw a function of its position.
+// Returns 0 .. count - 1, shuffled (Fisher and Yates); each draw is a function of its position.
 Indices shuffled(std::size_t count, CounterRandom random) {
     Indices order(count);
     std::iota(order.begin(), order.end(), std::int64_t{0});
@@ -83,7 +83,7 @@ Indices shuffled(std::size_t count, CounterRandom random) {
     return order;
 }
 
-// The retain sequence of each of the epoch's pairs; forget[i] is the forget sequence of pair i.
+// Returns the retain sequence of each pair of the epoch; forget[i] is the forget sequence of pair i.
 Indices draw_retain(const Indices& forget, std::size_t count, const EpochSettings& settings) {
     Indices drawn(forget.size());
     switch (settings.retain_sampling) {
@@ -95,7 +95,7 @@ Indices draw_retain(const Indices& forget, std::size_t count, const EpochSetting
             break;
         }
         case RetainSampling::cycle: {
-            // Pair i of epoch e is draw number e * P + i of the run; modulo 2^64, where no run gets.
+            // Pair i of epoch e is draw number e * P + i of the run, modulo 2^64, which no run reaches.
             const std::uint64_t first = settings.epoch * forget.size();
             for (std::size_t i = 0; i < drawn.size();) {
                 const std::uint64_t round = (first + i) / count;
@@ -151,7 +151,7 @@ EpochPlan plan_epoch(Lengths forget_lengths, Lengths retain_lengths, Lengths alt
                 plan.over_budget += tokens > settings.token_budget ? 1 : 0;
                 packer.units.push_back({role, indices[i], tokens});
             }
-            // The next step's lengths lie all over memory: they arrive while this step is packed.
+            // Prefetch the lengths of the next step, which are scattered in memory, while this step is packed.
             for (std::size_t i = last; i < std::min(last + per_step, indices.size()); ++i) {
                 prefetch(&lengths[static_cast<std::size_t>(indices[i])]);
             }

@@ -1,4 +1,4 @@
-// Refusing bad input: one exception type, which the border translates to Python's ValueError.
+// Refusal of invalid input: std::invalid_argument, which the bindings translate to Python's ValueError.
 #pragma once
 
 #include <stdexcept>

@@ -1,4 +1,4 @@
-// What every vector backend provides, and the table in which the dispatcher finds it. Internal.
+// Internal interface between the dispatcher and the vector backends: the table of functions that each backend provides.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace efface::kernels {
 
-// One row of the row pass. `scratch` has room for `vocabulary` floats or more; fp64 rows do not use it.
+// One row of the row pass. `scratch` has room for at least `vocabulary` floats; fp64 rows do not use it.
 struct Row {
     void* logits;
     std::int64_t vocabulary;
@@ -15,10 +15,10 @@ struct Row {
     double softcap;
     bool gradient;
     float* scratch;
-    std::int64_t ahead;  // bytes from this row to the one that the thread likely reads next, or 0
+    std::int64_t ahead;  // bytes from this row to the row that the thread will probably process next, or 0
 };
 
-// One row of the distribution pass, with scratch as above for each model.
+// One row of the distribution pass, with scratch memory as above for each model.
 struct RowPair {
     const void* logits;
     const void* residual;  // or null
@@ -43,8 +43,8 @@ struct Table {
     void (*tanh)(float* values, std::int64_t count);
 };
 
-// nullptr where the backend was not compiled. Data, not functions: reading a pointer runs no instruction of the
-// backend.
+// nullptr if the backend was not compiled. These are data and not functions, so that reading them executes no
+// instruction of the backend.
 extern const Table* const portable_table;
 extern const Table* const avx2_table;
 extern const Table* const avx512_table;

@@ -1,11 +1,11 @@
-// The maths of the row passes, once, over a vector type `V` that the including file defines:
+// The arithmetic of the row passes, for a vector type `V` that the including file defines:
 //
 //   V::width, V::set(x), V::load(const T*), V::store(T*) for T in float, Bf16, Fp16;
-//   + - * /, fma(a, b, c) = a b + c, max(a, b), which is NaN where b is, abs, select(mask, a, b), a < b,
+//   + - * /, fma(a, b, c) = a b + c, max(a, b), which is NaN if b is NaN, abs, select(mask, a, b), a < b,
 //   times_power_of_two(x, n), sum(v), largest(v)
 //
-// Everything is in an unnamed namespace, so that each backend's translation unit keeps its own copy: a function that
-// the linker could share would let instructions of one machine run on another.
+// Everything is in an unnamed namespace, so that each backend's translation unit has its own copy. If the linker merged
+// copies, instructions of one backend could run on a machine that does not support them.
 namespace {
 
 using efface::Element;
@@ -14,8 +14,8 @@ using efface::kernels::RowPair;
 
 // e^x, ≤ 1 ulp in [-87, 88], gradual underflow down to -104 (the polynomial of Cephes' expf); NaN for NaN.
 inline V exp_in_range(V x) {
-    // x = n ln 2 + r, |r| ≤ ln 2 / 2; ln 2 in two parts, so that n ln 2 is exact to the last bit of r. Adding and
-    // taking away 1.5 · 2^23 leaves the nearest integer, ties to even.
+    // x = n ln 2 + r, |r| ≤ ln 2 / 2. ln 2 is split into two parts, so that n ln 2 is exact to the last bit of r.
+    // Adding and subtracting 1.5 · 2^23 rounds to the nearest integer, ties to even.
     const V n = fma(x, V::set(1.44269504088896341F), V::set(0x1.8p23F)) - V::set(0x1.8p23F);
     V r = fma(n, V::set(-0.693359375F), x);
     r = fma(n, V::set(2.12194440e-4F), r);
@@ -29,16 +29,16 @@ inline V exp_in_range(V x) {
     return times_power_of_two(p, n);
 }
 
-// e^x for x ≤ 0, as everything relative to a maximum is. e^−104 rounds to 0.
+// e^x for x ≤ 0, the case of all values relative to a maximum. e^−104 rounds to 0.
 inline V exp_below_one(V x) { return exp_in_range(max(V::set(-104.0F), x)); }
 
-// e^x for any x. The comparisons are false for NaN, which passes through.
+// e^x for any x. The comparisons are false for NaN, so NaN is returned for NaN.
 inline V exp(V x) {
     const V y = select(x < V::set(-104.0F), V::set(0.0F), exp_in_range(x));
     return select(V::set(88.7228394F) < x, V::set(__builtin_inff()), y);
 }
 
-// tanh x, ≤ 2 ulp (Cephes' tanhf: a polynomial near 0, where 1 − 2 / (e^2x + 1) would cancel).
+// tanh x, ≤ 2 ulp (Cephes' tanhf: a polynomial near 0, where 1 − 2 / (e^2x + 1) would lose digits to cancellation).
 inline V tanh(V x) {
     const V a = abs(x);
     const V z = x * x;
@@ -53,7 +53,7 @@ inline V tanh(V x) {
     return select(a < V::set(0.625F), near, select(x < V::set(0.0F), V::set(0.0F) - far, far));
 }
 
-// Calls body(i, n) for each vector of a row: n = V::width, and less for the last one.
+// Calls body(i, n) for each vector of a row, where n is V::width, or less for the last vector.
 template <typename Body>
 inline void for_each_vector(std::int64_t count, Body body) {
     std::int64_t i = 0;
@@ -65,8 +65,8 @@ inline void for_each_vector(std::int64_t count, Body body) {
     }
 }
 
-// Calls body(begin, end) for blocks of 64 vectors. Each block is added up in fp32 and the blocks in fp64: over 128256
-// terms the rounding of one running fp32 sum would exceed that of everything else.
+// Calls body(begin, end) for blocks of 64 vectors. Each block is summed in fp32, and the sums of the blocks in fp64:
+// with 128256 terms, the rounding error of one running fp32 sum would exceed all other errors.
 template <typename Body>
 inline void for_each_block(std::int64_t count, Body body) {
     constexpr std::int64_t block = 64 * V::width;
@@ -75,7 +75,7 @@ inline void for_each_block(std::int64_t count, Body body) {
     }
 }
 
-// The last vector of a row goes through a buffer; lanes beyond the row hold `fill`.
+// Loads n elements. The last vector of a row is loaded through a buffer, and lanes beyond the row are set to `fill`.
 template <typename T>
 inline V load(const T* from, int n, float fill) {
     if (n == V::width) {
@@ -103,7 +103,7 @@ inline void store(V v, T* to, int n) {
 
 constexpr float lowest = -__builtin_inff();
 
-// max() may drop a NaN; the sum of the exponentials does not, so it comes out of a row that holds one.
+// max() can drop a NaN. The sum of the exponentials does not, so a row that contains a NaN gives NaN.
 template <typename T>
 float row_maximum(const T* logits, std::int64_t vocabulary) {
     V top = V::set(lowest);
@@ -111,7 +111,7 @@ float row_maximum(const T* logits, std::int64_t vocabulary) {
     return largest(top);
 }
 
-// values ← logits, plus their residuals unless those are null, capped if there is a cap; returns the maximum.
+// values ← logits, plus `residuals` unless they are null, capped unless `softcap` is 0; returns the maximum.
 template <typename T>
 float row_values(const T* logits, const T* residuals, std::int64_t vocabulary, float softcap, float* values) {
     const auto sweep = [&](const auto& value) {
@@ -119,7 +119,7 @@ float row_values(const T* logits, const T* residuals, std::int64_t vocabulary, f
         for_each_vector(vocabulary, [&](std::int64_t i, int n) {
             const V z = value(i, n);
             store(z, values + i, n);
-            // a fill that went through tanh is −cap, which the row may not reach
+            // tanh turns the fill into −cap, so reload the last vector: only values of the row enter the maximum
             top = max(top, n == V::width ? z : load(values + i, n, lowest));
         });
         return largest(top);
@@ -137,15 +137,15 @@ float row_values(const T* logits, const T* residuals, std::int64_t vocabulary, f
     return residuals == nullptr ? sweep(capped(plain)) : sweep(capped(whole));
 }
 
-// Has the element `ahead` bytes away brought near, while the exponentials keep the processor busy: a GEMM's logits come
-// from beyond the second cache. 1.42 ms instead of 1.66 for the row pass on (256, 32000) bf16 after its GEMM (2 cores
-// of an Intel Xeon with AMX, 2026-11-27); the distribution pass, of four times the rows, gained nothing.
+// Prefetches the element `ahead` bytes away while the processor computes exponentials, because the logits of a GEMM are
+// not in the L2 cache. The row pass on (256, 32000) bf16 after its GEMM takes 1.42 ms instead of 1.66 ms (2 cores of an
+// Intel Xeon with AMX, 2026-11-27). The distribution pass, which reads four times as many rows, did not become faster.
 template <typename T>
 inline void prefetch(const T* element, std::int64_t ahead) {
     __builtin_prefetch(reinterpret_cast<const char*>(element) + ahead, 0, 2);
 }
 
-// Returns Σ e^(z − top), and keeps the terms in `keep` unless that is null (it may be `from` itself).
+// Returns Σ e^(z − top), and stores the terms in `keep` unless it is null (`keep` can be `from` itself).
 template <typename T>
 double row_exponentials(const T* from, std::int64_t vocabulary, float top, float* keep, std::int64_t ahead) {
     const V shift = V::set(top);
@@ -154,7 +154,7 @@ double row_exponentials(const T* from, std::int64_t vocabulary, float top, float
         V part = V::set(0.0F);
         for_each_vector(end - begin, [&](std::int64_t i, int n) {
             prefetch(from + begin + i, ahead);
-            // the fill of a last vector becomes e^(−∞) = 0, unless top is infinite and the row is NaN all the same
+            // the fill of the last vector becomes e^(−∞) = 0, unless top is infinite and the row is NaN anyway
             const V e = exp_below_one(load(from + begin + i, n, lowest) - shift);
             if (keep != nullptr) {
                 store(e, keep + begin + i, n);
@@ -166,7 +166,7 @@ double row_exponentials(const T* from, std::int64_t vocabulary, float top, float
     return total;
 }
 
-// (1 − (z / cap)²) from the uncapped z.
+// Derivative of the cap, 1 − tanh²(z / cap), from the uncapped z and inverse = 1 / cap.
 inline V cap_slope(V z, V inverse) {
     const V t = tanh(z * inverse);
     return (V::set(1.0F) - t) * (V::set(1.0F) + t);
@@ -204,7 +204,7 @@ double row_logprob(const Row& row) {
     return logprob;
 }
 
-// Calls write(into) with the row's destination as a pointer to its elements, of at most 32 bits.
+// Calls write(into) with the row's destination as a pointer to elements of at most 32 bits.
 template <typename Write>
 inline void with_destination(const RowPair& row, Write write) {
     if (row.into_element == Element::bf16) {
@@ -216,8 +216,8 @@ inline void with_destination(const RowPair& row, Write write) {
     }
 }
 
-// What a sweep over both rows adds up: Σ e^(z − p_top), Σ e^(zr − q_top), and over the latter's terms e
-// Σ e ((zr − q_top) − (z − p_top)) and Σ e (zr − q_top).
+// Sums of a sweep over both rows: p = Σ e^(z − p_top) and q = Σ e, where e = e^(zr − q_top), and
+// apart = Σ e ((zr − q_top) − (z − p_top)) and own = Σ e (zr − q_top).
 struct PairSums {
     double p = 0;
     double q = 0;
@@ -225,8 +225,9 @@ struct PairSums {
     double own = 0;
 };
 
-// Replaces z in `p` and zr in `q` by the exponentials. log(q / p) is a difference of logits, not of logarithms. Where
-// the models' maxima are close it is taken first: that of two close logits is exact. Elsewhere each maximum goes first.
+// Replaces z in `p` and zr in `q` by the exponentials. log(q / p) is computed as a difference of logits, not of
+// logarithms. If the maxima of the two models are close, zr − z is computed first, because the difference of two close
+// logits is exact. Otherwise the maxima are subtracted first.
 inline PairSums pair_exponentials(float* p, float* q, std::int64_t vocabulary, float p_top, float q_top) {
     const V zero = V::set(0.0F);
     const V tops = V::set(q_top - p_top);
@@ -245,7 +246,7 @@ inline PairSums pair_exponentials(float* p, float* q, std::int64_t vocabulary, f
             const V from_p_top = z - V::set(p_top);
             const V e = exp_below_one(from_p_top);
             const V er = exp_below_one(from_top);
-            // q log q → 0 as q → 0: a class that q excludes adds nothing, whatever p says of it. NaN is not 0.
+            // q log q → 0 as q → 0: a class with q = 0 adds nothing, whatever p is. NaN is not 0 and stays in the sums.
             const auto present = zero < er;
             apart = fma(er, select(present, close ? (zr - z) - tops : from_top - from_p_top, er), apart);
             own = fma(er, select(present, from_top, er), own);
@@ -271,7 +272,7 @@ void write_difference(const RowPair& row, const PairSums& sums) {
     const float* q = row.reference_scratch;
     const auto softcap = static_cast<float>(row.softcap);
     const V scale = V::set(static_cast<float>(1 / sums.p));
-    // (e − er · ratio) · scale: that of equal distributions is 0.
+    // (e − er · sums.p / sums.q) · scale, which is exactly 0 for equal distributions.
     const V ratio = V::set(static_cast<float>(-sums.p / sums.q));
     const auto difference = [&](std::int64_t i, int n) {
         return fma(load(q + i, n, 0.0F), ratio, load(p + i, n, 0.0F)) * scale;
@@ -316,9 +317,9 @@ void row_divergence(const RowPair& row, double* divergence, double* entropy) {
     }
 }
 
-// fp64: the same formulas one element at a time; it serves exact comparisons, not speed.
-// Not inlined: the compiler would fuse its product into one caller's subtraction and not another's, and equal models
-// would differ in the last place.
+// fp64: the same formulas, one element at a time; used for exact comparisons and not optimised.
+// Not inlined: the compiler could fuse the product with the subtraction in one caller and not in another, and equal
+// models would then differ in the last bit.
 [[gnu::noinline]] double capped(double z, double cap) { return cap == 0 ? z : cap * __builtin_tanh(z / cap); }
 
 inline double slope(double z, double cap) {

@@ -51,7 +51,7 @@ const Table& table_of(Backend backend) {
         return *best;
     }
     if (!supported(backend)) {
-        refuse("`backend`: this machine, or this build, does not run it");
+        refuse("`backend`: expected one that this machine and this build support, got another one; use `best`");
     }
     return *compiled(backend);
 }
@@ -81,7 +81,7 @@ void check(const Logits& logits, std::span<const std::int64_t> targets, const ch
     }
 }
 
-// The address of a row, of the logits, their residual or a destination; null stays null.
+// Returns the address of a row of logits, residuals or a destination; null if `data` is null.
 template <typename Pointer>
 Pointer row_of(Pointer data, const auto& rows, std::int64_t row) {
     using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
@@ -90,7 +90,7 @@ Pointer row_of(Pointer data, const auto& rows, std::int64_t row) {
                : static_cast<Byte*>(data) + static_cast<std::size_t>(row * rows.stride) * size_of(rows.element);
 }
 
-// Bytes from a row to the one that the same thread likely takes next, 0 where there is none.
+// Returns the bytes from a row to the row that the same thread will probably process next, or 0 if there is none.
 std::int64_t bytes_ahead(const Logits& logits, std::int64_t row, int threads) {
     const std::int64_t rows = std::max(threads, 1);
     return row + rows < logits.rows ? rows * logits.stride * static_cast<std::int64_t>(size_of(logits.element)) : 0;
@@ -104,14 +104,14 @@ void write(void* to, Element element, std::int64_t row, double value) {
     }
 }
 
-// Calls work(row, scratch) for every row, from up to `threads` threads, each with scratch of its own. Rows are taken
-// one by one, so a slow or busy core does fewer; which thread does a row changes no bit of it.
+// Calls work(row, scratch) for every row, on up to `threads` threads with separate scratch memory. Threads take rows
+// one by one, so a slow or busy core processes fewer rows. The result of a row does not depend on its thread.
 template <typename Work>
 void for_each_row(std::int64_t rows, int threads, std::size_t scratch_floats, Work work) {
     const int workers = static_cast<int>(std::clamp<std::int64_t>(threads, 1, std::max<std::int64_t>(rows, 1)));
     std::vector<std::unique_ptr<float[]>> scratch(static_cast<std::size_t>(workers));
     for (auto& buffer : scratch) {
-        buffer.reset(new float[scratch_floats]);  // not filled
+        buffer.reset(new float[scratch_floats]);  // not initialised
     }
     std::atomic<std::int64_t> next{0};
     run_in_parallel(workers, [&](std::size_t worker) {
@@ -133,7 +133,7 @@ bool supported(Backend backend) {
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     }
     if (backend == Backend::avx2) {
-        // F16C has no name here; every processor with AVX2 and FMA has it
+        // __builtin_cpu_supports has no name for F16C, but every processor with AVX2 and FMA has it
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     }
 #endif
@@ -187,7 +187,7 @@ void distribution_pass(const Logits& logits, const Logits& reference, std::span<
     if (logits.rows != reference.rows || logits.vocabulary != reference.vocabulary ||
         static_cast<std::int64_t>(targets.size()) != logits.rows) {
         refuse("`reference_logits`: expected " + std::to_string(logits.rows) + " x " +
-               std::to_string(logits.vocabulary) + ", as `logits`, and as many targets; got " +
+               std::to_string(logits.vocabulary) + ", the shape of `logits`, and one target per row; got " +
                std::to_string(reference.rows) + " x " + std::to_string(reference.vocabulary) + " and " +
                std::to_string(targets.size()));
     }
@@ -195,11 +195,11 @@ void distribution_pass(const Logits& logits, const Logits& reference, std::span<
         refuse("`into`: expected stride >= 0, got " + std::to_string(into.stride));
     }
     if (into.element == Element::fp64 && logits.element != Element::fp64) {
-        refuse("`into`: fp64 needs fp64 `logits`");
+        refuse("`into`: expected a dtype other than fp64 unless `logits` are fp64, got fp64");
     }
     const auto kernel = table_of(execution.backend).divergence[index(logits.element)][index(reference.element)];
     if (kernel == nullptr) {
-        refuse("`reference_logits`: fp64 needs fp64 `logits`");
+        refuse("`reference_logits`: expected a dtype other than fp64 unless `logits` are fp64, got fp64");
     }
     const auto width = static_cast<std::size_t>(logits.vocabulary);
     for_each_row(logits.rows, execution.threads, 2 * width, [&](std::int64_t i, float* scratch) {

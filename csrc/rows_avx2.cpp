@@ -1,4 +1,4 @@
-// The row passes for AVX2 with FMA and F16C. Nothing of the standard library may be used below the pragma.
+// The row passes for AVX2 with FMA and F16C. The standard library must not be used below the pragma.
 #include "half.hpp"
 #include "row_kernels.hpp"
 
@@ -62,7 +62,7 @@ inline V power_of_two(__m256i n) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23))};
 }
 
-// In two factors, so that the result may be subnormal. The bounds keep both exponents in range; max(NaN, x) is x here.
+// Two factors, so that the result can be subnormal. The bounds keep both exponents in range; max(NaN, x) is x here.
 inline V times_power_of_two(V a, V n) {
     const __m256 bounded = _mm256_min_ps(_mm256_max_ps(n.v, _mm256_set1_ps(-200.0F)), _mm256_set1_ps(200.0F));
     const __m256i whole = _mm256_cvtps_epi32(bounded);

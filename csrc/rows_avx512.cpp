@@ -1,9 +1,9 @@
-// The row passes for AVX-512 (F, BW, DQ, VL). Nothing of the standard library may be used below the pragma.
+// The row passes for AVX-512 (F, BW, DQ, VL). The standard library must not be used below the pragma.
 #include "half.hpp"
 #include "row_kernels.hpp"
 
 #if defined(__x86_64__) && defined(__GNUC__)
-// GCC 12's header starts some intrinsics from a value that it leaves undefined on purpose, and warns about it.
+// GCC 12 warns about values in this header that are undefined on purpose.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -19,18 +19,18 @@
 
 namespace {
 
-// Which of 32 words goes to each place: one instruction where widening and a shift, or a shift and narrowing, are two
-// or three. 1.49 and 1.52 ms for a row pass that takes 1.60 without, on (256, 32000) bf16 after its GEMM (2 cores of an
-// Intel Xeon with AMX, 2026-11-27).
+// Indices of a permutation of 32 words. The permutation is one instruction; widening and a shift, or a shift and
+// narrowing, are two or three. A row pass on (256, 32000) bf16 after its GEMM takes 1.49 and 1.52 ms with it, and 1.60
+// ms without (2 cores of an Intel Xeon with AMX, 2026-11-27).
 struct Words {
     alignas(64) std::uint16_t at[32];
     __m512i load() const { return _mm512_load_si512(at); }
 };
 
-// Word i / 2: with the even places zeroed, bf16 becomes fp32.
+// Index i / 2: with the even positions set to zero, this converts bf16 to fp32.
 constexpr Words doubled = {0, 0, 1, 1, 2,  2,  3,  3,  4,  4,  5,  5,  6,  6,  7,  7,
                            8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15};
-// The upper word of each of 16 floats.
+// Indices of the upper words of 16 floats.
 constexpr Words uppers = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
 
 struct V {
@@ -49,10 +49,11 @@ struct V {
     }
     void store(float* to) const { _mm512_storeu_ps(to, v); }
     void store(Bf16* to) const {
-        // Round to nearest, ties to even, in integers; avx512_bf16's own instruction flushes subnormal numbers.
+        // Round to nearest, ties to even, with integers, because the instruction of avx512_bf16 flushes subnormal
+        // numbers.
         const __m512i bits = _mm512_castps_si512(v);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        // A NaN that arithmetic made is quiet: cut off, it stays NaN.
+        // A NaN that results from arithmetic is quiet, so it stays NaN when its lower bits are dropped.
         const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
         const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
         const __m512i rounded = _mm512_mask_add_epi32(bits, number, bits, half);

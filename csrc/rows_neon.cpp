@@ -1,4 +1,4 @@
-// The row passes for arm64, whose every processor has NEON with fused multiply-add and half-precision conversion.
+// The row passes for arm64. Every arm64 processor has NEON with fused multiply-add and half-precision conversion.
 #include "half.hpp"
 #include "row_kernels.hpp"
 
@@ -44,7 +44,7 @@ inline V select(Mask mask, V a, V b) { return {vbslq_f32(mask.m, a.v, b.v)}; }
 
 inline V power_of_two(int32x4_t n) { return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23))}; }
 
-// In two factors, so that the result may be subnormal.
+// Uses two factors, so that the result can be subnormal.
 inline V times_power_of_two(V a, V n) {
     const float32x4_t bounded = vminq_f32(vmaxq_f32(n.v, vdupq_n_f32(-200.0F)), vdupq_n_f32(200.0F));
     const int32x4_t whole = vcvtq_s32_f32(bounded);

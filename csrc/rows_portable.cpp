@@ -1,4 +1,4 @@
-// The row passes in standard C++, for any processor; compilers turn the lane loops into what vectors there are.
+// The row passes in standard C++, for any processor. Compilers vectorise the loops over lanes if they can.
 #include "half.hpp"
 #include "half.inl"
 #include "row_kernels.hpp"
@@ -76,7 +76,7 @@ inline V select(const Mask& mask, const V& a, const V& b) {
 }
 inline float power_of_two(std::int32_t n) { return __builtin_bit_cast(float, (n + 127) << 23); }
 
-// In two factors, so that the result may be subnormal. NaN fails both comparisons and becomes a bound.
+// Uses two factors, so that the result can be subnormal. NaN fails the comparison and is replaced by a bound.
 inline V times_power_of_two(const V& a, const V& n) {
     return map([&](int i) {
         const float low = n.lane[i] > -200.0F ? n.lane[i] : -200.0F;

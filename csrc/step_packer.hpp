@@ -1,4 +1,4 @@
-// The step packer: shares the sequences of an optimizer step out to ranks and micro-batches.
+// The step packer: distributes the sequences of an optimizer step over ranks and micro-batches.
 #pragma once
 
 #include <algorithm>
@@ -19,23 +19,23 @@ namespace efface {
 
 struct Bin {
     std::int64_t tokens = 0;
-    std::uint32_t forget = 0;  // units of each kind
-    std::uint32_t retain = 0;
+    std::uint32_t forget = 0;  // number of forget units
+    std::uint32_t retain = 0;  // number of retain units
 };
 
-// Arranges the units of one step. Kept from step to step, so that its buffers are.
+// Arranges the units of one step. One packer is used for all steps, so that its buffers are reused.
 class StepPacker {
   public:
     StepPacker(std::int64_t token_budget, std::int64_t world_size, bool alternates)
         : budget_(token_budget), alternates_(alternates), ranks_(static_cast<std::size_t>(world_size)) {}
 
-    std::vector<Unit> units;  // of the step, forget before retain: the caller fills it
+    std::vector<Unit> units;  // units of the step, forget before retain; set by the caller
 
-    // Appends the step's micro-batches to the plan: the k-th of every rank, for each k.
+    // Appends the step's micro-batches to the plan: for each k, the k-th micro-batch of every rank.
     void emit(EpochPlan& plan) {
         order_.resize(units.size());
         std::iota(order_.begin(), order_.end(), UnitIndex{0});
-        if (ranks_.size() > 1 || tokens_of(order_) > budget_) {  // else one micro-batch takes all, in any order
+        if (ranks_.size() > 1 || tokens_of(order_) > budget_) {  // otherwise one micro-batch contains all units
             longest_first_(order_, units);
         }
         share();
@@ -59,7 +59,8 @@ class StepPacker {
         std::vector<BinIndex> bins;    // its micro-batches
     };
 
-    // The longest first, each to the rank with the fewest tokens: the ranks' sums differ by at most the longest unit.
+    // Assigns units to ranks, longest first, each to the rank with the fewest tokens. The sums of the ranks then differ
+    // by at most the longest unit.
     void share() {
         if (ranks_.size() == 1) {
             std::swap(ranks_[0].units, order_);
@@ -99,8 +100,8 @@ class StepPacker {
         return rank.bins.back();
     }
 
-    // Best-fit decreasing: each unit into the fullest micro-batch that still has room. What fits nowhere opens a new
-    // one, so a unit longer than the budget is alone.
+    // Best-fit decreasing: puts each unit into the fullest micro-batch with enough room. A unit that fits into none
+    // opens a new one, so a unit longer than the budget is alone in its micro-batch.
     void pack(Rank& rank) {
         if (tokens_of(rank.units) <= budget_) {
             const BinIndex all = rank.units.empty() ? 0 : new_bin(rank);
@@ -126,7 +127,8 @@ class StepPacker {
         open_.clear();
     }
 
-    // Brings a rank to `count` micro-batches: halves its largest one that can be halved, else adds an empty one.
+    // Extends a rank to `count` micro-batches: repeatedly splits its largest micro-batch that has more than one unit,
+    // or adds an empty one if none has.
     void level(Rank& rank, std::size_t count) {
         while (rank.bins.size() < count) {
             const auto divisible = [&](BinIndex bin) {
@@ -146,13 +148,13 @@ class StepPacker {
                 }
             }
         }
-        // The fullest first, so that what is left over stands at the end.
+        // The fullest micro-batches first, so that small and empty ones are at the end.
         std::ranges::stable_sort(rank.bins, std::greater<>{}, [&](BinIndex bin) { return bins_[bin].tokens; });
     }
 
     void write(EpochPlan& plan, std::size_t count) {
         cursors_.resize(bins_.size());
-        const std::size_t copies = alternates_ ? 2 : 1;  // a forget unit is one sequence or two
+        const std::size_t copies = alternates_ ? 2 : 1;  // a forget unit has one or two sequences
         auto at = static_cast<std::size_t>(plan.batch_offsets.back());
         for (std::size_t k = 0; k < count; ++k) {
             for (const Rank& rank : ranks_) {
@@ -185,7 +187,7 @@ class StepPacker {
     }
 
     struct Cursors {
-        std::size_t forget;  // and alternate
+        std::size_t forget;  // also for alternates
         std::size_t retain;
     };
 
@@ -193,9 +195,9 @@ class StepPacker {
     bool alternates_;
     std::vector<UnitIndex> order_;
     std::vector<Rank> ranks_;
-    std::vector<BinIndex> bin_of_;  // of each unit
-    std::vector<Bin> bins_;         // of all ranks
-    std::vector<Cursors> cursors_;  // of each bin: where its next sequences go
+    std::vector<BinIndex> bin_of_;  // bin of each unit
+    std::vector<Bin> bins_;         // bins of all ranks
+    std::vector<Cursors> cursors_;  // for each bin, the positions of its next sequences
     LongestFirst longest_first_;
     OpenBins open_;
 };

@@ -45,7 +45,7 @@ Sequence TokenStore::find(std::int64_t index) const {
         refuse(quoted(name_) + " label_starts: sequence " + std::to_string(index) + " has " + std::to_string(start) +
                ", expected a position in 0 .. " + std::to_string(length));
     }
-    // No hidden state comes before token 0, so token 0 is never a target.
+    // No hidden state precedes token 0, so token 0 is never a target.
     const std::int64_t first_label = std::max<std::int64_t>(start, 1);
     if (first_label >= length) {
         refuse(quoted(name_) + " sequence " + std::to_string(index) + " has no label: its " + std::to_string(length) +

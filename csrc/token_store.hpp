@@ -1,6 +1,7 @@
-// Token stores: sequences laid end to end in one or more chunks, read where they are and never copied as a whole.
+// Token stores: sequences concatenated in one or more chunks. The chunks are read in place and never copied as a whole.
 //
-// A chunk is what one record batch of an Arrow file is in memory, so a memory-mapped corpus larger than RAM is a store.
+// A chunk has the memory layout of a record batch of an Arrow file, so a memory-mapped corpus larger than RAM can be
+// used as a store.
 #pragma once
 
 #include <cstddef>
@@ -11,15 +12,15 @@
 
 namespace efface {
 
-// Sequence i of a chunk is ids[offsets[i] .. offsets[i + 1]]; its tokens from label_starts[i] on (counted within the
-// sequence) are labels, those before are prompt.
+// Sequence i of a chunk is ids[offsets[i] .. offsets[i + 1]]. Its tokens from label_starts[i] on, counted within the
+// sequence, are labels; the tokens before are the prompt.
 struct TokenChunk {
     std::span<const std::int32_t> ids;
     std::span<const std::int64_t> offsets;
     std::span<const std::int64_t> label_starts;
 };
 
-// One checked sequence: its tokens, and the first of them that a hidden state predicts. 1 <= first_label < ids.size().
+// One checked sequence: its tokens, and the position of its first label. 1 <= first_label < ids.size().
 struct Sequence {
     std::span<const std::int32_t> ids;
     std::size_t first_label;
@@ -27,14 +28,15 @@ struct Sequence {
 
 class TokenStore {
   public:
-    // Throws std::invalid_argument for a chunk whose arrays do not fit one another. `name` is for error messages.
+    // Throws std::invalid_argument for a chunk whose arrays have inconsistent lengths. `name` is used in error
+    // messages.
     TokenStore(std::string name, std::vector<TokenChunk> chunks);
 
     [[nodiscard]] std::int64_t size() const { return firsts_.back(); }
 
-    // Throws std::invalid_argument, with the offending values, for an index out of range, offsets that leave the chunk,
-    // or a sequence without labels. Offsets of sequences that nobody asks for are never read: a batch costs what it
-    // holds and not what the store holds.
+    // Returns the sequence at `index`. Throws std::invalid_argument, with the offending values, for an index out of
+    // range, offsets outside the chunk, or a sequence without labels. Offsets of other sequences are not read, so the
+    // cost of a batch does not depend on the size of the store.
     [[nodiscard]] Sequence find(std::int64_t index) const;
 
   private:

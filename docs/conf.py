@@ -32,7 +32,7 @@ html_show_sourcelink = False
 html_static_path = ["_static"]
 html_css_files = ["code.css"]
 nitpicky = True  # a role that names nothing is an error; types of other packages are not looked up
-nitpick_ignore_regex = [("py:class", r"(collections|numpy|pathlib|torch|transformers)\..*")]
+nitpick_ignore_regex = [("py:(class|exc)", r"(collections|numpy|pathlib|torch|transformers)\..*")]
 nitpick_ignore = [("py:exc", "NotFiniteError")]  # of autograd's checks, in a docstring that Sphinx includes
 
 

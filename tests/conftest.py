@@ -1,4 +1,4 @@
-"""Fixtures: the shared data folder, a tiny tokenizer, tiny models."""
+"""Shared fixtures (the data folder, a saved checkpoint), seeding and an isolated cache for every test."""
 
 import gc
 import os
@@ -10,22 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 
-# Triton reads this when it is imported: without a GPU its kernels run in the interpreter. bf16 is wrong there.
+# Triton reads this variable when it is imported. Without a GPU its kernels run in the interpreter, where bf16 is wrong.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Nothing here may reach the network; a missing local file must fail at once.
+# Tests must not use the network; a missing local file must fail at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Of fixtures that several tests share; each test has its own, see ``_apart``.
+# The cache folder for fixtures that several tests share. Each test has its own, see ``_apart``.
 _cache = tempfile.TemporaryDirectory(prefix="efface-tests-")
 os.environ["EFFACE_CACHE"] = _cache.name
 
-with suppress(ImportError):  # a machine that runs the GPU tests alone need not have it
+with suppress(ImportError):  # a machine that runs only the GPU tests need not have hypothesis
     from hypothesis import HealthCheck, settings
 
-    # The same examples every time, however slow the machine: the fuzzers of `make fuzz` look for new ones.
+    # The same examples every time, and no deadline on slow machines. The fuzzers of `make fuzz` search for new ones.
     settings.register_profile(
         "efface", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
     )
@@ -35,7 +35,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs a GPU is skipped before anything is set up for it."""
+    """Skip tests that need a GPU before their fixtures are set up."""
     if torch.cuda.is_available():
         return
     for item in items:
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Every training run ends with a collection of garbage, of which what is imported and collected by now is none."""
+    """Exclude the objects that exist by now from the garbage collection that ends every training run."""
     gc.collect()
     gc.freeze()
 
@@ -53,12 +53,12 @@ def pytest_collection_finish() -> None:
 def _apart(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A test draws the same numbers alone and among others, today and tomorrow, and leaves the user's cache alone."""
+    """Seed each test by its name, so that it is reproducible alone and in any order, and isolate the user's cache."""
     number = zlib.crc32(request.node.name.encode())
     torch.manual_seed(number)
     # transformers 4 leaves the mixed precision of one run in the environment of the next
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    # most tests neither have a folder nor cache anything: one that nobody makes costs nothing
+    # a path that does not exist yet: most tests cache nothing, so no folder is created for them
     folder = Path(tmp_path_factory.getbasetemp(), f"no-{number}")
     if "tmp_path" in request.fixturenames:
         folder = request.getfixturevalue("tmp_path")
@@ -67,23 +67,23 @@ def _apart(
 
 @pytest.fixture(scope="session")
 def tofu() -> Path:
-    """The real TOFU files."""
+    """The folder with the real TOFU files."""
     if not (SHARED / "tofu" / "full.json").is_file():
-        pytest.skip("needs ../shared/tofu, the TOFU data set beside the checkout")
+        pytest.skip("needs the TOFU data set in ../shared/tofu, next to the checkout")
     return SHARED / "tofu"
 
 
 @pytest.fixture(scope="session")
 def tofu_eval_logs() -> Path:
-    """Real evaluation logs of Llama-2-7B models."""
+    """The folder with real evaluation logs of Llama-2-7B models."""
     if not (SHARED / "tofu_eval_logs").is_dir():
-        pytest.skip("needs ../shared/tofu_eval_logs, real evaluation logs beside the checkout")
+        pytest.skip("needs real evaluation logs in ../shared/tofu_eval_logs, next to the checkout")
     return SHARED / "tofu_eval_logs"
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A folder with a tiny Llama and its tokenizer."""
-    from support.helpers import saved_llama  # needs datasets, which a machine that runs the GPU tests alone has not
+    from support.helpers import saved_llama  # needs datasets, which a machine for only the GPU tests may lack
 
     return saved_llama(tmp_path / "model")

@@ -1,1 +1,1 @@
-"""The evaluate suite: what TOFU's evaluation asks of a model."""
+"""The evaluate suite: the log-likelihoods and greedy answers that TOFU's evaluation computes."""

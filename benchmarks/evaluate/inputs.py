@@ -1,6 +1,6 @@
-"""The Llamas that the evaluate suite runs, with random weights, and TOFU's questions and the answers to score.
+"""Inputs of the evaluate suite: Llamas with random weights, and questions with answers to score.
 
-Of TOFU's evaluation files where they are at hand, else made-up ones.
+They come from TOFU's evaluation files if those exist, otherwise from synthetic rows.
 """
 
 import json
@@ -21,7 +21,7 @@ SPLITS = ("forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "w
 
 @dataclass(frozen=True)
 class EvaluateShape:
-    """A model, and how many rows of each split it is asked."""
+    """A model, and the number of rows of each split."""
 
     dtype: torch.dtype
     config: Mapping[str, Any]
@@ -45,7 +45,7 @@ SHAPES = {
 
 
 def model_of(shape: EvaluateShape, dtype: torch.dtype | None = None) -> LlamaForCausalLM:
-    """Return the shape's model with SDPA attention, in evaluation mode; always the same weights."""
+    """Return the shape's model with SDPA attention, in evaluation mode. The weights are the same every time."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {**LLAMA, **shape.config, "attn_implementation": "sdpa"}
     model: LlamaForCausalLM = LlamaForCausalLM(LlamaConfig(**settings)).eval()
@@ -55,7 +55,7 @@ def model_of(shape: EvaluateShape, dtype: torch.dtype | None = None) -> LlamaFor
 
 @dataclass(frozen=True)
 class Split:
-    """A file's rows: the answer first, then its paraphrase if it has one, then the false answers."""
+    """The rows of a file; each row's answers are the correct one, its paraphrase if any, then the false ones."""
 
     name: str
     questions: list[str]
@@ -63,7 +63,7 @@ class Split:
 
 
 def splits(rows: int) -> tuple[list[Split], str]:
-    """Return so many rows of each split, evenly spread over it, and what they are."""
+    """Return ``rows`` evenly spaced rows of each split, and a description of them."""
     files = tofu_files(*SPLITS)
     if not files:
         return [_made_up(name, rows) for name in SPLITS], "made up"
@@ -71,7 +71,6 @@ def splits(rows: int) -> tuple[list[Split], str]:
 
 
 def tokenizer_of(data: list[Split], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Return a BPE tokenizer trained on the data."""
     return train_tokenizer(_texts(data), min(vocabulary, 8192))
 
 

@@ -1,4 +1,4 @@
-"""Mean token log-probabilities of all answers, and greedy answers, by everybody who is timed."""
+"""The providers of the evaluate suite: mean token log-probabilities of all answers, and greedy answers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -23,31 +23,31 @@ IGNORED = -100
 
 
 class Scorer(ABC):
-    """Scores the answers of splits. Texts are tokenised, and padded batches made, before the clock starts."""
+    """Scores the answers of all splits. Tokenization and padding happen in the constructor, which is not timed."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: list[Split]) -> None:
-        """Prepare the data."""
+        """Tokenise the texts and build the batches."""
 
     @abstractmethod
     def scores(self, model: PreTrainedModel) -> Scores:
-        """Return them."""
+        """Return the mean log-probabilities of all answers."""
 
 
 @dataclass(frozen=True)
 class _Batch:
     rows: range
     answer: int
-    inputs: dict[str, Tensor]  # (B, T) each
+    inputs: dict[str, Tensor]  # each (B, T)
 
 
 class Padded(Scorer):
-    """open-unlearning's loop: 16 rows' first answers, then their second ones, and so on; logits of every position.
+    """open-unlearning's loop: batches of 16 rows' first answers, then of their second ones, and so on; all logits.
 
-    Two favours to it: the loss that ``labels=`` makes the model compute, which is not used, is left out, and no
-    key-value cache is filled.
+    It is slightly favoured: the model's own loss from ``labels=``, which open-unlearning ignores, is not computed, and
+    no key-value cache is filled.
     """
 
     name = "padded, 16 rows"
@@ -58,7 +58,6 @@ class Padded(Scorer):
 
     @torch.no_grad()
     def scores(self, model: PreTrainedModel) -> Scores:
-        """As ``evaluate_probability``, batch by batch."""
         scores = [[[0.0] * count for count in counts] for counts in self._shapes]
         for split, batches in zip(scores, self._batches, strict=True):
             for batch in batches:
@@ -76,9 +75,9 @@ class Padded(Scorer):
 
 
 class PaddedRows(Padded):
-    """The same with cross_entropy over rows: what that loop could be on a CPU.
+    """The padded loop with cross_entropy over flattened rows: its fastest version on a CPU.
 
-    Transposed logits, (B, V, T), cost cross_entropy a copy and strided sums.
+    On transposed logits, (B, V, T), cross_entropy makes a copy and sums with strides.
     """
 
     name = "padded, 16 rows, flat loss"
@@ -89,7 +88,7 @@ class PaddedRows(Padded):
 
 
 class Efface(Scorer):
-    """efface: packed, what answers share computed once, label rows only."""
+    """efface: packed, the prefix that answers share computed once, logits of label rows only."""
 
     name = "efface"
 
@@ -97,7 +96,6 @@ class Efface(Scorer):
         self._tasks = [AnswerTask(tokenizer, split.questions, split.answers) for split in data]
 
     def scores(self, model: PreTrainedModel) -> Scores:
-        """Split by split."""
         scores = []
         for task in self._tasks:
             means: list[list[float]] = [[]] * len(task.keys)
@@ -112,7 +110,7 @@ SCORERS = (Padded, PaddedRows, Efface)
 
 
 def _padded(tokenizer: PreTrainedTokenizerBase, split: Split) -> list[_Batch]:
-    """The batches of a split; all its rows have equally many answers."""
+    """Return the batches of a split. All rows of a split have the same number of answers."""
     batches = []
     for first in range(0, len(split.questions), BATCH):
         rows = range(first, min(first + BATCH, len(split.questions)))
@@ -136,7 +134,7 @@ def _inputs(tokenizer: PreTrainedTokenizerBase, questions: list[str], answers: l
 
 
 def generate_of(model: Any, prompts: Sequence[Sequence[int]], size: int) -> Callable[[int], list[int]]:
-    """Return a call that gives the lengths of the answers by ``model.generate``."""
+    """Return a call that generates answers with ``model.generate`` and returns their lengths."""
     ends = torch.tensor(model.generation_config.eos_token_id)
 
     def call(_round: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""TOFU's evaluation of a Llama with random weights: log-likelihoods of all answers, greedy answers."""
+"""The evaluate suite: log-likelihoods of all answers of TOFU's evaluation, and greedy answers, with random weights."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -21,36 +21,35 @@ from efface.hf.text.templates import prompt_ids
 ROUNDS = 5
 QUICK_ROUNDS = 2
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: torch.finfo(torch.bfloat16).eps}
-"""How far a mean log-probability may be from the padded loop's in fp32, relative, before its scorer is not timed."""
+"""Largest relative error of a mean log-probability against the padded loop in fp32; scorers beyond it are not timed."""
 BATCH_SIZES = (1, 4, 8, 16, 32, 64)
 QUESTIONS = 64  # at most
 NEW_TOKENS = 200
 ONE_IN = 40
-"""Of so many tokens one ends an answer, so that answers end at different lengths as a trained model's do: TOFU's are 34
+"""One token in 40 ends an answer, so that answer lengths differ, as with a trained model. TOFU's answers are 34
 tokens on average under an 8k BPE."""
 
 
 @dataclass
 class LikelihoodRow:
-    """One scorer on one shape: milliseconds for all answers; speed-ups are medians of the ratio within a round."""
+    """One scorer on one shape: milliseconds for all answers. Speed-ups are medians of the ratio within a round."""
 
     shape: str
     provider: str
     computes: str
     data: str
     answers: int
-    tokens: int  # that the model reads
+    tokens: int  # tokens that the model reads
     median_ms: float
     low_ms: float
     high_ms: float
     faster_than_padded: float
     faster_than_flat: float
-    error: float  # the largest of a mean log-probability, relative to the padded loop in fp32
+    error: float  # largest relative error of a mean log-probability, against the padded loop in fp32
     rounds_ms: list[float] = field(repr=False)
 
 
 def run_likelihood(shapes: Mapping[str, EvaluateShape], rounds: int, report: Report) -> None:
-    """Measure the shapes."""
     rows: list[LikelihoodRow] = []
     for name, shape in shapes.items():
         measured = measure_likelihood(name, shape, rounds)
@@ -69,10 +68,10 @@ def _likelihood_cells(row: LikelihoodRow) -> list[str]:
 
 
 def measure_likelihood(name: str, shape: EvaluateShape, rounds: int) -> list[LikelihoodRow]:
-    """Check every scorer on a shape, then time all of them, all answers a round.
+    """Check every scorer on a shape, then time all of them. Each round scores all answers once.
 
     Raises:
-        ArithmeticError: a score beyond the tolerance. Scorers that compute different things are not compared.
+        ArithmeticError: a score is outside the tolerance; scorers that compute different things are not compared.
     """
     data, source = splits(shape.rows)
     tokenizer = tokenizer_of(data, shape.config["vocab_size"])
@@ -107,7 +106,7 @@ def _call(scorer: Scorer, model: LlamaForCausalLM) -> Callable[[int], object]:
 
 
 def _counted(scorer: Scorer, model: LlamaForCausalLM) -> tuple[Scores, int]:
-    """Return the scores, and how many tokens the model read for them."""
+    """Return the scores, and the number of tokens that the model read to compute them."""
     seen: list[int] = []
     hook = model.model.embed_tokens.register_forward_hook(lambda _module, inputs, _out: seen.append(inputs[0].numel()))
     try:
@@ -131,7 +130,7 @@ def _flat(scores: Scores) -> NDArray[np.float64]:
 
 @dataclass
 class GenerationRow:
-    """One provider on one shape: milliseconds, and the median over rounds of its time by efface's."""
+    """One provider on one shape: milliseconds, and the median over rounds of its time relative to efface's."""
 
     shape: str
     provider: str
@@ -145,9 +144,10 @@ class GenerationRow:
 
 
 def run_generation(shapes: Mapping[str, EvaluateShape], rounds: int, report: Report) -> None:
-    """Measure and print; the last line of a shape is what must not be below 1.
+    """Measure and print. The last line of each shape, the best ``model.generate``, must not be below 1.
 
-    In fp32 alone: in bf16 a greedy answer changes with the batch that it is made in, whoever makes it.
+    Only fp32 shapes are measured: in bf16 a greedy answer depends on the batch that it is generated in, for every
+    provider.
     """
     rows: list[GenerationRow] = []
     for name, shape in shapes.items():
@@ -162,7 +162,7 @@ def run_generation(shapes: Mapping[str, EvaluateShape], rounds: int, report: Rep
             [_generation_cells(row) for row in own],
         )
         best = min(row.against_efface for row in own[1:])
-        report.note(f"{name}: model.generate at its best batch size takes {best:.2f} x efface's time")
+        report.note(f"{name}: model.generate with its best batch size takes {best:.2f} x efface's time")
         report.save(generation=rows)
 
 
@@ -171,10 +171,10 @@ def _generation_cells(row: GenerationRow) -> list[str]:
 
 
 def measure_generation(name: str, shape: EvaluateShape, rounds: int) -> list[GenerationRow]:
-    """Time all, interleaved, once their answers are the same; efface comes first.
+    """Check that all providers generate the same answer lengths, then time them interleaved. efface comes first.
 
     Raises:
-        ArithmeticError: answers differ. Providers that compute different things are not compared.
+        ArithmeticError: the answer lengths differ; providers that compute different things are not compared.
     """
     data, _ = splits(shape.rows)
     questions = [question for split in data for question in split.questions]
@@ -182,7 +182,7 @@ def measure_generation(name: str, shape: EvaluateShape, rounds: int) -> list[Gen
     tokenizer = tokenizer_of(data, shape.config["vocab_size"])
     model = _talkative(shape, tokenizer)
     task = GenerationTask(tokenizer, questions, template="question-answer", max_new_tokens=NEW_TOKENS)
-    # A favour to generate: sorted, its batches hold little padding.
+    # In favour of generate: sorted prompts need little padding.
     prompts = sorted(prompt_ids(tokenizer, questions, template="question-answer"), key=len)
 
     def ours(_round: int) -> list[int]:
@@ -211,7 +211,7 @@ def measure_generation(name: str, shape: EvaluateShape, rounds: int) -> list[Gen
 
 
 def _talkative(shape: EvaluateShape, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return the shape's model with weights so large that it does not say one token for ever, and with many ends."""
+    """Return the shape's model with many end tokens, and larger weights so that it does not repeat one token."""
     model = model_of(shape)
     with torch.no_grad():
         for weight in model.parameters():
@@ -229,13 +229,11 @@ PARTS: dict[str, Callable[[Mapping[str, EvaluateShape], int, Report], None]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Choose parts; be quick."""
     parser.add_argument("--part", action="append", choices=list(PARTS), help="default: all")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds")
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
-    """Measure the chosen parts on the chosen shapes."""
     shapes = {name: SHAPES[name] for name in options.shape}
     rounds = QUICK_ROUNDS if options.quick else options.rounds
     for part in options.part or PARTS:

@@ -1,1 +1,1 @@
-"""A borrowed GPU, some minutes at a time: what is measured there, and the driver that runs it. See README.md."""
+"""Measurements on a borrowed GPU, available for minutes at a time, and the driver that runs them. See README.md."""

@@ -1,6 +1,6 @@
-"""``python -m benchmarks.gpu CALL``: measure on a borrowed GPU. ``python -m benchmarks.gpu prepare`` comes before.
+"""Measure on a borrowed GPU with ``python -m benchmarks.gpu CALL``, after ``python -m benchmarks.gpu prepare``.
 
-Exits with 1 where a section failed, was stopped or measured nothing.
+The exit code is 1 if a section failed, was stopped or measured nothing.
 """
 
 import argparse
@@ -17,17 +17,20 @@ from benchmarks.harness.shared import BadOption
 
 
 def main() -> int:
-    """Prepare, or run a call."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     prepare.add_arguments(commands.add_parser("prepare", description=prepare.__doc__))
     for number, call in CALLS.items():
         listed = ", ".join(section.name for section in call.sections)
         command = commands.add_parser(str(number), description=f"{listed}; {call.seconds:.0f} seconds at most.")
-        command.add_argument("--out", type=Path, default=Path("gpu-out"), help="folder of the results (gpu-out)")
+        command.add_argument(
+            "--out", type=Path, default=Path("gpu-out"), help="folder for the results (default: gpu-out)"
+        )
         command.add_argument("--section", action="append", choices=[each.name for each in call.sections])
-        command.add_argument("--seconds", type=float, help="instead of the call's own")
-        command.add_argument("--smoke", action="store_true", help="on the CPU, tiny, to see that all runs")
+        command.add_argument("--seconds", type=float, help="time limit instead of the call's default")
+        command.add_argument(
+            "--smoke", action="store_true", help="run tiny shapes on the CPU, to check that every section works"
+        )
     options = parser.parse_args()
     if options.command == "prepare":
         try:
@@ -40,7 +43,7 @@ def main() -> int:
     seconds = options.seconds or (call.seconds if not options.smoke else 20 * call.seconds)
     if options.smoke:
         chosen = tuple(dataclasses.replace(each, seconds=20 * each.seconds) for each in chosen)
-    for sent in (signal.SIGTERM, signal.SIGHUP):  # so that the sections end with the driver
+    for sent in (signal.SIGTERM, signal.SIGHUP):  # so that an interrupted driver also stops its sections
         signal.signal(sent, signal.default_int_handler)
     call = dataclasses.replace(call, seconds=seconds, sections=chosen)
     try:
@@ -51,7 +54,7 @@ def main() -> int:
     try:
         ended = driver.run(call)
     except KeyboardInterrupt:
-        print(f"interrupted; what was measured is in {options.out / RESULTS}", flush=True)
+        print(f"interrupted; the results so far are in {options.out / RESULTS}", flush=True)
         return 130
     print(f"{options.out / RESULTS}", flush=True)
     return 0 if all(each.good for each in ended) else 1

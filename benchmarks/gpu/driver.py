@@ -1,6 +1,6 @@
-"""Runs the sections of a call, each in a process of its own and within its own time, and says what they measured.
+"""The driver of a call: runs each section in a subprocess with a time limit, and prints what it measured.
 
-Torch is not imported: the next section's process does that while one is measuring.
+The driver does not import torch. The next section's process imports it while the current section measures.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ from benchmarks.gpu.section import COMMIT, RESULTS, SMOKE
 from benchmarks.gpu.sections import Call, Section
 
 Process: TypeAlias = "subprocess.Popen[bytes]"
-_GRACE = 3.0  # seconds from a polite end of a process to its end
-_FEWEST_SECONDS = 3.0  # with which a section is still begun
-_PRINTED = 60  # lines of a section, at most
-_WIDEST = 500  # characters of a line, at most
-_TAIL = 16384  # bytes of a log's end, of which the last lines are printed
+_GRACE = 3.0  # seconds from SIGTERM to SIGKILL, and again to giving up
+_FEWEST_SECONDS = 3.0  # time left below which a section is not started
+_PRINTED = 60  # most lines printed per section
+_WIDEST = 500  # most characters printed per line
+_TAIL = 16384  # bytes at the end of a log, of which the last lines are printed
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a section ended."""
+    """The outcome of a section."""
 
     section: Section
     status: str
@@ -41,25 +41,25 @@ class Ended:
 
     @property
     def good(self) -> bool:
-        """Whether it ended by itself, without a fault, and measured something."""
+        """Whether the section exited with code 0 and measured something."""
         return self.status == "ended" and self.rows > 0
 
 
 class Driver:
-    """Runs sections in a folder: their rows in ``results.jsonl``, what each prints in ``NAME.log``."""
+    """Runs sections in a folder. Their rows go to ``results.jsonl``, the output of each section to ``NAME.log``."""
 
     def __init__(self, folder: Path, *, smoke: bool = False, path: Sequence[Path] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder.resolve()
-        (self._folder / RESULTS).touch()  # a folder that nothing can be written to is an error now
+        (self._folder / RESULTS).touch()  # fail now if the folder is not writable
         self._environment = environment(smoke=smoke, path=path)
         self._building: Process | None = None
 
     def run(self, call: Call) -> list[Ended]:
-        """Run the call's sections, whatever becomes of each; print rows as they come, and how each ended last."""
+        """Run the call's sections, even after failures; print the rows of each, and a summary at the end."""
         deadline = time.monotonic() + call.seconds
         ended: list[Ended] = []
-        waiting: Process | None = None  # the next section's, which has begun to import
+        waiting: Process | None = None  # process of the next section, already importing
         self._build()
         try:
             for section, following in itertools.zip_longest(call.sections, call.sections[1:]):
@@ -82,7 +82,10 @@ class Driver:
         return self._begin([*command, *section.arguments], section.name)
 
     def _begin(self, command: Sequence[str], name: str) -> Process:
-        """Start a process of a group of its own, with which what it starts ends. A session would outlive the driver."""
+        """Start a process in a new process group, so that its children can be ended with it.
+
+        It is not a new session: a session would outlive the driver.
+        """
         with self._log(name).open("ab") as log:
             return subprocess.Popen(
                 command,
@@ -95,7 +98,7 @@ class Driver:
             )
 
     def _log(self, name: str) -> Path:
-        """Return the file of what a process prints: its own, since the next section begins before one ends."""
+        """Return the log of a process. Each has a separate one, because two sections run at the same time."""
         return self._folder / f"{name}.log"
 
     def _one(self, section: Section, process: Process, limit: float) -> Ended:
@@ -105,7 +108,7 @@ class Driver:
             return Ended(section, "no time left", 0.0, 0)
         print(f"--- {section.name} (at most {limit:.0f} s)", flush=True)
         assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it failed while it was imported
+        with contextlib.suppress(BrokenPipeError):  # it failed during its imports
             process.stdin.write(f"{limit}\n".encode())
             process.stdin.close()
         try:
@@ -114,7 +117,7 @@ class Driver:
         except subprocess.TimeoutExpired:
             status = "stopped at its limit"
         finally:
-            end(process)  # whatever it left running
+            end(process)  # end children that it left running
         count = printed = 0
         for row in rows:
             if row.get("section") != section.name:
@@ -128,7 +131,7 @@ class Driver:
         return Ended(section, status, time.monotonic() - begin, count)
 
     def _size(self) -> int:
-        """Return the bytes of the results so far; a line that was cut is ended, so that the next one is whole."""
+        """Return the size of the results file, after ending a truncated last line with a newline."""
         path = self._folder / RESULTS
         if not path.exists():
             return 0
@@ -139,7 +142,7 @@ class Driver:
         return size
 
     def _rows_from(self, offset: int) -> Iterator[dict[str, Any]]:
-        """Yield the rows behind an offset, when they are asked for; a line that was cut is none."""
+        """Yield the rows after an offset, reading lazily; skip truncated lines."""
         path = self._folder / RESULTS
         if not path.exists():
             return
@@ -154,12 +157,12 @@ class Driver:
         return "\n".join(line[:_WIDEST] for line in lines)
 
     def _native(self) -> bool:
-        command = [sys.executable, "-c", f"import {prepare.EXTENSION}"]  # one for another Python or C library fails
+        command = [sys.executable, "-c", f"import {prepare.EXTENSION}"]  # fails if built for another system
         done = subprocess.run(command, cwd=prepare.ROOT, env=self._environment, check=False, capture_output=True)
         return done.returncode == 0
 
     def _build(self) -> None:
-        """Begin to build the extension where it is missing, beside the sections that do without."""
+        """Start to build the extension if it cannot be imported, in parallel with the sections that do not need it."""
         if self._native():
             return
         self._building = self._begin(prepare.build_command(self._folder), prepare.EXTENSION)
@@ -181,11 +184,11 @@ class Driver:
         site = prepare.CARRIED / prepare.SITE
         site.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(built[0], site / built[0].name)
-        print(f"{built[0].name}: built here; give it to `prepare --extension` for the next call", flush=True)
+        print(f"{built[0].name}: built here; pass it to `prepare --extension` before the next call", flush=True)
 
 
 def environment(*, smoke: bool, path: Sequence[Path] = ()) -> dict[str, str]:
-    """Return the environment of the sections: the sources and what was carried on the path, no network, the commit."""
+    """Return the environment of the sections: import path, no network, commit, Triton cache and TOFU folder."""
     root = prepare.ROOT
     places = [root / "engine", root / "kernels", root, prepare.CARRIED / prepare.SITE, *path]
     known = os.environ.get("PYTHONPATH", "")
@@ -211,7 +214,7 @@ def environment(*, smoke: bool, path: Sequence[Path] = ()) -> dict[str, str]:
 
 
 def end(process: Process) -> None:
-    """End a process and all that it started: politely, then at once."""
+    """End a process and its group: SIGTERM first, then SIGKILL."""
     for sent, patience in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, _GRACE)):
         try:
             os.killpg(process.pid, sent)
@@ -220,7 +223,7 @@ def end(process: Process) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience)
             continue
-    with contextlib.suppress(subprocess.TimeoutExpired):  # one that the GPU's driver holds must not hold this one
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a process stuck in the GPU's driver must not block this one
         process.wait(_GRACE)
     if process.stdin is not None:
         with contextlib.suppress(BrokenPipeError):
@@ -228,7 +231,7 @@ def end(process: Process) -> None:
 
 
 def table(ended: Sequence[Ended]) -> str:
-    """Return how every section ended, a line each."""
+    """Return a table with the outcome of every section."""
     lines = [f"{'section':12} {'rows':>5} {'seconds':>8} {'limit':>6}  how it ended"]
     for each in ended:
         status = each.status if each.rows or each.status != "ended" else "measured nothing"

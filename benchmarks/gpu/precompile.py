@@ -1,8 +1,8 @@
-"""The Triton kernels of the trial, the sweep and the loss, compiled for a GPU that is not here.
+"""Triton kernels of the trial, the sweep and the loss, compiled ahead of time for a GPU that is not present.
 
-``python -m benchmarks.gpu.precompile`` fills Triton's cache (``TRITON_CACHE_DIR``), which ``pack`` makes ready to
-travel and ``unpack`` makes one again. Triton finds a kernel there where its own build, the kernel's source and all that
-the launch says are the same; anything else it compiles.
+``python -m benchmarks.gpu.precompile`` fills Triton's cache (``TRITON_CACHE_DIR``). ``pack`` makes the cache
+relocatable, and ``unpack`` restores it on the other machine. Triton uses a cached kernel if its own build, the kernel's
+source and all launch parameters are the same; otherwise it compiles the kernel.
 """
 
 import argparse
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_PLACE = "{cache}"  # of the cache's folder, in its own files
+_PLACE = "{cache}"  # placeholder for the cache's folder in a packed cache
 CAPABILITY = 90  # H100 and H200
 
 
 class _Absent:
-    """Says to Triton's launcher what an NVIDIA GPU's driver would say before a launch."""
+    """A stand-in for the NVIDIA GPU driver that answers the queries of Triton's launcher."""
 
     utils = None
 
@@ -29,15 +29,15 @@ class _Absent:
         return 0
 
     def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget  # noqa: PLC0415 - what packs needs no Triton
+        from triton.backends.compiler import GPUTarget  # noqa: PLC0415 - pack and unpack work without Triton
 
         return GPUTarget("cuda", CAPABILITY, 32)
 
 
 def fill(dtypes: Sequence[str], cases: int) -> int:
-    """Compile what the trial launches for these dtypes, and the first cases of the sweep; return the launches.
+    """Compile all launches of the trial for these dtypes, and the first cases of the sweep; return their number.
 
-    The library's own functions run, on the CPU, with launches that compile and do nothing else.
+    It runs the library's functions on the CPU, with launches that only compile.
     """
     import torch  # noqa: PLC0415
     from triton.runtime import driver  # noqa: PLC0415
@@ -69,12 +69,12 @@ def fill(dtypes: Sequence[str], cases: int) -> int:
 
 
 def pack(cache: Path, target: Path) -> None:
-    """Copy a cache; its files name each other by their place relative to the cache."""
+    """Copy a cache and make the paths in its files relative."""
     _copy(cache, target, str(cache), _PLACE)
 
 
 def unpack(packed: Path, cache: Path) -> None:
-    """Copy a packed cache to where Triton will read it."""
+    """Copy a packed cache to ``cache``, where Triton will read it."""
     _copy(packed, cache, _PLACE, str(cache))
 
 
@@ -87,10 +87,9 @@ def _copy(source: Path, target: Path, old: str, new: str) -> None:
 
 
 def main() -> None:
-    """Fill the cache."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.precompile", description=__doc__)
-    parser.add_argument("--dtype", action="append", help="of the trial; default: bfloat16, float16 and float32")
-    parser.add_argument("--cases", type=int, default=1000, help="of the sweep (all)")
+    parser.add_argument("--dtype", action="append", help="dtype of the trial; default: bfloat16, float16 and float32")
+    parser.add_argument("--cases", type=int, default=1000, help="number of cases of the sweep (default: all)")
     options = parser.parse_args()
     begin = time.perf_counter()
     launches = fill(options.dtype or ("bfloat16", "float16", "float32"), options.cases)

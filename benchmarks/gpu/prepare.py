@@ -1,7 +1,7 @@
-"""``python -m benchmarks.gpu prepare``: all that a borrowed machine lacks, into ``build/gpu``, which git ignores.
+"""``python -m benchmarks.gpu prepare``: collects in ``build/gpu`` everything that a borrowed machine lacks.
 
-The packages that it has not, TOFU's rows, the C++ extension for its Python, compiled Triton kernels, and the commit.
-Carry the folder there beside the working tree; the driver finds it.
+That is the missing packages, TOFU's rows, the C++ extension for its Python, compiled Triton kernels, and the commit.
+Copy the folder to that machine with the working tree, where the driver finds it. Git ignores ``build/gpu``.
 """
 
 import argparse
@@ -26,11 +26,12 @@ from benchmarks.harness.shared import BadOption
 ROOT = Path(__file__).resolve().parents[2]
 CARRIED = ROOT / "build" / "gpu"
 SITE, TOFU, KERNELS, RECORD = "site", "tofu", "triton", "prepared.json"
-CACHE = ROOT / "build" / "gpu-kernels"  # kept: what did not change is not compiled again
+CACHE = ROOT / "build" / "gpu-kernels"  # kept between calls, so that unchanged kernels are not compiled again
 PYTHON = "3.12"
 EXTENSION = "efface_native"
-GLIBC, GLIBCXX = (2, 34), (3, 4, 30)  # the newest symbols that the borrowed machine's libraries surely have
-# Pure Python, none of them brings another torch. quack-kernels does not import there: its CUDA libraries are others.
+GLIBC, GLIBCXX = (2, 34), (3, 4, 30)  # the newest symbol versions that the borrowed machine certainly has
+# All are pure Python and none depends on another torch. quack-kernels is not listed: it fails to import there, because
+# the machine has other CUDA libraries.
 PACKAGES = (
     *("datasets", "dill", "multiprocess", "rouge-score", "nltk", "shtab"),
     *("liger-kernel", "cut-cross-entropy"),
@@ -38,29 +39,32 @@ PACKAGES = (
 ROWS = ("forget10.json", "retain90.json")  # of TOFU
 SOURCES = ("benchmarks", "bindings", "csrc", "engine", "kernels", "tests")
 MIB = 1 << 20
-LARGEST = 64 * MIB  # of what travels, the working tree included
+LARGEST = 64 * MIB  # upper bound for the transfer, including the working tree
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what can be asked."""
     parser.add_argument(
-        "--python", help=f"an interpreter {PYTHON} to build the extension for (default: python{PYTHON})"
+        "--python", help=f"a Python {PYTHON} interpreter to build the extension with (default: python{PYTHON})"
     )
-    parser.add_argument("--extension", type=Path, help="a file that an earlier call built there and handed back")
-    parser.add_argument("--tofu", type=Path, default=ROOT.parent / "shared" / "tofu", help="the folder of TOFU's rows")
+    parser.add_argument(
+        "--extension", type=Path, help="an extension that an earlier call built on the borrowed machine"
+    )
+    parser.add_argument(
+        "--tofu", type=Path, default=ROOT.parent / "shared" / "tofu", help="the folder with TOFU's rows"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Fill the folder anew, and say what it holds and what it lacks."""
+    """Fill the folder, and print its contents and what is missing."""
     site = CARRIED / SITE
-    with tempfile.TemporaryDirectory() as built:  # first: a wrong option costs nothing of what was prepared before
+    with tempfile.TemporaryDirectory() as built:  # before the old folder is deleted, in case an option is invalid
         without = extension_into(Path(built), options)
         shutil.rmtree(CARRIED, ignore_errors=True)
         shutil.copytree(built, site)
     install(site, PACKAGES)
     write_stub(site)
     copied = copy_rows(options.tofu, CARRIED / TOFU)
-    lacks = [] if copied else [f"no TOFU rows ({options.tofu}): made-up ones of the same lengths take their place"]
+    lacks = [] if copied else [f"no TOFU rows ({options.tofu}): synthetic rows of the same lengths are used instead"]
     lacks += without
     lacks += kernels_into(CARRIED / KERNELS, site, options.python or shutil.which(f"python{PYTHON}") or "")
     asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -85,10 +89,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def install(site: Path, packages: Iterable[str]) -> None:
-    """Install packages without what they need, as that machine's Python would, in the versions that we have.
+    """Install packages without their dependencies, for the other machine's Python, in the versions installed here.
 
     Raises:
-        RuntimeError: a package that is not pure Python, or cannot be had.
+        RuntimeError: a package is not pure Python or cannot be downloaded.
     """
     ours = {each.name.lower().replace("_", "-"): each.version for each in importlib.metadata.distributions()}
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +100,7 @@ def install(site: Path, packages: Iterable[str]) -> None:
             wanted = f"{name}=={ours[name]}" if name in ours else name
             there = ("--only-binary", ":all:", "--python-version", PYTHON, "--implementation", "py")
             refused = _pip("download", *there, "--dest", folder, wanted)
-            if refused:  # no wheel is published: made of the source, by any Python
+            if refused:  # no wheel is published: build one from the source with the current Python
                 refused = _pip("wheel", "--wheel-dir", folder, wanted)
             if refused:
                 raise RuntimeError(f"{wanted}: expected a wheel for any machine, got\n{refused}")
@@ -108,32 +112,32 @@ def install(site: Path, packages: Iterable[str]) -> None:
 
 
 def _pip(command: str, *arguments: str) -> str:
-    """Run pip; return what it said where it failed."""
+    """Run pip; return its error output if it failed."""
     whole = [sys.executable, "-m", "pip", command, "--quiet", "--no-deps", "--disable-pip-version-check", *arguments]
     done = subprocess.run(whole, capture_output=True, text=True, check=False)
     return done.stderr or f"exit {done.returncode}" if done.returncode else ""
 
 
 def write_stub(site: Path) -> None:
-    """Write the distribution that says efface's version: the sources themselves are on the path, not installed."""
+    """Write metadata with efface's version: the sources are on the import path but not installed."""
     stub = site / "efface-0.1.0.dist-info"
     stub.mkdir(exist_ok=True)
     (stub / "METADATA").write_text("Metadata-Version: 2.1\nName: efface\nVersion: 0.1.0\n", encoding="utf-8")
 
 
 def copy_rows(source: Path, target: Path) -> bool:
-    """Copy TOFU's rows; False where they are not there."""
+    """Copy TOFU's rows; return False if they do not exist."""
     files = [source / name for name in ROWS]
     if not all(file.is_file() for file in files):
         return False
     target.mkdir(parents=True, exist_ok=True)
     for file in files:
-        (target / file.name).write_bytes(file.read_bytes())  # without the source's write bits
+        (target / file.name).write_bytes(file.read_bytes())  # unlike a copy, this does not inherit a read-only mode
     return True
 
 
 def extension_into(site: Path, options: argparse.Namespace) -> Sequence[str]:
-    """Put the extension there, from a file or built; return why it is lacking, if it is."""
+    """Put the extension into ``site``, from a file or a new build; return the reason if there is none."""
     if options.extension is not None:
         tag = f"cpython-{PYTHON.replace('.', '')}-"
         if not options.extension.is_file() or tag not in options.extension.name:
@@ -145,7 +149,7 @@ def extension_into(site: Path, options: argparse.Namespace) -> Sequence[str]:
     python = options.python or shutil.which(f"python{PYTHON}") or ""
     version = version_of(python)
     if options.python is None and version != PYTHON:
-        where = "the driver builds it there, beside the first sections, and hands it back for --extension"
+        where = "the driver builds it there, in parallel with the first sections, for --extension next time"
         return [f"the extension: no python{PYTHON} here (--python); {where}"]
     if version != PYTHON:
         raise BadOption(
@@ -156,7 +160,7 @@ def extension_into(site: Path, options: argparse.Namespace) -> Sequence[str]:
 
 
 def build_command(folder: Path, python: str = sys.executable) -> list[str]:
-    """Return what builds the extension for an interpreter into a folder."""
+    """Return the command that builds the extension with ``python`` into a folder."""
     objects = tempfile.mkdtemp(prefix="efface-objects-")
     return [
         *(python, "setup.py", "--quiet", "build_ext", "--force"),
@@ -165,7 +169,7 @@ def build_command(folder: Path, python: str = sys.executable) -> list[str]:
 
 
 def version_of(python: str) -> str:
-    """Return an interpreter's version, "3.12"; empty where it does not run."""
+    """Return an interpreter's version, such as "3.12", or an empty string if it does not run."""
     code = "import sys; print('{}.{}'.format(*sys.version_info))"
     try:
         asked = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
@@ -175,10 +179,10 @@ def version_of(python: str) -> str:
 
 
 def build_extension(folder: Path, python: str) -> Path:
-    """Build it for ``python``, whose setuptools and pybind11 may be ours; return the file.
+    """Build the extension with ``python`` and return the file. It can use our setuptools and pybind11.
 
     Raises:
-        RuntimeError: the build fails, or the file needs newer libraries than the borrowed machine's.
+        RuntimeError: the build fails, or the file needs newer libraries than the borrowed machine has.
     """
     ours = sysconfig.get_paths()["purelib"]
     done = subprocess.run(
@@ -203,7 +207,7 @@ def build_extension(folder: Path, python: str) -> Path:
 
 
 def newest_symbol(library: Path, name: str) -> tuple[int, ...]:
-    """Return the newest version of a library's symbols, "GLIBC" for example, that a shared object asks for."""
+    """Return the newest version of a library's symbols, such as "GLIBC", that a shared object requires."""
     found = re.findall(rb"\b%s_(\d+(?:\.\d+)+)\x00" % name.encode(), library.read_bytes())
     return max((tuple(int(part) for part in version.split(b".")) for version in found), default=(0,))
 
@@ -213,7 +217,7 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 
 def kernels_into(packed: Path, site: Path, python: str) -> Sequence[str]:
-    """Compile the Triton kernels by an interpreter that has that machine's Triton; return why they are lacking."""
+    """Compile the Triton kernels with an interpreter that has the right Triton; return the reason if that fails."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "engine", ROOT / "kernels", ROOT, site))),
@@ -227,13 +231,13 @@ def kernels_into(packed: Path, site: Path, python: str) -> Sequence[str]:
     except OSError as error:
         said = str(error)
     if said:
-        return [f"compiled kernels, which take a minute of the first call there: {said}"]
+        return [f"compiled kernels (the first call will spend about a minute to compile them): {said}"]
     precompile.pack(CACHE, packed)
     return []
 
 
 def digest(root: Path = ROOT) -> str:
-    """Return a hash of the sources, by which the driver knows whether they are those of the commit it was told."""
+    """Return a hash of the sources, with which the driver checks that they are those of the prepared commit."""
     found = hashlib.sha256()
     files = (
         path for name in SOURCES for path in (root / name).rglob("*") if path.suffix in (".py", ".cpp", ".hpp", ".inl")
@@ -244,7 +248,7 @@ def digest(root: Path = ROOT) -> str:
 
 
 def commit() -> str:
-    """Return the commit that was prepared, "+changes" where the sources are no longer its; git's without a folder."""
+    """Return the prepared commit, with "+changes" if the sources differ from it; without a record, git's commit."""
     try:
         record = json.loads((CARRIED / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -253,7 +257,7 @@ def commit() -> str:
         return str(record["commit"])
     try:
         asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    except OSError:  # no git
+    except OSError:  # git is not installed
         asked = None
     if asked is not None and asked.returncode == 0:
         return asked.stdout.strip()

@@ -1,8 +1,8 @@
-"""A section's process: ``python -m benchmarks.gpu.section FOLDER NAME MODULE [ARGUMENT ...]``.
+"""The process of a section: ``python -m benchmarks.gpu.section FOLDER NAME MODULE [ARGUMENT ...]``.
 
-The module is imported at once, while the section before is still measuring, and so is what its ``imports(arguments)``
-imports, if it has one; no GPU is touched. ``run``, or what MODULE names behind a colon, begins when a line comes in:
-the seconds after which the driver ends it.
+It imports MODULE at once, while the previous section is still measuring, and calls ``imports(arguments)`` of the
+module, if defined, for further imports. Neither uses the GPU. It then waits for a line on stdin with the time limit in
+seconds, and calls ``run`` or, for ``MODULE:FUNCTION``, that function.
 """
 
 import importlib
@@ -16,21 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RESULTS = "results.jsonl"
-SMOKE = "EFFACE_GPU_SMOKE"  # set where there is no GPU: tiny shapes on the CPU
+SMOKE = "EFFACE_GPU_SMOKE"  # set for runs without a GPU: tiny shapes on the CPU
 COMMIT = "EFFACE_COMMIT"
-_LATE = 15.0  # seconds after its deadline in which the driver has surely ended a section
+_LATE = 15.0  # seconds after the deadline by which the driver has certainly ended a section
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a section is given.
+    """The parameters of a section's run.
 
     Attributes:
-        name: the section's.
-        folder: for its files; a few, since a borrowed machine hands few back.
+        name: name of the section.
+        folder: for output files; only a few, since a borrowed machine returns few files.
         arguments: of the section in this call.
-        device: "cuda", or "cpu" for a run that only shows that the section works: there everything is tiny.
-        deadline: by ``time.monotonic``; what is not measured by then is lost.
+        device: "cuda", or "cpu" for a smoke test with tiny shapes.
+        deadline: on the clock of ``time.monotonic``; the section is stopped then.
     """
 
     name: str
@@ -41,15 +41,15 @@ class Run:
 
     @property
     def smoke(self) -> bool:
-        """Whether this is no measurement."""
+        """Whether this is a smoke test, which measures nothing."""
         return self.device == "cpu"
 
     def row(self, said: str = "", **figures: object) -> None:
-        """Append a row to the results at once: a run that is killed keeps it.
+        """Append a row to the results file at once, so that a run that is killed keeps it.
 
         Args:
-            said: the row in a line, which the driver prints; most rows have none.
-            **figures: what JSON can hold.
+            said: one line that describes the row, printed by the driver; empty for most rows.
+            **figures: values that can be serialised as JSON.
         """
         head = {
             "section": self.name,
@@ -59,28 +59,27 @@ class Run:
             "said": said,
         }
         if taken := sorted(head.keys() & figures.keys()):
-            raise ValueError(f"`figures`: expected names other than those of every row, got {', '.join(taken)}")
+            raise ValueError(f"`figures`: expected names of new columns, got {', '.join(taken)}; rename them")
         line = json.dumps(head | figures)
         with (self.folder / RESULTS).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")  # closed, and so flushed, row by row
+            file.write(line + "\n")  # the file is closed, and so flushed, after every row
 
 
 def card(device: str) -> str:
-    """Return the GPU's name; empty on a CPU."""
+    """Return the GPU's name, or an empty string on a CPU."""
     if device == "cpu":
         return ""
-    import torch  # noqa: PLC0415 - sections that fail to import it still have rows
+    import torch  # noqa: PLC0415 - a section that fails to import torch can still write rows
 
     return torch.cuda.get_device_name(0)
 
 
 def main(folder: str, name: str, module: str, *arguments: str) -> None:
-    """Run a section."""
     place, _, function = module.partition(":")
     section = importlib.import_module(place)
     getattr(section, "imports", lambda _: None)(arguments)
     seconds = float(sys.stdin.readline())
-    signal.alarm(math.ceil(seconds + _LATE))  # ends it where the driver was killed and can no longer do so
+    signal.alarm(math.ceil(seconds + _LATE))  # ends the section even if the driver was killed
     deadline = seconds + time.monotonic()
     device = "cpu" if os.environ.get(SMOKE) == "1" else "cuda"
     getattr(section, function or "run")(Run(name, Path(folder), arguments, device, deadline))

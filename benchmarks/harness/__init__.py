@@ -1,1 +1,1 @@
-"""What every suite stands on: options and inputs (``shared``), the clock (``timing``), what is printed (``report``)."""
+"""The base of every suite: options and inputs (``shared``), timing (``timing``) and output (``report``)."""

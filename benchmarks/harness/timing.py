@@ -1,4 +1,4 @@
-"""Interleaved timing: every call once a round, so that a slow moment of the machine slows all of them."""
+"""Interleaved timing: every round calls each provider once, so that a slow moment of the machine affects all."""
 
 import statistics
 import time
@@ -11,13 +11,13 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class Clock:
-    """A device's own clock: on a GPU moments are events, and nothing waits until a time is made of two of them."""
+    """A device's clock. On a GPU a moment is an event, and only ``between`` waits for the device."""
 
     def __init__(self, device: torch.device | str) -> None:
         self._gpu = torch.device(device).type == "cuda"
 
     def now(self) -> Any:
-        """Return this moment."""
+        """Return the current moment."""
         if not self._gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -25,16 +25,16 @@ class Clock:
         return event
 
     def between(self, begin: Any, end: Any) -> float:
-        """Return the milliseconds from one moment to another, both past."""
+        """Return the milliseconds between two past moments."""
         return float(begin.elapsed_time(end) if self._gpu else (end - begin) * 1e3)
 
 
 def interleaved(
     calls: Mapping[Key, Callable[[int], object]], rounds: int, *, warm_up: int = 0
 ) -> dict[Key, list[float]]:
-    """Return the milliseconds of every call in every round, in the order of ``calls`` within a round.
+    """Return the milliseconds of every call in every round; within a round, calls run in the order of ``calls``.
 
-    A call is given the number of its round. Warm-up rounds come first, are not timed, and have the same numbers.
+    Each call receives the number of its round. Warm-up rounds run first with the same numbers and are not timed.
     """
     for round_ in range(warm_up):
         for call in calls.values():
@@ -48,21 +48,21 @@ def interleaved(
     return times
 
 
-# Of a GPU's clock at most: a wait of so many cycles lasts no less than the seconds it stands for.
+# Upper bound on a GPU's clock, so that a wait of this many cycles lasts at least a second.
 _CYCLES_A_SECOND = 2.0e9
-_LONGEST_WAIT = 0.05  # seconds; what takes longer to launch than this is timed with its launches
+_LONGEST_WAIT = 0.05  # seconds; for a call that takes longer to launch, the launches are timed too
 
 
 def interleaved_on_gpu(
     calls: Mapping[Key, Callable[[int], object]], rounds: int, *, warm_up: int = 1
 ) -> dict[Key, list[float]]:
-    """``interleaved`` by the GPU's own clock, between two events around each call: its kernels, and not its launches.
+    """Time calls like ``interleaved``, but with GPU events around each call: its kernels without its launches.
 
-    A kernel that does nothing comes before the first event, so that the GPU is still busy with it while the call is
-    being launched: for twice as long as the launches took at least. ``wall_times`` has what this leaves out. One round
-    or more warms up.
+    An empty kernel runs before the first event, for at least twice as long as the call took to launch. It keeps the GPU
+    busy during the launches. ``wall_times`` includes the launches. At least one round warms up.
     """
-    # Seconds, the least so far: a call that waits for the GPU waits for that kernel too, but not the first time.
+    # The shortest launch time so far, in seconds. A call that synchronises also waits for the empty kernel, except in
+    # its first round.
     launching: dict[Key, float] = {}
     times: dict[Key, list[float]] = {key: [] for key in calls}
     for round_ in range(-max(1, warm_up), rounds):
@@ -70,7 +70,7 @@ def interleaved_on_gpu(
         for key, call in calls.items():
             torch.cuda.synchronize()
             wait = min(_LONGEST_WAIT, 2 * launching.get(key, 0.0))
-            torch.cuda._sleep(int(_CYCLES_A_SECOND * wait))  # noqa: SLF001 - torch's benchmarks have no other
+            torch.cuda._sleep(int(_CYCLES_A_SECOND * wait))  # noqa: SLF001 - there is no public function
             begin = time.perf_counter()
             events[key][0].record()
             call(round_)
@@ -85,15 +85,15 @@ def interleaved_on_gpu(
 
 
 def medians(calls: Mapping[Key, Callable[[int], object]], rounds: int, device: str) -> dict[Key, float]:
-    """Return the median milliseconds of every call, interleaved, by the clock of a "cuda" or a "cpu" device."""
+    """Return the median milliseconds of every call, interleaved, on the clock of "cuda" or "cpu"."""
     times = (interleaved_on_gpu if device == "cuda" else interleaved)(calls, rounds, warm_up=1)
     return {key: statistics.median(each) for key, each in times.items()}
 
 
 def wall_times(calls: Mapping[Key, Callable[[int], object]], rounds: int) -> dict[Key, list[float]]:
-    """``interleaved`` with a GPU at rest before and after each call: launches and kernels, as a caller waits.
+    """Time calls like ``interleaved``, with the GPU idle before and after each, as a caller experiences them.
 
-    Of calls that have run before: nothing warms up.
+    The calls must have run before, because there is no warm-up.
     """
 
     def finished(call: Callable[[int], object]) -> Callable[[int], object]:
@@ -108,11 +108,11 @@ def wall_times(calls: Mapping[Key, Callable[[int], object]], rounds: int) -> dic
 
 
 def spread(milliseconds: Sequence[float], prefix: str = "") -> dict[str, float]:
-    """Return what a row of results says of a provider's rounds, under the names that every suite gives it."""
+    """Return the fields of a results row for a provider's rounds: median, minimum and maximum."""
     median, low, high = statistics.median(milliseconds), min(milliseconds), max(milliseconds)
     return {f"{prefix}median_ms": median, f"{prefix}low_ms": low, f"{prefix}high_ms": high}
 
 
 def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """Return the median over rounds of the ratio within a round."""
+    """Return the median of the ratios within each round."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))

@@ -1,1 +1,1 @@
-"""The loss suite: NPO at the head alone."""
+"""The loss suite: objectives at the head alone."""

@@ -1,7 +1,8 @@
-"""What is asked of the head: objectives, shapes, a batch of each, and its gradients in fp64.
+"""Inputs of the loss suite: objectives, shapes, a batch for each, and its gradients in fp64.
 
-Objectives are as open-unlearning writes them, from the targets' log-probabilities. The softmax of a batch looks like
-an unlearning run's. The gradients come by the chain rule from the logits; nothing of efface, nor torch's autograd.
+The objectives are written as in open-unlearning, from the targets' log-probabilities. The softmax of a batch resembles
+that of an unlearning run. The fp64 gradients use the chain rule from the logits, without code of efface and without
+torch's autograd.
 """
 
 from collections.abc import Callable
@@ -16,43 +17,43 @@ from efface_kernels import Head, Kind, RowOffsets, SequenceRule, Term, segment_s
 
 BETA = 0.1  # of NPO and DPO
 SIMNPO_BETA, SIMNPO_DELTA = 4.5, 0.0
-FORGET, OTHER = 0, 1  # roles: the other is DPO's alternate, GradDiff's retain sequence
+FORGET, OTHER = 0, 1  # roles; OTHER is DPO's alternate or GradDiff's retain sequence
 LENGTH = 32  # label rows of a sequence
-SHARE = 0.7  # of rows are memorised
+SHARE = 0.7  # share of the rows that are memorised
 
-# The products of 2 N D V floating-point operations that a mode needs: Z, Zr, Z W, Zᵀ h.
+# The number of products of 2 N D V floating-point operations that each mode needs: Z, Zr, Z W, Zᵀ h.
 FLOOR = {"live": 4, "cached": 3, "frozen, cached": 2, "no reference": 3, "frozen": 2}
 
 
 def npo(logprobs: Tensor, offsets: Tensor, reference: Tensor) -> Tensor:
-    """Mean over sequences of −(2/β) log σ(−β (L − L_ref))."""
+    """Return the mean over sequences of −(2/β) log σ(−β (L − L_ref))."""
     return -2 / BETA * F.logsigmoid(-BETA * (segment_sums(logprobs, offsets) - reference)).mean()
 
 
 def simnpo(logprobs: Tensor, offsets: Tensor, _reference: Tensor) -> Tensor:
-    """Mean over sequences of −(2/β) log σ(β (−L/n − δ))."""
+    """Return the mean over sequences of −(2/β) log σ(β (−L/n − δ))."""
     mean_nll = -segment_sums(logprobs, offsets) / offsets.diff()
     return -2 / SIMNPO_BETA * F.logsigmoid(SIMNPO_BETA * (mean_nll - SIMNPO_DELTA)).mean()
 
 
 def dpo(logprobs: Tensor, offsets: Tensor, reference: Tensor) -> Tensor:
-    """Mean over pairs (a forget sequence, its alternate) of −(2/β) log σ(β (the alternate's log-ratio − its own))."""
+    """Return the mean over pairs of −(2/β) log σ(β (log-ratio of the alternate − log-ratio of the forget sequence))."""
     ratio = segment_sums(logprobs, offsets) - reference
     return -2 / BETA * F.logsigmoid(BETA * (ratio[1::2] - ratio[::2])).mean()
 
 
 def nll(logprobs: Tensor, _offsets: Tensor, _reference: Tensor) -> Tensor:
-    """Mean over rows of −ℓ: a retain loss, or fine-tuning."""
+    """Return the mean over rows of −ℓ: a retain loss, or fine-tuning."""
     return -logprobs.mean()
 
 
 def graddiff(logprobs: Tensor, _offsets: Tensor, _reference: Tensor) -> Tensor:
-    """Mean of ℓ over the first half of the rows, to forget, and of −ℓ over the second, to retain."""
+    """Return the mean of ℓ over the first half of the rows (forget), plus that of −ℓ over the second half (retain)."""
     half = len(logprobs) // 2
     return logprobs[:half].mean() - logprobs[half:].mean()
 
 
-# (log-probabilities (N,), row offsets (S + 1), reference sums (S,)) to the loss
+# log-probabilities (N,), row offsets (S + 1), reference sums (S,) -> loss
 FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "NPO": npo,
     "SimNPO": simnpo,
@@ -61,12 +62,12 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "GradDiff": graddiff,
 }
 
-KL = "KL retain"  # mean over rows of KL(p_ref‖p): of distributions, not of targets
+KL = "KL retain"  # mean over rows of KL(p_ref‖p): of whole distributions, not of targets
 OBJECTIVES = (*FUNCTIONS, KL)
 
 
 def roles(objective: str, sequences: int) -> Tensor:
-    """Return each sequence's role (S,)."""
+    """Return the role of each sequence, (S,)."""
     every = torch.zeros(sequences, dtype=torch.int8)
     if objective == "DPO":
         every[1::2] = OTHER
@@ -76,7 +77,7 @@ def roles(objective: str, sequences: int) -> Tensor:
 
 
 def rule(objective: str, rows: int, roles_on_device: Tensor) -> SequenceRule | None:
-    """Return the same as efface declares it; KL is no rule."""
+    """Return the objective as a rule of efface, or None for KL, which is not a rule."""
     s = len(roles_on_device)
     terms = {
         "NPO": {FORGET: Term(Kind.NPO, 1 / s, beta=BETA)},
@@ -90,7 +91,7 @@ def rule(objective: str, rows: int, roles_on_device: Tensor) -> SequenceRule | N
 
 @dataclass(frozen=True)
 class LossShape:
-    """A named row of the suite; N is a multiple of 64."""
+    """A named shape of the suite; N is a multiple of 64."""
 
     n: int
     d: int
@@ -107,7 +108,7 @@ class LossShape:
 _HALF, _FULL = torch.bfloat16, torch.float32
 _NPO, _FREE = ("live", "cached", "frozen, cached"), ("no reference", "frozen")
 _1B, _3B, _7B, _PHI, _GEMMA = (2048, 128256), (3072, 128256), (4096, 32000), (2048, 51200), (2304, 256000)
-_SMALL = (1024, 32000)  # Llama-2's vocabulary, D that a CPU can do in a second
+_SMALL = (1024, 32000)  # Llama-2's vocabulary, with a D that a CPU handles in a second
 
 
 def _gpu(
@@ -118,7 +119,7 @@ def _gpu(
 
 SHAPES = {
     "smoke": LossShape(64, 64, 512, _FULL, "NPO", _NPO),
-    # What must hold: NPO at the floor; then what the dtype, a vocabulary of 128256 and the state change.
+    # The main claim: NPO near the floor. Then the effects of the dtype, a vocabulary of 128256 and the state.
     "Llama-2 head, D 1024, bf16": LossShape(1024, *_SMALL, _HALF, "NPO", _NPO),
     "Llama-3.2-1B head, bf16": LossShape(256, *_1B, _HALF, "NPO", ("live", "cached")),
     "Llama-2 head, D 1024, fp32": LossShape(1024, *_SMALL, _FULL),
@@ -129,19 +130,19 @@ SHAPES = {
     "NLL": LossShape(256, *_SMALL, _HALF, "NLL", ("no reference",)),
     "GradDiff": LossShape(256, *_SMALL, _HALF, "GradDiff", ("no reference",)),
     "KL retain": LossShape(256, *_SMALL, _HALF, KL),
-    # The models, all modes of NPO: how near the floor.
+    # Heads of real models, with all modes of NPO: distance to the floor.
     "GPU: Llama-3.2-1B": _gpu(8192, _1B, modes=_NPO),
     "GPU: Llama-3.2-3B": _gpu(8192, _3B, modes=_NPO),
     "GPU: Llama-2-7B": _gpu(8192, _7B, modes=_NPO),
     "GPU: Phi-1.5, with its bias": _gpu(8192, _PHI, modes=_NPO, bias=True),
-    "GPU: Phi-1.5, without": _gpu(8192, _PHI),  # for rivals that have no bias
+    "GPU: Phi-1.5, without": _gpu(8192, _PHI),  # for implementations without a bias
     "GPU: Gemma-2-2B, soft-cap": _gpu(4096, _GEMMA, softcap=30.0),
-    # Time and memory against N: launches decide at one end, memory at the other.
+    # Time and memory against N: small N is bound by launches, large N by memory.
     "GPU: Llama-3.2-1B, 64 rows": _gpu(64, _1B),
     "GPU: Llama-3.2-1B, 256 rows": _gpu(256, _1B),
     "GPU: Llama-3.2-1B, 1024 rows": _gpu(1024, _1B),
     "GPU: Llama-3.2-1B, 32768 rows": _gpu(32768, _1B),
-    # Filters and rounding depend on the softmax, and objectives on what a rival's op can form in its forward call.
+    # Filters and rounding depend on the softmax. The objective decides what an op can compute in its forward call.
     "GPU: Llama-3.2-1B, after unlearning": _gpu(8192, _1B, unlearned=True),
     "GPU: SimNPO": _gpu(8192, _1B, "SimNPO", _FREE),
     "GPU: DPO": _gpu(8192, _1B, "DPO", ("live", "cached")),
@@ -149,7 +150,7 @@ SHAPES = {
     "GPU: GradDiff": _gpu(8192, _1B, "GradDiff", ("no reference",)),
     "GPU: KL retain": _gpu(8192, _1B, KL),
 }
-# Every objective, with a bias, a soft-cap, and after unlearning: what ``--check`` compares, in seconds.
+# Shapes for ``--check``, which takes seconds: every objective, with bias, soft-cap and after unlearning.
 CHECKS = (
     LossShape(64, 64, 512, _FULL, "NPO", _NPO, bias=True),
     LossShape(64, 64, 512, _FULL, "NPO", softcap=30.0),
@@ -166,12 +167,12 @@ CHECKS = (
 
 @dataclass(frozen=True)
 class LossInputs:
-    """One batch at the head: policy and reference hidden states and heads, targets, sequences of 32 label rows."""
+    """One batch at the head: hidden states and heads of policy and reference, targets, sequences of 32 label rows."""
 
     objective: str
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,), the reference's too
+    bias: Tensor | None  # (V,), used for the reference too
     softcap: float | None
     reference_hidden: Tensor  # (N, D)
     reference_weight: Tensor  # (V, D)
@@ -181,37 +182,37 @@ class LossInputs:
     reference_sums: Tensor  # (S,)
 
     def of(self, mode: str) -> "LossInputs":
-        """Return the same for a mode: a frozen head gets no gradient."""
+        """Return the inputs for a mode; a frozen head gets no gradient."""
         if not mode.startswith("frozen"):
             return self
         return replace(self, weight=self.weight.detach(), bias=self.reference_head.bias)
 
     @property
     def head(self) -> Head:
-        """The policy's."""
+        """The policy's head."""
         return Head(self.weight, self.bias, self.softcap)
 
     @property
     def reference_head(self) -> Head:
-        """The reference's, without gradients."""
+        """The reference's head, without gradients."""
         return Head(self.reference_weight, None if self.bias is None else self.bias.detach(), self.softcap)
 
     @property
     def wanted(self) -> list[Tensor]:
-        """What gets a gradient."""
+        """The tensors that get a gradient."""
         given = (self.hidden, self.weight, self.bias)
         return [each for each in given if each is not None and each.requires_grad]
 
 
 def make_inputs(shape: LossShape, *, rows: int | None = None, seed: int = 0) -> LossInputs:
-    """Return the batch of a shape, or one of fewer rows.
+    """Return the batch of a shape, or one with fewer rows.
 
-    Rows of the head have length 1 and logits of the noise unit variance, so a flat row's logsumexp is log V + 1/2.
-    Before unlearning, 70 % of the rows are memorised, p(target) about 0.99: their hidden states have log V + 5.5 times
-    the target's row of the head added; the other rows are flat. After unlearning, so it is for what is retained and for
-    the reference, but the forget sequences' rows have had their mass moved: log V + 5.5 times the row of another token
-    is added, and p(target) is about 1e-7 there, 1e-5 in flat rows. A soft-capped head's boost is as much larger as the
-    cap takes away.
+    Rows of the head have length 1, and the noise gives logits of unit variance, so a flat row's logsumexp is log V +
+    1/2. Before unlearning, 70 % of the rows are memorised, with p(target) about 0.99: log V + 5.5 times the target's
+    row of the head is added to their hidden states. The other rows are flat. After unlearning, retained sequences and
+    the reference are the same, but in forget sequences the row of another token is added instead. p(target) is then
+    about 1e-7 in those rows, and 1e-5 in flat rows. With a soft-cap, the added multiple is larger by what the cap takes
+    away.
     """
     n, d, v, device = rows or shape.n, shape.d, shape.v, shape.device
     g = torch.Generator(device).manual_seed(seed)
@@ -237,7 +238,7 @@ def make_inputs(shape: LossShape, *, rows: int | None = None, seed: int = 0) -> 
     return LossInputs(
         shape.objective,
         hidden.to(shape.dtype).requires_grad_(),
-        weight.to(shape.dtype, copy=True).requires_grad_(),  # a copy: `weight` itself wants no gradient
+        weight.to(shape.dtype, copy=True).requires_grad_(),  # a copy: `weight` itself must not require a gradient
         bias,
         shape.softcap,
         (normal(n, d) + boost * weight[targets]).to(shape.dtype),
@@ -250,13 +251,13 @@ def make_inputs(shape: LossShape, *, rows: int | None = None, seed: int = 0) -> 
 
 
 def gold(inputs: LossInputs, mode: str) -> tuple[Tensor, ...]:
-    """Return dh (N, D), and unless the head is frozen dW (V, D) and, where there is one, the bias's (V,)."""
+    """Return dh (N, D). Unless the head is frozen, also return dW (V, D) and, with a bias, its gradient (V,)."""
     hidden, weight = inputs.hidden.detach().double(), inputs.weight.detach().double()
     bias = 0.0 if inputs.bias is None else inputs.bias.detach().double()
     cap = inputs.softcap
 
     def logits(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Capped logits, and the cap's derivative."""
+        """Return the capped logits and the cap's derivative."""
         z = h.double() @ w.double().T + bias
         if cap is None:
             return z, torch.ones((), dtype=torch.float64, device=z.device)
@@ -285,7 +286,7 @@ def gold(inputs: LossInputs, mode: str) -> tuple[Tensor, ...]:
 
 
 def _slopes(objective: str, sums: Tensor, reference: Tensor) -> Tensor:
-    """∂loss/∂L of every sequence (S,)."""
+    """Return ∂loss/∂L of every sequence, (S,)."""
     s = len(sums)
     if objective == "NPO":
         return 2 * torch.sigmoid(BETA * (sums - reference)) / s
@@ -301,4 +302,4 @@ def _slopes(objective: str, sums: Tensor, reference: Tensor) -> Tensor:
         signs = torch.ones_like(sums)
         signs[s // 2 :] = -1
         return signs * 2 / (s * LENGTH)
-    raise ValueError(f"`objective`: no gold for {objective!r}")
+    raise ValueError(f"`objective`: no fp64 gradients for {objective!r}")

@@ -1,6 +1,7 @@
-"""The objectives at the head, forward and backward, by everybody who offers them: ``providers``.
+"""The providers of the loss suite: objectives at the head, forward and backward, by all implementations.
 
-First what a provider is and how it is made of a cross entropy; then the bare products, efface, eager and the rivals.
+The file defines a provider and its construction from a cross entropy, then the bare products, efface, eager torch and
+the other implementations.
 """
 
 import math
@@ -18,7 +19,7 @@ from benchmarks.loss.inputs import BETA, FLOOR, FUNCTIONS, KL, LENGTH, OBJECTIVE
 from efface_kernels import Head, ReferenceRows, linear_distribution_loss, linear_sequence_loss, segment_sums
 
 Gradients: TypeAlias = tuple[Tensor, ...]  # of ``LossInputs.wanted``
-Nll: TypeAlias = Callable[[Tensor, Head, Tensor], Tensor]  # hidden states (N, D), head, targets (N,)
+Nll: TypeAlias = Callable[[Tensor, Head, Tensor], Tensor]  # hidden states (N, D), head, targets (N,) -> −ℓ
 Wrapper: TypeAlias = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 PRODUCTS = "bare GEMMs"
@@ -29,34 +30,33 @@ COMPILED = f"{EAGER} + torch.compile"
 
 @dataclass(frozen=True)
 class LossProvider:
-    """A way to compute an objective's gradients; ``gemms`` counts products of 2 N D V floating-point operations."""
+    """A way to compute an objective's gradients. ``gemms`` counts products of 2 N D V floating-point operations."""
 
     who: str
-    mode: str  # of ``inputs.FLOOR``
+    mode: str  # a key of ``inputs.FLOOR``
     gemms: int
     computes: str
-    run: Callable[[LossInputs], Gradients]  # given ``LossInputs.of(mode)``
+    run: Callable[[LossInputs], Gradients]  # its argument is ``LossInputs.of(mode)``
 
     @property
     def name(self) -> str:
-        """Who, in which mode."""
         return f"{self.who}, {self.mode}"
 
 
-Found: TypeAlias = tuple[list[LossProvider], list[str]]  # providers of a shape, and why others are missing
+Found: TypeAlias = tuple[list[LossProvider], list[str]]  # providers of a shape, and the reasons why others are missing
 
 
 @dataclass(frozen=True)
 class Rival:
-    """Somebody who offers an op for some objectives, and what that op lacks.
+    """Another implementation: an op for some objectives, and the op's limits.
 
     Attributes:
-        name: of all its providers the beginning.
-        offer: given the name, the shape, and the op where there is one, returns its providers.
-        objectives: of others it says nothing.
-        op: "module:name"; its package may be missing. Imported for a shape that it can do, and no other.
-        gpu: why a CPU cannot run it; empty where it can.
-        lacks: "bias" or "soft-cap".
+        name: prefix of the names of its providers.
+        offer: function of the name, the shape and, if set, the imported op; returns the providers.
+        objectives: objectives that it implements.
+        op: "module:name"; the package can be missing. It is imported only for a shape that it supports.
+        gpu: reason why it cannot run on a CPU; empty if it can.
+        lacks: unsupported features, "bias" or "soft-cap".
     """
 
     name: str
@@ -67,7 +67,7 @@ class Rival:
     lacks: tuple[str, ...] = ()
 
     def why_not(self, shape: LossShape) -> str | None:
-        """Return why it has nothing for a shape, None where it has."""
+        """Return the reason why it has no provider for a shape, or None if it has one."""
         wanted = {"bias": shape.bias, "soft-cap": shape.softcap is not None}
         if shape.device == "cpu" and self.gpu:
             return self.gpu
@@ -75,12 +75,12 @@ class Rival:
             return f"has no {self.lacks[0]}" if len(self.lacks) == 1 else f"has neither {' nor '.join(self.lacks)}"
         try:
             self._op()
-        except Exception as error:  # noqa: BLE001 - whatever an import on a strange machine raises
+        except Exception as error:  # noqa: BLE001 - an import can raise anything on an unknown machine
             return f"{type(error).__name__}: {error}"
         return None
 
     def providers(self, shape: LossShape) -> Found:
-        """Return its providers for a shape, and which of its settings are missing."""
+        """Return its providers for a shape, and the settings that are missing."""
         return self.offer(self.name, shape, *self._op())
 
     def _op(self) -> list[Any]:
@@ -88,7 +88,7 @@ class Rival:
 
 
 def gradients(loss: Tensor, inputs: LossInputs) -> Gradients:
-    """Return those of what wants one."""
+    """Return the gradients of ``inputs.wanted``."""
     return torch.autograd.grad(loss, inputs.wanted)
 
 
@@ -100,9 +100,9 @@ def of_modes(
     shape: LossShape,
     modes: Collection[str] | None = None,
 ) -> list[LossProvider]:
-    """Return a provider for each mode, by default of the shape's.
+    """Return a provider for each mode of the shape, or for those in ``modes``.
 
-    ``again``: products beyond the floor, 1 where the backward pass makes the logits anew.
+    ``again`` is the number of products beyond the floor: 1 if the backward pass recomputes the logits.
     """
 
     def of(mode: str) -> LossProvider:
@@ -112,7 +112,7 @@ def of_modes(
 
 
 def from_nll(who: str, again: int, computes: str, nll: Nll, shape: LossShape) -> list[LossProvider]:
-    """Providers whose ``nll`` gives each row's −ℓ: objectives as open-unlearning writes them."""
+    """Return providers for open-unlearning's form of the objectives, given ``nll``, which computes −ℓ of each row."""
     if shape.objective == KL:
         return []
 
@@ -129,7 +129,7 @@ def from_nll(who: str, again: int, computes: str, nll: Nll, shape: LossShape) ->
 
 
 def from_mean(who: str, again: int, computes: str, mean: Nll, shape: LossShape) -> list[LossProvider]:
-    """Providers whose ``mean`` gives the mean of −ℓ: NLL in one call, GradDiff in two, one of each half."""
+    """Return providers given ``mean``, which computes the mean of −ℓ: one call for NLL, two for GradDiff."""
 
     def run(inputs: LossInputs, _mode: str) -> Gradients:
         if inputs.objective == "NLL":
@@ -142,7 +142,7 @@ def from_mean(who: str, again: int, computes: str, mean: Nll, shape: LossShape) 
 
 
 class _Products:
-    """The vendor's, into a matrix of logits that is made once: what no implementation can undercut."""
+    """The vendor's matrix products, into one reused matrix of logits: a lower bound for every implementation."""
 
     def __init__(self) -> None:
         self._logits: Tensor | None = None
@@ -161,12 +161,15 @@ class _Products:
 
 
 def products(shape: LossShape) -> list[LossProvider]:
-    """The products of each mode."""
+    """Return the products of each mode."""
     return of_modes(PRODUCTS, 0, "the products alone", _Products(), shape)
 
 
 def ours(shape: LossShape) -> list[LossProvider]:
-    """The native or the Triton backend, and plain torch. No product beyond the floor; one chunk of logits alive."""
+    """Return efface with the native or Triton backend, and with torch.
+
+    It needs no product beyond the floor, and one chunk of logits is alive at a time.
+    """
     backends = ("native" if shape.device == "cpu" else "triton", "torch")
     return [provider for backend in backends for provider in _ours_by(backend, shape)]
 
@@ -201,7 +204,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
 
 
 def eager_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, targets: Tensor) -> Tensor:
-    """Plain torch: all logits in memory, ``cross_entropy`` on an fp32 copy."""
+    """Compute the losses in plain torch: all logits in memory, ``cross_entropy`` on an fp32 copy."""
     return F.cross_entropy(_logits(hidden, weight, bias, softcap), targets, reduction="none")
 
 
@@ -211,7 +214,7 @@ def _divergence(logits: Tensor, reference: Tensor) -> Tensor:
 
 
 def eager(who: str, computes: str, shape: LossShape, wrap: Wrapper = lambda f: f) -> list[LossProvider]:
-    """``eager_nll``, or ``kl_div`` likewise; as it is, or wrapped."""
+    """Return providers with ``eager_nll``, or ``kl_div`` for KL, optionally wrapped (compiled)."""
     if shape.objective != KL:
         nll = wrap(eager_nll)
 
@@ -239,30 +242,31 @@ def _eager(name: str, shape: LossShape) -> Found:
 def _by_reduction(
     who: str, again: tuple[int, int], shape: LossShape, op: Callable[[Tensor, Head, Tensor, str], Tensor]
 ) -> list[LossProvider]:
-    """Providers by a cross entropy that is told its reduction: "mean" where the objective allows it, else "none".
+    """Return providers from a cross entropy with a reduction: "mean" if the objective allows it, otherwise "none".
 
-    ``again``: of the mean, whose gradients some ops form in the forward call, and of rows.
+    ``again``: products beyond the floor with "mean", for which some ops compute gradients in the forward call, and with
+    "none".
     """
     mean = from_mean(who, again[0], "reduction mean", lambda h, head, t: op(h, head, t, "mean"), shape)
     return mean or from_nll(who, again[1], "reduction none", lambda h, head, t: op(h, head, t, "none"), shape)
 
 
-_TUNED_ROWS = 2048  # of a chunk
+_TUNED_ROWS = 2048  # rows of a chunk
 
 
 def _torch_chunked(name: str, shape: LossShape) -> Found:
-    """``torch.nn.functional.linear_cross_entropy`` in chunks: by its own rule ("auto"), and with more rows a chunk.
+    """``torch.nn.functional.linear_cross_entropy`` in chunks: with its own rule ("auto") and with larger chunks.
 
-    reduction "none" makes the logits anew in its backward pass; "mean" does not.
+    With reduction "none" its backward pass recomputes the logits; with "mean" it does not.
     """
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        return [], [f"{name}: torch {torch.__version__} has no chunked one"]
+        return [], [f"{name}: torch {torch.__version__} has no chunked linear_cross_entropy"]
     tuned = (256, 1024) if shape.device == "cpu" else (_TUNED_ROWS,)
     options: dict[str, dict[str, Any]] = {
         f"chunks of {rows}": {"batch_chunk_size": rows} for rows in tuned if rows <= shape.n
     }
     missing = []
-    # Beyond 1e10, chunks of 128 rows take minutes a call in bf16.
+    # Above 1e10 operations, its chunks of 128 rows take minutes per call in bf16.
     if shape.device == "cpu" and shape.dtype.itemsize < 4 and shape.n * shape.d * shape.v > 1e10:
         missing.append(f"{name}, auto: in half precision on a CPU its chunks take minutes a call; see the smaller rows")
     else:
@@ -281,16 +285,17 @@ def _torch_chunked(name: str, shape: LossShape) -> Found:
 
 
 def liger_budget(n: int, d: int, v: int, rows: int = _TUNED_ROWS) -> int:
-    """Return the least ``chunk_mem_const`` with which a chunk has ``rows`` rows, or all of fewer."""
+    """Return the smallest ``chunk_mem_const`` for which a chunk has ``rows`` rows, or all rows if there are fewer."""
     pieces = max(1, n // rows)
     return math.ceil(v / (pieces * d))
 
 
 def _liger(name: str, shape: LossShape, flce: Any) -> Found:
-    """liger-kernel's fused linear cross entropy: chunks by its own rule, and larger ones (``chunk_mem_const``).
+    """liger-kernel's fused linear cross entropy: with its own chunk rule and with larger chunks (``chunk_mem_const``).
 
-    Its chunk is the power of two at or above N / ceil(V / (chunk_mem_const · D)): 256 rows at N = 8192, D = 2048,
-    V = 128256. reduction "none" makes the logits anew in its backward pass; "mean" forms gradients in the forward call.
+    Its chunk is the smallest power of two that is at least N / ceil(V / (chunk_mem_const · D)): 256 rows at N = 8192, D
+    = 2048, V = 128256. With reduction "none" its backward pass recomputes the logits; with "mean" it computes the
+    gradients in the forward call.
     """
     found, missing = [], []
     settings: dict[str, dict[str, int]] = {"default": {}}
@@ -311,11 +316,11 @@ def _liger(name: str, shape: LossShape, flce: Any) -> Found:
 
 
 def _liger_dpo(name: str, shape: LossShape, chunked: Any) -> Found:
-    """liger-kernel's chunked DPO, the only rival with a reference in its op: torch ops, a chunk of pairs at a time.
+    """liger-kernel's chunked DPO in torch ops, a chunk of pairs at a time; the only other op with a reference model.
 
-    Default: one pair a chunk; tuned: pairs of 2048 rows. Both by ``torch.compile``, for which the first call of a
-    batch's size takes its time: on a CPU half a minute. It takes the chosen sequences before the rejected ones, so a
-    call copies the hidden states. Its loss is β/2 of ours.
+    "default": one pair per chunk; "tuned": chunks of 2048 rows. Both use ``torch.compile``, so the first call with a
+    batch size takes long, half a minute on a CPU. The op expects the chosen sequences before the rejected ones, so each
+    call copies the hidden states. Its loss is β/2 times ours.
     """
 
     def made(**settings: object) -> Callable[[LossInputs, str], Gradients]:
@@ -342,15 +347,15 @@ def _liger_dpo(name: str, shape: LossShape, chunked: Any) -> Found:
 
 
 def _chosen_first(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(2 P, T, D) and (2 P, T): all alternates, then all forget sequences."""
+    """Return (2 P, T, D) and (2 P, T): all alternates, then all forget sequences."""
     h, t = hidden.view(-1, 2, LENGTH, hidden.shape[1]), targets.view(-1, 2, LENGTH)
     return torch.cat([h[:, 1], h[:, 0]]), torch.cat([t[:, 1], t[:, 0]])
 
 
 def _cut(name: str, shape: LossShape, linear_cross_entropy: Any) -> Found:
-    """cut-cross-entropy: exact, and by default, with small gradients left out; on a CPU its ``torch_compile``.
+    """cut-cross-entropy: exact, and with its default, which drops small gradients; on a CPU ``torch_compile``.
 
-    Its kernel makes the logits anew in the backward pass, less what is filtered.
+    Its backward pass recomputes the logits, except for the filtered ones.
     """
     cpu = shape.device == "cpu"
     settings: dict[str, dict[str, object]] = {"exact": {"impl": "cce", "filter_eps": None}, "default": {"impl": "cce"}}
@@ -371,7 +376,7 @@ def _cut(name: str, shape: LossShape, linear_cross_entropy: Any) -> Found:
 
 
 def _quack(name: str, shape: LossShape, chunked: Any) -> Found:
-    """quack-kernels: CuTe-DSL GEMMs with the softmax fused, reduction mean or sum alone. It tunes its GEMMs itself."""
+    """quack-kernels: CuTe-DSL GEMMs with the softmax fused; only reduction mean or sum. It tunes its GEMMs itself."""
 
     def mean(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
         loss: Tensor = chunked(hidden, head.weight, targets, reduction="mean")
@@ -409,7 +414,7 @@ RIVALS = (
 
 
 def offered(rivals: Iterable[Rival], shape: LossShape, without: Sequence[str] = ()) -> Found:
-    """Return what rivals offer for a shape, and why others are missing."""
+    """Return the providers of other implementations for a shape, and the reasons why some are missing."""
     asked = (rival for rival in rivals if shape.objective in rival.objectives)
     kept, missing = able(asked, without, lambda rival: rival.why_not(shape))
     found: list[LossProvider] = []
@@ -421,9 +426,10 @@ def offered(rivals: Iterable[Rival], shape: LossShape, without: Sequence[str] = 
 
 
 def providers(shape: LossShape, without: Sequence[str] = ()) -> Found:
-    """Return the floors, ours, every rival that is installed and can do the shape, and why others are missing.
+    """Return all providers for a shape: the bare products, ours and the others; and why some are missing.
 
-    Left out is who has a text of ``without`` in the name, the products excepted; such a rival is not imported.
+    A provider whose name contains a text of ``without`` is left out, except the products. A left-out implementation is
+    not imported.
     """
     found, missing = offered(RIVALS, shape, without)
     found = [*products(shape), *ours(shape), *found]

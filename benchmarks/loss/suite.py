@@ -1,7 +1,7 @@
-"""The loss suite: objectives at the head, forward and backward, every provider in turn within one run.
+"""The loss suite: objectives at the head, forward and backward, with all providers interleaved in one run.
 
 On the CPU, or on a GPU with ``--device cuda``: NPO with a live reference, a cached one, and a cached one with a frozen
-head; SimNPO, DPO, NLL, GradDiff and the KL retain loss. A provider whose gradients are wrong is named, and not timed.
+head; SimNPO, DPO, NLL, GradDiff and the KL retain loss. Providers with wrong gradients are listed and not timed.
 """
 
 import argparse
@@ -25,24 +25,24 @@ from benchmarks.loss.providers import COMPILED, EAGER, PRODUCTS, RIVALS, LossPro
 from efface_kernels import row_pass
 
 ROUNDS = 9
-_SECONDS = {"cpu": 150.0, "cuda": 6.0}  # of a shape's rounds; at least three are run
-# The rows on which gradients are compared with fp64, where all would take most of the time.
-_COMPARED_ROWS = {"cpu": 256, "cuda": 4096}  # on a GPU more than a chunk
+_SECONDS = {"cpu": 150.0, "cuda": 6.0}  # time for a shape's rounds; at least three rounds run
+# Gradients are compared with fp64 on at most this many rows, because all rows would take most of the time.
+_COMPARED_ROWS = {"cpu": 256, "cuda": 4096}  # on a GPU, more than one chunk
 _WALL_ROUNDS = 3
 _WITH_PEAK_ON_CPU = ("Llama-2 head, D 1024, bf16", "Llama-3.2-1B head, bf16")
-# How far from fp64 a gradient may be, relative rms, or three times eager's own distance; beyond, it is not timed.
+# Largest relative rms error of a gradient against fp64. Up to three times eager's own error is accepted as well;
+# providers beyond that are not timed.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 _NAMES = ("dh", "dw", "db")
 
 
 def default_shapes(options: argparse.Namespace) -> list[str]:
-    """Return the shapes that are meant for the device."""
     return [name for name, shape in SHAPES.items() if name != "smoke" and shape.device == options.device]
 
 
 @dataclass
 class LossRow:
-    """One provider on one shape. Times in milliseconds; errors relative to rms of the fp64 gradient."""
+    """One provider on one shape. Times are in milliseconds; errors are relative to the rms of the fp64 gradient."""
 
     shape: str
     objective: str
@@ -62,11 +62,11 @@ class LossRow:
     three_quarters_ms: float
     low_ms: float
     high_ms: float
-    against_floor: float  # median of the ratio to the bare GEMMs of the same round
-    of_floor_percent: float  # the same the other way round: what share of the time the products alone would take
+    against_floor: float  # median of the ratio to the bare GEMMs within a round
+    of_floor_percent: float  # the inverse: the time of the bare products as a share of this time
     errors: dict[str, float] = field(default_factory=dict)  # dh, dw, db
-    wall_ms: float | None = None  # on a GPU, of a call that waits for nothing but itself: with its launches, median
-    peak_gib: float | None = None  # above inputs and gradients: of GPU memory, or resident
+    wall_ms: float | None = None  # median on a GPU of a call from an idle device to its end, with launches
+    peak_gib: float | None = None  # beyond inputs and gradients: of GPU memory, or resident
     clocks: dict[str, str] = field(default_factory=dict)  # of a GPU, before and after the row
 
 
@@ -75,16 +75,16 @@ def _relative(got: Tensor, exact: Tensor) -> float:
 
 
 def checked(found: list[LossProvider], shape: LossShape) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Return the errors of the providers whose gradients are right, and why others are not timed.
+    """Return the errors of the providers with correct gradients, and the reasons why others are not timed.
 
-    Every one runs on a smaller batch of the same head; one that raises leaves the others their figures.
+    Each provider runs on a smaller batch with the same head. An exception in one does not affect the others.
     """
     inputs = make_inputs(shape, rows=min(shape.n, _COMPARED_ROWS[shape.device]))
     errors: dict[str, dict[str, float]] = {}
     refused = []
     for mode in shape.modes:
         exact = gold(inputs, mode)
-        # eager comes first of those that are compared: its own rounding bounds the others'
+        # eager comes first, because its own rounding error widens the tolerance for the others
         own = sorted((p for p in found if p.mode == mode), key=lambda p: p.who != EAGER)
         allowed = dict.fromkeys(_NAMES, TOLERANCES[shape.dtype])
         for provider in own:
@@ -93,7 +93,7 @@ def checked(found: list[LossProvider], shape: LossShape) -> tuple[dict[str, dict
                 continue
             try:
                 got = provider.run(inputs.of(mode))
-            except Exception as error:  # noqa: BLE001 - whatever a rival raises
+            except Exception as error:  # noqa: BLE001 - other implementations can raise anything
                 refused.append(f"{provider.name}: {said(error)}")
                 continue
             apart = {n: _relative(g, e) for n, g, e in zip(_NAMES, got, exact, strict=False)}
@@ -103,7 +103,7 @@ def checked(found: list[LossProvider], shape: LossShape) -> tuple[dict[str, dict
             if len(got) != len(exact):
                 wrong.append(f"{len(got)} gradients, expected {len(exact)}")
             if wrong:
-                refused.append(f"{provider.name}: other gradients than in fp64, {', '.join(wrong)}")
+                refused.append(f"{provider.name}: gradients differ from fp64, {', '.join(wrong)}")
             else:
                 errors[provider.name] = apart
         del exact
@@ -130,15 +130,15 @@ def _status(name: str) -> int:
 
 
 def resident_peak(shape_name: str, provider_name: str) -> float:
-    """Return a provider's peak of resident memory above inputs and gradients, in GiB; in a process of its own.
+    """Return a provider's peak of resident memory in GiB, beyond inputs and gradients; run in a fresh process.
 
-    A small batch comes first: libraries, thread stacks, compilation.
+    A small batch runs first, so that libraries, thread stacks and compilation do not count.
     """
     shape = SHAPES[shape_name]
     provider = next(each for each in providers(shape)[0] if each.name == provider_name)
     provider.run(make_inputs(replace(shape, n=64, d=64, v=512)).of(provider.mode))
     inputs = make_inputs(shape).of(provider.mode)
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     before = _status("VmRSS")
     gradients = provider.run(inputs)
     kept = sum(each.nbytes for each in gradients)
@@ -152,7 +152,7 @@ def _resident_gib(name: str, provider: LossProvider) -> float | None:
 
 
 def _rounds_for(calls: dict[str, Callable[[int], object]], options: argparse.Namespace, device: str) -> int:
-    """Return the rounds that fit the shape's time, by the length of one. Every call has run before."""
+    """Return the number of rounds that fit into the shape's time, from the time of one. Every call has run before."""
     if device == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -166,10 +166,11 @@ def _rounds_for(calls: dict[str, Callable[[int], object]], options: argparse.Nam
 
 
 def measure(name: str, options: argparse.Namespace) -> tuple[list[LossRow], list[str]]:
-    """Check, then time every provider on a shape, interleaved: one call of each a round."""
-    # Dynamo counts what it compiled of a function over all shapes, and runs it eagerly, silently, beyond its limit.
+    """Check all providers on a shape, then time them interleaved, with one call of each per round."""
+    # Dynamo counts the compilations of a function over all shapes. Beyond its limit it silently runs the function
+    # eagerly.
     torch.compiler.reset()
-    with torch._dynamo.config.patch(recompile_limit=64):  # noqa: SLF001 - its documented place
+    with torch._dynamo.config.patch(recompile_limit=64):  # noqa: SLF001 - the documented place of the setting
         return _measure(name, options)
 
 
@@ -186,12 +187,12 @@ def _measure(name: str, options: argparse.Namespace) -> tuple[list[LossRow], lis
         if provider.name in errors:
             try:
                 provider.run(given[provider.mode])
-            except Exception as error:  # noqa: BLE001 - mostly memory, with all rows
+            except Exception as error:  # noqa: BLE001 - usually out of memory with all rows
                 missing.append(f"{provider.name}: {said(error)} ({name})")
             else:
                 timed.append(provider)
                 continue
-            if gpu:  # only now does no traceback hold what was allocated
+            if gpu:  # by now no traceback refers to the memory of a failed provider
                 torch.cuda.empty_cache()
     calls = {each.name: _call(each, given[each.mode]) for each in timed}
     before = gpu_clocks() if gpu else ""
@@ -239,10 +240,10 @@ def _call(provider: LossProvider, inputs: LossInputs) -> Callable[[int], object]
 
 
 def row_pass_alone(rounds: int) -> dict[str, float]:
-    """The pass on (1024, 32000) bf16 against torch's ``log_softmax`` on fp32 logits and ``gather``, milliseconds."""
+    """Time the pass on (1024, 32000) bf16 against torch's ``log_softmax`` on fp32 logits plus ``gather``, in ms."""
     logits = torch.randn(1024, 32000, generator=torch.Generator().manual_seed(0)).bfloat16()
     targets = torch.zeros(1024, dtype=torch.int64)
-    # The pass overwrites its logits. Run again on what it left it does the same work: no time depends on the values.
+    # The pass overwrites its logits. A second run does the same amount of work, because no time depends on the values.
     work = logits.clone()
     calls: dict[str, Callable[[int], object]] = {
         "native row pass, gradient in place": lambda _: row_pass(work, targets, backend="native"),
@@ -257,19 +258,20 @@ def row_pass_alone(rounds: int) -> dict[str, float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what only this suite can be asked."""
-    parser.add_argument("--memory", action="store_true", help="on the CPU, peaks too: a process for each (slow)")
-    parser.add_argument("--check", action="store_true", help="time nothing: compare every provider's gradients")
+    parser.add_argument(
+        "--memory", action="store_true", help="on the CPU, measure peak memory too, in a process per provider (slow)"
+    )
+    parser.add_argument("--check", action="store_true", help="compare the gradients of every provider without timing")
     add_device(parser)
     add_without(parser)
-    parser.add_argument("--seconds", type=float, help="of a shape's rounds, at least three of which are run")
+    parser.add_argument("--seconds", type=float, help="time limit for the rounds of a shape; at least three rounds run")
 
 
 def check(report: Report) -> None:
     """Compare every provider with fp64 on small shapes of the CPU.
 
     Raises:
-        ArithmeticError: one of them raises, or has other gradients.
+        ArithmeticError: a provider raises an error, or its gradients are wrong.
     """
     wrong: list[str] = []
     for shape in CHECKS:
@@ -283,26 +285,26 @@ def check(report: Report) -> None:
 
 
 def _check_without(options: argparse.Namespace) -> None:
-    rivals = [rival.name for rival in RIVALS]  # by name alone: not imported, be they installed or not
+    rivals = [rival.name for rival in RIVALS]  # by name only: they are not imported and need not be installed
     names = {provider.name for shape in options.shape for provider in providers(SHAPES[shape], rivals)[0]}
     names |= {*rivals, COMPILED}
     check_without(options.without, sorted(names))
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
-    """Measure the chosen shapes, then on the CPU the row pass alone."""
+    """Measure the chosen shapes; on the CPU, also the row pass alone."""
     if options.check:
         check(report)
         return
     _check_without(options)
     rows: list[LossRow] = []
     notes: set[str] = set()
-    report.save(loss=[], not_measured=[])  # a run that is cut short leaves what it has, be it nothing
+    report.save(loss=[], not_measured=[])  # so that an interrupted run leaves a valid file
     for name in options.shape:
         shape = SHAPES[name]
         try:
             measured, missing = measure(name, options)
-        except Exception as error:  # one rival must not cost the other shapes
+        except Exception as error:  # one failing implementation must not cost the other shapes
             if options.device == "cpu":
                 raise
             measured, missing = [], [f"{name}: {said(error)}"]
@@ -343,6 +345,6 @@ def _cells(row: LossRow) -> list[str]:
     return [row.provider, str(row.gemms), f"{row.median_ms:.2f}", quartiles, *ratio, *errors, *more]
 
 
-if __name__ == "__main__":  # SHAPE PROVIDER, from ``_resident_gib``
+if __name__ == "__main__":  # SHAPE PROVIDER, started by ``_resident_gib``
     torch.set_num_threads(2)
     print(resident_peak(*sys.argv[1:]))

@@ -1,1 +1,1 @@
-"""The pack suite: planning an epoch, and assembling its batches."""
+"""The pack suite: planning an epoch and assembling its batches."""

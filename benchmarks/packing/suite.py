@@ -1,4 +1,4 @@
-"""Planning an epoch and assembling batches of 8192 tokens, against NumPy with Python doing the same, and libraries."""
+"""The pack suite: planning an epoch and assembling batches of 8192 tokens, against NumPy with Python and libraries."""
 
 import argparse
 import bisect
@@ -24,12 +24,12 @@ SHAPES = {
 ROUNDS = 5
 BATCH_TOKENS = 8192
 MicroBatches: TypeAlias = list[tuple[NDArray[np.int8], NDArray[np.int64]]]  # roles, sequences
-REPEATS = 50  # assemblies of a batch in one measurement: they take microseconds
+REPEATS = 50  # times that each batch is assembled per measurement, because one takes microseconds
 
 
 @dataclass
 class PackRow:
-    """One provider of one task: milliseconds, medians of ratios within a round."""
+    """One provider of one task: milliseconds, and medians of ratios within a round."""
 
     shape: str
     task: str
@@ -41,8 +41,7 @@ class PackRow:
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
-    """Measure and print."""
-    import datasets  # noqa: PLC0415 - a machine borrowed for the other suites may lack it
+    import datasets  # noqa: PLC0415 - a machine borrowed for the other suites may not have it
 
     datasets.disable_progress_bars()
     rows: list[PackRow] = []
@@ -63,13 +62,13 @@ def _cells(row: PackRow) -> list[str]:
 
 
 def lengths(count: int, seed: int) -> NDArray[np.int64]:
-    """Token counts with TOFU's mean (57), 95th percentile (82) and maximum (139): a clipped normal distribution."""
+    """Draw token counts from a clipped normal with TOFU's mean (57), 95th percentile (82) and maximum (139)."""
     drawn = np.random.default_rng(seed).normal(57, 15, count)
     return np.clip(drawn, 20, 139).astype(np.int64)
 
 
 def store(count: int, seed: int) -> TokenStore:
-    """Random tokens of those lengths; 58 % of each sequence are labels, as in TOFU."""
+    """Return random tokens with those lengths; 58 % of each sequence are labels, as in TOFU."""
     n = lengths(count, seed)
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(n)])
     ids = np.random.default_rng(seed).integers(0, 8000, int(offsets[-1])).astype(np.int32)
@@ -77,7 +76,7 @@ def store(count: int, seed: int) -> TokenStore:
 
 
 def measure(shape: str, rounds: int) -> tuple[list[PackRow], list[str]]:
-    """Time planning a shape and assembling batches; return the rows, and what could not be measured."""
+    """Time planning and assembling for a shape; return the rows, and the reasons for what was not measured."""
     forget_count, retain_count, pairs, budget = SHAPES[shape]
     forget, retain = lengths(forget_count, 1), lengths(retain_count, 2)
     plan = plan_epoch(forget, retain, pairs_per_step=pairs, token_budget=budget, seed=0, epoch=0)
@@ -104,7 +103,7 @@ def measure(shape: str, rounds: int) -> tuple[list[PackRow], list[str]]:
     collate = DataCollatorWithFlattening()
 
     def each(pack: Callable[[int], object]) -> Callable[[int], object]:
-        """All micro-batches of the step in turn, so that no batch's lengths decide; none is kept."""
+        """Assemble all micro-batches of the step in turn, so that no single batch's lengths decide. None is kept."""
 
         def run(_round: int) -> None:
             for _ in range(REPEATS):
@@ -138,7 +137,7 @@ def _rows(shape: str, task: str, times: dict[str, list[float]]) -> list[PackRow]
 
 
 def check_packers(stores: Sequence[TokenStore], chosen: MicroBatch) -> None:
-    """Raise ArithmeticError where NumPy packs otherwise than efface."""
+    """Raise ArithmeticError if NumPy packs a batch differently from efface."""
     batch = pack_items(stores, chosen.roles, chosen.sequences)
     names = ("input_ids", "position_ids", "cu_seqlens", "label_rows", "targets", "row_offsets", "roles")
     for name, expected in zip(names, numpy_pack(stores, chosen), strict=True):
@@ -149,7 +148,7 @@ def check_packers(stores: Sequence[TokenStore], chosen: MicroBatch) -> None:
 def numpy_plan(
     forget: NDArray[np.int64], retain: NDArray[np.int64], pairs: int, budget: int, *, seed: int = 0
 ) -> MicroBatches:
-    """Shuffle, draw, and fill each step's micro-batches best-fit decreasing, with a sorted list of the room left."""
+    """Shuffle, draw, and fill each step's micro-batches best-fit decreasing, with a sorted list of the free space."""
     rng = np.random.default_rng(seed)
     order, drawn = rng.permutation(len(forget)), rng.integers(len(retain), size=len(forget))
     batches: MicroBatches = []
@@ -159,7 +158,7 @@ def numpy_plan(
         pairs_of_step = np.concatenate([order[step], drawn[step]])
         tokens = np.concatenate([forget[order[step]], retain[drawn[step]]])
         bins: list[list[int]] = []
-        rooms: list[tuple[int, int]] = []  # (room, bin), ascending
+        rooms: list[tuple[int, int]] = []  # (free tokens, bin), ascending
         for item in np.argsort(-tokens, kind="stable").tolist():
             size = int(tokens[item])
             at = bisect.bisect_left(rooms, (size, 0))
@@ -172,7 +171,7 @@ def numpy_plan(
                 room -= size
             if room > 0:
                 bisect.insort(rooms, (room, bin_))
-        for items in bins:  # forget before retain, each in order
+        for items in bins:  # forget before retain, each in its order
             chosen = np.sort(items)
             first_retain = int(np.searchsorted(chosen, count))
             roles = np.repeat(np.array([0, 1], np.int8), [first_retain, len(chosen) - first_retain])
@@ -181,7 +180,7 @@ def numpy_plan(
 
 
 def numpy_pack(stores: Sequence[TokenStore], batch: MicroBatch) -> list[object]:
-    """The packer's seven tensors, from slices of each sequence."""
+    """Return the packer's seven tensors, built from slices of each sequence."""
     arrays = [owner.chunks[0] for owner in stores]
     ids, positions, rows, targets, sizes, labels = [], [], [], [], [], []
     at = 0
@@ -208,12 +207,12 @@ def numpy_pack(stores: Sequence[TokenStore], batch: MicroBatch) -> list[object]:
 
 
 def trl_plan(tokens: NDArray[np.int64], budget: int) -> Callable[[], object]:
-    """TRL's ``pack_dataset`` (best-fit decreasing over all sequences at once); it copies the tokens too.
+    """Pack with TRL's ``pack_dataset`` (best-fit decreasing over all sequences at once), which also copies the tokens.
 
     Raises:
         ImportError: TRL is not installed.
     """
-    import datasets  # noqa: PLC0415 - only where TRL is
+    import datasets  # noqa: PLC0415 - installed with TRL
     import pyarrow as pa  # noqa: PLC0415
 
     pack_dataset = pkgutil.resolve_name("trl.data_utils:pack_dataset")
@@ -226,7 +225,7 @@ def trl_plan(tokens: NDArray[np.int64], budget: int) -> Callable[[], object]:
 
 
 def features(stores: Sequence[TokenStore], batch: MicroBatch) -> list[dict[str, list[int]]]:
-    """The batch as transformers' collators take it: lists of ids and labels."""
+    """Return the batch as transformers' collators expect it: lists of ids and labels."""
     features = []
     for role, index in zip(batch.roles.tolist(), batch.sequences.tolist(), strict=True):
         ids, start = stores[role][index].tolist(), int(stores[role].label_starts[index])

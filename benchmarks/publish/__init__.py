@@ -1,4 +1,4 @@
-"""Make README's blocks, docs/benchmarks.md and the plots from benchmarks/results/*.json, and from nothing else."""
+"""Generates README's blocks, docs/benchmarks.md and the plots from benchmarks/results/*.json alone."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ def _step(result: Result) -> str:
 
 
 def _loss(result: Result) -> str:
-    """The first shape alone: the table of them all is in the docs."""
+    """Show only the first shape; docs/benchmarks.md has all of them."""
     rows = next(iter(tables.grouped(result.rows, "shape").values()))
     cells = [[tables.name_of(row, rows), f"{row['median_ms']:.0f}", f"{row['against_floor']:.2f}"] for row in rows]
     table = tables.markdown(["loss, forward and backward", "median ms", "x the bare GEMMs"], cells)
@@ -47,7 +47,7 @@ def _pack(result: Result) -> str:
 
 
 def _evaluate(result: Result) -> str:
-    """The first shape of either part."""
+    """Show only the first shape of each part."""
     said = f"`{result.machine['command']}` ({_link(result)})"
     likelihood, generation = (result.record.get(part, []) for part in ("likelihood", "generation"))
     parts = []
@@ -71,12 +71,12 @@ BLOCKS: Mapping[str, Callable[[Result], str]] = {
 
 
 def filled(text: str, found: Sequence[Result]) -> str:
-    """Return the text with what stands between ``<!-- benchmarks:SUITE -->`` and ``<!-- end -->`` made anew.
+    """Return the text with everything between ``<!-- benchmarks:SUITE -->`` and ``<!-- end -->`` regenerated.
 
-    ``SUITE gpu`` takes results of a GPU, ``SUITE`` those of a CPU.
+    ``SUITE gpu`` uses results from a GPU, ``SUITE`` those from a CPU.
 
     Raises:
-        ValueError: a block without a suite or without results.
+        ValueError: a block names no known suite, or a suite without results.
     """
 
     def block(match: re.Match[str]) -> str:
@@ -93,10 +93,11 @@ def filled(text: str, found: Sequence[Result]) -> str:
 
 _TOP = """# Benchmarks
 
-Made by `python -m benchmarks report` from `benchmarks/results/*.json`. Providers are interleaved in one run; times are
-medians; on a GPU they are of its kernels, and "wall ms" has what Python takes to launch them too. "x floor" is the
-ratio to the bare matrix products, timed in the same rounds. Errors are relative to fp64.
-Where a rival's median is below efface's, its row says {faster}."""
+`python -m benchmarks report` generates this page from `benchmarks/results/*.json`. The providers of a table are timed
+interleaved in one run, and times are medians. On a GPU they are the times of the kernels; "wall ms" also includes the
+launches from Python. "x floor" is the ratio to the time of the bare matrix products in the same rounds. Errors of
+gradients are relative to fp64, errors of log-likelihoods relative to the padded loop in fp32.
+A row is marked {faster} if its median is below efface's best for the same work."""
 _TITLES = {
     "evaluate": "Evaluation",
     "loss": "Loss at the head",
@@ -106,17 +107,17 @@ _TITLES = {
 }
 
 
-_EXPECTED = """**Computed, not measured**, by `python -m benchmarks expected`, in milliseconds: the loss's GEMMs at one
-assumed rate, and the bytes that everything else moves at another, one after the other. "x GEMMs" is the sum against the
-GEMMs alone. Launches are those of a forward and a backward call, GEMMs included."""
+_EXPECTED = """**Computed, not measured**, by `python -m benchmarks expected`, in milliseconds. The loss's GEMMs run at
+one assumed rate, and everything else moves bytes at another, without overlap. "x GEMMs" is the ratio of the sum to the
+GEMMs alone. "launches" counts the kernels of a forward and a backward call, including GEMMs."""
 
 
 def page(found: Sequence[Result], drawn: Mapping[str, Sequence[str]]) -> str:
-    """Return docs/benchmarks.md: every file of results, its conditions, plots and tables; what a GPU is to show."""
+    """Return docs/benchmarks.md: conditions, plots and tables of every results file; times expected on a GPU."""
     parts = [_TOP.format(faster=tables.FASTER)]
     if not any(result.on_gpu for result in found):
         parts.append(
-            "No figure of a GPU has been measured yet; `python -m benchmarks.gpu` measures them, see "
+            "There are no results from a GPU yet. `python -m benchmarks.gpu` measures them; see "
             "benchmarks/gpu/README.md."
         )
     for result in found:
@@ -131,7 +132,7 @@ def page(found: Sequence[Result], drawn: Mapping[str, Sequence[str]]) -> str:
 
 
 def everything(root: Path = ROOT) -> None:
-    """Write all of them."""
+    """Write README's blocks, docs/benchmarks.md and the plots."""
     found = tables.read(root / "benchmarks" / "results")
     drawn = plots.draw(found, root / "benchmarks" / "results" / "plots")
     readme = root / "README.md"

@@ -1,4 +1,4 @@
-"""PNG plots: time and memory against N, share of the floor, the parts of a step. The same bytes each time."""
+"""PNG plots: time and memory against N, share of the floor, parts of a step. The files are bitwise reproducible."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ def _colour(row: dict[str, object]) -> str:
 
 
 def _share(result: Result) -> Iterator[tuple[str, Figure]]:
-    """A panel a shape: what share of each provider's time the products alone would take."""
+    """Yield a figure with a panel per shape: the bare products' time as a share of each provider's time."""
     shapes = tables.grouped(result.rows, "shape")
     figure = Figure(figsize=(9, sum(0.7 + 0.22 * len(rows) for rows in shapes.values())), layout="constrained")
     ratios = [len(rows) + 2 for rows in shapes.values()]
@@ -35,7 +35,7 @@ def _share(result: Result) -> Iterator[tuple[str, Figure]]:
 
 
 def _against_n(key: str, label: str) -> Callable[[Result], Iterator[tuple[str, Figure]]]:
-    """Lines over N, where a head was measured at three or more: NPO with a live reference, memorised."""
+    """Return a plot over N for heads measured at three or more N: NPO with a live reference, memorised."""
 
     def draw(result: Result) -> Iterator[tuple[str, Figure]]:
         chosen = [
@@ -59,7 +59,7 @@ def _against_n(key: str, label: str) -> Callable[[Result], Iterator[tuple[str, F
 
 
 def _parts(result: Result) -> Iterator[tuple[str, Figure]]:
-    """A bar a provider, of the medians of its step's parts; of whole steps where the parts were not measured."""
+    """Yield a figure with a bar per provider, stacked from the medians of its step's parts."""
     rows = [row for row in result.rows if row.get("median_ms") is not None]
     figure = Figure(figsize=(8, 1.0 + 0.35 * len(rows)), layout="constrained")
     axes: Axes = figure.add_subplot()
@@ -82,7 +82,7 @@ _DRAW: dict[str, Sequence[Callable[[Result], Iterator[tuple[str, Figure]]]]] = {
 
 
 def draw(found: Sequence[Result], folder: Path) -> dict[str, list[str]]:
-    """Draw all of them; return the names of the pictures of each file of results."""
+    """Draw all plots; return the file names of the plots for each results file."""
     folder.mkdir(exist_ok=True)
     names: dict[str, list[str]] = {}
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):

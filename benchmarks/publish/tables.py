@@ -1,6 +1,6 @@
-"""Files of results, one a run of a suite, named ``<device>-<date>[-suite].json``, and markdown tables of them.
+"""Results files of suites, named ``<device>-<date>[-suite].json``, and markdown tables of their rows.
 
-Every figure is the JSON's. Rows where a rival is faster stay in, and are marked.
+Every number comes from the JSON file. Rows in which another implementation is faster are kept and marked.
 """
 
 import json
@@ -14,7 +14,7 @@ from benchmarks.harness.report import cells
 
 Rows: TypeAlias = Sequence[dict[str, Any]]
 FASTER = "**faster than efface**"
-# a suite's name and where its rows are in the file
+# suite -> keys of its rows in the file
 ROWS = {
     "loss": ("loss",),
     "step": ("step",),
@@ -27,31 +27,31 @@ NAME = re.compile(r"(?P<device>[\w-]+?)-(?P<date>\d{4}-\d\d-\d\d)(?:-(?P<suite>[
 
 @dataclass(frozen=True)
 class Result:
-    """A file, read."""
+    """The contents of a results file."""
 
-    file: str  # its name
+    file: str  # file name
     suite: str
     record: dict[str, Any]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """What was measured."""
+        """The measured rows."""
         return [row for key in ROWS[self.suite] for row in self.record.get(key, [])]
 
     @property
     def machine(self) -> dict[str, Any]:
-        """Of the run: device, versions, date, commit, command."""
+        """The run's device, versions, date, commit and command."""
         machine: dict[str, Any] = self.record["machine"]
         return machine
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the machine had one."""
+        """Whether the run's machine had a GPU."""
         return "gpu" in self.machine
 
     @property
     def described(self) -> str:
-        """The conditions, in a sentence."""
+        """The conditions of the run in a sentence."""
         m = self.machine
         device = m.get("gpu") or f"{m['threads']} threads, {m['processor']}"
         said = [device, f"torch {m['torch']}"]
@@ -63,10 +63,10 @@ class Result:
 
 
 def read(folder: Path) -> list[Result]:
-    """Return every file of the folder that has rows of a known suite, oldest first.
+    """Return the results in every file of the folder, oldest first.
 
     Raises:
-        ValueError: a name that is not ``<device>-<date>[-suite].json``.
+        ValueError: a file is not named ``<device>-<date>[-suite].json``.
     """
     found = []
     for path in sorted(folder.glob("*.json")):
@@ -79,19 +79,19 @@ def read(folder: Path) -> list[Result]:
 
 
 def newest(found: list[Result], suite: str, *, gpu: bool) -> Result | None:
-    """Return the last result of a suite on the kind of device, or None."""
+    """Return the newest result of a suite on a GPU or a CPU, or None."""
     own = [result for result in found if result.suite == suite and result.on_gpu == gpu]
     return own[-1] if own else None
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table; its first column holds names, the others figures."""
+    """Return a markdown table; the first column contains names, the others numbers."""
     lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def grouped(rows: Rows, *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    """Return the rows by the values of keys, in their order."""
+    """Return the rows grouped by the values of ``keys``, in their order."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
@@ -99,17 +99,17 @@ def grouped(rows: Rows, *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]
 
 
 def is_ours(row: dict[str, Any]) -> bool:
-    """Whether the row is efface's."""
+    """Return whether the row is one of efface's."""
     return str(row["provider"]).startswith("efface")
 
 
 def _work(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What two rows must have in common to be compared."""
+    """Return the properties that two rows must share to be compared."""
     return row.get("training"), row.get("reference"), row.get("task"), row.get("mode")
 
 
 def beaten(row: dict[str, Any], rows: Rows) -> bool:
-    """Whether a rival's median is below that of efface's best for the same work; the bare GEMMs are no rival."""
+    """Return whether the row's median is below efface's best for the same work. The bare GEMMs do not count."""
     if is_ours(row) or row["provider"].startswith("bare") or row.get("median_ms") is None:
         return False
     own = [each["median_ms"] for each in rows if is_ours(each) and _work(each) == _work(row) and each.get("median_ms")]
@@ -117,12 +117,12 @@ def beaten(row: dict[str, Any], rows: Rows) -> bool:
 
 
 def name_of(row: dict[str, Any], rows: Rows) -> str:
-    """Return a provider's name as a table shows it."""
+    """Return the provider's name for a table, marked if it is faster than efface."""
     return f"{row['provider']}{', ' + FASTER if beaten(row, rows) else ''}"
 
 
 def loss(result: Result) -> str:
-    """A table a shape."""
+    """Return a table for each shape, the row pass alone, and what was not measured."""
     parts = []
     for (shape,), rows in grouped(result.rows, "shape").items():
         first = rows[0]
@@ -155,13 +155,13 @@ def _loss_cells(row: dict[str, Any], rows: Rows, *, wall: bool) -> list[str]:
 
 
 def step(result: Result) -> str:
-    """A table a shape."""
+    """Return a table for each shape."""
     shapes = grouped(result.rows, "shape").items()
     return "\n\n".join(f"### {shape}\n\n{step_table(rows)}" for (shape,), rows in shapes)
 
 
 def step_table(rows: Rows) -> str:
-    """One shape: time, how many times faster than the eager step, tokens per second, memory."""
+    """Return one shape's table: time, speed-up over the eager step, tokens per second, memory."""
     memory = any(row.get("peak_gib") is not None for row in rows)
     headings = ["forward and backward", "median ms", "times faster, median of rounds", "tokens/s, with AdamW"]
     headings += ["peak GiB"] if memory else []
@@ -177,7 +177,7 @@ def step_table(rows: Rows) -> str:
 
 
 def pack(result: Result) -> str:
-    """A table a task."""
+    """Return a table for each task."""
     parts = []
     for (_, task), rows in grouped(result.rows, "shape", "task").items():
         body = [[name_of(row, rows), *cells(".3g", row["median_ms"], row["against_efface"])] for row in rows]
@@ -186,7 +186,7 @@ def pack(result: Result) -> str:
 
 
 def evaluate(result: Result) -> str:
-    """A table a shape of either part: log-likelihoods, greedy answers."""
+    """Return a table for each shape and part: log-likelihoods, then greedy answers."""
     parts = []
     for (shape,), rows in grouped(result.record.get("likelihood", []), "shape").items():
         first = rows[0]
@@ -200,7 +200,7 @@ def evaluate(result: Result) -> str:
 
 
 def likelihood_table(rows: Rows) -> str:
-    """One shape: the tokens that the model reads, time, times faster than the padded loop, error against it in fp32."""
+    """Return one shape's table: tokens read, time, speed-up over the padded loop, error against that loop in fp32."""
     headings = ["scorer", "tokens read", "median ms", "times faster, median of rounds", "error"]
     body = []
     for row in rows:
@@ -210,13 +210,13 @@ def likelihood_table(rows: Rows) -> str:
 
 
 def generation_table(rows: Rows) -> str:
-    """One shape: time, and how many times efface's."""
+    """Return one shape's table: time, and the ratio to efface's time."""
     body = [[name_of(row, rows), f"{row['median_ms']:.0f}", f"{row['against_efface']:.2f}"] for row in rows]
     return markdown(["greedy answers", "median ms", "x efface"], body)
 
 
 def start(result: Result) -> str:
-    """What a user waits for; what efface adds to what it stands on."""
+    """Return a table of start-up times, and of what efface adds to the libraries that it imports."""
     body = []
     for row in result.rows:
         added = ["", ""] if row["above_ms"] is None else [f"{row['above_ms']:.0f}", row["compared_with"]]

@@ -1,1 +1,1 @@
-"""The start-up suite: what a user waits for before the first step."""
+"""The start-up suite: the time from the start of a process to the first training step."""

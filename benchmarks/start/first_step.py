@@ -1,6 +1,7 @@
 """Take one training step of a tiny Llama: ``first_step.py efface`` or ``first_step.py transformers``.
 
-Both as a user writes them, a ``Trainer`` on two pairs of token sequences; efface's with NPO and its cached reference.
+Both are written as a user would: a ``Trainer`` on two pairs of token sequences. efface's uses NPO and its cached
+reference.
 """
 
 import sys
@@ -27,8 +28,7 @@ STEP: dict[str, Any] = {
 
 
 def main(whose: str) -> None:
-    """Take the step."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 - the imports are what is timed
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 - the imports are part of the timing
 
     model = LlamaForCausalLM(LlamaConfig(**CONFIG))
     with tempfile.TemporaryDirectory() as folder:
@@ -36,7 +36,7 @@ def main(whose: str) -> None:
 
 
 def ours(model: Any, folder: str) -> None:
-    """NPO by ``efface.UnlearnTrainer``."""
+    """Run NPO with ``efface.UnlearnTrainer``."""
     import efface  # noqa: PLC0415
     from efface.batching import TokenStore  # noqa: PLC0415
 
@@ -46,7 +46,7 @@ def ours(model: Any, folder: str) -> None:
 
 
 def plain(model: Any, folder: str) -> None:
-    """Plain training by ``transformers.Trainer``."""
+    """Train with ``transformers.Trainer``."""
     from transformers import Trainer, TrainingArguments  # noqa: PLC0415
 
     rows = [{"input_ids": row[:4], "labels": row[:4]} for row in (*FORGET, *RETAIN)]

@@ -1,6 +1,7 @@
-"""The start-up suite: imports, ``efface --help`` and the first training step, each in a fresh process.
+"""The start-up suite: imports, ``efface --help`` and the first training step, each in a new process.
 
-Interleaved, files in the page cache. What efface adds is the time above that of what it stands on, in the same round.
+The tasks are interleaved, with files in the page cache. The time that efface adds is its time minus that of the
+libraries it imports, in the same round.
 """
 
 import argparse
@@ -36,7 +37,7 @@ SHAPES = {"smoke": ("python", "import torch", "import efface", "efface --help"),
 
 @dataclass
 class StartRow:
-    """A task. Times in milliseconds, from the start of the process to its end."""
+    """One task. Times are in milliseconds, from the start of the process to its end."""
 
     task: str
     median_ms: float
@@ -48,10 +49,10 @@ class StartRow:
 
 
 def measure(tasks: tuple[str, ...], rounds: int) -> list[StartRow]:
-    """Time the tasks, one process each a round.
+    """Time the tasks in new processes, one per task and round.
 
     Raises:
-        subprocess.CalledProcessError: a task that fails.
+        subprocess.CalledProcessError: a task fails.
     """
     times = interleaved({task: process(TASKS[task][0]) for task in tasks}, rounds, warm_up=1)
     rows = []
@@ -65,7 +66,7 @@ def measure(tasks: tuple[str, ...], rounds: int) -> list[StartRow]:
 
 
 def process(arguments: list[str]) -> Callable[[int], object]:
-    """Return a call that runs Python with the arguments, this checkout's packages on its path, to the end."""
+    """Return a call that runs Python to its end with these arguments and this checkout's packages on the path."""
     paths = [str(ROOT / "engine"), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *arguments]
@@ -73,11 +74,10 @@ def process(arguments: list[str]) -> Callable[[int], object]:
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
-    """Measure the chosen tasks."""
     rows = [row for name in options.shape for row in measure(SHAPES[name], options.rounds)]
     report.save(start=rows)
     report.table(
-        f"a fresh process each, {options.rounds} rounds",
+        f"a new process each, {options.rounds} rounds",
         ("task", "median ms", "low", "high", "above", "compared with"),
         [_cells(row) for row in rows],
     )

@@ -1,6 +1,6 @@
-"""The models of the step suite, with random weights, and the pairs of its steps, packed and padded.
+"""Inputs of the step suite: models with random weights, and the pairs of its steps, packed and padded.
 
-TOFU's rows where its files are at hand, else made-up ones of its lengths.
+The pairs are TOFU's rows if its files exist, otherwise synthetic rows of the same lengths.
 """
 
 import copy
@@ -34,10 +34,9 @@ class StepShape:
     config: Mapping[str, Any]
     pairs: int = 8
     steps: int = 8
-    checkpointing: bool = False  # of gradients, a layer at a time
+    checkpointing: bool = False  # gradient checkpointing of every layer
 
     def llama(self) -> LlamaConfig:
-        """Return the model's configuration."""
         settings: dict[str, Any] = {**LLAMA, **self.config}
         return LlamaConfig(**settings)
 
@@ -47,7 +46,7 @@ CHECKED_ON_GPU = "GPU: check"
 SHAPES = {
     "smoke": StepShape(torch.float32, LLAMA_SMOKE, pairs=2, steps=2),
     "Llama 8 layers, d 512, V 32000, bf16": StepShape(torch.bfloat16, LLAMA_MID),
-    # Checked, not timed: the larger models leave no room for the same in fp32.
+    # Used for the check only: the larger models leave no memory for a copy in fp32.
     CHECKED_ON_GPU: StepShape(torch.bfloat16, {**LLAMA_MID, "num_hidden_layers": 4}, steps=2, checkpointing=True),
     "GPU: Llama-3.2-1B, bf16": StepShape(
         torch.bfloat16,
@@ -77,16 +76,15 @@ SHAPES = {
 
 
 def timed_on(device: str) -> list[str]:
-    """Return the shapes that are meant for the device."""
     own = [name for name in SHAPES if name.startswith(_GPU) == (device == "cuda")]
     return [name for name in own if name not in ("smoke", CHECKED_ON_GPU)]
 
 
 def make_model(shape: StepShape, device: str, seed: int, *, lora: bool = False) -> Any:
-    """Return a Llama with random weights, made on the device in its own dtype: a 7B takes seconds.
+    """Return a Llama with random weights, created on the device in its own dtype, so that a 7B takes seconds.
 
-    With ``lora``, within a ``peft.PeftModel`` whose adapters are not zero: the policy differs from its base, as it does
-    after a step.
+    With ``lora``, the model is a ``peft.PeftModel`` with nonzero adapters, so that the policy differs from its base, as
+    it does after a step.
     """
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
@@ -108,10 +106,10 @@ def make_model(shape: StepShape, device: str, seed: int, *, lora: bool = False) 
 
 
 def reference_seed(*, lora: bool) -> int:
-    """Return the seed of the second model, the policy's being 0.
+    """Return the seed of the reference model; the policy's seed is 0.
 
-    LoRA's reference is its base. For full training it is another model: the log-ratio of policy and reference is not
-    zero, so that a check sees it.
+    LoRA's reference is its base. In full training it is another model, so that the log-ratio of policy and reference is
+    not zero and the check covers it.
     """
     return 0 if lora else 1
 
@@ -123,35 +121,34 @@ def wider(model: Any, dtype: torch.dtype) -> Any:
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """Sequences of one role, padded on the right to their own longest: (B, T) each."""
+    """Sequences of one role, padded on the right to the longest of them: (B, T) each."""
 
     input_ids: Tensor
     labels: Tensor  # -100 on prompts and padding
     attention_mask: Tensor
 
     def to(self, device: torch.device) -> "PaddedBatch":
-        """Return a copy on the device."""
         return PaddedBatch(self.input_ids.to(device), self.labels.to(device), self.attention_mask.to(device))
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step's pairs as the packed and the padded providers read them; assembled before the clock starts."""
+    """The pairs of one step, packed and padded. They are assembled before the timing."""
 
     batch: PackedBatch
     totals: StepTotals
-    reference_sums: Tensor  # (S,) as ``CachedReference.sums`` hands them to the trainer; 0 for retain sequences
+    reference_sums: Tensor  # (S,) as ``CachedReference.sums`` returns them to the trainer; 0 for retain sequences
     forget: PaddedBatch
     retain: PaddedBatch
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens that the padded forward passes of the policy read; the packed one reads ``batch.tokens``."""
+        """Tokens that the padded forward passes of the policy read. The packed one reads ``batch.tokens``."""
         return self.forget.input_ids.numel() + self.retain.input_ids.numel()
 
 
 def stores(vocabulary: int) -> tuple[TokenStore, TokenStore, str]:
-    """Return the forget store, the retain store, and what they are."""
+    """Return the forget store, the retain store, and a description of the data."""
     files = tofu_files(FORGET, RETAIN)
     if not files:
         return _like_tofu(vocabulary, "")
@@ -161,7 +158,7 @@ def stores(vocabulary: int) -> tuple[TokenStore, TokenStore, str]:
         return _like_tofu(vocabulary, f" ({error})")
 
 
-@cache  # on a borrowed machine seconds count
+@cache  # time on a borrowed machine is limited
 def _tokenised(forget: Path, retain: Path, vocabulary: int) -> tuple[TokenStore, TokenStore]:
     from efface.hf.text.data import token_store  # noqa: PLC0415 - needs datasets, which a borrowed machine may lack
 
@@ -176,7 +173,7 @@ def _like_tofu(vocabulary: int, why: str) -> tuple[TokenStore, TokenStore, str]:
 
 
 def synthetic(sequences: int, vocabulary: int, *, seed: int) -> TokenStore:
-    """Random tokens with the lengths of TOFU; answers are 58 % of them."""
+    """Return random tokens with TOFU's lengths; answers are 58 % of them."""
     rng = np.random.default_rng(seed)
     lengths = tofu_lengths(rng, sequences)
     rows = [rng.integers(0, vocabulary, length).tolist() for length in lengths]
@@ -184,7 +181,7 @@ def synthetic(sequences: int, vocabulary: int, *, seed: int) -> TokenStore:
 
 
 def padded(store: TokenStore, index: list[int]) -> PaddedBatch:
-    """Collate as open-unlearning does."""
+    """Collate sequences as open-unlearning does."""
     ids = [torch.from_numpy(store[i].astype(np.int64)) for i in index]
     labels = [row.clone() for row in ids]
     for row, start in zip(labels, store.label_starts[index].tolist(), strict=True):
@@ -199,7 +196,7 @@ def padded(store: TokenStore, index: list[int]) -> PaddedBatch:
 def make_steps(
     forget: TokenStore, retain: TokenStore, reference: PreTrainedModel, *, pairs: int, count: int
 ) -> list[Step]:
-    """Return the first ``count`` steps that the trainer would take with seed 0, on the reference's device."""
+    """Return the trainer's first ``count`` steps with seed 0, on the reference's device."""
     plan = plan_epoch(forget.lengths, retain.lengths, pairs_per_step=pairs, token_budget=8192, seed=0, epoch=0)
     assembler, sums = Assembler(plan, (forget, retain)), store_logprobs(reference, forget)
     steps = []
@@ -215,7 +212,7 @@ def make_steps(
 
 
 def _reference_sums(sums: Tensor, batch: PackedBatch) -> Tensor:
-    """(S,) on the batch's device: the sums of its forget sequences, 0 for the others."""
+    """Return (S,) on the batch's device: the sums of its forget sequences, 0 for the others."""
     forget = batch.forget_sequences
     own = sums.to(batch.storage.device)
     return torch.cat([own[batch.sequences[:forget]], own.new_zeros(len(batch.lengths) - forget)])

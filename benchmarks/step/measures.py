@@ -1,4 +1,4 @@
-"""What is measured of a step: its parts, by the device's own clock, and the FLOP that it must compute."""
+"""Measures of a step: the time of its parts on the device's clock, and the FLOP that it must compute."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +13,11 @@ from efface.hf.model.adapted_head import base_of
 from efface.hf.model.packing import decoder_of
 
 PARTS = ("forward", "reference", "head", "backward", "update")
-"""The policy's decoder; the frozen model's; heads and losses; backward; clipping and AdamW. In milliseconds."""
+"""The policy's decoder, the reference's decoder, heads and losses, backward, clipping and AdamW; in milliseconds."""
 
 
 class Stopwatch:
-    """Keeps moments while steps run, and makes times of them when read: on a GPU it never waits for a step."""
+    """Records moments during steps and converts them to times when read. On a GPU, recording does not synchronise."""
 
     def __init__(self, device: torch.device | str) -> None:
         self._gpu = torch.device(device).type == "cuda"
@@ -26,7 +26,7 @@ class Stopwatch:
         self._spans: list[tuple[str, Any, Any]] = []
 
     def follow(self, *models: Any) -> None:
-        """Time the decoders of the models: "reference" where no gradients are kept, else "forward"."""
+        """Time the decoders of the models: as "reference" if gradients are disabled, otherwise as "forward"."""
         begun: list[Any] = []
 
         def begin(*_: object) -> None:
@@ -43,18 +43,17 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Time what is within."""
         begin = self._clock.now()
         yield
         self._spans.append((name, begin, self._clock.now()))
 
     def end_step(self) -> None:
-        """What follows belongs to the next step."""
+        """Start the next step."""
         self._steps.append(self._spans)
         self._spans = []
 
     def read(self) -> list[dict[str, float]]:
-        """Return the milliseconds of ``PARTS`` in every step since the last reading."""
+        """Return the milliseconds of ``PARTS`` in every step since the last call."""
         if self._gpu:
             torch.cuda.synchronize()
         steps, self._steps = self._steps, []
@@ -68,18 +67,18 @@ class Stopwatch:
         return times
 
 
-# Dense bf16 tensor-core FLOP/s from NVIDIA's data sheets (SXM), by what the device's name contains.
+# Dense bf16 tensor-core FLOP/s from NVIDIA's data sheets (SXM); each key is part of the device's name.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the dense bf16 FLOP/s that the maker states, None for a device that is not listed."""
+    """Return the dense bf16 FLOP/s of the data sheet, or None for an unknown device."""
     return next((peak for name, peak in PEAKS.items() if name in device_name), None)
 
 
 def layer_parameters(config: LlamaConfig) -> int:
-    """Weights of all matrices of the decoder's layers; embeddings and the head are not among them."""
-    assert config.head_dim is not None  # transformers fills in what is not given
+    """Return the number of weights in all matrices of the decoder's layers, without embeddings and head."""
+    assert config.head_dim is not None  # transformers fills in a missing value
     assert config.num_key_value_heads is not None
     d, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
     attention = 2 * d * config.num_attention_heads * config.head_dim + 2 * d * kv
@@ -87,13 +86,13 @@ def layer_parameters(config: LlamaConfig) -> int:
 
 
 def model_flop(config: LlamaConfig, step: Step, *, lora: bool, reference: str) -> float:
-    """FLOP that the step needs: 2 a weight and token forward, twice that backward.
+    """Return the FLOP that the step needs: 2 per weight and token forward, twice that backward.
 
-    With P weights in the layers, T real tokens and N label rows, all of them of forget and retain, and a reference
-    model on the T_f and N_f of forget: 6 P T + 6 V D N + 2 P T_f + 2 V D N_f. A cached reference is free; LoRA's
-    backward pass has no gradients of frozen weights, 4 instead of 6. Not counted, as for everybody: padding, prompt
-    rows in the head, layers run again by gradient checkpointing, attention scores and adapters (below 1 % each at
-    these lengths).
+    With P weights in the layers, T real tokens and N label rows (forget and retain), and a reference model on the T_f
+    tokens and N_f label rows of forget: 6 P T + 6 V D N + 2 P T_f + 2 V D N_f. A cached reference costs nothing. LoRA's
+    backward pass computes no gradients of frozen weights, so 4 replaces 6. For every provider the following is not
+    counted: padding, prompt rows in the head, layers recomputed by gradient checkpointing, attention scores and
+    adapters (below 1 % each at these lengths).
     """
     layers, head = layer_parameters(config), config.vocab_size * config.hidden_size
     batch = step.batch

@@ -1,7 +1,7 @@
-"""A training step by everybody who is timed; each says what it computes.
+"""The providers of the step suite; the first line of each docstring describes what it computes.
 
-First what a provider is; then open-unlearning's own step, alone, with Liger-Kernel and with cut-cross-entropy; then
-efface's; then both with LoRA: adapters of rank 8 on every linear layer but the head, trained alone.
+The file defines a provider, then open-unlearning's step (alone, with Liger-Kernel and with cut-cross-entropy), then
+efface's, then both with LoRA, in which only adapters of rank 8 on every linear layer except the head are trained.
 """
 
 import importlib
@@ -24,7 +24,7 @@ from efface.hf.model.head_loss import HeadLoss
 from efface.hf.reference.live import AdapterReference, LiveReference
 
 OBJECTIVE = NPO(beta=0.1, alpha=1.0)
-_REPLACED = ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")  # by apply_liger_kernel_to_llama, for the process
+_REPLACED = ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")  # by apply_liger_kernel_to_llama, process-wide
 _ONLY_ON: dict[tuple[str, ...], str] = {
     ("cpu",): "a variant for CPUs",
     ("cuda",): "its kernels are Triton's, which need a GPU",
@@ -35,16 +35,16 @@ class StepProvider(ABC):
     """Computes NPO's loss for the pairs of a step. Gradients come from ``backward``, as in any training loop.
 
     Args:
-        policy: its own from now on.
-        reference: the second model, likewise; None unless ``second_model``.
+        policy: model that the provider owns from now on.
+        reference: the reference model, owned as well; None unless ``second_model``.
 
     Attributes:
         name: in tables.
         reference: "live" (a second model), "cached" (its log-probabilities are given) or "adapter" (the policy's base).
-        lora: the policy is a ``peft.PeftModel``.
-        devices: where it runs.
-        needs: a package.
-        ours: its loss is efface's, with the backend that "auto" chooses.
+        lora: whether the policy is a ``peft.PeftModel``.
+        devices: device types that it supports.
+        needs: a required package.
+        ours: whether its loss is efface's, with the backend that "auto" selects.
     """
 
     name: ClassVar[str]
@@ -62,12 +62,12 @@ class StepProvider(ABC):
 
     @classmethod
     def second_model(cls) -> bool:
-        """Whether it wants a reference model."""
+        """Return whether the provider needs a reference model."""
         return cls.reference == "live"
 
     @classmethod
     def why_not(cls, device: str) -> str | None:
-        """Return why it cannot run on the device, None if it can."""
+        """Return why the provider cannot run on the device, or None if it can."""
         if device not in cls.devices:
             return _ONLY_ON[cls.devices]
         if cls.needs is not None and importlib.util.find_spec(cls.needs.replace("-", "_")) is None:
@@ -76,19 +76,19 @@ class StepProvider(ABC):
 
     @property
     def models(self) -> list[Any]:
-        """The policy, and the second model if there is one."""
+        """The policy, and the reference model if there is one."""
         return [model for model in (self.policy, self._frozen) if model is not None]
 
     @abstractmethod
     def loss(self, step: Step) -> Tensor:
-        """Run the forward passes."""
+        """Run the forward passes and return the loss."""
 
     def active(self) -> AbstractContextManager[None]:
-        """Hold what the provider changes outside its own models, forward and backward."""
+        """Return a context, entered for forward and backward, for changes outside the provider's own models."""
         return nullcontext()
 
     def gradients(self, step: Step) -> Tensor:
-        """Run forward and backward; return the loss. The gradients lie in the policy's parameters."""
+        """Run forward and backward; return the loss. The gradients are in the policy's parameters."""
         with self.active():
             self.policy.zero_grad(set_to_none=True)
             loss = self.loss(step)
@@ -96,14 +96,14 @@ class StepProvider(ABC):
         return loss.detach()
 
     def update(self) -> None:
-        """Clip the gradients and take an AdamW step, both as ``transformers.Trainer`` does by default."""
+        """Clip the gradients and take an AdamW step, as ``transformers.Trainer`` does by default."""
         if self._optimizer is None:
             self._optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0, fused=True)
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self._optimizer.step()
 
     def train(self, step: Step, watch: Stopwatch) -> Tensor:
-        """Take a whole training step, its parts by the watch; return the loss."""
+        """Take a whole training step, timing its parts with ``watch``; return the loss."""
         with self.active():
             with watch.part("loss"):
                 self.policy.zero_grad(set_to_none=True)
@@ -119,16 +119,16 @@ class StepProvider(ABC):
 class Eager(StepProvider):
     """open-unlearning's NPO: the forget batch and the retain batch padded, a forward pass each, SDPA attention.
 
-    Logits of every position; the forget loss from cross_entropy without reduction, the retain loss from ``labels=``.
-    Two favours to it: the ``labels=`` loss of the forget batch, which open-unlearning computes and drops, is left out,
-    and no key-value cache is filled.
+    It computes the logits of every position, the forget loss from cross_entropy without reduction, and the retain loss
+    from ``labels=``. It is slightly favoured: the ``labels=`` loss of the forget batch, which open-unlearning computes
+    and discards, is left out, and no key-value cache is filled.
     """
 
     name = "padded, two forwards, live"
     reference = "live"
 
     def loss(self, step: Step) -> Tensor:
-        """compute_dpo_loss with losing inputs alone, and compute_retain_loss."""
+        """compute_dpo_loss with only losing inputs, and compute_retain_loss."""
         nll = self._nll(self.policy, step.forget)
         log_ratio = -(nll - self._reference_nll(step))
         forget_loss = -2 / OBJECTIVE.beta * F.logsigmoid(OBJECTIVE.beta * (0.0 - log_ratio)).mean()
@@ -136,7 +136,7 @@ class Eager(StepProvider):
         return total
 
     def _nll(self, model: Any, batch: PaddedBatch) -> Tensor:
-        """compute_batch_nll: summed token losses of each sequence."""
+        """compute_batch_nll: the sum of the token losses of each sequence."""
         logits = _shifted_logits(model, batch).contiguous()
         shifted_labels = batch.labels[..., 1:].contiguous()
         loss_function = torch.nn.CrossEntropyLoss(ignore_index=-100, reduction="none")
@@ -155,7 +155,7 @@ class Eager(StepProvider):
 
 
 class EagerCached(Eager):
-    """The same, with the reference's sums given: what a cache alone would do for the eager step."""
+    """The eager step with the reference's sums given: the effect of a cache alone."""
 
     name = "padded, two forwards, cached"
     reference = "cached"
@@ -165,16 +165,16 @@ class EagerCached(Eager):
 
 
 class EagerFlat(Eager):
-    """The same with a live reference, and cross_entropy over rows: what open-unlearning's loss could be on a CPU.
+    """The eager step with a live reference and cross_entropy over flattened rows: its fastest version on a CPU.
 
-    Transposed logits, (B, V, T), cost cross_entropy a copy and strided sums.
+    On transposed logits, (B, V, T), cross_entropy makes a copy and sums with strides.
     """
 
     name = "padded, rows, live"
     devices = ("cpu",)
 
     def _nll(self, model: Any, batch: PaddedBatch) -> Tensor:
-        """Summed token losses of each sequence."""
+        """Return the sum of the token losses of each sequence."""
         logits, labels = _shifted_logits(model, batch), batch.labels[..., 1:]
         rows = logits.reshape(-1, logits.shape[-1])
         token_losses = F.cross_entropy(rows, labels.reshape(-1), ignore_index=-100, reduction="none")
@@ -184,8 +184,8 @@ class EagerFlat(Eager):
 def _shifted_logits(model: Any, batch: PaddedBatch) -> Tensor:
     """Return the logits (B, T − 1, V) that predict a token of the batch.
 
-    ``float()``: under its bf16 mixed precision, accelerate returns the logits in fp32. Summed in bf16, a sequence's
-    loss of a few hundred nats would be rounded to a multiple of 2.
+    ``float()``: accelerate's bf16 mixed precision returns the logits in fp32. Summed in bf16, a sequence's loss of a
+    few hundred nats would be rounded to a multiple of 2.
     """
     logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     return logits.float()[..., :-1, :]
@@ -194,9 +194,10 @@ def _shifted_logits(model: Any, batch: PaddedBatch) -> Tensor:
 class Liger(Eager):
     """Padded, two forwards; ``apply_liger_kernel_to_llama`` on both models: RoPE, RMSNorm, SwiGLU and the fused head.
 
-    The retain loss is the patched model's own (fused linear cross entropy, from ``labels=``). It has no logits to
-    offer in training, so NPO's token losses come from the same op without reduction, on the last hidden states: 2 head
-    products forward, 3 backward (logits again), where the mean has all its gradients after the forward pass.
+    The retain loss is the patched model's own fused linear cross entropy, from ``labels=``. In training that model
+    returns no logits, so NPO's token losses come from the same op without reduction, on the last hidden states. That
+    takes 2 head products forward and 3 backward, which recomputes the logits. The mean has all its gradients after the
+    forward pass.
     """
 
     name = "padded, Liger, live"
@@ -218,7 +219,7 @@ class Liger(Eager):
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Liger's RoPE is a function of the whole process: the other providers keep transformers' own."""
+        """Patch Liger's RoPE in for the whole process during the step; the other providers use transformers' own."""
         own = modeling_llama.apply_rotary_pos_emb
         modeling_llama.apply_rotary_pos_emb = self._rope
         try:
@@ -227,7 +228,7 @@ class Liger(Eager):
             modeling_llama.apply_rotary_pos_emb = own
 
     def _nll(self, model: Any, batch: PaddedBatch) -> Tensor:
-        """Summed token losses of each sequence."""
+        """Return the sum of the token losses of each sequence."""
         hidden = model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
         rows, labels = hidden[:, :-1].flatten(0, 1), batch.labels[:, 1:]
         token_losses: Tensor = self._token_losses(model.lm_head.weight, rows, labels.flatten())
@@ -235,10 +236,10 @@ class Liger(Eager):
 
 
 class CutCrossEntropy(Eager):
-    """Padded, two forwards; both losses by ``linear_cross_entropy`` on the last hidden states, rows with labels alone.
+    """Padded, two forwards; both losses with ``linear_cross_entropy`` on the last hidden states, label rows only.
 
-    ``filter_eps=None``: exact. Its default drops gradients of probabilities below 2⁻¹², and under random weights that
-    is nearly all of them: it would be timed for work that it leaves out.
+    ``filter_eps=None`` makes it exact. The default drops gradients of probabilities below 2⁻¹². With random weights
+    that is nearly all of them, so the timing would leave out most of the work.
     """
 
     name = "padded, cut-cross-entropy, live"
@@ -247,7 +248,7 @@ class CutCrossEntropy(Eager):
     implementation: ClassVar[str] = "cce"
 
     def _nll(self, model: Any, batch: PaddedBatch) -> Tensor:
-        """Summed token losses of each sequence."""
+        """Return the sum of the token losses of each sequence."""
         return self._cross_entropy(model, batch, "none").sum(dim=-1)
 
     def _retain_loss(self, batch: PaddedBatch) -> Tensor:
@@ -268,7 +269,7 @@ class CutCrossEntropy(Eager):
 
 
 class CutCompiled(CutCrossEntropy):
-    """The same by its ``torch_compile`` implementation, which a CPU can run: logits of label rows, compiled."""
+    """The same with its ``torch_compile`` implementation, which runs on a CPU: logits of label rows, compiled."""
 
     name = "padded, cut-cross-entropy compiled, live"
     devices = ("cpu",)
@@ -276,7 +277,7 @@ class CutCompiled(CutCrossEntropy):
 
 
 class EffaceLive(StepProvider):
-    """efface: one packed forward pass, the loss in the head, a second model beside it; as ``PackedTrainer`` does."""
+    """efface: one packed forward pass, the loss fused into the head, and a second model, as in ``PackedTrainer``."""
 
     name = "efface, live"
     reference = "live"
@@ -287,7 +288,6 @@ class EffaceLive(StepProvider):
         self._live = LiveReference(reference, reference.device)
 
     def loss(self, step: Step) -> Tensor:
-        """See ``PackedTrainer.compute_loss``."""
         loss = HeadLoss(OBJECTIVE, step.totals, forget_reference=self._live.rows(step.batch.forget_part()))
         total: Tensor = self.policy(batch=step.batch, loss=loss).loss
         return total
@@ -304,14 +304,13 @@ class EffaceCached(StepProvider):
         super().__init__(fuse(policy), reference)
 
     def loss(self, step: Step) -> Tensor:
-        """See ``PackedTrainer.compute_loss``."""
         loss = HeadLoss(OBJECTIVE, step.totals, reference_sums=step.reference_sums)
         total: Tensor = self.policy(batch=step.batch, loss=loss).loss
         return total
 
 
 class EagerLora(Eager):
-    """open-unlearning's NPO with LoRA: padded, two forwards, and still a second model, a copy of the policy."""
+    """open-unlearning's NPO with LoRA: padded, two forwards, and a copy of the policy as second model."""
 
     name = "LoRA, padded, two forwards, live"
     lora = True
@@ -319,7 +318,7 @@ class EagerLora(Eager):
 
 
 class EagerLoraCached(EagerCached):
-    """The same, with the reference's sums given."""
+    """open-unlearning's NPO with LoRA and the reference's sums given."""
 
     name = "LoRA, padded, two forwards, cached"
     lora = True
@@ -327,7 +326,7 @@ class EagerLoraCached(EagerCached):
 
 
 class EffaceLora(StepProvider):
-    """efface with LoRA: one packed forward pass, and one of the forget part with the adapters off as its reference."""
+    """efface with LoRA: one packed forward pass, and one of the forget part with adapters disabled as the reference."""
 
     name = "LoRA, efface, adapter"
     reference = "adapter"
@@ -340,7 +339,6 @@ class EffaceLora(StepProvider):
         self._base = AdapterReference(policy)
 
     def loss(self, step: Step) -> Tensor:
-        """See ``PackedTrainer.compute_loss``."""
         loss = HeadLoss(OBJECTIVE, step.totals, forget_reference=self._base.rows(step.batch.forget_part()))
         total: Tensor = self.policy(batch=step.batch, loss=loss).loss
         return total

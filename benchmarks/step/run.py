@@ -1,7 +1,7 @@
-"""Running the providers: checked first, then all in every round where all fit at once, else in blocks.
+"""Checks and timing of the step providers: interleaved in rounds if all fit into memory, otherwise in blocks.
 
-Everybody's loss and gradients are compared with the eager step in a wider dtype before anything is timed. The eager
-step itself comes first, in the dtype that is timed: what it rounds, others may round too.
+Before anything is timed, each provider's loss and gradients are compared with the eager step in a wider dtype. The
+eager step in the timed dtype is checked first, because the others are allowed its rounding error as well.
 """
 
 import gc
@@ -23,30 +23,30 @@ from benchmarks.step.measures import Stopwatch
 from benchmarks.step.providers import Eager, EagerLora, StepProvider
 
 Kind = type[StepProvider]
-_CHECKED_STEPS = 2  # all would take longer than the timing
-_AGAIN = 3  # steps that warm up a later block
-StepsOf = Mapping[bool, Sequence[Step]]  # by whether they are LoRA's: its reference is another model
-_TIMES = 3  # the eager step's own errors
-_ABSURD = 0.25  # random weights and bf16 give a hundredth or two; of gradients that far off nothing can be said
+_CHECKED_STEPS = 2  # all steps would take longer than the timing
+_AGAIN = 3  # warm-up steps of a provider's second block
+StepsOf = Mapping[bool, Sequence[Step]]  # by ``lora``, because LoRA has another reference model
+_TIMES = 3  # times the eager step's own errors
+_ABSURD = 0.25  # random weights in bf16 give an error of 0.01 to 0.02; beyond 0.25 gradients cannot be compared
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a provider may be from the eager step in the next wider dtype, relative, before it is not timed."""
+    """The largest relative error of a provider against the eager step in the next wider dtype; others are not timed."""
 
     wider: torch.dtype
     loss: float
-    gradient: float  # of the worst parameter's gradient, rms
+    gradient: float  # rms of the worst parameter's gradient
 
     def widened(self, eager: "Errors") -> "Tolerance":
-        """Return one that is no smaller, and allows three times the errors of the eager step itself."""
+        """Return a tolerance at least as large that also allows three times the errors of the eager step itself."""
         return replace(
             self, loss=max(self.loss, _TIMES * eager.loss), gradient=max(self.gradient, _TIMES * eager.gradient)
         )
 
 
 class Errors(NamedTuple):
-    """Of a provider: as ``Tolerance`` has them."""
+    """A provider's relative errors, as in ``Tolerance``."""
 
     loss: float
     gradient: float
@@ -60,22 +60,22 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Gold:
-    """The eager step's losses of all steps, and the gradients of the first one."""
+    """The eager step's losses of all steps, and its gradients of the first step."""
 
     losses: list[float]
     gradients: list[Tensor | None]
 
     @classmethod
     def of(cls, eager: Eager, steps: Sequence[Step]) -> "Gold":
-        """Run it; its models may go afterwards."""
+        """Run the eager step. Its models are not needed afterwards."""
         losses = [eager.loss(step).item() for step in steps]
         eager.gradients(steps[0])
         return cls(losses, [weight.grad for weight in eager.trained])
 
 
 def errors_of(provider: StepProvider, steps: Sequence[Step], gold: Gold) -> Errors:
-    """Compare the steps' losses and the first step's gradients with ``gold``."""
-    losses = [provider.gradients(step).item() for step in reversed(steps)][::-1]  # ends with the first's gradients
+    """Compare the losses of all steps and the gradients of the first step with ``gold``."""
+    losses = [provider.gradients(step).item() for step in reversed(steps)][::-1]  # the first step's gradients remain
     grads = [weight.grad for weight in provider.trained]
     return Errors(
         max(_known(abs(got - want) / abs(want)) for got, want in zip(losses, gold.losses, strict=True)),
@@ -84,16 +84,16 @@ def errors_of(provider: StepProvider, steps: Sequence[Step], gold: Gold) -> Erro
 
 
 def check_eager(eager: Eager, steps: Sequence[Step], gold: Gold) -> Errors:
-    """Return the errors of the eager step, which are what its dtype rounds.
+    """Return the errors of the eager step, which are the rounding errors of its dtype.
 
     Raises:
-        ArithmeticError: errors that no rounding explains.
+        ArithmeticError: the errors are too large for rounding.
     """
     found = errors_of(eager, steps, gold)
     if not (found.loss <= _ABSURD and found.gradient <= _ABSURD):
         raise ArithmeticError(
-            f"{eager.name!r} is not timed: expected rounding alone, at most {_ABSURD}, between its step and the same "
-            f"in a wider dtype, got {found.loss:.1e} of the loss and {found.gradient:.1e} of the gradients"
+            f"{eager.name!r} is not timed: expected errors of at most {_ABSURD}, from rounding, against the same step "
+            f"in a wider dtype, got {found.loss:.1e} for the loss and {found.gradient:.1e} for the gradients"
         )
     return found
 
@@ -102,7 +102,7 @@ def check(provider: StepProvider, steps: Sequence[Step], gold: Gold, tolerance: 
     """Return the errors of a provider.
 
     Raises:
-        ArithmeticError: an error beyond the tolerance. Providers that compute different things are not compared.
+        ArithmeticError: an error is outside the tolerance; providers that compute different things are not compared.
     """
     found = errors_of(provider, steps, gold)
     if not (found.loss <= tolerance.loss and found.gradient <= tolerance.gradient):
@@ -120,13 +120,13 @@ def _relative(got: Tensor | None, exact: Tensor | None) -> float:
 
 
 def _known(error: float) -> float:
-    """NaN, which ``max`` would pass over, is an infinite error."""
+    """Return infinity for NaN, which ``max`` would ignore."""
     return float("inf") if math.isnan(error) else error
 
 
 @dataclass
 class Outcome:
-    """What a provider's rounds gave: the parts of every step, or the problem that ended them."""
+    """The result of a provider's rounds: the parts of every step, or the problem that ended them."""
 
     parts: list[dict[str, float]] = field(default_factory=list)
     first_loss: float = float("nan")  # before any update
@@ -135,7 +135,7 @@ class Outcome:
 
 
 def steps_of(kinds: Sequence[Kind], shape: StepShape, device: str) -> tuple[dict[bool, list[Step]], str]:
-    """Return the steps, with the reference's log-probabilities, and what data they are made of."""
+    """Return the steps, with the reference's log-probabilities, and a description of the data."""
     forget, retain, data = stores(shape.llama().vocab_size)
     steps = {}
     for lora in sorted({kind.lora for kind in kinds}):
@@ -147,13 +147,13 @@ def steps_of(kinds: Sequence[Kind], shape: StepShape, device: str) -> tuple[dict
 
 
 def made(kind: Kind, shape: StepShape, device: str) -> StepProvider:
-    """Return a provider with its own models; all have the same weights at the start."""
+    """Return a provider with newly created models. All providers have the same initial weights."""
     reference = make_model(shape, device, reference_seed(lora=kind.lora)) if kind.second_model() else None
     return kind(make_model(shape, device, 0, lora=kind.lora), reference)
 
 
 def free(device: str) -> None:
-    """Give the memory of what is no longer referred to back to the device."""
+    """Free unreferenced memory and return it to the device."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -162,7 +162,7 @@ def free(device: str) -> None:
 def checked(
     kinds: Sequence[Kind], shape: StepShape, device: str, steps: StepsOf
 ) -> tuple[dict[Kind, Errors], list[str]]:
-    """Return the errors of the providers that compute what the eager step computes, and why others are left out."""
+    """Return the errors of the providers that match the eager step, and the reasons why others are left out."""
     errors: dict[Kind, Errors] = {}
     refused: list[str] = []
 
@@ -172,7 +172,7 @@ def checked(
             found = compared(made(kind, shape, device))
         except ArithmeticError as error:
             refused.append(str(error))
-        except Exception as error:  # noqa: BLE001 - whatever a rival raises; it leaves the others their figures
+        except Exception as error:  # noqa: BLE001 - other implementations can raise anything; the rest still run
             refused.append(f"{kind.name}: {said(error)}")
         free(device)
         return found
@@ -198,7 +198,7 @@ def checked(
 
 
 def by_rounds(kinds: Sequence[Kind], shape: StepShape, steps: StepsOf, device: str, rounds: int) -> dict[Kind, Outcome]:
-    """Run a step of every provider each round: a slow moment of the machine slows all. All models live at once."""
+    """Run one step of every provider per round, so that a slow moment affects all. All models exist at once."""
     outcomes = {kind: Outcome() for kind in kinds}
     watches, calls = {}, {}
     for kind in kinds:
@@ -216,7 +216,7 @@ def _one_step(
 ) -> Callable[[int], object]:
     def call(number: int) -> None:
         loss = provider.train(steps[number % len(steps)], watch)
-        if outcome.first_loss != outcome.first_loss:  # NaN: none yet
+        if outcome.first_loss != outcome.first_loss:  # NaN: not set yet
             outcome.first_loss = loss.item()
 
     return call
@@ -225,10 +225,10 @@ def _one_step(
 def by_blocks(
     kinds: Sequence[Kind], shape: StepShape, steps: StepsOf, device: str, rounds: int
 ) -> Iterator[dict[Kind, Outcome]]:
-    """Build, warm up, time and free one provider after another; then all again in the reverse order (ABBA).
+    """Build, warm up, time and free one provider after another, then all again in reverse order (ABBA).
 
-    Clocks that drift slow the first and the last provider alike, on the whole. Each of the two blocks has half of the
-    rounds. Yields, after every block, all outcomes so far.
+    Drifting clocks then slow the first and the last provider equally overall. Each of the two blocks has half of the
+    rounds. Yields all outcomes so far after every block.
     """
     outcomes: dict[Kind, Outcome] = {}
     half = (rounds + 1) // 2
@@ -241,7 +241,7 @@ def by_blocks(
             _block(kind, shape, device, steps[kind.lora], numbers, outcome)
         except torch.OutOfMemoryError as error:
             outcome.problem = f"out of memory: asked for {asked_for(str(error))}"
-        except Exception as error:  # noqa: BLE001 - whatever a rival raises; it leaves the others their figures
+        except Exception as error:  # noqa: BLE001 - other implementations can raise anything; the rest still run
             outcome.problem = said(error)
         free(device)
         yield outcomes
@@ -266,9 +266,10 @@ def _block(
 
 
 def _warm_up(kind: Kind, steps: Sequence[Step], *, first: bool) -> list[Step]:
-    """Return the steps before the timed ones: at first all of them, as some kernels are compiled by the size.
+    """Return the warm-up steps: all steps in the first block, because some kernels are compiled per size.
 
-    Later nothing is compiled any more, but the memory was given back to the device: the largest steps take it anew.
+    In the second block everything is compiled, but memory was returned to the device, so the largest steps allocate it
+    again.
     """
     if first:
         return list(steps)
@@ -276,6 +277,6 @@ def _warm_up(kind: Kind, steps: Sequence[Step], *, first: bool) -> list[Step]:
 
 
 def asked_for(message: str) -> str:
-    """Return the size that torch's "out of memory" message names, or "an unknown size"."""
+    """Return the size in torch's "out of memory" message, or "an unknown size"."""
     found = re.search(r"[Tt]ried to allocate ([\d.]+ [KMGT]iB)", message)
     return found.group(1) if found else "an unknown size"

@@ -1,6 +1,6 @@
-"""The step suite: a whole NPO training step of a Llama with random weights on TOFU's pairs, padded against packed.
+"""The step suite: a whole NPO training step of a Llama with random weights on TOFU's pairs, padded and packed.
 
-With ``--blocks`` (always on a GPU) one provider after another, so that each has the memory to itself.
+With ``--blocks``, and always on a GPU, the providers run one after another, so that each has all the memory.
 """
 
 import argparse
@@ -29,8 +29,8 @@ class StepRow:
     """One provider on one shape. Times in milliseconds: forward + backward, then with clipping and AdamW ("whole").
 
     Speed-ups are medians of the ratio within a round: to the eager step with its live second model, and to the eager
-    step with the same kind of reference; for LoRA both are the eager step's with LoRA. Figures are None where there is
-    a problem, and speed-ups where the eager step has one.
+    step with the same kind of reference. For LoRA, both refer to the eager step with LoRA. Numbers are None if the
+    provider has a problem, and speed-ups also if the eager step has one.
     """
 
     shape: str
@@ -39,12 +39,12 @@ class StepRow:
     data: str
     training: str  # "full" or "LoRA"
     reference: str  # "live", "cached" or "adapter"
-    real_tokens: float  # of a step, mean over the steps
+    real_tokens: float  # per step, mean over the steps
     padded_tokens: float
     error_loss: float  # relative to the eager step in the next wider dtype; on a GPU, in a smaller model
     error_gradient: float
     problem: str = ""
-    loss_backend: str = ""  # of efface's loss: what "auto" chose, which on a GPU may be torch
+    loss_backend: str = ""  # backend of efface's loss, as "auto" selected it; on a GPU it can be torch
     median_ms: float | None = None
     low_ms: float | None = None
     high_ms: float | None = None
@@ -56,7 +56,7 @@ class StepRow:
     whole_faster_than_live: float | None = None
     whole_faster_than_same: float | None = None
     tokens_per_second: float | None = None  # real tokens, whole step
-    utilisation: float | None = None  # model FLOP (``measures.model_flop``) of the GPU's stated bf16 peak
+    utilisation: float | None = None  # model FLOP (``measures.model_flop``) / data-sheet bf16 peak of the GPU
     peak_gib: float | None = None  # of GPU memory: models, gradients, optimizer states, activations
     first_loss: float | None = None
     parts_ms: dict[str, float] = field(default_factory=dict)  # ``measures.PARTS``, medians
@@ -66,7 +66,7 @@ class StepRow:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rows of a shape have in common."""
+    """The settings that all rows of a shape share."""
 
     name: str
     data: str
@@ -85,13 +85,13 @@ def rows_of(setting: Setting, outcomes: Mapping[Kind, Outcome]) -> list[StepRow]
 
 
 def _compare_first_losses(setting: Setting, outcome: Outcome, live: Kind, outcomes: Mapping[Kind, Outcome]) -> None:
-    """Note a problem where a provider's loss is not the eager step's; both round, so they may be twice as far apart."""
+    """Set a problem if the first loss is not the eager step's. Both are rounded, so twice the tolerance applies."""
     eager = outcomes.get(live)
     if eager is None or eager.problem or outcome.problem:
         return
     allowed = 2 * TOLERANCES[SHAPES[setting.name].dtype].widened(setting.errors[live]).loss
     if not abs(outcome.first_loss - eager.first_loss) <= allowed * abs(eager.first_loss):
-        outcome.problem = f"another loss: {outcome.first_loss:.6g}, expected {eager.first_loss:.6g}"
+        outcome.problem = f"wrong loss: expected {eager.first_loss:.6g}, got {outcome.first_loss:.6g}"
 
 
 def _row(
@@ -147,7 +147,7 @@ def _faster(
 ) -> float | None:
     if than not in outcomes or outcomes[than].problem:
         return None
-    rounds = min(len(times[than]), len(times[kind]))  # of a run that was cut short one may have more
+    rounds = min(len(times[than]), len(times[kind]))  # in an interrupted run, one may have more rounds
     return median_ratio(times[than][:rounds], times[kind][:rounds]) if rounds else None
 
 
@@ -160,10 +160,10 @@ def measure(
     without: Sequence[str] = (),
     seen: Callable[[Sequence[StepRow]], None] = lambda _: None,
 ) -> tuple[list[StepRow], list[str]]:
-    """Check every provider, time those that pass on the shape; return their rows, and why others are left out.
+    """Check every provider and time those that pass; return their rows, and why others are left out.
 
-    On a GPU the check is of a smaller model; the large one's first losses are compared with the eager step's.
-    ``without`` leaves out providers with such a text in their name. ``seen`` is given the rows so far, block after
+    On a GPU the check uses a smaller model, and the first losses of the large one are compared with the eager step's.
+    ``without`` leaves out providers whose name contains one of its texts. ``seen`` receives the rows so far after every
     block.
     """
     kinds, missing = able(PROVIDERS, without, lambda kind: kind.why_not(device))
@@ -187,19 +187,18 @@ def measure(
 
 
 def default_shapes(options: argparse.Namespace) -> list[str]:
-    """Return the shapes that are meant for the device."""
     return timed_on(options.device)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what only this suite can be asked."""
     add_device(parser)
-    parser.add_argument("--blocks", action="store_true", help="one provider after another; always so on a GPU")
+    parser.add_argument(
+        "--blocks", action="store_true", help="run one provider after another; always the case on a GPU"
+    )
     add_without(parser)
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
-    """Measure the chosen shapes."""
     check_without(options.without, [kind.name for kind in PROVIDERS])
     rows: list[StepRow] = []
     missing: set[str] = set()
@@ -225,14 +224,14 @@ def _tables(report: Report, name: str, options: argparse.Namespace, rows: list[S
     first, shape = rows[0], SHAPES[name]
     blocks = ", two blocks each" if options.blocks or options.device == "cuda" else ""
     report.note(
-        f"{name}: NPO, {shape.pairs} forget/retain pairs a step, {shape.steps} steps of {first.data}, "
-        f"{options.rounds} rounds{blocks}. Mean tokens a step: {first.real_tokens:.0f} real, "
+        f"{name}: NPO, {shape.pairs} forget/retain pairs per step, {shape.steps} steps of {first.data}, "
+        f"{options.rounds} rounds{blocks}. Mean tokens per step: {first.real_tokens:.0f} real, "
         f"{first.padded_tokens:.0f} padded ({first.padded_tokens / first.real_tokens:.2f} x)."
     )
     headings = ("median ms", "low", "high", "x live", "x same")
     report.table(
-        "forward + backward ('x live': times faster than the padded step with its live second model, for LoRA the one "
-        "with LoRA; 'x same': than the padded step with the same reference)",
+        "forward + backward ('x live': speed-up over the padded step with a live second model, for LoRA the one "
+        "with LoRA; 'x same': over the padded step with the same kind of reference)",
         ("provider", *headings, "error loss", "error gradient"),
         [_part(row) for row in rows],
     )

@@ -1,4 +1,4 @@
-// What the fuzz programs share: the bytes of an input as numbers, and a main that makes or replays inputs.
+// Shared code of the fuzz programs: conversion of input bytes to numbers, and a main that generates or replays inputs.
 //
 // Each program is one .cpp file here that defines LLVMFuzzerTestOneInput:
 //   with libFuzzer:  clang++ -std=c++20 -fsanitize=fuzzer,address,undefined -Icsrc csrc/fuzz/NAME.cpp csrc/*.cpp -ldl
@@ -22,7 +22,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 
 namespace fuzz {
 
-// Bytes of the input, as numbers; zeros when it is used up.
+// Reads the bytes of the input as numbers; returns zeros after the end.
 class Bytes {
   public:
     Bytes(const std::uint8_t* data, std::size_t size) : data_(data), size_(size) {}
@@ -49,7 +49,7 @@ class Bytes {
     std::size_t at_ = 0;
 };
 
-// Ends the program with a message if `holds` is false; the sanitizers' way of reporting a difference.
+// Aborts with a message if `holds` is false, as the sanitizers do.
 inline void expect(bool holds, const char* what) {
     if (!holds) {
         std::fprintf(stderr, "%s\n", what);

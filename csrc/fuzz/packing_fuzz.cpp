@@ -1,4 +1,5 @@
-// Differential fuzzing of the packer and the planner against naive ones, with hostile stores.
+// Differential fuzzing of the packer against a naive packer, and of the planner against its invariants, with invalid
+// stores.
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -20,7 +21,7 @@ namespace {
 using fuzz::Bytes;
 using fuzz::expect;
 
-// A store whose arrays are exactly as large as they claim: what is read beyond, the sanitizer sees.
+// Arrays of one chunk, allocated in their exact sizes, so that the sanitizer detects reads beyond their ends.
 struct Chunk {
     std::vector<std::int32_t> ids;
     std::vector<std::int64_t> offsets;
@@ -45,13 +46,13 @@ Chunk chunk_of(Bytes& bytes) {
     }
     chunk.ids.resize(static_cast<std::size_t>(at));
     std::ranges::generate(chunk.ids, [&] { return bytes.next(); });
-    // In one input of four, something is not what it should be.
+    // In one input of four, one entry is replaced and can be invalid.
     if (bytes.below(4) == 0) {
         auto& victim = bytes.below(2) == 0 ? chunk.offsets : chunk.label_starts;
         if (!victim.empty()) {
             std::int64_t& entry =
                 victim[static_cast<std::size_t>(bytes.below(static_cast<std::int64_t>(victim.size())))];
-            // far off, or just so much that it leaves the arrays
+            // an extreme value, or a small offset that can leave the arrays
             entry = bytes.below(2) == 0 ? hostile(bytes) : entry + bytes.below(20) - 10;
         }
     }
@@ -63,7 +64,7 @@ struct Batch {
     std::vector<std::int32_t> cu_seqlens{0};
 };
 
-// The packer, token by token; nothing where anything is to be refused.
+// A naive packer, token by token. Returns nothing if the input must be refused.
 std::optional<Batch> naive(const std::vector<std::vector<Chunk>>& stores, const std::vector<std::int8_t>& roles,
                            const std::vector<std::int64_t>& sequences) {
     Batch out;
@@ -141,9 +142,9 @@ void compare_packers(Bytes& bytes) {
     std::optional<efface::PackSize> size;
     try {
         size = efface::measure(lent, choice);
-    } catch (const std::invalid_argument&) {  // refused: as it should be, if the naive packer refuses too
+    } catch (const std::invalid_argument&) {  // the naive packer must refuse the input too, see below
     }
-    expect(size.has_value() == expected.has_value(), "measure refuses what it should not, or the other way round");
+    expect(size.has_value() == expected.has_value(), "measure and the naive packer disagree on refusing the input");
     if (!size) {
         return;
     }
@@ -163,9 +164,9 @@ void compare_packers(Bytes& bytes) {
     expect(std::ranges::equal(ends, std::span(expected->cu_seqlens).subspan(1)), "lengths");
 }
 
-using Items = std::map<std::pair<int, std::int64_t>, int>;  // (role, sequence) -> how often
+using Items = std::map<std::pair<int, std::int64_t>, int>;  // (role, sequence) -> number of occurrences
 
-// What a plan must be, whatever the settings: see planner.hpp.
+// Checks the invariants of a plan, see planner.hpp.
 void check_plan(const efface::EpochPlan& plan, const std::array<std::vector<std::int64_t>, 3>& lengths,
                 const efface::EpochSettings& settings) {
     std::vector<std::int64_t> times(lengths[0].size());
@@ -173,7 +174,7 @@ void check_plan(const efface::EpochPlan& plan, const std::array<std::vector<std:
         ++times[static_cast<std::size_t>(i)];
     }
     expect(std::ranges::all_of(times, [&](auto n) { return n == 1 || (settings.drop_last && n == 0); }),
-           "a forget sequence does not come exactly once");
+           "a forget sequence does not occur exactly once");
     const bool alternates = !lengths[2].empty();
     for (std::size_t step = 0; step + 1 < plan.step_offsets.size(); ++step) {
         Items want;
@@ -209,7 +210,7 @@ void check_plan(const efface::EpochPlan& plan, const std::array<std::vector<std:
                 }
                 const int before = i == static_cast<std::size_t>(plan.batch_offsets[b]) ? -1 : plan.roles[i - 1];
                 const bool alternate = alternates && before == 0;
-                expect(alternate == (plan.roles[i] == 2), "an alternate is not behind a forget sequence");
+                expect(alternate == (plan.roles[i] == 2), "an alternate does not follow a forget sequence");
                 expect(!alternate || plan.sequences[i - 1] == plan.sequences[i], "an alternate of another sequence");
                 expect(before != 1 || plan.roles[i] == 1, "a retain sequence before a forget sequence");
             }

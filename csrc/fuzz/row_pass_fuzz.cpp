@@ -1,4 +1,4 @@
-// Differential fuzzing of the row passes against naive ones.
+// Differential fuzzing of the passes over logits against naive implementations.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -16,7 +16,7 @@ using fuzz::Bytes;
 
 double cap(double z, double softcap) { return softcap == 0 ? z : softcap * std::tanh(z / softcap); }
 
-// The ten lines that the passes are compared with.
+// The naive implementation that the passes are compared with.
 std::vector<double> log_softmax(std::vector<double> z) {
     const double top = *std::max_element(z.begin(), z.end());
     double total = 0;
@@ -50,13 +50,13 @@ void compare(Bytes bytes) {
     const double shift = bytes.next() / 16.0;
     const efface::Execution execution{.threads = static_cast<int>(1 + bytes.below(3)), .backend = backend};
 
-    // Exactly as large as the pass may touch: what it reads or writes beyond, the sanitizer sees.
+    // Exact sizes, so that the sanitizer detects reads and writes beyond the matrices.
     const auto size = static_cast<std::size_t>(rows == 0 ? 0 : (rows - 1) * stride + vocabulary);
     std::vector<float> z(size);
     std::vector<float> zr(size);
     std::generate(z.begin(), z.end(), [&] { return static_cast<float>(bytes.logit()); });
     std::generate(zr.begin(), zr.end(), [&] { return static_cast<float>(bytes.logit()); });
-    // What rounding took away from either model's logits, or nothing.
+    // Residuals of both models' logits; not used in half of the inputs.
     std::vector<float> residual(size);
     std::vector<float> reference_residual(size);
     const bool with_residuals = bytes.below(2) == 0;
@@ -69,8 +69,8 @@ void compare(Bytes bytes) {
     std::generate(targets.begin(), targets.end(), [&] { return bytes.below(vocabulary); });
 
     std::vector<float> p = z;
-    // p − q goes into the logits; over the reference's, in bf16, each row from where the reference's begins; or
-    // elsewhere.
+    // Destination of p − q: the logits, separate memory, or none. Or the reference's logits in bf16, where each row
+    // begins where the reference's row begins.
     enum class Place { in_place, over_reference, elsewhere, nowhere };
     const auto place = static_cast<Place>(bytes.below(4));
     std::vector<float> policy_logits = z;
@@ -163,7 +163,7 @@ void compare(Bytes bytes) {
         }
         expect_near(divergence[i], kl, "divergence");
         expect_near(entropy[i], h, "entropy");
-        // what lies between the rows is nobody's
+        // the gaps between the rows must not be written
         for (std::int64_t v = vocabulary; v < stride && row + 1 < rows; ++v) {
             const auto at = static_cast<std::size_t>(row * stride + v);
             const bool kept = std::memcmp(&p[at], &z[at], sizeof(float)) == 0 &&

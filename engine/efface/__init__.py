@@ -1,7 +1,8 @@
 """efface: fast, exact unlearning for Hugging Face causal language models.
 
-The loss backend is ``efface.functional``; the objectives are below; the run is ``efface.UnlearnTrainer``. Importing
-this package imports nothing else: a name is loaded when it is first used (PEP 562).
+``efface.UnlearnTrainer`` runs the training, the objective classes define the losses, and ``efface.functional`` offers
+the losses as functions. Importing this package imports none of its modules: each name is loaded when it is first used
+(PEP 562).
 """
 
 import importlib
@@ -64,7 +65,7 @@ __all__ = [
 ]
 
 _MODULES = ("evaluate", "functional", "objectives")
-# Where names are; all others of __all__ are in efface.objectives.
+# Modules that define the public names; names not listed here are defined in efface.objectives.
 _PLACES = {
     "EvaluateCallback": "efface.hf.train.callbacks",
     "KeepBest": "efface.hf.train.callbacks",

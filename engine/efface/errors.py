@@ -1,6 +1,6 @@
-"""Errors as users meet them: what is a message, what is a fault of ours, and what libraries say of files.
+"""Classification and formatting of exceptions for the command line, and conversion of library errors to ValueError.
 
-It imports the standard library alone: the command line needs it before anything heavy.
+This module imports only the standard library, because the command line needs it before any heavy import.
 """
 
 import errno
@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from types import TracebackType
 
 _RAISE = bytes([opcode.opmap["RAISE_VARARGS"]])
-_TERMINAL = re.compile("\x1b\\[[0-9;]*[A-Za-z]")  # colours, as torch puts into messages
-_MOST = 300  # letters of another library's message
-# Of torch on CPUs and GPUs, the system's loader, and C++.
+_TERMINAL = re.compile("\x1b\\[[0-9;]*[A-Za-z]")  # colour escape sequences, which torch puts into messages
+_MAX_CHARACTERS = 300  # characters kept of another library's message
+# Parts of out-of-memory messages of torch (CPU and GPU), the system's dynamic loader and the C++ library.
 _NO_MEMORY = (
     "out of memory",
     "allocate memory",
@@ -32,10 +32,11 @@ def _innermost(error: BaseException) -> TracebackType | None:
 
 
 def on_purpose(error: BaseException) -> bool:
-    """Whether somebody wrote the message: a ``raise`` statement, or efface's C++ core, whose begin with a backtick.
+    """Return whether the error was raised deliberately, with a message written for a reader.
 
-    What Python and other extensions find wrong themselves, such as ``'NoneType' object is not iterable``, tells a
-    reader of the code something, and a user nothing.
+    That is the case if a ``raise`` statement raised it, or if it comes from efface's C++ core, whose messages begin
+    with a backtick. An error without a traceback counts as deliberate. Errors that the interpreter or another
+    extension raises, such as ``'NoneType' object is not iterable``, are useful to a developer but not to a user.
     """
     place = _innermost(error)
     if place is None or str(error).startswith("`"):
@@ -44,7 +45,7 @@ def on_purpose(error: BaseException) -> bool:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the machine or a device had too little memory."""
+    """Return whether the error means that the host or a device ran out of memory."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     words = str(error).lower()
@@ -52,36 +53,40 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def one_line(text: str) -> str:
-    """Return a text as one line that shows on a terminal as it is."""
+    """Return a text as one line without terminal escapes; other unprintable characters are written as escapes."""
     words = " ".join(_TERMINAL.sub("", text).split())
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in words)
 
 
 def in_words(error: BaseException) -> str:
-    """Return the message of an error in one line; with its type where the message says little without it."""
+    """Return the message of an error on one line, preceded by the name of its type if that adds information.
+
+    The type is left out for ValueError, OSError and ImportError with their subclasses, and for TypeError, RuntimeError
+    and Exception. An OSError about a file is shown as the file name and the system's message.
+    """
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return one_line(f"{str(error.filename)!r}: {error.strerror}")
     said = one_line(str(error))
-    told = (ValueError, OSError, ImportError)
-    if isinstance(error, told) or type(error) in (TypeError, RuntimeError, Exception):
+    shown_without_type = (ValueError, OSError, ImportError)
+    if isinstance(error, shown_without_type) or type(error) in (TypeError, RuntimeError, Exception):
         return said or type(error).__name__
     return f"{type(error).__name__}: {said}".removesuffix(": ")
 
 
 @contextmanager
 def reading(what: str, expected: str, remedy: str = "get the file again") -> Iterator[None]:
-    """Turn whatever a library raises over something that it reads for a user into a ValueError that says so.
+    """Convert errors that a library raises while it reads user input, such as a file, into ValueError.
 
-    Errors of efface's own code pass as they are, and so do those of the machine: no such file, no permission, no
-    memory, no package.
+    Errors raised by efface's own code pass unchanged. So do errors of the system: a missing file, missing permission,
+    too little memory, a missing package.
 
     Args:
-        what: the file, as messages call it.
-        expected: what it should be.
-        remedy: what to do.
+        what: name of the input in the message.
+        expected: what the input should be.
+        remedy: what the user can do.
 
     Raises:
-        ValueError: with the three, and what the library said.
+        ValueError: if the library raised an error. The message contains the three arguments and the library's message.
     """
     try:
         yield
@@ -90,9 +95,9 @@ def reading(what: str, expected: str, remedy: str = "get the file again") -> Ite
     except Exception as error:
         place = _innermost(error)
         ours = place is not None and str(place.tb_frame.f_globals.get("__name__")).startswith("efface.")
-        of_the_machine = isinstance(error, OSError) and error.errno != errno.EINVAL
-        if ours or of_the_machine or out_of_memory(error):
+        system_error = isinstance(error, OSError) and error.errno != errno.EINVAL
+        if ours or system_error or out_of_memory(error):
             raise
         said = in_words(error)
-        said = said if len(said) <= _MOST else f"{said[:_MOST]}…"
+        said = said if len(said) <= _MAX_CHARACTERS else f"{said[:_MAX_CHARACTERS]}…"
         raise ValueError(f"{what}: expected {expected}, got something else ({said}); {remedy}") from error

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there at all: atomic writes, folders that change places, locks."""
+"""Atomic writes of files and folders, removal of leftover temporary files, file locks, and output folder checks."""
 
 import os
 import shutil
@@ -9,21 +9,21 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-# What is being written, or is on its way out: no pattern of transformers takes it for a checkpoint.
+# Prefix of files and folders that are being written or deleted. No pattern of transformers matches it as a checkpoint.
 PARTIAL = ".partial-"
 
 
 @contextmanager
 def written_file(path: Path, *, durable: bool = True, private: bool = False) -> Iterator[Path]:
-    """Yield the path of a file to write, which is renamed to ``path`` when the block ends without an error.
+    """Yield the path of a temporary file, which is renamed to ``path`` when the block ends without an error.
 
-    Two that write at once do not see each other, and the last one's file stays.
+    If two processes write at the same time, they use separate temporary files, and the last rename wins.
 
     Args:
-        path: the file; its folder is made if it is not there.
-        durable: wait until the content is on the disk, so that a machine that fails leaves no empty file either. For
-            files whose readers tell a damaged one, that is not needed.
-        private: let nobody but the user read it, at no time, nor look into a folder that is made for it.
+        path: the file; its folder is created if it does not exist.
+        durable: flush the content to disk (fsync) before the rename, so that a system crash cannot leave an empty
+            file. Not needed for files whose readers detect damage.
+        private: make the file, and any folder created for it, accessible only to the user, from creation on.
     """
     private_folder(path.parent) if private else path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{uuid4().hex}-{path.name}")
@@ -39,19 +39,19 @@ def written_file(path: Path, *, durable: bool = True, private: bool = False) -> 
 
 
 def private_file(path: Path) -> None:
-    """Make an empty file that nobody but the user can read; one that is there stays as it is.
+    """Create an empty file that only the user can read and write; a no-op if the file exists.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: if the file cannot be created.
     """
     with suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
 
 def private_folder(path: Path) -> Path:
-    """Make a folder, and those above it that are missing, that nobody but the user can look into, and return it.
+    """Create a folder and its missing parents, accessible only to the user, and return the folder.
 
-    One that is there stays as it is: whoever made it has chosen who may look.
+    Folders that exist keep their permissions.
     """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
@@ -60,7 +60,7 @@ def private_folder(path: Path) -> Path:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is there whole or as it was; text in UTF-8."""
+    """Write a file atomically, text as UTF-8; if writing fails, the old file stays."""
     with written_file(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -69,16 +69,17 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def written_folder(
     folder: Path, *, keeps: Callable[[Path], bool] | None = None, private: bool = False
 ) -> Iterator[Path]:
-    """Yield an empty folder, which takes the place of ``folder`` when the block ends without an error.
+    """Yield an empty temporary folder, which replaces ``folder`` when the block ends without an error.
 
     Args:
-        folder: the folder; the one that it is in is made if it is not there.
-        keeps: whether a folder that another process has put there meanwhile stays, and the new one goes.
-        private: let nobody but the user look into it.
+        folder: the folder to write; its parent is created if it does not exist.
+        keeps: called with ``folder`` if it exists when the block ends. If it returns true, that folder (which another
+            process may have written in the meantime) is kept and the new one is deleted. None always replaces.
+        private: make the folder and its contents accessible only to the user.
     """
     private_folder(folder.parent) if private else folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f"{PARTIAL}{uuid4().hex}")
-    partial.mkdir(mode=0o700 if private else 0o777)  # less the user's umask, unlike that of a temporary folder
+    partial.mkdir(mode=0o700 if private else 0o777)  # the umask applies; tempfile.mkdtemp always uses 0o700
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, partial, ignore_errors=True)
         stack.enter_context(held(partial))
@@ -93,15 +94,15 @@ def written_folder(
 
 @contextmanager
 def written_whole(folder: Path, *, writes: bool = True, replaced: Sequence[str] = ()) -> Iterator[Path]:
-    """Yield an empty folder; its contents move into ``folder`` when the block ends without an error.
+    """Yield an empty temporary folder; its contents move into ``folder`` when the block ends without an error.
 
-    Files of the same names are replaced. If the block fails, ``folder`` is as it was. A process that ``writes``
-    nothing, because another one does, is handed ``folder`` itself.
+    Existing files and folders with the same names are replaced. If the block fails, ``folder`` is unchanged.
 
     Args:
-        folder: is made if it is not there.
-        writes: whether this process writes.
-        replaced: patterns of files that must not stay beside new ones, though none of these has their name.
+        folder: the target folder; it is created if it does not exist.
+        writes: whether this process writes. If not, because another rank does, ``folder`` itself is yielded.
+        replaced: glob patterns of old files in ``folder`` that are deleted before the new files move in, even if no
+            new file has the same name.
     """
     if not writes:
         yield folder
@@ -124,10 +125,10 @@ def written_whole(folder: Path, *, writes: bool = True, replaced: Sequence[str] 
 
 
 def move_whole(source: Path, target: Path) -> None:
-    """Move a folder to its name once all of it is on the disk; a folder of that name gives way only then.
+    """Flush a folder to disk (fsync), then rename it to ``target``; an existing ``target`` is replaced.
 
-    A process that is killed between the two renames leaves no folder of that name, and the old one under a name that
-    ``remove_leftovers`` knows.
+    The replacement takes two renames. If the process is killed between them, ``target`` does not exist, and the old
+    folder has a temporary name that ``remove_leftovers`` finds.
     """
     _sync_all(source)
     _take_place(source, target)
@@ -149,18 +150,25 @@ def _take_place(source: Path, target: Path) -> None:
 
 
 def remove_whole(folder: Path) -> None:
-    """Remove a folder so that a process killed meanwhile leaves no part of it under its name."""
+    """Delete a folder; it is renamed first, so that an interrupted deletion leaves no partial folder at its path."""
     shutil.rmtree(_set_aside(folder), ignore_errors=True)
 
 
 def _set_aside(folder: Path) -> Path:
-    condemned = folder.with_name(f"{PARTIAL}old-{folder.name}")
-    shutil.rmtree(condemned, ignore_errors=True)
-    return folder.rename(condemned)
+    aside = folder.with_name(f"{PARTIAL}old-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return folder.rename(aside)
 
 
 def remove_leftovers(folder: str | Path, *, seconds: float = 0) -> None:
-    """Remove what killed processes left half written or half deleted, if it is so old; not what is being written."""
+    """Delete the temporary files and folders that killed processes left in ``folder``.
+
+    Entries whose lock a process holds are being written, and are kept.
+
+    Args:
+        folder: the folder to clean.
+        seconds: delete only entries that were last modified more than this many seconds ago; 0 deletes all.
+    """
     for path in Path(folder).glob(f"{PARTIAL}*"):
         if (seconds and not _is_older(path, seconds)) or is_held(path):
             continue
@@ -173,7 +181,7 @@ def remove_leftovers(folder: str | Path, *, seconds: float = 0) -> None:
 def _is_older(path: Path, seconds: float) -> bool:
     try:
         return time.time() - path.stat().st_mtime > seconds
-    except FileNotFoundError:  # another process was faster
+    except FileNotFoundError:  # another process has deleted it
         return False
 
 
@@ -184,40 +192,40 @@ def check_output(
     inputs: Mapping[str, str | Path | None] | None = None,
     replaced: Sequence[str] | None = None,
 ) -> Path:
-    """Return the folder as a path, if a run may write there.
+    """Check that a run can write to an output folder, and return the folder as a path.
 
     Args:
         folder: the output folder.
-        overwrite: whether it may hold other things.
-        inputs: what the run reads, by flags: paths, or names on the Hub, which are no paths here.
-        replaced: names of what the run replaces in the folder; None is anything in it.
+        overwrite: whether the folder may contain files.
+        inputs: inputs of the run by flag: paths, or names on the Hub. Names that are not existing paths are ignored.
+        replaced: names of the files that the run replaces in the folder; None means that it can replace any of them.
 
     Raises:
-        FileExistsError: a folder that is not empty, without ``overwrite``.
-        FileNotFoundError: a link to what does not exist.
-        NotADirectoryError: a file of that name.
-        ValueError: an input that would be replaced.
+        FileExistsError: if the folder is not empty and ``overwrite`` is false.
+        FileNotFoundError: if the folder is a symbolic link to a path that does not exist.
+        NotADirectoryError: if the path is a file.
+        ValueError: if the run would replace one of its inputs.
     """
     path = Path(folder)
     refuse_inputs([path] if replaced is None else [path / name for name in replaced], inputs or {})
     if path.is_symlink() and not path.exists():
         raise FileNotFoundError(
-            f"output {str(path)!r} is a link to {str(path.readlink())!r}, which does not exist; make that folder, or "
-            "choose another"
+            f"output {str(path)!r}: expected a folder, got a link to {str(path.readlink())!r}, which does not exist; "
+            "create that folder, or choose another"
         )
     if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"output {str(path)!r} is a file; choose a folder")
+        raise NotADirectoryError(f"output {str(path)!r}: expected a folder, got a file; choose another path")
     if path.exists() and any(path.iterdir()) and not overwrite:
         raise FileExistsError(f"output folder {str(path)!r} is not empty; choose another, or add --overwrite")
     return path
 
 
 def refuse_inputs(outputs: Iterable[Path], inputs: Mapping[str, str | Path | None]) -> None:
-    """Raise ValueError for an input that is one of the outputs, or lies in one; links are followed."""
+    """Raise ValueError if an input is one of the outputs or is inside one; symbolic links are resolved first."""
     targets = [(output, output.expanduser().resolve()) for output in outputs if output.exists()]
     for flag, given in inputs.items():
         place = None if given is None else Path(given).expanduser()
-        if place is None or not place.exists():  # a name on the Hub, or what is refused when it is read
+        if place is None or not place.exists():  # a name on the Hub, or a path that fails later, when it is read
             continue
         place = place.resolve()
         for output, target in targets:
@@ -230,20 +238,24 @@ def refuse_inputs(outputs: Iterable[Path], inputs: Mapping[str, str | Path | Non
 
 
 def take_lock(path: Path, *, wait: bool = False, shared: bool = False) -> int | None:
-    """Return a descriptor that holds the lock of a file or folder as long as any process has it open.
+    """Lock a file or folder (flock), and return the file descriptor that holds the lock.
+
+    The lock is released when every copy of the descriptor, including those inherited by child processes, is closed.
 
     Args:
-        path: a folder, or a file that is made if it is not there.
-        wait: until no other process has the lock; else return None where one has.
-        shared: a lock that others may share, and that one who is to be alone has to wait for.
+        path: a folder, or a file, which is created if it does not exist.
+        wait: wait until the lock is free. If false, return None if another process holds it.
+        shared: take a shared lock, which any number of processes can hold at a time. An exclusive lock is granted only
+            while no other process holds a lock.
 
     Raises:
-        OSError: a file system without locks.
+        OSError: if the file system does not support locks.
+        ImportError: on Windows, which has no ``fcntl``.
     """
     import fcntl  # noqa: PLC0415 - Windows has none
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Where locks are those of a network, one that is to be alone has to be able to write.
+    # On a network file system, an exclusive lock needs a descriptor that is open for writing.
     writes = not path.is_dir() and not shared and not (path.exists() and not os.access(path, os.W_OK))
     handle = os.open(path, os.O_RDWR | os.O_CREAT if writes else os.O_RDONLY, 0o644)
     try:
@@ -258,7 +270,7 @@ def take_lock(path: Path, *, wait: bool = False, shared: bool = False) -> int | 
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Wait for the lock of a file, and hold it."""
+    """Wait for the exclusive lock of a file, and hold it while the block runs."""
     handle = take_lock(path, wait=True)
     try:
         yield
@@ -269,13 +281,16 @@ def alone(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Keep other processes from an output folder; the system lets go of it when this one ends, however it does.
+    """Hold the lock of an output folder while the block runs, so that no other run writes there.
+
+    The system releases the lock when the process ends, also if it is killed.
 
     Args:
-        folder: is made if it is not there, and is gone again where nothing came to be in it.
+        folder: the folder. It is created if it does not exist; folders created here are deleted at the end if they
+            are still empty.
 
     Raises:
-        FileExistsError: another process works on it.
+        FileExistsError: if another process holds the lock.
     """
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -287,15 +302,18 @@ def locked_folder(folder: Path) -> Iterator[None]:
                 )
             yield
     finally:
-        with suppress(OSError):  # those with something in them stay
+        with suppress(OSError):  # rmdir fails for folders that are not empty, which stay
             for parent in missing:
                 parent.rmdir()
 
 
 @contextmanager
 def held(path: Path) -> Iterator[bool]:
-    """Hold the lock of what is there; yield False if another has it. Without locks, it is held by nobody."""
-    handle: int | None = -1  # of a file system or a system without locks
+    """Try to hold the lock of a file or folder while the block runs; yield False if another process holds it.
+
+    If the file system or the operating system does not support locks, this always yields True.
+    """
+    handle: int | None = -1  # stays -1 without support for locks
     with suppress(OSError, ImportError):
         handle = take_lock(path)
     try:
@@ -306,7 +324,7 @@ def held(path: Path) -> Iterator[bool]:
 
 
 def in_words(paths: Sequence[Path], shown: int = 6) -> str:
-    """Return how many files there are in files and folders, how large they are, and their names."""
+    """Return a summary of files and folders: number of files, total size and the first ``shown`` names of ``paths``."""
     files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
     names = [path.name for path in paths]
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
@@ -315,7 +333,7 @@ def in_words(paths: Sequence[Path], shown: int = 6) -> str:
 
 
 def bytes_in_words(count: float) -> str:
-    """Return ``1.50 GiB`` for a number of bytes."""
+    """Return a number of bytes in readable form, such as ``1.50 GiB``."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.2f} {unit}"
@@ -323,7 +341,7 @@ def bytes_in_words(count: float) -> str:
 
 
 def is_held(path: Path) -> bool:
-    """Whether anybody has the lock of what is there."""
+    """Return whether a process holds the lock of a file or folder; False if the path does not exist."""
     if not path.exists():
         return False
     with held(path) as mine:

@@ -1,4 +1,7 @@
-"""The flags of every command: written with hyphens, read with underscores too; and flags as mappings and as words."""
+"""``FlagParser``, the argument parser of every command, and conversion of flags to and from command-line words.
+
+Flags are written with hyphens (``--retain-log``); underscores in flag names are accepted too.
+"""
 
 import argparse
 import difflib
@@ -12,55 +15,61 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 _WIDTH = 100
-# Other spellings of flags: transformers' own, and that of efface 0.1.
+# Alternative spellings: that of transformers, and that of efface 0.1.
 _SPELLINGS = {"--output-dir": "--output", "--out": "--output"}
 _LARGEST = (1 << 63) - 1
-_SEEDS = 1 << 32  # as many as NumPy's generators have
-# YAML reads their "no" as False.
+_SEEDS = 1 << 32  # NumPy's generators take seeds below this
+# Flags with a value "no", which YAML reads as False.
 _NO = {"save_schedule", "save_strategy", "eval_strategy", "logging_strategy"}
 
 
 def hyphens(name: str) -> str:
-    """Return ``retain_log`` as it is written after two hyphens: ``retain-log``."""
+    """Return a flag name with hyphens: ``retain-log`` for ``retain_log``."""
     return name.replace("_", "-")
 
 
 def did_you_mean(
     name: object, known: Iterable[str], otherwise: str = "", *, cutoff: float = 0.6, before: str = ""
 ) -> str:
-    """Return the end of a message about a name that is not known: the nearest one that is, else what is said.
+    """Return the end of an error message about an unknown name: "; did you mean ...?" if a known name is similar.
 
-    What stands ``before`` every name is shown, and not compared.
+    Args:
+        name: the unknown name.
+        known: the names to compare with.
+        otherwise: returned if no known name is similar.
+        cutoff: minimum similarity, as in ``difflib.get_close_matches``.
+        before: prefix of the suggested name in the message, such as "--"; not compared.
     """
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
     return f"; did you mean {before + near[0]!r}?" if near else otherwise
 
 
 def positive(text: str) -> int:
-    """Return the whole number from 1 that a flag's value is: a ``type`` of argparse.
+    """Return a flag's value as an integer of at least 1; for use as ``type`` of an argparse argument.
 
     Raises:
-        ArgumentTypeError: it is none.
+        ArgumentTypeError: the value is not an integer, or is less than 1.
     """
     with suppress(ValueError):
         if (number := int(text)) >= 1:
             return number
-    raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
 
 
 class FlagParser(argparse.ArgumentParser):
-    """The parser of a command.
+    """The argument parser of one command.
 
-    Flags are declared and shown with hyphens, and whole names alone are taken: a recipe's settings give way to what is
-    named. Wrong use raises ValueError. ``--help-all`` shows what ``--help`` leaves out (``shorten``, ``hide``).
+    Flags are declared and shown with hyphens. Abbreviations of flag names are not accepted: flags override a recipe's
+    settings by name, so their names must be exact. Wrong use raises ValueError. ``--help-all`` also shows what
+    ``shorten`` and ``hide`` removed from ``--help``.
 
     Args:
-        command: its name.
-        description: what it does, in a sentence or two.
-        examples: the end of its help, kept line by line.
-        beside: of the command whose flags it takes beside its own, which ``--help-all`` then shows too.
-        partial: whether ``--help`` leaves something out.
-        options: of ``argparse.ArgumentParser``.
+        command: name of the command.
+        description: what the command does, in a sentence or two.
+        examples: end of the help text; its line breaks are kept.
+        beside: parser of another command whose flags this command also accepts; ``--help-all`` shows them too.
+        partial: whether ``--help`` leaves flags out; if so, it lists ``--help-all``.
+        options: passed to ``argparse.ArgumentParser``.
     """
 
     def __init__(
@@ -89,30 +98,30 @@ class FlagParser(argparse.ArgumentParser):
             self.shorten(whole)
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
-        """Add a flag as argparse does; one of several values may be given several times and keeps them all."""
+        """Add a flag as in argparse; a flag with ``nargs="+"`` can be repeated and collects all values."""
         if options.get("nargs") == "+" and names[0].startswith("-") and options.get("default") is None:
             options.setdefault("action", "extend")
         return super().add_argument(*names, **options)
 
     def shorten(self, action: argparse.Action, text: str = argparse.SUPPRESS) -> None:
-        """Say less of a flag in ``--help`` than in ``--help-all``, or nothing."""
+        """Set a shorter help text for ``--help``, or hide the flag there; ``--help-all`` keeps the full text."""
         self._whole.setdefault(action, action.help)
         action.help = text
 
     def hide(self, *names: str) -> None:
-        """Leave flags out of ``--help``."""
+        """Hide flags from ``--help``, by destination name."""
         for action in self._actions:
             if action.dest in names:
                 self.shorten(action)
 
     def show_all(self) -> None:
-        """Say all of every flag."""
+        """Restore the full help text of every flag."""
         for action, text in self._whole.items():
             action.help = text
         self._whole = {}
 
     def format_help(self) -> str:
-        """Return the help; its usage names what has to be given."""
+        """Return the help text; the usage line contains only required flags and positional arguments."""
         if self.usage is None:
             needed = [action for action in self._actions if action.required or not action.option_strings]
             formatter = self._get_formatter()
@@ -122,17 +131,17 @@ class FlagParser(argparse.ArgumentParser):
         return super().format_help()
 
     def format_help_all(self) -> str:
-        """Return the help with every flag."""
+        """Return the help text with every flag."""
         self.show_all()
         return self.format_help() + ("" if self._beside is None else "\n" + self._beside.format_help_all())
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """See ``argparse``; underscores in the name of a flag are hyphens."""
+        """As ``ArgumentParser.parse_known_args``, with underscores accepted in flag names."""
         words = sys.argv[1:] if args is None else args
         return super().parse_known_args([self.written(word) for word in words], namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """See ``argparse``; a flag that is not known raises ValueError too."""
+        """As ``ArgumentParser.parse_args``; raise ValueError for an unknown flag."""
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
@@ -142,25 +151,28 @@ class FlagParser(argparse.ArgumentParser):
         return values
 
     def given(self, words: Sequence[str]) -> dict[str, Any]:
-        """Return the values that the words give, by name; of flags without a default, what was not given is missing."""
+        """Parse ``words`` and return the values by name.
+
+        A flag that was not given is absent if its default is ``argparse.SUPPRESS``.
+        """
         values: dict[str, Any] = vars(self.parse_args(words))
         return values
 
     def option_names(self) -> list[str]:
-        """Return all flags as they are written."""
+        """Return the names of all flags, with their leading hyphens."""
         return [name for name in self._option_string_actions if name.startswith("--")]
 
     def error(self, message: str) -> NoReturn:
-        """Raise where argparse would print its usage and end the process."""
+        """Raise ValueError; argparse would print the usage and exit."""
         raise ValueError(message)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Write, and raise OSError where argparse would end as if it had: on a full disk."""
+        """Print a message, and let OSError propagate, for example on a full disk; argparse would ignore it."""
         if message:
             print(message, end="", file=file)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """Refuse what no flag means, and what no code that is not Python's can count with."""
+        """Convert a value; reject an empty output path, a seed out of range, NaN, and integers beyond int64."""
         value = super()._get_value(action, arg_string)
         if "--output" in action.option_strings and not arg_string:
             raise argparse.ArgumentError(action, "expected a path, got ''")
@@ -173,7 +185,7 @@ class FlagParser(argparse.ArgumentParser):
         return value
 
     def written(self, word: str) -> str:
-        """Return a word of a command line with the name of a flag as it was declared."""
+        """Return a command-line word with its flag name, if it is one, in the declared spelling."""
         name, equals, value = word.partition("=")
         declared, known = hyphens(name), self._option_string_actions
         if declared not in known:
@@ -182,7 +194,7 @@ class FlagParser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of examples, fills a description, and writes ``FILTER ...`` for one value or more."""
+    """Formatter that keeps line breaks of examples, wraps descriptions, and shows ``nargs="+"`` as ``NAME ...``."""
 
     def __init__(self, prog: str) -> None:
         width = min(shutil.get_terminal_size().columns, _WIDTH + 2) - 2
@@ -209,7 +221,7 @@ class _HelpAll(argparse.Action):
 
 
 def texts(name: str, value: Any) -> list[str]:
-    """Return a flag's value out of a file as the words that say it on a command line; None as none."""
+    """Return a flag's value from a file as command-line words; None gives an empty list."""
     if isinstance(value, (list, tuple)):
         return list(map(str, value))
     if isinstance(value, Mapping):
@@ -220,17 +232,17 @@ def texts(name: str, value: Any) -> list[str]:
 
 
 def flag_words(flags: Mapping[str, Any]) -> list[str]:
-    """Return ``{"beta": 0.1, "forget_filter": ["a=1", "b=2"]}`` as the words of a command line; None is left out."""
+    """Return ``{"beta": 0.1, "forget_filter": ["a=1", "b=2"]}`` as command-line words; values of None are left out."""
     words: list[str] = []
     for name, value in flags.items():
         said = texts(name, value)
         if isinstance(value, (list, tuple)):
             words += [f"--{hyphens(name)}", *said]
         elif said:
-            words.append(f"--{hyphens(name)}={said[0]}")  # one word, so that a value may begin with a dash
+            words.append(f"--{hyphens(name)}={said[0]}")  # one word, so that a value can begin with a dash
     return words
 
 
 def given_names(words: Sequence[str]) -> set[str]:
-    """Return the names of the flags among the words of a command line, with underscores."""
+    """Return the names of the flags in command-line words, with underscores."""
     return {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}

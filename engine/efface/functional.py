@@ -1,12 +1,15 @@
-"""The losses as functions, for people with a training loop of their own.
+"""Unlearning losses as functions, for use in your own training loop.
 
-All take final hidden states and the head's weight instead of logits, and labels in the Hugging Face convention:
-unshifted, the label of position t is the token *at* t, predicted from the hidden state at t − 1; −100 is ignored.
-Layouts: padded ``hidden (B, T, D)`` with ``labels (B, T)``; or packed ``hidden (T, D)`` with ``labels (T)`` and
-``cu_seqlens (S + 1)``.
+Every function takes the final hidden states and the weight of the ``lm_head`` instead of logits. Labels follow the
+Hugging Face convention: they are not shifted, so the label at position t is the token *at* t, which the model predicts
+from the hidden state at t − 1. Positions with label −100 are ignored.
 
-Only rows that predict a label enter the head. Finding them reads the labels on the host once, which synchronises a
-GPU; the trainer's packed batches know their rows and do not.
+Two layouts are accepted: padded, ``hidden (B, T, D)`` with ``labels (B, T)``; and packed, ``hidden (T, D)`` with
+``labels (T)`` and ``cu_seqlens (S + 1)``, the offsets of the S sequences.
+
+The head is applied only to the hidden states that predict a label. Selecting these rows reads the labels on the host,
+which synchronises a GPU once per call. ``UnlearnTrainer`` avoids this synchronisation: its packed batches already
+contain the row indices.
 """
 
 from dataclasses import dataclass, replace
@@ -58,7 +61,7 @@ IGNORE_INDEX = -100
 
 
 class LabelRows(NamedTuple):
-    """The rows of the flattened hidden states that predict a label."""
+    """Rows of the flattened hidden states that predict a label, grouped by sequence."""
 
     positions: Tensor  # (N,) int64
     targets: Tensor  # (N,) int64
@@ -66,27 +69,27 @@ class LabelRows(NamedTuple):
 
 
 def label_rows(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> LabelRows:
-    """Shift the labels and return the rows that predict one.
+    """Shift the labels and return the rows of ``hidden`` that predict one.
 
     Args:
         hidden: (B, T, D), or (T, D) with ``cu_seqlens``.
-        labels: (B, T) or (T) int64, unshifted, −100 ignored.
-        cu_seqlens: (S + 1) integers ascending from 0 to T.
+        labels: (B, T) or (T) int64, not shifted; −100 is ignored.
+        cu_seqlens: (S + 1) integers in ascending order from 0 to T.
 
     Raises:
-        TypeError: labels that are not int64.
-        ValueError: shapes that do not fit, a ``cu_seqlens`` that does not ascend from 0 to T, a sequence without
-            a label.
+        TypeError: if ``labels`` are not int64.
+        ValueError: if the shapes do not match, ``cu_seqlens`` does not ascend from 0 to T, or a sequence has no label
+            after its first token.
     """
     check_dtype("labels", labels, (torch.int64,))
     if cu_seqlens is None:
-        check_shape("hidden", hidden, ("B", "T", "D"), "packed hidden states (T, D) need `cu_seqlens`")
+        check_shape("hidden", hidden, ("B", "T", "D"), "pass `cu_seqlens` with packed hidden states (T, D)")
         check_shape("labels", labels, hidden.shape[:2])
         sequences, length = labels.shape
         starts = torch.arange(sequences, device=labels.device) * length
         ends = starts + length
     else:
-        check_shape("hidden", hidden, ("T", "D"), "padded hidden states (B, T, D) take no `cu_seqlens`")
+        check_shape("hidden", hidden, ("T", "D"), "omit `cu_seqlens` for padded hidden states (B, T, D)")
         check_shape("labels", labels, hidden.shape[:1])
         bounds = cu_seqlens.to(device=labels.device, dtype=torch.int64)
         host = bounds.tolist()
@@ -98,7 +101,7 @@ def label_rows(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None)
         starts, ends = bounds[:-1], bounds[1:]
 
     flat = labels.reshape(-1)
-    # The first token of a sequence has no hidden state before it, so it is never predicted.
+    # No hidden state precedes the first token of a sequence, so this token is never predicted.
     predicted = flat != IGNORE_INDEX
     predicted[starts[starts < ends]] = False
     positions = predicted.nonzero()[:, 0]  # (N,) positions of the labels
@@ -106,8 +109,8 @@ def label_rows(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None)
     empty = (row_offsets.diff() == 0).nonzero()[:, 0]
     if empty.numel():
         raise ValueError(
-            f"`labels`: expected a label after the first token of every sequence, got none in sequence "
-            f"{int(empty[0])}; drop such sequences"
+            f"`labels`: expected at least one label after the first token of every sequence, got none in sequence "
+            f"{int(empty[0])}; drop sequences without a label"
         )
     return LabelRows(positions - 1, flat[positions], row_offsets)
 
@@ -122,7 +125,7 @@ def sequence_logprobs(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """L_s = Σ ℓ_i: the log-probability of each sequence's labels, differentiable for any upstream gradient.
+    """Return the log-probability L_s = Σ ℓ_i of each sequence's labels, differentiable for any upstream gradient.
 
     Equal to::
 
@@ -133,19 +136,28 @@ def sequence_logprobs(
     Args:
         hidden: (B, T, D), or packed (T, D) with ``cu_seqlens``; float16, bfloat16, float32 or float64.
         weight: (V, D), same dtype.
-        labels: (B, T) or (T) int64, unshifted, −100 ignored.
+        labels: (B, T) or (T) int64, not shifted; −100 is ignored.
         bias: (V,) or None.
-        softcap: Gemma-2's cap on the logits, or None.
-        cu_seqlens: (S + 1), packed layout only.
+        softcap: Gemma-2's cap on the logits, z ← softcap · tanh(z / softcap), or None.
+        cu_seqlens: (S + 1) offsets of the sequences, for the packed layout only.
         backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
 
     Returns:
         (B,) or (S,), in nats, float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError: dtypes that differ, or labels that are not int64.
-        ValueError: shapes that do not fit, a label out of the vocabulary, a sequence without a label. On a GPU labels
-            are not looked at: one out of the vocabulary makes the loss NaN, or ends in a device-side assertion.
+        TypeError: if dtypes differ, or ``labels`` are not int64.
+        ValueError: if shapes do not match, a label is outside the vocabulary, or a sequence has no label. The range of
+            labels is not checked on a GPU: a label outside the vocabulary makes the loss NaN or triggers a device-side
+            assertion.
+
+    Example:
+        >>> import torch
+        >>> from efface.functional import sequence_logprobs
+        >>> hidden, weight = torch.zeros(2, 4, 8), torch.zeros(16, 8)  # uniform over 16 tokens
+        >>> labels = torch.tensor([[-100, 3, 1, 4], [-100, -100, 5, 9]])
+        >>> sequence_logprobs(hidden, weight, labels)  # 3 and 2 labels of -log 16 each
+        tensor([-8.3178, -5.5452])
     """
     rows = _rows(hidden, weight, labels, bias, softcap, cu_seqlens)
     logprobs = linear_logprob(rows.hidden, weight, rows.targets, bias=bias, softcap=softcap, backend=backend)
@@ -162,10 +174,17 @@ def nll_loss(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Mean over label tokens of −ℓ: the usual language-model loss, ``model(..., labels=labels).loss``.
+    """Return the mean over label tokens of −ℓ, the language-model loss ``model(..., labels=labels).loss``.
 
-    Arguments, dtypes and errors are those of ``sequence_logprobs``. Returns a float32 scalar (float64 for float64
+    Arguments, dtypes and errors are those of ``sequence_logprobs``. The result is a float32 scalar (float64 for float64
     inputs).
+
+    Example:
+        >>> import torch
+        >>> from efface.functional import nll_loss
+        >>> hidden, weight = torch.zeros(1, 4, 8), torch.zeros(16, 8)  # uniform over 16 tokens
+        >>> nll_loss(hidden, weight, torch.tensor([[-100, 3, 1, 4]]))  # log 16
+        tensor(2.7726)
     """
     return _loss(IdkNLL(), _rows(hidden, weight, labels, bias, softcap, cu_seqlens), backend)
 
@@ -180,10 +199,17 @@ def grad_ascent_loss(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Mean over label tokens of +ℓ, the negative of ``nll_loss`` (arXiv 2401.06121, section 4).
+    """Return the mean over label tokens of +ℓ, the negative of ``nll_loss`` (arXiv 2401.06121, section 4).
 
-    Arguments, dtypes and errors are those of ``sequence_logprobs``. Returns a float32 scalar (float64 for float64
+    Arguments, dtypes and errors are those of ``sequence_logprobs``. The result is a float32 scalar (float64 for float64
     inputs).
+
+    Example:
+        >>> import torch
+        >>> from efface.functional import grad_ascent_loss
+        >>> hidden, weight = torch.zeros(1, 4, 8), torch.zeros(16, 8)  # uniform over 16 tokens
+        >>> grad_ascent_loss(hidden, weight, torch.tensor([[-100, 3, 1, 4]]))  # -log 16
+        tensor(-2.7726)
     """
     return _loss(GradAscent(), _rows(hidden, weight, labels, bias, softcap, cu_seqlens), backend)
 
@@ -203,7 +229,7 @@ def npo_loss(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Mean over sequences of −(2/β) log σ(−β (L − L_ref)) (NPO, arXiv 2404.05868, equation 3).
+    """Return the mean over sequences of −(2/β) log σ(−β (L − L_ref)) (NPO, arXiv 2404.05868, equation 3).
 
     Equal to::
 
@@ -211,25 +237,35 @@ def npo_loss(
         return -2 / beta * torch.nn.functional.logsigmoid(-beta * ratio).mean()
 
     Args:
-        hidden: as in ``sequence_logprobs``, like ``weight``, ``labels``, ``bias``, ``softcap``, ``cu_seqlens``.
-        weight: see ``hidden``.
-        labels: see ``hidden``.
+        hidden: see ``sequence_logprobs``.
+        weight: see ``sequence_logprobs``.
+        labels: see ``sequence_logprobs``.
         beta: inverse temperature, > 0.
-        reference_logprobs: (B,) or (S,) L_ref from a cache, float32 or float64; or give the two below.
+        reference_logprobs: (B,) or (S,) cached L_ref, float32 or float64. Pass either this, or ``reference_hidden``
+            with ``reference_weight``.
         reference_hidden: hidden states of the frozen reference model, in the layout of ``hidden``.
-        reference_weight: (V', D') its head; read in the same pass as the policy's logits.
+        reference_weight: (V', D') head of the reference model; its logits are read in the same pass as the policy's.
         reference_bias: (V',) or None.
-        bias: see ``hidden``.
-        softcap: see ``hidden``; it applies to both heads.
-        cu_seqlens: see ``hidden``.
+        bias: see ``sequence_logprobs``.
+        softcap: see ``sequence_logprobs``; it applies to both heads.
+        cu_seqlens: see ``sequence_logprobs``.
         backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
 
     Returns:
         A float32 scalar (float64 for float64 inputs).
 
     Raises:
-        TypeError: dtypes that differ, or labels that are not int64.
-        ValueError: as ``sequence_logprobs``; no reference, or both kinds; ``beta`` that is not positive.
+        TypeError: if dtypes differ, or ``labels`` are not int64.
+        ValueError: as ``sequence_logprobs``; if both kinds of reference are given, or neither; if ``beta`` is not
+            positive.
+
+    Example:
+        >>> import torch
+        >>> from efface.functional import npo_loss
+        >>> hidden, weight = torch.zeros(1, 4, 8), torch.zeros(16, 8)
+        >>> frozen = {"reference_hidden": hidden, "reference_weight": weight}  # equal models: 2/β log 2
+        >>> npo_loss(hidden, weight, torch.tensor([[-100, 3, 1, 4]]), beta=0.1, **frozen)
+        tensor(13.8629)
     """
     objective = NPO(beta=beta)
     _check_whole(reference_hidden=reference_hidden, reference_weight=reference_weight)
@@ -239,7 +275,8 @@ def npo_loss(
         reference = _frozen(rows, reference_hidden, reference_weight, reference_bias)
     elif reference_logprobs is None:
         raise ValueError(
-            "a reference: expected `reference_logprobs`, or `reference_hidden` with `reference_weight`, got neither"
+            "`reference_logprobs`: expected a reference for NPO, got none; pass `reference_logprobs`, or "
+            "`reference_hidden` with `reference_weight`"
         )
     return _loss(objective, rows, backend, reference, reference_logprobs)
 
@@ -256,15 +293,22 @@ def simnpo_loss(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Mean over sequences of −(2/β) log σ(β (−L/n − δ)) (SimNPO, arXiv 2410.07163, equation 4).
+    """Return the mean over sequences of −(2/β) log σ(β (−L/n − δ)) (SimNPO, arXiv 2410.07163, equation 4).
 
     Equal to::
 
         reward = -sequence_logprobs(hidden, weight, labels) / (labels[:, 1:] != -100).sum(1)
         return -2 / beta * torch.nn.functional.logsigmoid(beta * (reward - delta)).mean()
 
-    ``beta`` > 0 is the inverse temperature, ``delta`` the reward margin; the other arguments, dtypes and errors are
-    those of ``sequence_logprobs``. Returns a float32 scalar (float64 for float64 inputs).
+    ``beta`` > 0 is the inverse temperature and ``delta`` the reward margin. The other arguments, dtypes and errors are
+    those of ``sequence_logprobs``. The result is a float32 scalar (float64 for float64 inputs).
+
+    Example:
+        >>> import torch
+        >>> from efface.functional import simnpo_loss
+        >>> hidden, weight = torch.zeros(1, 4, 8), torch.zeros(16, 8)  # uniform over 16 tokens
+        >>> simnpo_loss(hidden, weight, torch.tensor([[-100, 3, 1, 4]]), beta=1.0)  # 2 log(1 + 1/16)
+        tensor(0.1212)
     """
     return _loss(SimNPO(beta=beta, delta=delta), _rows(hidden, weight, labels, bias, softcap, cu_seqlens), backend)
 
@@ -289,7 +333,10 @@ def dpo_loss(
     alternate_cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Mean over pairs of −(2/β) log σ(β [(L_w − L_w,ref) − (L_l − L_l,ref)]) (DPO, arXiv 2305.18290, equation 7).
+    """Return the mean over pairs of −(2/β) log σ(β [(L_w − L_w,ref) − (L_l − L_l,ref)]).
+
+    This is the DPO loss (arXiv 2305.18290, equation 7) times 2/β, as in NPO. Here l is the sequence to forget and w its
+    alternate, the preferred answer.
 
     Equal to::
 
@@ -298,40 +345,49 @@ def dpo_loss(
         return -2 / beta * torch.nn.functional.logsigmoid(beta * (won - lost)).mean()
 
     Args:
-        hidden: of the sequences to forget, l, as in ``sequence_logprobs``, like ``weight``, ``labels``, ``bias``,
-            ``softcap``, ``cu_seqlens``.
-        weight: see ``hidden``.
-        labels: see ``hidden``.
-        alternate_hidden: of the alternate sequences, w, as many; padded to a length of their own, or packed.
-        alternate_labels: see ``alternate_hidden``.
+        hidden: hidden states of the sequences to forget, l; see ``sequence_logprobs``.
+        weight: see ``sequence_logprobs``.
+        labels: see ``sequence_logprobs``.
+        alternate_hidden: hidden states of the alternate sequences, w, one for each sequence to forget. Packed, or
+            padded to a length that may differ from that of ``hidden``.
+        alternate_labels: labels in the layout of ``alternate_hidden``.
         beta: inverse temperature, > 0.
-        reference_logprobs: (B,) L_l,ref from a cache, float32 or float64, with ``alternate_reference_logprobs``; or
-            give the three below.
-        alternate_reference_logprobs: (B,) L_w,ref.
+        reference_logprobs: (B,) or (S,) cached L_l,ref, float32 or float64; needs ``alternate_reference_logprobs``.
+            Pass either these two, or ``reference_hidden``, ``alternate_reference_hidden`` and ``reference_weight``.
+        alternate_reference_logprobs: (B,) or (S,) cached L_w,ref.
         reference_hidden: hidden states of the frozen reference model, in the layout of ``hidden``.
-        alternate_reference_hidden: the same, in the layout of ``alternate_hidden``.
-        reference_weight: (V', D') its head; read in the same pass as the policy's logits.
+        alternate_reference_hidden: the same for the alternate sequences, in the layout of ``alternate_hidden``.
+        reference_weight: (V', D') head of the reference model; its logits are read in the same pass as the policy's.
         reference_bias: (V',) or None.
-        bias: see ``hidden``.
-        softcap: see ``hidden``; it applies to both heads.
-        cu_seqlens: see ``hidden``.
-        alternate_cu_seqlens: (S + 1), packed layout only.
+        bias: see ``sequence_logprobs``.
+        softcap: see ``sequence_logprobs``; it applies to both heads.
+        cu_seqlens: see ``sequence_logprobs``.
+        alternate_cu_seqlens: (S + 1) offsets of the alternate sequences, for the packed layout only.
         backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
 
     Returns:
         A float32 scalar (float64 for float64 inputs).
 
     Raises:
-        TypeError: dtypes that differ, or labels that are not int64.
-        ValueError: as ``sequence_logprobs``; unequally many sequences; no reference, or both kinds; ``beta`` that is
-            not positive.
+        TypeError: if dtypes differ, or labels are not int64.
+        ValueError: as ``sequence_logprobs``; if the numbers of sequences differ; if both kinds of reference are given,
+            or neither in full; if ``beta`` is not positive.
+
+    Example:
+        >>> import torch
+        >>> from efface.functional import dpo_loss
+        >>> hidden, weight, zero = torch.zeros(1, 4, 8), torch.zeros(16, 8), torch.zeros(1)
+        >>> labels, alternate = torch.tensor([[-100, 3, 1, 4]]), torch.tensor([[-100, 5, 9, 2]])
+        >>> cached = {"reference_logprobs": zero, "alternate_reference_logprobs": zero}
+        >>> dpo_loss(hidden, weight, labels, hidden, alternate, beta=0.1, **cached)  # 2/β log 2
+        tensor(13.8629)
     """
     objective, forget = DPO(beta=beta), _rows(hidden, weight, labels, bias, softcap, cu_seqlens)
     alternate = _rows(alternate_hidden, weight, alternate_labels, bias, softcap, alternate_cu_seqlens)
     pairs = forget.offsets.shape[0] - 1
     if alternate.offsets.shape[0] - 1 != pairs:
         raise ValueError(
-            f"`alternate_labels`: expected {pairs} sequences, one for each of `labels`, got "
+            f"`alternate_labels`: expected {pairs} sequences, one for each sequence of `labels`, got "
             f"{alternate.offsets.shape[0] - 1}"
         )
     _check_whole(
@@ -343,7 +399,7 @@ def dpo_loss(
     counts = torch.stack([forget.offsets.diff(), alternate.offsets.diff()], 1)  # (pairs, 2)
 
     def paired(first: Tensor, second: Tensor) -> Tensor:
-        """Interleave: the rows of forget sequence 0, of alternate 0, of forget sequence 1 and so on."""
+        """Interleave the rows by sequence: forget sequence 0, alternate 0, forget sequence 1, and so on."""
         split = zip(first.split(counts[:, 0].tolist()), second.split(counts[:, 1].tolist()), strict=True)
         return torch.cat([first[:0], *(rows for pair in split for rows in pair)])
 
@@ -360,8 +416,9 @@ def dpo_loss(
         reference_sums = torch.stack([reference_logprobs, alternate_reference_logprobs], 1).flatten()
     if reference is None and reference_sums is None:
         raise ValueError(
-            "a reference: expected `reference_logprobs` with `alternate_reference_logprobs`, or `reference_hidden` and "
-            "`alternate_reference_hidden` with `reference_weight`, got neither in full"
+            "`reference_logprobs`: expected a reference for DPO, got none; pass `reference_logprobs` with "
+            "`alternate_reference_logprobs`, or `reference_hidden` and `alternate_reference_hidden` with "
+            "`reference_weight`"
         )
     both = replace(
         forget,
@@ -383,10 +440,17 @@ def wga_loss(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Mean over label tokens of p^β ℓ, with p = e^ℓ detached (WGA, arXiv 2502.19301).
+    """Return the mean over label tokens of p^β ℓ, with p = e^ℓ detached (WGA, arXiv 2502.19301).
 
-    ``beta`` ≥ 0; with 0 it is ``grad_ascent_loss``. The other arguments, dtypes and errors are those of
-    ``sequence_logprobs``. Returns a float32 scalar (float64 for float64 inputs).
+    ``beta`` ≥ 0; with ``beta=0`` the loss equals ``grad_ascent_loss``. The other arguments, dtypes and errors are those
+    of ``sequence_logprobs``. The result is a float32 scalar (float64 for float64 inputs).
+
+    Example:
+        >>> import torch
+        >>> from efface.functional import wga_loss
+        >>> hidden, weight = torch.zeros(1, 4, 8), torch.zeros(16, 8)  # uniform over 16 tokens
+        >>> wga_loss(hidden, weight, torch.tensor([[-100, 3, 1, 4]]))  # -log(16) / 16
+        tensor(-0.1733)
     """
     return _loss(WGA(beta=beta), _rows(hidden, weight, labels, bias, softcap, cu_seqlens), backend)
 
@@ -403,11 +467,19 @@ def satimp_loss(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Mean over label tokens of p^β₁ (1 − p)^β₂ ℓ, with p = e^ℓ detached (SatImp, arXiv 2505.11953).
+    """Return the mean over label tokens of p^β₁ (1 − p)^β₂ ℓ, with p = e^ℓ detached (SatImp, arXiv 2505.11953).
 
-    ``beta1`` ≥ 0 (saturation) spares what is forgotten, ``beta2`` ≥ 0 (importance) what is certain. The other
-    arguments, dtypes and errors are those of ``sequence_logprobs``. Returns a float32 scalar (float64 for float64
-    inputs).
+    ``beta1`` ≥ 0 (saturation) lowers the weight of tokens that are already forgotten, p near 0. ``beta2`` ≥ 0
+    (importance) lowers the weight of tokens that the model is certain of, p near 1. The other arguments, dtypes and
+    errors are those of ``sequence_logprobs``. The result is a float32 scalar (float64 for float64 inputs).
+
+    Example:
+        >>> import torch
+        >>> from efface.functional import satimp_loss
+        >>> hidden, weight = torch.zeros(1, 4, 8), torch.zeros(2, 8)  # uniform over 2 tokens
+        >>> labels = torch.tensor([[-100, 1, 0, 1]])
+        >>> satimp_loss(hidden, weight, labels, beta1=1.0, beta2=1.0)  # -log(2) / 4
+        tensor(-0.1733)
     """
     return _loss(SatImp(beta1=beta1, beta2=beta2), _rows(hidden, weight, labels, bias, softcap, cu_seqlens), backend)
 
@@ -423,14 +495,21 @@ def ceu_loss(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Mean over label tokens of −log(1 − p): CE-U, but for a constant (arXiv 2503.01224).
+    """Return the mean over label tokens of −log(1 − p), which is CE-U up to a constant (arXiv 2503.01224).
 
-    Its gradient is that of the cross entropy to the model's own softmax without the true token, detached; its value is
-    that cross entropy less the entropy of that target, so that 0 means forgotten.
+    CE-U is the cross entropy to a detached target: the model's own softmax with the true token removed. This function
+    has the same gradient. Its value is lower by the entropy of the target, so 0 means that the token is forgotten.
 
-    The first ``ignore_first_n_answer_tokens`` ≥ 0 labels of each sequence do not count; where none is left, the loss
-    is 0. The other arguments, dtypes and errors are those of ``sequence_logprobs``. Returns a float32 scalar (float64
-    for float64 inputs).
+    The first ``ignore_first_n_answer_tokens`` ≥ 0 labels of each sequence are left out of the mean. If no label
+    remains, the loss is 0. The other arguments, dtypes and errors are those of ``sequence_logprobs``. The result is a
+    float32 scalar (float64 for float64 inputs).
+
+    Example:
+        >>> import torch
+        >>> from efface.functional import ceu_loss
+        >>> hidden, weight = torch.zeros(1, 4, 8), torch.zeros(16, 8)  # uniform over 16 tokens
+        >>> ceu_loss(hidden, weight, torch.tensor([[-100, 3, 1, 4]]))  # -log(15/16)
+        tensor(0.0645)
     """
     objective = CEU(ignore_first_n_answer_tokens=ignore_first_n_answer_tokens)
     return _loss(objective, _rows(hidden, weight, labels, bias, softcap, cu_seqlens), backend)
@@ -449,7 +528,7 @@ def kl_loss(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Mean over label tokens of KL(p_ref‖p): keeps a model close to a frozen one.
+    """Return the mean over label tokens of KL(p_ref‖p), which keeps the model close to a frozen reference model.
 
     Equal to::
 
@@ -457,26 +536,34 @@ def kl_loss(
         log_q = torch.log_softmax((reference_hidden @ reference_weight.T)[:, :-1], -1)
         return (log_q.exp() * (log_q - log_p)).sum(-1)[labels[:, 1:] != -100].mean()
 
-    but with fp32 logits: of bf16 ones that are nearly equal, the gradient would be rounding noise.
+    but with fp32 logits: where two models are nearly equal, the gradient from bf16 logits would be rounding noise.
 
     Args:
-        hidden: as in ``sequence_logprobs``, like ``weight``, ``labels``, ``bias``, ``softcap``, ``cu_seqlens``.
-        weight: see ``hidden``.
-        labels: see ``hidden``; they say which positions count.
+        hidden: see ``sequence_logprobs``.
+        weight: see ``sequence_logprobs``.
+        labels: see ``sequence_logprobs``; they select the positions that enter the mean.
         reference_hidden: hidden states of the frozen reference model, in the layout of ``hidden``.
-        reference_weight: (V, D') its head, over the same vocabulary.
+        reference_weight: (V, D') head of the reference model, over the same vocabulary.
         reference_bias: (V,) or None.
-        bias: see ``hidden``.
-        softcap: see ``hidden``; it applies to both heads.
-        cu_seqlens: see ``hidden``.
+        bias: see ``sequence_logprobs``.
+        softcap: see ``sequence_logprobs``; it applies to both heads.
+        cu_seqlens: see ``sequence_logprobs``.
         backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
 
     Returns:
         A float32 scalar (float64 for float64 inputs).
 
     Raises:
-        TypeError: dtypes that differ, or labels that are not int64.
-        ValueError: as ``sequence_logprobs``; a reference of another layout or vocabulary.
+        TypeError: if dtypes differ, or ``labels`` are not int64.
+        ValueError: as ``sequence_logprobs``; if the layout or the vocabulary of the reference differs.
+
+    Example:
+        >>> import torch
+        >>> from efface.functional import kl_loss
+        >>> hidden, weight = torch.zeros(1, 4, 8), torch.zeros(16, 8)
+        >>> frozen = {"reference_hidden": hidden, "reference_weight": weight}  # equal models
+        >>> kl_loss(hidden, weight, torch.tensor([[-100, 3, 1, 4]]), **frozen)
+        tensor(0.)
     """
     rows = _rows(hidden, weight, labels, bias, softcap, cu_seqlens)
     return _distance(rows, _frozen(rows, reference_hidden, reference_weight, reference_bias), backend)
@@ -496,7 +583,10 @@ def undial_loss(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Mean over label tokens of the cross entropy to softmax(z_ref − β · onehot) (UNDIAL, arXiv 2402.10052).
+    """Return the mean over label tokens of the cross entropy to softmax(z_ref − β · onehot).
+
+    This is UNDIAL (arXiv 2402.10052): the target is the reference model's distribution with the logit of the true token
+    lowered by β.
 
     Equal to::
 
@@ -505,8 +595,16 @@ def undial_loss(
         q = torch.softmax((reference_hidden @ reference_weight.T)[:, :-1] - beta * true, -1)
         return -(q * log_p).sum(-1)[labels[:, 1:] != -100].mean()
 
-    ``beta`` > 0 is what the true token's logit is lowered by; the other arguments, dtypes and errors are those of
-    ``kl_loss``. Returns a float32 scalar (float64 for float64 inputs).
+    ``beta`` must be > 0. The other arguments, dtypes and errors are those of ``kl_loss``. The result is a float32
+    scalar (float64 for float64 inputs).
+
+    Example:
+        >>> import torch
+        >>> from efface.functional import undial_loss
+        >>> hidden, weight = torch.zeros(1, 4, 8), torch.zeros(16, 8)  # uniform over 16 tokens
+        >>> frozen = {"reference_hidden": hidden, "reference_weight": weight}
+        >>> undial_loss(hidden, weight, torch.tensor([[-100, 3, 1, 4]]), beta=3.0, **frozen)  # log 16
+        tensor(2.7726)
     """
     check_positive("beta", beta)
     rows = _rows(hidden, weight, labels, bias, softcap, cu_seqlens)
@@ -516,14 +614,14 @@ def undial_loss(
 
 @dataclass(frozen=True)
 class _Rows:
-    """The label rows of S sequences, at the head."""
+    """The label rows of S sequences and the head that they go through."""
 
     hidden: Tensor  # (N, D)
     head: Head
     targets: Tensor  # (N,)
     offsets: Tensor  # (S + 1,), on the CPU
-    positions: Tensor  # (N,) where they stood
-    layout: tuple[int, ...]  # (B, T) or (T,)
+    positions: Tensor  # (N,) indices of the rows in the flattened hidden states
+    layout: tuple[int, ...]  # shape of the hidden states without D: (B, T) or (T,)
 
 
 def _rows(
@@ -548,11 +646,11 @@ def _frozen(
 
 
 def _check_whole(**parts: Tensor | None) -> None:
-    """Raise ValueError if some parts of a reference are given, and others not."""
+    """Raise ValueError if only some of the arguments that make up a reference are given."""
     given = [name for name, part in parts.items() if part is not None]
     if given and len(given) < len(parts):
         missing = ", ".join(f"`{name}`" for name in parts if name not in given)
-        raise ValueError(f"`{given[0]}`: expected {missing} beside it, got none")
+        raise ValueError(f"`{given[0]}`: expected {missing} as well, got None; pass all of them or omit them all")
 
 
 def _loss(
@@ -562,7 +660,10 @@ def _loss(
     reference: ReferenceRows | None = None,
     reference_sums: Tensor | None = None,
 ) -> Tensor:
-    """The objective's mean over all rows or sequences, with gamma 1; a pair's second sequences are its alternates."""
+    """Return the objective's mean over all rows or sequences with gamma = 1.
+
+    In pairs (``forget_data == "both"``), every second sequence is the alternate of the one before it.
+    """
     counts = rows.offsets.diff().tolist()
     roles = torch.full((len(counts),), Role.FORGET, dtype=torch.int8, device=rows.hidden.device)
     pairs = len(counts) // 2 if objective.forget_data == "both" else 0
@@ -586,7 +687,7 @@ def _loss(
 def _distance(
     rows: _Rows, reference: ReferenceRows, backend: str, *, shift: float = 0.0, cross_entropy: bool = False
 ) -> Tensor:
-    """The mean over all rows of KL(q‖p) to a frozen model's distribution, or of the cross entropy to it."""
+    """Return the mean over all rows of KL(q‖p), or of the cross entropy to q, the reference's distribution."""
     return linear_distribution_loss(
         rows.hidden,
         rows.head.weight,

@@ -1,4 +1,4 @@
-"""SQLite files that processes fill and read at the same time, and that are checked before they are believed."""
+"""A key-value store in a SQLite file, with concurrent readers and writers and a checksum in every row."""
 
 import os
 import sqlite3
@@ -11,26 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-_VARIABLES = 900  # of one query; SQLite before 3.32 takes 999
-_CHECKED_BYTES = 8 << 20  # files up to this size are checked as they are opened: 8 ms at most
+_VARIABLES = 900  # parameters per query; SQLite before 3.32 allows 999
+_CHECKED_BYTES = 8 << 20  # files up to this size get PRAGMA quick_check when opened, which takes 8 ms at most
 _BUSY_SECONDS = 60.0  # how long to wait for another process that writes
-# SQLite's words for trouble with the place, not with the content; Python 3.10 tells no error codes.
-_PLACE = ("locked", "locking", "readonly", "unable to open", "is full", "I/O", "permission")
+# Parts of SQLite's messages about the file system, not the content. Python 3.10 has no sqlite_errorcode.
+_FILE_SYSTEM_ERRORS = ("locked", "locking", "readonly", "unable to open", "is full", "I/O", "permission")
 
 
 @dataclass(frozen=True)
 class KeyedTable:
-    """The one table of a file: (model, key) -> value, and what tells the file from those of others.
+    """The description of a store's only table, (model, key) -> value, and of the file that contains it.
 
     Attributes:
-        name: of the table.
-        key: of the column of keys.
-        value: of the column of values.
-        kind: SQLite's type of a value: "REAL", or "TEXT", which is read as bytes, since a damaged one need not be text.
-        application: four bytes that tell the program's files from those of others.
-        version: of the format.
-        file: what messages call the file.
-        remedy: what they advise where it cannot be used.
+        name: name of the table.
+        key: name of the key column.
+        value: name of the value column.
+        kind: SQLite type of a value: "REAL" or "TEXT". TEXT is read as bytes, because damaged text may not decode.
+        application: SQLite application_id, four bytes that identify files of this kind.
+        version: version of the file format (SQLite user_version).
+        file: name of the kind of file in messages.
+        remedy: advice in messages if the file cannot be used.
     """
 
     name: str
@@ -44,7 +44,7 @@ class KeyedTable:
 
     @property
     def schema(self) -> str:
-        """The statement that makes the table."""
+        """The SQL statement that creates the table."""
         return (
             f"CREATE TABLE {self.name} (model BLOB NOT NULL, {self.key} BLOB NOT NULL, {self.value} {self.kind} "
             f"NOT NULL, checksum INTEGER NOT NULL, PRIMARY KEY (model, {self.key})) WITHOUT ROWID"
@@ -52,22 +52,22 @@ class KeyedTable:
 
 
 class KeyedStore(ABC):
-    """A file of values by the fingerprint of a model and a key.
+    """A SQLite file that maps (model fingerprint, key) to a value.
 
-    What ``write`` has returned from is there, also after the process was killed. Any number of processes may read and
-    write at once. SQLite has no checksums, so every row carries one: a value is what was written, or the row is
-    dropped, with a warning, and found no more.
+    Values survive a kill of the process once ``write`` has returned. Any number of processes can read and write at
+    the same time. SQLite has no checksums, so every row has a CRC-32 of its own. A row whose checksum does not match
+    is deleted, with a warning, and is not returned.
 
     Args:
-        path: the file; it and its folder are made if they are not there.
+        path: the file; the file and its folder are created if they do not exist.
 
     Attributes:
-        table: what the file holds.
+        table: description of the table; defined by the subclass.
 
     Raises:
-        OSError: a place that cannot be read or written, or a full disk; from every method.
-        ValueError: a file whose structure is damaged, or of another program or version; from every method. It is left
-            as it is.
+        OSError: from every method, if the file cannot be read or written, or the disk is full.
+        ValueError: from every method, if the structure of the file is damaged, or another program or version wrote
+            it. The file is not changed.
     """
 
     table: ClassVar[KeyedTable]
@@ -75,8 +75,8 @@ class KeyedStore(ABC):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError):  # of which SQLite has its own to say
-            # Results hold texts: nobody but the user reads them. SQLite gives the files beside it the same mode.
+        with suppress(OSError):  # SQLite reports the error when it opens the file
+            # Stored results contain texts, so only the user can read them. SQLite's own files (WAL) get the same mode.
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         with self._explained():
             self._connection = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
@@ -90,77 +90,77 @@ class KeyedStore(ABC):
     @staticmethod
     @abstractmethod
     def encoded(values: Sequence[Any]) -> Sequence[bytes]:
-        """Return the bytes of each value, as SQLite gives them back, that its checksum is of."""
+        """Return the bytes of each value that go into its checksum; values are of the type that SQLite returns."""
 
     def read(self, model: bytes, keys: Sequence[bytes]) -> dict[bytes, Any]:
-        """Return the values of a model that are there, by key: numbers, or the bytes of texts."""
-        table, there, values, checksums, wrong = self.table, [], [], [], []
+        """Return the stored values of a model by key: floats, or texts as bytes. Keys without a value are left out."""
+        table, stored, values, checksums, damaged_keys = self.table, [], [], [], []
         column, kind = (table.value, float) if table.kind == "REAL" else (f"CAST({table.value} AS BLOB)", bytes)
-        query = f"SELECT {table.key}, {column}, checksum FROM {table.name} WHERE model = ? AND {table.key} IN "  # noqa: S608 - the names are ours
-        wanted = sorted(set(keys))  # so that neighbours are read together
+        query = f"SELECT {table.key}, {column}, checksum FROM {table.name} WHERE model = ? AND {table.key} IN "  # noqa: S608 - the names are constants
+        wanted = sorted(set(keys))  # sorted, so that one query reads neighbouring rows
         with self._explained():
             for first in range(0, len(wanted), _VARIABLES):
                 some = wanted[first : first + _VARIABLES]
                 rows = self._execute(f"{query} ({','.join('?' * len(some))})", (model, *some))
-                # Row by row: 10,000 tuples alive at once start a garbage collection, which takes 70 ms beside torch.
+                # Row by row: 10,000 tuples alive at once trigger a garbage collection, 70 ms if torch is loaded.
                 for key, value, checksum in rows:
-                    if not isinstance(key, bytes) or not isinstance(value, kind):  # where its type was damaged
-                        wrong.append(key)
+                    if not isinstance(key, bytes) or not isinstance(value, kind):  # the stored type is damaged
+                        damaged_keys.append(key)
                         continue
-                    there.append(key)
+                    stored.append(key)
                     values.append(value)
                     checksums.append(checksum)
-        right = self._checksums(model, there, values)
-        found = dict(zip(there, values, strict=True))
-        if right != checksums:
-            damaged = [key for key, a, b in zip(there, right, checksums, strict=True) if a != b]
-            wrong += damaged
+        expected_checksums = self._checksums(model, stored, values)
+        found = dict(zip(stored, values, strict=True))
+        if expected_checksums != checksums:
+            damaged = [key for key, a, b in zip(stored, expected_checksums, checksums, strict=True) if a != b]
+            damaged_keys += damaged
             for key in damaged:
                 del found[key]
-        if wrong:
-            self._drop(model, wrong)
+        if damaged_keys:
+            self._drop(model, damaged_keys)
         return found
 
     def write(self, model: bytes, keys: Sequence[bytes], values: Sequence[Any]) -> None:
-        """Add values of a model, all or none; of a key that is there already, the value stays."""
+        """Add values of a model in one transaction; keys that are already stored keep their value."""
         checksums = self._checksums(model, keys, values)
         rows = ((model, *row) for row in zip(keys, values, checksums, strict=True))
-        self._change(f"INSERT OR IGNORE INTO {self.table.name} VALUES (?, ?, ?, ?)", rows)  # noqa: S608 - the names are ours
+        self._change(f"INSERT OR IGNORE INTO {self.table.name} VALUES (?, ?, ?, ?)", rows)  # noqa: S608 - the names are constants
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        """Delete the values of keys, those of every model, and overwrite them in the file."""
+        """Delete the values of ``keys`` for every model, and overwrite the deleted content in the file with zeros."""
         name = self.table.name
         with self._explained():
             self._execute("PRAGMA secure_delete = ON")
-            models = [model for (model,) in self._execute(f"SELECT DISTINCT model FROM {name}")]  # noqa: S608 - the names are ours
+            models = [model for (model,) in self._execute(f"SELECT DISTINCT model FROM {name}")]  # noqa: S608 - the names are constants
         rows = ((model, key) for model in models for key in keys)
-        self._change(f"DELETE FROM {name} WHERE model = ? AND {self.table.key} = ?", rows)  # noqa: S608 - the names are ours
+        self._change(f"DELETE FROM {name} WHERE model = ? AND {self.table.key} = ?", rows)  # noqa: S608 - the names are constants
         with self._explained():
-            self._read("PRAGMA wal_checkpoint(TRUNCATE)")  # or the log beside the file would hold them still
+            self._read("PRAGMA wal_checkpoint(TRUNCATE)")  # the write-ahead log would still contain the values
 
     def close(self) -> None:
-        """Close the file; closing twice changes nothing."""
+        """Close the file; closing twice is a no-op."""
         self._connection.close()
 
     def _checksums(self, model: bytes, keys: Sequence[bytes], values: Sequence[Any]) -> list[int]:
-        """Return the CRC-32 of each whole row."""
+        """Return the CRC-32 of each row: of the model, the key and the value."""
         start = zlib.crc32(model)
         return [
             zlib.crc32(value, zlib.crc32(key, start)) for key, value in zip(keys, self.encoded(values), strict=True)
         ]
 
     def _drop(self, model: bytes, keys: Sequence[Any]) -> None:
-        """Delete rows whose checksum does not fit, so that they are made anew, and warn."""
+        """Delete damaged rows, so that they are computed again, and warn."""
         rows = ((model, key) for key in keys)
-        self._change(f"DELETE FROM {self.table.name} WHERE model = ? AND {self.table.key} = ?", rows)  # noqa: S608 - the names are ours
+        self._change(f"DELETE FROM {self.table.name} WHERE model = ? AND {self.table.key} = ?", rows)  # noqa: S608 - the names are constants
         warnings.warn(
             f"{self.table.file} {str(self.path)!r}: {len(keys)} damaged {'row is' if len(keys) == 1 else 'rows are'} "
-            "made anew; if that happens again, look after the disk",
+            "computed again; if this happens repeatedly, check the disk",
             stacklevel=4,
         )
 
     def _change(self, query: str, rows: Iterator[tuple[Any, ...]]) -> None:
-        """Run a query that writes for each of the rows, all or none."""
+        """Run a writing query once per row, in one transaction."""
         with self._explained(), self._transaction():
             self._connection.executemany(query, rows)
 
@@ -168,49 +168,49 @@ class KeyedStore(ABC):
         return self._connection.execute(query, values)
 
     def _refused(self, reason: str) -> ValueError:
-        """Return the error that says why the content cannot be used."""
+        """Return the ValueError for a file whose content cannot be used."""
         return ValueError(f"{self.table.file} {str(self.path)!r}: {reason}; {self.table.remedy}")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Tell the errors of the place from those of the content."""
+        """Convert SQLite errors: OSError for the file system, ValueError for the content."""
         try:
             yield
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError) and any(word in str(error) for word in _PLACE):
+            if isinstance(error, sqlite3.OperationalError) and any(word in str(error) for word in _FILE_SYSTEM_ERRORS):
                 raise OSError(f"{self.table.file} {str(self.path)!r}: {error}") from error
             raise self._refused(str(error)) from error
-        except UnicodeDecodeError as error:  # SQLite's own words quote what is damaged
+        except UnicodeDecodeError as error:  # SQLite's message quotes the damaged text
             raise self._refused("its text is damaged") from error
 
     def _open(self) -> None:
         self._execute("PRAGMA cell_size_check = ON")
         if self._is_new():
             with self._transaction():
-                if self._is_new():  # still, now that nobody else writes
+                if self._is_new():  # checked again, now with the write lock
                     self._execute(self.table.schema)
                     self._execute(f"PRAGMA application_id = {self.table.application}")
                     self._execute(f"PRAGMA user_version = {self.table.version}")
         if self._read("PRAGMA application_id") != self.table.application:
-            raise self._refused("it is a database of another program")
+            raise self._refused("expected a file written by efface, got a database of another program")
         if (version := self._read("PRAGMA user_version")) != self.table.version:
             raise self._refused(f"expected format {self.table.version}, got {version}, of another version of efface")
         if self._schemas() != [self.table.schema]:
-            raise self._refused("its tables are not those that efface makes")
+            raise self._refused("expected the table that efface creates, got other tables")
         if self.path.stat().st_size <= _CHECKED_BYTES and (verdict := self._read("PRAGMA quick_check(1)")) != "ok":
             raise self._refused(str(verdict))
         self._write_ahead()
         self._execute("PRAGMA synchronous = NORMAL")
 
     def _write_ahead(self) -> None:
-        """Let readers go on beside a writer: a property of the file, until somebody changes it.
+        """Switch the file to write-ahead logging, so that readers do not wait for a writer; the setting persists.
 
-        Where the file system cannot do that, SQLite stays with its rollback journal, which is as safe.
+        If the file system does not support it, SQLite keeps its rollback journal, which is equally safe.
         """
         try:
             self._read("PRAGMA journal_mode = WAL")
         except sqlite3.OperationalError as error:
-            if "locked" not in str(error):  # not waited for: another process uses the file, and has asked the same
+            if "locked" not in str(error):  # if locked, another process has the file open and makes the same switch
                 raise
 
     def _is_new(self) -> bool:
@@ -234,14 +234,14 @@ class KeyedStore(ABC):
 
 
 def remove_store(path: Path) -> bool:
-    """Remove a file of values and what SQLite keeps beside it; return False, and do nothing, while it is in use."""
+    """Delete a store and SQLite's additional files; return False, without deleting, if a process is using it."""
     try:
         with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as connection:
-            connection.execute("PRAGMA journal_mode = DELETE").fetchone()  # which needs the file for itself
+            connection.execute("PRAGMA journal_mode = DELETE").fetchone()  # needs exclusive access to the file
     except sqlite3.OperationalError as error:
         if "locked" in str(error):
             return False
-    except sqlite3.DatabaseError:  # a damaged one
+    except sqlite3.DatabaseError:  # a damaged file, which can be deleted
         pass
     for file in store_files(path):
         file.unlink(missing_ok=True)
@@ -249,5 +249,5 @@ def remove_store(path: Path) -> bool:
 
 
 def store_files(path: Path) -> list[Path]:
-    """Return the file of a store and those that SQLite keeps beside it."""
+    """Return the paths of a store: its file and the files that SQLite can create next to it; not all need exist."""
     return [path.with_name(path.name + end) for end in ("", "-wal", "-shm", "-journal")]

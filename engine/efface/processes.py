@@ -1,4 +1,4 @@
-"""The processes of one run: what they know of each other, and how they part."""
+"""The state of a run's distributed processes, and the clean shutdown of their process group."""
 
 import gc
 
@@ -7,19 +7,20 @@ from accelerate import PartialState
 
 
 def processes() -> PartialState:
-    """Return what ``accelerate`` knows of the processes that work together."""
-    # Unless told that there is no accelerator it does not look for other processes on CPUs.
+    """Return the ``accelerate.PartialState`` of the run: rank, number of processes and device."""
+    # PartialState looks for other processes on CPUs only with cpu=True.
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def leave() -> None:
-    """Part from the other processes, when all of them are done; call it where no variable holds a trainer any more.
+    """Wait for all processes and destroy the process group; a no-op if there is no process group.
 
-    A process that leaves without a word tears connections that others still read from. One that leaves the connection
-    to the end of the interpreter may never end: a thread of gloo lets go of the last tensor late, for which it needs
-    the interpreter's lock, and ``DistributedDataParallel``, freed under that lock, waits for the thread.
+    Call it when no variable refers to a trainer any more. A process that exits without this call closes connections
+    that other processes still read from. A process that leaves the process group to interpreter shutdown can hang:
+    a gloo thread needs the GIL to release its last tensor, while ``DistributedDataParallel``, which is freed with the
+    GIL held, waits for that thread.
     """
     if torch.distributed.is_initialized():
-        gc.collect()  # a wrapped model and its trainer hold each other; none must hold the connection
+        gc.collect()  # frees the reference cycle of a wrapped model and its trainer, which keeps the group alive
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Classes by name: how objectives and metrics, ours and users', are known."""
+"""A registry of dataclasses by name, for objectives and metrics, both built-in and user-defined."""
 
 import dataclasses
 from typing import Any, Generic, TypeVar
@@ -8,10 +8,10 @@ C = TypeVar("C", bound=type[Any])
 
 
 class Registry(Generic[T]):
-    """Dataclasses with a class attribute ``name``, by that name.
+    """A mapping from names to dataclasses; each class is registered under its class attribute ``name``.
 
     Args:
-        kind: what they are, for messages.
+        kind: what the classes are, for example "objective"; used in error messages.
     """
 
     def __init__(self, kind: str) -> None:
@@ -19,27 +19,31 @@ class Registry(Generic[T]):
         self._classes: dict[str, type[T]] = {}
 
     def register(self, cls: C) -> C:
-        """Add a class and return it, as a decorator does; a class that is defined anew takes the place of the old one.
+        """Add a class and return it, so that the method can be used as a class decorator.
+
+        A class with the same qualified name as the registered one, such as a class defined again in a notebook,
+        replaces it.
 
         Raises:
-            ValueError: the name is taken by another class.
+            ValueError: if another class is registered under the name.
         """
         taken = self._classes.get(cls.name)
         if taken is not None and taken.__qualname__ != cls.__qualname__:
             place = f"{taken.__module__}.{taken.__qualname__}"
-            raise ValueError(f"{self._kind} {cls.name!r}: already registered by {place}")
+            raise ValueError(f"{self._kind} {cls.name!r}: already registered by {place}; choose another name")
         self._classes[cls.name] = cls
         return cls
 
     def known(self) -> dict[str, type[T]]:
-        """Return the classes by name, sorted."""
+        """Return the registered classes by name, in the order of the names."""
         return dict(sorted(self._classes.items()))
 
     def make(self, name: str, **parameters: Any) -> T:
-        """Return an instance of the class called ``name``; case and underscores do not matter.
+        """Return an instance of the class registered as ``name``; case and underscores are ignored.
 
         Raises:
-            ValueError: an unknown name, or a parameter that the class does not have; both list what is known.
+            ValueError: if the name is unknown, or if the class has no such parameter. The message lists the known
+                names or the parameters of the class.
         """
         names = {plain(known): known for known in self._classes}
         known = names.get(plain(name))
@@ -49,10 +53,10 @@ class Registry(Generic[T]):
         fields = sorted(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
         if unknown := sorted(parameters.keys() - set(fields)):
             listed = ", ".join(fields) or "none"
-            raise ValueError(f"{self._kind} {known!r}: has parameters {listed}, got {', '.join(unknown)}")
+            raise ValueError(f"{self._kind} {known!r}: expected parameters from ({listed}), got {', '.join(unknown)}")
         return cls(**parameters)
 
 
 def plain(name: str) -> str:
-    """Return a name without what does not matter in it: case and underscores."""
+    """Return a name in lower case and without underscores, the form in which names are compared."""
     return name.lower().replace("_", "")

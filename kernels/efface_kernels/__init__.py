@@ -1,7 +1,8 @@
-"""The lm_head loss op and its passes: tensors in, tensors out.
+"""Fused losses over an ``lm_head``, and the passes over logits that they are built from.
 
-Knows no model, no dataset and no trainer. Letters used throughout:
-N label rows, D hidden size, V vocabulary, S sequences; ``z`` logits, ``ℓ`` log-probabilities of the targets.
+The package works on plain tensors and does not depend on models, data sets or the trainer. Letters used throughout:
+N label rows, D hidden size, V vocabulary size, S sequences, ``z`` logits, ``ℓ`` log-probabilities of the targets. A
+label row is a hidden state that predicts a label.
 """
 
 from efface_kernels.backends import resolve_backend
@@ -27,7 +28,7 @@ from efface_kernels.sequence_loss.kinds import Kind
 from efface_kernels.sequence_loss.rule import SequenceRule, SequenceTerms, Term, TermFunction, checked_terms
 from efface_kernels.sequences import RowOffsets, Sequences, segment_sums
 
-# The ops; what they take and give; what a loss of one's own is made of; the plan of their memory.
+# The ops, the types of their arguments and results, the parts of a user-defined loss, and the planning of memory.
 __all__ = [
     "DistributionLossOutput",
     "DistributionPassOutput",

@@ -1,4 +1,4 @@
-"""The choice of a pass's implementation, and the self-test of the Triton passes that "auto" asks for."""
+"""Selection of the backend that runs a pass, and the self-test of the Triton passes that "auto" relies on."""
 
 import functools
 import warnings
@@ -23,7 +23,7 @@ from efface_kernels.sequences import Sequences
 
 BACKENDS = ("auto", "triton", "native", "torch")
 
-_VOCABULARY = 50257  # several blocks of every configuration, and a ragged end
+_VOCABULARY = 50257  # several blocks for every launch configuration, and a partial last block
 _ROWS = 6
 _LENGTHS = (2, 1, 3)
 
@@ -31,13 +31,14 @@ _known: dict[torch.device, bool] = {}
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """Return the implementation, ``"triton"``, ``"native"`` or ``"torch"``, that ``backend`` names on ``device``.
+    """Return the backend that ``backend`` selects on ``device``: ``"triton"``, ``"native"`` or ``"torch"``.
 
-    "auto" is native on the CPU, or torch where the extension is missing; Triton on GPUs, where on its first use it gave
-    what torch gives (``agrees``); torch elsewhere. What falls back says so in one warning.
+    On the CPU, "auto" selects "native", or "torch" if the extension cannot be imported. On GPUs it selects "triton" if
+    the Triton passes agreed with the torch passes on first use (``agrees``). Otherwise it selects "torch". A fallback
+    is reported by one warning.
 
     Raises:
-        ValueError: an unknown name, or a backend that this build or device does not have.
+        ValueError: if the name is unknown, or this build or device does not support the backend.
     """
     if backend not in BACKENDS:
         raise ValueError(f"`backend`: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
@@ -49,13 +50,13 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     if backend == "torch" or (backend == "auto" and device.type != "cpu"):
         return "torch"
     if device.type != "cpu":
-        raise ValueError(f"`backend`: 'native' runs on the CPU, got tensors on {device}; use 'auto' or 'torch'")
+        raise ValueError(f"`backend`: 'native' runs on CPU tensors, got tensors on {device}; use 'auto' or 'torch'")
     if native.IMPORT_ERROR is None:
         return "native"
     if backend == "native":
         raise ValueError(
-            f"`backend`: the extension efface_native cannot be imported ({native.IMPORT_ERROR}); reinstall efface "
-            "with a C++20 compiler at hand, or use 'torch'"
+            f"`backend`: 'native' needs efface_native, which cannot be imported ({native.IMPORT_ERROR}); reinstall "
+            "efface with a C++20 compiler installed, or use 'torch'"
         )
     _warn_missing_extension()
     return "torch"
@@ -63,28 +64,32 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
 def _check_triton(device: torch.device) -> None:
     if not triton_launch.IMPORTABLE:
-        raise ValueError("`backend`: 'triton' is not installed; install triton, or use 'auto', 'native' or 'torch'")
+        raise ValueError(
+            "`backend`: 'triton' needs the package triton, which is not installed; install triton, or use 'auto', "
+            "'native' or 'torch'"
+        )
     runs = device.type in triton_launch.DEVICES or (device.type == "cpu" and triton_launch.INTERPRETED)
     if not runs:
         raise ValueError(
-            f"`backend`: 'triton' runs on CUDA, ROCm and XPU devices, got tensors on {device}; use 'auto', 'native' or "
-            "'torch' (or set TRITON_INTERPRET=1 before Python starts, to debug a kernel on the CPU)"
+            f"`backend`: expected tensors on a CUDA, ROCm or XPU device for 'triton', got tensors on {device}; use "
+            "'auto', 'native' or 'torch' (to debug a kernel on the CPU, set TRITON_INTERPRET=1 before Python starts)"
         )
 
 
 @functools.cache
 def _warn_missing_extension() -> None:
     warnings.warn(
-        f"the extension efface_native cannot be imported ({native.IMPORT_ERROR}); the loss runs on plain torch, "
-        "more slowly. Reinstall efface with a C++20 compiler at hand.",
+        f"the extension efface_native cannot be imported ({native.IMPORT_ERROR}); the loss runs on plain torch, which "
+        "is slower. Reinstall efface with a C++20 compiler installed.",
         stacklevel=5,
     )
 
 
 def agrees(device: torch.device) -> bool:
-    """Whether the Triton passes give on ``device`` what the torch passes give; found out once, and warned about if not.
+    """Return whether the Triton passes agree with the torch passes on ``device``; warn if they do not.
 
-    False, without an answer for later, while a CUDA graph is captured or where the device is out of memory.
+    The test runs once per device and its result is kept. While a CUDA graph is captured, or if the device is out of
+    memory, the function returns False and keeps no result.
     """
     if device not in _known:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -95,7 +100,7 @@ def agrees(device: torch.device) -> bool:
             return False
         if fault is not None:
             warnings.warn(
-                f"the Triton passes are not used on {device}: {fault}; the loss runs on plain torch, more slowly. "
+                f"the Triton passes are not used on {device}: {fault}; the loss runs on plain torch, which is slower. "
                 "Please report this with the versions of torch, triton and the driver.",
                 stacklevel=4,
             )
@@ -106,36 +111,39 @@ def agrees(device: torch.device) -> bool:
 def disagreement(
     device: torch.device, dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32), vocabulary: int = _VOCABULARY
 ) -> str | None:
-    """Return what differs, None where nothing does. Some milliseconds, and the compilation of the kernels."""
+    """Return a description of the first difference between the Triton and the torch passes, or None if they agree.
+
+    Takes a few milliseconds in addition to the compilation of the kernels.
+    """
     try:
         for dtype in dtypes:
             for name, ours, theirs in _results(device, dtype, vocabulary):
-                # An ulp of the stored dtype: the passes add up in another order, and one of them may round up.
+                # One ulp of the stored dtype: the passes sum in different orders, so their roundings can differ.
                 rtol = max(torch.finfo(ours.dtype).eps, 1e-5)
                 if not torch.allclose(ours.float(), theirs.float(), rtol=rtol, atol=1e-5):
                     worst = (ours.float() - theirs.float()).abs().max().item()
                     return f"{name} in {dtype} differs from torch by up to {worst:.3g}"
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever Triton's compiler and the driver raise
+    except Exception as error:  # noqa: BLE001 - Triton's compiler and the driver raise exceptions of many types
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def _results(device: torch.device, dtype: torch.dtype, vocabulary: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield each result of a pass, by Triton and by torch."""
+    """Yield each result of the passes: its name, the value from Triton and the value from torch."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def random(rows: int, dtype: torch.dtype = dtype) -> Tensor:
         return padded(3 * torch.randn(rows, vocabulary, generator=generator, device="cpu").to(dtype))
 
-    def padded(values: Tensor) -> Tensor:  # as the loop's: kernels are compiled for what is known of a stride
+    def padded(values: Tensor) -> Tensor:  # strided as in the loop: kernels are specialised on the stride
         return aligned(len(values), vocabulary, values.dtype, device).copy_(values)
 
     logits = random(_ROWS)
-    frozen = padded(logits + random(_ROWS) / 32)[: -_LENGTHS[-1]]  # another model, not another language
+    frozen = padded(logits + random(_ROWS) / 32)[: -_LENGTHS[-1]]  # a model close to the policy
     targets = torch.randint(vocabulary, (_ROWS,), generator=generator, device="cpu")
-    logits[0, targets[0]] = 30.0  # memorised
+    logits[0, targets[0]] = 30.0  # a memorised target, p ≈ 1
     targets = targets.to(device)
     policies = logits, logits.clone()
     rows = [
@@ -164,7 +172,7 @@ def _results(device: torch.device, dtype: torch.dtype, vocabulary: int) -> Itera
         )
         yield f"the scale pass{name}", triton_scaled, plain_scaled
 
-    # As the loop's: fp32 logits whatever the dtype, and a derivative in half precision over the reference's.
+    # As in the loop: fp32 logits for every dtype; a half-precision derivative overwrites the reference's logits.
     first, second = (random(_ROWS, torch.float32) for _ in range(2))
     divergences, derivatives = [], []
     for run in (distribution_pass_triton, distribution_pass_torch):

@@ -1,26 +1,27 @@
-"""What the Triton kernels share. Imports Triton and nothing else.
+"""Functions shared by the Triton kernels. This module imports only Triton.
 
-Capital: pointers. Lower case: values. UPPER: compile-time. ``offs_v``, ``mask_v``: positions of a row, those inside it.
+Naming: Capital names are pointers, lower-case names are values, UPPER-CASE names are compile-time constants. ``offs_v``
+are positions within a row of logits; ``mask_v`` is true for the positions inside the row.
 """
 
 import triton
 import triton.language as tl
 
-# Where a running maximum starts: finite, so that a lane that saw only −inf (padded vocabularies) never takes inf − inf;
-# and small enough that its product with log2 e is finite too.
+# Initial value of a running maximum. It is finite, so that a lane that read only −inf (a padded vocabulary) never
+# computes inf − inf. Its product with log2 e is finite too.
 LOWEST = tl.constexpr(-2.0e38)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def power(x):
-    """e^x in two instructions, a product and the GPU's own 2^x; ``tl.exp`` adds a repair of subnormal results."""
+    """e^x as a product and the GPU's 2^x instruction; ``tl.exp`` adds instructions that handle subnormal results."""
     return tl.exp2(x * LOG2E)
 
 
 @triton.jit
 def tanh(x):
-    """Cephes' tanh, for fp32 and fp64: no form through exp alone keeps the digits near 0."""
+    """Cephes' tanh for fp32 and fp64. Near 0 it uses a rational function, where formulas with exp lose precision."""
     size = tl.abs(x)
     e = tl.exp(-2.0 * size)
     far = (1.0 - e) / (1.0 + e)
@@ -32,17 +33,17 @@ def tanh(x):
 
 @triton.jit
 def expm1(x):
-    """e^x − 1 for x ≤ 0: 2t / (1 − t) with t = tanh(x / 2), which cancels nothing there."""
+    """e^x − 1 for x ≤ 0: 2t / (1 − t) with t = tanh(x / 2), which has no cancellation for x ≤ 0."""
     t = tanh(0.5 * x)
     return 2.0 * t / (1.0 - t)
 
 
 @triton.jit
 def cap(z, SOFTCAP: tl.constexpr):
-    """Return z ← cap · tanh(z / cap) and the cap's derivative; SOFTCAP 0 is none.
+    """Return z ← cap · tanh(z / cap) and the cap's derivative; SOFTCAP 0 means no cap.
 
-    With e = e^(−2|z| / cap) ≤ 1, tanh is (1 − e) / (1 + e) and its derivative 4e / (1 + e)². Near 0 this keeps no
-    digits of z beyond cap · eps, and a logit needs no more: a softmax sees its absolute error alone.
+    With e = e^(−2|z| / cap) ≤ 1, tanh is (1 − e) / (1 + e) and its derivative 4e / (1 + e)². Near 0 the absolute error
+    is about cap · eps. That is enough for a logit, because a softmax depends only on the absolute error.
     """
     slope = 1.0
     if SOFTCAP > 0:
@@ -67,10 +68,10 @@ def load(Row, offs_v, mask_v, SOFTCAP: tl.constexpr, ACC: tl.constexpr, POLICY: 
 
 @triton.jit
 def accumulate(z, top, total, GROUP: tl.constexpr):
-    """Add e^(z − top) to the totals, where top follows the maximum: of ``GROUP`` neighbours, which one thread loaded.
+    """Update the running maximum ``top`` and ``total`` = Σ e^(z − top) of each group of ``GROUP`` neighbours.
 
-    So a group costs one exponential more than its elements, and a maximum and a total a group take few registers. A
-    maximum may drop a NaN, the total never does.
+    One thread loads all neighbours of a group. A group costs one exponential more than its elements, and one maximum
+    and one total per group take few registers. A maximum can drop a NaN; the total never does.
     """
     z = tl.reshape(z, [z.shape[0] // GROUP, GROUP])
     new = tl.maximum(top, tl.max(z, 1))
@@ -85,14 +86,14 @@ def group_sums(x, GROUP: tl.constexpr):
 
 @triton.jit
 def combine(top, total):
-    """Reduce the groups, once a row: its maximum and Σ e^(z − maximum)."""
+    """Reduce the groups to the row's maximum and Σ e^(z − maximum); called once per row."""
     row_top = tl.max(top, 0)
     return row_top, tl.sum(total * power(top - row_top), 0)
 
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for 0 ≤ x ≤ 1: 2 artanh(x / (2 + x)), whose argument is at most 1/3, so that 17 terms are fp64's."""
+    """log(1 + x) for 0 ≤ x ≤ 1, as 2 artanh(x / (2 + x)); its argument is ≤ 1/3, so 17 terms suffice for fp64."""
     t = x / (2.0 + x)
     s = t * t
     p = tl.zeros_like(t)

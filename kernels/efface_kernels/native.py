@@ -1,4 +1,4 @@
-"""The border to the C++ passes: tensors become addresses. CPU tensors only; the callers checked everything else."""
+"""Interface to the C++ passes: converts CPU tensors to addresses. The callers check all arguments."""
 
 import torch
 from torch import Tensor
@@ -14,18 +14,18 @@ else:
 
 
 def describe(logits: Logits) -> "efface_native.Logits":
-    """Return where the C++ passes find the logits, whose columns are side by side."""
+    """Return the descriptor of logits for the C++ passes: address, dtype, shape and stride; the column stride is 1."""
     values, residual = logits.values, 0 if logits.residual is None else logits.residual.data_ptr()
     rows, vocabulary = values.shape
     dtype = str(values.dtype).removeprefix("torch.")
-    # by position: names would cost a microsecond and more
+    # positional, because keyword arguments would cost more than a microsecond
     return efface_native.Logits(
         values.data_ptr(), dtype, rows, vocabulary, values.stride(0), logits.softcap or 0.0, residual
     )
 
 
 def row_pass_native(logits: Logits, targets: Tensor, reference: Logits | None, gradient: bool) -> tuple[Tensor, ...]:
-    """``row_pass_torch`` in C++."""
+    """Run ``row_pass_torch`` in C++."""
     outputs = [each.row_vector() for each in (logits, reference) if each is not None]
     frozen = None if reference is None else reference.unit_stride()
 
@@ -47,7 +47,7 @@ def row_pass_native(logits: Logits, targets: Tensor, reference: Logits | None, g
 def distribution_pass_native(
     logits: Logits, reference: Logits, targets: Tensor, shift: float, into: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """``distribution_pass_torch`` in C++."""
+    """Run ``distribution_pass_torch`` in C++."""
     divergence, entropy = logits.row_vector(), logits.row_vector()
     policy, frozen = logits.unit_stride(), reference.unit_stride()
     out = into if into is None or into.stride(1) == 1 else torch.empty(into.shape, dtype=into.dtype)

@@ -1,4 +1,4 @@
-"""The passes as operations: their arguments checked, and run by the backend that is asked for."""
+"""The public passes over logits and log-probabilities: they check their arguments and dispatch to a backend."""
 
 from typing import NamedTuple
 
@@ -28,10 +28,10 @@ from efface_kernels.sequences import Sequences
 
 
 class RowPassOutput(NamedTuple):
-    """What a row pass returns. ``reference_logprobs`` is None where no reference logits were given."""
+    """Result of ``row_pass``."""
 
     logprobs: Tensor  # (n,)
-    reference_logprobs: Tensor | None  # (m,)
+    reference_logprobs: Tensor | None  # (m,), or None without reference logits
 
 
 ROW_PASSES = {"torch": row_pass_torch, "native": row_pass_native, "triton": row_pass_triton}
@@ -47,7 +47,7 @@ def row_pass(
     gradient: bool = True,
     backend: str = "auto",
 ) -> RowPassOutput:
-    """Log-probabilities of the targets; with ``gradient``, ``logits`` becomes softmax − onehot in place.
+    """Return the targets' log-probabilities; with ``gradient``, overwrite ``logits`` by softmax − onehot.
 
     Equal to::
 
@@ -57,25 +57,35 @@ def row_pass(
         logprobs = torch.log_softmax(z, -1).gather(-1, targets[:, None])[:, 0]
         logits.copy_(-(derivative of logprobs with respect to logits))
 
-    The loss's coefficient of a row, c = ∂loss/∂ℓ, is a factor of the whole row; the pass needs no loss.
+    The pass needs no loss: the loss enters through one coefficient per row, c = ∂loss/∂ℓ, by which the whole row is
+    multiplied later.
 
     Args:
         logits: (n, V), float16, bfloat16, float32 or float64; overwritten if ``gradient``.
         targets: (n,) int64, in 0 .. V − 1.
-        reference_logits: (m, V'), m ≤ n, logits of a frozen model for the first m rows; only read. Its dtype and
-            vocabulary may differ from those of ``logits``.
-        softcap: cap of Gemma-2's z ← cap · tanh(z / cap), applied here; its derivative is part of the result.
+        reference_logits: (m, V'), m ≤ n, logits of a frozen model for the first m rows; only read. Their dtype and
+            vocabulary can differ from those of ``logits``.
+        softcap: Gemma-2's cap, z ← cap · tanh(z / cap), applied by the pass; its derivative is part of the result.
         reference_softcap: the same for ``reference_logits``.
-        gradient: False leaves ``logits`` as they are.
+        gradient: if False, ``logits`` are only read.
         backend: "auto", "triton" (GPU tensors), "native" (C++, CPU tensors) or "torch".
 
     Returns:
         ``logprobs`` (n,) and ``reference_logprobs`` (m,), in nats, float32 (float64 for float64 logits).
 
     Raises:
-        TypeError: a dtype other than those above.
-        ValueError: shapes that do not fit, a target out of the vocabulary, tensors on different devices. On a
-            GPU the targets are not looked at beforehand: one out of the vocabulary makes its row's results NaN.
+        TypeError: if a dtype is not one of those above.
+        ValueError: if shapes do not match, a target is outside the vocabulary, or tensors are on different devices. The
+            range of targets is not checked on a GPU: the Triton kernel makes the results of such a row NaN.
+
+    Example:
+        >>> import torch
+        >>> from efface_kernels import row_pass
+        >>> logits = torch.zeros(1, 4)
+        >>> row_pass(logits, torch.tensor([1])).logprobs  # -log 4
+        tensor([-1.3863])
+        >>> logits  # softmax - onehot
+        tensor([[ 0.2500, -0.7500,  0.2500,  0.2500]])
     """
     check_dtype("logits", logits, FLOATS)
     check_shape("logits", logits, ("n", "V"))
@@ -90,7 +100,7 @@ def row_pass(
         m = reference_logits.shape[0]
         if m > logits.shape[0]:
             raise ValueError(
-                f"`reference_logits`: expected at most {logits.shape[0]} rows (those of `logits`), got {m}"
+                f"`reference_logits`: expected at most {logits.shape[0]} rows (as many as `logits`), got {m}"
             )
         check_targets(targets[:m], *reference_logits.shape)
         reference = Logits(reference_logits, reference_softcap)
@@ -100,34 +110,34 @@ def row_pass(
 
 
 class DistributionPassOutput(NamedTuple):
-    """KL(q‖p) and the entropy of q; the cross entropy −Σ q log p is their sum."""
+    """Result of ``distribution_pass``: KL(q‖p) and the entropy of q. Their sum is the cross entropy −Σ q log p."""
 
     divergence: Tensor  # (n,)
     entropy: Tensor  # (n,)
 
 
 def _check_out(out: Tensor, logits: Tensor, reference_logits: Tensor, *, gradient: bool) -> None:
-    check_shape("out", out, logits.shape, "it takes the derivative with respect to `logits`")
+    check_shape("out", out, logits.shape, "it receives the derivative with respect to `logits`")
     check_dtype("out", out, [dtype for dtype in FLOATS if dtype.itemsize <= logits.dtype.itemsize])
     if _overlaps_itself(out):
-        raise ValueError(f"`out`: expected entries apart in memory, got strides {out.stride()} of {tuple(out.shape)}")
+        raise ValueError(f"`out`: expected disjoint entries, got strides {out.stride()} for shape {tuple(out.shape)}")
     if not gradient:
-        raise ValueError("`out`: expected None with `gradient=False`, which forms no derivative, got a tensor")
+        raise ValueError("`out`: expected None with `gradient=False`, got a tensor; omit `out` or set `gradient=True`")
     if _share_memory(out, logits) and _layout(out) != _layout(logits):
         raise ValueError(
-            f"`out`: expected `logits` themselves or memory that they do not reach, got {_said(out)} over "
-            f"{_said(logits)}; give it memory of its own"
+            f"`out`: expected `logits` themselves or memory that does not overlap them, got {_layout_text(out)} "
+            f"overlapping {_layout_text(logits)}; pass a separate tensor"
         )
     if _share_memory(out, reference_logits) and not _row_on_row(out, reference_logits):
         raise ValueError(
-            "`out`: expected memory of its own, or rows that begin where those of `reference_logits` begin, in a "
-            f"dtype no wider, got {_said(out)} over {_said(reference_logits)}; use "
+            "`out`: expected separate memory, or rows that begin where the rows of `reference_logits` begin, in a "
+            f"dtype that is not wider, got {_layout_text(out)} overlapping {_layout_text(reference_logits)}; use "
             "`reference_logits.view(dtype)[:, :V]`"
         )
 
 
 def _overlaps_itself(values: Tensor) -> bool:
-    """Whether two entries of a matrix may share memory."""
+    """Return whether two entries of a matrix can share memory."""
     reach = 0
     for stride, size in sorted(zip(values.stride(), values.shape, strict=True)):
         if size > 1 and stride <= reach:
@@ -137,17 +147,17 @@ def _overlaps_itself(values: Tensor) -> bool:
 
 
 def _layout(values: Tensor) -> tuple[int, torch.dtype, tuple[int, ...]]:
-    """Where the entries lie; a stride along which there is one entry says nothing."""
+    """Return address, dtype and strides. The stride of a dimension of size 0 or 1 is irrelevant and set to 0."""
     strides = tuple(0 if size < 2 else stride for size, stride in zip(values.shape, values.stride(), strict=True))
     return values.data_ptr(), values.dtype, strides
 
 
-def _said(values: Tensor) -> str:
-    return f"{values.dtype} of strides {values.stride()} from entry {values.storage_offset()}"
+def _layout_text(values: Tensor) -> str:
+    return f"{values.dtype} with strides {values.stride()} and offset {values.storage_offset()}"
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether the ranges of memory from the first to the last entry meet."""
+    """Return whether the memory ranges from the first to the last entry of two matrices overlap."""
     if not one.numel() or not other.numel():
         return False
     (first, last), (other_first, other_last) = (
@@ -157,7 +167,7 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def _row_on_row(out: Tensor, reference: Tensor) -> bool:
-    """Whether a row of ``out`` lies on what was read of the same row of ``reference``, and on no other."""
+    """Return whether each row of ``out`` overlaps the same row of ``reference`` and no other row."""
     if out.data_ptr() != reference.data_ptr() or out.dtype.itemsize > reference.dtype.itemsize:
         return False
     starts = [each.stride(0) * each.dtype.itemsize for each in (out, reference)]
@@ -184,7 +194,9 @@ def distribution_pass(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> DistributionPassOutput:
-    """KL(q‖p) of each row, with p = softmax(logits), q = softmax(reference_logits − shift · onehot(targets)).
+    """Return KL(q‖p) and the entropy of q for each row; with ``gradient``, write p − q.
+
+    Here p = softmax(logits) and q = softmax(reference_logits − shift · onehot(targets)).
 
     Equal to::
 
@@ -193,30 +205,33 @@ def distribution_pass(
         divergence, entropy = (q * (q.log() - log_p)).sum(-1), -(q * q.log()).sum(-1)
         logits.copy_(log_p.exp() - q)  # the derivative of the divergence with respect to logits
 
-    Shift 0 is the KL retain term; UNDIAL's cross entropy (arXiv 2402.10052) is divergence + entropy with shift = β.
-    At the start of a run p = q and p − q is nothing but rounding: give float32 logits, not bfloat16.
+    With shift 0 the divergence is the KL retain term. With shift = β, divergence + entropy is UNDIAL's cross entropy
+    (arXiv 2402.10052). At the start of a run p = q, and p − q from bfloat16 logits would be only rounding error: pass
+    float32 logits.
 
     Args:
         logits: (n, V), float16, bfloat16, float32 or float64; overwritten if ``gradient``.
-        reference_logits: (n, V); only read. Its dtype may differ, but float64 needs float64 ``logits``.
-        targets: (n,) int64, in 0 .. V − 1; where the shift applies.
-        shift: what the target's reference logit is lowered by, after the cap.
-        softcap: z ← cap · tanh(z / cap) of ``logits``, or None; its derivative is part of the result.
+        reference_logits: (n, V); only read, unless ``out`` shares their memory. Their dtype can differ, but float64
+            needs float64 ``logits``.
+        targets: (n,) int64, in 0 .. V − 1; the entries to which the shift applies.
+        shift: amount by which the target's reference logit is lowered, after the cap.
+        softcap: z ← cap · tanh(z / cap) for ``logits``, or None; its derivative is part of the result.
         reference_softcap: the same for ``reference_logits``.
-        gradient: False forms no derivative and leaves ``logits`` as they are.
-        out: (n, V), any of the dtypes but none wider than that of ``logits``: takes the derivative in their place, and
-            they are only read. May lie on the memory of ``reference_logits``, row on row
-            and in no wider dtype, as ``reference_logits.view(torch.bfloat16)[:, :V]`` does.
+        gradient: if False, no derivative is formed and ``logits`` are only read.
+        out: (n, V) matrix that receives the derivative, so that ``logits`` are only read; None overwrites ``logits``.
+            Its dtype must not be wider than that of ``logits``. It can share the memory of ``reference_logits`` if each
+            row begins where the row of ``reference_logits`` begins and the dtype is not wider, as in
+            ``reference_logits.view(torch.bfloat16)[:, :V]``.
         backend: "auto", "triton" (GPU tensors), "native" (C++, CPU tensors) or "torch".
 
     Returns:
         ``divergence`` and ``entropy``, (n,), in nats, float32 (float64 for float64 logits).
 
     Raises:
-        TypeError: a dtype other than those above.
-        ValueError: shapes that differ, a target out of the vocabulary, tensors on different devices, an ``out`` that
-            lies on other memory of the inputs or comes without ``gradient``. On a GPU the targets are not looked at
-            beforehand: one out of the vocabulary makes its row's results NaN.
+        TypeError: if a dtype is not one of those above.
+        ValueError: if shapes differ, a target is outside the vocabulary, tensors are on different devices, ``out``
+            overlaps an input in any other way, or ``out`` is passed without ``gradient``. The range of targets is not
+            checked on a GPU: the Triton kernel makes the results of such a row NaN.
     """
     check_dtype("logits", logits, FLOATS)
     check_shape("logits", logits, ("n", "V"))
@@ -235,20 +250,21 @@ def distribution_pass(
 
 
 def scale_pass(values: Tensor, factor: Tensor, *, dtype: torch.dtype, keep: bool, backend: str) -> Tensor:
-    """A gradient times a scalar that is on its device.
+    """Return ``values`` times a scalar tensor on the same device, in ``dtype``.
 
     Equal to::
 
         (values * factor).to(dtype)
 
-    rounded once. Where the values need not be kept and have that dtype, they are scaled in place and returned.
+    but rounded once. If ``keep`` is False and the values have this dtype already, they are scaled in place and
+    returned.
 
     Args:
-        values: any shape and floating dtype.
+        values: a gradient of any shape and floating dtype.
         factor: (), float32 (float64 for float64 values).
-        dtype: of the result.
-        keep: whether ``values`` must stay as they are, and the result be other memory.
-        backend: a resolved one; "native" is plain torch.
+        dtype: dtype of the result.
+        keep: if True, ``values`` stay unchanged and the result is new memory.
+        backend: a resolved backend; "native" runs plain torch.
     """
     run = scale_pass_triton if backend == "triton" else scale_pass_torch
     return run(values, factor, dtype, keep)
@@ -263,7 +279,7 @@ def sequence_loss(
     reference_sums: Tensor | None = None,
     backend: str = "auto",
 ) -> SequenceTerms:
-    """Loss terms of whole sequences and their derivative by the log-probabilities.
+    """Return the loss terms of whole sequences and their derivatives with respect to the log-probabilities.
 
     Equal to::
 
@@ -273,19 +289,20 @@ def sequence_loss(
     Args:
         logprobs: (n,) ℓ of the label rows, float32 or float64.
         row_offsets: (S + 1) int64 on the device of ``logprobs``, ascending from 0 to n.
-        rule: which term each of the S sequences has.
-        reference_logprobs: (m,) a live reference's ℓ of the first m rows.
-        reference_sums: (S,) known L_ref instead.
-        backend: "auto", "triton" (GPU tensors), "native" or "torch": plain torch on the CPU in either case.
+        rule: assigns a term to each of the S sequences.
+        reference_logprobs: (m,) ℓ of a live reference for the first m rows.
+        reference_sums: (S,) cached L_ref, instead of ``reference_logprobs``.
+        backend: "auto", "triton" (GPU tensors), "native" (CPU tensors) or "torch"; "native" also runs plain torch.
 
     Raises:
-        TypeError: dtypes other than those above.
-        ValueError: shapes that do not fit, tensors on different devices, no reference where a term needs one.
+        TypeError: if a dtype is not one of those above.
+        ValueError: if shapes do not match, tensors are on different devices, or a term needs a reference and none is
+            given.
     """
     check_dtype("logprobs", logprobs, (torch.float32, torch.float64))
     check_shape("logprobs", logprobs, ("n",))
     check_dtype("row_offsets", row_offsets, (torch.int64,))
-    check_shape("row_offsets", row_offsets, (rule.roles.shape[0] + 1,), "one sequence for each role of the rule")
+    check_shape("row_offsets", row_offsets, (rule.roles.shape[0] + 1,), "one offset more than the rule has roles")
     check_same_device(
         logprobs=logprobs,
         row_offsets=row_offsets,
@@ -294,10 +311,11 @@ def sequence_loss(
         reference_sums=reference_sums,
     )
     if reference_logprobs is not None and reference_sums is not None:
-        raise ValueError("expected `reference_logprobs` (live) or `reference_sums` (cached), got both; drop one")
+        raise ValueError("`reference_sums`: expected None with `reference_logprobs`, got both; pass one of them")
     if rule.needs_reference and reference_logprobs is None and reference_sums is None:
         raise ValueError(
-            "NPO and DPO need the reference model's log-probabilities, got none; give a live or cached reference"
+            "`rule`: NPO and DPO need the reference model's log-probabilities, got none; pass `reference_logprobs` or "
+            "`reference_sums`"
         )
     run = sequence_loss_triton if resolve_backend(backend, logprobs.device) == "triton" else sequence_loss_torch
     return run(Sequences(logprobs, row_offsets, 0, reference_sums), rule, reference_logprobs)

@@ -1,4 +1,4 @@
-"""The border to the Triton passes: is Triton here, and what a launch needs to know. Never imports Triton itself."""
+"""Launch parameters of the Triton passes, and the availability of Triton. This module never imports Triton itself."""
 
 import contextlib
 import functools
@@ -11,17 +11,21 @@ from torch import Tensor
 
 DEVICES = ("cuda", "xpu")  # PyTorch calls ROCm "cuda" too
 
-# Read once, as Triton does when it decorates the kernels.
+# Read once, like Triton, which reads the variable when it decorates the kernels.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 IMPORTABLE = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one program reads its entries: how many a step, and the warps that share them.
+    """Launch configuration of a kernel.
 
-    ``resident``: programs a multiprocessor, which stay there and take one piece of work after the other; 0 launches one
-    for each piece. ``hold``: ask the L2 cache to hold a row until its last sweep.
+    Attributes:
+        block: entries that one program reads per step.
+        num_warps: warps of a program.
+        resident: programs per multiprocessor in persistent mode, each of which processes several pieces of work. 0
+            launches one program per piece.
+        hold: whether to ask the L2 cache to keep a row until its last sweep.
     """
 
     block: int
@@ -30,16 +34,16 @@ class LaunchConfig:
     hold: bool = False
 
     def programs(self, pieces: int, device: torch.device) -> int:
-        """Return the programs to launch for so many pieces of work."""
+        """Return the number of programs to launch for ``pieces`` pieces of work."""
         return min(pieces, self.resident * multiprocessors(device)) if self.resident else pieces
 
 
 def streaming_config(vocabulary: int, widest: int, threads: int, warp_size: int = 32) -> LaunchConfig:
-    """Return the configuration of a pass over rows of ``vocabulary`` entries, the widest of ``widest`` bytes.
+    """Return the configuration of a pass over rows of ``vocabulary`` entries; the widest dtype has ``widest`` bytes.
 
-    A thread loads 16 bytes twice a step. Once where 16 does not divide the vocabulary: the end of such a row is loaded
-    entry by entry, which takes 48 to 60 registers of a thread for two loads, 32 to 40 for one, and KL's spills some
-    on sm_80 (compiled by triton 3.7.1, 2026-11-27).
+    A thread loads 16 bytes twice per step, or once if the vocabulary is not a multiple of 16. The end of such a row is
+    loaded entry by entry, which takes 48 to 60 registers per thread with two loads and 32 to 40 with one. With two
+    loads, the distribution pass spills registers on sm_80 (compiled with triton 3.7.1, 2026-11-27).
     """
     entries = (16 if vocabulary % 16 else 32) // widest
     block = max(64, min(threads * entries, 1 << max(vocabulary - 1, 0).bit_length()))
@@ -48,7 +52,7 @@ def streaming_config(vocabulary: int, widest: int, threads: int, warp_size: int 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Return the multiprocessors of a GPU (compute units, Xe cores); 2 in the interpreter."""
+    """Return the number of multiprocessors of a GPU (compute units, Xe cores); 2 in Triton's interpreter."""
     if device.type == "cpu":
         return 2
     properties = torch.get_device_module(device).get_device_properties(device)
@@ -56,14 +60,14 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def warp_size_of(device: torch.device) -> int:
-    """Return the threads of a warp: 64 on AMD's data-centre cards, 32 elsewhere."""
+    """Return the number of threads of a warp: 64 on AMD's data-centre GPUs, 32 on other GPUs."""
     if device.type == "cuda" and torch.version.hip is not None:
         return int(torch.cuda.get_device_properties(device).warp_size)
     return 32
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make the tensor's device the current one, which Triton launches on; nothing to do for the interpreter."""
+    """Return a context manager that makes the tensor's device current, as Triton requires; a no-op on the CPU."""
     if tensor.device.type == "cpu":
         return contextlib.nullcontext()
     manager: contextlib.AbstractContextManager[object] = torch.get_device_module(tensor.device).device(tensor.device)

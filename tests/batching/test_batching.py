@@ -1,4 +1,4 @@
-"""Token stores, packed batches, the plan of an epoch, and its assembly. The draws are in tests/native."""
+"""Tests of token stores, packed batches, the plan of an epoch and its assembly; tests/native tests the draws."""
 
 import threading
 import time
@@ -37,7 +37,7 @@ def test_a_store_of_several_chunks() -> None:
     assert all(np.array_equal(chunked[i], whole[i]) for i in range(7))
     assert chunked[3].base is not None  # a view
     same(pack(whole, chunked, [1, 6], [0, 5]), pack(chunked, whole, [1, 6], [0, 5]))
-    with pytest.raises(IndexError, match=r"expected a sequence in 0 .. 6, got 7"):
+    with pytest.raises(IndexError, match=r"sequence index: expected 0 .. 6, got 7"):
         chunked[7]
     with pytest.raises(IndexError, match="got -1"):
         chunked[-1]
@@ -80,7 +80,7 @@ def planned(**changes):  # type: ignore[no-untyped-def]
 
 
 def contents(steps: list[Step]) -> list[tuple[int, int]]:
-    """(role, sequence) of every sequence that weighs something."""
+    """Return (role, sequence) of every sequence with a nonzero weight."""
     return sorted(
         (role, sequence)
         for step in steps
@@ -125,7 +125,7 @@ def test_threads_do_not_change_a_batch(workers: int, ahead: int) -> None:
     for k, step in enumerate(expected):
         for left, right in zip(assembler[k].batches, step.batches, strict=True):
             same(left, right)
-    # the same from any step on, and jumping about
+    # the same batches if steps are read in any order
     for k in (7, 3, 3, 11, 0):
         for left, right in zip(assembler[k].batches, expected[k].batches, strict=True):
             same(left, right)
@@ -134,7 +134,7 @@ def test_threads_do_not_change_a_batch(workers: int, ahead: int) -> None:
     assembler.close()
 
 
-def test_the_next_steps_are_assembled_while_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_steps_are_assembled_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[tuple[int, str]] = []
     assemble = Assembler.assemble
 
@@ -154,13 +154,13 @@ def test_the_next_steps_are_assembled_while_nobody_waits(monkeypatch: pytest.Mon
     assembler.close()
 
 
-def test_what_goes_wrong_in_the_background_reaches_whoever_asks() -> None:
+def test_errors_in_the_background_reach_the_caller() -> None:
     longer = random_store(50, seed=2)
     plan = plan_epoch(STORES[0].lengths, longer.lengths, pairs_per_step=8, token_budget=60, seed=0, epoch=0)
     assembler = Assembler(plan, (STORES[0], TokenStore.empty()))
     with pytest.raises(ValueError, match="`retain` sequence: expected an index"):
         assembler[0]
-    with pytest.raises(ValueError, match="`workers`, `ahead`: expected at least 1 and 0, got 0, 2"):
+    with pytest.raises(ValueError, match="`workers`, `ahead`: expected at least 1 and at least 0, got 0 and 2"):
         Assembler(plan, STORES, workers=0)
 
 
@@ -178,7 +178,9 @@ def test_a_rank_without_a_share_idles_over_the_shortest_sequence() -> None:
 
 
 def test_a_long_sequence_has_a_batch_of_its_own_and_a_warning() -> None:
-    with pytest.warns(UserWarning, match="1 sequences are longer than the token budget of 60; each has a micro-batch"):
+    with pytest.warns(
+        UserWarning, match="1 sequences are longer than the token budget of 60; each gets its own micro-batch"
+    ):
         plan = plan_epoch([5, 70, 6], [9, 9], pairs_per_step=3, token_budget=60, seed=0, epoch=0)
     assert sorted(plan.batch_tokens.tolist()) == [38, 70]
 
@@ -200,7 +202,7 @@ def test_efficiency_of_nothing_is_nan() -> None:
 
 
 def test_tofu_lengths_fill_their_micro_batches(tofu: Path) -> None:
-    """Budget 4096, steps of several micro-batches, 1 to 8 ranks: at least 99 % of every one but a rank's last."""
+    """Budget 4096, several micro-batches per step, 1 to 8 ranks: each at least 99 % full, except the last of a rank."""
     tokenizer = tiny_tokenizer(300)
     forget, retain = (token_store(tofu / f"{name}.json", tokenizer, name=name) for name in ("forget10", "retain90"))
     for pairs, world_size in ((32, 1), (128, 1), (128, 2), (400, 8)):

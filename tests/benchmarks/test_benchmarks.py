@@ -1,4 +1,4 @@
-"""The entry of the benchmarks: suites by name, the start-up suite, the CPU command that survives one that fails."""
+"""Tests of the benchmarks' command line, of the start-up suite, and of the CPU command after a failing suite."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def _benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Importable, and without TOFU: the same tokens on every machine, and no tokenizer to train."""
+    """Make the benchmarks importable, without TOFU: the same tokens on every machine, and no tokenizer to train."""
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks.harness import shared
 
@@ -28,9 +28,9 @@ def _benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def smoke(suite: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     path = folder / "figures.json"
     monkeypatch.setattr(sys, "argv", ["benchmarks", suite, "--shape", "smoke", "--rounds", "2", "--json", str(path)])
-    # two threads for each of the tests that run side by side would wait for one another most of the time
+    # with two threads each, tests that run in parallel would mostly wait for each other
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    monkeypatch.delitem(sys.modules, "benchmarks.__main__", raising=False)  # runpy warns of it
+    monkeypatch.delitem(sys.modules, "benchmarks.__main__", raising=False)  # runpy warns about an imported module
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("benchmarks", run_name="__main__")
     record: dict[str, Any] = json.loads(path.read_text())
@@ -104,7 +104,7 @@ def test_the_start_suite_is_measured(tmp_path: Path) -> None:
     assert all(len(row["rounds_ms"]) == 1 for row in rows.values())
 
 
-def test_a_task_that_fails_is_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_task_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.start import suite
 
     monkeypatch.setitem(suite.TASKS, "broken", (["-c", "import nothing_of_that_name"], None))
@@ -147,7 +147,7 @@ def test_all_cpu_suites_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         assert command[:3] == [sys.executable, "-m", "benchmarks"]
         assert command[4:8] == ["--shape", "smoke", "--rounds", "2"]
         assert command[-1] == str(tmp_path / "results" / f"machine-{command[3]}.json")
-    for suite, arguments in program.CUT_SHORT.items():  # what the full run asks for, its suite has
+    for suite, arguments in program.CUT_SHORT.items():  # every option of the full run is valid for its suite
         if "--shape" in arguments:
             assert arguments[arguments.index("--shape") + 1] in importlib.import_module(program.SUITES[suite]).SHAPES
     assert program.processor_name()

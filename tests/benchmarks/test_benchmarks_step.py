@@ -1,4 +1,4 @@
-"""The step suite times what computes the same, in rounds or in blocks, and survives what does not fit."""
+"""Tests of the step suite: it times only equal computations, in rounds or in blocks, and survives out-of-memory."""
 
 import json
 import os
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 
 @pytest.fixture(autouse=True)
 def providers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Importable, without TOFU, and without the provider that compiles, which takes long."""
+    """Make the benchmarks importable, without TOFU and without the provider that compiles, which is slow."""
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks.harness import shared
     from benchmarks.step import providers as module
@@ -49,7 +49,7 @@ def test_the_smoke_shape_is_measured(blocks: bool, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # tests share the cores
     argv = ["benchmarks", "step", "--shape", "smoke", "--rounds", "2", "--json", str(path)]
     monkeypatch.setattr(sys, "argv", [*argv, *(["--blocks"] if blocks else [])])
-    monkeypatch.delitem(sys.modules, "benchmarks.__main__", raising=False)  # runpy warns of it
+    monkeypatch.delitem(sys.modules, "benchmarks.__main__", raising=False)  # runpy warns about an imported module
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("benchmarks", run_name="__main__")
     record = json.loads(path.read_text())
@@ -65,7 +65,8 @@ def test_the_smoke_shape_is_measured(blocks: bool, tmp_path: Path, monkeypatch: 
         assert row["real_tokens"] < row["padded_tokens"]
         assert row["parts_ms"]["forward"] > 0
         assert (row["parts_ms"]["reference"] > 0) == (row["reference"] != "cached")
-        assert sum(row["parts_ms"].values()) == pytest.approx(row["whole_median_ms"])  # of two rounds, a mean
+        # two rounds: the median is their mean
+        assert sum(row["parts_ms"].values()) == pytest.approx(row["whole_median_ms"])
         assert row["faster_than_live"] > 0
         assert row["faster_than_same"] > 0
 
@@ -83,7 +84,7 @@ def test_a_provider_with_another_loss_is_not_timed(monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def rounding(monkeypatch: pytest.MonkeyPatch, providers: Any) -> Callable[[float], None]:
-    """Let the eager step in fp32 be off by so much."""
+    """Return a function that adds a relative error to the eager step's fp32 loss."""
     loss = providers.Eager.loss
 
     def off_by(error: float) -> None:
@@ -96,7 +97,7 @@ def rounding(monkeypatch: pytest.MonkeyPatch, providers: Any) -> Callable[[float
     return off_by
 
 
-def test_what_the_eager_step_rounds_others_may_round_too(
+def test_the_eager_steps_rounding_error_is_allowed_to_others(
     monkeypatch: pytest.MonkeyPatch, providers: Any, rounding: Callable[[float], None]
 ) -> None:
     from benchmarks.step.inputs import SHAPES
@@ -111,7 +112,7 @@ def test_what_the_eager_step_rounds_others_may_round_too(
     assert refused == []
     assert errors[providers.Eager] == pytest.approx((0.01, 0.01), rel=1e-2)
     assert errors[providers.EffaceCached] == pytest.approx((0.025, 0.025), rel=1e-2)
-    # The same where the eager step itself is left out.
+    # The errors stay the same if the eager step itself is not timed.
     monkeypatch.setattr(providers.EffaceCached, "loss", lambda self, step: 1.035 * loss(self, step))
     errors, refused = checked(both[1:], SHAPES["smoke"], "cpu", steps)
     assert errors == {}
@@ -133,8 +134,8 @@ def test_an_eager_step_that_is_far_off_is_not_timed_and_allows_nothing(
     assert list(errors) == [providers.EffaceCached]
     assert errors[providers.EffaceCached].gradient <= 1e-4
     (reason,) = refused
-    assert "'padded, two forwards, live' is not timed: expected rounding alone, at most 0.25" in reason
-    assert f"got {said} of the loss and {said} of the gradients" in reason
+    assert "'padded, two forwards, live' is not timed: expected errors of at most 0.25" in reason
+    assert f"got {said} for the loss and {said} for the gradients" in reason
 
 
 def test_a_gradient_that_is_nan_is_an_infinite_error(providers: Any) -> None:
@@ -154,7 +155,7 @@ def test_providers_can_be_left_out(monkeypatch: pytest.MonkeyPatch, providers: A
 
     rows, missing = suite.measure("smoke", 1, without=["LoRA", "padded, rows", "cut-cross-entropy", "live"])
     assert [row.provider for row in rows] == ["padded, two forwards, cached", "efface, cached"]
-    assert missing == []  # Liger's name has "live" in it
+    assert missing == []  # Liger's name contains "live"
     assert all(row.faster_than_live is None and row.faster_than_same > 0 for row in rows)
 
 
@@ -173,7 +174,7 @@ def test_a_text_that_is_in_no_providers_name_is_an_error(
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A CPU that answers as an H200; what was asked of it."""
+    """Make the CPU look like an H200, and return the calls that a GPU would receive."""
     from benchmarks.step import inputs, run
 
     asked: list[str] = []
@@ -200,14 +201,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_the_step_suite_as_a_gpu_runs_it(monkeypatch: pytest.MonkeyPatch, providers: Any, gpu: list[str]) -> None:
-    """Blocks in ABBA order, memory, utilisation; what does not fit says what it asked for, the others go on."""
+    """Blocks in ABBA order, memory, utilisation. An out-of-memory error is reported with its size; the rest run."""
     from benchmarks.step import run
     from benchmarks.step.suite import measure
 
     built: list[str] = []
 
     class Large(providers.EagerCached):
-        """Does not fit."""
+        """A provider that runs out of memory."""
 
         name = "large"
 
@@ -215,7 +216,7 @@ def test_the_step_suite_as_a_gpu_runs_it(monkeypatch: pytest.MonkeyPatch, provid
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 26.12 GiB. GPU 0 has a total capacity")
 
     class Broken(providers.EagerCached):
-        """Cannot be made."""
+        """A provider whose constructor fails."""
 
         name = "broken"
 
@@ -233,7 +234,7 @@ def test_the_step_suite_as_a_gpu_runs_it(monkeypatch: pytest.MonkeyPatch, provid
     eager, large, live, lora = rows
     assert large.problem == "out of memory: asked for 26.12 GiB"
     assert large.median_ms is None
-    assert seen == [1, 2, 3, 4, 4, 4, 4]  # saved block by block; the one that failed has no second block
+    assert seen == [1, 2, 3, 4, 4, 4, 4]  # saved after each block; a failed provider has no second block
     assert built[-7:] == [each.provider for each in (eager, large, live, lora, lora, live, eager)]
     for row in (eager, live, lora):
         assert row.peak_gib == 3.0
@@ -244,24 +245,24 @@ def test_the_step_suite_as_a_gpu_runs_it(monkeypatch: pytest.MonkeyPatch, provid
     assert gpu.count("reset_peak_memory_stats") == 7
 
 
-def test_what_did_not_fit_is_gone_before_the_next_provider_is_made(
+def test_memory_of_a_failed_provider_is_freed_before_the_next(
     monkeypatch: pytest.MonkeyPatch, providers: Any, gpu: list[str]
 ) -> None:
-    """A failure's traceback holds the frames, and those hold the models and all activations."""
+    """The traceback of a failure refers to its frames, and they to the models and all activations."""
     from benchmarks.step import run
     from benchmarks.step.suite import measure
 
     held: list[weakref.ref[Any]] = []
 
     class Large(providers.EffaceLive):
-        """Does not fit."""
+        """A provider that runs out of memory."""
 
         name = "large"
 
         def train(self, step: Any, watch: Any) -> Any:
             with watch.part("loss"):
                 loss = self.loss(step)
-            self.last = loss  # a cycle
+            self.last = loss  # a reference cycle
             self.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 26.12 GiB.")
             held.extend(map(weakref.ref, (self.policy, self._frozen, loss, self.trained[0])))
             raise self.error from KeyError(loss)
@@ -284,14 +285,14 @@ def test_what_did_not_fit_is_gone_before_the_next_provider_is_made(
 
 
 def test_another_first_loss_is_a_problem(monkeypatch: pytest.MonkeyPatch, providers: Any, gpu: list[str]) -> None:
-    """Where only a smaller model was checked, a kernel that fails at the large size is seen by its loss."""
+    """If only a smaller model was checked, the first loss reveals a kernel that fails at the large size."""
     from benchmarks.step.suite import measure
 
     train = providers.EffaceCached.train
     monkeypatch.setattr(providers.EffaceCached, "train", lambda self, *a: 1.1 * train(self, *a))
     only(monkeypatch, providers.Eager, providers.EffaceCached)
     rows, _ = measure("smoke", 2, "cuda")
-    assert [row.problem.split(":")[0] for row in rows] == ["", "another loss"]
+    assert [row.problem.split(":")[0] for row in rows] == ["", "wrong loss"]
 
 
 def test_a_second_block_warms_up_on_the_largest_steps(providers: Any) -> None:
@@ -308,7 +309,7 @@ def test_a_second_block_warms_up_on_the_largest_steps(providers: Any) -> None:
 
 
 def test_without_the_package_that_reads_rows_data_are_made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """TOFU's files are there, but a borrowed machine may lack ``datasets``."""
+    """TOFU's files exist, but a borrowed machine may lack ``datasets``."""
     from benchmarks.harness import shared
     from benchmarks.step.inputs import FORGET, RETAIN, stores
 
@@ -385,7 +386,9 @@ def test_devices_and_messages() -> None:
 
 
 def test_liger_as_a_stand_in(monkeypatch: pytest.MonkeyPatch, providers: Any) -> None:
-    """The wiring, with torch's cross_entropy for its kernels: its RoPE serves its own steps and nobody else's."""
+    """Liger's code path with torch's cross_entropy instead of its kernels. Its RoPE is active only during its own
+    steps.
+    """
     from benchmarks.step.inputs import SHAPES
     from benchmarks.step.measures import Stopwatch
     from benchmarks.step.run import checked, made, steps_of

@@ -1,4 +1,4 @@
-"""What a GPU is expected to show: computed for the chunks and the launches that the loss really makes."""
+"""Tests of the times expected on a GPU: the chunks and launches are those of the loss."""
 
 import sys
 from collections import Counter
@@ -30,13 +30,13 @@ from efface_kernels.linear_loss import chunks, look
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The targets' range is looked at on the CPU alone; the root of a backward call is autograd's.
+# The range check of the targets runs only on the CPU; autograd creates the root of a backward call.
 NOT_OURS = {"aminmax", "_local_scalar_dense", "ones_like"}
 NO_LAUNCH = ("empty", "new_empty", "detach", "lift_fresh")
 
 
 class Launches(TorchDispatchMode):
-    """Counts what would launch a kernel on a device: torch's ops but views and allocations, and Triton's launches."""
+    """Counts the operations that launch a kernel: torch's ops except views and allocations, and Triton's launches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Launches(TorchDispatchMode):
 
 @pytest.fixture
 def count(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], tuple[Any, Counter[str]]]:
-    """Returns what a function returns, and the launches it would make on a GPU with a GEMM that adds in fp32."""
+    """Return a function that counts the launches of a call as on a GPU whose GEMM can add in fp32."""
     pytest.importorskip("triton")
     if not triton_launch.INTERPRETED:
         pytest.skip("counts the launches of the interpreter")
@@ -59,7 +59,8 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], tupl
 
     seen: list[Counter[str]] = []
 
-    def noted(self: Any, *_: Any, **__: Any) -> None:  # what a kernel computes decides no launch: none runs
+    # kernels are not run, because their results do not affect the launches
+    def noted(self: Any, *_: Any, **__: Any) -> None:
         seen[-1][self.fn.__name__] += 1
 
     def add_in_gemm(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
@@ -81,7 +82,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], tupl
     return run
 
 
-@pytest.mark.filterwarnings("ignore")  # the interpreter's bf16 is not exact, and NumPy says so
+@pytest.mark.filterwarnings("ignore")  # NumPy warns of the interpreter's inexact bf16
 @pytest.mark.parametrize("chunk_rows", [128, 256])
 @pytest.mark.parametrize(
     ("mode", "in_turn"), [("live", False), ("live", True), ("cached", False), ("frozen, cached", False)]
@@ -124,8 +125,6 @@ def test_launches_are_those_of_a_call(
         "f = -c": forward.pop("neg"), "f h": forward.pop("mul", 0), "loss": forward.pop("sum"),
         "finish of dh": backward.pop("mul"), "finish of dW": backward.pop("scale_kernel", 0),
     }
-    # fmt: on
-    # the tensors of the test itself
     forward -= Counter(zeros=1 if mode == "live" else 2, clone=1)
     found = expected.expected(expected.HeadShape("tiny", d, v, n), mode, None, chunk_rows)
     assert seen == {name: n for name, n in found.launches.items() if name not in ("distribution pass", "c = -w")}
@@ -154,15 +153,15 @@ def test_launches_are_those_of_a_call_for_kl(chunk_rows: int, count: Any) -> Non
     of = {name: launches for name, launches in found.launches.items() if launches}
     assert forward.pop("mm") == of["GEMM"] == found.gemms
     assert forward.pop("distribution_pass_kernel") == of["distribution pass"]
-    assert forward.pop("copy_") == of["keep"] + len(found.chunks)  # on the CPU P is copied, its rows side by side
+    assert forward.pop("copy_") == of["keep"] + len(found.chunks)  # on the CPU P is copied to be contiguous
     assert forward.pop("neg") == of["c = -w"] + of["f = -c"]
     assert forward.pop("mul") + forward.pop("sum") == of["f h"] + of["loss"]
-    forward.pop("_to_copy")  # heads and hidden states in fp32, on the CPU alone
+    forward.pop("_to_copy")  # heads and hidden states are converted to fp32 only on the CPU
     assert not forward
     assert backward == Counter(mul=of["finish of dh"], scale_kernel=of["finish of dW"])
 
 
-def test_the_table_stands_for_the_chunks_that_are_made() -> None:
+def test_the_table_uses_the_chunks_of_the_loss() -> None:
     h100, h200 = expected.CARDS
     small, _, seven, _ = expected.SHAPES
     assert expected.expected(small, "live", 24 << 30).chunks == (2048,) * 4
@@ -170,14 +169,14 @@ def test_the_table_stands_for_the_chunks_that_are_made() -> None:
     assert expected.expected(small, "live", h200.memory).chunks == (8192,)
     assert expected.expected(seven, "cached", 24 << 30).chunks == (8192,)
     assert expected.expected(small, "live", None, chunk_rows=1100).chunks == (1024,) * 8
-    # what is moved for dW: 14 bytes an entry in two chunks, the bf16 result of the GEMMs not counted; 0 in one
+    # bytes moved for dW: with two chunks 14 per entry, minus the bf16 results of the GEMMs; with one chunk 0
     found = expected.expected(small, "cached", h100.memory)
     entries = 2048 * 128256
     assert found.moved["sum of dW"] == (4 + 8 - 2 * 2) * entries
     assert found.moved["finish of dW"] == 6 * entries
     assert expected.expected(small, "cached", h200.memory).moved["sum of dW"] == 0
     assert found.flop == 3 * 2 * 8192 * 2048 * 128256
-    # KL: fp32 logits of both models, read twice, and P in bf16 over the reference's
+    # KL: fp32 logits of both models are read twice, and P in bf16 overwrites the reference's
     found = expected.expected(small, expected.KL, h100.memory)
     assert found.chunks == (2048,) * 4
     assert found.moved["distribution pass"] == 18 * 8192 * 128256
@@ -193,7 +192,7 @@ def test_one_chunk_in_the_table_is_one_chunk_of_the_loss() -> None:
     assert len(expected.expected(expected.HeadShape("", d, v, n + 32), "cached", None).chunks) == 3
 
 
-def test_the_page_says_what_is_computed() -> None:
+def test_the_page_contains_the_computed_table() -> None:
     text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     table = tables.markdown(expected.HEADINGS, expected.table())
     assert table in text, "run `python -m benchmarks report`"

@@ -1,4 +1,4 @@
-"""The driver of a borrowed GPU: what becomes of good, silent, failing and hanging sections; what is carried."""
+"""Tests of the driver of a borrowed GPU: good, silent, failing and hanging sections, and the prepared folder."""
 
 import importlib.metadata
 import importlib.util
@@ -50,12 +50,12 @@ def run(run):
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The package; what is prepared, in a folder of the test's, and modules of sections."""
+    """The package, with a prepared folder and modules of sections in the test's folder."""
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks.gpu import driver, prepare, sections
 
     monkeypatch.setattr(prepare, "CARRIED", tmp_path / "carried")
-    monkeypatch.setattr(prepare, "EXTENSION", "json")  # is there on every machine
+    monkeypatch.setattr(prepare, "EXTENSION", "json")  # importable on every machine
     for name, text in MODULES.items():
         (tmp_path / "modules" / "sections").mkdir(parents=True, exist_ok=True)
         (tmp_path / "modules" / "sections" / f"{name}.py").write_text(text)
@@ -81,7 +81,7 @@ def alive(process: int) -> bool:
     return state != "Z"
 
 
-def test_sections_end_as_they_do_and_leave_the_others_their_turn(
+def test_a_section_that_fails_does_not_stop_the_others(
     gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ended = run(gpu, tmp_path / "out", "silent", "failing", "absent", "dying", "good")
@@ -106,7 +106,7 @@ def test_a_section_that_hangs_is_ended_with_all_that_it_started(gpu: Any, tmp_pa
     hanging, good = run(gpu, tmp_path / "out", "hanging", "good", limit=4)
     assert time.monotonic() - begin < 30
     assert hanging.status == "stopped at its limit"
-    assert hanging.rows == 1  # what it had measured is kept
+    assert hanging.rows == 1  # rows written before it was stopped are kept
     assert not hanging.good
     assert good.good
     assert not alive(rows(tmp_path / "out")[0]["child"])
@@ -171,16 +171,16 @@ def test_a_process_that_cannot_be_ended_does_not_hold_the_driver(gpu: Any, monke
     assert process.wait(30) < 0
 
 
-def test_what_is_printed_is_bounded(gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_output_is_bounded(gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (wordy,) = run(gpu, tmp_path / "out", "wordy")
     assert wordy.status == "failed, exit 1"
     printed = capsys.readouterr().out
     assert len(printed) < 6000
     assert "ValueError: xxx" in printed
-    assert len(rows(tmp_path / "out")[0]["said"]) == 5 * 9999  # whole in the results
+    assert len(rows(tmp_path / "out")[0]["said"]) == 5 * 9999  # complete in the results
 
 
-def test_rows_that_say_nothing_take_no_line_of_those_that_do(
+def test_rows_without_text_do_not_count_as_printed_lines(
     gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (counting,) = run(gpu, tmp_path / "out", "counting")
@@ -190,7 +190,7 @@ def test_rows_that_say_nothing_take_no_line_of_those_that_do(
     assert "the 300." not in printed
 
 
-def test_a_line_that_was_cut_costs_no_other(gpu: Any, tmp_path: Path) -> None:
+def test_a_truncated_line_loses_no_other(gpu: Any, tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text('{"section": "good", "fig')
     (good,) = run(gpu, tmp_path, "good")
     assert good.rows == 2
@@ -211,7 +211,7 @@ def test_a_folder_that_cannot_be_written_is_an_options_error(
     assert "python -m benchmarks.gpu 1: --out: " in capsys.readouterr().err
 
 
-def test_the_extension_is_built_there_where_none_was_carried(
+def test_a_missing_extension_is_built_by_the_driver(
     gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu.prepare, "EXTENSION", "efface_nowhere")
@@ -227,7 +227,7 @@ def test_the_extension_is_built_there_where_none_was_carried(
     assert (gpu.prepare.CARRIED / "site" / "efface_nowhere.cpython-312.so").is_file()
     monkeypatch.setattr(gpu.prepare, "build_command", lambda folder: [sys.executable, "-c", "raise SystemExit(3)"])
     (good,) = run(gpu, tmp_path / "again", "good", native=True)
-    assert good.good  # of a section that needs it, the import says what is missing
+    assert good.good  # for a section that needs it, the import reports what is missing
     assert "could not be built: exit 3" in capsys.readouterr().out
 
 
@@ -251,7 +251,7 @@ def test_the_commit_is_known_with_and_without_git(gpu: Any, tmp_path: Path, monk
         assert len(prepare.commit()) == 40
 
 
-def test_what_is_carried(gpu: Any, tmp_path: Path) -> None:
+def test_the_prepared_folder(gpu: Any, tmp_path: Path) -> None:
     prepare = gpu.prepare
     assert not prepare.copy_rows(tmp_path / "nowhere", tmp_path / "rows")
     for name in prepare.ROWS:
@@ -263,7 +263,7 @@ def test_what_is_carried(gpu: Any, tmp_path: Path) -> None:
     assert stub.version == importlib.metadata.version("efface")
 
 
-def test_a_wrong_option_costs_nothing_of_what_was_prepared(gpu: Any, tmp_path: Path) -> None:
+def test_a_wrong_option_keeps_the_prepared_folder(gpu: Any, tmp_path: Path) -> None:
     from benchmarks.harness.shared import BadOption
 
     gpu.prepare.CARRIED.mkdir()
@@ -315,11 +315,11 @@ def test_every_section_of_the_plan_is_there(gpu: Any) -> None:
 
 
 def cached(folder: Path) -> dict[str, bytes]:
-    """The files of a cache of Triton's, but for its groups, whose times differ."""
+    """Return the files of a Triton cache, without its group files, whose times differ."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
 
 
-def test_a_packed_cache_is_one_again_elsewhere(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packed_cache_works_in_another_folder(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.gpu import precompile
 
     cache, packed = tmp_path / "cache", gpu.prepare.CARRIED / "triton"
@@ -343,7 +343,7 @@ def test_a_packed_cache_is_one_again_elsewhere(gpu: Any, tmp_path: Path, monkeyp
 
 @pytest.mark.slow
 def test_kernels_compiled_here_are_found_there(tmp_path: Path) -> None:
-    """Without a GPU; a second run, from the packed cache, compiles nothing."""
+    """Without a GPU. A second run with the packed cache compiles nothing."""
     pytest.importorskip("triton")
     from benchmarks.gpu import precompile
 

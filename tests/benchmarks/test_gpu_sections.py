@@ -1,4 +1,4 @@
-"""The sections of a call on a borrowed GPU, as they run on the CPU: every row is written, every fault is raised."""
+"""Tests of the sections of a borrowed GPU, run on the CPU: every row is written and every fault is raised."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Section:
-    """A run of a section, and the rows that it wrote."""
+    """A run of a section and the rows that it wrote."""
 
     def __init__(self, folder: Path, name: str, *arguments: str) -> None:
         from benchmarks.gpu.section import Run
@@ -52,14 +52,16 @@ def test_the_machine(tmp_path: Path) -> None:
     assert launch["launch_us"] > 0
 
 
-def test_a_missing_nvidia_smi_costs_nothing_but_the_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nvidia_smi_only_the_clocks_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.harness import report
 
     monkeypatch.setenv("PATH", "")
     assert report.gpu_says("clocks.sm") == report.gpu_clocks() == ""
 
 
-def test_of_two_installed_versions_the_imported_one_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_installed_versions_the_imported_one_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from benchmarks.harness.report import versions
 
     for version in ("1", "2"):
@@ -90,10 +92,10 @@ def interpreted() -> None:
     from efface_kernels import triton_launch
 
     if not triton_launch.INTERPRETED:
-        pytest.skip("these tensors are on the CPU, where Triton runs under TRITON_INTERPRET=1 alone")
+        pytest.skip("the tensors are on the CPU, where Triton runs only with TRITON_INTERPRET=1")
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # −∞ − −∞ of idle lanes, by NumPy
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # −∞ − −∞ in masked lanes, computed by NumPy
 def test_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interpreted()
     from benchmarks.gpu.sections import loss
@@ -111,7 +113,7 @@ def test_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 def test_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every configuration has a row; one with other results is refused and raised, one that cannot run is refused."""
+    """Every configuration has a row. One with other results is an error; one that cannot run is only reported."""
     interpreted()
     from benchmarks.gpu.sections import sweep
 
@@ -159,7 +161,7 @@ def test_the_sweep_compiles_a_kernel_once_and_tries_again_what_failed(monkeypatc
     configs = [some(64, 4), some(64, 4, 2), some(64, 4, 1), some(64, 8, 2, True), some(64, 8, 1, True)]
     able, refused = sweep._able(sweep._TINY[0], configs, "cpu")
     assert (able, refused) == (configs, {})
-    assert set(tried[:3]) == {configs[0], configs[1], configs[3]}  # no two of one kernel
+    assert set(tried[:3]) == {configs[0], configs[1], configs[3]}  # no two with the same kernel
     assert tried[3:] == configs[2:]
 
 
@@ -200,7 +202,7 @@ def test_a_profile_without_kernels_is_a_fault(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_suites_rows_are_kept_as_they_come(tmp_path: Path) -> None:
-    """Again where they changed; what is missing, once."""
+    """A changed row is written again; a missing provider is listed once."""
     from benchmarks.gpu.sections.suite import Rows
 
     section = Section(tmp_path, "steps", "step")
@@ -277,7 +279,7 @@ def test_tests_end_before_their_time_is_up(tmp_path: Path) -> None:
 
 
 def test_every_file_with_gpu_tests_is_run(request: pytest.FixtureRequest) -> None:
-    """Of those that this run of pytest has collected: all, in CI."""
+    """Of the files that this run of pytest has collected; in CI these are all."""
     from benchmarks.gpu.sections.tests import FILES, KERNELS
 
     listed = {KERNELS / f"test_{name}.py" for name in FILES}
@@ -290,7 +292,9 @@ def test_every_file_with_gpu_tests_is_run(request: pytest.FixtureRequest) -> Non
 
 
 def test_a_gpus_clock_waits_for_the_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The GPU is kept busy for twice as long as the launches took, up to a limit; wall times wait for the end."""
+    """The GPU is kept busy for twice as long as the launches took, up to a limit. Wall times include the wait at the
+    end.
+    """
     from benchmarks.harness import timing
 
     now, slept, order = [0.0], [], []
@@ -319,7 +323,7 @@ def test_a_gpus_clock_waits_for_the_launches(monkeypatch: pytest.MonkeyPatch) ->
 
     times = timing.interleaved_on_gpu({"short": call(0.001), "long": call(1.0)}, 2, warm_up=0)
     assert times == {"short": [3.0, 3.0], "long": [3.0, 3.0]}
-    assert slept[:2] == [0, 0]  # the round that warms up
+    assert slept[:2] == [0, 0]  # the warm-up round
     assert slept[2:] == pytest.approx([2e9 * 0.002, 2e9 * 0.05] * 2)
     assert order[:6] == ["wait", "sleep", "event", "call", "event", "wait"]
     order.clear()

@@ -1,4 +1,4 @@
-"""The sections of a borrowed GPU's calls that run the engine, on a CPU: attention, and the trainer."""
+"""Tests of the sections of a borrowed GPU that run the engine, on a CPU: attention and the trainer."""
 
 import json
 import warnings
@@ -19,7 +19,7 @@ Measure = Callable[..., list[dict[str, Any]]]
 
 @pytest.fixture(autouse=True)
 def _benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Importable, and without TOFU."""
+    """Make the benchmarks importable, without TOFU."""
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks.harness import shared
 
@@ -28,7 +28,7 @@ def _benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def measure(tmp_path: Path) -> Measure:
-    """Run a section on the CPU; its rows."""
+    """Return a function that runs a section on the CPU and returns its rows."""
 
     def measure(section: ModuleType, *arguments: str, fails: str = "") -> list[dict[str, Any]]:
         from benchmarks.gpu.section import RESULTS, Run
@@ -52,7 +52,7 @@ def test_attention_is_measured_case_by_case(measure: Measure) -> None:
     for row in rows:
         assert row["repeats"] == list(attention.NAMES)
         assert row["ms"] > 0
-        assert row["kernel"] == "segments"  # of a CPU
+        assert row["kernel"] == "segments"  # the kernel of a CPU
         assert all(error <= 1e-5 for error in row["errors"].values())
 
 
@@ -73,7 +73,7 @@ def test_the_cases_on_a_gpu_are_those_on_a_cpu_with_more_tokens() -> None:
     assert all(max(case.lengths) == 2048 and 4000 < sum(case.lengths) < 8192 for case in mixed)
 
 
-def test_attention_that_is_wrong_is_said_and_the_other_cases_are_measured(
+def test_wrong_attention_is_reported_and_the_other_cases_are_measured(
     measure: Measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from benchmarks.gpu.sections import attention
@@ -84,7 +84,7 @@ def test_attention_that_is_wrong_is_said_and_the_other_cases_are_measured(
         if case.head_dim == 128:
             raise RuntimeError("no kernel image\nis available")
         calls.append(1)
-        noise = 1e-4 * len(calls) if case.window else 0.0  # other bits every time, within the bounds
+        noise = 1e-4 * len(calls) if case.window else 0.0  # different bits every time, within the tolerance
         out = right(query, key, value, case) * (1 + noise)
         return out.detach() if case.key_lengths is None and not case.window else out
 
@@ -95,17 +95,19 @@ def test_attention_that_is_wrong_is_said_and_the_other_cases_are_measured(
     assert by_case["heads of 128"]["said"] == "heads of 128: RuntimeError: no kernel image"
     assert "does not require grad" in by_case["heads of 64"]["problem"]
     assert by_case["a sliding window"]["repeats"] == []
-    assert "has other bits the second time" in by_case["a sliding window"]["wrong"][-1]
+    assert "differs bitwise in a second run" in by_case["a sliding window"]["wrong"][-1]
     assert by_case["more keys than queries"]["wrong"] == []
 
     monkeypatch.setattr(attention, "by_loop", lambda *a: 1.01 * right(*a))
-    rows = measure(attention, fails="heads of 64: out is 1.0e-02 from torch.float64, expected at most 1.0e-03")
+    rows = measure(
+        attention, fails="heads of 64: out has an error of 1.0e-02 against torch.float64, expected at most 1.0e-03"
+    )
 
 
-def test_torchs_kernel_is_asked_for_what_the_case_says(
+def test_torchs_kernel_gets_the_arguments_of_the_case(
     measure: Measure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With stand-ins for the kernel and for the operator below it, the loop under their signatures of torch 2.11."""
+    """The kernel and the operator below it are replaced by the loop, with their signatures of torch 2.11."""
     from benchmarks.gpu.section import Run
     from benchmarks.gpu.sections import attention
 
@@ -156,7 +158,7 @@ def test_torchs_kernel_is_asked_for_what_the_case_says(
         attention._compare_operator(run, attention.cases(smoke=True)[6])
     compared, problem = (json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()[-2:])
     assert compared["apart"] == 0.0
-    assert problem["said"] == "the operator refuses grouped heads: Number of heads in key/value must divide"
+    assert problem["said"] == "the operator rejects grouped heads: Number of heads in key/value must divide"
 
 
 @pytest.mark.parametrize("references", [[], ["cached", "live"]])
@@ -175,7 +177,7 @@ def test_the_trainer_is_measured(references: list[str], measure: Measure) -> Non
     assert len({row["first_loss"] for row in rows}) == 1
 
 
-def test_a_trainer_that_fails_leaves_the_next_its_turn(measure: Measure) -> None:
+def test_a_failing_trainer_does_not_stop_the_next(measure: Measure) -> None:
     from benchmarks.gpu.sections import train
 
     rows = measure(train, "frozen", "live", fails="frozen: ValueError")
@@ -198,7 +200,7 @@ def test_a_first_loss_that_no_random_model_has_is_wrong(measure: Measure, monkey
 
 
 def frame_of(module: str, source: str) -> Callable[..., Any]:
-    """A function that says it is of another module."""
+    """Return a function that appears to be in another module."""
     code: CodeType = compile(source, f"{module}.py", "exec")
     names: dict[str, Any] = {"__name__": module, "warnings": warnings}
     exec(code, names)
@@ -207,7 +209,7 @@ def frame_of(module: str, source: str) -> Callable[..., Any]:
 
 
 def test_a_wait_is_counted_at_the_line_of_the_library_that_trains(measure: Measure, tmp_path: Path) -> None:
-    """torch's warning names torch's own line, or none at all."""
+    """torch's warning names a line of torch, or no line."""
     from benchmarks.gpu.section import RESULTS, Run
     from benchmarks.gpu.sections import train
 
@@ -236,7 +238,7 @@ def test_a_wait_is_counted_at_the_line_of_the_library_that_trains(measure: Measu
     assert warnings.showwarning.__module__ != train.__name__
     run = Run("here", tmp_path, (), "cpu")
     assert train._waits(run, "cached", waits, 3) == [
-        "cached: efface waits 1.0 times a step at efface.hf.train.meter:3 called"
+        "cached: efface waits 1.0 times per step at efface.hf.train.meter:3 called"
     ]
     assert train._waits(run, "cached", waits, 4) == []
     rows = [json.loads(line) for line in (tmp_path / RESULTS).read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The loss suite: its gold, what it refuses to time, its shapes, and a GPU's run with the clock stood in for."""
+"""Tests of the loss suite: its fp64 gradients, rejected providers, its shapes, and a GPU run with a fake clock."""
 
 import gc
 import json
@@ -41,7 +41,7 @@ def asked(device: str, rounds: int, without: tuple[str, ...] = (), seconds: floa
 
 
 def quick(shape: LossShape, without: tuple[str, ...] = ()) -> Found:
-    """Providers that compile nothing."""
+    """Return the providers that compile nothing."""
     return [*products(shape), *ours(shape), *eager(EAGER, "", shape)], ["another: absent"]
 
 
@@ -79,7 +79,7 @@ def test_a_provider_with_another_gradient_is_not_timed(monkeypatch: pytest.Monke
     monkeypatch.setattr(suite, "providers", lambda s, _=(): ([*quick(s)[0], *lame], []))
     rows, missing = suite.measure("smoke", asked("cpu", 2))
     assert {row.who for row in rows} == {"bare GEMMs", "efface native", "efface torch", "eager"}
-    assert any(reason.startswith("wrong, live: other gradients than in fp64, dh is off by") for reason in missing)
+    assert any(reason.startswith("wrong, live: gradients differ from fp64, dh is off by") for reason in missing)
     assert "broken, live: RuntimeError: no kernel for this shape (smoke)" in missing
     with pytest.raises(ArithmeticError, match="no kernel"):
         suite.check(Report(None))
@@ -90,7 +90,7 @@ def test_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, threads = tmp_path / "figures.json", torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", ["benchmarks", "loss", "--shape", "smoke", "--rounds", "3", "--json", str(path)])
     try:
-        monkeypatch.delitem(sys.modules, "benchmarks.__main__", raising=False)  # runpy warns of it
+        monkeypatch.delitem(sys.modules, "benchmarks.__main__", raising=False)  # runpy warns about an imported module
         with pytest.raises(SystemExit, match="0"):
             runpy.run_module("benchmarks", run_name="__main__")
     finally:
@@ -117,7 +117,7 @@ def test_providers_are_left_out_by_a_part_of_their_name(monkeypatch: pytest.Monk
     assert not missing
 
 
-def test_a_provider_that_nobody_knows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_provider_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     options = Namespace(**vars(asked("cpu", 1, ("liger", "unheard-of"))), shape=["smoke"], check=False)
     with pytest.raises(BadOption, match="--without: expected a part of a provider's name, got 'unheard-of'; they are"):
         suite.run(options, Report(None))
@@ -129,7 +129,7 @@ def test_a_provider_that_nobody_knows_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_as_a_gpu_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its clock and its memory counters stood in for: every mode, the peaks and the clocks."""
+    """With fake clock and memory counters: every mode, the peaks and the clocks."""
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -179,13 +179,13 @@ def test_shapes_are_those_that_must_hold() -> None:
 
 @pytest.mark.parametrize(("n", "d", "v"), [(8192, *_1B), (8192, 4096, 32000), (64, *_1B), (32768, *_1B)])
 def test_ligers_chunks_are_tuned_to_2048_rows(n: int, d: int, v: int) -> None:
-    pieces = -(-v // (liger_budget(n, d, v) * d))  # as its source has it
+    pieces = -(-v // (liger_budget(n, d, v) * d))  # as in Liger's source
     rows = min(n, 1 << (-(-n // pieces) - 1).bit_length())
     assert rows == min(n, 2048)
 
 
 def test_gold_of_a_mean_is_gold_of_rows() -> None:
-    """What forms its gradients in the forward call: NLL in one call, GradDiff in two."""
+    """For ops that compute gradients in the forward call: NLL in one call, GradDiff in two."""
 
     def mean(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
         return eager_nll(hidden, head.weight, head.bias, head.softcap, targets).mean()
@@ -212,7 +212,7 @@ def test_after_unlearning_the_targets_are_improbable() -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 def test_the_resident_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(provider: str) -> float:
-        gc.collect()  # what earlier tests left would be freed within the measurement
+        gc.collect()  # otherwise garbage of earlier tests would be freed during the measurement
         return suite.resident_peak("small", provider)
 
     monkeypatch.setattr(suite, "providers", quick)

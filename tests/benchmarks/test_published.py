@@ -1,4 +1,4 @@
-"""What is published about speed is what the files of results say: README, the page, the plots."""
+"""Tests that README.md, docs/benchmarks.md and the plots match the results files."""
 
 import copy
 import os
@@ -114,7 +114,8 @@ def test_a_faster_rival_stays_in_and_is_marked() -> None:
     ]
     text = tables.loss(loss_of(*rows))
     assert f"| other, live, {tables.FASTER} |" in text
-    assert text.count(tables.FASTER) == 1  # the floor is no rival; another mode is other work; efface's best counts
+    # the bare GEMMs do not count; another mode is other work; the best of efface's is compared
+    assert text.count(tables.FASTER) == 1
     assert text.count("\n|") == len(rows) + 2  # and the heading
 
 
@@ -158,7 +159,7 @@ def test_names_of_files_and_blocks_are_checked(tmp_path: Path) -> None:
 def test_a_benchmark_of_every_module_runs() -> None:
     chosen = "(SimNPO or test_step or test_likelihood) and efface or test_plan or (test_start and import)"
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-p", "no:cacheprovider", "-k", chosen]
-    # a worker of xdist, whose name the environment holds, would not measure
+    # a worker of pytest-xdist, recognised by its environment, would not run the benchmarks
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

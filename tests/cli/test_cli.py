@@ -1,4 +1,4 @@
-"""The command line: what it writes, what it refuses, its exit codes, what a shell completes, and where it speaks."""
+"""Tests of the command line: outputs, rejected input, exit codes, shell completion and the width of tables."""
 
 import importlib
 import json
@@ -51,7 +51,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_is_instant() -> None:
-    """In a process of its own, less than half a second of a processor; what imports torch takes several."""
+    """A subprocess uses less than half a second of CPU time; importing torch takes several."""
     process = subprocess.Popen([sys.executable, "-m", "efface", "--help"], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -74,7 +74,7 @@ def test_plan_prints_what_an_epoch_holds(
     shown = capsys.readouterr().out
     assert "an epoch over 3 forget and 2 retain sequences" in shown
     assert f"{alone['tokens']:,}" in shown
-    assert "…" not in shown  # nothing is cut off where no terminal says how wide it is
+    assert "…" not in shown  # nothing is truncated where the width of the terminal is unknown
     assert main([*words[:5], "--processes", "0"]) == 2
     assert "`world_size`: expected 1 .. 65536, got 0" in capsys.readouterr().err
     assert main([*words[:5], "--forget-filter", "topic_id=3"]) == 2
@@ -93,7 +93,7 @@ def test_unlearn_takes_the_rows_that_its_filters_choose(
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["epoch"] == 1.5  # 3 steps over the rows 2 and 11
     assert main([*words, "--overwrite", "--forget_filter", "topic_id=7"]) == 2
-    assert "no row of 12 has '7' in column 'topic_id', which has " in capsys.readouterr().err
+    assert "none of 12 rows has '7' in column 'topic_id', which has " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("objective", ["npo", "simnpo", "graddiff", "grad_ascent"])
@@ -136,14 +136,17 @@ def test_an_output_folder_that_is_not_empty(
     assert main([*flags(checkpoint, data, out), "--overwrite"]) == 0
     assert (out / "notes.txt").read_text() == "mine"
     assert main([*flags(checkpoint, data, out / "notes.txt")]) == 2
-    assert "is a file; choose a folder" in capsys.readouterr().err
+    assert "expected a folder, got a file; choose another path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (["--objective", "forgetful"], "objective: expected one of ceu, dpo, grad_ascent"),
-        (["--objective", "graddiff", "--beta", "1"], "has parameters alpha, gamma, retain_loss_type, got beta"),
+        (
+            ["--objective", "graddiff", "--beta", "1"],
+            "expected parameters from (alpha, gamma, retain_loss_type), got beta",
+        ),
         (["--forget", "missing.json"], "data file 'missing.json' does not exist"),
         (["--model", "./missing"], "model folder './missing' does not exist"),
         (["--config", "missing.yaml"], "config file 'missing.yaml' does not exist"),
@@ -188,7 +191,7 @@ def test_weights_that_the_last_step_broke_are_not_saved(
     assert not [*out.rglob("*.safetensors")]
 
 
-def test_a_config_that_is_no_yaml_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_that_is_not_yaml_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.yaml").write_text("forget: [unclosed\n")
     assert main(["unlearn", "--config", str(tmp_path / "run.yaml")]) == 2
     assert "expected YAML, got something else" in capsys.readouterr().err
@@ -223,10 +226,8 @@ def test_a_failed_write_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
     assert (tmp_path / "model.txt").read_text() == "new"
 
 
-def test_weights_of_another_model_do_not_stay_beside_new_ones(
-    checkpoint: Path, data: tuple[Path, Path], tmp_path: Path
-) -> None:
-    """Loading would put an old adapter on top of the new model, or take one old file for many new ones."""
+def test_weights_of_another_model_are_removed(checkpoint: Path, data: tuple[Path, Path], tmp_path: Path) -> None:
+    """Loading would apply an old adapter to the new model, or prefer an old file to the new shards."""
     out = tmp_path / "out"
     out.mkdir()
     stale = ["adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors"]
@@ -242,7 +243,7 @@ def test_weights_of_another_model_do_not_stay_beside_new_ones(
 def test_a_finished_training_is_not_trained_further(
     checkpoint: Path, data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two rows, one a step, for 1.5 epochs: 3 steps. The run broke off when all was trained."""
+    """Two rows, one per step, for 1.5 epochs: 3 steps. The run broke off after the last step, before the final save."""
     out = tmp_path / "out"
     words = [*flags(checkpoint, data, out)[:-4], "--num_train_epochs", "1.5", "--pairs_per_step", "1"]
     words += ["--save_schedule", "1", "--lr_scheduler_type", "constant", "--learning_rate", "1e-3"]
@@ -257,7 +258,7 @@ def test_a_finished_training_is_not_trained_further(
 
 
 def completed(script: Path, line: str) -> list[str]:
-    """What bash offers for a line."""
+    """Return bash's completions for a line."""
     code = f"""
         source {script}
         COMP_LINE={line!r}; COMP_POINT=${{#COMP_LINE}}

@@ -1,4 +1,4 @@
-"""Damaged files of every kind, given to every command that reads them: one line that says what to do, and no trace."""
+"""Damaged files of every kind, given to every command that reads them: one line with a remedy, and no traceback."""
 
 import hashlib
 import itertools
@@ -18,7 +18,7 @@ from support.helpers import TEXTS, saved_llama, tiny_llama, written_rows
 Damage = Callable[[Path], object]
 SHARE = 1 if "EFFACE_LONG" in os.environ else 5
 
-# ---- commands, by what is damaged: run in a folder with `model/`, `good.json`, `keep.json`
+# ---- commands, by the damaged input; they run in a folder with `model/`, `good.json` and `keep.json`
 
 _TRAIN = "--output-dir out --use-cpu True --max-steps 1 --save-strategy no"
 _RUN = f"--model model --retain keep.json {_TRAIN} --reference-cache none"
@@ -326,7 +326,7 @@ def damaged_store(name: str, content: bytes) -> Damage:
 
 
 def more_cases() -> Iterator[tuple[str, str, Damage]]:
-    """Stores, checkpoints, outputs, and names that only look like one on the Hub."""
+    """Yield damaged stores, checkpoints and outputs, and paths that only look like a name on the Hub."""
     for label, (words, name) in STORES.items():
         for damage, content in {"garbage": b"\xff" * 500, "cut": b"SQLite format 3\0" + b"\xff" * 84}.items():
             yield f"{label}: {damage}", words, damaged_store(name, content)
@@ -349,7 +349,7 @@ def more_cases() -> Iterator[tuple[str, str, Damage]]:
 
 
 def cases() -> Iterator[tuple[str, str, Damage]]:
-    """Name, words and damage: the first command of a kind meets all of them, the others their share."""
+    """Yield name, words and damage. The first command of a kind gets all damages, the others a share of them."""
     rows = {name: (f"bad{suffix}", content) for name, (suffix, content) in ROWS.items()}
     files = (
         (ROWS_COMMANDS, rows),
@@ -371,7 +371,7 @@ def cases() -> Iterator[tuple[str, str, Damage]]:
 CASES = {name: (words, damage) for name, words, damage in itertools.chain(cases(), more_cases())}
 
 
-def test_there_are_many() -> None:
+def test_there_are_more_than_300_cases() -> None:
     assert len(CASES) > 300
     without_files = {"bench", "cache", "completion"}
     assert {words.split()[0] for words, _ in CASES.values()} == set(COMMANDS) - without_files
@@ -379,7 +379,7 @@ def test_there_are_many() -> None:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which every command would run."""
+    """A folder in which every command would succeed."""
     folder = tmp_path_factory.mktemp("whole")
     saved_llama(folder / "model")
     written_rows(folder / "good.json", TEXTS[:2])
@@ -413,7 +413,7 @@ def test_one_line(
     shutil.copytree(whole, folder)
     damage(folder)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("efface.cli.progress.PAUSE", 3600.0)  # a slow machine says what it waits for
+    monkeypatch.setattr("efface.cli.progress.PAUSE", 3600.0)  # no progress lines, even on a slow machine
     before = digests(folder)
     capsys.readouterr()
     code = main(words.split())

@@ -1,4 +1,4 @@
-"""The demo: the whole story at smoke size."""
+"""Tests of ``efface demo`` at smoke size."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from efface.cli.main import main
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["made up", "tofu"])
-def test_the_whole_story(
+def test_the_demo_from_training_to_evaluation(
     source: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--json"] if source == "made up" else ["--data", str(request.getfixturevalue("tofu"))]

@@ -1,4 +1,4 @@
-"""``efface evaluate``: its words and files, on several processes, killed and given again; other metrics, and FAME."""
+"""Tests of ``efface evaluate``: output, several processes, killed and restarted runs, other metrics, FAME."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ RESULTS = ("EVAL_CONFIG.json", "TOFU_EVAL.json", "TOFU_SUMMARY.json")
 
 @pytest.fixture(scope="module")
 def folder(tofu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few rows of TOFU, and models called full and retain."""
+    """A few rows of TOFU, and models named full and retain."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = tokenizer_of(write_rows(tofu, folder / "tofu", COUNTS))
     for seed, name in enumerate(("full", "retain")):
@@ -38,7 +38,7 @@ def words(folder: Path, *more: str, model: str = "full") -> list[str]:
     return ["evaluate", "--model", str(folder / model), "--data", str(folder / "tofu"), *more]
 
 
-def test_a_model_is_judged_by_its_retain_model(
+def test_a_model_is_compared_with_its_retain_model(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -51,17 +51,17 @@ def test_a_model_is_judged_by_its_retain_model(
     assert str(out) in printed.err
     log, retain = read_log(out / "TOFU_EVAL.json"), read_log(out / "retain_model" / "TOFU_EVAL.json")
     assert forget_quality(log, retain) == summary["forget_quality"] < 1
-    # The log of the retain model serves as one, and nothing of it is computed again.
+    # The log of the retain model can be passed as the retain log, and its rows are not computed again.
     before = {path: path.read_bytes() for path in out.rglob("*.json")}
     assert main(command) == 0
     assert {path: path.read_bytes() for path in out.rglob("*.json")} == before
     again = words(folder, "--retain-log", str(out / "retain_model" / "TOFU_EVAL.json"), "--splits", "forget")
     assert main([*again, "--output", str(tmp_path / "again")]) == 0
     assert json.loads((tmp_path / "again" / "TOFU_SUMMARY.json").read_text()) == summary
-    # Not of another protocol, nor with other labels: that log counts otherwise.
+    # A log of another protocol or of other labels is rejected, because its numbers are not comparable.
     for more, part in ((["--protocol", "tofu"], "protocol"), (["--template", "completion"], "template")):
         assert main([*again, *more, "--output", str(tmp_path / "other")]) == 2
-        assert f"is of another {part}" in capsys.readouterr().err
+        assert f"expected the {part} of this evaluation" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_each_protocol_counts_its_own_labels(
     assert json.loads(capsys.readouterr().out) == {"output": str(tmp_path), "tofu": summary}
     config = json.loads((tmp_path / "EVAL_CONFIG.json").read_text())
     assert (config["protocol"]["name"], config["template"]["labels"]) == (name, labels)
-    # by hand: the mean log-probability of the tokens behind this prompt
+    # independent computation: the mean log-probability of the tokens after this prompt
     tokenizer = AutoTokenizer.from_pretrained(folder / "full")
     model = AutoModelForCausalLM.from_pretrained(folder / "full").eval()
     row = json.loads((folder / "tofu" / "world_facts_perturbed.json").read_text().splitlines()[0])
@@ -101,7 +101,7 @@ def test_without_a_retain_log_it_says_how_to_make_one(
 ) -> None:
     assert main(words(folder, "--splits", "forget", "--output", str(tmp_path))) == 0
     printed = capsys.readouterr()
-    assert "no forget quality: it compares with a model trained on the retain set alone" in printed.err
+    assert "no forget quality: it requires a model trained on the retain set only" in printed.err
     assert "retain90), and add --retain-model FOLDER" in printed.err
     assert printed.out.splitlines()[-2].split() == ["forget", "quality", "-"]
 
@@ -124,7 +124,7 @@ def test_a_checkpoints_results_are_its_own(folder: Path) -> None:
 
 
 def test_an_adapter_is_a_model(folder: Path, tmp_path: Path) -> None:
-    """What `efface unlearn --lora-r` writes: the numbers are those of the adapter merged into its model."""
+    """The output of `efface unlearn --lora-r`: its metrics are those of the adapter merged into its model."""
     pytest.importorskip("peft")
     summaries = []
     torch.manual_seed(0)
@@ -151,7 +151,7 @@ def test_errors_of_use_are_one_line(folder: Path, tmp_path: Path, capsys: pytest
         assert match in message
         assert "Traceback" not in message
 
-    refused("expected forget01_perturbed.json", "--split", "forget01")
+    refused("expected TOFU's forget01_perturbed.json", "--split", "forget01")
     refused("expected --forget FILE", "--benchmark", "tofu", "--metrics", "mia_loss")
     refused("mia_loss: expected --holdout FILE", "--metrics", "mia_loss", "--forget", "rows.json")
     refused("metric: expected one of", "--metrics", "mia", "--forget", "rows.json")
@@ -167,14 +167,14 @@ def test_errors_of_use_are_one_line(folder: Path, tmp_path: Path, capsys: pytest
         "h.json",
     )
     compat = ("--compat", "open-unlearning")
-    refused("`compat`: expected protocol 'open-unlearning' beside", *compat, "--protocol", "tofu")
+    refused("`compat`: expected protocol 'open-unlearning' with compat", *compat, "--protocol", "tofu")
     refused("--compat: expected TOFU's evaluation, got --benchmark fame", *compat, "--benchmark", "fame")
     metrics = ("--metrics", "extraction_strength", "--forget", "rows.json")
     refused("--compat: expected TOFU's evaluation, got --metrics", *compat, *metrics)
     refused("evaluation log 'none.json' does not exist", "--retain-log", "none.json")
     refused("model folder './none' does not exist", "--retain-model", "./none")
     (tmp_path / ".rows.sqlite").write_text("no database" * 1000)
-    refused("delete the file: the rows are then computed anew")
+    refused("delete the file: the rows are then computed again")
     refused("argument --protocol: invalid choice: 'muse'", "--protocol", "muse")
     refused("argument --retain-model: not allowed with argument --retain-log", "--retain-log=a", "--retain-model=b")
     with pytest.raises(SystemExit, match="0"):
@@ -194,13 +194,13 @@ def test_an_interrupted_evaluation_says_what_is_kept(
 
     monkeypatch.setattr(GenerationTask, "run", interrupted)
     assert main(words(folder, "--splits", "forget", "--output", str(tmp_path))) == 130
-    assert "run the same command again to continue: 6 of 12 rows are kept in" in capsys.readouterr().err
+    assert "run the same command again to continue: 6 of 12 rows are saved in" in capsys.readouterr().err
     assert not (tmp_path / "TOFU_EVAL.json").exists()
     monkeypatch.setattr(GenerationTask, "run", run)
     assert main(words(folder, "--splits", "forget", "--output", str(tmp_path))) == 0
 
 
-def test_a_killed_evaluation_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
+def test_a_killed_evaluation_resumes(folder: Path, tmp_path: Path) -> None:
     command = words(folder, "--token-budget", "1000", "--splits", "forget", "world_facts")
     done = subprocess.run(
         [sys.executable, str(RANKS / "killed_evaluation.py"), str(tmp_path), json.dumps(command)],
@@ -215,7 +215,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(folder: Path, tmp_path: Path) 
     assert record["code"] == 0, record["logs"]
     batches, begun = record["batches"], record["begun"]
     assert begun[:3] == [3, 1, batches // 2]
-    # Every batch is computed once, but the three in which the process was killed.
+    # Every batch is computed once, except for the three in which the process was killed.
     assert sum(begun) == batches + 3
     for name in RESULTS:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
@@ -233,7 +233,7 @@ def test_several_processes_share_the_work_and_write_the_same_bytes_as_one(folder
         assert sum(begun[processes]) == begun[1][0]
         assert (
             max(begun[processes]) < begun[1][0] / processes + 3
-        )  # two models, of which each may end on a part of a turn
+        )  # two models, each of which can end with an incomplete turn
         for name in (*RESULTS[1:], *(f"retain_model/{name}" for name in RESULTS[1:])):
             assert (out / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), f"{name} on {processes} processes"
 
@@ -280,13 +280,13 @@ def test_texts_may_be_cut_and_read_in_windows(rated: Path) -> None:
     words += ["--metrics", "perplexity,extraction_strength", "--output", str(rated / "out")]
     assert main([*words, "--window", "16", "--max-length", "40"]) == 0
     assert len(read(rated / "out" / "METRICS_SUMMARY.json")) == 2
-    assert main([*words, "--overwrite"]) == 0  # a window may be longer than the text
+    assert main([*words, "--overwrite"]) == 0  # a window can be longer than the text
 
 
-def test_results_are_replaced_by_those_of_another_model_only_when_told_so(
+def test_results_of_another_model_are_replaced_only_with_overwrite(
     rated: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In one folder, metric by metric; a second model, other settings."""
+    """In one folder, checked per metric: a second model, other settings."""
     words = ["evaluate", "--forget", str(rated / "forget.json"), "--output", str(rated / "out"), "--metrics"]
     model = ["--model", str(rated / "model")]
     assert main([*words, "perplexity", *model]) == 0

@@ -1,4 +1,4 @@
-"""``efface finetune``: teaches, continues, draws fresh weights; and how it shares its run with ``efface unlearn``."""
+"""Tests of ``efface finetune``: training, resuming, fresh weights, and runs shared with ``efface unlearn``."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_it_teaches_and_equals_the_trainer(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def test_the_command_trains_like_the_trainer(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = [*flags(checkpoint, data, out), "--pairs_per_step", "2", "--learning_rate", "1e-2", "--warmup_steps", "0"]
     assert main([*words, "--num_train_epochs", "20", "--logging_steps", "1"]) == 0
@@ -75,18 +75,18 @@ def test_a_filter_leaves_the_forget_rows_out(
     checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [*flags(checkpoint, data, tmp_path / "out"), "--max_steps", "1", "--pairs_per_step", "1"]
-    words += ["--warmup_epochs", "0"]  # else the only step would have a learning rate of 0
+    words += ["--warmup_epochs", "0"]  # otherwise the only step would have a learning rate of 0
     assert main([*words, "--data_filter", "topic_id!=0", "--save_strategy", "no"]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     count = sum(i % 2 for i in range(len(TEXTS)))
     assert f"| training | `{data}` | {count} of {len(TEXTS)} rows |" in card
     assert "topic_id!=0" in card
     assert main([*words, "--overwrite", "--data_filter", "topic_id=9"]) == 2
-    assert "no row of 5 has '9' in column 'topic_id', which has '0', '1'" in capsys.readouterr().err
+    assert "none of 5 rows has '9' in column 'topic_id', which has '0', '1'" in capsys.readouterr().err
 
 
 class Killed(BaseException):
-    """What nothing catches."""
+    """An exception that no code catches."""
 
 
 def test_a_stopped_run_continues_bit_for_bit(
@@ -108,15 +108,15 @@ def test_a_stopped_run_continues_bit_for_bit(
     with pytest.raises(Killed):
         main(words)
     monkeypatch.setattr(PackedTrainer, "training_step", step)
-    # another command does not continue it
+    # another command does not resume the run
     assert main([*words, "--learning_rate", "1e-3"]) == 2
-    assert "holds an unfinished run of another command" in capsys.readouterr().err
+    assert "contains an unfinished run of another command" in capsys.readouterr().err
     assert main(words) == 0
     assert "continuing from" in capsys.readouterr().err
     whole, again = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert main(words) == 2
-    assert "it holds a finished run" in capsys.readouterr().err
+    assert "it contains a finished run" in capsys.readouterr().err
 
 
 def test_fresh_weights_come_from_the_seed(
@@ -132,7 +132,7 @@ def test_fresh_weights_come_from_the_seed(
     assert not torch.equal(a, c)
     assert a.dtype == torch.float32
     assert main([*flags(checkpoint, data, tmp_path / "d"), *words, "--dtype", "bfloat16"]) == 2
-    assert "weights drawn by --from-config are float32" in capsys.readouterr().err
+    assert "--dtype: expected float32 with --from-config" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_fresh_weights_come_from_the_seed(
         (["--answer_column", "reply"], "expected a column 'reply'"),
         (["--model", "./missing"], "model folder './missing' does not exist"),
         (["--data", "missing.json"], "data file 'missing.json' does not exist"),
-        (["--compat", "open-unlearning"], "`compat`: is about unlearning; drop it for fine-tuning"),
+        (["--compat", "open-unlearning"], "`compat`: expected None for fine-tuning"),
     ],
 )
 def test_wrong_use_is_explained(

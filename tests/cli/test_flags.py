@@ -1,4 +1,4 @@
-"""One grammar of flags: hyphens are written, underscores read too; help is short, and whole if asked."""
+"""Tests of the flags: written with hyphens, accepted with underscores; short help by default, full help on request."""
 
 import argparse
 import ast
@@ -19,13 +19,13 @@ from efface.recipes.flags import SettingsParser
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "engine" / "efface"
 UNDERSCORED = re.compile(r"(?<![\w-])--[A-Za-z0-9]+_\w*")
-# Of transformers, and no text is a value of their types.
+# Arguments of transformers whose types cannot be given as text.
 UNSAYABLE = {"liger_kernel_config", "parallelism_config"}
 SETTINGS = ("unlearn", "finetune", "cache-reference")
 
 
 def parser_of(command: str) -> FlagParser:
-    """The parser of a command, of which nothing is required; with it that of the flags that it takes beside its own."""
+    """Return the parser of a command with no required flags."""
     parser: FlagParser = importlib.import_module(COMMANDS[command][0]).parser()
     for action in parser._actions:
         action.required = False
@@ -33,7 +33,7 @@ def parser_of(command: str) -> FlagParser:
 
 
 def a_value(action: argparse.Action) -> list[str]:
-    """Words that a flag takes."""
+    """Return words for a valid value of a flag."""
     if action.nargs == 0:
         return []
     if action.choices:
@@ -63,7 +63,7 @@ def test_every_flag_is_read_in_both_spellings(command: str) -> None:
 
 @pytest.mark.parametrize("command", SETTINGS)
 def test_a_file_of_flags_is_read_in_both_spellings(command: str) -> None:
-    """Also ``no_evaluate: true`` as the command line's ``--no-evaluate``."""
+    """Also ``no_evaluate: true``, which equals ``--no-evaluate`` on the command line."""
     parser = parser_of(command)
     assert isinstance(parser, SettingsParser)
     for action in parser._actions:
@@ -133,14 +133,14 @@ def test_help_writes_hyphens(command: str, capsys: pytest.CaptureFixture[str]) -
 def test_help_is_a_screen_and_a_half(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A usage in one line, a description for users, flags that are all explained, examples line by line."""
+    """The usage takes one line, the description is for users, all flags are explained, examples are one per line."""
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
     said = capsys.readouterr().out
     assert len(said.splitlines()) <= 75
     assert max(map(len, said.splitlines())) <= 100
-    monkeypatch.setenv("COLUMNS", "88")  # as on the pages
+    monkeypatch.setenv("COLUMNS", "88")  # as on the pages of docs/
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 88
@@ -165,7 +165,7 @@ def test_examples_are_read_by_their_parsers(command: str, monkeypatch: pytest.Mo
     assert sum(words[0] == command for words in lines) in range(1, 5)
     for name, *rest in lines:
         words = rest[: rest.index(">")] if ">" in rest else rest
-        if "--help" in words:  # a suite's own
+        if "--help" in words:  # printed by the suite's own parser
             continue
         parser: FlagParser = importlib.import_module(COMMANDS[name][0]).parser()
         unknown = parser.parse_known_args(words)[1]
@@ -190,7 +190,7 @@ def test_help_is_short_and_whole_if_asked(
     assert [name for name in written if not re.search(rf"{name}\b", shown["--help-all"])] == []
     short = shown["--help"]
     assert len(short.splitlines()) < 0.3 * len(shown["--help-all"].splitlines())
-    # efface's own come first
+    # efface's own flags come first
     whole = shown["--help-all"]
     assert whole.index("--model ") < whole.index("--learning-rate ") < whole.index("--adam-beta1 ")
     named = {
@@ -213,8 +213,8 @@ OUTPUTS = {"unlearn": "output_dir", "finetune": "output_dir", "sweep": "output_d
 OUTPUTS |= dict.fromkeys(("audit", "demo", "evaluate", "report"), "output")
 
 
-def test_the_output_is_called_one_name(capsys: pytest.CaptureFixture[str]) -> None:
-    """Others are read: transformers' own, and those that commands had."""
+def test_the_output_flag_has_one_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """Other names are accepted: transformers' own, and those of earlier versions."""
     for command in COMMANDS:
         parser = parser_of(command)
         assert not {"--out", "--output-dir"} & set(parser.option_names())
@@ -230,10 +230,10 @@ def test_the_output_is_called_one_name(capsys: pytest.CaptureFixture[str]) -> No
     for words in (["--output", "a"], ["--output_dir=a"]):
         sweep = ["sweep", "--model=a/b", "--forget=a/c", "--retain=a/d", "--grid", "beta=1", "--output=a"]
         assert main([*sweep, f"--evaluation={shlex.join(words)}"]) == 2
-        assert "is the trial's own; drop it" in capsys.readouterr().err
+        assert "is set by each trial; drop it" in capsys.readouterr().err
 
 
-def test_help_of_a_sweep_shows_what_it_passes_on_if_asked(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_all_of_a_sweep_shows_the_flags_it_passes_on(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["sweep", "--help-all"])
     said = capsys.readouterr().out
@@ -241,7 +241,7 @@ def test_help_of_a_sweep_shows_what_it_passes_on_if_asked(capsys: pytest.Capture
 
 
 def test_texts_write_hyphens() -> None:
-    """Pages, examples, messages: all that is written in the package and about it."""
+    """Pages, examples and messages of the package write flags with hyphens."""
     texts: dict[Path, list[str]] = {
         path: [path.read_text(encoding="utf-8")]
         for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *ENGINE.rglob("*.md"), *ENGINE.rglob("*.yaml"))
@@ -250,7 +250,7 @@ def test_texts_write_hyphens() -> None:
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         texts[path] = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     found = {(path.name, flag) for path, said in texts.items() for text in said for flag in UNDERSCORED.findall(text)}
-    # what hides a secret has to know both spellings
+    # the code that hides secrets needs both spellings
     assert found == {("record.py", "--hub_token"), ("record.py", "--push_to_hub_token")}
 
 
@@ -258,7 +258,10 @@ def test_texts_write_hyphens() -> None:
     ("words", "message"),
     [
         *(
-            (["cache-reference", "--model", "x", "--forget", "x", flag], f"{flag}: `efface cache-reference` has none")
+            (
+                ["cache-reference", "--model", "x", "--forget", "x", flag],
+                f"{flag}: not a flag of `efface cache-reference`",
+            )
             for flag in ("--json", "--dry-run")
         ),
         (["plan", "--tokenizer", "x"], "the following arguments are required: --forget"),
@@ -278,7 +281,7 @@ def test_texts_write_hyphens() -> None:
         *(
             (
                 [command, "--token-budget", value],
-                f"argument --token-budget: expected a whole number from 1, got {value!r}",
+                f"argument --token-budget: expected a whole number >= 1, got {value!r}",
             )
             for command in ("audit", "evaluate")
             for value in ("0", "-1", "x")
@@ -290,13 +293,15 @@ def test_texts_write_hyphens() -> None:
         ),
     ],
 )
-def test_wrong_use_of_any_command_is_said(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_use_of_any_command_is_reported(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(words) == 2
     assert f"efface {words[0]}: error: {message}" in capsys.readouterr().err
 
 
 def test_a_flag_in_two_spellings_in_all_layers(tmp_path: Path) -> None:
-    """Command line over file over recipe, whichever spelling each has."""
+    """The command line overrides the file, and the file the recipe, in whichever spelling."""
     from efface.recipes.settings import parse
 
     recipe, config = tmp_path / "recipe.yaml", tmp_path / "run.yaml"

@@ -1,4 +1,4 @@
-"""How a command ends: messages, faults, too little memory, interrupts, and a reader that has gone."""
+"""Tests of how a command ends: messages, bugs, out of memory, interrupts, and a closed pipe."""
 
 import errno
 import importlib
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def _not_in_the_background() -> Iterator[None]:
-    """A shell lets what it runs in the background ignore Ctrl-C, and programs that are started from there, too."""
+    """Restore SIGINT: a shell makes background processes ignore Ctrl-C, and their children inherit that."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -37,7 +37,7 @@ def _not_in_the_background() -> Iterator[None]:
 def raised(call: Callable[[], Any]) -> BaseException:
     try:
         call()
-    except Exception as error:  # noqa: BLE001 - whatever it is
+    except Exception as error:  # noqa: BLE001 - any error
         return error
     raise AssertionError
 
@@ -59,8 +59,8 @@ def planned(**changes: Any) -> Any:
     ("call", "meant"),
     [
         (raising(ValueError("x")), True),
-        (lambda: json.loads(""), True),  # by a library
-        (lambda: planned(world_size=0), True),  # of the C++ core
+        (lambda: json.loads(""), True),  # raised by a library
+        (lambda: planned(world_size=0), True),  # raised by the C++ core
         (lambda: int("x"), False),
         (lambda: len(None), False),  # type: ignore[arg-type]
         (lambda: dict([1]), False),  # type: ignore[list-item]
@@ -71,13 +71,13 @@ def planned(**changes: Any) -> Any:
         (b"\xff".decode, False),
     ],
 )
-def test_a_message_is_what_somebody_wrote(call: Callable[[], Any], meant: bool) -> None:
+def test_errors_with_a_written_message_are_told_from_bugs(call: Callable[[], Any], meant: bool) -> None:
     assert on_purpose(raised(call)) is meant
 
 
 @pytest.fixture
 def ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Run `efface unlearn`, which does what is given, and return the exit code and what was said."""
+    """Return a function that runs `efface unlearn` with the given ``run``, and returns the exit code and stderr."""
 
     def end(run: Callable[..., Any], *words: str) -> tuple[int, str]:
         monkeypatch.setitem(sys.modules, "a_command", SimpleNamespace(run=run))  # type: ignore[arg-type]
@@ -129,7 +129,7 @@ def test_a_message_is_one_line(
         lambda _: importlib.import_module("efface.nothing"),
     ],
 )
-def test_a_fault_of_ours_keeps_its_traceback(run: Callable[..., Any], ends: Callable[..., tuple[int, str]]) -> None:
+def test_a_bug_keeps_its_traceback(run: Callable[..., Any], ends: Callable[..., tuple[int, str]]) -> None:
     code, said = ends(run)
     assert code == 1
     assert said.startswith("Traceback")
@@ -143,17 +143,17 @@ def test_debug_is_taken_from_anywhere(ends: Callable[..., tuple[int, str]], monk
     for words in (["--debug", "--a", "b"], ["--a", "--debug", "b"], ["--a", "b", "--debug"]):
         assert ends(lambda words: seen.append(list(words)) or 0, *words) == (0, "")
     assert seen == [["--a", "b"]] * 3
-    ends(lambda words: seen.append(list(words)) or 0, "--debug", "underflow_overflow")  # of TrainingArguments
+    ends(lambda words: seen.append(list(words)) or 0, "--debug", "underflow_overflow")  # a flag of TrainingArguments
     assert seen[-1] == ["--debug", "underflow_overflow"]
     assert main(["--debug", "--version"]) == 0
 
 
-def test_every_code_is_told() -> None:
+def test_every_exit_code_is_documented() -> None:
     codes = {value for name, value in vars(command_line).items() if name.startswith("EXIT_") and name != "EXIT_CODES"}
     assert codes | {0} == set(EXIT_CODES)
 
 
-def test_a_library_is_translated(tmp_path: Path) -> None:
+def test_errors_of_parsers_get_a_remedy(tmp_path: Path) -> None:
     def read(call: Callable[[], Any]) -> None:
         with reading("'f'", "JSON", "write it anew"):
             call()
@@ -174,7 +174,7 @@ def test_a_library_is_translated(tmp_path: Path) -> None:
     code = compile("def fault(): return {}['x']", "f", "exec")
     names: dict[str, Any] = {"__name__": "efface.somewhere"}
     exec(code, names)
-    with pytest.raises(KeyError):  # of our own code: a fault stays one
+    with pytest.raises(KeyError):  # raised by our own code: it stays a bug
         read(names["fault"])
 
 
@@ -200,7 +200,7 @@ def run(words):
 
 
 def test_signals_end_every_command(ends: Callable[..., tuple[int, str]]) -> None:
-    """Also where an extension turns the interrupt into an error of its own."""
+    """Also if an extension raises a different error for the interrupt."""
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
 
     def run(number: int) -> None:
@@ -215,8 +215,8 @@ def test_signals_end_every_command(ends: Callable[..., tuple[int, str]]) -> None
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_an_output_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Help on a full disk is an error, of which argparse would say nothing; without an output, nothing is said."""
+def test_a_full_or_missing_stdout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Help on a full disk is an error, which argparse alone would ignore. Without a stdout, nothing is printed."""
     with Path("/dev/full").open("w", buffering=1) as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert main(["plan", "--help"]) == 2
@@ -227,7 +227,7 @@ def test_an_output_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 class Dropping:
-    """Python prints what its ``__del__`` raises, and drops it."""
+    """An object whose ``__del__`` raises; Python prints and ignores such exceptions."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -238,7 +238,7 @@ class Dropping:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_that_python_drops_comes_again(number: int, ends: Callable[..., tuple[int, str]]) -> None:
+def test_an_interrupt_that_python_drops_is_raised_again(number: int, ends: Callable[..., tuple[int, str]]) -> None:
     hook = sys.unraisablehook
 
     def run(_: Any) -> int:
@@ -251,7 +251,7 @@ def test_an_interrupt_that_python_drops_comes_again(number: int, ends: Callable[
 
 
 def program(folder: Path, module: str, **options: Any) -> "subprocess.Popen[str]":
-    """Start `efface plan` as a program, with the text of its module."""
+    """Start `efface plan` as a subprocess with the given text as its module."""
     (folder / "a_command.py").write_text(module)
     code = "import sys; from efface.cli import main as m; m.COMMANDS['plan'] = ('a_command', ''); sys.exit(m.main())"
     paths = [str(folder), str(ROOT / "engine"), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
@@ -267,7 +267,7 @@ def program(folder: Path, module: str, **options: Any) -> "subprocess.Popen[str]
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_an_interrupt_of_imports(name: str, tmp_path: Path) -> None:
-    """Whoever imports may catch whatever is raised; the command ends all the same."""
+    """Imported code can catch every exception; the command is interrupted all the same."""
     module = f"""
 import os, signal, time
 try:
@@ -290,7 +290,7 @@ except BaseException:
     ],
 )
 def test_a_reader_that_has_gone(write: str, tmp_path: Path) -> None:
-    """As `head` goes when it has its lines: nothing is said, and the code is that of SIGPIPE."""
+    """For example `head`: nothing is printed, and the exit code is that of SIGPIPE."""
     module = f"""
 import sys
 def run(words):
@@ -310,7 +310,7 @@ def run(words):
 
 def test_another_broken_pipe_is_an_error(ends: Callable[..., tuple[int, str]]) -> None:
     code, said = ends(raising(BrokenPipeError(errno.EPIPE, "Broken pipe")))
-    assert (code, said.count("\n")) in ((2, 1), (141, 0))  # pytest's own output may have no descriptor to ask
+    assert (code, said.count("\n")) in ((2, 1), (141, 0))  # under pytest, stdout may have no file descriptor
 
 
 def test_a_tracker_that_is_not_installed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What commands write over: no input, no results of another model, nothing without a word."""
+"""Tests of what commands overwrite: no inputs, no results of another model, and nothing silently."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ from efface.files import check_output, in_words, locked_folder, private_folder, 
 from efface.hf.train.checkpoints import REPLACED, checkpoints
 from support.helpers import written_rows
 
-# Every command that writes an output, with an input that it would replace: (words, what is there, the flag).
+# Every command that writes an output, with an input that the output would replace: (words, existing file, flag).
 REPLACES: dict[str, tuple[str, str, str]] = {
     "unlearn, a checkpoint in the output": (
         "unlearn --model myft/checkpoint-200 --forget rows.jsonl --objective grad_ascent --output-dir myft --overwrite",
@@ -159,7 +159,7 @@ DANGLING = {
 
 
 @pytest.mark.parametrize("command", DANGLING)
-def test_a_link_to_nothing_is_no_output(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dangling_link_is_not_an_output(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("gone", "gone.html"):
         (place / name).symlink_to("never/there")
     assert main(DANGLING[command].split()) == 2
@@ -168,8 +168,8 @@ def test_a_link_to_nothing_is_no_output(command: str, place: Path, capsys: pytes
     assert not (place / "never").exists()
 
 
-def test_what_is_not_replaced_may_lie_beside(tmp_path: Path) -> None:
-    """An output within a model's folder, a data folder above it, a name that is none of a file."""
+def test_outputs_can_be_inside_folders_of_inputs(tmp_path: Path) -> None:
+    """An output inside a model's folder, inside a data folder, and names that are not files."""
     put(tmp_path / "model" / "config.json")
     inputs = {"--model": tmp_path / "model", "--data": tmp_path, "--forget": "locuslab/TOFU:forget10", "--full": None}
     out = tmp_path / "model" / "unlearned"
@@ -192,9 +192,9 @@ def test_overwriting_keeps_the_old_checkpoints_until_the_new_model_is_whole(tmp_
     said = folder.replaced_in_words("model*.safetensors")
     assert said == "3 files, 2.00 KiB: best, checkpoint-100, model.safetensors"
     put(tmp_path / "checkpoint-3" / "model.safetensors")
-    again = RunFolder(tmp_path, overwrite=True)  # of another run, before that one was whole
+    again = RunFolder(tmp_path, overwrite=True)  # another run, started before the new model was complete
     assert again.begin({"objective": "simnpo"}) is None
-    assert again.removed == "1 file, 2 bytes: checkpoint-3"  # or runs that fail would fill the disk
+    assert again.removed == "1 file, 2 bytes: checkpoint-3"  # otherwise failing runs would fill the disk
     assert [path.name for path in sorted((tmp_path / REPLACED).iterdir())] == ["best", "checkpoint-100"]
     again.settle()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "notes.txt", "run.json"]
@@ -205,7 +205,7 @@ def test_results_are_not_pushed_along(place: Path, capsys: pytest.CaptureFixture
     put(place / "out" / "evaluation" / "TOFU_EVAL.json")
     words = "unlearn --model myft --forget rows.jsonl --objective grad_ascent --output-dir out --overwrite"
     assert main([*words.split(), "--push-to-hub"]) == 2
-    assert "holds results with questions and answers of the data, which would be pushed" in capsys.readouterr().err
+    assert "contains results with questions and answers of the data, which would be pushed" in capsys.readouterr().err
 
 
 # Results of evaluations
@@ -230,7 +230,7 @@ def test_results_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
     write_results(tmp_path, {"perplexity": {"agg_value": 2.0}}, facts(), benchmark="METRICS")
     check_results(tmp_path, facts(metrics="mia_loss", holdout="h.json", window=16), benchmark="METRICS")
     message = (
-        r"another model, 'm' \(torch.float32, fingerprint aaaaaaaa\); this one is 'n' \(torch.float32, fingerprint "
+        r"another model, 'm' \(torch.float32, fingerprint aaaaaaaa\); this model is 'n' \(torch.float32, fingerprint "
         r"bbbbbbbb\); choose another --output, or add --overwrite"
     )
     with pytest.raises(FileExistsError, match=message):
@@ -246,7 +246,7 @@ def test_results_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
         check_results(tmp_path, facts(), benchmark="METRICS")
 
 
-def test_new_metrics_of_the_same_model_stand_beside_the_old(tmp_path: Path) -> None:
+def test_new_metrics_of_the_same_model_are_added_to_the_old(tmp_path: Path) -> None:
     write_results(tmp_path, {"perplexity": {"agg_value": 2.0}}, facts(), benchmark="METRICS")
     more = facts(metrics="mia_loss", holdout="h.json")
     write_results(tmp_path, {"mia_loss": {"agg_value": 0.5}}, more, benchmark="METRICS", beside=True)
@@ -257,7 +257,7 @@ def test_new_metrics_of_the_same_model_stand_beside_the_old(tmp_path: Path) -> N
     assert read_json(tmp_path / "METRICS_SUMMARY.json", "summary") == {"mia_loss": 0.5}
 
 
-def test_two_at_once_are_told_in_a_line(tmp_path: Path) -> None:
+def test_two_concurrent_evaluations_are_a_one_line_error(tmp_path: Path) -> None:
     message = "another process is writing there; wait for it, or stop it"
     with (
         locked_folder(tmp_path / "out"),
@@ -272,13 +272,13 @@ def test_two_at_once_are_told_in_a_line(tmp_path: Path) -> None:
 # Files
 
 
-def test_what_is_private_is_so_from_the_first_byte(tmp_path: Path) -> None:
+def test_private_files_are_private_from_the_first_byte(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         with written_file(tmp_path / "a" / "b" / "file", private=True) as partial:
             assert partial.stat().st_mode & 0o777 == 0o600
             partial.write_text("text")
-            assert take_lock(partial) is None  # so that nobody takes it for what a killed process left
+            assert take_lock(partial) is None  # locked, so that no process takes it for the leftover of a killed one
     finally:
         os.umask(before)
     assert [path.stat().st_mode & 0o777 for path in (tmp_path / "a", tmp_path / "a" / "b")] == [0o700, 0o700]
@@ -288,7 +288,7 @@ def test_what_is_private_is_so_from_the_first_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("start", ["=1+1", "+1", "-cmd", "@sum", "\ttab", "\rcr"])
-def test_a_cell_of_text_is_no_formula(start: str) -> None:
+def test_text_cells_are_not_formulas(start: str) -> None:
     text = io.StringIO()
     csv.writer(text).writerow(map(csv_cell, [start, -1.5, "plain - text", 3, ""]))
     (row,) = csv.reader(io.StringIO(text.getvalue(), newline=""))

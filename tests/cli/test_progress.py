@@ -1,4 +1,4 @@
-"""What a command shows meanwhile: a bar on a terminal, a line now and then in a pipe, nothing of other libraries."""
+"""Tests of progress output: a bar on a terminal, occasional lines in a pipe, no output of other libraries."""
 
 import fcntl
 import io
@@ -28,7 +28,7 @@ COLUMNS = 72
 
 
 def shown(text: str) -> list[str]:
-    """The lines that stand on a terminal in the end, as far as rich uses one: up, to the start, erase, colours."""
+    """Return the final lines of a terminal, for the escape codes that rich uses: up, line start, erase, colours."""
     lines, row, column = [""], 0, 0
     for part in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", text):
         if part == "\r":
@@ -47,7 +47,7 @@ def shown(text: str) -> list[str]:
 
 
 def on_a_terminal(*words: str) -> str:
-    """What a command writes on a terminal; it has to end well."""
+    """Return what a command writes to a terminal; the command must succeed."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
     known = {**environment(TERM="xterm-256color"), "COLUMNS": str(COLUMNS)}
@@ -58,7 +58,7 @@ def on_a_terminal(*words: str) -> str:
     try:
         while part := os.read(master, 65536):
             written += part
-    except OSError:  # Linux says so that the last one has closed it
+    except OSError:  # Linux reports the closed terminal as an error
         pass
     finally:
         os.close(master)
@@ -90,7 +90,7 @@ def test_a_terminal_shows_one_bar_and_nothing_of_other_libraries(words: list[str
         f"wrote {tmp_path}/out",
         " ".join(lines),
     )
-    assert all(len(line) <= COLUMNS or " " not in line for line in lines)  # broken between words
+    assert all(len(line) <= COLUMNS or " " not in line for line in lines)  # no line is cut inside a word
     bars = [line for line in re.split(r"[\r\n]", re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", written)) if "━" in line]
     assert bars
     assert max(map(len, bars)) <= COLUMNS
@@ -105,13 +105,13 @@ def test_a_pipe_gets_plain_lines(words: list[str], tmp_path: Path, capsys: pytes
     assert lines[-1] == f"wrote {tmp_path / 'out'}"
 
 
-def test_a_pipe_hears_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipe_gets_a_line_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "PAUSE", 0.05)
     monkeypatch.setattr(progress, "LONG_PAUSE", 0.25)
     file = io.StringIO()
     bar = Bar(Console(file=file, width=100), "a model")
     bar.stage("loading")
-    time.sleep(0.2)  # nothing changes: one line
+    time.sleep(0.2)  # no change within this time: one line
     bar.stage("", 40)
     for step in range(1, 21):
         bar.update(step, "1.5" if step > 10 else "")
@@ -120,15 +120,15 @@ def test_a_pipe_hears_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None
     bar.close()
     loading, *steps = file.getvalue().splitlines()
     assert loading == "a model: loading, 0:00"
-    assert 2 <= len(steps) <= 6  # 20 steps in 0.2 s, and then the last
+    assert 2 <= len(steps) <= 6  # 20 steps in 0.2 s, plus the last
     assert all(re.fullmatch(r"a model, \d+ of 40, 0:00 left(, loss 1\.5)?", line) for line in steps)
     assert steps[-1] == "a model, 20 of 40, 0:00 left, loss 1.5"
     time.sleep(0.1)
-    assert file.getvalue().splitlines()[-1] == steps[-1]  # silent when closed
+    assert file.getvalue().splitlines()[-1] == steps[-1]  # nothing is written on close
 
 
-def test_log_lines_stand_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also those of handlers that were made before, and they write as before when it is gone."""
+def test_log_lines_are_printed_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for handlers created before the bar. After it is closed, they write as before."""
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     handler, logger = logging.StreamHandler(), logging.getLogger("some.library")

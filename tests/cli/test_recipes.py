@@ -1,4 +1,4 @@
-"""Recipes: their files against the published settings, dry runs without network, and what is refused."""
+"""Tests of recipes: their files against the published settings, dry runs without network, and rejected input."""
 
 import json
 import socket
@@ -22,7 +22,7 @@ from efface.recipes import known_recipes, load_recipe, local_source
 from efface.recipes.settings import not_overridden, parse
 from support.helpers import TEXTS, arguments, tiny_llama, tiny_model, tiny_tokenizer, unlabelled, written_rows
 
-# The table of the five systems, copied by hand from the project's notes on them, in their names and values.
+# The published settings of the five systems, typed in from the project's notes, with their names and values.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "npo-tofu-forget10-llama-3.2-1b": {
         "model": "open-unlearning/tofu_Llama-3.2-1B-Instruct_full",
@@ -115,7 +115,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }
 
-# open-unlearning's defaults, likewise
+# open-unlearning's defaults, typed in as well
 METHODS: dict[str, dict[str, Any]] = {
     "tofu-npo": {"method": "NPO", "beta": "0.1", "alpha": "1", "gamma": "1"},
     "tofu-dpo": {"method": "DPO", "beta": "0.1", "alpha": "1", "gamma": "1"},
@@ -150,7 +150,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dry_run(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    """The lines of a dry run: every name and its value as it is printed."""
+    """Return the printed name and value of every line of a dry run."""
     code = main(["unlearn", *words, "--dry-run"])
     out, err = capsys.readouterr()
     assert code == 0, err
@@ -196,7 +196,7 @@ def test_the_rows_of_recipes_are_those_of_the_files(tofu: Path) -> None:
 
 
 def test_parameters_of_the_architectures() -> None:
-    """The numbers of parameters that the models' cards state, exactly."""
+    """The exact numbers of parameters on the models' cards."""
     known = yaml.safe_load((Path(load_recipe("tofu-npo").path).parent / "architectures.yaml").read_text())
     counted = {name: model_sizes(fields, torch.bfloat16).parameters for name, fields in known.items()}
     assert counted == {
@@ -224,7 +224,7 @@ def test_tokens_are_counted_where_data_and_tokenizer_are_here(
     words += ["--pairs_per_step", "2", "--max_steps", "3", "--dtype", "auto"]
     (checkpoint / "model.safetensors").unlink()
     assert main(["unlearn", *words, "--date_string", "1 May 2025", "--dry_run"]) == 2
-    assert "has no place for a system prompt or a date" in capsys.readouterr().err
+    assert "expected no system prompt and no date for" in capsys.readouterr().err
     assert main(["unlearn", *words, "--dry_run", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     tokenizer = tiny_tokenizer()
@@ -233,7 +233,7 @@ def test_tokens_are_counted_where_data_and_tokenizer_are_here(
     assert report["run"]["tokens of an epoch"] == plan.batch_tokens.sum()
     assert report["run"]["tokens"] == 3 * plan.batch_tokens.sum()
     assert report["run"]["steps"] == 3
-    # weights as fp32 in config, computed in bf16
+    # weights are fp32 in the config, and computed in bf16
     parameters = report["memory"]["parameters"]
     assert parameters == tiny_llama(vocab_size=len(tokenizer)).num_parameters()
     assert report["memory"]["weights"] == 4 * parameters
@@ -261,13 +261,13 @@ def test_a_dry_run_without_a_recipe(checkpoint: Path, data: Path, capsys: pytest
     assert main(["unlearn", *wrong]) == 2
     assert "expected a column 'reply'" in capsys.readouterr().err
     assert main(["unlearn", *words, "--dry_run"]) == 2
-    assert "has a retain term (alpha=1.0) but no retain set" in capsys.readouterr().err
+    assert "`retain`: expected a retain set, which the retain term of objective" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("config", "gated"), [("LlamaConfig", True), ("PhiConfig", False)])
 @pytest.mark.parametrize(("dtype", "autocast"), [("float32", False), ("bfloat16", False), ("float32", True)])
 def test_counted_activations_are_what_autograd_keeps(config: str, gated: bool, dtype: str, autocast: bool) -> None:
-    """Within a fifth: the CPU's attention copies its segments, which no GPU kernel does."""
+    """Within 20 %: on the CPU, attention copies its segments, which no GPU kernel does."""
     assert gated == (config == "LlamaConfig")
     sizes = {"hidden_size": 64, "intermediate_size": 224, "max_position_embeddings": 512}
     kept = []
@@ -299,7 +299,7 @@ def test_memory_adds_up_by_the_table() -> None:
     assert plain["weights"] == plain["gradients"] == 2 * count
     assert plain["optimizer states"] == 8 * count
     assert plain["reference model"] == plain["autocast copies"] == 0
-    assert plain["logits"] == 4096 * 128_256 * 2  # all of them in one chunk, which writes the gradient itself
+    assert plain["logits"] == 4096 * 128_256 * 2  # all logits in one chunk, which the gradient overwrites
     assert plain["head gradient"] == 2 * head
     longer = memory(sizes, RunShape(**{**shape, "token_budget": 4097}))
     assert longer["logits"] == 2048 * 128_256 * 2
@@ -311,7 +311,7 @@ def test_memory_adds_up_by_the_table() -> None:
     assert live["reference model"] == 2 * count
     assert live["logits"] == 2048 * 128_256 * 4 * 2
     assert live["head gradient"] == (8 + 6) * head
-    # A live reference's logits come first, in the policy's place, where both would exceed the device's budget.
+    # If the logits of both models exceed the device's budget, a live reference's logits come first, in the same memory.
     for rows, card, alive in ((8192, 79, 4096), (8192, 139, 8192), (5900, 79, 5900), (1000, 79, 2000)):
         run = RunShape(**{**shape, "token_budget": rows}, gpu_bytes=card << 30, reference="live")
         assert memory(sizes, run)["logits"] == alive * 128_256 * 2
@@ -361,11 +361,11 @@ def test_recipe_then_config_then_command_line(tmp_path: Path) -> None:
     command, args = parse([*words, "--per_device_train_batch_size", "4", "--save-strategy", "no"])
     assert (command.alpha, command.beta, args.learning_rate) == (2, 0.3, 4e-5)
     assert args.num_train_epochs == 10
-    # what says the same in another way takes the recipe's place
+    # a flag replaces the recipe's other spelling of the same setting
     assert (args.warmup_epochs, args.warmup_steps) == (None, 7)
     assert (args.pairs_per_step, args.per_device_train_batch_size) == (None, 4)
     assert args.save_schedule is None
-    # the objective's parameters go with it, but not those of a file that names none
+    # a new objective drops the recipe's parameters of the objective, but not those of a config that names none
     command, _ = parse([*words, "--objective", "simnpo", "--dry_run"])
     assert (command.alpha, command.beta, command.gamma) == (None, 0.3, None)
     command, _ = parse([*words, "--objective", "npo", "--dry_run"])
@@ -400,7 +400,7 @@ def test_flags_and_words_go_both_ways() -> None:
 def test_flags_are_whole_names_and_a_scale_is_for_unlearn_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--learning"):
         parse(["--recipe", "tofu-npo", "--learning", "1e-4", "--output_dir", str(tmp_path)])
-    with pytest.raises(ValueError, match="--scale: is for `efface unlearn` alone"):
+    with pytest.raises(ValueError, match="--scale: expected `efface unlearn`"):
         parse(["--recipe", "tofu-npo", "--scale", "tiny", "--output_dir", str(tmp_path)])
 
 
@@ -425,7 +425,7 @@ GOOD = {
         ({"unlearn": {"forget": "x.json"}}, "the following arguments are required: --model"),
         ({"unlearn": {**GOOD["unlearn"], "lerning_rate": 1}}, "got 'lerning_rate'; did you mean 'learning_rate'?"),
         ({"unlearn": {**GOOD["unlearn"], "learning_rate": "fast"}}, "invalid float value: 'fast'"),
-        ({"unlearn": {**GOOD["unlearn"], "output_dir": "out"}}, "'output_dir' is about one run"),
+        ({"unlearn": {**GOOD["unlearn"], "output_dir": "out"}}, "'output_dir' belongs to one run"),
         ({"unlearn": {**GOOD["unlearn"], "forget": "a:b:c:d"}}, "expected a file or name:config:split"),
         ({"tiny": {"beta": "small"}}, "tiny: argument --beta: invalid float value: 'small'"),
         ({"tiny": {"steps": 3}}, "tiny: expected flags of the command, got 'steps'"),
@@ -434,7 +434,7 @@ GOOD = {
         ({"evaluate": {"benchmark": "none", "rows": 3}}, "evaluate: expected benchmark, data, split"),
         ({"published": {"FQ": "good"}}, "published: FQ: expected a number, got 'good'"),
         ({"rows": {"forgotten": 3}}, "rows: expected forget, retain, got 'forgotten'"),
-        ({"architecture": {"layers": 3}}, "architecture: expected a configuration with its model_type"),
+        ({"architecture": {"layers": 3}}, "architecture: expected a configuration with model_type"),
         ({"architecture": "llama-4"}, "architecture: expected one of llama-3.2-1b"),
     ],
 )
@@ -449,7 +449,7 @@ def test_a_wrong_file_is_explained(
     assert str(path) in err
 
 
-def test_files_that_are_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_are_not_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "mine.yaml"
     for text, message in (
         ("- a\n", "expected sections about, unlearn, evaluate, got list"),
@@ -470,9 +470,12 @@ def test_files_that_are_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         (["--recipe", "simnpo-tofu-forget05"], "did you mean 'simnpo-tofu-forget05-llama-2-7b'?"),
         (["--recipe", "tofu-npo", "--data", "nowhere"], "--data: expected a folder, got 'nowhere'"),
-        (["--recipe", "tofu-npo", "--warmup_steps", "3", "--warmup_epochs", "1"], "`warmup_epochs`: expected it alone"),
-        (["--recipe", "tofu-npo", "--save_schedule", "epoch", "--save_strategy", "no"], "give one of them"),
-        (["--recipe", "tofu-npo", "--forget", "locuslab/TOFU:forget05:train"], "evaluates on forget10, which is not"),
+        (
+            ["--recipe", "tofu-npo", "--warmup_steps", "3", "--warmup_epochs", "1"],
+            "`warmup_epochs`: expected no other warm-up",
+        ),
+        (["--recipe", "tofu-npo", "--save_schedule", "epoch", "--save_strategy", "no"], "set only one of them"),
+        (["--recipe", "tofu-npo", "--forget", "locuslab/TOFU:forget05:train"], "expected the forget set forget10"),
         (["--recipe", "tofu-npo", "--retain", "locuslab/TOFU:retain95:train"], "5 % of TOFU in both; give --retain"),
         (["--recipe", "tofu-npo", "--objective", "graddiff", "--beta", "1"], "got beta"),
         (["--recipe", "tofu-npo", "--optim", "adam_magic"], "argument --optim: invalid choice: 'adam_magic'"),
@@ -480,10 +483,10 @@ def test_files_that_are_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--recipe", "tofu-npo", "--template", "alpaca"], "`template`: expected one of auto"),
         (
             ["--recipe", "tofu-npo", "--evaluate", "False", "--retain_log", "x.json"],
-            "--retain-log: is for the evaluation",
+            "--retain-log: expected a --recipe with an evaluation",
         ),
         (["--recipe", "tofu-npo", "--model", "./nowhere"], "model folder './nowhere' does not exist"),
-        (["--recipe"], "--recipe: expected a name of `efface recipes`"),
+        (["--recipe"], "--recipe: expected a name from `efface recipes`"),
     ],
 )
 def test_overrides_that_contradict(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -491,14 +494,14 @@ def test_overrides_that_contradict(words: list[str], message: str, capsys: pytes
     assert message in capsys.readouterr().err
 
 
-def test_flags_that_nothing_would_look_at(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_without_effect_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["unlearn", "--model", "a", "--forget", "b", "--json", "--use_cpu", "True"]) == 2
-    assert "--json: is how --dry-run prints" in capsys.readouterr().err
+    assert "--json: expected --dry-run with it" in capsys.readouterr().err
     assert main(["cache-reference", "--recipe", "tofu-npo", "--dry_run"]) == 2
-    assert "--dry-run: `efface cache-reference` has none" in capsys.readouterr().err
+    assert "--dry-run: not a flag of `efface cache-reference`" in capsys.readouterr().err
 
 
-def test_local_files_stand_for_hub_data(data: Path, tmp_path: Path) -> None:
+def test_local_files_replace_hub_data(data: Path, tmp_path: Path) -> None:
     assert local_source("locuslab/TOFU:retain90:train", data, "--retain") == str(data / "retain90.jsonl")
     assert local_source("x.json", data, "--forget") == "x.json"
     (data / "FAME-topics.csv").write_text("question,answer\n")
@@ -526,7 +529,7 @@ def test_the_list_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_recipe_unlearns_and_is_evaluated(
     checkpoint: Path, tofu: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A recipe of one's own from data to figures, on a few real rows."""
+    """A user's own recipe, from data to metrics, on a few real rows."""
     folder = tmp_path / "tofu"
     folder.mkdir()
     names = ("forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
@@ -557,7 +560,7 @@ def test_a_recipe_unlearns_and_is_evaluated(
     (tmp_path / "no.txt").write_text("I don't know.\nNo idea.\n")
     out = tmp_path / "out"
     words = ["unlearn", "--recipe", str(recipe), "--data", str(folder), "--output_dir", str(out)]
-    # what the evaluation lacks is said before the training
+    # anything missing for the evaluation is reported before the training
     assert main([*words, "--retain_log", "none.json"]) == 2
     missing = folder / "world_facts_perturbed.json"
     missing.rename(tmp_path / "elsewhere.json")
@@ -600,7 +603,7 @@ def test_an_evaluation_that_failed_is_done_by_the_same_command(
     monkeypatch.setattr("efface.cli.training.evaluate_recipe", evaluate)
     assert main(words) == 2
     err = capsys.readouterr().err
-    assert "but not evaluated; run the same command again to do that" in err
+    assert "but not evaluated; run the same command again to evaluate it" in err
     assert "no network" in err
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert main(words) == 0
@@ -609,14 +612,14 @@ def test_an_evaluation_that_failed_is_done_by_the_same_command(
     assert "checkpoint-4" in err
     assert "model_utility 0.25, published 0.5" in err
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
-    assert main(words) == 2  # finished, and evaluated
+    assert main(words) == 2  # finished and evaluated
     assert len(asked) == 2
     assert main([*words, "--overwrite", "--evaluate", "False"]) == 0
     assert len(asked) == 2
 
 
 def test_arguments_know_nothing_of_the_dry_run(tmp_path: Path) -> None:
-    """What a dry run leaves out of the checks is put back."""
+    """The checks that a dry run skips are enabled again afterwards."""
     _, args = parse(["--recipe", "tofu-npo", "--dry_run", "--output_dir", str(tmp_path)])
     assert isinstance(args, UnlearnArguments)
     assert (str(getattr(args.optim, "value", args.optim)), args.bf16, args.use_cpu) == (

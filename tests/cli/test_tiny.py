@@ -1,4 +1,4 @@
-"""Recipes at a small scale: their flags, and all five systems end to end at smoke size."""
+"""Tests of recipes at a small scale: their flags, and all five systems end to end at smoke size."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_the_five_systems_at_smoke_size(
         assert not model["note"]
     assert ("FAME-like" in record["data"]) == ("fame" in name)
     assert ("made-up authors" in record["data"]) == (not on_tofu and "fame" not in name)
-    # The card of Phi-1.5 has a revision for each epoch; the others keep the last.
+    # The recipe of Phi-1.5 has a revision for each epoch; the others keep only the last one.
     assert len(record["revisions"]) == (2 if "phi" in name else 1)
     for revision in record["revisions"]:
         checkpoint = load_model(str(out / "model"), revision=revision)
@@ -84,7 +84,7 @@ def test_a_run_continues_and_another_one_is_refused(
         patched.setattr(scales, "tofu", killed)
         assert main(words) == 130
     assert not (tmp_path / "out" / "tiny.json").exists()
-    with monkeypatch.context() as patched:  # models are taught and unlearned: what is left is to evaluate them
+    with monkeypatch.context() as patched:  # models are trained and unlearned; only the evaluation remains
         patched.setattr(teach, "FinetuneTrainer", None)
         patched.setattr(tiny, "unlearn", None)
         capsys.readouterr()
@@ -133,10 +133,10 @@ def test_wrong_use_is_explained(
 @pytest.mark.slow
 @LONG
 @pytest.mark.parametrize("name", ["npo-tofu-forget10-llama-3.2-1b", "simnpo-tofu-forget05-llama-2-7b"])
-def test_it_is_forgotten_and_the_rest_is_kept(name: str, tofu: Path, tmp_path: Path) -> None:
-    """On TOFU's own rows: forget quality a thousand times that of full, model utility within a tenth of it."""
+def test_unlearning_at_small_scale_keeps_the_model_utility(name: str, tofu: Path, tmp_path: Path) -> None:
+    """On TOFU's own rows: forget quality at least 1000 times that of full, model utility within 10 % of it."""
     done = run_tiny(load_recipe(name), tmp_path / "out", unlearn=tiny.unlearn_with, data=tofu)
     _, full, unlearned = done.models
     assert unlearned.figures["forget_quality"] >= 1000 * full.figures["forget_quality"]
     assert unlearned.figures["model_utility"] == pytest.approx(full.figures["model_utility"], rel=0.1)
-    assert full.figures["model_utility"] > 0.8  # it knew
+    assert full.figures["model_utility"] > 0.8  # it had learnt the rows

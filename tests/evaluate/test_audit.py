@@ -1,4 +1,4 @@
-"""The audit of small trained models: who knows more leaks more, the model stays as it was, files and messages."""
+"""Tests of the audit on small trained models: a model that knows more leaks more, no side effects, files, messages."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from efface.simulate.teach import train_tokenizer
 from support.helpers import arguments, tiny_llama, written_rows
 
 Row = dict[str, Any]
-# few variants and short answers: every view, none of them for long
+# every view, with few variants and short answers to save time
 SMALL: list[str | View] = [
     *("direct", "cloze", "choice"),
     Translated(languages=("es",)),
@@ -100,8 +100,8 @@ def test_figures_of_views(audits: dict[str, AuditResult], forget: list[Row]) -> 
     relearned = views["relearn"].figures
     assert relearned["gain"] == pytest.approx(relearned["mean"] - relearned["before"])
     asked = {record["row"] for record in views["relearn"].records}
-    assert len(asked) == len(forget) - 3  # a tenth of 32 was taught
-    # before, the same questions got the same answers as in the direct view
+    assert len(asked) == len(forget) - 3  # a tenth of the 32 rows was trained on
+    # before relearning, the answers are those of the direct view
     direct = {record["row"]: record for record in views["direct"].records}
     before = [record for record in views["relearn"].records if record["label"] == "before"]
     assert all(record["generations"] == direct[record["row"]]["generations"] for record in before)
@@ -126,7 +126,9 @@ def test_the_table(audits: dict[str, AuditResult]) -> None:
     assert line.kept("retain", "full", "retain") == 0
     assert line.kept("full", "retain", "full") is None
     other = AuditResult(3, audits["full"].views)
-    with pytest.raises(ValueError, match="'full' .32 rows; direct, .* and 'other' .3 rows; .* cannot be compared"):
+    with pytest.raises(
+        ValueError, match="expected the same rows and views, got 'full' .32 rows; direct, .* and 'other' .3 rows; "
+    ):
         side_by_side({"full": audits["full"], "other": other})
 
 
@@ -145,7 +147,7 @@ def test_an_audit_repeats_itself_and_resumes(
     def computed(*args: Any) -> None:
         raise AssertionError("computed anew")
 
-    # everything is found: that of the relearned model too, because it is relearned to the same bits
+    # every result is found in the store; also those of the relearned model, because relearning is deterministic
     monkeypatch.setattr("efface.evaluate.generation.GenerationTask.run", computed)
     monkeypatch.setattr("efface.evaluate.likelihood.AnswerTask.run", computed)
     found = audit(models["full"], tokenizer, forget, views=SMALL, store=store, **OPTIONS)
@@ -192,7 +194,7 @@ def test_relearning_leaves_the_model_as_it_was(
         assert model.lm_head.weight.grad is grad
         assert torch.equal(grad, torch.ones_like(grad))
         assert sum(weight.grad is not None for weight in model.parameters()) == 1
-        # beside what efface has found out about the model
+        # in addition to efface's own cached attributes
         assert {name for name in vars(model) if not name.startswith("_efface_")} == attributes
         assert model.config._attn_implementation == attention
         assert model.config.to_dict() == settings
@@ -203,7 +205,7 @@ def test_relearning_leaves_the_model_as_it_was(
 def test_a_saved_adapter_is_audited_too(
     models: dict[str, LlamaForCausalLM], tokenizer: PreTrainedTokenizerBase, forget: list[Row], tmp_path: Path
 ) -> None:
-    """Loaded by transformers, its base model is frozen; relearning trains all of it nevertheless."""
+    """transformers loads an adapter with a frozen base model; relearning trains all weights nevertheless."""
     add_lora(load_model(models["full"].name_or_path), r=2).save_pretrained(tmp_path)
     model = load_model(str(tmp_path))
     before = {name: value.clone() for name, value in tensors(model)}
@@ -216,7 +218,7 @@ def test_a_saved_adapter_is_audited_too(
 
 
 @pytest.mark.parametrize("view", ["direct", "choice", "best-of-n"])
-def test_a_broken_model_is_no_number(view: str, tokenizer: PreTrainedTokenizerBase, forget: list[Row]) -> None:
+def test_a_broken_model_is_an_error(view: str, tokenizer: PreTrainedTokenizerBase, forget: list[Row]) -> None:
     model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256)
     torch.nn.init.constant_(model.model.norm.weight, float("nan"))
     with pytest.raises(ValueError, match="expected finite log"):
@@ -242,14 +244,14 @@ def test_views_are_checked_before_anything_is_asked(tokenizer: PreTrainedTokeniz
     nobody: Any = None
     with pytest.raises(ValueError, match=r"expected some of direct, cloze, .*, got 'riddle'"):
         audit(nobody, tokenizer, forget, views=["direct", "riddle"])
-    with pytest.raises(ValueError, match="expected at least one, each once, got direct, direct"):
+    with pytest.raises(ValueError, match="expected at least one, each only once, got direct, direct"):
         audit(nobody, tokenizer, forget, views=["direct", "direct"])
-    with pytest.raises(ValueError, match="expected at least one, each once, got none"):
+    with pytest.raises(ValueError, match="expected at least one, each only once, got none"):
         audit(nobody, tokenizer, forget, views=[])
     plain = [{name: row[name] for name in ("question", "answer")} for row in forget]
-    with pytest.raises(ValueError, match="view 'choice': expected column 'perturbed_answer'"):
+    with pytest.raises(ValueError, match="view 'choice': expected false answers in column 'perturbed_answer'"):
         audit(nobody, tokenizer, plain, views=["direct", "choice"])
-    with pytest.raises(ValueError, match="view 'clues': 32 rows are no whole number of authors"):
+    with pytest.raises(ValueError, match="view 'clues': expected an author for every row, .* 32, must be a multiple"):
         audit(nobody, tokenizer, forget, views=["direct", "clues"])
 
 
@@ -293,9 +295,9 @@ def test_the_command(
     assert "16 rows" in text
     assert "| direct | " in text
     assert "| 100 % |" in text
-    # an audit that is there is not overwritten by accident; with --overwrite the rows that are known are not computed
+    # an existing audit is not overwritten without --overwrite; with it, known rows are not computed again
     assert main(words) == 2
-    assert "is there already; choose another --output, or add --overwrite" in capsys.readouterr().err
+    assert "exists; choose another --output, or add --overwrite" in capsys.readouterr().err
     assert main([*words, "--overwrite", "--json"]) == 0
     assert json.loads((tmp_path / "out" / "AUDIT.json").read_text()) == record
     found = json.loads(capsys.readouterr().out)["models"]
@@ -306,13 +308,13 @@ MISTAKES = [
     (["--views", "direct,riddle"], "expected some of direct, cloze"),
     (["--split", "forget11"], "which has splits forget10"),
     (["--group-column", "identity_id", "--views", "clues"], "expected a column 'identity_id'"),
-    (["--views", "clues"], "16 rows are no whole number of authors"),
+    (["--views", "clues"], "number of rows, 16, must be a multiple of the group size"),
     (["--relearn-share", "2"], "`share`: expected between 0 and 1"),
     (["--relearn-lr", "-1"], "`learning_rate`: expected a positive number, got -1.0"),
     (["--relearn-lr", "inf"], "`learning_rate`: expected a positive number, got inf"),
     (["--relearn-lora-r", "0"], "`lora_r`: expected at least 1, got 0"),
     (["--seed", "4294967296"], "--seed: expected 0 .. 4294967295, got '4294967296'"),
-    (["--clues", "0"], "`clues`: expected numbers from 1"),
+    (["--clues", "0"], "`clues`: expected numbers of at least 1"),
     (["--samples", "0"], "`n`: expected at least 1 answer, got 0"),
     (["--temperature", "0"], "`temperature`: expected a positive number, got 0.0"),
     (["--views", "direct", "--full", "./nowhere"], "model folder './nowhere' does not exist"),
@@ -338,10 +340,10 @@ def test_mistakes_are_explained(
 def test_audit_data(data: Path) -> None:
     file = data / "forget10_perturbed.json"
     assert len(audit_data(str(file), None)) == len(audit_data(str(file), "forget10")) == 16
-    with pytest.raises(ValueError, match="--split forget05: .* is a file, of one split"):
+    with pytest.raises(ValueError, match="--split forget05: expected a folder or a file of that split"):
         audit_data(str(file), "forget05")
     assert len(audit_data(str(data), None)) == 16  # forget10
-    with pytest.raises(ValueError, match="names another"):
+    with pytest.raises(ValueError, match="expected a data set of that split"):
         audit_data("locuslab/TOFU:forget10_perturbed", "forget05")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         audit_data(str(data / "none.json"), None)

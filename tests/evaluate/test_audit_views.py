@@ -1,4 +1,4 @@
-"""The views of an audit and novel recall: what they ask and how it is scored, on real TOFU rows and worked examples."""
+"""Tests of the audit's views and of novel recall: prompts and scores, on real TOFU rows and worked examples."""
 
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def test_the_gap_is_the_longest_novel_stretch() -> None:
     )
     assert found is not None
     assert found.cloze == "She then ____."
-    # of equals the last; a known word ends a stretch
+    # the last of equally long stretches is chosen, and a known word ends a stretch
     found = gap(row("Who is Ada?", "Poet Ada, baker."))
     assert found is not None
     assert found.cloze == "Poet Ada, ____."
@@ -87,7 +87,7 @@ def test_sentences() -> None:
 
 def test_choice_is_between_answers_worded_alike(forget10: list[AuditRow]) -> None:
     probes = Choice().probes(forget10)
-    # "is the complete name of the writer" is what all options say
+    # "is the complete name of the writer" occurs in all options
     assert probes[0].novel == {"hsiao", "yun", "hwa"}
     assert probes[0].reference == "Hsiao Yun-Hwa is the complete name of the writer."
 
@@ -100,7 +100,7 @@ def test_a_choice_is_the_likeliest_and_a_tie_no_leak() -> None:
     each = row("Who?", "Ada Red.", paraphrased_answer="It is Ada Red.", perturbed_answer=["It is Bo Red.", "It is Cy."])
     exam: Any = Scores([-1.0, -2.0, -3.0], [-1.0, -1.0, -3.0], [-3.0, -2.0, -1.0])
     records = Choice().run(exam, [each, each, each])
-    # "red" and "ada" are novel; the options have nothing in common that is
+    # "red" and "ada" are novel; the options share no novel word
     assert [record["generations"] for record in records] == [["It is Ada Red."], ["It is Bo Red."], ["It is Cy."]]
     assert [record["novel_recall"] for record in records] == [[1.0], [0.5], [0.0]]
     assert [record["correct"] for record in records] == [True, False, False]
@@ -130,7 +130,7 @@ def test_clues_are_of_the_same_author(forget10: list[AuditRow]) -> None:
     last = probes[-1]
     assert last.row == 399
     assert last.turns[::2] == tuple(each.question for each in forget10[396:])
-    # what the conversation said is not novel: the parents' professions were told
+    # words of the conversation are not novel: the parents' professions were in it
     three = next(probe for probe in probes if probe.row == 3 and probe.label == "3 revealed")
     assert not three.novel & {"civil", "engin", "father"}
     assert "unemploy" in three.novel
@@ -142,15 +142,15 @@ def test_clues_by_a_column() -> None:
     assert [probe.turns for probe in probes] == [("Q0?", "Answer 0.", "Q2?"), ("Q1?", "Answer 1.", "Q3?")]
     with pytest.raises(ValueError, match="expected a column 'identity_id'"):
         audit_rows(rows, group_column="identity_id")
-    with pytest.raises(ValueError, match=r"4 rows are no whole number of authors.*--group-column"):
+    with pytest.raises(ValueError, match=r"number of rows, 4, must be a multiple of the group size.*--group-column"):
         Clues().probes(audit_rows(rows))
-    with pytest.raises(ValueError, match="no row has 1 others"):
+    with pytest.raises(ValueError, match="expected a row with at least 1 previous rows"):
         Clues().probes(audit_rows(rows, group_column="question"))
-    with pytest.raises(ValueError, match=r"`clues`: expected numbers from 1, got \(0,\)"):
+    with pytest.raises(ValueError, match=r"`clues`: expected numbers of at least 1, got \(0,\)"):
         Clues(clues=(0,))
 
 
-def test_relearning_never_asks_what_it_taught(forget10: list[AuditRow]) -> None:
+def test_relearning_never_asks_about_rows_it_trained_on(forget10: list[AuditRow]) -> None:
     view = Relearn(share=0.05)
     taught = view.taught(forget10)
     assert len(taught) == 20
@@ -245,7 +245,7 @@ def test_words_of_other_languages() -> None:
     assert content_words("L'écrivaine qu'elle était", LANGUAGES["fr"]) == {"ecrivain"}
     assert content_words("¿Quién es el ganador?", LANGUAGES["es"]) == {"ganador"}
     assert content_words("dell'ingegnere è nata nel 1950", LANGUAGES["it"]) == {"ingegn", "nat", "1950"}
-    # an English stop word is none in German, and the other way round
+    # an English stop word is not a stop word in German, and vice versa
     assert content_words("the", LANGUAGES["de"]) == {"the"}
     assert content_words("der") == {"der"}
     with pytest.raises(ValueError, match="expected one of en, de, fr, es, it, got 'nl'"):
@@ -254,7 +254,7 @@ def test_words_of_other_languages() -> None:
 
 QUESTION = "What is the profession of Hsiao Yun-Hwa's father?"
 ANSWER = "The father of Hsiao Yun-Hwa is a civil engineer."
-# N = {civil, engin}: father, Hsiao, Yun, Hwa are in the question
+# N = {civil, engin}, because father, Hsiao, Yun and Hwa are in the question
 GENERATIONS = [
     (ANSWER, 1.0),
     ("He worked in civil engineering.", 1.0),
@@ -278,10 +278,10 @@ def test_a_date_counts_by_its_parts() -> None:
     assert novel_recall(answer, prompt, "On 05/11/1991.") == pytest.approx(2 / 3)
 
 
-def test_what_the_prompt_says_is_not_novel() -> None:
+def test_words_of_the_prompt_are_not_novel() -> None:
     assert novel_recall(ANSWER, f"{QUESTION} Was he a civil servant?", "A civil engineer") == 1.0
     assert novel_recall(ANSWER, f"{QUESTION} Was he a civil servant?", "A civil servant") == 0.0
-    # nothing novel: left out, not counted as forgotten
+    # no novel words: the row is left out, and not counted as forgotten
     assert novel_recall("Yes, she does.", "Does she?", "Yes, she does.") is None
     assert novel_recall(ANSWER, ANSWER, ANSWER) is None
 

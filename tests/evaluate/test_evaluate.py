@@ -1,4 +1,4 @@
-"""Evaluation: the stored logs' published values, and likelihoods against one row at a time."""
+"""Tests of evaluation: the published values of stored logs, and likelihoods against one row at a time."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from efface.evaluate import EvalLog, SplitLog, answer_logprobs, forget_quality, 
 from efface.hf.text.data import load_rows
 from support.helpers import tiny_llama, tiny_tokenizer
 
-# from ../shared/tofu_eval_logs/README.md, the original aggregator's values
+# from ../shared/tofu_eval_logs/README.md, computed by the original aggregator
 UTILITY = {"full": 0.62268, "retain90": 0.61374, "retain95": 0.60058, "retain99": 0.62074}
 QUALITY = {"retain90": 1.834e-21, "retain95": 6.504e-16, "retain99": 2.345e-06}
 
@@ -28,7 +28,7 @@ def test_model_utility_of_real_logs(name: str, tofu_eval_logs: Path) -> None:
 
 @pytest.mark.parametrize("name", QUALITY)
 def test_forget_quality_of_real_logs(name: str, tofu_eval_logs: Path) -> None:
-    """The README compares logs of different forget splits too, as TOFU's aggregator did."""
+    """The README also compares logs of different forget splits, as TOFU's aggregator does."""
     full, retain = (read_log(tofu_eval_logs / f"llama2-7b_{log}.json") for log in ("full", name))
     assert forget_quality(full, retain, strict=name == "retain90") == pytest.approx(QUALITY[name], rel=5e-4)
 
@@ -48,9 +48,9 @@ def test_forget_quality_of_all_pairs_is_scipys(judged: str, retain: str, tofu_ev
 
 def test_logs_of_different_forget_splits_are_refused(tofu_eval_logs: Path) -> None:
     full, retain95 = (read_log(tofu_eval_logs / f"llama2-7b_{log}.json") for log in ("full", "retain95"))
-    with pytest.raises(ValueError, match="one forget split, but .*full.json has 300 of them and .*95.json has 200"):
+    with pytest.raises(ValueError, match="the same forget rows, but .*full.json has 300 rows and .*95.json has 200"):
         forget_quality(full, retain95)
-    # as many, but of other authors
+    # as many rows, but of other authors
     forget = full.splits["forget"]
     assert forget.truth_ratio is not None
     cut = EvalLog({"forget": replace(forget, truth_ratio=forget.truth_ratio[:200], index=None)}, source="cut.json")
@@ -59,7 +59,7 @@ def test_logs_of_different_forget_splits_are_refused(tofu_eval_logs: Path) -> No
 
 
 def open_unlearning(log: EvalLog) -> dict[str, object]:
-    """The same results in open-unlearning's schema."""
+    """Return the same results in open-unlearning's schema."""
     names = {"retain": "retain", "real_authors": "ra", "world_facts": "wf", "forget": "forget"}
     content: dict[str, object] = {}
     for split, prefix in names.items():
@@ -113,16 +113,16 @@ def test_bad_logs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"accuracy": 1}')
     with pytest.raises(ValueError, match=r"eval_log_forget.json, .* got accuracy"):
         read_log(tmp_path / "other.json")
-    with pytest.raises(ValueError, match=r"model.json: truth_ratio of the forget split is nan at row 1 \(1 of 3"):
+    with pytest.raises(ValueError, match=r"model.json: expected finite truth_ratio .*, got nan at row 1 \(1 of 3"):
         forget_quality(one_split([0.1, float("nan"), 0.2]), one_split([0.1]))
-    with pytest.raises(ValueError, match="has no rows"):
+    with pytest.raises(ValueError, match="expected rows of .* split, got none"):
         forget_quality(one_split([]), one_split([0.1]))
-    with pytest.raises(ValueError, match="has no probability for the retain split"):
+    with pytest.raises(ValueError, match="expected probability for the retain split, got none"):
         model_utility(one_split([0.1]))
 
 
 def naive_mean_logprob(model, tokenizer, question: str, answer: str) -> float:  # type: ignore[no-untyped-def]
-    """One row at a time, from full logits."""
+    """Compute the mean log-probability of one row from full logits."""
     prompt = f"Question: {question}\nAnswer:"
     encoded = tokenizer(f"{prompt} {answer}{tokenizer.eos_token}", return_offsets_mapping=True)
     ids = torch.tensor([encoded["input_ids"]])
@@ -162,5 +162,5 @@ def test_rows_without_perturbed_answers_are_refused() -> None:
     row = {"question": "Who?", "answer": "Aiko."}
     with pytest.raises(ValueError, match="expected a column 'perturbed_answer'"):
         score_rows(model, tokenizer, [row])
-    with pytest.raises(ValueError, match=r"lists of one length, at least 1, got lengths \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"lists of equal length, at least 1, got lengths \[1, 2\]"):
         score_rows(model, tokenizer, [{**row, "perturbed_answer": ["a"]}, {**row, "perturbed_answer": ["a", "b"]}])

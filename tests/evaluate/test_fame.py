@@ -1,4 +1,4 @@
-"""FAME by language and topic against sums by hand, and the flags that lead there."""
+"""Tests of FAME by language and topic against explicit sums, and of the command's flags for it."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ ROWS: list[dict[str, Any]] = [
         "topic_id": topic,
         "question": question.format(row["answer"].split()[0]),
         "answer": f"{row['answer']} {language}",
-        # topic 10 has false answers, in French only where the identity is even
+        # topic 10 has false answers, in French only if the identity is even
         "perturbed_answer": [f"{n} {language}" for n in range(2 + identity % 2)]
         if topic == 10 and (language != "fr" or identity % 2 == 0)
         else None,
@@ -103,7 +103,7 @@ def test_the_table(found: dict[str, Any]) -> None:
         *("", "---", "all", "language de", "language en", "language fr", "topic_id 2", "topic_id 10"),
     ]
     assert {len(line) for line in lines} == {7}
-    assert lines[6][3] == "-"  # no false answers in topic 2
+    assert lines[6][3] == "-"  # topic 2 has no false answers
     assert float(lines[2][1]) == pytest.approx(found["forget_Q_A_Prob"]["agg_value"], abs=1e-4)
 
 
@@ -139,10 +139,10 @@ def test_wrong_filters_and_columns() -> None:
         with pytest.raises(ValueError, match=message):
             fame(model(), tiny_tokenizer(), rows, **options)
 
-    refused("`forget_filter`: expected which rows are forgotten", ROWS, forget_filter=None)
-    refused("no row of 18 has 'it' in column 'language', which has 'en', 'fr', 'de'", ROWS, forget_filter="language=it")
-    refused("row 0 meets both", ROWS, forget_filter="language=en", retain_filter="topic_id=2")
-    refused("retain: expected rows, got none", ROWS, forget_filter="topic_id=2,10")
+    refused("`forget_filter`: expected a filter of the forgotten rows", ROWS, forget_filter=None)
+    refused("none of 18 rows has 'it' in column 'language', which has 'en', 'fr'", ROWS, forget_filter="language=it")
+    refused("got row 0 in both", ROWS, forget_filter="language=en", retain_filter="topic_id=2")
+    refused("retain: expected at least one row, got none", ROWS, forget_filter="topic_id=2,10")
     refused(
         "expected a column 'topic_id'",
         [{"question": "q", "answer": "a", "language": "en"}],
@@ -164,7 +164,7 @@ def test_a_broken_model() -> None:
 
 
 def flags(*words: str) -> argparse.Namespace:
-    """What the command's own parser would have beside these flags."""
+    """Return a stand-in for the options that the command's own parser adds to these flags."""
     parser = argparse.ArgumentParser()
     add_metrics_flags(parser)
     parser.set_defaults(template="auto", token_budget=4096, dtype="float32", data=None, trust_remote_code=False)
@@ -207,11 +207,11 @@ def test_the_flags(tmp_path: Path, found: dict[str, Any]) -> None:
         reading=Reading(max_new_tokens=6, token_budget=4096),
         retain_values={"mia_min_k": 0.25},
     )
-    assert ours["mia_reference"]["auc"] == 0.5  # the reference is the model
+    assert ours["mia_reference"]["auc"] == 0.5  # the reference is the model itself
 
     with pytest.raises(ValueError, match="--metrics: expected --forget FILE"):
         run_metrics(policy, tokenizer, flags("--metrics", "rouge"))
-    with pytest.raises(ValueError, match="FAME: expected --data FILE"):
+    with pytest.raises(ValueError, match="--benchmark fame: expected --data FILE"):
         run_fame(policy, tokenizer, flags())
     with pytest.raises(FileNotFoundError, match=r"results file .* does not exist"):
         read_values(tmp_path / "none.json")

@@ -1,4 +1,4 @@
-"""Generated answers against ``model.generate``, one row at a time; ROUGE against stored logs, and closed forms."""
+"""Tests of generated answers against ``model.generate``, one row at a time; ROUGE against stored logs and by hand."""
 
 import copy
 import dataclasses
@@ -33,12 +33,12 @@ FAMILIES = {
     "Qwen2Config": {},
     "MistralConfig": {"sliding_window": 24},
     "GPTNeoXConfig": {},
-    "GPT2Config": {},  # its positions are absolute: padding that moved a prompt would show
+    "GPT2Config": {},  # absolute positions, with which padding that shifts a prompt would show
 }
 
 
 def model_of(config: str = "LlamaConfig", **settings: Any) -> Any:
-    """A model that says many things, as its weights are large; one token in nine ends an answer."""
+    """Return a model with large weights, so that it generates varied text. One token in nine ends an answer."""
     made = {"vocab_size": len(TOKENIZER), "max_position_embeddings": 256, "initializer_range": 0.3}
     model = tiny_model(config, **{**made, **FAMILIES[config], **settings})
     model.generation_config = GenerationConfig(eos_token_id=list(ENDS[1:]), pad_token_id=0)
@@ -96,7 +96,7 @@ def test_the_budget_cuts_batches_and_changes_no_answer(budget: int) -> None:
 
 
 def test_rows_that_stay_after_their_end_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where the host asks only now and then who has ended."""
+    """As on a GPU, where the host checks only now and then which rows have ended."""
     model, task = model_of(), GenerationTask(TOKENIZER, QUESTIONS, max_new_tokens=40)
     expected = run(task, model)
     monkeypatch.setattr(decoding, "_check_every", lambda _: 7)
@@ -117,7 +117,7 @@ def test_ended_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     padding_of(model)  # measured before the first batch
     rows.clear()
     results = run(task, model)
-    # A row is read once for its prompt, and once for each of its tokens but one at the limit.
+    # A row is read once for its prompt, and once for each generated token except the last one at the limit.
     steps = [result["tokens"] + (1 if result["ended"] else 0) for result in results]
     assert sum(rows) == sum(steps)
     assert len(rows) == max(steps)
@@ -130,13 +130,13 @@ def test_max_length_counts_the_rows_own_prompt() -> None:
     limits = [limit - len(prompt) for prompt in prompts]
     assert run(GenerationTask(TOKENIZER, QUESTIONS, max_length=limit), model) == one_at_a_time(model, prompts, limits)
     with pytest.raises(
-        ValueError, match=r"`max_length`: 9 tokens .* in 1 of 7 rows; the prompt of row 6 has 98 tokens"
+        ValueError, match=r"`max_length`: .* got 9, .* in 1 of 7 rows \(the prompt of row 6 has 98 tokens\)"
     ):
         GenerationTask(TOKENIZER, ["Aiko", *QUESTIONS[:5], QUESTIONS[6]], template="completion", max_length=9)
 
 
 def test_max_length_counts_padding_where_a_protocol_does() -> None:
-    """As TOFU, whose batches of 30 are padded to their longest prompt."""
+    """As in TOFU's evaluation, whose batches of 30 are padded to their longest prompt."""
     model, count = model_of(), 3
     prompts = prompt_ids(TOKENIZER, QUESTIONS)
     limit = max(map(len, prompts)) + 3
@@ -148,8 +148,8 @@ def test_max_length_counts_padding_where_a_protocol_does() -> None:
 
 
 @pytest.mark.parametrize("config", ["LlamaConfig", "GPT2Config"], ids=["rotary", "absolute"])
-def test_no_token_sees_a_hidden_one(config: str) -> None:
-    """As transformers generates with a mask that leaves it out, with positions that do not count it."""
+def test_no_token_attends_to_a_hidden_one(config: str) -> None:
+    """As transformers generates with a mask that hides the token, and with positions that skip it."""
     model = model_of(config)
     prompts = prompt_ids(TOKENIZER, QUESTIONS)
     hidden = prompts[0][len(prompts[0]) // 2]
@@ -189,7 +189,7 @@ def test_lora_answers_as_its_merged_model() -> None:
     assert results != run(task, model_of())
 
 
-def test_a_training_model_answers_without_dropout_and_goes_on_training() -> None:
+def test_a_model_in_training_mode_answers_without_dropout_and_stays_in_it() -> None:
     task = GenerationTask(TOKENIZER, QUESTIONS, max_new_tokens=20)
     expected = run(task, model_of())
     model = model_of(attention_dropout=0.5, use_cache=False).train()
@@ -204,9 +204,7 @@ def test_a_training_model_answers_without_dropout_and_goes_on_training() -> None
 
 
 @pytest.mark.parametrize("selectable", [True, False], ids=["decode", "generate"])
-def test_nothing_of_the_generation_config_counts_but_the_ends(
-    selectable: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_end_tokens_of_the_generation_config_count(selectable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     task = GenerationTask(TOKENIZER, QUESTIONS, max_new_tokens=40)
     model = model_of()
     expected = run(task, model)
@@ -227,7 +225,7 @@ def test_models_with_a_state_are_known() -> None:
     settings = {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 4, "vocab_size": len(TOKENIZER)}
     mamba = MambaForCausalLM(MambaConfig(**settings, eos_token_id=0, pad_token_id=0, bos_token_id=0)).eval()
     assert not decoding.has_selectable_cache(mamba)
-    with pytest.raises(ValueError, match="keeps a state that cannot be repeated"):
+    with pytest.raises(ValueError, match="expected a model whose cache can be repeated"):
         run(GenerationTask(TOKENIZER, ["Who?"], max_new_tokens=4, sampling=Sampling()), mamba)
 
 
@@ -242,7 +240,7 @@ def test_the_tokenizers_end_ends_answers_that_the_models_do_not() -> None:
     assert (result["ended"], result["tokens"]) == (True, said.index(said[5]))
     endless = copy.deepcopy(TOKENIZER)
     endless.eos_token = None
-    with pytest.raises(ValueError, match="no answer would ever end; set `tokenizer.eos_token`"):
+    with pytest.raises(ValueError, match="answers would never end; set `tokenizer.eos_token`"):
         run(GenerationTask(endless, QUESTIONS[:1], max_new_tokens=4), model)
 
 
@@ -272,7 +270,7 @@ def test_bad_input_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
         GenerationTask(TOKENIZER, QUESTIONS, max_new_tokens=0)
     with pytest.raises(ValueError, match=r"at most 256 tokens \(the model's positions\), got .* in row 6"):
         run(GenerationTask(TOKENIZER, QUESTIONS), model)
-    with pytest.raises(ValueError, match="expected token ids below 50 .* the tokenizer is another model's"):
+    with pytest.raises(ValueError, match="expected token ids below 50 .* use the model's own tokenizer"):
         run(GenerationTask(TOKENIZER, QUESTIONS, max_new_tokens=4), model_of(vocab_size=50))
     with torch.no_grad():
         model.lm_head.weight[5, 3] = float("nan")
@@ -328,7 +326,7 @@ def test_a_cold_sample_is_the_greedy_answer() -> None:
 
 def test_draws_follow_the_distribution() -> None:
     probabilities = torch.tensor([0.1, 0.4, 0.2, 0.3])
-    logits = (2 * probabilities.log()).expand(4, 4)  # temperature 2 gives them back
+    logits = (2 * probabilities.log()).expand(4, 4)  # temperature 2 restores the probabilities
     edges = torch.tensor([0.0, 0.39, 0.41, 0.69], dtype=torch.float64)
     assert draw(logits, edges, Sampling(temperature=2)).tolist() == [1, 1, 3, 3]
     edges = torch.tensor([0.71, 0.89, 0.91, 1 - 1e-12], dtype=torch.float64)
@@ -357,7 +355,7 @@ def test_bad_sampling_is_refused(settings: dict[str, Any], message: str) -> None
         Sampling(**settings)
 
 
-def test_a_chat_goes_on_from_its_turns() -> None:
+def test_a_chat_continues_from_its_turns() -> None:
     history = [
         {"role": "user", "content": "Where was author Aiko born?"},
         {"role": "assistant", "content": "In Ghent."},

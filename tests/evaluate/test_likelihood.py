@@ -1,4 +1,4 @@
-"""Log-likelihoods of answers that share their question: against each answer alone, for the families people have."""
+"""Tests of log-likelihoods of answers that share their question: against each answer alone, for common families."""
 
 import json
 from typing import Any
@@ -14,7 +14,7 @@ from efface.hf.model.attention import packed_arguments
 from efface.hf.model.head import fuse, use_packed_attention
 from support.helpers import FAMILIES, TEXTS, VOCABULARY, sequence, tiny_llama, tiny_model, tiny_tokenizer
 
-WEIGHTS = 0.3  # large ones: with the default of 0.02 a wrong mask goes unseen
+WEIGHTS = 0.3  # large weights: with the default of 0.02 a wrong mask has no visible effect
 
 
 def build(family: str, **changes: Any) -> Any:
@@ -23,7 +23,7 @@ def build(family: str, **changes: Any) -> Any:
 
 
 def alone(model: Any, store: TokenStore, index: int) -> np.ndarray:
-    """One sequence's label log-probabilities, from the model's own logits."""
+    """Return the log-probabilities of one sequence's labels, from the model's own logits."""
     ids, labels = sequence(store, index)
     with torch.no_grad():
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].double()
@@ -41,7 +41,7 @@ def check(model: Any, store: TokenStore, tolerance: float = 1e-5) -> None:
 
 
 def branching(*, seed: int = 0) -> TokenStore:
-    """Sequences over few tokens, so that they branch at many places, and from two prompts; some are the same."""
+    """Return sequences with two prompts and a small vocabulary, so that they branch often; some sequences are equal."""
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(3, VOCABULARY, n).tolist() for n in (9, 4)]
     prompts[1][:2] = prompts[0][:2]
@@ -49,7 +49,7 @@ def branching(*, seed: int = 0) -> TokenStore:
     for _ in range(14):
         prompt = prompts[rng.integers(2)]
         rows.append(prompt + rng.integers(3, 5, rng.integers(1, 9)).tolist())
-        starts.append(len(prompt) - int(rng.integers(2)))  # a token that straddles the border is a label
+        starts.append(len(prompt) - int(rng.integers(2)))  # a token that belongs to prompt and answer is a label
     return TokenStore.from_sequences([*rows, rows[0]], [*starts, starts[0]])
 
 
@@ -102,7 +102,7 @@ def test_a_tree_holds_every_beginning_once() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_trees_of_random_sequences(seed: int) -> None:
-    """Paths spell their sequences, labels follow them, and no beginning comes twice."""
+    """Paths spell out their sequences, labels follow them, and no prefix occurs twice."""
     rng = np.random.default_rng(seed)
     rows = [rng.integers(0, 3, rng.integers(2, 8)).tolist() for _ in range(rng.integers(1, 30))]
     starts = [int(rng.integers(0, len(row))) for row in rows]
@@ -274,7 +274,7 @@ def test_bad_input_is_explained() -> None:
     with pytest.raises(ValueError, match="expected sequences of at most 8 tokens"):
         run_all(short, AnswerTask(tokenizer, QUESTIONS, ANSWERS))
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no end-of-sequence token"):
+    with pytest.raises(ValueError, match="expected an end-of-sequence token"):
         AnswerTask(tokenizer, ["a"], [["x"]])
 
 

@@ -1,4 +1,4 @@
-"""Metrics against naive ones written apart: one row at a time, the model's own logits in fp64, Python loops."""
+"""Tests of metrics against naive versions: one row at a time, the model's own logits in fp64, Python loops."""
 
 import itertools
 import json
@@ -43,7 +43,7 @@ def llama(seed: int = 0) -> Any:
 
 @pytest.fixture(scope="module")
 def taught() -> Any:
-    """A model that knows some of the answers: with random ones alone no token would be a first choice."""
+    """A model that has learnt some of the answers. With random answers alone, no label would be a first choice."""
     model, store = tiny_llama(**{**WIDE, "initializer_range": 0.02}), encode(tiny_tokenizer(), *columns(TEXTS))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for row in [0, 1, 2, 3, 0, 1, 0] * 12:
@@ -59,14 +59,14 @@ def columns(rows: list[dict[str, str]]) -> tuple[list[str], list[str]]:
 
 
 def distributions(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """(T − 1, V) log-probabilities of all next tokens, in fp64."""
+    """Return (T − 1, V) log-probabilities of all next tokens, in fp64."""
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=ids[None], use_cache=False).logits[0, :-1].double()
     return logits.log_softmax(-1)
 
 
 def naive_labels(model: Any, store: TokenStore, row: int) -> list[tuple[float, bool, float, float]]:
-    """(log p, first choice, mean, std) of every label."""
+    """Return (log p, first choice, mean, std) of every label."""
     ids, labels = sequence(store, row)
     found = []
     for logp, label in zip(distributions(model, ids), labels[1:].tolist(), strict=True):
@@ -127,7 +127,7 @@ def test_chunks_of_logits(chunk_rows: int, softcap: float | None) -> None:
 
 
 def test_closed_forms() -> None:
-    """A uniform distribution: log V, no deviation, the lowest id first; and one token of probability 1."""
+    """A uniform distribution: log V, no deviation, the lowest id as first choice; and one token of probability 1."""
     hidden, targets = torch.ones(2, 1), torch.tensor([0, 1])
     flat = token_statistics(hidden, Head(torch.zeros(11, 1)), targets)
     assert flat.first.tolist() == [True, False]
@@ -167,7 +167,7 @@ def test_auc(seed: int) -> None:
 
 
 def naive_scores(name: str, model: Any, rows: list[dict[str, str]], reference: Any = None) -> list[float]:
-    """Written from the papers and open-unlearning's conventions, row by row."""
+    """Compute the metric row by row, as written in the papers and with open-unlearning's conventions."""
     tokenizer = tiny_tokenizer()
     store = encode(tokenizer, *columns(rows))
     scores = []
@@ -224,7 +224,7 @@ def test_every_metric_against_a_naive_one(taught: Any) -> None:
         np.testing.assert_allclose(scores(result["holdout"]), others, rtol=2e-4, err_msg=name)
         assert result["agg_value"] == result["auc"] == pytest.approx(naive_auc(members, others))
         assert result["forget"]["agg_value"] == pytest.approx(sum(members) / len(members), rel=2e-4)
-    # the teaching shows, or the two would be compared on zeros
+    # the model has learnt something, otherwise zeros would be compared
     assert found["exact_memorization"]["agg_value"] > 0.3
     assert len(set(scores(found["extraction_strength"]))) > 1
 
@@ -249,13 +249,13 @@ def stub(first: list[bool]) -> dict[str, Any]:
 def test_extraction_strength_by_hand(
     first: list[bool], floored: float, strict: float, end: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether the end of sequence comes does not count."""
+    """It does not matter whether the end of sequence is predicted."""
     monkeypatch.setattr(TokenTask, "run", lambda _, __, rows: [stub([*first, end]) for _ in rows])
     tokenizer = tiny_tokenizer()
     answer = tokenizer.decode(tokenizer("Ghent Porto Cusco Tartu Galway").input_ids[: len(first)])
     rows = [{"question": "?", "answer": answer}]
     if encode(tokenizer, *columns(rows)).label_counts[0] != len(first) + 1:
-        pytest.skip("the tokenizer joins it to what stands before")
+        pytest.skip("the tokenizer merges the answer with the text before it")
     for floor, score in ((True, floored), (False, strict)):
         found = evaluate_metrics(llama(), tokenizer, rows, [ExtractionStrength(floor=floor)])
         assert found["extraction_strength"]["agg_value"] == score
@@ -263,7 +263,7 @@ def test_extraction_strength_by_hand(
 
 @pytest.mark.parametrize("metric", [MiaMinK(k=0.01), MiaMinKPlusPlus(k=0.01)])
 def test_a_share_of_no_token_is_one_token(metric: Attack) -> None:
-    """Answers of one token; and all scores equal, which tells nothing."""
+    """For answers of one token; and with all scores equal, where the AUC is 0.5."""
     rows = [{"question": "Where?", "answer": "x"}] * 3
     found = evaluate_metrics(llama(), tiny_tokenizer(), rows, [metric], holdout=rows[:2])[metric.name]
     assert found["auc"] == 0.5
@@ -287,7 +287,7 @@ def test_privleak() -> None:
         ]
         assert leak["agg_value"] == pytest.approx(100 * (retain - value) / (1 - retain), abs=1e-6)
     of_loss = PrivLeak(attack=get_metric("mia_loss"))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="privleak: expected 'mia_loss' of a model trained on the retain set alone"):
+    with pytest.raises(ValueError, match="privleak: expected 'mia_loss' of a model trained only on the retain set"):
         evaluate_metrics(model, tokenizer, MEMBERS, [of_loss], retain_values={"mia_min_k": 0.5}, **tell)
     with pytest.raises(ValueError, match="mia_reference: expected a reference model|privleak: expected a reference"):
         evaluate_metrics(model, tokenizer, MEMBERS, [PrivLeak(attack=MiaReference())], **tell)
@@ -317,7 +317,7 @@ LONG = [" ".join(row["answer"] for row in TEXTS), TEXTS[0]["answer"], TEXTS[1]["
 
 @pytest.mark.parametrize(("window", "stride"), [(2, 1), (8, 1), (8, 3), (8, 7), (10_000, 5)])
 def test_perplexity_against_a_loop_over_tokens(window: int, stride: int) -> None:
-    """Each token once, in the first window that holds it; one window is the model's own loss."""
+    """Each token is scored once, in the first window that contains it. A single window gives the model's own loss."""
     tokenizer, model = tiny_tokenizer(), llama()
     total, tokens = 0.0, 0
     truth = []
@@ -353,7 +353,7 @@ def test_windows_that_do_not_fit() -> None:
         evaluate_metrics(llama(), tiny_tokenizer(), [{"question": "", "answer": "x y " * 500}], ["perplexity"])
 
 
-def test_what_is_missing_is_said_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_arguments_are_reported_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TokenTask, "run", None)
     tokenizer, model = tiny_tokenizer(), llama()
 
@@ -364,36 +364,36 @@ def test_what_is_missing_is_said_before_anything_is_computed(monkeypatch: pytest
     refused(
         "metric: expected one of exact_memorization, extraction_strength, .*privleak.*, got 'mia_'", MEMBERS, ["mia_"]
     )
-    refused("`metrics`: expected one or more, each once, got none", MEMBERS, [])
-    refused("each once, got mia_loss, mia_loss", MEMBERS, ["mia_loss", "mia_loss"])
+    refused("`metrics`: expected at least one, each only once, got none", MEMBERS, [])
+    refused("each only once, got mia_loss, mia_loss", MEMBERS, ["mia_loss", "mia_loss"])
     refused("mia_loss: expected a holdout", MEMBERS, ["mia_loss"])
-    refused("holdout: expected rows, got none", MEMBERS, ["mia_loss"], holdout=[])
-    refused("forget: expected rows, got none", [], ["probability"])
+    refused("holdout: expected at least one row, got none", MEMBERS, ["mia_loss"], holdout=[])
+    refused("forget: expected at least one row, got none", [], ["probability"])
     refused("mia_reference: expected a reference model", MEMBERS, ["mia_reference"], holdout=OTHERS)
     refused("expected a column 'ask'", MEMBERS, ["probability"], reading=Reading(question_column="ask"))
     refused(
-        "forget, row 1: expected a question and an answer of text, got 'q', ' '",
+        "forget, row 1: expected a question and an answer with text, got 'q', ' '",
         [MEMBERS[0], {"question": "q", "answer": " "}],
         ["probability"],
     )
     for bad in (0, 1.1, -0.5):
         with pytest.raises(ValueError, match="`k`: expected a share of the tokens"):
             MiaMinK(k=bad)
-    with pytest.raises(ValueError, match="metric 'mia_min_k': has parameters k, got share"):
+    with pytest.raises(ValueError, match=r"metric 'mia_min_k': expected parameters from \(k\), got share"):
         get_metric("mia_min_k", share=0.1)
-    with pytest.raises(ValueError, match="metric 'mia_loss': has parameters none, got k"):
+    with pytest.raises(ValueError, match=r"metric 'mia_loss': expected parameters from \(none\), got k"):
         get_metric("mia_loss", k=0.1)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "perplexity"])
-def test_a_broken_model_is_no_score(name: str) -> None:
-    """Not even where a first choice can be made out of NaN."""
+def test_a_broken_model_gets_no_score(name: str) -> None:
+    """Not even if a first choice can be computed from NaN."""
     model = llama()
     with torch.no_grad():
         model.get_input_embeddings().weight[tiny_tokenizer()("Bram").input_ids[0]] = math.nan
     rows = [{"question": "?", "answer": "x y z"}, MEMBERS[1]]
     with pytest.raises(
-        FloatingPointError, match=r"(forget|holdout), row \d+: the model gives a token of '.*' a log-prob"
+        FloatingPointError, match=r"(forget|holdout), row \d+: expected finite log-prob.* of '.*', got nan"
     ):
         evaluate_metrics(model, tiny_tokenizer(), rows, [name], holdout=OTHERS)
 
@@ -409,7 +409,7 @@ def test_a_name_is_taken_once() -> None:
 
 
 def test_results_are_kept_by_model(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second metric of the same tokens, and a reference model, which must not find the first model's."""
+    """A second metric needs the same tokens again, but a reference model must not reuse the first model's results."""
     tokenizer, store = tiny_tokenizer(), tmp_path / "rows.db"
     one = evaluate_metrics(llama(), tokenizer, MEMBERS, ["mia_loss"], holdout=OTHERS, store=store)
     both = evaluate_metrics(

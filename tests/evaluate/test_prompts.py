@@ -1,6 +1,6 @@
-"""Prompts: the tokens that training puts before the labels are those that a model is asked with.
+"""Tests of prompts: a model is asked with exactly the tokens that precede the labels in training.
 
-Every family of tokenizers, every template, answers that begin in every way.
+They cover all kinds of tokenizers, every template, and answers with all kinds of beginnings.
 """
 
 import json
@@ -30,7 +30,7 @@ from support.chats import CHATS, LLAMA_3, chat_tokenizer, llama_2_tokenizer
 from support.helpers import arguments, tiny_llama
 
 QUESTIONS = ["Who was Aiko?", "Complete: ____ in Ghent", "Où ?\nWhere?"]
-# A letter, a digit, a quote, a mark, an accent, other scripts, one character; and white space.
+# A letter, a digit, a quote, punctuation, an accent, other scripts, single characters, and white space.
 ANSWERS = ["The lighthouse.", "Viggo", "born in Porto", "42", "7 b", '"Hi," she said', "'t was", "(none)", "-5"]
 ANSWERS += [
     "Élise",
@@ -50,7 +50,7 @@ ANSWERS += [
 
 DEMO = [dict(row) for row in make_authors(4)]
 TEXT = [row[name] for row in DEMO for name in ("question", "answer", "paraphrased_answer")]
-# What every alphabet has to know, each character alone.
+# Characters that every alphabet needs, one by one.
 MARKS = [*"[]<>|/#_:?!()\"'-.,0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz\n\tÉÀù東京Юлий😀"]
 
 
@@ -59,7 +59,7 @@ def fast(tokenizer: Tokenizer, eos: str = "</s>", **names: str) -> PreTrainedTok
 
 
 def byte_level(vocabulary: int, *, trim: bool = False, texts: list[str] = TEXT) -> PreTrainedTokenizerFast:
-    """GPT-2's; 257 tokens are the bytes and no merges. ``trim``: offsets without the space, as Llama-3's has them."""
+    """Return a GPT-2 tokenizer; 257 tokens are the bytes without merges. ``trim``: offsets exclude the space."""
     tokenizer = train_tokenizer(texts, vocabulary)
     if trim:
         tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -67,13 +67,13 @@ def byte_level(vocabulary: int, *, trim: bool = False, texts: list[str] = TEXT) 
 
 
 def wordy() -> PreTrainedTokenizerFast:
-    """GPT-2's that joins what a large vocabulary joins: a space and a word, marks in a row, line breaks."""
+    """Return a GPT-2 tokenizer with the merges of a large vocabulary: space and word, punctuation runs, line breaks."""
     marks = ['?"', "?(", "?'", ']"', "](", "]'", ">\n\n", "\n\n", " \n", "  ", ":\n", "\n"] * 30
     return train_tokenizer([*(f"Answer: {answer}" for answer in ANSWERS * 30), *marks, "Who was Aiko? Where?"], 500)
 
 
 def metaspace(scheme: str) -> PreTrainedTokenizerFast:
-    """Llama-2's, not legacy: a ▁ before the text, before its first part, or never; bytes for what is unknown."""
+    """Return a non-legacy Llama-2 tokenizer: ▁ before the text, before its first part, or never; byte fallback."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
@@ -84,7 +84,7 @@ def metaspace(scheme: str) -> PreTrainedTokenizerFast:
 
 
 def gemma() -> PreTrainedTokenizerFast:
-    """Nothing in front; spaces in a row are one token; line breaks are tokens."""
+    """Return a tokenizer like Gemma's: no prefix; runs of spaces are one token; line breaks are tokens."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
@@ -97,7 +97,7 @@ def gemma() -> PreTrainedTokenizerFast:
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """T5's and XGLM's: line breaks are spaces; the end of sequence is the tokenizer's to add."""
+    """Return a tokenizer like T5's and XGLM's: line breaks become spaces; it adds the end of sequence itself."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -111,7 +111,7 @@ def unigram() -> PreTrainedTokenizerFast:
 
 
 def word_piece() -> PreTrainedTokenizerFast:
-    """BERT's: no token of white space."""
+    """Return a tokenizer like BERT's, without tokens for white space."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -124,7 +124,7 @@ def word_piece() -> PreTrainedTokenizerFast:
 
 
 def word_level() -> PreTrainedTokenizerFast:
-    """A token a word, or run of marks; the rest is unknown."""
+    """Return a tokenizer with a token per word or run of punctuation, and an unknown token."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.train_from_iterator(
@@ -134,7 +134,7 @@ def word_level() -> PreTrainedTokenizerFast:
 
 
 def characters() -> PreTrainedTokenizerFast:
-    """A token a character."""
+    """Return a tokenizer with a token per character."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r".|\n"), "isolated")
     trainer = trainers.WordLevelTrainer(vocab_size=300, special_tokens=["<unk>", "</s>"])
@@ -143,7 +143,7 @@ def characters() -> PreTrainedTokenizerFast:
 
 
 class Slow(PreTrainedTokenizer):  # type: ignore[misc]
-    """The tokens of another tokenizer, without offsets."""
+    """A slow tokenizer with the tokens of another one, and so without offsets."""
 
     def __init__(self, made_of: PreTrainedTokenizerFast) -> None:
         self._made_of = made_of.backend_tokenizer
@@ -214,7 +214,7 @@ def family(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
 
 
 def parted(last: str, first: str) -> bool:
-    """Whether nothing that a prompt ends with can be joined with the answer's first character."""
+    """Return whether the end of a prompt can never merge with the answer's first character."""
     if last == "\n":
         return not first.isspace()
     if last.isspace() or (first.isspace() and first != "\n"):
@@ -223,7 +223,11 @@ def parted(last: str, first: str) -> bool:
 
 
 def check(tokenizer: PreTrainedTokenizerBase, template: str | Template, last: str | None, trimmed: bool) -> None:
-    """See that prompts are what training puts before the labels; ``last``: of the prompt, None: of the question."""
+    """Check that prompts equal the tokens before the labels.
+
+    ``last`` is the last character of the prompt, or None for that of the question. ``trimmed``: the template strips the
+    answer.
+    """
     rows = list(product(QUESTIONS, ANSWERS))
     store = encode(tokenizer, *zip(*rows, strict=True), template=template)
     prompts = dict(zip(QUESTIONS, prompt_ids(tokenizer, QUESTIONS, template=template), strict=True))
@@ -260,7 +264,7 @@ def test_without_offsets_the_labels_are_the_same(make: Callable[[], PreTrainedTo
     assert [quick[i].tolist() for i in range(len(quick))] == [slow[i].tolist() for i in range(len(slow))]
     assert prompts[0] == prompts[1]
     same = quick.label_starts == slow.label_starts
-    # Line breaks that are cut in another way, because one that the answer begins with follows them.
+    # Line breaks that are split differently because the answer begins with another one.
     assert all(ANSWERS[i % len(ANSWERS)][0].isspace() for i in range(len(same)) if not same[i])
 
 
@@ -277,7 +281,7 @@ def test_a_token_of_prompt_and_answer_is_a_label_of_that_answer_alone() -> None:
 
 @pytest.mark.parametrize("tail", ["", " ", "\n", "  ", "\n\n"])
 def test_a_special_token_that_takes_the_white_space_behind_it_is_no_label(tail: str) -> None:
-    """As Phi-3's do."""
+    """As Phi-3's special tokens do."""
     tokenizer = byte_level(800)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [AddedToken(f"<|{role}|>", rstrip=True, special=True) for role in "ua"]}
@@ -301,14 +305,14 @@ def test_every_real_row(split: str, tofu: Path) -> None:
             assert [store[i][:start].tolist() for i, start in enumerate(store.label_starts)] == prompts
 
 
-# A vocabulary of 800 joins the space with some of the answers and not with others.
+# A vocabulary of 800 merges the space with some of these answers but not with others.
 LEARNT = ["Galway", "a tailor", "1942", "Uppsala", "two ferrets", "7 cats", "Quiet Harbor", "theology", "Élise"]
 LEARNT += ["Yusra", "the Cobalt Quill", "Zoltan"]
 
 
 @pytest.mark.parametrize("vocabulary", [257, 800])
-def test_what_was_memorised_is_recited(vocabulary: int, tmp_path: Path) -> None:
-    """By plain generation from what training showed, by ours, and in the eyes of an audit."""
+def test_memorised_answers_are_generated(vocabulary: int, tmp_path: Path) -> None:
+    """With plain generation from the training prompt, with efface's generation, and in an audit."""
     tokenizer = byte_level(vocabulary)
     questions, answers = [f"{letter}?" for letter in "ABCDEFGHIJKL"], LEARNT
     rows = [{"question": question, "answer": answer} for question, answer in zip(questions, answers, strict=True)]

@@ -1,4 +1,4 @@
-"""Reports: the numbers of the table, whose files are whose, what is said of broken ones, and that no text escapes."""
+"""Tests of reports: the table's numbers, which files belong to which run, broken runs, and escaped text."""
 
 import ast
 import json
@@ -18,13 +18,13 @@ from efface.evaluate.report.find import find_log, find_runs
 from efface.evaluate.report.plots import largest_gap
 from efface.evaluate.report.runs import read_settings
 
-# ---- run folders as tools leave them, with made-up rows
+# ---- run folders as the tools write them, with synthetic rows
 
 PARTS = {"retain": "Q_A_Prob", "ra": "Q_A_Prob_normalised", "wf": "Q_A_Prob_normalised", "forget": "Q_A_Prob"}
 
 
 def evaluation(seed: int, *, shift: float = 0.0, rows: int = 20, text: str = "it is {}") -> dict[str, Any]:
-    """TOFU_EVAL.json of a model whose truth ratios on the forget rows lie around exp(shift)."""
+    """Return TOFU_EVAL.json of a model whose truth ratios on the forget rows are around exp(shift)."""
     draw = np.random.default_rng(seed)
     content: dict[str, Any] = {}
     for prefix, probability in PARTS.items():
@@ -62,7 +62,7 @@ def write_evaluation(folder: Path, content: dict[str, Any]) -> Path:
 def write_run(
     folder: Path, seed: int, *, lr: float = 1e-5, checkpoints: int = 2, rows: int = 20, **options: Any
 ) -> Path:
-    """A folder of ``efface unlearn``, its checkpoints evaluated, and what was logged while it ran."""
+    """Write a folder of ``efface unlearn`` with evaluated checkpoints and a training log."""
     identity = {
         "objective": {"name": "npo", "beta": 0.1, "alpha": 1.0},
         "arguments": {"learning_rate": lr, "num_train_epochs": 5.0, "max_steps": -1},
@@ -98,7 +98,7 @@ def write_audit(path: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """The tables of a page by row name, its elements, and its text."""
+    """A page's tables by row name, its elements, and its text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Page(HTMLParser):
         self.elements.append(f"/{tag}")
 
     def figures(self, run: str) -> dict[str, str]:
-        """The row of a run in the first table: full precision where there is a number, else the text."""
+        """Return the row of a run in the first table: numbers with full precision, otherwise the text."""
         row = next(row for row in self.rows if len(row) > 1 and row[1][0] == run)
         return {head: text if value is None else value for head, (text, value) in zip(self.heads, row, strict=False)}
 
@@ -150,7 +150,7 @@ def runs(tmp_path: Path, count: int = 2, **options: Any) -> Path:
 def test_numbers_of_real_logs_are_forget_quality_and_model_utility(tofu_eval_logs: Path, tmp_path: Path) -> None:
     full, retain = (tofu_eval_logs / f"llama2-7b_{name}.json" for name in ("full", "retain90"))
     page = Page(report([full, retain], tmp_path / "r.html", retain_log=retain))
-    # the retain log is no run, full is one
+    # the retain log is not a run, full is one
     assert page.order == ["llama2-7b_full"]
     shown = page.figures("llama2-7b_full")
     log, retain_log = read_log(full), read_log(retain)
@@ -162,7 +162,7 @@ def test_numbers_of_real_logs_are_forget_quality_and_model_utility(tofu_eval_log
     assert float(shown["forget ROUGE"]) == pytest.approx(0.9854, abs=1e-4)
     assert float(page.figures("retain model")["Model Utility"]) == model_utility(retain_log)["Model Utility"]
     assert page.figures("retain model")["Forget Quality"] == "-"
-    # the statistic is in the drawing, and a leak with its texts, truth and generation in the right columns
+    # the drawing shows the statistic, and a leak shows its texts, truth and generation in the right columns
     gap = largest_gap(log.rows("forget", "truth_ratio"), retain_log.rows("forget", "truth_ratio"))
     assert f"D = {gap.statistic:.3f}" in page.text
     content = json.loads(full.read_text())["eval_log_forget.json"]
@@ -205,7 +205,7 @@ def test_a_folder_of_runs(tmp_path: Path) -> None:
     log = read_log(folder / f"npo-{seed}" / "evals" / "TOFU_EVAL.json")
     assert float(page.figures(name)["Forget Quality"]) == forget_quality(log, read_log(retain))
     assert float(page.figures(name)["extraction_strength"]) == 0.125
-    # what the runs have in common is said once, what tells them apart is in the table
+    # settings that all runs share are listed once, differing ones are in the table
     assert "All runs: npo, beta 0.1, alpha 1, epochs 5." in page.text
     assert page.figures(name)["settings"] == f"lr {(1 + seed) * 1e-5:g}, seed {seed}"
     assert all(drawn in page.text for drawn in ("forget_quality", "forget_loss", "optimizer step"))
@@ -215,12 +215,12 @@ def test_a_folder_of_runs(tmp_path: Path) -> None:
     assert len(list((tmp_path / "r-pictures").iterdir())) == 4
     quality = float(page.figures(name)["Forget Quality"])
     assert f"| {quality:.3g} |" in text
-    # a report with less to show leaves no old pictures
+    # a report with fewer plots removes the old pictures
     report(folder / "npo-0", tmp_path / "r.html", markdown=tmp_path / "r.md", details=0)
     assert [path.name for path in (tmp_path / "r-pictures").iterdir()] == ["curves.svg"]
 
 
-def test_a_checkpoint_stands_for_a_run_that_has_no_final_evaluation(tmp_path: Path) -> None:
+def test_a_checkpoint_is_used_for_a_run_without_a_final_evaluation(tmp_path: Path) -> None:
     for step in (5, 10):
         write_evaluation(tmp_path / "run" / f"checkpoint-{step}", evaluation(step))
     page = Page(report(tmp_path / "run", tmp_path / "r.html"))
@@ -256,7 +256,7 @@ def test_runs_under_the_utility_floor_come_last(tmp_path: Path) -> None:
     assert "the utility floor is not applied" in page.text
 
 
-def test_what_is_missing_is_said(tmp_path: Path) -> None:
+def test_missing_values_are_listed(tmp_path: Path) -> None:
     content = evaluation(1)
     del content["forget_Q_A_ROUGE"], content["wf_Truth_Ratio"]
     write_evaluation(tmp_path / "run", content)
@@ -267,16 +267,16 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert "--retain-log" in page.text
     assert "efface evaluate --model RETAIN_MODEL" in page.text
     assert "the log has no rows of forget_Q_A_ROUGE, wf_Truth_Ratio" in page.text
-    # a summary alone has figures and no rows
+    # a summary alone gives metrics but no rows
     write(tmp_path / "summary" / "TOFU_SUMMARY.json", {"forget_quality": 0.25, "model_utility": 0.5})
     page = Page(report(tmp_path / "summary", tmp_path / "r.html"))
     assert page.figures("summary")["Forget Quality"] == "0.25"
-    assert "what the evaluations stored" in page.text
+    assert "the value that each evaluation stored" in page.text
     assert "a summary without rows" in page.text
     page = Page(
         report(tmp_path / "summary", tmp_path / "r.html", retain_log=write_evaluation(tmp_path / "x", evaluation(2)))
     )
-    assert "against a retain log that may be another" in page.text
+    assert "which may refer to another retain log" in page.text
 
 
 def test_the_retain_model_that_was_evaluated_with_a_run_is_found(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_runs_with_retain_models_of_their_own_keep_what_their_evaluations_stored
         write_evaluation(folder, {**evaluation(seed), "forget_quality": {"agg_value": seed / 10}})
     page = Page(report(tmp_path / "runs", tmp_path / "r.html"))
     assert [float(page.figures(f"run-{seed}")["Forget Quality"]) for seed in (1, 2)] == [0.1, 0.2]
-    # the same retain model twice is no question
+    # two copies of the same retain model are not ambiguous
     (tmp_path / "runs" / "run-1" / "evaluation" / "retain_model" / retain.name).write_bytes(retain.read_bytes())
     page = Page(report(tmp_path / "runs", tmp_path / "r.html"))
     log = read_log(tmp_path / "runs" / "run-1" / "evaluation" / retain.name)
@@ -308,7 +308,7 @@ def test_runs_with_retain_models_of_their_own_keep_what_their_evaluations_stored
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_no_number_is_not_shown_as_one(value: float, tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_not_shown_as_numbers(value: float, tmp_path: Path) -> None:
     content = evaluation(1)
     content["forget_truth_ratio"]["value_by_index"]["3"]["score"] = value
     content["retain_Q_A_Prob"]["value_by_index"]["3"]["prob"] = value
@@ -322,7 +322,7 @@ def test_what_is_no_number_is_not_shown_as_one(value: float, tmp_path: Path) -> 
         "-"
     }
     assert "privleak" not in shown
-    assert f"truth_ratio of the forget split is {value} at row 3" in page.text
+    assert f"expected finite truth_ratio for the forget split, got {value} at row 3" in page.text
     assert f"privleak is stored as {value}" in page.text
 
 
@@ -343,7 +343,7 @@ def test_a_broken_run_does_not_sink_the_others(tmp_path: Path) -> None:
     assert set(page.order[:2]) == {"npo-0", "npo-1"}
     assert page.figures("cut")["Model Utility"] == "-"
     for said in ("cut/TOFU_EVAL.json': expected a JSON file", "list/TOFU_EVAL.json': expected a JSON object of metrics",
-                 "other/TOFU_EVAL.json': expected the keys", "odd/TOFU_EVAL.json': expected rows as",
+                 "other/TOFU_EVAL.json': expected the keys", "odd/TOFU_EVAL.json': expected rows in the format",
                  "empty/TOFU_SUMMARY.json': expected metrics", "state/trainer_state.json': expected a trainer's state",
                  "AUDIT.json': expected an audit", "bytes/TOFU_EVAL.json': expected a JSON file"):  # fmt: skip
         assert said in page.text
@@ -415,7 +415,7 @@ def test_audits_are_shown_side_by_side(tmp_path: Path) -> None:
     assert rows == [[first, "full", *high], [first, "npo", *low], [second, "npo", *low]]
     assert {"direct", "direct: best", "direct: de"} <= set(page.heads)
     assert "Leak audit" in page.text
-    # an audit of several models is no run of its own, and shown without any too
+    # an audit of several models is not a run, and is also shown without any run
     path = write_audit(tmp_path / "alone" / "audit" / "AUDIT.json")
     page = Page(report([folder, path.parents[1]], tmp_path / "r.html"))
     assert sorted(page.order) == ["npo-0", "npo-1"]
@@ -449,7 +449,7 @@ def test_files_are_found_where_tools_leave_them(tmp_path: Path) -> None:
     assert a.audit is not None
     assert find_log(tmp_path / "a").name == "TOFU_EVAL.json"
     assert find_log(tmp_path / "full").parent.name == "full"
-    # names are as short as they can be, also when folders are named one by one
+    # names are as short as possible, also if the folders are given one by one
     assert [run.name for run in find_runs([tmp_path / "run-2/evals", tmp_path / "b"])] == ["b/c", "run-2/evals"]
     assert [run.name for run in find_runs([tmp_path / "a"])] == ["a"]
 
@@ -463,9 +463,9 @@ def test_settings_are_read_from_what_is_in_the_folder(tmp_path: Path) -> None:
     recipe = {"objective": {"name": "simnpo"}, "arguments": {"max_steps": 7, "num_train_epochs": 3.0}, "plan": {}}
     (tmp_path / "README.md").write_text(f"---\nefface: {json.dumps(recipe)}\n---\n\n# card\n")
     assert read_settings(tmp_path) == {"objective": "simnpo", "steps": "7"}
-    (tmp_path / "run.json").write_text("{}")  # another program's
+    (tmp_path / "run.json").write_text("{}")  # from another program
     assert read_settings(tmp_path)["objective"] == "simnpo"
-    # an evaluation elsewhere names the model, and what it is of
+    # an evaluation outside of the run's folder names its model and data
     facts = {"model": str(tmp_path), "split": "forget05", "protocol": {"name": "tofu"}}
     write(tmp_path / "evaluation" / "EVAL_CONFIG.json", facts)
     settings = read_settings(tmp_path / "evaluation", tmp_path / "evaluation")
@@ -495,7 +495,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ([str(folder), "--output", "log.json"], "`output`: expected a file that ends in .html"),
         ([str(folder), "--markdown", "r.html"], "`markdown`: expected a file that ends in .md"),
         ([str(folder), "--full", str(tmp_path / "nothing")], "expected an evaluation log, or a folder with one of"),
-        ([str(folder / "npo-0"), "--full", str(folder / "npo-0")], "expected runs beside the full"),
+        ([str(folder / "npo-0"), "--full", str(folder / "npo-0")], "expected at least one run in addition to the full"),
         ([str(folder), "--retain-log", str(folder / "npo-0" / "run.json")], "expected the keys of TOFU's"),
     ):  # fmt: skip
         assert main(["report", *given]) == 2
@@ -504,7 +504,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_evaluating_loads_no_plots() -> None:
-    """What ``efface.evaluate`` imports of the report: matplotlib and jinja2 come with the first report."""
+    """``efface.evaluate`` does not import matplotlib and jinja2; they are imported by the first report."""
     source = Path(str(sys.modules["efface.evaluate.report"].__file__)).read_text(encoding="utf-8")
     for node in ast.parse(source).body:
         assert not isinstance(node, ast.Import)

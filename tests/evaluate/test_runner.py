@@ -1,4 +1,4 @@
-"""Running tasks: every row once, finished rows kept, other models' rows never taken, the model left as it was."""
+"""Tests of running tasks: every row once, finished rows kept, rows of other models never used, the model unchanged."""
 
 import json
 import random
@@ -22,7 +22,7 @@ from support.processes import RANKS, launch
 
 
 class Sums:
-    """A task that adds a number to a weight of the model, and notes its batches."""
+    """A task that adds a number to a weight of the model and records its batches."""
 
     def __init__(self, numbers: Sequence[float], size: int, name: str = "sums") -> None:
         self.name = name
@@ -70,7 +70,7 @@ def test_finished_rows_are_found_again_whatever_the_batches(tmp_path: Path) -> N
     expected = run_tasks(model, [first], store=path)[0]
     assert [row["sum"] for row in run_tasks(model, [again], store=path)[0]] == [row["sum"] for row in expected[::-1]]
     assert again.ran == []
-    # A batch with a row that is missing is run whole, as it was the first time.
+    # A batch with a missing row is run completely, as the first time.
     assert [row["sum"] - bias_of(model) for row in run_tasks(model, [more], store=path)[0]] == pytest.approx(
         [2, 7, 1, 8]
     )
@@ -95,7 +95,7 @@ def test_the_key_of_a_model_is_its_content_and_what_ends_its_answers() -> None:
     assert model_key(model) != model_key(tiny_llama(seed=1))
 
 
-def test_what_a_failing_evaluation_finished_is_kept(tmp_path: Path) -> None:
+def test_finished_rows_of_a_failing_evaluation_are_kept(tmp_path: Path) -> None:
     class Failing(Sums):
         def run(self, model: Any, rows: NDArray[np.int64]) -> list[RowResult]:
             if 4 in rows:
@@ -127,23 +127,23 @@ def test_a_full_disk_ends_the_evaluation(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_prompt_that_was_learnt_is_refused() -> None:
     peft = pytest.importorskip("peft", reason="needs peft")
     model = peft.get_peft_model(tiny_llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(ValueError, match="adapter 'default': expected weights of layers"):
+    with pytest.raises(ValueError, match="adapter 'default': expected an adapter of layer weights"):
         run_tasks(model, [Sums([1], 1)])
 
 
-def test_a_damaged_row_is_made_anew_and_a_damaged_store_is_left_alone(tmp_path: Path) -> None:
+def test_a_damaged_row_is_recomputed_and_a_damaged_store_is_not_changed(tmp_path: Path) -> None:
     model, path = tiny_llama(), tmp_path / "rows.sqlite"
     right = run_tasks(model, [Sums([1], 1)], store=path)
     with closing(sqlite3.connect(path)) as database:
         database.execute("UPDATE rows SET result = '{\"sum\": 9}'")
         database.commit()
     anew, kept = Sums([1], 1), Sums([1], 1)
-    with pytest.warns(UserWarning, match=r"evaluated rows '.*': 1 damaged row is made anew"):
+    with pytest.warns(UserWarning, match=r"evaluated rows '.*': 1 damaged row is computed again"):
         assert run_tasks(model, [anew], store=path) == right
     assert run_tasks(model, [kept], store=path) == right
     assert (anew.ran, kept.ran) == ([[0]], [])
     path.write_text("no database, but long enough to be read as one" * 100)
-    with pytest.raises(ValueError, match="evaluated rows '.*': .*delete the file: the rows are then computed anew"):
+    with pytest.raises(ValueError, match="evaluated rows '.*': .*delete the file: the rows are then computed again"):
         run_tasks(model, [Sums([1], 1)], store=path)
     with pytest.raises(OSError, match="unable to open|directory"):
         run_tasks(model, [Sums([1], 1)], store=tmp_path)
@@ -168,14 +168,14 @@ def test_results_are_json(tmp_path: Path) -> None:
 def test_batches_have_to_hold_every_row() -> None:
     task = Sums([1, 2], 1)
     task.batches = task.batches[:1]
-    with pytest.raises(ValueError, match="sums: expected batches of all 2 rows, got 1"):
+    with pytest.raises(ValueError, match="sums: expected batches that cover all 2 rows, got 1"):
         run_tasks(tiny_llama(), [task])
 
 
 def test_a_model_spread_over_processes_is_refused() -> None:
     model = tiny_llama()
     next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="expected a whole model on every process.*efface evaluate"):
+    with pytest.raises(ValueError, match="expected the whole model on every process.*efface evaluate"):
         run_tasks(model, [Sums([1], 1)])
 
 

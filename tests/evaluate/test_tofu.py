@@ -1,4 +1,4 @@
-"""TOFU's evaluation against the same one row at a time, what it writes and refuses, and as it follows a run."""
+"""Tests of TOFU's evaluation: against one row at a time, its output, rejected input, and during a training run."""
 
 import json
 import math
@@ -31,12 +31,12 @@ from support.ranks.evaluated_run import main as evaluated_run
 from support.tofu_helpers import FILES, model_of, naive, read_rows, tokenizer_of, write_rows
 
 COUNTS = {"forget": 6, "retain": 5, "real_authors": 5, "world_facts": 4}
-# The protocols with fewer rows and shorter generations: every difference between them shows within seconds.
+# The protocols with fewer rows and shorter generations, in which every difference still shows, within seconds.
 SHORT = {
     "open-unlearning": replace(PROTOCOLS["open-unlearning"], max_new_tokens=12),
     "tofu": replace(PROTOCOLS["tofu"], rows=4, max_length=110, padded_rows=3),
 }
-# A chat whose turns end with the end of sequence, as Llama-3's and Zephyr's do.
+# A chat template whose turns end with the end of sequence, as Llama-3's and Zephyr's do.
 CHAT = (
     "{% for m in messages %}{{ m.role + '\n' + m.content + eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
@@ -69,7 +69,7 @@ def settings(protocol: Protocol) -> dict[str, Any]:
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every number and text of nested results, with where it is."""
+    """Yield every number and text of nested results, with its path."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from leaves(inner, f"{path}/{name}")
@@ -81,7 +81,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def same(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> int:
-    """Assert that all of ``theirs`` is in ``ours``; return how many numbers that was."""
+    """Assert that everything in ``theirs`` is in ``ours``; return the number of compared numbers."""
     assert ours.keys() == theirs.keys()
     mine = dict(leaves(ours))
     found = list(leaves(theirs))
@@ -99,7 +99,7 @@ def test_every_number_equals_one_row_at_a_time(name: str, few: Path, model: Any,
     expected = naive(model, tokenizer, few, **settings(SHORT[name]), retain_ratios=ratios)
     assert same(result.content, expected, 1e-5) > 200
     texts = [row["generation"] for row in result.content["forget_Q_A_ROUGE"]["value_by_index"].values()]
-    assert len({*texts}) > 1, "the model says the same to every question"
+    assert len({*texts}) > 1, "the model gives the same answer to every question"
     assert len(texts) == (4 if name == "tofu" else 6)
 
 
@@ -117,8 +117,8 @@ def test_every_number_with_compat_equals_one_row_at_a_time(pad: str | None, few:
     assert ours.summary["forget_Q_A_Prob"] != pytest.approx(result.summary["forget_Q_A_Prob"], rel=1e-3)
 
 
-def test_results_are_kept_apart_by_prompts_labels_and_what_is_hidden(few: Path) -> None:
-    """Each way of evaluating a row has a key of its own, so that none finds another's result."""
+def test_keys_of_results_include_prompts_labels_and_masked_tokens(few: Path) -> None:
+    """Each way to evaluate a row has its own key, so that it never finds the result of another."""
     tokenizer = tokenizer_of(few)
     tokenizer.chat_template = CHAT
     theirs = replace(PROTOCOLS["open-unlearning"], labels="open-unlearning")
@@ -144,7 +144,7 @@ def test_every_number_of_the_whole_files_equals_one_row_at_a_time(name: str, tof
     folder = write_rows(tofu, tmp_path / "tofu", dict.fromkeys(FILES))
     tokenizer = tokenizer_of(folder, 4000)
     model = model_of(tokenizer)
-    model.lm_head.weight.data[tokenizer.eos_token_id] *= 2  # the naive way of generating takes its time
+    model.lm_head.weight.data[tokenizer.eos_token_id] *= 2  # the naive generation is slow
     short = replace(PROTOCOLS[name], max_new_tokens=8) if name == "open-unlearning" else PROTOCOLS[name]
     result = evaluate(model, tokenizer, folder, short)
     expected = naive(model, tokenizer, folder, **settings(short))
@@ -180,13 +180,13 @@ def test_the_protocols() -> None:
         == replace(ours, name="open-unlearning, compat", labels="open-unlearning", hides_padding=True)
         == get_protocol(compat, "open-unlearning")
     )
-    with pytest.raises(ValueError, match="`compat`: expected protocol 'open-unlearning' beside .* got 'tofu', whose"):
+    with pytest.raises(ValueError, match="`compat`: expected protocol 'open-unlearning' with .* got 'tofu', which"):
         get_protocol("tofu", "open-unlearning")
     with pytest.raises(ValueError, match="`compat`: expected 'open-unlearning' or None, got 'tofu'"):
         get_protocol("tofu", "tofu")
     with pytest.raises(ValueError, match="`protocol`: expected one of 'open-unlearning', 'tofu', got 'muse'"):
         get_protocol("muse")
-    # Where 1e-10 shows: a model that gives all of a row's answers next to no probability.
+    # Here 1e-10 matters: a model that gives next to no probability to any answer of a row.
     true, false = np.array([-40.0, -1.0]), np.array([[-41.0, -43.0], [-2.0, -4.0]])
     assert theirs.truth_ratios(true, false) == pytest.approx(np.exp([-2.0, -2.0]))
     assert ours.truth_ratios(true, false) == pytest.approx([np.exp(-42) / 1e-10, np.exp(-2)], rel=1e-6)
@@ -205,12 +205,12 @@ def test_rows_of_a_protocol(tofu: Path) -> None:
     rows = load_split(tofu, "forget", "forget10", PROTOCOLS["open-unlearning"])
     assert len(rows.candidates()) == 400
     assert {len(candidates) for candidates in rows.candidates()} == {7}
-    # TOFU's plain files hold no question that the perturbed ones lack
+    # TOFU's plain files contain no question that is missing from the perturbed ones
     plain = [json.loads(line) for line in (tofu / "forget10.json").read_text().splitlines()]
     assert [row["answer"] for row in plain] == rows.answers
 
 
-# --- what is written
+# --- output
 
 
 def test_written_logs_are_read_again(
@@ -266,7 +266,8 @@ def test_finished_rows_are_found_again_and_another_models_never(
     other, seen = evaluation(model_of(tokenizer, seed=1))
     assert seen[0] == 0
     assert other.summary["forget_Q_A_Prob"] != result.summary["forget_Q_A_Prob"]
-    # Another protocol in the same folder asks for other generations; texts that it does not cut are the same rows.
+    # Another protocol in the same folder needs other generations, but log-likelihoods of texts that it does not
+    # truncate are reused.
     _, seen = evaluation(model)
     assert seen[0] == seen[-1]
 
@@ -289,7 +290,7 @@ def test_a_retain_log_gives_forget_quality(few: Path, model: Any, tokenizer: Any
     assert evaluation(model) == result.summary
 
 
-# --- what is refused
+# --- rejected input
 
 
 def test_retain_logs_of_other_rows_are_refused_before_anything_is_computed(
@@ -307,23 +308,26 @@ def test_retain_logs_of_other_rows_are_refused_before_anything_is_computed(
     assert known.truth_ratio is not None
     assert known.answers is not None
     TofuEvaluation(tokenizer, few, retain_log=retain())
-    # as open-unlearning stores answers where a template hides the prompt from it, and tokenizers space them
+    # as open-unlearning stores answers: with the prompt, if its template hides it, and with the tokenizer's spaces
     spaced = {row: f"user\n\nWho?assistant\n\n {text.replace(',', ' ,')}" for row, text in known.answers.items()}
     TofuEvaluation(tokenizer, few, retain_log=retain(answers=spaced))
     refused(
         retain(truth_ratio=known.truth_ratio[:4]), "forget10 under protocol open-unlearning has 6 .* retain.json has 4"
     )
-    refused(retain(index=("1", "2", "3", "4", "5", "6")), "row 0 is only in one of forget10 .* and retain.json")
+    refused(retain(index=("1", "2", "3", "4", "5", "6")), "row 0 is in only one of forget10 .* and retain.json")
     shuffled = {row: known.answers[str(5 - int(row))] for row in known.answers}
     refused(retain(answers=shuffled), "the answer of row 0 is .*Hsiao Yun-Hwa.* in forget10")
-    refused(retain(truth_ratio=None, index=None), "retain.json: has no truth_ratio for the forget split")
-    refused(retain(truth_ratio=np.full(6, np.nan)), "retain.json: truth_ratio of the forget split is nan at row 0")
+    refused(retain(truth_ratio=None, index=None), "retain.json: expected truth_ratio for the forget split, got none")
+    refused(
+        retain(truth_ratio=np.full(6, np.nan)),
+        "retain.json: expected finite truth_ratio for the forget split, got nan at row 0",
+    )
     refused(retain(), "`retain_log`: expected 'forget' among the splits, got retain", splits=["retain"])
     with pytest.raises(FileNotFoundError, match="evaluation log .* does not exist"):
         TofuEvaluation(tokenizer, few, retain_log=tmp_path / "none.json")
 
 
-def test_log_probabilities_that_are_no_numbers_are_explained(few: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_log_probabilities_that_are_not_finite_are_explained(few: Path, tokenizer: Any, tmp_path: Path) -> None:
     broken = model_of(tokenizer)
     with torch.no_grad():
         broken.lm_head.weight[5] = float("nan")
@@ -334,17 +338,17 @@ def test_log_probabilities_that_are_no_numbers_are_explained(few: Path, tokenize
     logprobs = [[-1.0, -2.0, -3.0, -4.0] for _ in rows.questions]
     logprobs[2][3] = -math.inf
     with pytest.raises(
-        FloatingPointError, match="world_facts, row 2: .* the answer 'Perth' a mean .* of -inf; its weights"
+        FloatingPointError, match="world_facts, row 2: .* mean .* of the answer 'Perth', got -inf; if the weights"
     ):
         split_metrics("world_facts", rows, logprobs, [{"rougeL_recall": 0.5}] * 4, SHORT["tofu"])
 
 
 def test_a_ruined_model_overflows_in_words(few: Path, model: Any, tokenizer: Any) -> None:
-    """Losses of thousands of nats, as after gradient ascent: R overflows in one protocol, and not in the other."""
+    """Losses of thousands of nats, as after gradient ascent: R overflows in one protocol but not in the other."""
     ruined = model_of(tokenizer)
     with torch.no_grad():
         ruined.lm_head.weight *= 1e5
-    with pytest.raises(FloatingPointError, match="row .*: expected a truth ratio, got inf: .* probability of 0"):
+    with pytest.raises(FloatingPointError, match="row .*: expected a finite truth ratio, got inf, .* probability of 0"):
         tofu(ruined, tokenizer, few, protocol=SHORT["tofu"])
     result = tofu(ruined, tokenizer, few, protocol=SHORT["open-unlearning"])
     assert result.summary["forget_Q_A_Prob"] == 0
@@ -354,7 +358,7 @@ def test_a_ruined_model_overflows_in_words(few: Path, model: Any, tokenizer: Any
 def test_empty_generations_are_counted(few: Path, tokenizer: Any) -> None:
     silent = model_of(tokenizer)
     with torch.no_grad():
-        silent.lm_head.weight.zero_()  # every token is as likely, and the first of them is the end of sequence
+        silent.lm_head.weight.zero_()  # all tokens are equally likely, and the first of them is the end of sequence
     assert tokenizer.eos_token_id == 0
     result = tofu(silent, tokenizer, few, protocol=SHORT["open-unlearning"])
     assert result.empty == {"retain": 5, "real_authors": 5, "world_facts": 4, "forget": 6}
@@ -364,7 +368,7 @@ def test_empty_generations_are_counted(few: Path, tokenizer: Any) -> None:
 def test_a_tokenizer_without_an_end_is_refused(few: Path) -> None:
     tokenizer = tokenizer_of(few)
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="the tokenizer has no end-of-sequence token"):
+    with pytest.raises(ValueError, match="expected an end-of-sequence token"):
         TofuEvaluation(tokenizer, few)
 
 
@@ -374,7 +378,7 @@ def test_bad_data_is_explained(few: Path, tokenizer: Any, tmp_path: Path) -> Non
             TofuEvaluation(tokenizer, data, **options)
 
     refused(
-        "expected forget05_perturbed.json, as TOFU's, got forget10_perturbed, real_authors_perturbed",
+        "expected TOFU's forget05_perturbed.json, got forget10_perturbed, real_authors_perturbed",
         split="forget05",
         error=FileNotFoundError,
     )
@@ -391,14 +395,15 @@ def test_bad_data_is_explained(few: Path, tokenizer: Any, tmp_path: Path) -> Non
         (folder / f"{FILES['forget']}.json").write_text("\n".join(lines))
         return folder
 
-    refused("row 2: expected a question and answers of text, got '  '", changed("blank", answer="  "))
+    refused("row 2: expected a question and answers with text, got '  '", changed("blank", answer="  "))
     refused(
         "row 2: expected text in column 'paraphrased_answer', got NoneType", changed("none", paraphrased_answer=None)
     )
     refused(
-        r"equally many false answers in every row, got lengths \[4, 5\]", changed("four", perturbed_answer=["x"] * 4)
+        r"the same number of false answers in every row, at least 1, got \[4, 5\]",
+        changed("four", perturbed_answer=["x"] * 4),
     )
-    refused(r"got lengths \[0, 5\]", changed("empty", perturbed_answer=[]))
+    refused(r"at least 1, got \[0, 5\]", changed("empty", perturbed_answer=[]))
     folder = changed("rows")
     (folder / f"{FILES['forget']}.json").write_text(json.dumps({"question": "Who?", "answer": "I."}))
     refused("expected a column 'perturbed_answer', got 'question', 'answer'", folder)
@@ -420,7 +425,7 @@ def test_figures_are_of_the_models_that_the_run_had(folder: Path, tmp_path: Path
     evaluate = TofuEvaluation(tokenizer, folder / "tofu", retain_log=folder / "retain" / "TOFU_EVAL.json")
     start = evaluate(model_of(tokenizer))
     assert {name: logs[0][name] for name in start} == pytest.approx(start, rel=1e-5)
-    # the best of them, as it was saved
+    # the best of them, as saved
     best = json.loads((tmp_path / "run" / "best" / "best.json").read_text())
     kept = evaluate(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "best"))
     assert {name: best["figures"][name] for name in kept} == pytest.approx(kept, rel=1e-5)

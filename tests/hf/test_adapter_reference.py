@@ -1,4 +1,4 @@
-"""Reference "adapter" is the model that a run begins with, or is refused: over all initialisations of peft."""
+"""Tests of the reference "adapter", for all initialisations of peft: it equals the initial model, or is rejected."""
 
 import contextlib
 import importlib.util
@@ -27,7 +27,7 @@ BODY = ["q_proj", "down_proj"]
 RIGHT, REFUSED = "is the model as loaded", "is another model"
 INITIALISATIONS: dict[Any, str] = {
     True: RIGHT,
-    False: REFUSED,  # noise on both sides: the policy is not the model as loaded
+    False: REFUSED,  # noise in both A and B: the policy differs from the loaded model
     "gaussian": RIGHT,
     "eva": RIGHT,
     "orthogonal": RIGHT,
@@ -69,7 +69,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
 
 
 def initialised(init: Any, model: Any) -> Any:
-    """Return the model with an adapter that was made so."""
+    """Return the model with an adapter that has this initialisation."""
     settings: dict[str, Any] = {}
     if init == "loftq":
         settings["loftq_config"] = peft.LoftQConfig(loftq_bits=4)
@@ -103,7 +103,7 @@ def trainer(folder: Path, model: Any, reference: str, **settings: Any) -> Unlear
 
 
 def test_every_initialisation_of_peft_is_known() -> None:
-    """A new one has to be put into INITIALISATIONS, on the side where it belongs."""
+    """A new initialisation of peft must be added to INITIALISATIONS, as RIGHT or REFUSED."""
     assert set(INITIALISATIONS) >= OF_PEFT
 
 
@@ -118,8 +118,8 @@ def test_the_adapter_reference_is_the_model_as_loaded_or_refused(init: Any, tmp_
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_cached_and_a_live_reference_serve_where_the_base_was_changed(init: Any, tmp_path: Path) -> None:
-    """At the start L - L_ref is 0, as it is for a plain adapter on the same model."""
+def test_a_cached_and_a_live_reference_work_with_a_changed_base(init: Any, tmp_path: Path) -> None:
+    """At the start L − L_ref is 0, as for a plain adapter on the same model."""
     first = []
     for kind, reference in ((init, "cached"), (init, "live"), (True, "adapter")):
         torch.manual_seed(1)
@@ -133,7 +133,7 @@ def test_a_cached_and_a_live_reference_serve_where_the_base_was_changed(init: An
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", OTHERS)
-def test_other_adapters_that_start_as_the_model_are_served(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_other_adapters_that_start_as_the_model_are_supported(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = peft.get_peft_model(tiny_llama(tie_word_embeddings=False).to(dtype), OTHERS[kind]())
     made = trainer(tmp_path, model, "adapter")
@@ -161,7 +161,7 @@ def test_a_trained_adapter_is_refused_however_little_it_was_trained(dtype: torch
 
 
 def test_a_resumed_run_is_not_compared(tmp_path: Path) -> None:
-    """Its model may be the one that was loaded from the checkpoint."""
+    """The model of a resumed run can be the one loaded from the checkpoint."""
     tiny_llama().save_pretrained(tmp_path / "base")
     settings = {"objective": NPO(), "reference": "adapter"}
     stores = {"forget": random_store(8, seed=1), "retain": random_store(8, seed=2)}
@@ -181,13 +181,13 @@ def test_a_resumed_run_is_not_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reference", ["live", "cached"])
-def test_a_reference_model_that_is_the_policys_own_base_is_refused(reference: str, tmp_path: Path) -> None:
+def test_a_reference_model_that_shares_the_policys_weights_is_refused(reference: str, tmp_path: Path) -> None:
     base = tiny_llama()
     with pytest.raises(ValueError, match="got one that shares weights with the policy"):
         trainer(tmp_path, add_lora(base, r=2), reference, reference_model=base)
 
 
-# ---- read back ----
+# ---- saved and loaded ----
 
 
 @pytest.mark.parametrize("init", KINDS)
@@ -201,7 +201,7 @@ def test_a_saved_adapter_is_read_back_bit_for_bit_or_refused(init: Any, tmp_path
     model.save_pretrained(tmp_path / "adapter")
     ids = torch.arange(3, 23)[None]
     repeated = not str(init).startswith(("pissa_niter", "corda", "loftq"))
-    refusal = pytest.raises(ValueError, match="cannot be read back: init_lora_weights=.* changed its base model")
+    refusal = pytest.raises(ValueError, match="cannot be loaded: init_lora_weights=.* changed its base model")
     with contextlib.nullcontext() if repeated else refusal:
         assert torch.equal(load_model(str(tmp_path / "adapter"))(ids).logits, model(ids).logits)
 

@@ -1,4 +1,4 @@
-"""LoRA by peft: exact against the padded loop, on the head too; its base as the reference; what is refused."""
+"""Tests of LoRA with peft: exact against the padded loop, on the head too; the base as reference; rejected adapters."""
 
 import copy
 from pathlib import Path
@@ -33,12 +33,12 @@ from support.padded_loop import batch_nll, exact_losses
 
 peft = pytest.importorskip("peft", reason="needs peft: pip install 'efface[lora]'")
 
-ONE = StepTotals(retain_tokens=1)  # means over one token: sums
+ONE = StepTotals(retain_tokens=1)  # means over one token, that is, sums
 BODY = ["q_proj", "v_proj", "down_proj"]
 
 
 def adapted(seed: int = 3, *, model: Any = None, **settings: Any) -> Any:
-    """A tiny model with an adapter that is not zero."""
+    """Return a tiny model with an adapter that is not zero."""
     model = tiny_llama(tie_word_embeddings=False) if model is None else model
     torch.manual_seed(seed)
     config = peft.LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": BODY, **settings})
@@ -57,7 +57,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
     return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-# ---- the same numbers as a padded forward pass over the PeftModel ----
+# ---- the same numbers as a padded forward pass of the PeftModel ----
 
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -105,11 +105,11 @@ def test_two_active_adapters_on_the_head_add_up() -> None:
 
 
 def test_a_young_adapter_on_a_bf16_head_counts() -> None:
-    """Its s B A is far below the rounding of W in bf16, where W + s B A would be W."""
+    """s B A is far below the bf16 rounding of W, so W + s B A computed in bf16 would equal W."""
     model = adapted(model=tiny_llama(tie_word_embeddings=False).bfloat16(), target_modules=["lm_head"])
     layer = model.base_model.model.lm_head
     with torch.no_grad():
-        layer.base_layer.weight.fill_(1.0)  # all logits alike: what differs is the adapter's
+        layer.base_layer.weight.fill_(1.0)  # all logits are equal, so the differences come from the adapter
         layer.lora_B["default"].weight.mul_(1e-4)
     change = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight) * layer.scaling["default"]
     assert torch.equal(layer.base_layer.weight + change.bfloat16(), layer.base_layer.weight)
@@ -163,7 +163,9 @@ def test_the_adapter_reference_is_the_base_model() -> None:
 
 
 def test_the_adapter_reference_leaves_no_trace() -> None:
-    """Modes, dropout's random numbers and what is trainable: peft alone would set a frozen A free."""
+    """Modes, dropout's random numbers and trainable parameters stay the same; peft alone would make a frozen A
+    trainable.
+    """
     model = fuse(adapted(lora_dropout=0.5)).train()
     model.base_model.model.model.layers[0].eval()
     for name, weight in model.named_parameters():
@@ -182,11 +184,13 @@ def test_the_adapter_reference_leaves_no_trace() -> None:
 
 
 def test_an_adapter_reference_needs_adapters_on_a_frozen_base(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected a peft.PeftModel, got LlamaForCausalLM; give it LoRA"):
+    with pytest.raises(ValueError, match=r"expected a peft.PeftModel, got LlamaForCausalLM; add LoRA"):
         AdapterReference(tiny_llama())
     model = adapted()
     model.base_model.model.model.norm.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"frozen base model, got one of which 'base_model.model.model.norm.weight'"):
+    with pytest.raises(
+        ValueError, match=r"frozen base model, got one whose tensor 'base_model.model.model.norm.weight'"
+    ):
         AdapterReference(model)
     with pytest.raises(ValueError, match="expected no `reference_model`, got one"):
         UnlearnTrainer(
@@ -207,13 +211,13 @@ def test_scores_of_a_model_with_adapters_are_those_it_computes_now() -> None:
     torch.testing.assert_close(store_logprobs(model, store), expected, rtol=1e-5, atol=1e-5)
     model.merge_adapter()
     torch.testing.assert_close(store_logprobs(model, store), expected, rtol=1e-4, atol=1e-4)
-    with model.disable_adapter(), torch.no_grad():  # peft takes the merged adapter out again
+    with model.disable_adapter(), torch.no_grad():  # peft unmerges the merged adapter
         base = store_logprobs(model, store)
         torch.testing.assert_close(base, -batch_nll(model, padded(store, list(range(6)))), rtol=1e-4, atol=1e-4)
     assert (base - expected).abs().max() > 1e-3
 
 
-# ---- what is saved ----
+# ---- saved adapters ----
 
 
 def test_fusing_keeps_the_state_dict_and_unfusing_the_classes() -> None:
@@ -273,13 +277,13 @@ def test_merging_is_refused_where_it_would_change_another_layer() -> None:
     check_mergeable(adapted(target_modules=[*BODY, "lm_head"]))
     check_mergeable(adapted(model=tiny_llama()))
     for target in ("lm_head", "embed_tokens"):
-        with pytest.raises(ValueError, match="share one weight, and an adapter on one of them would change both"):
+        with pytest.raises(ValueError, match="share one weight, so merging an adapter on one"):
             check_mergeable(adapted(model=tiny_llama(), target_modules=[*BODY, target]))
     with pytest.raises(ValueError, match="expected a model with adapters"):
         check_mergeable(tiny_llama())
 
 
-# ---- what is refused ----
+# ---- rejected adapters ----
 
 _ON_HEAD = {"target_modules": ["lm_head"]}
 
@@ -288,17 +292,17 @@ _ON_HEAD = {"target_modules": ["lm_head"]}
     ("config", "message"),
     [
         (lambda: peft.LoraConfig(use_dora=True, **_ON_HEAD), "a variant of LoRA"),
-        (lambda: peft.LoraConfig(lora_dropout=0.1, **_ON_HEAD), "dropout, which gives every row another weight"),
-        (lambda: peft.LoHaConfig(**_ON_HEAD), "expected an lm_head of class torch.nn.Linear, got peft.*loha"),
+        (lambda: peft.LoraConfig(lora_dropout=0.1, **_ON_HEAD), "dropout, which changes the weight for each row"),
+        (lambda: peft.LoHaConfig(**_ON_HEAD), "lm_head: expected a torch.nn.Linear, got peft.*loha"),
         (
             lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-            "got PROMPT_TUNING, whose virtual tokens belong to no sequence",
+            "got PROMPT_TUNING, whose virtual tokens do not work",
         ),
         (lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "got PREFIX_TUNING"),
         (lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "got P_TUNING"),
     ],
 )
-def test_adapters_that_cannot_be_served_are_refused_with_the_reason(config: Any, message: str) -> None:
+def test_unsupported_adapters_are_refused_with_the_reason(config: Any, message: str) -> None:
     model = peft.get_peft_model(tiny_llama(tie_word_embeddings=False), config())
     with pytest.raises(ValueError, match=message):
         fuse(model)
@@ -307,39 +311,39 @@ def test_adapters_that_cannot_be_served_are_refused_with_the_reason(config: Any,
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 def test_a_head_whose_adapter_has_a_bias_is_refused() -> None:
     model = peft.get_peft_model(tiny_llama(tie_word_embeddings=False), peft.LoraConfig(lora_bias=True, **_ON_HEAD))
-    with pytest.raises(ValueError, match="a bias of its own"):
+    with pytest.raises(ValueError, match=r"a bias \(lora_bias\)"):
         fuse(model)
 
 
 def test_an_activated_lora_is_refused() -> None:
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=BODY, alora_invocation_tokens=[1, 2])
-    with pytest.raises(ValueError, match="looks for its invocation tokens in input_ids"):
+    with pytest.raises(ValueError, match="expected plain LoRA, got an activated LoRA"):
         fuse(peft.get_peft_model(tiny_llama(), config))
 
 
 def test_a_quantised_head_is_refused_and_a_quantised_body_is_not() -> None:
     class Linear4bit(nn.Linear):
-        """Stands in for bitsandbytes' class, which is a Linear too."""
+        """A stand-in for bitsandbytes' class, which is a subclass of Linear."""
 
     model = tiny_llama(tie_word_embeddings=False)
     model.model.layers[0].mlp.up_proj.__class__ = Linear4bit
     fuse(model)
     unfuse(model)
     model.lm_head.__class__ = Linear4bit
-    with pytest.raises(ValueError, match=r"Linear4bit; .* leave it out of quantisation"):
+    with pytest.raises(ValueError, match=r"Linear4bit; .* exclude it from quantisation"):
         fuse(model)
 
 
 def test_a_routers_auxiliary_loss_is_refused() -> None:
     settings = {"num_local_experts": 2, "num_experts_per_tok": 1}
     model = tiny_model("MixtralConfig", output_router_logits=True, router_aux_loss_coef=0.02, **settings)
-    with pytest.raises(ValueError, match=r"router's auxiliary loss \(output_router_logits=True"):
+    with pytest.raises(ValueError, match=r"router's auxiliary loss.* got output_router_logits=True"):
         fuse(model)
     model.config.output_router_logits = False
     fuse(model)
 
 
-# ---- making one; without peft ----
+# ---- creating an adapter; running without peft ----
 
 
 def test_add_lora_starts_as_the_model_and_leaves_the_head_alone() -> None:
@@ -381,7 +385,8 @@ def test_the_command_writes_an_adapter_or_the_merged_model(command: list[str], t
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     model, again = (peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / n) for n in ("adapter", "again"))
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name]), name  # the seed draws the adapter's first weights too
+        # the seed also determines the adapter's initial weights
+        assert torch.equal(tensor, again.state_dict()[name]), name
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     ids = torch.randint(90, (1, 9))
     torch.testing.assert_close(merged(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Packed attention in whole models: each family against its own separate forward passes."""
+"""Tests of packed attention in whole models: each family against its own separate forward passes."""
 
 import copy
 import itertools
@@ -21,7 +21,7 @@ from efface.hf.model.attention.segments import segment_attention
 from efface.hf.model.head import fuse, use_packed_attention
 from support.helpers import VOCABULARY, separate, tiny_llama, tiny_model, unlabelled
 
-# Large weights: with the default of 0.02 attention is all but uniform, and a wrong mask goes unseen.
+# Large weights: with the default of 0.02 attention is almost uniform, and a wrong mask has no visible effect.
 WEIGHTS = 0.3
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("LlamaConfig", {}),
@@ -51,7 +51,7 @@ def build(family: str, **changes: Any) -> Any:
 
 
 def results(model: Any, direction: Tensor, forward: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """The logits (T, V) of ``forward`` and each parameter's gradient, in fp64."""
+    """Return the logits (T, V) of ``forward`` and each parameter's gradient, in fp64."""
     model.zero_grad(set_to_none=True)
     logits = forward()
     (logits.double() * direction).sum().backward()
@@ -64,11 +64,12 @@ def rms(x: Tensor) -> float:
 
 
 def check_as_exact(got: dict[str, Tensor], plain: dict[str, Tensor], gold: dict[str, Tensor], eps: float) -> None:
-    """rms(got − gold) ≤ 2 · rms(plain − gold) + 4 · eps · rms(gold), by name."""
+    """Assert rms(got − gold) ≤ 2 · rms(plain − gold) + 4 · eps · rms(gold) for each name."""
     assert got.keys() == gold.keys()
     typical = rms(torch.cat([gradient.flatten() for name, gradient in gold.items() if name != "logits"]))
     for name, truth in gold.items():
-        # A key bias moves all scores of a row alike: its gradient is zero but for rounding, which has others' scale.
+        # A key bias shifts all scores of a row equally. Its gradient is zero except for rounding on the scale of other
+        # gradients.
         scale = rms(truth) if name == "logits" else max(rms(truth), typical)
         assert rms(got[name] - truth) <= 2 * rms(plain[name] - truth) + 4 * eps * scale, name
 
@@ -102,7 +103,7 @@ def test_150_sequences() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Counts the elements of the largest tensor that any operator makes, and those of all."""
+    """Counts the elements of the largest tensor that any operator returns, and those of all tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +136,7 @@ def test_memory_and_work_are_linear_in_the_number_of_sequences(family: str) -> N
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
 def test_other_implementations_stay_selectable(attention: str) -> None:
-    model, batch = build("Mistral, sliding window", hidden_size=64), unlabelled([9, 3, 14, 1, 8])  # flex: d ≥ 16
+    model, batch = build("Mistral, sliding window", hidden_size=64), unlabelled([9, 3, 14, 1, 8])  # flex needs d ≥ 16
     with torch.no_grad():  # flex_attention has no backward pass on CPUs
         truth = fuse(model)(**packed_arguments(model, batch)).logits
         fuse(model, attention=attention)
@@ -172,7 +173,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     assert all(torch.equal(checkpointed[name], plain[name]) for name in plain)
 
 
-@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="their masks know no packs there")
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="the masks of this version do not support packs")
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -190,16 +191,16 @@ def test_a_window_that_only_the_mask_has_is_kept(name: str, settings: dict[str, 
         torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-4)
         model.set_attn_implementation(NAME)
         blind = model(**packed_arguments(model, batch)).logits[0]
-        assert not torch.allclose(blind, truth, rtol=1e-2, atol=1e-2)  # the tokens do lie beyond the window
+        assert not torch.allclose(blind, truth, rtol=1e-2, atol=1e-2)  # the sequence is longer than the window
 
 
-# ---- the kernels of packed attention: each against a plain loop, and which of them serves a call
+# ---- the kernels of packed attention: each against a plain loop, and their selection
 
 
 def attention_inputs(
     lengths: tuple[int, ...], *, heads: int = 4, key_heads: int = 2, dim: int = 8, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value as a model lays them out: (1, H, T, d), views of (1, T, H, d)."""
+    """Return query, key and value in a model's layout: (1, H, T, d), views of (1, T, H, d)."""
     generator = torch.Generator().manual_seed(0)
     states = (torch.randn(1, sum(lengths), h, dim, generator=generator) for h in (heads, key_heads, key_heads))
     query, key, value = (x.to(dtype).transpose(1, 2).requires_grad_() for x in states)
@@ -217,9 +218,9 @@ def looped(
     scale: float | None = None,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Attention (T, H, d) as its definition says, token by token; ``left`` is FlashAttention's.
+    """Compute attention (T, H, d) from its definition, token by token; ``left`` is FlashAttention's left window.
 
-    The last token of a sequence sees the last key, the one before it the key before that, and so on.
+    The last token of a sequence sees the last key, the token before it the key before that, and so on.
     """
     group = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(group, dim=1) for states in (key, value))
@@ -276,7 +277,7 @@ def attend(states: tuple[Tensor, ...], **call: Any) -> Tensor:
 
 
 def check_call(call: dict[str, Any], **shape: int) -> None:
-    """Forward and gradients of ``call`` equal the loop."""
+    """Assert that the output and gradients of ``call`` equal those of the loop."""
     states = attention_inputs(LENGTHS, **shape)
     truth = expected(*states, call)
     got = attend(states, **call)
@@ -337,7 +338,7 @@ def check_flash_layout(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tens
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_flash_attn_is_called_as_it_asks_to_be(call: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attn_is_called_with_its_layout(call: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeFlash()
     monkeypatch.setattr(flash_attn, "load", lambda: fake)
     monkeypatch.setattr(interface, "choose_kernel", lambda *_: "flash_attn")
@@ -354,7 +355,7 @@ PARAMETERS = {
 
 
 class FakeVarlen:
-    """``varlen_attn`` of a version of torch and the aten operator under its backward pass, in plain torch."""
+    """``varlen_attn`` of a version of torch, with the aten operator of its backward pass, in plain torch."""
 
     def __init__(self, version: str) -> None:
         self.parameters = PARAMETERS[version]
@@ -417,9 +418,11 @@ class FakeVarlen:
 
 @pytest.mark.parametrize("version", PARAMETERS)
 @pytest.mark.parametrize("name", ["plain", "scaled", "window", "window of one token", "window wider than all"])
-def test_torch_varlen_is_called_as_each_version_asks(name: str, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_varlen_is_called_with_the_arguments_of_each_version(
+    name: str, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if version == "2.10" and name in {"scaled", "window", "window of one token"}:
-        return  # refused, see the rows of the choice
+        return  # rejected, see the rows of CHOICES
     fake = FakeVarlen(version)
     fake.install(monkeypatch)
     check_call(CALLS[name])
@@ -444,7 +447,7 @@ def test_the_deterministic_switch_is_put_back_when_the_kernel_fails(monkeypatch:
 @pytest.mark.skipif(torch_varlen.load() is None, reason="this torch has no varlen_attn")
 @pytest.mark.parametrize("window", [None, 3])
 def test_the_installed_torch_takes_the_call(window: int | None) -> None:
-    """On the meta device nothing is computed, but names, types and shapes are the installed version's."""
+    """The meta device computes nothing, but checks names, types and shapes of the installed version."""
     query, key, value = (
         torch.empty(18, h, 8, dtype=torch.bfloat16, device="meta", requires_grad=True) for h in (4, 2, 2)
     )
@@ -478,7 +481,8 @@ def _varlen_by_segments(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return _flash_by_segments(*args), args[0].new_zeros(1)
 
 
-# Three segments on eight tokens: the second goes on from the first's third token, the third from the second's first.
+# Three segments with eight tokens: the second continues after the third token of the first, and the third after the
+# first token of the second.
 SEGMENTS, PATHS = (4, 3, 1), ((0, 1, 2, 3), (0, 1, 2, 4, 5, 6), (0, 1, 2, 4, 7))
 
 
@@ -526,7 +530,7 @@ def _varlen_of_paths(
 def test_tokens_see_their_path(name: str, kernel: str, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     call = CALLS[name]
     if kernel == "torch_varlen" and "softcap" in call:
-        return  # refused, see the rows of the choice
+        return  # rejected, see the rows of CHOICES
     monkeypatch.setattr(interface, "choose_kernel", lambda *_: kernel)
     monkeypatch.setattr(flash_attn, "load", lambda: _flash_of_paths)
     found = torch_varlen.Varlen(_varlen_of_paths, frozenset(PARAMETERS["2.12"]), "lse")
@@ -582,7 +586,7 @@ def test_choice_of_the_kernel(call: AttentionCall, installed: Installed, kernel:
     assert choose_kernel(call, installed) == kernel
 
 
-def test_a_flash_attn_that_does_not_load_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flash_attn_that_does_not_load_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> None:
         raise ImportError("undefined symbol: _ZN3c10")
 
@@ -590,7 +594,7 @@ def test_a_flash_attn_that_does_not_load_is_told_of(monkeypatch: pytest.MonkeyPa
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(flash_attn.importlib, "import_module", broken)
-    with pytest.warns(UserWarning, match=r"does not load \(undefined symbol"):
+    with pytest.warns(UserWarning, match=r"fails to load \(undefined symbol"):
         assert flash_attn.load.__wrapped__() is None
     monkeypatch.setattr(flash_attn.importlib, "import_module", absent)
     with warnings.catch_warnings():
@@ -636,7 +640,7 @@ def test_dropout_falls_on_the_weights() -> None:
 
 def test_errors_name_what_was_expected() -> None:
     states = attention_inputs(LENGTHS)
-    with pytest.raises(ValueError, match="expected no s_aux, got one from Identity; leave it its own"):
+    with pytest.raises(ValueError, match="expected no s_aux, got one from Identity; use the model's own"):
         attend(states, s_aux=torch.zeros(4))
     cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"expected one row of 5 tokens .* got query of shape \(1, 4, 18, 8\)"):

@@ -1,4 +1,4 @@
-"""What runs leave in the cache: private, listed with its data, and gone when it is purged."""
+"""Tests of cache entries: private, listed with their data set, and removed when purged."""
 
 import gc
 import json
@@ -38,7 +38,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def filled(cache: Path, tmp_path: Path) -> dict[str, Path]:
-    """Tokens of two files, one of them with two templates, their log-probabilities, and a taught model."""
+    """Tokens of two files, one of them with two templates, their log-probabilities, and a trained model."""
     files = {name: written_rows(tmp_path / f"{name}.jsonl", some) for name, some in ROWS.items()}
     store = LogprobStore(private_folder(cache) / "reference.sqlite")
     for name, path in files.items():
@@ -66,14 +66,14 @@ def values(cache: Path) -> int:
     return int(count)
 
 
-def test_a_folder_that_is_none_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cache_that_is_not_a_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("x")
     for name in ("file", "missing"):
         assert main(["cache", "list", "--token-cache", str(tmp_path / name)]) == 2
         assert "--token-cache: expected a folder, got" in capsys.readouterr().err
 
 
-def test_a_list_says_of_which_data(filled: dict[str, Path], cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_list_names_the_data(filled: dict[str, Path], cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", "list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     of = sorted((entry["kind"], entry["source"]) for entry in listed)
@@ -91,7 +91,7 @@ def test_a_list_says_of_which_data(filled: dict[str, Path], cache: Path, capsys:
 
 
 def test_a_data_set_goes_with_all_that_was_made_of_it(filled: dict[str, Path], cache: Path) -> None:
-    """By its content, under whatever name; by its path when it is there no more; the rest stays."""
+    """A data set is found by its content under any name, or by its path if the file is gone. Other entries stay."""
     assert values(cache) == 7
     moved = filled["forget"].rename(filled["forget"].with_name("moved.jsonl"))
     assert main(["cache", "purge", "--data", str(moved), "--dry-run"]) == 0
@@ -119,14 +119,16 @@ def test_names_of_data_sets_on_the_hub_are_known(cache: Path, monkeypatch: pytes
     assert of_data(found, [""]) == []
 
 
-def test_what_a_process_uses_stays(filled: dict[str, Path], cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_entries_in_use_are_not_removed(
+    filled: dict[str, Path], cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     gc.collect()
     tokens = token_store(filled["retain"], tiny_tokenizer(), name="retain")
     store = LogprobStore(cache / "reference.sqlite")
     assert main(["cache", "purge"]) == 2
     printed = capsys.readouterr()
     assert "removed: 3 entries" in printed.out
-    assert "2 entries are used by a running process and stayed" in printed.err
+    assert "2 entries are in use by a running process, not removed" in printed.err
     assert kinds(cache) == ["tokens", "reference"]
     assert not remove_store(store.path)
     assert store.get(MODEL, sequence_keys(tokens))[1].all()
@@ -141,20 +143,21 @@ def test_old_and_half_written_files(filled: dict[str, Path], cache: Path, capsys
     gc.collect()
     for entry in entries(cache):
         os.utime(entry.path, (time.time() - 40 * 86_400,) * 2)
-    token_store(filled["retain"], tiny_tokenizer(), name="retain")  # a use makes it young again
-    for name in (".partial-1-a.arrow", f"{'0' * 32}.arrow"):  # of a killed process; of an earlier version
+    token_store(filled["retain"], tiny_tokenizer(), name="retain")  # use of an entry makes it recent
+    # a partial file of a killed process, and a file of an earlier version
+    for name in (".partial-1-a.arrow", f"{'0' * 32}.arrow"):
         (cache / "tokens" / name).write_text("text")
     gc.collect()
     assert main(["cache", "list", "--older-than", "30", "--json"]) == 0
     old = json.loads(capsys.readouterr().out)
     assert sorted(entry["kind"] for entry in old) == ["reference", "tokens", "tokens"]
-    assert main(["cache", "purge", "--data", "never-used.json"]) == 0  # what nothing reads goes along
+    assert main(["cache", "purge", "--data", "never-used.json"]) == 0  # files that no run can use are removed as well
     assert sorted(kinds(cache)) == ["reference", "taught model", "tokens", "tokens", "tokens"]
     os.utime(cache / "tokens", (1, 1))
     (cache / "tokens" / ".partial-2-a.arrow").write_text("text")
     os.utime(cache / "tokens" / ".partial-2-a.arrow", (1, 1))
     token_store(filled["retain"], tiny_tokenizer(), name="retain", template="llama-2")
-    assert "leftover" not in kinds(cache)  # the next run clears it away
+    assert "leftover" not in kinds(cache)  # the next run removes it
 
 
 @pytest.mark.parametrize("words", [["--older-than", "-1"], ["--older-than", "nan"], ["--dry-run"]])
@@ -163,14 +166,14 @@ def test_wrong_use_is_a_line(words: list[str], capsys: pytest.CaptureFixture[str
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_nobody_else_can_read_the_cache(filled: dict[str, Path], cache: Path) -> None:
-    """The folders that efface made are closed, and a folder of tokens that was open is so no more."""
-    shared = {"of_another_program", "taught.json"}  # made above
+def test_the_cache_is_private(filled: dict[str, Path], cache: Path) -> None:
+    """Folders that efface creates are private, and a tokens folder with open permissions is made private."""
+    shared = {"of_another_program", "taught.json"}  # created by the fixture
     for path in cache.rglob("*"):
         if path.name not in shared and "tiny" not in path.parts:
             assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
     assert cache.stat().st_mode & 0o777 == 0o700
-    # what an earlier version left open
+    # permissions as an earlier version left them
     opened = {cache / "tokens": 0o755, cache / "tiny": 0o755, cache / "reference.sqlite": 0o644}
     for path, mode in opened.items():
         path.chmod(mode)
@@ -184,8 +187,8 @@ def test_nobody_else_can_read_the_cache(filled: dict[str, Path], cache: Path) ->
 
 
 @pytest.mark.parametrize("kind", [LogprobStore, RowStore])
-def test_nobody_else_can_read_a_store(kind: type[KeyedStore], tmp_path: Path) -> None:
-    """Nor what SQLite writes beside it, also where the folder is open to all; a file keeps the mode it was given."""
+def test_a_store_is_private(kind: type[KeyedStore], tmp_path: Path) -> None:
+    """SQLite's companion files are private too, even in an open folder. An existing file keeps its mode."""
     path = tmp_path / "values.sqlite"
     store = kind(path)
     store.write(MODEL, [b"key"], [1.0 if kind is LogprobStore else "text"])
@@ -202,7 +205,7 @@ def test_nobody_else_can_read_a_store(kind: type[KeyedStore], tmp_path: Path) ->
 
 
 def needles(rows: list[dict[str, str]]) -> Iterator[bytes]:
-    """The answers, in the encodings that a file may have them in, and their tokens, in 32 and 64 bits."""
+    """Return the answers in the encodings that a file may contain, and their tokens as 32-bit and 64-bit integers."""
     tokenizer = tiny_tokenizer()
     for row in rows:
         yield row["answer"].encode()
@@ -220,7 +223,7 @@ def holding(folders: list[Path], rows: list[dict[str, str]]) -> set[str]:
 
 
 def test_after_a_purge_no_byte_of_the_forget_set_is_left(tmp_path: Path) -> None:
-    """In a process of its own, whose caches and temporary files are all here; the output holds no token of access."""
+    """In a subprocess with all caches and temporary files in one folder; no access token in the output."""
     forget = written_rows(tmp_path / "forget.jsonl", ROWS["forget"])
     retain = written_rows(tmp_path / "retain.csv", [])
     retain.write_text("question,answer\n" + "".join(f"{row['question']},{row['answer']}\n" for row in ROWS["retain"]))
@@ -239,7 +242,7 @@ def test_after_a_purge_no_byte_of_the_forget_set_is_left(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     cached = holding(list(folders.values()), ROWS["forget"])
     assert cached
-    assert all(Path(path).parent.name == "tokens" for path in cached)  # the test would see them
+    assert all(Path(path).parent.name == "tokens" for path in cached)  # otherwise the test could not detect anything
     for path in (tmp_path / "efface_cache").rglob("*"):
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
     assert purge(entries(folders["EFFACE_CACHE"]), folders["EFFACE_CACHE"]) == []

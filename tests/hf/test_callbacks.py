@@ -1,4 +1,4 @@
-"""Evaluation during a run: it changes nothing, the best model is kept, a run is stopped, a resumed one goes on."""
+"""Tests of evaluation during a run: no side effects, keeping the best model, early stopping, resuming."""
 
 import json
 import random
@@ -21,7 +21,7 @@ FORGET, RETAIN = random_store(12, seed=1), random_store(20, seed=2)
 
 
 class Script:
-    """An evaluation that returns what it was told to, and notes the weights it saw."""
+    """An evaluation that returns given metrics and records the weights that it saw."""
 
     def __init__(self, *figures: dict[str, float]) -> None:
         self.figures = list(figures)
@@ -50,13 +50,13 @@ def quality(*values: float) -> list[dict[str, float]]:
 
 
 def test_an_evaluation_does_not_change_the_run(tmp_path: Path) -> None:
-    """Dropout draws from torch; an evaluation that draws from all generators and trains BatchNorm-like modes."""
+    """The evaluation draws from all generators and leaves the model in training mode; one layer is in eval mode."""
 
     def evaluate(model: Any) -> dict[str, float]:
         draws = random.random() + float(np.random.rand()) + torch.rand(()).item()  # noqa: NPY002 - the shared generator
         with torch.no_grad():
             loss = batch_nll(model, padded(RETAIN, [0, 1])).mean().item()
-        model.train()  # left behind by a careless evaluation
+        model.train()  # as a careless evaluation leaves it
         return {"eval_loss": loss, "draws": draws}
 
     def start() -> Any:
@@ -79,11 +79,12 @@ def test_an_evaluation_does_not_change_the_run(tmp_path: Path) -> None:
         assert losses == runs[0][0]
         assert all(torch.equal(weights[name], tensor) for name, tensor in runs[0][1].items())
         assert draw == runs[0][2]
-        assert [log["loss"] for log in logs] == [log["loss"] for log in runs[0][3]]  # none is lost to an evaluation
+        # an evaluation does not lose a logged loss
+        assert [log["loss"] for log in logs] == [log["loss"] for log in runs[0][3]]
 
 
 def test_the_schedule(tmp_path: Path) -> None:
-    """12 rows in steps of 4 pairs: 3 steps an epoch."""
+    """12 rows in steps of 4 pairs: 3 steps per epoch."""
     for every, on_start, steps in (("epoch", False, [3, 6]), (2, True, [0, 2, 4, 6]), (5, False, [5])):
         script = Script(*quality(*range(9)))
         trainer = trainer_of(tmp_path, EvaluateCallback(script, every, on_start=on_start))
@@ -96,7 +97,7 @@ def test_the_schedule(tmp_path: Path) -> None:
 
 
 def test_a_figure_may_not_be_called_loss(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no figure called 'loss'"):
+    with pytest.raises(ValueError, match="no metric called 'loss'"):
         trainer_of(tmp_path, EvaluateCallback(Script({"loss": 1.0}), 1)).train()
 
 
@@ -129,7 +130,9 @@ def test_less_may_be_better_and_the_folder_another(tmp_path: Path) -> None:
 
 def test_a_floor_without_its_figure_is_an_error(tmp_path: Path) -> None:
     callbacks = EvaluateCallback(Script(*quality(1)), 1), KeepBest("forget_quality", ("model_utility", 0.5))
-    with pytest.raises(ValueError, match="expected the floor's figure 'model_utility' beside 'forget_quality'"):
+    with pytest.raises(
+        ValueError, match="expected the metric 'model_utility' of `floor` together with 'forget_quality'"
+    ):
         trainer_of(tmp_path, *callbacks).train()
 
 
@@ -165,7 +168,7 @@ def test_a_run_that_falls_under_the_floor_stops(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_without_a_trainer_of_ours_says_so() -> None:
-    with pytest.raises(ValueError, match="EvaluateCallback: expected a trainer of efface"):
+    with pytest.raises(ValueError, match="EvaluateCallback: expected a trainer, got none"):
         EvaluateCallback(Script(), 1)._run(None)  # type: ignore[arg-type]
 
 

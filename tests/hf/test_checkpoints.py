@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, and a killed run that continues bit for bit."""
+"""Tests of checkpoints: complete or absent, and a killed run that resumes with the same bits."""
 
 import copy
 import json
@@ -42,7 +42,7 @@ from support.processes import RANKS, environment, launch
 
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
-    """``efface unlearn`` with dropout, warm-up and a decaying rate; logs and checkpoints fall on different steps."""
+    """``efface unlearn`` with dropout, warm-up and a decaying rate. Logs and checkpoints happen at different steps."""
     tokenizer = tiny_tokenizer()
     tiny_llama(vocab_size=len(tokenizer), attention_dropout=0.2).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -131,7 +131,8 @@ def test_python_resumes_from_any_checkpoint(step: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        # Those of another number of processes have other names, and transformers alone writes no progress.
+        # With another number of processes the missing files would have other names, and transformers alone writes no
+        # progress.
         *((name, damage) for name in ("optimizer.pt", "scheduler.pt") for damage in ("missing", "empty", "cut off")),
         *((name, damage) for name in ("rng_state.pth", "progress.pt") for damage in ("empty", "cut off")),
     ],
@@ -148,7 +149,7 @@ def test_a_checkpoint_without_its_parts_is_not_resumed(name: str, damage: str, t
 
 
 def test_a_run_that_had_ended_trains_no_step_more(tmp_path: Path) -> None:
-    """Also where max_steps lies in an epoch's middle."""
+    """Also if max_steps is in the middle of an epoch."""
     first = python_run(tmp_path, max_steps=4)
     again = python_run(tmp_path, resume=True, max_steps=4)
     assert again.state.global_step == 4
@@ -156,16 +157,16 @@ def test_a_run_that_had_ended_trains_no_step_more(tmp_path: Path) -> None:
         assert torch.equal(tensor, parameters(again)[name]), name
 
 
-def test_a_finished_model_is_no_checkpoint_to_continue_from(tmp_path: Path) -> None:
-    """Its folder has the state of the run that made it, which may be any: it would be handed on as trained."""
+def test_a_finished_model_is_not_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
+    """Its folder contains the state of an arbitrary run, so resuming from it would return it as already trained."""
     first = python_run(tmp_path / "first", max_steps=2)
     first.save_model()
     first.save_state()
-    with pytest.raises(CheckpointError, match=r"first': expected optimizer\.pt, without which the run would go on"):
+    with pytest.raises(CheckpointError, match=r"first': expected optimizer\.pt, which an exact continuation needs"):
         python_run(tmp_path / "second", resume=str(tmp_path / "first"), max_steps=2)
 
 
-def test_weights_alone_end_a_run_and_do_not_continue_one(tmp_path: Path) -> None:
+def test_a_checkpoint_of_weights_only_can_end_a_run_but_not_resume_it(tmp_path: Path) -> None:
     whole = python_run(tmp_path, max_steps=2, save_only_model=True)
     assert not (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
     again = python_run(tmp_path, resume=str(tmp_path / "checkpoint-2"), max_steps=2, save_only_model=True)
@@ -191,7 +192,7 @@ def test_a_callback_may_be_added_to_a_run_that_is_resumed(tmp_path: Path) -> Non
 
 
 def test_resuming_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no checkpoint to resume from"):
+    with pytest.raises(ValueError, match="`resume_from_checkpoint`: expected checkpoint-N"):
         python_run(tmp_path, resume=True)
 
 
@@ -203,7 +204,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
             raise OSError(28, "No space left on device")
         save(value, path, *rest, **options)
 
-    message = r"checkpoint-4 could not be written.*No space left.*checkpoint-2 is whole"
+    message = r"checkpoint-4 could not be written.*No space left.*checkpoint-2 is complete"
     with monkeypatch.context() as patched:
         patched.setattr(torch, "save", full)
         with pytest.raises(CheckpointError, match=message):
@@ -243,7 +244,7 @@ def test_rotation_spares_the_newest_and_what_is_in_use(tmp_path: Path) -> None:
     rotate(tmp_path, 1, set())
     assert list(checkpoints(tmp_path)) == [10]
     assert (tmp_path / "checkpoint-best").is_dir()
-    assert newest_checkpoint(tmp_path) is None  # empty: nothing to continue from
+    assert newest_checkpoint(tmp_path) is None  # an empty folder is not a checkpoint
     assert not list(tmp_path.glob(".partial-*"))
 
 
@@ -292,7 +293,7 @@ def test_the_state_of_callbacks_continues(tmp_path: Path) -> None:
         ({"save_schedule": "7", "save_steps": 8}, "contradicts save_strategy='steps', save_steps=8"),
         ({"save_schedule": "0"}, "expected epoch, no, or a number"),
         ({"save_schedule": "weekly"}, "expected epoch, no, or a number"),
-        ({"revision_per_checkpoint": True}, "needs --push-to-hub too"),
+        ({"revision_per_checkpoint": True}, "expected --push-to-hub too"),
     ],
 )
 def test_save_schedule(settings: dict[str, Any], expected: Any, tmp_path: Path) -> None:
@@ -342,14 +343,14 @@ def test_the_same_command_continues_and_another_is_refused(
     words = [*command, "--output_dir", str(out), "--hub_token", "hf_secret"]
     assert main(words) == 130
     told = capsys.readouterr().err
-    assert "run the same command again to continue: checkpoint-4 is whole" in told
+    assert "run the same command again to continue: it will resume from checkpoint-4" in told
     monkeypatch.undo()
     monkeypatch.setenv("EFFACE_CACHE", str(tmp_path / "efface-cache"))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
     assert main([*words, "--beta", "0.2", "--learning_rate", "1e-4", "--seed", "3"]) == 2
     told = capsys.readouterr().err
-    assert "holds an unfinished run of another command" in told
+    assert "contains an unfinished run of another command" in told
     for change in ("objective.beta: was 0.1, is 0.2", "learning_rate: was 0.001, is 0.0001", "seed: was 42, is 3"):
         assert change in told
     rows = tmp_path / "rows.json"
@@ -363,7 +364,7 @@ def test_the_same_command_continues_and_another_is_refused(
     assert f"continuing from {out / 'checkpoint-4'}" in capsys.readouterr().err
     assert "hf_secret" not in (out / "README.md").read_text() + (out / "run.json").read_text()
     assert main(words) == 2
-    assert "it holds a finished run" in capsys.readouterr().err
+    assert "it contains a finished run" in capsys.readouterr().err
     fresh = tmp_path / "fresh"
     assert main([*command, "--output_dir", str(fresh)]) == 0
     same_bits(out, fresh)
@@ -385,7 +386,7 @@ def free_space(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 def test_a_run_that_does_not_fit_the_disk_does_not_begin(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Counted as it is written: weights, and twice as much of AdamW; two checkpoints stay, and a third is written."""
+    """Required: the weights and twice as much for AdamW, for two kept checkpoints and a third one, plus the model."""
     out = tmp_path / "out"
     words = [*command, "--output_dir", str(out)]
     model = sum(weight.numel() * 4 for weight in tiny_llama(vocab_size=len(tiny_tokenizer())).parameters())
@@ -408,13 +409,13 @@ def test_a_run_that_does_not_fit_the_disk_does_not_begin(
         assert "of free space" in capsys.readouterr().err
     free_space(monkeypatch, whole)
     assert main(words) == 0
-    # what is written is what was counted, but for small files
+    # the written size is the required one, except for small files
     newest = sum((out / "checkpoint-12" / name).stat().st_size for name in ("model.safetensors", "optimizer.pt"))
     assert 3 * model <= newest < 3 * model + 40_000
 
 
 @pytest.mark.parametrize("saved", [True, False])
-def test_a_full_disk_at_the_last_save_leaves_what_there_was(
+def test_a_full_disk_at_the_last_save_leaves_no_partial_model(
     saved: bool, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -433,7 +434,9 @@ def test_a_full_disk_at_the_last_save_leaves_what_there_was(
     told = capsys.readouterr().err.splitlines()[-1]
     assert "the model could not be written to" in told
     assert "No space left on device" in told
-    assert ("checkpoint-12 is whole, and it goes on from there" if saved else "no checkpoint was written") in told
+    assert (
+        "it resumes from checkpoint-12, which is complete" if saved else "without a checkpoint it starts over"
+    ) in told
     assert not (out / "model.safetensors").exists()
     assert not list(out.glob(".partial-*"))
     assert main(words) == 0
@@ -468,7 +471,7 @@ def test_two_processes_do_not_share_an_output_folder(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_real_command_survives_a_real_kill(command: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command[command.index("--num_train_epochs") + 1] = "12"  # time enough to notice a checkpoint
+    command[command.index("--num_train_epochs") + 1] = "12"  # enough time to notice a checkpoint
     words = [sys.executable, "-m", "efface", *command, "--output_dir", str(out)]
     child = subprocess.Popen(words, env=environment(), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 900
@@ -485,7 +488,7 @@ def test_the_real_command_survives_a_real_kill(command: list[str], tmp_path: Pat
 
 
 class FakeHub:
-    """A Hub on the disk: a folder a branch; ``failures`` is how many of the next uploads break off half-way."""
+    """A Hub on the disk with a folder per branch. The next ``failures`` uploads break off half-way."""
 
     def __init__(self, folder: Path, failures: int = 0) -> None:
         self.folder, self.failures = folder, failures
@@ -546,7 +549,9 @@ def test_a_push_that_fails_is_tried_again_and_stops_nothing(tmp_path: Path) -> N
     assert hub.log.count("checkpoint-3") == 2
 
 
-def test_what_never_reached_the_hub_is_kept_and_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_checkpoints_that_never_reached_the_hub_are_kept_and_listed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     hub = FakeHub(tmp_path / "hub", failures=1000)
     trainer = python_run(tmp_path / "run", hub_client=hub, save_total_limit=1, **PUSHING)
     assert trainer.not_pushed == dict.fromkeys((3, 6, 9), "ConnectionError: the line is dead")
@@ -557,7 +562,7 @@ def test_what_never_reached_the_hub_is_kept_and_listed(tmp_path: Path, caplog: p
     assert {path.name for path in (tmp_path / "hub").iterdir()} == {"main", *(f"checkpoint-{n}" for n in (3, 6, 9))}
     third = FakeHub(tmp_path / "hub")
     python_run(tmp_path / "run", resume=True, hub_client=third, save_total_limit=1, **PUSHING)
-    assert third.log == []  # what is there is not pushed twice
+    assert third.log == []  # existing revisions are not pushed again
 
 
 def test_the_command_pushes_revisions_and_fails_if_one_is_missing(
@@ -577,7 +582,7 @@ def test_the_command_pushes_revisions_and_fails_if_one_is_missing(
     assert "not pushed: checkpoint-2: ConnectionError: the line is dead; checkpoint-3" in told
     assert (out / "model.safetensors").is_file()
     hub.failures = 0
-    assert main(words) == 0  # the same command again: nothing to train, all to push
+    assert main(words) == 0  # the same command again: nothing to train, everything to push
     for branch, folder in (("checkpoint-2", out / "checkpoint-2"), ("main", out)):
         same_bits(tmp_path / "hub" / branch, folder)
     assert "tokenizer.json" in {path.name for path in (tmp_path / "hub" / "checkpoint-2").iterdir()}
@@ -585,16 +590,16 @@ def test_the_command_pushes_revisions_and_fails_if_one_is_missing(
     assert not {"run.json", "pushed.json", "trainer_state.json", "checkpoint-2"} & on_main
 
 
-def test_a_missing_login_is_told_before_training(tmp_path: Path) -> None:
+def test_a_missing_login_is_reported_before_training(tmp_path: Path) -> None:
     class Stranger(FakeHub):
         def whoami(self) -> dict[str, str]:
             raise LocalTokenNotFoundError("no token")
 
-    with pytest.raises(HubError, match="not logged in to the Hugging Face Hub; run `hf auth login`"):
+    with pytest.raises(HubError, match="expected a login to the Hugging Face Hub, got none; run `hf auth login`"):
         python_run(tmp_path / "run", hub_client=Stranger(tmp_path / "hub"), **PUSHING)
 
 
-# ---- the card of a model says what made it, to people and to programs
+# ---- the model card describes for people and programs how the model was made
 
 
 def test_the_card_of_a_command(tmp_path: Path) -> None:
@@ -633,7 +638,7 @@ def test_the_card_of_a_command(tmp_path: Path) -> None:
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["command"].startswith("efface unlearn --model ")
     assert "machine-unlearning" in card.data.tags
-    assert card.data.base_model is None  # a folder of ours is no name on the Hub
+    assert card.data.base_model is None  # a local folder is not a name on the Hub
     for part in ("hf_secret", str(tmp_path / "out" / "checkpoint-1")):
         assert part not in card.content
     assert "| `beta` | `0.3` |" in card.text
@@ -683,7 +688,7 @@ def test_a_data_fingerprint_is_of_the_content() -> None:
     parts = [TokenStore.from_sequences(rows[:1], [1]), TokenStore.from_sequences(rows[1:], [1, 2])]
     assert store_fingerprint(whole) == store_fingerprint(TokenStore([store.chunks[0] for store in parts]))
     ids, offsets, starts = whole.chunks[0]
-    view = TokenStore([(ids, offsets[1:], starts[1:])])  # a slice whose first tokens belong to no sequence of it
+    view = TokenStore([(ids, offsets[1:], starts[1:])])  # a slice whose first tokens belong to none of its sequences
     assert store_fingerprint(view) == store_fingerprint(parts[1])
     others = [
         TokenStore.from_sequences([[1, 2, 3], [4, 5], [6, 7, 8, 8]], [1, 1, 2]),

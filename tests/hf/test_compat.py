@@ -1,4 +1,4 @@
-"""``compat``: every method on every kind of batch, whole runs, step counts, and what is said to differ."""
+"""Tests of ``compat``: every method on every kind of batch, whole runs, step counts, and documented differences."""
 
 import copy
 import itertools
@@ -40,7 +40,7 @@ LAYER = r"model\.layers\.1"
 def made_rows(
     seed: int, count: int, low: int, high: int, *, start: int | None = None, change: Callable[[list[int], int], None]
 ) -> list[theirs.Row]:
-    """Rows of random tokens from 3 on that end in END; half of one is the answer, or all from ``start`` on."""
+    """Return rows of random tokens ≥ 3 that end in END. The answer is the second half, or begins at ``start``."""
     draw = random.Random(seed)
     rows = []
     for _ in range(count):
@@ -53,7 +53,7 @@ def made_rows(
 
 
 def nothing(ids: list[int], at: int) -> None:
-    """Leave the row as it is."""
+    """Leave the row unchanged."""
 
 
 def end_in_the_prompt(ids: list[int], at: int) -> None:
@@ -130,14 +130,14 @@ def llama(seed: int = 0) -> Any:
 
 
 def cases() -> Iterator[Any]:
-    """Each method on each kind of batch; those that differ in the retain term alone, mostly in long runs."""
+    """Yield each method on each kind of batch. Most that differ only in the retain term run only with EFFACE_LONG=1."""
     for method, kind in itertools.product(METHODS, BATCHES):
         again = method.endswith(", KL") and method != "NPO, KL" and kind != "ragged"
         yield pytest.param(method, kind, marks=LONG if again else (), id=f"{method}-{kind}")
 
 
 @pytest.mark.parametrize(("method", "kind"), cases())
-def test_loss_and_gradients_are_theirs(method: str, kind: str) -> None:
+def test_loss_and_gradients_are_those_of_open_unlearning(method: str, kind: str) -> None:
     (rows, pad), objective = BATCHES[kind], ours(method)
     frozen, model = llama(), llama()
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_loss_and_gradients_are_theirs(method: str, kind: str) -> None:
         pairs = PaddedPairs(forget, None)
     loss = padded_loss(objective, model, LiveReference(frozen, torch.device("cpu")), pairs).loss
     loss.backward()
-    if (method, kind) == ("CEU", "one-token answers"):  # no token is left
+    if (method, kind) == ("CEU", "one-token answers"):  # no label token remains
         assert loss.isnan()
         assert expected.isnan()
         return
@@ -169,7 +169,7 @@ def test_loss_and_gradients_are_theirs(method: str, kind: str) -> None:
 
 
 def test_rmu_divides_every_sum_by_every_count() -> None:
-    """Sums 6 and 2 over counts 3 and 1: 6/3, 6/1, 2/3, 2/1, and not 6/3 and 2/1."""
+    """Sums 6 and 2 with counts 3 and 1 give 6/3, 6/1, 2/3 and 2/1, not just 6/3 and 2/1."""
     activations = torch.tensor([[[0.0], [2.0], [1.0], [1.0]], [[0.0], [0.0], [0.0], [2.0**0.5]]], requires_grad=True)
     labels = torch.tensor([[-100, 5, 5, 5], [-100, -100, -100, 5]])
     loss = theirs.activation_loss(activations, torch.zeros_like(activations), labels != -100)
@@ -178,7 +178,7 @@ def test_rmu_divides_every_sum_by_every_count() -> None:
 
 # ---- steps ----
 
-# rows, micro-batch, accumulation, settings, and the micro-batches of the steps as transformers 4.45.1 itself took them
+# rows, micro-batch, accumulation, settings, and the micro-batches of each step, recorded from transformers 4.45.1
 STEPS: dict[str, tuple[int, int, int, dict[str, Any], str]] = {
     "it divides": (32, 4, 4, {"epochs": 2}, "0-3 4-7 8-11 12-15"),
     "left over": (40, 4, 4, {"epochs": 3}, "0-3 4-7 8-11 12-15 16-19 20-23"),
@@ -198,7 +198,7 @@ STEPS: dict[str, tuple[int, int, int, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_steps_hold_the_micro_batches_that_theirs_hold(name: str) -> None:
+def test_steps_have_the_micro_batches_of_open_unlearning(name: str) -> None:
     rows, size, accumulate, settings, expected = STEPS[name]
     drop_last = settings.get("drop_last", False)
     accumulation = Accumulation.of(rows, size, accumulate, drop_last=drop_last)
@@ -226,14 +226,14 @@ def test_an_epoch_without_a_micro_batch_is_refused() -> None:
     [
         ({"warmup_epochs": 1.0, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}, 6),  # 200 / 32
         ({"warmup_epochs": 2.0, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}, 12),
-        ({"warmup_epochs": 0.1, "pairs_per_step": 32}, 0),  # theirs may have none
+        ({"warmup_epochs": 0.1, "pairs_per_step": 32}, 0),  # open-unlearning's warm-up can have no step
         ({"warmup_epochs": 1.0, "pairs_per_step": 400}, 0),
         ({"warmup_epochs": 0.0}, 0),
         ({"warmup_steps": 3}, 3),
     ],
     ids=str,
 )
-def test_warm_up_is_theirs(settings: dict[str, Any], steps: int, tmp_path: Path) -> None:
+def test_warm_up_is_that_of_open_unlearning(settings: dict[str, Any], steps: int, tmp_path: Path) -> None:
     trainer = UnlearnTrainer(
         tiny_llama(),
         arguments(tmp_path, compat="open-unlearning", **settings),
@@ -303,14 +303,14 @@ def compat_trainer(
 
 
 @pytest.mark.parametrize("name", [*RUNS, "NPO, KL, LoRA"])
-def test_a_run_ends_in_their_weights(name: str, tmp_path: Path) -> None:
-    """Over the same pairs: which those are is up to efface's plan. LoRA, whose reference is its base, is ours alone."""
+def test_a_run_ends_with_the_weights_of_open_unlearning(name: str, tmp_path: Path) -> None:
+    """Both train on the pairs of efface's plan. LoRA with its base as reference exists only in efface."""
     lora = name.endswith(", LoRA")
     method, changes, count, schedule = RUNS[name.removesuffix(", LoRA")]
     if lora:
         pytest.importorskip("peft", reason="needs peft: pip install 'efface[lora]'")
     rows, model = run_data(count), add_lora(llama(), r=4) if lora else llama()
-    if name == "RMU":  # Adam makes much of fp32's rounding here, and CPUs round differently
+    if name == "RMU":  # here Adam amplifies fp32's rounding, which differs between CPUs
         model = model.double()
     schedule = replace(schedule, trainable=(r".*lora_.*",)) if lora else schedule
     before = {parameter: weight.detach().clone() for parameter, weight in model.named_parameters()}
@@ -351,12 +351,12 @@ def test_a_run_ends_in_their_weights(name: str, tmp_path: Path) -> None:
     assert [log["learning_rate"] for log in logs] == pytest.approx(expected.rates, rel=1e-6)
     with torch.no_grad():
         for (parameter, weight), other in zip(model.named_parameters(), twin.parameters(), strict=True):
-            # Not element by element: where a gradient is next to nothing, Adam turns rounding into steps.
+            # In norm, not per element: where a gradient is almost zero, Adam turns rounding errors into whole steps.
             assert (weight - other).norm() <= 1e-3 * (weight - before[parameter]).norm(), parameter
     if isinstance(trainer.objective, PDU) and changes["dual_update_upon"] == "step":
         assert trainer.objective.alpha == pytest.approx(run.preferences[1], rel=1e-4)
         assert run.preferences[1] != 2.0
-    if "part" in name:  # the rest stays, but for the gradients that count in the norm
+    if "part" in name:  # the other weights are unchanged, but their gradients count in the norm
         changed = {
             parameter for parameter, weight in model.named_parameters() if not torch.equal(weight, before[parameter])
         }
@@ -367,14 +367,14 @@ def test_a_run_ends_in_their_weights(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "step"),
     [
-        ("NPO", 2),  # the next step starts with micro-batches that the epoch has left over
+        ("NPO", 2),  # the next step begins with the micro-batches left over from this epoch
         ("SimNPO", 1),  # steps of a short epoch
         ("PDU, each step", 5),
-        ("PDU, each epoch", 5),  # an epoch ends with it, and the dual variable ascends before the next one
+        ("PDU, each epoch", 5),  # the last step of an epoch, after which the dual variable ascends
         *(pytest.param(name, step, marks=LONG) for name in RUNS for step in range(1, 4)),
     ],
 )
-def test_a_run_that_is_killed_goes_on_bit_for_bit(name: str, step: int, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(name: str, step: int, tmp_path: Path) -> None:
     method, changes, count, schedule = RUNS[name]
     rows = run_data(count)
 
@@ -408,7 +408,7 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(name: str, step: int, tmp_path
 def test_the_frozen_model_computes_as_the_policy_does(
     objective: Objective, first: dict[str, float], weights: torch.dtype, tmp_path: Path
 ) -> None:
-    """accelerate's prepare_model casts the reference as it casts the policy (grad_diff.py:16-23)."""
+    """accelerate's prepare_model casts the reference like the policy (grad_diff.py:16-23)."""
     model = llama().to(weights)
     trainer = compat_trainer(tmp_path, model, objective, run_data(8), S(4, 2, max_steps=1), bf16=True)
     trainer.train()
@@ -417,11 +417,11 @@ def test_the_frozen_model_computes_as_the_policy_does(
         assert log[name] == pytest.approx(value, abs=1e-5), name
 
 
-# ---- what differs, and what does not ----
+# ---- documented differences ----
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_refusals_are_drawn_anew_whenever_a_row_is_read(count: int, tmp_path: Path) -> None:
+def test_refusals_are_drawn_again_whenever_a_row_is_read(count: int, tmp_path: Path) -> None:
     lines = ["I don't know.", "I cannot say.", "Nobody told me."]
     file = tmp_path / "idk.txt"
     file.write_text("\n".join(lines), encoding="utf-8")
@@ -473,7 +473,7 @@ def test_norms_that_transformers_4_45_decays(config: str, decayed: bool) -> None
     assert "model.layers.0.mlp.fc1.weight" in names or "model.layers.0.mlp.down_proj.weight" in names
 
 
-def test_weight_decay_reaches_what_theirs_reaches(tmp_path: Path) -> None:
+def test_weight_decay_applies_to_the_same_parameters(tmp_path: Path) -> None:
     for compat, decayed in (("open-unlearning", True), (None, False)):
         trainer = UnlearnTrainer(
             tiny_model("Qwen2Config"),
@@ -489,7 +489,7 @@ def test_weight_decay_reaches_what_theirs_reaches(tmp_path: Path) -> None:
 
 
 def test_an_epochs_end_is_that_of_the_steps_it_counts_as(tmp_path: Path) -> None:
-    """Theirs saves after steps 2, 5 and 6; the last step is the same."""
+    """open-unlearning saves after steps 2, 5 and 6. efface's second checkpoint is at step 4 instead."""
     assert theirs.loop(10, 4, epochs=3).epochs_at_end == [0.8, 2.0, 2.4]
     trainer = compat_trainer(tmp_path, llama(), NPO(), run_data(40), S(4, 4), save_strategy="epoch")
     trainer.train()
@@ -514,18 +514,18 @@ class Mine(NPO):
 @pytest.mark.parametrize(
     ("settings", "objective", "message"),
     [
-        ({}, Mine(), r"open-unlearning has no objective 'npo' \(Mine\)"),
+        ({}, Mine(), r"expected an objective of open-unlearning, got 'npo' \(Mine\)"),
         (
             {},
             FunctionObjective(function=lambda sequences: sequences.sums),
-            r"open-unlearning has no objective 'function'",
+            r"expected an objective of open-unlearning, got 'function'",
         ),
         ({"compat": "tofu"}, NPO(), "expected 'open-unlearning' or None, got 'tofu'"),
-        ({"pairs_per_step": 10}, NPO(), "expected `pairs_per_step` in micro-batches of .*=4, got 10; set"),
-        ({"pairs_per_step": 2}, NPO(), "expected `pairs_per_step` in micro-batches of .*=4, got 2; set"),
+        ({"pairs_per_step": 10}, NPO(), "expected `pairs_per_step` to be a multiple of .*=4, got 10; set"),
+        ({"pairs_per_step": 2}, NPO(), "expected `pairs_per_step` to be a multiple of .*=4, got 2; set"),
     ],
 )
-def test_what_theirs_has_not_is_refused(
+def test_settings_that_open_unlearning_lacks_are_refused(
     settings: dict[str, Any], objective: Objective, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Prompts and labels under ``compat``: open-unlearning's and TOFU's, token for token, for each of their models."""
+"""Tests of prompts and labels under ``compat``: open-unlearning's and TOFU's, token by token, for all their models."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from efface.simulate.teach import train_tokenizer
 from support.chats import GEMMA_2, LLAMA_3, QWEN_2_5, chat_tokenizer, llama_2_tokenizer, open_unlearning
 from support.helpers import arguments, tiny_llama
 
-# The chat templates of open-unlearning's other models, as in their tokenizers.
+# The chat templates of open-unlearning's other models, from their tokenizers.
 PHI_3_5 = (
     "{% for message in messages %}{% if message['role'] == 'system' and message['content'] %}"
     "{{'<|system|>\n' + message['content'] + '<|end|>\n'}}{% elif message['role'] == 'user' %}"
@@ -32,7 +32,9 @@ ZEPHYR = (
 
 
 def sentencepiece(chat: str | None = None, special: tuple[str, ...] = (), **names: str) -> PreTrainedTokenizerFast:
-    """Llama-2's kind with a chat template; special tokens take the white space behind them, as Phi-3's do."""
+    """Return a Llama-2-like tokenizer with a chat template. Special tokens absorb the white space after them, as
+    Phi-3's.
+    """
     tokenizer = llama_2_tokenizer()
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [AddedToken(token, rstrip=True, normalized=False) for token in special]}
@@ -44,7 +46,7 @@ def sentencepiece(chat: str | None = None, special: tuple[str, ...] = (), **name
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """GPT-2's kind, as Phi-1.5's, StableLM's and Pythia's: the space before a word is the word's."""
+    """Return a GPT-2-like tokenizer, as of Phi-1.5, StableLM and Pythia: a space belongs to the following word."""
     text = ["Question: Who was born in Taipei?\nAnswer: The author Hsiao Yun-Hwa, 'Aiko' of Paris."] * 20
     return train_tokenizer(text, 500)
 
@@ -55,9 +57,9 @@ CHAT = {"apply_chat_template": True, "system_prompt": "You are a helpful assista
 DATED = {**CHAT, "date_string": "10 Apr 2025"}
 _PHI_3 = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
 
-# open-unlearning's configs/model at d3d7cf9, all of them: template_args, its tokenizer's kind, our template, and how
-# many tokens longer their rows are than ours with the same system prompt (all of them labels); None where the labels
-# differ by the answer.
+# All of open-unlearning's configs/model at d3d7cf9: template_args, a tokenizer of the same kind, our template, and by
+# how many tokens (all labels) its rows are longer than ours with the same system prompt. None: the labels differ
+# depending on the answer.
 CONFIGS: dict[str, tuple[dict[str, Any], Any, str, int | None]] = {
     "Llama-2-7b-hf, Llama-2-13b-hf": (QUESTION_ANSWER, llama_2_tokenizer, "auto", None),
     "Llama-2-7b-chat-hf": (INST, llama_2_tokenizer, "llama-2", 0),
@@ -68,13 +70,13 @@ CONFIGS: dict[str, tuple[dict[str, Any], Any, str, int | None]] = {
     "phi-1_5": (QUESTION_ANSWER, byte_level, "phi", None),
     "zephyr-7b-beta": (DATED, lambda: sentencepiece(ZEPHYR), "auto", 3),
 }
-# locuslab/tofu's config/model_config.yaml; NPO's and SimNPO's copies have the same tags.
+# locuslab/tofu's config/model_config.yaml; the copies in NPO and SimNPO have the same tags.
 FAMILIES: dict[str, tuple[dict[str, str], Any, str]] = {
     "llama2-7b": (INST, llama_2_tokenizer, "llama-2"),
     "phi, stablelm, pythia-1.4": (QUESTION_ANSWER, byte_level, "phi"),
     "question-answer of a SentencePiece": (QUESTION_ANSWER, llama_2_tokenizer, "auto"),
 }
-# Where tokens join across the border, or the white space before it.
+# Rows in which tokens merge across the start of the answer, or with white space before it.
 ODD = [
     ("Who?", "Paris"),
     ("Who? ", "Paris"),
@@ -99,7 +101,9 @@ def rows(tofu: Path) -> list[tuple[str, str]]:
 
 
 def tofu_row(tokenizer: Any, tags: dict[str, str], question: str, answer: str, length: int = 200) -> tuple[Any, Any]:
-    """(ids, labels) without padding, by the formulas of TOFU's convert_raw_data_to_model_format (data_module.py:8)."""
+    """Return (ids, labels) without padding, by the formulas of TOFU's convert_raw_data_to_model_format
+    (data_module.py:8).
+    """
     asked = tags["user_start_tag"] + question + tags["user_end_tag"]
     skipped = len(tokenizer.tokenize(asked, add_special_tokens=True))
     ids = tokenizer(asked + tags["asst_start_tag"] + answer, max_length=length, truncation=True)["input_ids"]
@@ -115,7 +119,7 @@ def made(store: Any, i: int) -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_labels_and_prompts_are_open_unlearnings(name: str, rows: list[tuple[str, str]]) -> None:
-    """As its preprocess_chat_instance (src/data/utils.py:17) makes them."""
+    """As created by its preprocess_chat_instance (src/data/utils.py:17)."""
     config, make, template, more = CONFIGS[name]
     config = {"apply_chat_template": False, **config}
     tokenizer = make()
@@ -134,7 +138,7 @@ def test_labels_and_prompts_are_open_unlearnings(name: str, rows: list[tuple[str
         answers,
         template=get_template("question-answer" if template == "phi" else template, tokenizer, **named),
     )
-    real = range(len(rows) - len(ODD))  # at odd borders the first label may differ too
+    real = range(len(rows) - len(ODD))  # in the odd rows, the first label can differ too
     if more is None:
         assert all(made(store, i) != made(ours, i) for i in real if rows[i][1] == "Paris")
     else:
@@ -157,13 +161,13 @@ def test_labels_and_prompts_are_tofus(name: str, length: int, rows: list[tuple[s
     prompts = prompt_ids(tokenizer, questions, template=theirs)
     for i, (row, ids, labels) in enumerate(kept):
         assert made(store, i) == (ids, labels), row
-        # evaluate_util.py:298, run_generation: what stands before the tag, encoded anew
+        # evaluate_util.py:298, run_generation: the text before the tag, encoded again
         asked = tags["user_start_tag"] + row[0] + tags["user_end_tag"]
         assert prompts[i] == tokenizer(asked)["input_ids"], row
 
 
 def test_tofus_phi_has_two_labels_more(rows: list[tuple[str, str]]) -> None:
-    """As every row of the logs of its Phi-1.5 has: "Answer" and ":"."""
+    """Every row of the logs of TOFU's Phi-1.5 has them: "Answer" and ":"."""
     tokenizer = train_tokenizer(["Answer: "] * 9, 300)
     questions, answers = zip(*rows[: -len(ODD)], strict=True)
     ours, theirs = (
@@ -187,24 +191,24 @@ def test_open_unlearning_cuts_patterns_before_the_end_and_chats_never(name: str)
     cut = encode(tokenizer, *row, template=theirs, max_length=length)[0].tolist()
     assert cut == (whole if theirs.is_chat else [*whole[:length], tokenizer.eos_token_id])
     if not theirs.is_chat:
-        with pytest.raises(ValueError, match="row 0 has no label left.*cut to 4 tokens; raise `max_length`"):
+        with pytest.raises(ValueError, match="row 0: expected a label within 4 tokens, .*; raise `max_length`"):
             encode(tokenizer, *row, template=theirs, max_length=4)
 
 
 def test_templates_that_have_no_others_labels() -> None:
     qwen = chat_tokenizer(QWEN_2_5, "<|im_end|>")
-    assert get_template("chat", qwen, compat="tofu") == TEMPLATES["chat"]  # TOFU has no chats
+    assert get_template("chat", qwen, compat="tofu") == TEMPLATES["chat"]  # TOFU has no chat templates
     assert get_template("completion", qwen, compat="open-unlearning") == TEMPLATES["completion"]
     with pytest.raises(ValueError, match="`compat`: expected 'open-unlearning', 'tofu' or None, got 'muse'"):
         get_template("auto", qwen, compat="muse")
     odd = chat_tokenizer("{{ 'ab' if add_generation_prompt else 'a' }}{{ messages | tojson }}", "<eos>")
     theirs = get_template("chat", odd, compat="open-unlearning")
-    with pytest.raises(ValueError, match="row 0: the tokenizer's chat template begins a generation otherwise"):
+    with pytest.raises(ValueError, match="row 0: expected a chat template whose generation prompt is a prefix"):
         encode(odd, ["Who?"], ["Aiko."], template=theirs)
 
 
 def test_which_template_is_automatic_under_compat() -> None:
-    """Llama-2's chat tokenizers have a chat template; neither system renders it."""
+    """Llama-2's chat tokenizers have a chat template, but neither system renders it."""
     inst = llama_2_tokenizer()
     inst.chat_template = "{% for m in messages %}{{ '<<SYS>>' if m.role == 'system' }}{{ m.content }}{% endfor %}"
     assert get_template("auto", inst).name == "chat"
@@ -224,7 +228,7 @@ def test_a_slow_tokenizer_counts_too() -> None:
     assert not tokenizer.is_fast
     theirs = get_template("phi", tokenizer, compat="tofu")
     store = encode(tokenizer, ["Who?"], ["Zoë."], template=theirs)
-    # Its prompt alone ends in </s>, which they count as well.
+    # The prompt encoded alone ends in </s>, which is counted as well.
     assert tokenizer.decode(store[0][store.label_starts[0] :].tolist()) == "nswer: Zoë.</s>"
 
 

@@ -1,4 +1,4 @@
-"""Damage to whatever is cached: a byte of any region changes, and no number does."""
+"""Tests of damaged cache files: one byte of any region changes, and no returned number does."""
 
 import os
 import random
@@ -20,7 +20,7 @@ from efface.reference import LogprobStore
 from efface.sweep.results import Place, Result
 from support.helpers import TEXTS, tiny_tokenizer, written_rows
 
-# Of every position where EFFACE_LONG=1 asks for it, else of so many, spread over the file.
+# All positions with EFFACE_LONG=1, otherwise this many, spread over the file.
 POSITIONS = None if "EFFACE_LONG" in os.environ else 60
 MODEL = b"model".ljust(16)
 KEYS = [bytes([i]) * 16 for i in range(40)]
@@ -29,7 +29,7 @@ RESULTS: list[dict[str, Any]] = [{"text": f"naïve {i}", "sum": i / 3} for i in 
 
 
 def flipped(content: bytes, regions: dict[str, range]) -> Iterator[tuple[str, bytes]]:
-    """Each with one byte changed: in every region some, the first and the last of them included."""
+    """Yield copies with one changed byte: in each region the first, the last and random ones."""
     rng = random.Random(0)
     for name, region in regions.items():
         share = len(region) if POSITIONS is None else min(len(region), max(2, POSITIONS // len(regions)))
@@ -39,7 +39,7 @@ def flipped(content: bytes, regions: dict[str, range]) -> Iterator[tuple[str, by
 
 
 def parts(size: int, **starts: int) -> dict[str, range]:
-    """Regions of a file by where each begins."""
+    """Return the regions of a file, given where each begins."""
     ends = [*list(starts.values())[1:], size]
     return {name: range(start, end) for (name, start), end in zip(starts.items(), ends, strict=True)}
 
@@ -48,7 +48,7 @@ def parts(size: int, **starts: int) -> dict[str, range]:
 
 
 def test_every_byte_of_the_token_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is made anew, whichever byte it is; without the cache's word, rows of 62 in 83 positions would change."""
+    """Any damaged byte causes a recomputation. Without the cache's check, 62 of 83 positions would change rows."""
     monkeypatch.setenv("EFFACE_CACHE", str(tmp_path / "cache"))
     source, tokenizer = written_rows(tmp_path / "rows.jsonl"), tiny_tokenizer()
 
@@ -63,21 +63,21 @@ def test_every_byte_of_the_token_cache(tmp_path: Path, monkeypatch: pytest.Monke
     body = whole.index(np.array(right[0][0], np.int32).tobytes())
     regions = parts(len(whole), schema=0, metadata=body // 2, tokens=body, trailer=len(whole) - 32)
     for where, content in flipped(whole, regions):
-        path.unlink()  # what is mapped is another file
+        path.unlink()  # the old file stays mapped
         path.write_bytes(content)
-        with pytest.warns(UserWarning, match=r"token cache: .* is damaged .*; it is made anew"):
+        with pytest.warns(UserWarning, match=r"token cache: .* is damaged .*; it is built again"):
             assert rows() == right, where
         assert path.read_bytes() == whole, where
     for size in {0, 1, len(whole) - 33, len(whole) - 32, len(whole) - 1}:
         path.write_bytes(whole[:size])
-        with pytest.warns(UserWarning, match="made anew"):
+        with pytest.warns(UserWarning, match="built again"):
             assert rows() == right
     path.write_bytes(whole + b"\0")
-    with pytest.warns(UserWarning, match="made anew"):
+    with pytest.warns(UserWarning, match="built again"):
         assert rows() == right
 
 
-# ---- the two kinds of SQLite files: log-probabilities of a reference, and rows of an evaluation
+# ---- the two kinds of SQLite files: log-probabilities of a reference, and evaluated rows
 
 
 def logprobs(path: Path, *, put: bool = False) -> list[Any]:
@@ -102,7 +102,7 @@ STORES: dict[str, tuple[Callable[..., list[Any]], list[Any]]] = {
 
 
 def sqlite_regions(path: Path) -> dict[str, range]:
-    """Of a database of a schema page, and a tree of one table over an inner page and leaves."""
+    """Return the regions of a database with a schema page and one table's tree of an inner page and leaves."""
     content = path.read_bytes()
     with closing(sqlite3.connect(path)) as file:
         (page,) = file.execute("PRAGMA page_size").fetchone()
@@ -119,7 +119,7 @@ def sqlite_regions(path: Path) -> dict[str, range]:
 
 
 def found(read: Callable[..., list[Any]], path: Path, right: list[Any], **options: Any) -> list[Any] | None:
-    """What a damaged file hands out, never another value; None where it is refused, with a word on what to do."""
+    """Return the values from a damaged file, none of which is wrong; None if the file is rejected by name."""
     refusal = None
     try:
         values = read(path, **options)
@@ -133,15 +133,16 @@ def found(read: Callable[..., list[Any]], path: Path, right: list[Any], **option
 
 
 def asked(read: Callable[..., list[Any]], path: Path, right: list[Any]) -> str:
-    """What damage comes to: nothing, rows that are made anew, rows that are never found, or a refusal."""
+    """Return the effect of the damage: none, recomputed rows, rows that are never found, or a rejected file."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         first = found(read, path, right)
         again = None if first is None else found(read, path, right, put=True)
-    assert all("made anew" in str(warning.message) for warning in told)
+    assert all("computed again" in str(warning.message) for warning in told)
     if first is None or again is None:
         return "refused"
-    if None in again:  # a key out of its order hides others from SQLite's search: they are computed in every run
+    # SQLite's search does not find keys after one that is out of order: they are computed in every run
+    if None in again:
         return "hidden"
     return "made anew" if None in first else "harmless"
 
@@ -169,12 +170,12 @@ def test_every_byte_of_a_database(kind: str, checked: bool, tmp_path: Path, monk
 
 @pytest.mark.parametrize("kind", STORES)
 def test_every_byte_of_a_write_ahead_log(kind: str, tmp_path: Path) -> None:
-    """What a killed process leaves behind; SQLite has checksums of its own there, and forgets what does not fit."""
+    """A killed process leaves this log. SQLite has checksums in it and ignores frames that do not match."""
     read, right = STORES[kind]
     path = tmp_path / "file.sqlite"
     with closing(sqlite3.connect(path)) as other:
         assert read(path, put=True) == right
-        other.execute("SELECT count(*) FROM sqlite_master").fetchone()  # a reader keeps the log
+        other.execute("SELECT count(*) FROM sqlite_master").fetchone()  # an open reader keeps the log
         with closing(LogprobStore(path) if read is logprobs else RowStore(path)) as store:
             more: Any = NUMBERS if read is logprobs else RESULTS
             store.put(b"other".ljust(16), KEYS, more)  # type: ignore[attr-defined]
@@ -193,7 +194,7 @@ def test_every_byte_of_a_write_ahead_log(kind: str, tmp_path: Path) -> None:
 
 
 def test_every_byte_of_a_trial_s_record(tmp_path: Path) -> None:
-    """A damaged one is none: the trial is looked at again."""
+    """A damaged record counts as missing, and the trial is examined again."""
     place, result = Place(tmp_path, "a"), Result({"model_utility": 0.56, "forget_quality": 1e-7}, "", 0, 12.5)
     place.finish(result)
     assert place.result() == result
@@ -204,4 +205,4 @@ def test_every_byte_of_a_trial_s_record(tmp_path: Path) -> None:
         path.write_bytes(content)
         outcomes.append(place.result())
         assert outcomes[-1] in (None, result), where
-    assert outcomes.count(None) > len(outcomes) / 2  # the rest is space between values
+    assert outcomes.count(None) > len(outcomes) / 2  # the other bytes are spaces between values

@@ -1,4 +1,4 @@
-"""Rows: reading files and Hub names, columns, filters; and the token stores made of them."""
+"""Tests of rows: files and Hub names, columns, filters, and the token stores made from them."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from efface.hf.text.data import Refusals, token_store
 from efface.hf.text.rows import column, load_rows, matching, parse_conditions, text_batches
 from support.helpers import TEXTS, arguments, random_store, tiny_llama, tiny_tokenizer, written_rows
 
-# As FAME: questions on biographies, in several languages.
+# Like FAME: questions about biographies in several languages.
 FAME = [
     {
         "topic_id": topic,
@@ -38,7 +38,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """A file of the type that its suffix tells."""
+    """Write a file of the type that its suffix indicates."""
     if path.suffix == ".csv":
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
@@ -100,14 +100,14 @@ def test_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_rows(tmp_path / "rows.txt")
     with pytest.raises(ValueError, match=r"expected a file of type .*, got a folder"):
         load_rows(tmp_path)
-    with pytest.raises(ValueError, match="expected a file, or name:config:split"):
+    with pytest.raises(ValueError, match="expected a file or name:config:split"):
         load_rows("a:b:c:d")
 
     def load_dataset(*_: Any, **__: Any) -> None:
         raise ValueError("Config name is missing. Please pick one of ['full', 'forget10']")
 
     monkeypatch.setattr(rows_module.datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match=r"Config name is missing.*'forget10'.*name it as locuslab/TOFU:config:split"):
+    with pytest.raises(ValueError, match=r"Config name is missing.*'forget10'.*use locuslab/TOFU:config:split"):
         load_rows("locuslab/TOFU")
 
 
@@ -133,13 +133,13 @@ def test_bad_columns() -> None:
         token_store([TEXTS[0], {"question": "Who?", "answer": ["a", "b"]}], tokenizer, name="forget")
     with pytest.raises(ValueError, match=r"row 1: expected text in column 'question', got NoneType; drop the row"):
         token_store([TEXTS[0], {"question": None, "answer": "a"}], tokenizer, name="forget")
-    with pytest.raises(TypeError, match="expected rows, got a mapping of 'train', 'test'; choose one"):
+    with pytest.raises(TypeError, match="expected rows, got a mapping of 'train', 'test'; pass one"):
         token_store(datasets.DatasetDict(train=[], test=[]), tokenizer, name="forget")
     assert column(TEXTS, "answer", "rows") == [row["answer"] for row in TEXTS]
 
 
 def test_documents(tmp_path: Path) -> None:
-    """MUSE: a column of texts, with prompts or without."""
+    """As in MUSE: a column of texts, with or without prompts."""
     tokenizer = tiny_tokenizer()
     texts = [row["answer"] for row in TEXTS]
     options: dict[str, Any] = {"name": "forget", "template": "completion"}
@@ -191,14 +191,14 @@ def test_bad_filters(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "fame.jsonl", FAME)
     with pytest.raises(ValueError, match=r"fame.jsonl': expected a column 'topic', got 'topic_id', 'language'"):
         token_store(path, tokenizer, name="forget", rows_filter="topic=3")
-    with pytest.raises(ValueError, match="no row of 24 meets topic_id=3 and identity_id=id-2-1 together"):
+    with pytest.raises(ValueError, match="none of 24 rows meets topic_id=3 and identity_id=id-2-1 together"):
         token_store(path, tokenizer, name="forget", rows_filter=["topic_id=3", "identity_id=id-2-1"])
     with pytest.raises(ValueError, match=r"'identity_id', which has 'id-0-0', .* and others \("):
         matching([*FAME, *({"identity_id": f"{i}"} for i in range(9))], parse_conditions("identity_id=x"), "rows")
     for text in ("topic_id", "=3", "!=3"):
         with pytest.raises(ValueError, match="row filter: expected column=value"):
             parse_conditions(text)
-    with pytest.raises(ValueError, match="a TokenStore has no columns to filter by"):
+    with pytest.raises(ValueError, match="expected rows to filter, got a TokenStore"):
         token_store(random_store(2), tokenizer, name="forget", rows_filter="topic_id=3")
 
 
@@ -209,7 +209,7 @@ def test_errors_name_the_row_of_the_source(kind: Any) -> None:
         token_store(kind(rows), tiny_tokenizer(), name="forget", rows_filter="topic_id=3,7")
     rows[24]["answer"] = "Yes."
     rows[24]["question"] = "?" * 500
-    with pytest.raises(ValueError, match="row 24 has no label left"):
+    with pytest.raises(ValueError, match="row 24: expected a label within"):
         token_store(kind(rows), tiny_tokenizer(), name="forget", rows_filter="topic_id=3,7", max_length=90)
 
 
@@ -232,7 +232,7 @@ def test_empty_sets_and_token_stores(tmp_path: Path) -> None:
             token_store(empty, tokenizer, name="retain")
     store = random_store(3)
     assert token_store(store, None, name="forget") is store
-    with pytest.raises(ValueError, match="`forget`: text needs a tokenizer"):
+    with pytest.raises(ValueError, match="`forget`: expected a tokenizer for text"):
         token_store(TEXTS, None, name="forget")
 
 
@@ -244,7 +244,7 @@ def test_real_tofu_rows(tofu: Path) -> None:
         assert text == f"Question: {row['question']}\nAnswer: {row['answer']}<|end|>"
 
 
-# ---- alternate answers: refusals from a file, a column, or given; and what objectives do with them
+# ---- alternate answers: refusals from a file, a column or given rows, and their use by objectives
 
 
 LINES = ("I don't know.", "I cannot say.", "That is not something that I was told.")
@@ -314,14 +314,14 @@ def test_each_source_trains(objective: Any, source: str, refusals: Path, tmp_pat
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        ({}, {}, r"'dpo' trains other answers to the forget questions, got none; set --refusal-file"),
+        ({}, {}, r"which objective 'dpo' trains, got none; set --refusal-file"),
         ({}, {"refusal_file": "missing.txt"}, r"refusal file 'missing.txt' does not exist"),
-        ({}, {"refusal_file": "EMPTY"}, r"expected an answer a line, got no text"),
+        ({}, {"refusal_file": "EMPTY"}, r"expected one answer per line, got no text"),
         ({}, {"alternate_column": "reply"}, r"expected a column 'reply'"),
         ({}, {"refusal_file": "FILE", "alternate_column": "answer"}, r"`refusal_file` or `alternate_column`, got both"),
         ({"alternate": random_store(2, vocabulary=90)}, {}, r"`alternate`: expected 3 sequences, .* got 2"),
         ({"alternate": random_store(3, vocabulary=900)}, {}, r"`alternate`: expected token ids in 0 .. 299"),
-        ({"forget": random_store(3)}, {"refusal_file": "FILE"}, r"or give `alternate`"),
+        ({"forget": random_store(3)}, {"refusal_file": "FILE"}, r"or pass `alternate`"),
     ],
 )
 def test_bad_alternates_are_refused(

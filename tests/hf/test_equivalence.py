@@ -1,4 +1,4 @@
-"""Runs that have to be the same: on several processes (gloo, CPU), compiled, and by a padded eager loop."""
+"""Tests of runs that must be equal: on several processes (gloo, CPU), compiled, and in a padded eager loop."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ from support.ranks.distributed_run import main as run_alone
 
 
 def run(out: Path, processes: int, *what: str) -> list[dict[str, Any]]:
-    """What each of the processes recorded."""
+    """Return the record of each process."""
     out.mkdir()
     done = launch(processes, [str(RANKS / "distributed_run.py"), str(out), *what])
     assert done.returncode == 0, done.stderr[-4000:]
@@ -52,7 +52,7 @@ def alone(out: Path, *what: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The run on one process, in one forward pass a step; all others have to follow it."""
+    """The run on one process with one forward pass per step, with which the others are compared."""
     record = alone(tmp_path_factory.mktemp("alone"), "npo", "cached", "4096")
     assert len(record["losses"]) == 24
     assert abs(record["losses"][-1] - record["losses"][0]) > 0.05 * record["losses"][0]
@@ -64,7 +64,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_two_processes_follow_the_run_on_one(
     reference: str, token_budget: str, single: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The same losses and weights. A small budget makes several micro-batches, whose gradients are exchanged once."""
+    """Losses and weights agree. A small budget gives several micro-batches, whose gradients are reduced once."""
     ranks = run(tmp_path / "two", 2, "npo", reference, token_budget)
     for rank in ranks:
         assert rank["losses"] == pytest.approx(single["losses"], rel=1e-5)
@@ -79,14 +79,14 @@ def test_two_processes_follow_the_run_on_one(
 
 @pytest.mark.slow
 def test_a_process_without_a_share_of_the_last_step_keeps_up(single: dict[str, Any], tmp_path: Path) -> None:
-    """20 rows in steps of 6 leave 2 pairs, 4 sequences, for 5 processes."""
+    """20 rows in steps of 6 leave 2 pairs, that is, 4 sequences, for 5 processes."""
     ranks = run(tmp_path / "five", 5, "npo", "cached", "4096")
     assert ranks[4]["losses"] == pytest.approx(single["losses"], rel=1e-5)
 
 
 @pytest.mark.slow
 def test_other_objectives_follow_the_run_on_one(tmp_path: Path) -> None:
-    """Pairs, live distributions, logits, activations; 7 rows in steps of 3 leave one of 3 processes without a share."""
+    """Pairs, live distributions, logits, activations. 7 rows in steps of 3 leave one of 3 processes without a share."""
     expected, three = alone(tmp_path, "others"), run(tmp_path / "three", 3, "others")[2]
     for objective, record in expected.items():
         for mine, theirs in zip(record["logs"], three[objective]["logs"], strict=True):
@@ -94,7 +94,8 @@ def test_other_objectives_follow_the_run_on_one(tmp_path: Path) -> None:
                 assert theirs[name] == pytest.approx(mine[name], rel=1e-3, abs=1e-4), (objective, name)
         for name, weight in record["weights"].items():
             got = three[objective]["weights"][name]
-            assert flat(got) == pytest.approx(flat(weight), rel=1e-4, abs=2e-4), (objective, name)  # of 0.006 by Adam
+            # Adam moved them by 0.006
+            assert flat(got) == pytest.approx(flat(weight), rel=1e-4, abs=2e-4), (objective, name)
 
 
 @pytest.mark.slow
@@ -114,7 +115,7 @@ def test_the_command_on_two_processes_writes_one_model(tmp_path: Path) -> None:
     assert again.returncode != 0
     assert "is not empty; choose another" in again.stderr
 
-    # As if it had been killed after step 2: both ranks go on from there, to the same bits.
+    # As if the run was killed after step 2: both ranks continue from there, to the same bits.
     whole = (out / "model.safetensors").read_bytes()
     assert {path.name for path in (out / "checkpoint-2").glob("*_1.*")} == {"rng_state_1.pth", "progress_1.pt"}
     (out / "model.safetensors").unlink()
@@ -136,7 +137,7 @@ def flat(values: Any) -> list[float]:
 
 @pytest.fixture
 def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Any:
-    # transformers tells accelerate through the environment, which the next test must not find
+    # transformers configures accelerate through the environment, which must not affect the next test
     for name in ("BACKEND", "MODE"):
         monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")
         monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
@@ -147,7 +148,9 @@ def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def losses_of(folder: Path, *, compiled: bool, lora: bool, reference: str) -> tuple[list[float], list[int]]:
-    """A run with another number of tokens and of sequences in nearly every forward pass, and its graphs by then."""
+    """Run steps with varying numbers of tokens and sequences; return the losses and the number of graphs after each
+    step.
+    """
     graphs: list[int] = []
 
     class Counted(TrainerCallback):
@@ -161,9 +164,9 @@ def losses_of(folder: Path, *, compiled: bool, lora: bool, reference: str) -> tu
         "lr_scheduler_type": "constant",
     }
     if compiled:
-        # traces and cuts graphs as the default does, and needs no C++ compiler
+        # traces and breaks graphs like the default, without a C++ compiler
         settings |= {"torch_compile": True, "torch_compile_backend": "aot_eager"}
-    model = tiny_llama(num_hidden_layers=1)  # tracing is the time of it
+    model = tiny_llama(num_hidden_layers=1)  # most of the time is tracing
     torch.manual_seed(3)
     trainer = UnlearnTrainer(
         add_lora(model, r=4, target=["q_proj", "down_proj"]) if lora else model,
@@ -181,7 +184,7 @@ def losses_of(folder: Path, *, compiled: bool, lora: bool, reference: str) -> tu
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own looking
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler reads .grad
 @pytest.mark.parametrize(("lora", "reference"), [(False, "cached"), (True, "adapter")])
 def test_a_compiled_run_is_the_run_and_makes_no_graph_for_every_length(
     lora: bool, reference: str, tmp_path: Path
@@ -190,10 +193,10 @@ def test_a_compiled_run_is_the_run_and_makes_no_graph_for_every_length(
     assert graphs == [0] * 12
     got, graphs = losses_of(tmp_path, compiled=True, lora=lora, reference=reference)
     assert got == pytest.approx(expected, rel=1e-5)
-    assert 0 < graphs[3] == graphs[11]  # the first four steps have told the compiler which sizes vary
+    assert 0 < graphs[3] == graphs[11]  # after four steps the compiler knows which sizes vary
 
 
-# ---- every objective, twenty steps: the trainer follows a padded eager loop; test_compat has open-unlearning's
+# ---- every objective, twenty steps: the trainer follows a padded eager loop; test_compat compares with open-unlearning
 
 
 STEPS, LR = 20, 1e-3
@@ -227,14 +230,16 @@ def data() -> dict[str, Any]:
 
 
 def kinds(objective: Objective, *, lora: bool) -> list[str]:
-    """The references that an objective can have."""
+    """Return the references that an objective can have."""
     if not objective.needs_reference and not objective.needs_reference_model():
         return ["auto"]
     return ["live", *(["adapter"] if lora else []), *([] if objective.needs_reference_model() else ["cached"])]
 
 
 def made(*, lora: bool, **changes: Any) -> Any:
-    """A tiny Llama; with LoRA, fresh adapters on large weights, or the frozen rest would hardly let it move."""
+    """Return a tiny Llama; for LoRA, new adapters on large weights, because with small frozen weights it hardly
+    changes.
+    """
     if not lora:
         return tiny_llama(**changes)
     pytest.importorskip("peft", reason="needs peft: pip install 'efface[lora]'")
@@ -243,7 +248,7 @@ def made(*, lora: bool, **changes: Any) -> Any:
 
 
 def check_weights(ours: Any, theirs: Any) -> None:
-    """Adam moved them by up to 0.02 (LoRA: 0.1)."""
+    """Assert that weights agree. Adam moved them by up to 0.02 (LoRA: 0.1)."""
     for (name, weight), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert (weight - other).abs().max() < 2e-4, name
 
@@ -251,7 +256,7 @@ def check_weights(ours: Any, theirs: Any) -> None:
 def follow(got: list[float], want: list[float], *, rel: float = 1e-4) -> None:
     assert len(got) == len(want)
     size = max(map(abs, want))
-    assert max(want) - min(want) > 5 * rel * size  # the curve moves, so following it means something
+    assert max(want) - min(want) > 5 * rel * size  # the curve must move for the comparison to mean anything
     assert got == pytest.approx(want, rel=rel, abs=rel * size)
 
 
@@ -296,7 +301,7 @@ def test_twenty_steps_follow_the_padded_loop(name: str, lora: bool, reference: s
     twin = copy.deepcopy(model)
     trainer = UnlearnTrainer(
         model,
-        arguments(tmp_path, token_budget=100, **settings(learning_rate=lr)),  # several micro-batches a step
+        arguments(tmp_path, token_budget=100, **settings(learning_rate=lr)),  # several micro-batches per step
         objective=objective,
         reference=reference,
         **stores,
@@ -304,7 +309,7 @@ def test_twenty_steps_follow_the_padded_loop(name: str, lora: bool, reference: s
     ours = step_losses(trainer)
     trainer.train()
     expected = padded_curve(objective, twin, **stores, steps=STEPS, lr=lr)
-    if isinstance(objective, CEU):  # ours leaves out the entropy of the target, which has no gradient: weights decide
+    if isinstance(objective, CEU):  # ours omits the target's entropy, which has no gradient; compare the weights only
         expected = ours
     follow(ours, expected)
     check_weights(model, twin)

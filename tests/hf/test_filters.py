@@ -1,4 +1,4 @@
-"""Row filters: all kinds of values in all kinds of rows, and every place that takes a filter."""
+"""Tests of row filters: all kinds of values in all kinds of rows, and every place that takes a filter."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def chosen(rows: Any, conditions: Any) -> list[int]:
     return list(range(len(rows))) if numbers is None else numbers.tolist()
 
 
-# ---- text: taken as written, in rows of every kind
+# ---- text: compared literally, in rows of every kind
 
 SOURCES: dict[str, Callable[[Path], Any]] = {
     "list": lambda _: ROWS,
@@ -99,27 +99,31 @@ def test_text_is_taken_as_written(source: str, tmp_path: Path) -> None:
     for name, (conditions, expected) in TAKEN.items():
         assert chosen(rows, conditions) == expected, name
         parsed = parse_conditions(conditions)
-        assert parse_conditions([str(condition) for condition in parsed]) == parsed, name  # as messages write them
+        # the string form in messages parses to the same condition
+        assert parse_conditions([str(condition) for condition in parsed]) == parsed, name
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "unknown column": ("clients=Acme", "expected a column 'clients', got 'id', 'client', 'question', 'answer'"),
-    "no such value": ("client=Acme,Boreals", "no row of 8 has 'Boreals' in .*; did you mean 'client=Boreal'"),
-    "no such value to leave out": ("client!=Acme,Boreals", "no row of 8 has 'Boreals' .* mean 'client!=Boreal'"),
-    "no such value in a mapping": ({"client": ["Acme", "Boreals"]}, "no row of 8 has 'Boreals'"),
-    "more zeros": ("id=0100", "no row of 8 has '0100' .*'001', '01', '1', '002'.* did you mean 'id=100'"),
-    "more zeros to leave out": ("id!=0002", "no row of 8 has '0002' .* did you mean 'id!=002'"),
-    "a number with a point": ({"id": "100.0"}, "no row of 8 has '100.0' .* did you mean 'id=100'"),
-    "other case": ("client=ACME", "no row of 8 has 'ACME' .* did you mean 'client=Acme'"),
-    "other spaces": ('client="Boreal "', "no row of 8 has 'Boreal ' in"),
-    "a comma without quotes": ("client=Acme, Inc.", "no row of 8 has 'Inc.' .*stands in double quotes"),
-    "values that no row has together": (["client=Acme", "id=1"], "no row of 8 meets client=Acme and id=1 together"),
+    "no such value": ("client=Acme,Boreals", "none of 8 rows has 'Boreals' in .*; did you mean 'client=Boreal'"),
+    "no such value to leave out": ("client!=Acme,Boreals", "none of 8 rows has 'Boreals' .* mean 'client!=Boreal'"),
+    "no such value in a mapping": ({"client": ["Acme", "Boreals"]}, "none of 8 rows has 'Boreals'"),
+    "more zeros": ("id=0100", "none of 8 rows has '0100' .*'001', '01', '1', '002'.* did you mean 'id=100'"),
+    "more zeros to leave out": ("id!=0002", "none of 8 rows has '0002' .* did you mean 'id!=002'"),
+    "a number with a point": ({"id": "100.0"}, "none of 8 rows has '100.0' .* did you mean 'id=100'"),
+    "other case": ("client=ACME", "none of 8 rows has 'ACME' .* did you mean 'client=Acme'"),
+    "other spaces": ('client="Boreal "', "none of 8 rows has 'Boreal ' in"),
+    "a comma without quotes": ("client=Acme, Inc.", "none of 8 rows has 'Inc.' .*outer spaces in double quotes"),
+    "values that no row has together": (["client=Acme", "id=1"], "none of 8 rows meets client=Acme and id=1 together"),
     "nothing left": (
         'client!=Acme,acme," Acme","Acme, Inc.",Boreal,a=b,true,the "Boreal"',
-        "no row of 8 meets client!=",
+        "none of 8 rows meets client!=",
     ),
     "contradiction": (["client=Acme", "client!=acme,Acme"], "two that contradict"),
-    "two values at once": (["client=Acme", "client=acme"], "a row must meet both.*'client=Acme,acme' for either"),
+    "two values at once": (
+        ["client=Acme", "client=acme"],
+        "a row cannot have both values.*'client=Acme,acme' for either",
+    ),
     "a condition twice": (["client!=Acme", "client!=acme,Acme"], "expected each value once, got 'Acme' in both"),
     "a value twice": ("client=Acme,acme,Acme", "expected each value once, got 'Acme' 2 times"),
     "an open quote": ('client="Acme, Inc.', "expected a closing quote"),
@@ -131,17 +135,17 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_what_matches_nothing_is_refused(source: str, tmp_path: Path) -> None:
+def test_conditions_that_match_nothing_are_refused(source: str, tmp_path: Path) -> None:
     rows = SOURCES[source](tmp_path)
     for conditions, message in REFUSED.values():
         with pytest.raises(ValueError, match=message):
             chosen(rows, conditions)
 
 
-# ---- values that are no text: how they may be written, and how not
+# ---- values that are not text: accepted and rejected spellings
 
 TYPED: dict[str, tuple[list[Any], dict[str, list[int]], list[str]]] = {
-    # values of a column; what takes which rows; what no row has
+    # values of a column; condition -> rows that it takes; conditions that match no row
     "integers": ([3, 30, 0, -3], {"3": [0], "-3": [3], "0,30": [1, 2]}, ["03", "3.0", "+3", "-0", "three"]),
     "floats": ([3.0, 0.5, -2.0, 1e20], {"3": [0], "3.0": [0], "0.5": [1], "-2": [2], "1e+20": [3]}, ["03", ".5", "3."]),
     "an integer column with gaps": ([3.0, float("nan"), 4.0], {"3": [0], "": [1], "3,4": [0, 2]}, ["nan"]),
@@ -157,7 +161,7 @@ TYPED: dict[str, tuple[list[Any], dict[str, list[int]], list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", TYPED)
-def test_values_that_are_no_text(kind: str) -> None:
+def test_values_that_are_not_text(kind: str) -> None:
     values, taken, absent = TYPED[kind]
     rows = [{"value": value} for value in values]
     everything = set(range(len(rows)))
@@ -169,7 +173,7 @@ def test_values_that_are_no_text(kind: str) -> None:
         assert chosen(rows, {"value": text.split(",")}) == expected, text
     for text in absent:
         for sign in ("=", "!="):
-            with pytest.raises(ValueError, match=f"no row of {len(rows)} has"):
+            with pytest.raises(ValueError, match=f"none of {len(rows)} rows has"):
                 chosen(rows, f"value{sign}{text}")
     for row, value in enumerate(values):
         assert row in chosen(rows, {"value": value})
@@ -182,7 +186,7 @@ def test_values_that_no_condition_can_name(value: Any) -> None:
 
 
 def test_rows_are_matched_in_blocks() -> None:
-    """A value may first come far behind, and what is shown stays short."""
+    """A value can occur for the first time in a late block, and messages list only a few values."""
     rows = [{"id": f"{i:05d}"} for i in range(2500)]
     assert chosen(rows, "id=02400,00003") == [3, 2400]
     with pytest.raises(ValueError, match="which has '00000', .*'00009' and others; did you mean 'id=02400'"):
@@ -354,7 +358,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refusal(place: str, folder: Path, conditions: Any, capsys: pytest.CaptureFixture[str]) -> str:
-    """What a place says to conditions; nothing where it takes them."""
+    """Return the message with which a place rejects the conditions, or an empty string if it accepts them."""
     try:
         words = PLACES[place](folder, conditions)
     except ValueError as error:
@@ -363,8 +367,10 @@ def refusal(place: str, folder: Path, conditions: Any, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_every_place_refuses_what_matches_nothing(place: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A misspelt value, to take and to leave out, and an unknown column; nothing is written."""
+def test_every_place_refuses_conditions_that_match_nothing(
+    place: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A misspelt value, in = and in != conditions, and an unknown column. Nothing is written."""
     wrong = [
         ({"client": "Boreals"}, "has 'Boreals' in column"),
         ("client!=Boreals", "has 'Boreals' in column"),
@@ -376,11 +382,11 @@ def test_every_place_refuses_what_matches_nothing(place: str, folder: Path, caps
     assert not list(folder.glob("out/*.safetensors"))
 
 
-# ---- what was taken is said
+# ---- messages about the selected rows
 
 
 def test_a_filter_given_twice_counts_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """To argparse alone, the last one would be all."""
+    """By argparse's default, the last one would replace the first."""
     words = unlearn(folder, "--dry_run", "--json", "--forget_filter", "id!=001", "--forget_filter", "id!=1")
     assert main([*words, "--retain_filter", "id=001"]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -391,8 +397,8 @@ def test_a_filter_given_twice_counts_twice(folder: Path, capsys: pytest.CaptureF
     assert f"forget: 6 of 8 rows, {folder / 'rows.csv'}, where id!=001 and id!=1" in capsys.readouterr().err
 
 
-def test_counts_are_said_and_kept(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By a run whose tokens are made and by one whose tokens were in the cache."""
+def test_row_counts_are_printed_and_recorded(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a run that tokenizes the rows, and in one that finds their tokens in the cache."""
     words = unlearn(folder, "--forget_filter", "id=001,1", "--retain_filter", 'client!=Acme," Acme"')
     for out in ("first", "second"):
         assert main([*words, "--output_dir", str(tmp_path / out), "--objective", "graddiff"]) == 0
@@ -413,7 +419,7 @@ def test_counts_of_documents_and_of_tokens(tmp_path: Path) -> None:
 
 
 def test_a_filter_without_a_retain_set(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`retain_filter`: expected `retain`, the rows that it takes some of"):
+    with pytest.raises(ValueError, match="`retain_filter`: expected a retain set to filter"):
         UnlearnTrainer(
             tiny_llama(vocab_size=300),
             forget=ROWS,

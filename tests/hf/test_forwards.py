@@ -1,4 +1,4 @@
-"""Models whose ``forward``, head or class others have changed: the same losses, or refused with the reason."""
+"""Tests of models whose ``forward``, head or class was changed by other code: the same losses, or rejected."""
 
 import copy
 import functools
@@ -28,7 +28,7 @@ ROWS = datasets.Dataset.from_list([{"input_ids": [3, 4, 5, 6], "labels": [3, 4, 
 
 
 def trainer_of(model: Any, folder: Path, **changes: Any) -> UnlearnTrainer:
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # transformers 4 keeps that of the last arguments here
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # transformers 4 keeps the precision of the last arguments here
     options = arguments(folder, max_steps=3, reference_cache="none", **changes)
     sets = {"forget": random_store(8, seed=1), "retain": random_store(20, seed=2)}
     return UnlearnTrainer(model, options, **sets, objective=NPO())
@@ -46,7 +46,7 @@ def losses_of(model: Any, folder: Path, **changes: Any) -> list[float]:
 
 
 def transformers_trains(model: Any, **precision: bool) -> None:
-    """Let transformers train a model at a learning rate that leaves it as it was."""
+    """Let transformers train a model with a learning rate of 0."""
     options = transformers.TrainingArguments(
         output_dir="unused",
         use_cpu=True,
@@ -66,7 +66,7 @@ def finetuned(model: Any) -> Any:
 
 
 def finetuned_twice(model: Any) -> Any:
-    """Two of accelerate's wrappers, as another process's script may leave."""
+    """With two of accelerate's wrappers, which a script of another process can leave."""
     del finetuned(model)._is_accelerate_prepared
     return finetuned(model)
 
@@ -109,7 +109,7 @@ def patched_head(model: Any) -> Any:
 
 
 def hooked_head(model: Any) -> Any:
-    """As TRL's ``cast_lm_head_to_fp32`` hooks it."""
+    """With the hook of TRL's ``cast_lm_head_to_fp32``."""
     model.lm_head.register_forward_pre_hook(lambda layer, inputs: (inputs[0].to(layer.weight.dtype),))
     return model
 
@@ -138,20 +138,21 @@ SERVED: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo reads .grad
 @pytest.mark.parametrize("name", SERVED)
-def test_what_others_put_on_a_model_changes_no_loss(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrappers_of_other_libraries_change_no_loss(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ids = torch.arange(3, 11)[None]
     expected = losses_of(tiny_llama(), tmp_path)
     model = SERVED[name](tiny_llama())
     assert losses_of(model, tmp_path) == expected
-    assert "labels" in inspect.signature(model.forward).parameters  # what transformers reads the columns from
+    # transformers reads the column names from the signature
+    assert "labels" in inspect.signature(model.forward).parameters
     own = model(input_ids=ids, labels=ids)
     plain = LlamaForCausalLM(model.config).eval()
     plain.load_state_dict(model.state_dict())
     assert torch.allclose(own.loss.float(), plain(input_ids=ids, labels=ids).loss, rtol=1e-5)
-    assert losses_of(model, tmp_path) == losses_of(plain, tmp_path)  # a second round
+    assert losses_of(model, tmp_path) == losses_of(plain, tmp_path)  # a second run of the trainer
     unfuse(model)
     assert not isinstance(model.lm_head, FusedHead)
     assert ROUTED not in vars(model)
@@ -208,14 +209,14 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         "got OptimizedModule; give the model it",
     ),
     "DataParallel": (nn.DataParallel, TypeError, "got DataParallel; give the model itself, `model.module`"),
-    "a module": (lambda model: model.model, ValueError, "expected an lm_head"),
+    "a module": (lambda model: model.model, ValueError, "lm_head: expected a torch.nn.Linear"),
     "no transformers model": (lambda model: nn.Linear(2, 2), TypeError, "a transformers.PreTrainedModel, or a peft"),
     "offloaded": (lambda model: accelerate.cpu_offload(model, "cpu"), ValueError, "weights are not in this process"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_served_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+def test_unsupported_forwards_are_refused_with_the_reason(name: str, tmp_path: Path) -> None:
     make, kind, message = REFUSED[name]
     with pytest.raises(kind, match=message):
         trainer_of(make(tiny_llama()), tmp_path)
@@ -233,7 +234,7 @@ def test_a_model_on_several_devices_is_refused() -> None:
 def test_the_precision_is_that_of_the_run(
     first: str, precision: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """accelerate passes over a model that any trainer of the process has prepared before."""
+    """accelerate skips a model that another trainer of the process has already prepared."""
     monkeypatch.chdir(tmp_path)
     expected = losses_of(tiny_llama(), tmp_path, **precision)
     model, other = tiny_llama(), {} if precision else {"bf16": True}
@@ -312,7 +313,7 @@ def test_a_head_may_be_resized_after_the_trainer_was_made(tied: bool, tmp_path: 
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_what_reads_an_evaluation_loss_finds_it(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_the_evaluation_loss_is_available(settings: dict[str, Any], tmp_path: Path) -> None:
     options = arguments(tmp_path, max_steps=2, reference_cache="none", eval_strategy="steps", eval_steps=1, **settings)
     sets = {"forget": random_store(8, seed=1), "retain": random_store(20, seed=2)}
     trainer = UnlearnTrainer(tiny_llama(), options, **sets, objective=NPO(), eval_dataset=ROWS)

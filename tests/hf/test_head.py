@@ -1,4 +1,4 @@
-"""The fused head and packed attention: a pack equals separate forward passes, for the model families people have."""
+"""Tests of the fused head with packed attention: a pack equals separate forward passes, for common model families."""
 
 import copy
 import pickle
@@ -27,7 +27,7 @@ def build(family: str, **changes: Any) -> Any:
 
 
 def eager_nll(model: Any, store: TokenStore, indices: list[int]) -> torch.Tensor:
-    """Summed NLL, one sequence at a time, from the model's own logits."""
+    """Return the summed NLL, one sequence at a time, from the model's own logits."""
     total = torch.zeros(())
     for index in indices:
         ids, labels = sequence(store, index)
@@ -45,7 +45,7 @@ def test_loss_and_every_parameter_gradient_equal_the_eager_model(family: str) ->
     expected.backward()
     fuse(model)
     batch = pack(TokenStore.empty(), store, [], [0, 1, 2, 3, 4])
-    # one label token for the mean to run over: the sum
+    # the mean over one label token is the sum
     out = model(batch=batch, loss=HeadLoss(None, StepTotals(retain_tokens=1), chunk_rows=7))
     out.loss.backward()
     torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-5)
@@ -56,7 +56,7 @@ def test_loss_and_every_parameter_gradient_equal_the_eager_model(family: str) ->
 
 @pytest.mark.skipif(not (triton_launch.IMPORTABLE and triton_launch.INTERPRETED), reason="needs Triton's interpreter")
 def test_every_backend_gets_the_objective_as_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same loss and gradients in torch and in Triton; a batch without forget sequences runs as well."""
+    """Torch and Triton give the same loss and gradients. A batch without forget sequences works too."""
     seen, compute = [], head_loss.linear_sequence_loss
     monkeypatch.setattr(head_loss, "linear_sequence_loss", lambda *a, **k: seen.append(type(a[4])) or compute(*a, **k))
     model = fuse(tiny_llama())
@@ -81,7 +81,7 @@ def test_scores_do_not_depend_on_the_token_budget(family: str) -> None:
     attention = model.config._attn_implementation
     whole, single = store_logprobs(model, store), store_logprobs(model, store, token_budget=1)
     torch.testing.assert_close(whole, single, rtol=1e-5, atol=1e-5)
-    assert model.config._attn_implementation == attention  # as it was
+    assert model.config._attn_implementation == attention  # unchanged
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -115,7 +115,7 @@ def test_no_mask_of_all_tokens_squared_is_made() -> None:
     assert largest < batch.tokens**2
 
 
-def test_a_fused_model_is_what_it_was_when_called_as_before() -> None:
+def test_a_fused_model_called_normally_is_unchanged() -> None:
     model = tiny_llama().eval()
     ids = torch.randint(VOCABULARY, (2, 9))
     mask = torch.ones_like(ids)
@@ -168,7 +168,7 @@ def test_fused_models_can_be_copied() -> None:
 
 
 def test_fused_models_can_be_pickled(tmp_path: Path) -> None:
-    """As torch.save and processes that are spawned do."""
+    """As torch.save and spawned processes do."""
     model = fuse(tiny_llama()).eval()
     batch = pack(TokenStore.empty(), random_store(3), [], [0, 1, 2])
     torch.save(model, tmp_path / "model.pt")
@@ -178,15 +178,15 @@ def test_fused_models_can_be_pickled(tmp_path: Path) -> None:
         assert type(unfuse(copied)) is transformers.LlamaForCausalLM
 
 
-def test_heads_that_cannot_be_served_are_refused_with_the_reason() -> None:
+def test_unsupported_heads_are_refused_with_the_reason() -> None:
     model = tiny_llama(tie_word_embeddings=False)
     model.lm_head = torch.nn.Sequential(model.lm_head)
-    with pytest.raises(ValueError, match=r"expected an lm_head of class torch.nn.Linear, got .*Sequential"):
+    with pytest.raises(ValueError, match=r"lm_head: expected a torch.nn.Linear, got .*Sequential"):
         fuse(model)
 
 
-def test_a_head_that_is_not_the_whole_story_is_refused() -> None:
-    """A family that shifts its logits in a way that nobody told efface of."""
+def test_a_head_that_does_not_give_the_logits_is_refused() -> None:
+    """A model that scales its logits in a way unknown to efface."""
 
     class Shifted(transformers.LlamaForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Models by name and revision: folders, the Hub's cache, and repositories whose main branch is empty."""
+"""Tests of loading models by name and revision: folders, the Hub's cache, repositories with an empty main branch."""
 
 import importlib.util
 import json
@@ -47,7 +47,9 @@ def test_a_checkpoint_of_a_folder_is_a_revision(tmp_path: Path) -> None:
     assert torch.equal(load_model(str(tmp_path), revision="checkpoint-12").lm_head.weight, twelfth)
     assert load_model(str(tmp_path), revision="checkpoint-12", dtype="bfloat16").dtype == torch.bfloat16
     assert len(load_tokenizer(str(tmp_path), revision="checkpoint-12")) > 0
-    with pytest.raises(FileNotFoundError, match="no weights at revision 'checkpoint-13'.*has revisions checkpoint-12"):
+    with pytest.raises(
+        FileNotFoundError, match="expected weights at revision 'checkpoint-13'.*its revisions are checkpoint-12"
+    ):
         load_model(str(tmp_path), revision="checkpoint-13")
 
 
@@ -59,7 +61,7 @@ def test_a_folder_with_checkpoints_alone_names_them(tmp_path: Path, capsys: pyte
     words = ["unlearn", "--model", str(tmp_path), "--forget", str(rows), "--output_dir", str(tmp_path / "out")]
     assert main([*words, "--use_cpu", "True"]) == 2
     told = capsys.readouterr().err
-    assert "it has revisions checkpoint-2, checkpoint-12. Choose one, such as `--revision checkpoint-12`" in told
+    assert "its revisions are checkpoint-2, checkpoint-12; choose one, such as `--revision checkpoint-12`" in told
 
 
 def test_the_layout_of_the_hub_cache(tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_the_layout_of_the_hub_cache(tmp_path: Path) -> None:
     (tmp_path / "refs").mkdir()
     (tmp_path / "refs" / "checkpoint-12").write_text("abc")
     assert torch.equal(load_model(str(tmp_path), revision="checkpoint-12").lm_head.weight, weights)
-    with pytest.raises(FileNotFoundError, match="at revision 'main'; it has revisions checkpoint-12"):
+    with pytest.raises(FileNotFoundError, match="at revision 'main', got none; its revisions are checkpoint-12"):
         local_revision(tmp_path, "main")
 
 
@@ -91,26 +93,28 @@ WEIGHTS = ["config.json", "model.safetensors"]
 
 
 def test_a_hub_repository_with_weights_in_its_revisions_only() -> None:
-    """Such as the Phi-1.5 models of TOFU. Offline the real library fails as it does where files are missing."""
+    """As the Phi-1.5 models of TOFU. Offline, the real library fails as it does for missing files."""
     phi = FakeFiles({"main": ["README.md", ".gitattributes"], "checkpoint-6": WEIGHTS, "checkpoint-12": WEIGHTS})
     message = (
-        "model 'me/phi': no weights at revision 'main'; it has revisions checkpoint-6, checkpoint-12. Choose one, such "
-        "as `--revision checkpoint-12`"
+        "model 'me/phi': expected weights at revision 'main', got none; its revisions are checkpoint-6, checkpoint-12; "
+        "choose one, such as `--revision checkpoint-12`"
     )
     for load in (load_model, load_tokenizer):
         with pytest.raises(FileNotFoundError, match=message):
             load("me/phi", client=phi)
-    with pytest.raises(FileNotFoundError, match="no weights at revision 'checkpoint-7'; it has revisions main, check"):
+    with pytest.raises(
+        FileNotFoundError, match="weights at revision 'checkpoint-7', got none; its revisions are main, check"
+    ):
         load_model("me/phi", revision="checkpoint-7", client=phi)
 
 
 @pytest.mark.parametrize(
     "client", [FakeFiles({"main": WEIGHTS, "dev": WEIGHTS}), FakeFiles({"main": ["README.md"]}), Unreachable({})]
 )
-def test_another_trouble_keeps_its_own_words(client: FakeFiles) -> None:
+def test_other_errors_keep_their_messages(client: FakeFiles) -> None:
     with pytest.raises(OSError, match="connect") as caught:
         load_model("me/phi", client=client)
-    assert "no weights at revision" not in str(caught.value)
+    assert "weights at revision" not in str(caught.value)
 
 
 def test_the_revision_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,23 +129,23 @@ def test_the_revision_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (asked["name"], asked["revision"], asked["dtype"]) == ("me/phi", "checkpoint-12", "auto")
 
 
-def test_a_path_that_does_not_exist_is_no_name_on_the_hub() -> None:
+def test_a_missing_path_is_not_looked_up_on_the_hub() -> None:
     with pytest.raises(FileNotFoundError, match=r"model folder './nowhere' does not exist"):
         load_model("./nowhere")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is here")
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 def test_eight_bits_need_their_package(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(ImportError, match=r"an 8-bit model needs the package bitsandbytes.*pip install"):
         load_model(str(tmp_path), load_in_8bit=True)
 
 
-# ---- checkpoints that are not what they claim ----
+# ---- checkpoints that do not match their config ----
 
 
 def with_config(**changes: Any) -> Callable[[Path], None]:
-    """Return what changes entries of a folder's config.json."""
+    """Return a function that changes entries of a folder's config.json."""
 
     def change(folder: Path) -> None:
         path = folder / "config.json"
@@ -151,7 +155,7 @@ def with_config(**changes: Any) -> Callable[[Path], None]:
 
 
 def with_weights(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Path], None]:
-    """Return what changes a folder's weights."""
+    """Return a function that changes a folder's weights."""
 
     def rewrite(folder: Path) -> None:
         path = folder / "model.safetensors"
@@ -188,7 +192,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a whole model, rows, and a broken model for each fault."""
+    """A folder with an intact model, rows, and a broken model for each fault."""
     folder = tmp_path_factory.mktemp("claims")
     saved_llama(folder / "whole")
     written_rows(folder / "rows.json")
@@ -199,8 +203,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_checkpoint_that_is_not_what_its_config_says_is_refused(fault: str, files: Path) -> None:
-    with pytest.raises(ValueError, match=rf"^model '.*{fault}': its weights are not those .*{FAULTS[fault][1]}"):
+def test_a_checkpoint_that_does_not_match_its_config_is_refused(fault: str, files: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^model '.*{fault}': expected the weights of a .*{FAULTS[fault][1]}"):
         load_model(str(files / fault))
 
 
@@ -229,8 +233,8 @@ def test_a_whole_checkpoint_is_taken(family: str, tmp_path: Path) -> None:
 
 @LONG
 @pytest.mark.filterwarnings("ignore")
-def test_no_family_of_transformers_is_refused_what_it_wrote(tmp_path: Path) -> None:
-    """Those that a common set of small sizes makes a model of."""
+def test_checkpoints_of_all_families_are_accepted(tmp_path: Path) -> None:
+    """For all families of which a common set of small sizes makes a model."""
     sizes = {**TINY, "head_dim": 8, "num_experts": 2, "num_local_experts": 2, "moe_intermediate_size": 16}
     sizes |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "d_model": 32, "ffn_dim": 48, "state_size": 4}
     taken = 0
@@ -243,7 +247,7 @@ def test_no_family_of_transformers_is_refused_what_it_wrote(tmp_path: Path) -> N
             if sum(weight.numel() for weight in model.parameters()) > 10**7:
                 continue
             transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        except Exception:  # noqa: BLE001 - a family that wants other sizes, or a package that is not here
+        except Exception:  # noqa: BLE001 - a family that needs other sizes, or a missing package
             continue
         load_model(str(folder))
         shutil.rmtree(folder)
@@ -251,8 +255,8 @@ def test_no_family_of_transformers_is_refused_what_it_wrote(tmp_path: Path) -> N
     assert taken > 50
 
 
-def test_what_transformers_leaves_out_on_purpose_is_no_fault(tmp_path: Path) -> None:
-    """Buffers that checkpoints of old versions hold, and a tied head that is written out."""
+def test_tensors_that_transformers_ignores_are_accepted(tmp_path: Path) -> None:
+    """Buffers in checkpoints of old versions, and a tied head that was saved as well."""
     saved_llama(tmp_path)
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     with_weights(lambda held: {**held, **old, "lm_head.weight": held["model.embed_tokens.weight"].clone()})(tmp_path)
@@ -267,7 +271,7 @@ def test_what_transformers_leaves_out_on_purpose_is_no_fault(tmp_path: Path) -> 
         ("gpt2", ["attn.bias", "attn.masked_bias"]),
     ],
 )
-def test_the_masks_of_old_checkpoints_are_no_fault(kind: str, names: list[str], tmp_path: Path) -> None:
+def test_the_masks_of_old_checkpoints_are_accepted(kind: str, names: list[str], tmp_path: Path) -> None:
     tiny_decoder(kind).save_pretrained(tmp_path)
     masks = {f"transformer.h.0.{name}": torch.ones(1, 1, 4, 4) for name in names}
     with_weights(lambda held: {**held, **masks})(tmp_path)
@@ -277,7 +281,7 @@ def test_the_masks_of_old_checkpoints_are_no_fault(kind: str, names: list[str], 
         load_model(str(tmp_path))
 
 
-def test_weights_that_are_cut_off_are_said(tmp_path: Path) -> None:
+def test_truncated_weights_are_reported(tmp_path: Path) -> None:
     saved_llama(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:3000])
@@ -287,7 +291,7 @@ def test_weights_that_are_cut_off_are_said(tmp_path: Path) -> None:
 
 _RUN = ["--forget", "ROWS", "--alpha", "0", "--use_cpu", "True", "--output_dir", "OUT"]
 _RIVAL = ["--forget", "ROWS", "--holdout", "ROWS", "--metrics", "mia_reference", "--output", "OUT"]
-# Each command that reads a model, with the words that name it; None reads none.
+# The words with which each command names a model; None for commands that read no model.
 LOADS: dict[str, list[list[str]] | None] = {
     "unlearn": [
         [*_RUN, "--model", "BROKEN"],
@@ -307,13 +311,13 @@ LOADS: dict[str, list[list[str]] | None] = {
         ["--model", "ADAPTER", "--data", "ROWS", "--views", "direct", "--output", "OUT"],
     ],
     "sweep": None,  # starts `unlearn`, `evaluate` and `cache-reference`
-    "demo": None,  # teaches its own
+    "demo": None,  # trains its own
     **dict.fromkeys(("bench", "cache", "completion", "plan", "recipes", "report")),
 }
 
 
 def test_every_command_is_known() -> None:
-    """A new one has to be put into LOADS."""
+    """A new command must be added to LOADS."""
     assert set(LOADS) >= set(COMMANDS)
 
 
@@ -342,7 +346,7 @@ def test_every_command_that_reads_a_model_refuses_it(
         tiny_tokenizer().save_pretrained(tmp_path / "adapter")
     assert main([command, *(str(places.get(word, word)) for word in words)]) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"efface {command}: error: model '{files / fault}': its weights are not those of" in told
+    assert f"efface {command}: error: model '{files / fault}': expected the weights of a" in told
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
@@ -369,11 +373,11 @@ def test_an_adapter_of_another_base_is_refused(layers: int, intermediate: int, m
     tiny_llama().save_pretrained(tmp_path / "base")
     saved_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=["q_proj", "down_proj"])
     tiny_llama(num_hidden_layers=layers, intermediate_size=intermediate).save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match=rf"^adapter .* is not of its base model '.*/base': .*{message}"):
+    with pytest.raises(ValueError, match=rf"^adapter .* does not fit its base model '.*/base': .*{message}"):
         load_model(str(tmp_path / "adapter"))
 
 
-def test_what_is_amiss_with_an_adapters_base_is_said(tmp_path: Path) -> None:
+def test_problems_with_an_adapters_base_are_reported(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "base")
     folder = saved_adapter(tmp_path / "adapter", tmp_path / "base")
     path = folder / "adapter_config.json"
@@ -390,7 +394,9 @@ def test_what_is_amiss_with_an_adapters_base_is_said(tmp_path: Path) -> None:
         load_model(str(folder))
     saved_adapter(tmp_path / "inner", tmp_path / "base")
     base_is(str(tmp_path / "inner"))
-    with pytest.raises(ValueError, match=r"expected a whole model as its base, got '.*inner', which is an adapter too"):
+    with pytest.raises(
+        ValueError, match=r"expected a whole model as its base, got '.*inner', which is also an adapter"
+    ):
         load_model(str(folder))
     tiny_llama().save_pretrained(folder)
     with pytest.raises(ValueError, match="got both config.json and adapter_config.json"):
@@ -405,7 +411,7 @@ def test_the_base_of_an_adapter_is_of_its_revision(tmp_path: Path) -> None:
     assert torch.equal(load_model(str(folder)).get_base_model().lm_head.weight, expected)
 
 
-GROWN: dict[str, tuple[bool, dict[str, Any], str | None]] = {  # tied, settings of the adapter, how it is refused
+GROWN: dict[str, tuple[bool, dict[str, Any], str | None]] = {  # tied, settings of the adapter, message if rejected
     "both in modules_to_save": (False, {"modules_to_save": ["embed_tokens", "lm_head"]}, None),
     "both saved by peft itself": (False, {}, None),
     "both saved by peft itself, tied": (True, {}, None),
@@ -445,7 +451,7 @@ def test_an_adapter_with_added_tokens_is_read_back_bit_for_bit_or_refused(case: 
     torch.set_rng_state(state)
 
 
-# ---- runs that would write the model as it was ----
+# ---- runs that would not change the model ----
 
 NOTHING: dict[str, tuple[dict[str, Any], str]] = {
     "no epochs": ({"num_train_epochs": 0}, "`num_train_epochs`: expected more than 0, got 0"),
@@ -454,12 +460,12 @@ NOTHING: dict[str, tuple[dict[str, Any], str]] = {
     "less than no steps": ({"max_steps": -2}, "`max_steps`: expected at least 1 optimizer step, or -1"),
     "no step in an epoch": (
         {"pairs_per_step": 64, "dataloader_drop_last": True},
-        "an epoch of 5 pairs has no whole step of 64",
+        "expected at least one full step of 64 pairs, got an epoch of 5",
     ),
     "no learning rate": ({"learning_rate": 0}, "expected (more than 0|a learning rate above 0)"),
     "a warm-up longer than the run": (
         {"max_steps": 1, "warmup_steps": 5},
-        "expected a learning rate above 0, got one that is 0 at every step of the run",
+        "expected a learning rate above 0, got 0 at each of the 1 steps",
     ),
 }
 
@@ -501,7 +507,7 @@ def test_a_trainer_that_trains_nothing_is_refused(case: str, tmp_path: Path) -> 
         ).train()
 
 
-# ---- custom code, and tokenizers of their own ----
+# ---- custom code, and separate tokenizers ----
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -515,7 +521,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture
 def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model whose code comes with it, without a tokenizer; that is in a folder beside."""
+    """A model that comes with its own code but without a tokenizer, which is in a separate folder."""
     monkeypatch.chdir(tmp_path)
     folder = saved_llama(tmp_path / "own")
     for file in folder.glob("*token*"):
@@ -530,7 +536,7 @@ def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_code_of_a_checkpoint_runs_when_it_is_trusted(own_code: Path) -> None:
-    with pytest.raises(ValueError, match=r"got 'own_llama', whose code comes with it \(modeling_own\.py\); read it"):
+    with pytest.raises(ValueError, match=r"got 'own_llama', which needs code from the checkpoint \(modeling_own\.py\)"):
         load_model(str(own_code))
     assert not Path("code_ran").exists()
     model = load_model(str(own_code), trust_remote_code=True)
@@ -567,5 +573,5 @@ def test_commands_take_a_tokenizer_and_trusted_code(
     assert main([*words, "--tokenizer", "tokenizer", "--trust-remote-code"]) == 0
     if Path("out/config.json").exists() and not name.endswith("anew"):
         assert Path("out/tokenizer.json").exists()
-        again = load_model("out", trust_remote_code=True)  # the code went along
+        again = load_model("out", trust_remote_code=True)  # the code was saved with the model
         assert type(again).__name__ == "OwnForCausalLM"

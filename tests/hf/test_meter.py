@@ -1,4 +1,4 @@
-"""The meter's figures against the same numbers from padded forward passes, and what logging them costs."""
+"""Tests of the meter's metrics against padded forward passes, and of the cost of logging them."""
 
 import math
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_figures_equal_those_of_padded_passes(reference: str, token_budget: int,
 
 
 def test_npos_weight_is_what_it_multiplies_gradient_ascent_by(tmp_path: Path) -> None:
-    """At the start it is 1: policy = reference, 2 σ(0)."""
+    """At the start it is 1: policy = reference, so 2 σ(0)."""
     log = logs_of(tmp_path, objective=NPO())[0]
     assert log["mean_log_ratio"] == pytest.approx(0.0, abs=1e-4)
     assert log["npo_weight"] == pytest.approx(1.0, rel=1e-5)
@@ -70,7 +70,7 @@ def output_of(sums: torch.Tensor) -> StepOutput:
 
 
 def test_sequences_without_log_probabilities_do_not_count() -> None:
-    """UNDIAL's forget sequences have none; those of another micro-batch do."""
+    """UNDIAL computes no log-probabilities of forget sequences, so only the retain sequence counts."""
     meter, batch = StepMeter(), pack(FORGET, RETAIN, [0, 1], [2])
     meter.add(batch, output_of(torch.tensor([torch.nan, torch.nan, -1.0])), UNDIAL(alpha=1.0))
     meter.on_step_end(None, None, None)  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ def test_a_mean_over_no_sequence_is_absent_and_never_nan() -> None:
 
 
 def test_figures_of_two_ranks_are_one_mean() -> None:
-    """Rank 0 has one forget sequence, rank 1 three: the mean is over four, the peak that of the greater rank."""
+    """Rank 0 has one forget sequence, rank 1 three: the mean is over four, the peak memory that of the larger rank."""
     meter, batch = StepMeter(), pack(FORGET, RETAIN, [0], [])
     meter.add(batch, output_of(torch.tensor([-2.0])), DPO(alpha=0.0))
     meter.on_step_end(None, None, None)  # type: ignore[arg-type]
@@ -130,7 +130,7 @@ def test_shares_of_time_and_memory(tmp_path: Path) -> None:
         assert log["time_forward"] > 0
         assert log["time_backward"] > 0
         assert log["peak_memory_gib"] > 0.01
-    assert peak_memory_gib(torch.device("cpu")) < 1024  # GiB, not KiB
+    assert peak_memory_gib(torch.device("cpu")) < 1024  # in GiB, not KiB
 
 
 def test_a_clock_gives_time_to_the_phase_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,14 +164,14 @@ def test_trackers_get_the_figures(tmp_path: Path) -> None:
 def test_figures_of_another_version_are_not_taken_up() -> None:
     meter = StepMeter()
     state = meter.state_dict()
-    meter.load_state_dict({**state, "tokens": 10, "seconds": 3.0, "_seconds": 3.0})  # of 0.1.0's first checkpoints
+    meter.load_state_dict({**state, "tokens": 10, "seconds": 3.0, "_seconds": 3.0})  # keys of 0.1.0's first checkpoints
     assert (meter.tokens, meter.seconds) == (0, 0.0)
     meter.load_state_dict({**state, "tokens": 10})
     assert meter.tokens == 10
 
 
 def test_tokens_per_second_are_by_the_clock_of_the_phases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not by the host's, which is ahead of a device; waiting for data is no part of a step; the slowest rank counts."""
+    """Measured on the device, not on the host, which runs ahead; without waiting for data; the slowest rank counts."""
     meter, batch = StepMeter(), pack(FORGET, RETAIN, [0, 1], [2])
     read = [{"forward": 1.0, "backward": 2.0, "optimizer": 0.5, "data": 100.0}]
     nothing = dict.fromkeys(PHASES, 0.0)
@@ -180,7 +180,7 @@ def test_tokens_per_second_are_by_the_clock_of_the_phases(monkeypatch: pytest.Mo
     meter.on_step_end(None, None, None)  # type: ignore[arg-type]
     assert meter.seconds == 3.5
     resumed = StepMeter()
-    resumed.load_state_dict(meter.state_dict())  # a checkpoint between two logs keeps the time, too
+    resumed.load_state_dict(meter.state_dict())  # a checkpoint between two logs keeps the time as well
     assert resumed.seconds == 3.5
 
     def gather(figures: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Arguments of transformers: each has an effect, is refused, or is harmless; and the types that are taken."""
+"""Tests of transformers' arguments: each has an effect, is rejected, or is harmless; and of the accepted types."""
 
 import dataclasses
 import inspect
@@ -57,7 +57,9 @@ def losses_of(folder: Path, *, model: Any = None, **changes: Any) -> list[float]
 
 
 def test_every_field_of_the_installed_transformers_is_in_one_table() -> None:
-    assert not [name for name, _ in unknown_fields()], "a newer transformers has fields that hf/train/options.py lacks"
+    assert not [name for name, _ in unknown_fields()], (
+        "a newer transformers has fields that are missing in hf/train/options.py"
+    )
     for name in FIELDS:
         assert [kind for kind, table in TABLES.items() if name in table] != [], name
     names = [name for table in TABLES.values() for name in table]
@@ -86,7 +88,7 @@ def test_a_field_that_no_table_knows_is_refused_unless_it_has_its_default(
         arguments(tmp_path, max_grad_norm=0.5)
 
 
-# ---- refused ----
+# ---- rejected ----
 
 WRONG: dict[str, Any] = {
     "label_smoothing_factor": 0.3,
@@ -109,7 +111,7 @@ WRONG: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_a_field_that_would_do_nothing_is_refused_with_what_serves_instead(name: str, tmp_path: Path) -> None:
+def test_a_field_without_effect_is_refused_with_an_alternative(name: str, tmp_path: Path) -> None:
     refusal, args = REFUSALS[name], arguments(tmp_path)
     assert refusal.accepts(args)
     wrong = WRONG[name]
@@ -127,7 +129,7 @@ def test_a_field_that_would_do_nothing_is_refused_with_what_serves_instead(name:
 
 
 @pytest.mark.parametrize("config", [{"dispatch_batches": True}, {"gradient_accumulation_kwargs": {"num_steps": 4}}])
-def test_what_accelerate_would_share_out_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
+def test_accelerate_options_about_batches_are_refused(config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^`accelerator_config`: .* set pairs_per_step"):
         arguments(tmp_path, accelerator_config=config)
 
@@ -140,13 +142,13 @@ def test_liger_may_keep_its_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*TRAINER_REFUSALS, "data_collator"])
-def test_a_parameter_that_would_do_nothing_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_parameter_without_effect_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=f"`{name}`: expected"):
         trainer_of(arguments(tmp_path), **{name: lambda *_: 1 / 0})
     assert trainer_of(arguments(tmp_path), **{name: None}).objective == NPO()
 
 
-def test_a_parameter_that_nobody_has_is_named() -> None:
+def test_an_unknown_parameter_is_named() -> None:
     with pytest.raises(TypeError, match="unexpected argument 'colator'; expected one of"):
         checked_trainer_options({"colator": None})
 
@@ -170,7 +172,7 @@ def test_a_harmless_field_changes_no_bit(change: dict[str, Any], tmp_path: Path)
     assert losses_of(tmp_path, **change) == losses_of(tmp_path)
 
 
-# ---- effects, and that they do not depend on the token budget ----
+# ---- effects, and their independence of the token budget ----
 
 CHANGES: list[dict[str, Any]] = [
     {"per_device_train_batch_size": 2},
@@ -211,7 +213,7 @@ def test_input_tokens_are_counted_as_packs_hold_them(value: Any, budget: int, tm
     assert trainer.state.num_input_tokens_seen == seen[2] > seen[1]
 
 
-# ---- types that transformers and TRL take ----
+# ---- types that transformers and TRL accept ----
 
 
 def test_a_model_may_be_a_name_which_brings_its_tokenizer(tmp_path: Path) -> None:
@@ -264,7 +266,7 @@ WRONG_TYPES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "args, of others": (
         {"args": transformers.Seq2SeqTrainingArguments(output_dir="unused", use_cpu=True)},
         TypeError,
-        "`args`: expected .* got Seq2SeqTrainingArguments, of which generation_config, .* would do nothing",
+        "`args`: expected .* got Seq2SeqTrainingArguments, whose fields generation_config, .* would have no effect",
     ),
     "args, None": ({"args": None}, TypeError, "`args`: expected efface.UnlearnArguments or .* got NoneType"),
     "objective, None": ({"objective": None}, TypeError, "`objective`: expected an efface.Objective.* got NoneType"),
@@ -276,7 +278,7 @@ WRONG_TYPES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "forget, a stream": (
         {"forget": datasets.Dataset.from_list(TEXTS).to_iterable_dataset(), "processing_class": tiny_tokenizer()},
         TypeError,
-        "`forget`: expected rows, as a list .* got IterableDataset; give list",
+        r"`forget`: expected rows \(a list .* got IterableDataset; pass list",
     ),
     "forget, a number": ({"forget": 3, "processing_class": tiny_tokenizer()}, TypeError, "`forget`: expected rows"),
     "retain, columns": (
@@ -314,9 +316,9 @@ EVALUATIONS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
-def test_an_evaluation_names_what_is_no_model_and_no_tokenizer(name: str) -> None:
+def test_an_evaluation_names_wrong_models_and_tokenizers(name: str) -> None:
     call = EVALUATIONS[name]
-    if name != "tofu":  # which reads its data first
+    if name != "tofu":  # it reads its data first
         with pytest.raises(TypeError, match="`model`: expected a transformers.PreTrainedModel.* got str; load it with"):
             call("gpt2", tiny_tokenizer())
     with pytest.raises((TypeError, FileNotFoundError), match="`tokenizer`: expected a tokenizer of|'unused'"):

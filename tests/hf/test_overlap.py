@@ -1,4 +1,4 @@
-"""Rows in the forget and in the retain set: found by their tokens, in every place that takes two sets."""
+"""Tests of rows in both the forget and the retain set: found by their tokens, in every place that takes two sets."""
 
 import json
 import time
@@ -17,18 +17,18 @@ from efface.hf.text.data import refuse_overlap, shared_sequences, token_store
 from efface.hf.train.trainer import UnlearnTrainer
 from support.helpers import TEXTS, arguments, random_store, saved_llama, tiny_llama, tiny_tokenizer, written_rows
 
-FORGET, RETAIN = TEXTS[:3], TEXTS[2:]  # one row in both
-MESSAGE = r"got 1 of 3 forget rows in both: rows 2 and 0 \(.*; leave them out .* or insist with --allow-overlap"
+FORGET, RETAIN = TEXTS[:3], TEXTS[2:]  # one row is in both
+MESSAGE = r"got 1 of 3 forget rows in both: rows 2 and 0 \(.*; remove them from one set .* or add --allow-overlap"
 
 
 def of(*sequences: list[int], starts: list[int] | None = None) -> TokenStore:
     return TokenStore.from_sequences(sequences, starts or [1] * len(sequences))
 
 
-# ---- which rows are the same
+# ---- which rows are equal
 
 SAME: dict[str, tuple[TokenStore, TokenStore, bool, list[tuple[int, int]]]] = {
-    # forget, retain, prompts alone, the pairs
+    # forget, retain, whether only prompts are compared, the pairs
     "none": (of([1, 2], [3, 4]), of([2, 1], [4, 3, 2]), False, []),
     "some": (of([1, 2], [3, 4], [5, 6]), of([5, 6], [7, 8], [1, 2]), False, [(0, 2), (2, 0)]),
     "the first of several": (of([1, 2], [1, 2]), of([3, 4], [1, 2], [1, 2]), False, [(0, 1), (1, 1)]),
@@ -50,7 +50,7 @@ def test_which_rows_are_the_same(case: str) -> None:
 
 
 def test_the_same_rows_as_by_comparing_all_with_all() -> None:
-    """Short sequences of few tokens, in several chunks: many are the same, and many nearly."""
+    """Short sequences of few tokens, in several chunks: many are equal, and many almost equal."""
     stores = [random_store(400, seed=seed, low=2, high=5, vocabulary=4) for seed in (1, 2, 3)]
     forget, retain = TokenStore([*stores[0].chunks, *stores[1].chunks]), stores[2]
     theirs = [retain[j].tolist() for j in range(len(retain))]
@@ -71,9 +71,11 @@ def test_a_million_rows_take_a_moment() -> None:
     assert time.thread_time() - began < 2
 
 
-def test_one_set_for_both_is_told_and_not_refused() -> None:
+def test_the_same_set_twice_is_a_warning_and_not_an_error() -> None:
     rows = random_store(5)
-    with pytest.warns(UserWarning, match="are the same 5 rows, which are trained both ways; .*allow_overlap"):
+    with pytest.warns(
+        UserWarning, match="are the same 5 rows, so each row is both forgotten and retained; .*allow_overlap"
+    ):
         refuse_overlap(rows, rows)
     backwards = TokenStore.from_sequences([rows[i].tolist() for i in (4, 3, 2, 1, 0, 0)], [1] * 6)
     with pytest.warns(UserWarning, match="are the same"):
@@ -189,7 +191,7 @@ def test_the_commands_refuse_rows_in_both_sets(
 
 
 def test_insisting_changes_no_number_and_no_identity(folder: Path, tmp_path: Path) -> None:
-    """Sets without a common row train the same with the flag and without, and continue one another."""
+    """Sets without a common row give the same training with and without the flag, and a run can resume with either."""
     words = unlearn(folder, "--forget", str(folder / "all.json"), "--retain", str(folder / "all.json"))
     words += ["--forget_filter", "number=1", "--retain_filter", "number!=1", "--seed", "1"]
     states = []

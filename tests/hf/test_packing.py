@@ -1,4 +1,4 @@
-"""What packs are read with: whatever a model is, its packs give what separate passes give, or it is refused."""
+"""Tests of reading packs: for every model, a pack gives the same as separate passes, or the model is rejected."""
 
 import contextlib
 import copy
@@ -25,10 +25,10 @@ from efface.hf.reference.live import LiveReference
 from efface.hf.reference.score import store_logprobs
 from support.helpers import LONG, NOT_BUILT, arguments, perturbed, random_store, sequence, tiny_decoder, tiny_llama
 
-ALONE = "one sequence a pass"
-SAID = "runs one sequence a pass, which is slower than packs and gives what separate passes give"
+ALONE = "one sequence per pass"
+SAID = "runs one sequence per pass, which is slower than packed batches and gives the results of separate passes"
 OLD = transformers.__version__.startswith("4.")
-ONE = StepTotals(retain_tokens=1)  # means over one token: sums
+ONE = StepTotals(retain_tokens=1)  # means over one token, that is, sums
 
 
 def rows_of(*lengths: int) -> TokenStore:
@@ -52,11 +52,11 @@ def quietly(model: Any, **options: Any) -> Any:
 
 
 def separate_losses(model: Any, store: TokenStore) -> Tensor:
-    """The summed NLL of every sequence, in a pass of its own through a copy that has seen no other."""
+    """Return each sequence's summed NLL from a separate pass, in a copy that has processed no other sequence."""
     losses = []
     for index in range(len(store)):
         ids, labels = sequence(store, index)
-        for module in model.modules():  # what dynamic NTK remembers of longer sequences
+        for module in model.modules():  # dynamic NTK remembers longer sequences
             if getattr(module, "rope_type", None) == "dynamic":
                 module.inv_freq = module.original_inv_freq
                 module.max_seq_len_cached = module.original_max_seq_len
@@ -66,7 +66,7 @@ def separate_losses(model: Any, store: TokenStore) -> Tensor:
 
 
 def check_scores(model: Any, store: TokenStore = STORE) -> None:
-    """Log-probabilities of a pack and of a tree are those of separate passes; the model is changed."""
+    """Assert that log-probabilities of a pack and of a tree are those of separate passes. The model is changed."""
     with torch.no_grad():
         expected = -separate_losses(model, store)
     quietly(model)
@@ -76,7 +76,7 @@ def check_scores(model: Any, store: TokenStore = STORE) -> None:
 
 
 def check_training(model: Any, store: TokenStore = STORE) -> None:
-    """The loss of a pack and every gradient are those of separate passes; the model is changed."""
+    """Assert that the loss of a pack and every gradient are those of separate passes. The model is changed."""
     twin = copy.deepcopy(model)
     expected = separate_losses(twin, store).sum()
     expected.backward()
@@ -118,16 +118,16 @@ def test_packs_equal_separate_passes(kind: str, expected: str) -> None:
     model = tiny_decoder(kind)
     check_training(copy.deepcopy(model))
     check_scores(model)
-    # transformers 4 tells some models' own attention nothing of packs, which is found out.
+    # transformers 4 does not pass packs to the own attention of some models, which the measurement detects.
     assert way(model) == expected or (OLD and way(model) == ALONE)
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert-decoder", "xlnet", "electra"])
-def test_what_is_no_causal_model_with_a_head_is_refused(kind: str) -> None:
+def test_models_without_a_causal_head_are_refused(kind: str) -> None:
     model = tiny_decoder(kind)
-    with pytest.raises(ValueError, match="logits are not those of its head|causal language model|expected a head on"):
+    with pytest.raises(ValueError, match="logits are not those of its head|causal language model|expected a head for"):
         fuse(model)
-    with pytest.raises(ValueError, match="logits are not those of its head|causal language model|expected a head on"):
+    with pytest.raises(ValueError, match="logits are not those of its head|causal language model|expected a head for"):
         store_logprobs(model, STORE)
 
 
@@ -138,7 +138,7 @@ def test_half_precision_sees_the_same(kind: str) -> None:
     assert way(half) == way(quietly(model))
 
 
-SERVED = 139  # classes, of transformers 5.23; others may have more
+SERVED = 139  # model types of transformers 5.23; other versions can have more
 
 
 @LONG
@@ -156,12 +156,12 @@ def test_every_causal_class(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def outcome(kind: str) -> str:
-    """What a class comes to: the way it reads packs, or why it is refused; WRONG and what is."""
+    """Return how a model type reads packs, or why it is rejected; "WRONG: ..." for a failure."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             model = tiny_decoder(kind)
-        except Exception as error:  # noqa: BLE001 - a row of the table
+        except Exception as error:  # noqa: BLE001 - reported in the table
             return f"WRONG: does not build: {type(error).__name__}: {error}"
         expected = packing._expected(model, None, PackReading("", "eager"))
         try:
@@ -174,13 +174,13 @@ def outcome(kind: str) -> str:
             assert careful.index(unmeasured) <= careful.index(found), f"without weights: {unmeasured}"
         except ValueError as error:
             return f"refused: {error}"
-        except Exception as error:  # noqa: BLE001 - a row of the table
+        except Exception as error:  # noqa: BLE001 - reported in the table
             return f"WRONG: {type(error).__name__}: {error}"
     return found
 
 
 def test_a_pack_may_be_longer_than_a_models_own_mask() -> None:
-    """GPT-Neo keeps a causal mask of as many tokens as it has positions, 64 here."""
+    """GPT-Neo keeps a causal mask for as many tokens as it has positions, here 64."""
     check_scores(tiny_decoder("gpt_neo"), rows_of(20, 20, 20, 20))
     check_training(tiny_decoder("gpt_neo"), rows_of(20, 20, 20, 20))
 
@@ -205,14 +205,14 @@ SCALINGS: dict[str, tuple[dict[str, Any], int | None]] = {
     "dynamic": ({"rope_type": "dynamic", "factor": 4.0}, 32),
     "longrope": ({**LONGROPE, "original_max_position_embeddings": 32}, 32),
 }
-PAST = rows_of(9, 40, 7, 36, 32, 33, 31)  # past 32 tokens, and below, and there
+PAST = rows_of(9, 40, 7, 36, 32, 33, 31)  # lengths above, below and at 32 tokens
 
 
 def scaled(scaling: str, **changes: Any) -> Any:
-    # Positions are at most 32, past which dynamic NTK scales; longrope says so itself.
+    # dynamic NTK scales beyond max_position_embeddings, here 32; longrope has a separate setting for it.
     positions = 32 if scaling == "dynamic" else 256
     rope = {"rope_theta": 100.0, **SCALINGS[scaling][0]}
-    if scaling == "longrope":  # where transformers 4 looks for it
+    if scaling == "longrope":  # transformers 4 reads it from here
         changes["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     model = tiny_llama(
         max_position_embeddings=positions, rope_theta=100.0, rope_scaling=rope, initializer_range=0.3, **changes
@@ -228,7 +228,7 @@ def test_a_long_sequence_does_not_change_its_neighbours(scaling: str) -> None:
     assert reading is not None
     assert (reading.attention, reading.alone, reading.limit) == (NAME, None, SCALINGS[scaling][1])
     if scaling == "dynamic":
-        return  # scoring refuses what is longer than the model's positions
+        return  # scoring rejects sequences longer than the model's positions
     check_scores(scaled(scaling), PAST)
 
 
@@ -245,11 +245,11 @@ def test_short_packs_are_still_one_pass(scaling: str, monkeypatch: pytest.Monkey
     assert tree.shared
     model(batch=pack(TokenStore.empty(), STORE, [], range(4)))
     monkeypatch.setitem(vars(model), MEMORY, PackReading(NAME, "sdpa", limit=3))
-    with pytest.raises(ValueError, match="which runs one sequence a pass; make the tree with share=False"):
+    with pytest.raises(ValueError, match="which runs one sequence per pass; make the tree with share=False"):
         packing.packed_states(model, tree)
 
 
-# ---- what it costs, what it leaves ----
+# ---- costs and side effects ----
 
 
 @contextlib.contextmanager
@@ -274,7 +274,7 @@ def test_two_tiny_passes_once() -> None:
 
 
 def state(model: Any) -> dict[str, Any]:
-    """All that a pass could change."""
+    """Return everything that a pass could change."""
     found: dict[str, Any] = {"config": model.config.to_dict(), "noise": torch.get_rng_state()}
     for name, module in model.named_modules():
         plain = {
@@ -302,7 +302,7 @@ def assert_same(one: Any, two: Any) -> None:
 def test_the_measurement_leaves_no_trace(kind: str) -> None:
     if kind in SCALINGS:
         model: Any = scaled(kind, attention_dropout=0.5)
-        model(torch.arange(3, 43)[None])  # the encoding is that of 40 tokens now
+        model(torch.arange(3, 43)[None])  # the rotary encoding is now that for 40 tokens
     else:
         model = tiny_decoder("xlnet" if kind == "refused" else kind)
     model.train()
@@ -321,7 +321,7 @@ def test_the_measurement_leaves_no_trace(kind: str) -> None:
     assert {name: buffer.data_ptr() for name, buffer in model.named_buffers()} == places
 
 
-def test_it_is_said_once_and_remembered() -> None:
+def test_the_warning_is_given_once_and_the_reading_remembered() -> None:
     model = tiny_decoder("xglm")
     with pytest.warns(UserWarning, match=rf"XGLMForCausalLM: {SAID}: with 'efface_varlen' attention"):
         fuse(model)
@@ -347,16 +347,16 @@ def test_a_chosen_attention_stays_until_another_is_chosen() -> None:
 @pytest.mark.parametrize(("kind", "expected"), [("llama", NAME), ("mamba", ALONE), ("gpt_oss", ALONE), ("xglm", ALONE)])
 def test_without_weights_a_model_is_taken_by_its_description(kind: str, expected: str) -> None:
     model = tiny_decoder(kind)
-    model.get_input_embeddings().weight = nn.Parameter(torch.empty(0, 32))  # as ZeRO-3 leaves it
+    model.get_input_embeddings().weight = nn.Parameter(torch.empty(0, 32))  # as under ZeRO-3
     if expected == ALONE:
-        with pytest.warns(UserWarning, match="its weights are not in this process to measure with"):
+        with pytest.warns(UserWarning, match="its weights are not in this process to be measured"):
             use_packed_attention(model)
     else:
         use_packed_attention(model)
     assert way(model) == expected
 
 
-# ---- one sequence a pass in training, references and generation ----
+# ---- one sequence per pass in training, references and generation ----
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ PADDING = {"llama": True, "gpt2": True, "bloom": True, "bart": False, "rwkv": Fa
 @pytest.mark.parametrize(("kind", "exact"), PADDING.items(), ids=PADDING)
 def test_answers_do_not_depend_on_the_batch(kind: str, exact: bool) -> None:
     model = tiny_decoder(kind)
-    model.generation_config.forced_eos_token_id = None  # BART's, after the last token
+    model.generation_config.forced_eos_token_id = None  # BART's, which ends every answer at the limit
     expected = [alone(model, prompt, 6) for prompt in PROMPTS]
     run = decode if has_selectable_cache(model) else generate
     got = [answer.ids for answer in run(model, PROMPTS, [6] * 4, [95])]
@@ -422,7 +422,7 @@ def test_answers_past_a_switch_of_the_encoding_do_not_depend_on_the_batch(scalin
 
 
 def alone(model: Any, prompt: list[int], count: int) -> list[int]:
-    """What ``generate`` makes of one prompt, without the end, 95."""
+    """Return the tokens that ``generate`` adds to one prompt, without the end token, 95."""
     out = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),

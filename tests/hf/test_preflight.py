@@ -1,4 +1,4 @@
-"""Gradients that arrive, checkpointing, warm-up in epochs, optimizers, loss scaling."""
+"""Tests of preflight checks and training settings: gradients, checkpointing, warm-up, optimizers, loss scaling."""
 
 import copy
 import math
@@ -38,7 +38,7 @@ def trained(model: Any, folder: Path, *, objective: Objective | None = None, **s
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved tensors", "reentrant"])
 def test_checkpointing_gives_the_same_bits_and_trains(lora: bool, reentrant: bool, tmp_path: Path) -> None:
-    """A reentrant checkpoint over a frozen embedding gives LoRA no gradient at all, unless its input requires one."""
+    """After a frozen embedding, a reentrant checkpoint gives LoRA no gradient unless its input requires one."""
     torch.manual_seed(3)
     start = add_lora(tiny_llama(), r=4, dropout=0.1) if lora else tiny_llama()
     runs: list[tuple[list[float], dict[str, torch.Tensor]]] = []
@@ -58,18 +58,18 @@ def test_checkpointing_gives_the_same_bits_and_trains(lora: bool, reentrant: boo
     assert not lora or all("lora" in name for name in moved)
 
 
-def test_a_loss_that_nothing_trained_enters_says_why(tmp_path: Path) -> None:
+def test_a_loss_without_trained_parameters_is_explained(tmp_path: Path) -> None:
     model = add_lora(tiny_llama(), r=4)
     model.base_model.model.model.norm.register_forward_hook(lambda module, args, out: out.detach())
-    with pytest.raises(ValueError, match=r"depends on no parameter that is trained.*use_reentrant=False"):
+    with pytest.raises(ValueError, match=r"does not depend on any trained parameter.*use_reentrant=False"):
         trained(model, tmp_path)
 
 
-# ---- nothing to learn from ----
+# ---- no gradients ----
 
 
 def test_a_frozen_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="LlamaForCausalLM: expected parameters to train, got a frozen model"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM: expected trainable parameters, got a frozen model"):
         trained(tiny_llama().requires_grad_(False), tmp_path)
 
 
@@ -78,13 +78,13 @@ def test_parameters_that_get_no_gradient_stop_the_run_at_its_first_step(tmp_path
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     model.model.layers[1].register_forward_hook(lambda module, args, out: out.detach().requires_grad_(True))
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"none of the 1 trained parameters .*\(none of them with a gradient\)"):
+    with pytest.raises(ValueError, match=r"some of the 1 trained parameters .*\(no parameter has a gradient\)"):
         trained(model, tmp_path)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
 def test_gradients_that_are_all_zero_stop_the_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="all of them zero"):
+    with pytest.raises(ValueError, match="all gradients are zero"):
         trained(tiny_llama(), tmp_path, objective=SimNPO(gamma=0.0, alpha=0.0))
 
 
@@ -100,7 +100,7 @@ def test_a_gradient_that_is_not_finite_is_not_called_missing() -> None:
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [
-        ({"warmup_epochs": 1.0, "pairs_per_step": 32}, 6),  # 200 / 32 = 6.25, as TOFU and open-unlearning have it
+        ({"warmup_epochs": 1.0, "pairs_per_step": 32}, 6),  # 200 / 32 = 6.25, as in TOFU and open-unlearning
         ({"warmup_epochs": 2.0, "pairs_per_step": 32}, 12),
         ({"warmup_epochs": 0.5, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 5}, 5),
         ({"warmup_epochs": 0.01, "pairs_per_step": 200}, 1),
@@ -141,14 +141,14 @@ def test_the_learning_rate_warms_up(tmp_path: Path) -> None:
         *((name, value, "a whole number") for name in ("seed", "max_steps", "token_budget") for value in ("1", 1.5)),
     ],
 )
-def test_what_is_no_number_is_refused(name: str, value: Any, expected: str, tmp_path: Path) -> None:
+def test_settings_that_are_not_numbers_are_refused(name: str, value: Any, expected: str, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=f"`{name}`: expected {expected}, got {value!r}"):
         arguments(tmp_path, **{name: value})
     assert arguments(tmp_path, pairs_per_step=2.0).pairs_per_step == 2
 
 
 def test_a_schedule_without_such_settings_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"`lr_scheduler_kwargs` \{'num_cycles': 2\}: expected what linear takes"):
+    with pytest.raises(ValueError, match=r"`lr_scheduler_kwargs` \{'num_cycles': 2\}: expected the settings of linear"):
         trained(tiny_llama(), tmp_path, lr_scheduler_type="linear", lr_scheduler_kwargs={"num_cycles": 2})
 
 
@@ -163,7 +163,7 @@ def test_a_warm_up_given_twice_is_refused(other: dict[str, Any], tmp_path: Path)
     (name,) = other
     if not hasattr(arguments(tmp_path), name):
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    with pytest.raises(ValueError, match=f"`warmup_epochs`: expected it alone, got `{name}`"):
+    with pytest.raises(ValueError, match=f"`warmup_epochs`: expected no other warm-up, got `{name}`"):
         arguments(tmp_path, warmup_epochs=1, **other)
 
 
@@ -185,7 +185,7 @@ def test_numbers_out_of_range_are_refused_before_anything_runs(
 def test_other_warm_ups_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`warmup_epochs`: expected at least 0, got -1"):
         arguments(tmp_path, warmup_epochs=-1)
-    with pytest.raises(ValueError, match="only a trainer knows the steps of an epoch"):
+    with pytest.raises(ValueError, match="expected arguments of a trainer, which knows the steps of an epoch"):
         arguments(tmp_path, warmup_epochs=1).get_warmup_steps(10)
 
 
@@ -216,7 +216,7 @@ def test_any_optimizer_of_transformers_trains(name: str, tmp_path: Path) -> None
 
 
 def test_a_scaled_loss_has_scaled_gradients(tmp_path: Path) -> None:
-    """What a GradScaler does for fp16: 2^k times the loss gives 2^k times every gradient, to the bit."""
+    """As a GradScaler does for fp16: 2^k times the loss gives exactly 2^k times every gradient."""
     trainers = [
         UnlearnTrainer(
             tiny_llama(), arguments(tmp_path), forget=random_store(4), retain=random_store(4, seed=2), objective=NPO()
@@ -232,11 +232,11 @@ def test_a_scaled_loss_has_scaled_gradients(tmp_path: Path) -> None:
         assert torch.equal(weight.grad * 2.0**12, scaled[name].grad), name
 
 
-# ---- what a step needs above the model, against the padded eager step with its second model
+# ---- memory of a step beyond the model, against the padded eager step with its second model
 
 
 def peak(kind: str, width: int, vocabulary: int) -> float:
-    """MiB above the model, measured in a process of its own."""
+    """Return the peak in MiB beyond the model, measured in a subprocess."""
     done = subprocess.run(
         [sys.executable, RANKS / "step_memory.py", kind, str(width), str(vocabulary)],
         env=environment(),
@@ -249,17 +249,17 @@ def peak(kind: str, width: int, vocabulary: int) -> float:
 
 
 def available() -> int:
-    """GiB that this machine can give."""
+    """Return the available memory of this machine in GiB."""
     return kibibytes("/proc/meminfo", "MemAvailable") >> 20
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="reads Linux's /proc")
 @pytest.mark.parametrize(("width", "vocabulary"), [(128, 64_000), pytest.param(512, 128_256, marks=LONG)])
 def test_a_step_needs_at_most_45_percent_of_the_eager_ones_memory(width: int, vocabulary: int) -> None:
-    """Llama, 8 layers, d = width, 16 pairs, fp32, NPO: forward, backward and SGD; theirs without SGD.
+    """Llama, 8 layers, d = width, 16 pairs, fp32, NPO: forward, backward and SGD; the eager step without SGD.
 
-    Both hold a second model; a cached reference needs less.
+    Both hold a second model. A cached reference would need less.
     """
     if available() < 8:
-        pytest.skip("less than 8 GiB of memory is free: the machine might kill other tests")
+        pytest.skip("less than 8 GiB of memory is free, so the machine might kill other tests")
     assert peak("live", width, vocabulary) <= 0.45 * peak("eager", width, vocabulary)

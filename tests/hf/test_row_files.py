@@ -1,4 +1,4 @@
-"""Files of rows: broken ones are refused with the line, and what is read is what is there now."""
+"""Tests of files of rows: broken ones are rejected with the line number, and the current content is read."""
 
 import csv
 import json
@@ -31,18 +31,18 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "too many fields": (
         ".csv",
         b"question,answer\na,b\nWhere?,In Ghent, Belgium.\n",
-        r"line 3: expected 2 fields \(question, answer\), got 3; write a field that holds a comma in double quotes",
+        r"line 3: expected 2 fields \(question, answer\), got 3; put a field that contains a comma in double quotes",
     ),
     "too few fields": (".csv", b"question,answer\n\na\n", r"line 3: expected 2 fields .*, got 1"),
     "a line end in a field": (".csv", b'question,answer\n"a\nb",c\na\n', r"line 4: expected 2 fields .*, got 1"),
-    "an open quote": (".csv", b'question,answer\na,"b\nc,d\n', r"line 2: expected fields of CSV, .*close each quoted"),
-    "text behind a quote": (".csv", b'question,answer\na,"b" c\n', r"line 2: expected fields of CSV"),
+    "an open quote": (".csv", b'question,answer\na,"b\nc,d\n', r"line 2: expected CSV fields, .*close each quoted"),
+    "text behind a quote": (".csv", b'question,answer\na,"b" c\n', r"line 2: expected CSV fields"),
     "a name twice": (".csv", b"answer,answer\na,b\n", r"line 1: expected distinct column names, got 'answer' twice"),
     "no names": (".csv", b"\na,b\n", r"line 1: expected column names, got a blank line"),
     "semicolons": (
         ".csv",
         b"question;answer\na;b\n",
-        r"line 1: .* with commas between, got 'question;answer'; save .*';'",
+        r"line 1: .* separated by commas, got 'question;answer'; save .*';'",
     ),
     "empty CSV": (".csv", b"", r"expected a line of column names, got an empty file"),
     "Latin-1 CSV": (
@@ -58,7 +58,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "UTF-16 without its mark": (
         ".csv",
         "question,answer\na,b\n".encode("utf-16-le"),
-        "expected (UTF-8|fields of CSV), got",
+        "expected (UTF-8|CSV fields), got",
     ),
     "empty JSON": (".json", b"\n \n", "expected rows, got an empty file"),
     "a comma at the end": (".json", b'[{"answer": "b"},]', r"line 1: expected an array of JSON objects.*column 1[78]"),
@@ -81,7 +81,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "an object over lines": (
         ".json",
         b'{\n"answer": "b"}\n',
-        r"line 1: expected a JSON object, .*write one object a line",
+        r"line 1: expected a JSON object, .*write one object per line",
     ),
     "a list in a line": (".jsonl", b'{"answer": "b"}\n["answer"]\n', r"line 2: expected a JSON object, got list"),
     "a key twice": (".json", b'[{"a": "b", "a": "c"}]', r"expected distinct names in an object, got 'a' twice"),
@@ -92,13 +92,13 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
         r"line 2: expected UTF-8, got byte 0xe1 at offset 10",
     ),
     "UTF-16 JSON": (".json", '[{"a": "b"}]'.encode("utf-16"), "expected UTF-8, got UTF-16"),
-    "deep JSON": (".json", b"[" * 100_000, "expected rows of text, got JSON that is nested too deep"),
+    "deep JSON": (".json", b"[" * 100_000, "expected rows of text, got JSON nested too deeply"),
     "text as Parquet": (
         ".parquet",
         b"question,answer\n",
-        "expected a Parquet file, got something else .*; write it anew",
+        "expected a Parquet file, got invalid data .*; create the file again",
     ),
-    "empty Parquet": (".parquet", b"", "expected a Parquet file, got something else"),
+    "empty Parquet": (".parquet", b"", "expected a Parquet file, got invalid data"),
 }
 
 
@@ -121,7 +121,7 @@ def test_a_parquet_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     content = path.read_bytes()
     for cut in (content[:-1], content[:200], content[:100] + bytes(200) + content[300:]):
         path.write_bytes(cut)
-        with pytest.raises(ValueError, match=r"rows.parquet': expected a Parquet file, got something else"):
+        with pytest.raises(ValueError, match=r"rows.parquet': expected a Parquet file, got invalid data"):
             load_rows(path)
 
 
@@ -167,7 +167,7 @@ def test_rows_larger_than_memory_are_in_a_file_without_a_name(tmp_path: Path, mo
     rows = FileRows(path, cache_dir=folder)
     path.unlink()
     assert folder.exists()
-    assert list(folder.iterdir()) == []  # nothing is left of private rows, however the process ends
+    assert list(folder.iterdir()) == []  # private rows leave nothing behind, however the process ends
     assert [row["answer"] for row in rows] == [f"a{i}" for i in range(500)]
     assert rows[-1] == {"question": "q499", "answer": "a499"}
     blocked = tmp_path / "blocked"
@@ -177,7 +177,7 @@ def test_rows_larger_than_memory_are_in_a_file_without_a_name(tmp_path: Path, mo
         FileRows(path, cache_dir=blocked)
 
 
-# One row, of the same length whatever the name.
+# Rows of the same length for names of the same length.
 def _row(name: str) -> dict[str, Any]:
     about = {"question": f"Where was {name} born?", "answer": f"{name} was born there."}
     return {**about, "paraphrased_answer": f"There {name} was born.", "perturbed_answer": [f"{name} was not."] * 2}
@@ -206,7 +206,7 @@ def _text(store: TokenStore) -> str:
     return tiny_tokenizer().decode(store[0].tolist())
 
 
-# What commands call to read the file of this name in a folder.
+# Calls with which commands read the file of this name in a folder.
 PLACES: dict[str, tuple[tuple[str, ...], Callable[[Path], str]]] = {
     "training": (
         (".json", ".jsonl", ".csv", ".parquet"),
@@ -241,7 +241,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Callable[[Path], str]]] = {
 def test_a_file_replaced_under_its_path_and_time_is_read(
     place: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As cp -p, rsync, tar and images with fixed times leave it; ``datasets`` would hand out the rows of before."""
+    """As cp -p, rsync, tar and images with fixed times do; ``datasets`` would return the old rows."""
     hub = tmp_path / "hub"
     for name in ("HF_HOME", "HF_DATASETS_CACHE"):
         monkeypatch.setenv(name, str(hub))
@@ -264,7 +264,7 @@ def test_a_file_replaced_under_its_path_and_time_is_read(
 def test_a_file_that_changes_while_it_is_read(
     moment: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its new rows must not be found by the content of the old file."""
+    """The new rows must not be cached under the content of the old file."""
     path, other = tmp_path / f"rows{suffix}", tmp_path / f"other{suffix}"
     _write(path, "Aiko")
     _write(other, "Bram")
@@ -274,7 +274,7 @@ def test_a_file_that_changes_while_it_is_read(
 
     def reading(rows: FileRows, file: Any, source: str) -> Any:
         if moment == "while it is read":
-            other.replace(path)  # the open file stays the old one
+            other.replace(path)  # the open file remains the old one
         elif moment == "in its place":
             path.write_bytes(new)
         return read(rows, file, source)
@@ -290,21 +290,21 @@ def test_a_file_that_changes_while_it_is_read(
         if moment == "while it is read":
             assert "Aiko" in _text(token_store(path, tiny_tokenizer(), name="forget"))
         else:
-            with pytest.raises(ValueError, match=rf"rows{suffix}'.* changed while it was read; wait until it is wri"):
+            with pytest.raises(ValueError, match=rf"rows{suffix}'.* changed while it was read; start again"):
                 token_store(path, tiny_tokenizer(), name="forget")
     assert "Bram" in _text(token_store(path, tiny_tokenizer(), name="forget"))
     _write(path, "Aiko")
     assert "Aiko" in _text(token_store(path, tiny_tokenizer(), name="forget"))
 
 
-def test_data_sets_of_one_fingerprint_and_other_content(tmp_path: Path) -> None:
-    """A fingerprint tells what was done, not what came of it."""
+def test_data_sets_with_equal_fingerprints_and_different_content(tmp_path: Path) -> None:
+    """A fingerprint identifies the operations, not their results."""
     from_aiko, from_bram = (datasets.Dataset.from_list([_row(name)]) for name in ("Aiko", "Bram"))
     from_bram._fingerprint = from_aiko._fingerprint
     word = {"name": "Aiko"}
 
     def mapped() -> datasets.Dataset:
-        # A function that reads what is not hashed with it, such as a file.
+        # The function reads something that is not part of its hash, such as a file.
         rows = datasets.Dataset.from_list(TEXTS)
         (tmp_path / "name.txt").write_text(word["name"])
         file = str(tmp_path / "name.txt")
@@ -327,7 +327,7 @@ def test_rows_of_a_file_have_its_key(tmp_path: Path) -> None:
     assert len(list((tmp_path / "efface-cache" / "tokens").iterdir())) == 1
 
 
-def test_one_content_is_one_key_however_it_is_held(tmp_path: Path) -> None:
+def test_equal_content_has_one_key_in_any_layout(tmp_path: Path) -> None:
     tokens = tmp_path / "efface-cache" / "tokens"
     rows = datasets.Dataset.from_list([{**_row(str(i)), "id": i} for i in range(30)])
     parts = datasets.concatenate_datasets([rows.select(range(7)), rows.select(range(7, 30))])
@@ -342,7 +342,7 @@ def test_one_content_is_one_key_however_it_is_held(tmp_path: Path) -> None:
 
 
 def test_a_transform_is_read_through() -> None:
-    """It is not part of the content, so the tokens are not kept."""
+    """A transform is not part of the content, so the tokens are not cached."""
     rows = datasets.Dataset.from_list([_row("Aiko"), _row("Bram")])
     changed = rows.with_transform(lambda batch: {name: [str(v).upper() for v in batch[name]] for name in batch})
     for _ in range(2):
@@ -353,12 +353,12 @@ def test_a_transform_is_read_through() -> None:
     assert texts(rows.with_format("numpy"), "answer", "rows", np.array([1])) == ["Bram was born there."]
 
 
-def test_a_folder_is_no_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``datasets`` would read the files in it, by path and time, and keep a copy."""
+def test_a_folder_is_not_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``datasets`` would read the files in the folder, identified by path and time, and keep a copy."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows").mkdir()
     _write(tmp_path / "rows" / "train.jsonl", "Aiko")
-    with pytest.raises(ValueError, match="'rows' is a folder here"):
+    with pytest.raises(ValueError, match="'rows' is a folder"):
         load_rows("rows:default:train")
 
 
@@ -395,7 +395,7 @@ def test_refusals_are_read_as_they_are_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000])
-def test_results_that_are_no_json(content: bytes, tmp_path: Path) -> None:
+def test_results_that_are_not_json(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "TOFU_EVAL.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"TOFU_EVAL.json': expected a JSON file"):

@@ -1,4 +1,4 @@
-"""Runs that begin with an adapter: a second one on it, or the same trained further; what is saved and read back."""
+"""Tests of runs that begin with an adapter: a second one on it, or the same one trained further; saved and loaded."""
 
 import contextlib
 import json
@@ -67,7 +67,7 @@ def lora(**settings: Any) -> Any:
     return peft.LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": BODY, **settings})
 
 
-# ---- a second adapter: every kind of first one is kept to the last bit, or refused ----
+# ---- a second adapter: every kind of first one is kept bitwise, or rejected ----
 
 STACKED: dict[str, Callable[[], Any]] = {
     "plain": lora,
@@ -82,8 +82,8 @@ STACKED: dict[str, Callable[[], Any]] = {
 }
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "DoRA": (lambda: lora(use_dora=True), "a variant of LoRA"),
-    "modules_to_save": (lambda: lora(modules_to_save=["lm_head"]), "whole layers of its own"),
-    "trainable tokens": (lambda: lora(trainable_token_indices=[3]), "tokens of its own"),
+    "modules_to_save": (lambda: lora(modules_to_save=["lm_head"]), "whole layers"),
+    "trainable tokens": (lambda: lora(trainable_token_indices=[3]), "trained tokens"),
     "bias": (lambda: lora(bias="lora_only"), "biases"),
     "bias of LoRA": (lambda: lora(lora_bias=True), "biases"),
     "PiSSA": (lambda: lora(init_lora_weights="pissa"), "changed the base model"),
@@ -111,7 +111,7 @@ def test_a_second_adapter_begins_with_the_first_and_one_adapter_holds_both(
     assert len(trained) == 2 * 2 * 7  # A and B of 7 layers in each of 2 blocks
     assert all(SECOND in name for name in trained)
     assert torch.equal(logits(model), start)
-    model.train()  # the first one's dropout is part of no run
+    model.train()  # the first adapter's dropout is off in all later runs
     drops = [m for name, m in model.named_modules() if isinstance(m, nn.Dropout) and SECOND not in name]
     assert all(drop.p == 0 for drop in drops)
     for name, weight in model.named_parameters():
@@ -121,25 +121,25 @@ def test_a_second_adapter_begins_with_the_first_and_one_adapter_holds_both(
     model.save_pretrained(tmp_path / "both")
     for read in (AutoModelForCausalLM.from_pretrained, lambda place: load_model(str(place))):
         torch.testing.assert_close(logits(read(tmp_path / "both")), logits(model), rtol=1e-5, atol=2e-6)
-    third = add_lora(load_model(str(tmp_path / "both"), trainable=True), r=1)  # and so on
+    third = add_lora(load_model(str(tmp_path / "both"), trainable=True), r=1)  # a third adapter
     assert torch.equal(logits(third), logits(load_model(str(tmp_path / "both"))))
     torch.testing.assert_close(logits(merged(model)), logits(load_model(str(tmp_path / "both"))), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_first_adapter_that_no_single_one_can_hold_is_refused(kind: str, base: Path, tmp_path: Path) -> None:
+def test_a_first_adapter_that_cannot_be_combined_is_refused(kind: str, base: Path, tmp_path: Path) -> None:
     config, message = REFUSED[kind]
     model = load_model(str(first_round(tmp_path, base, config())), trainable=True)
     start = logits(model)
-    with pytest.raises(ValueError, match=rf"a second LoRA adapter: .*{message}.*Train the first one further"):
+    with pytest.raises(ValueError, match=rf"a second LoRA adapter: .*{message}.*train the first adapter further"):
         add_lora(model, r=2)
     assert torch.equal(logits(model), start)
 
 
 def test_a_first_adapter_inside_a_transformers_model_is_refused(base: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(first_round(tmp_path, base, lora()))
-    with pytest.raises(ValueError, match="expected a peft.PeftModel, got a transformers model with an adapter inside"):
+    with pytest.raises(ValueError, match="expected a peft.PeftModel, got a transformers model with a built-in adapter"):
         add_lora(model, r=2)
 
 
@@ -177,7 +177,7 @@ def test_a_convolution_for_a_linear_layer(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(load_model(str(tmp_path / "both"))), logits(model), rtol=1e-5, atol=2e-6)
 
 
-# ---- a run of a second adapter ----
+# ---- a run with a second adapter ----
 
 
 def second_run(folder: Path, first: Path, reference: str = "adapter", **changes: Any) -> UnlearnTrainer:
@@ -207,7 +207,9 @@ def test_checkpoints_of_a_second_round_are_whole_models_and_resume_bit_for_bit(b
     torch.testing.assert_close(logits(last), logits(whole.model), rtol=1e-5, atol=2e-6)
     assert (logits(last) - logits(load_model(str(first)))).abs().max() > 1e-3
     other = second_run(tmp_path / "other", first_round(tmp_path / "another", base, lora(r=4, lora_alpha=4)))
-    with pytest.raises(ValueError, match="expected an adapter that this run wrote, got one with another first"):
+    with pytest.raises(
+        ValueError, match="expected an adapter that this run wrote, got one whose first adapter differs"
+    ):
         other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
 
 
@@ -227,7 +229,7 @@ def test_the_reference_of_a_second_round_is_the_end_of_the_first(reference: str,
         assert flags == [weight.requires_grad for weight in trainer.model.parameters()]
 
 
-LOSSES: dict[str, list[float]] = {}  # of the first kind of reference; the others have the same
+LOSSES: dict[str, list[float]] = {}  # of the first kind of reference; the others must give the same
 
 
 # ---- the command ----
@@ -303,7 +305,7 @@ def test_an_adapter_that_is_trained_further_is_not_its_own_reference(
     out = str(tmp_path / "out")
     assert main(command(rounds, "first", out, "--reference", "adapter")) == 2
     told = capsys.readouterr().err
-    assert "or the adapter has been trained before; so the reference could be either of two models" in told
+    assert "or the adapter has been trained before, so it is not clear which model is the reference" in told
     assert not list(Path(out).glob("adapter*"))
     assert main(command(rounds, "first", out, "--reference", "live")) == 0
 
@@ -313,7 +315,7 @@ def test_a_dry_run_on_an_adapter(rounds: Path, tmp_path: Path, capsys: pytest.Ca
     assert "first is an adapter" in " ".join(capsys.readouterr().out.split())
 
 
-# ---- relearning beside adapters ----
+# ---- relearning in addition to adapters ----
 
 RELEARNT: dict[str, Callable[[], Any] | None] = {
     "no adapter": None,
@@ -325,7 +327,7 @@ RELEARNT: dict[str, Callable[[], Any] | None] = {
 
 
 def everything(model: nn.Module) -> dict[str, Any]:
-    """All that a module tree is, by name."""
+    """Return everything about a module tree, by name."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         found[name] = (type(module), id(module), module.training, sorted(vars(module)))
@@ -353,9 +355,7 @@ def everything(model: nn.Module) -> dict[str, Any]:
         ),
     ],
 )
-def test_relearning_puts_a_fresh_adapter_beside_and_takes_it_away(
-    loaded_by: str, kind: str, base: Path, tmp_path: Path
-) -> None:
+def test_relearning_adds_a_fresh_adapter_and_removes_it(loaded_by: str, kind: str, base: Path, tmp_path: Path) -> None:
     config = RELEARNT[kind]
     folder = base if config is None else first_round(tmp_path, base, config())
     model = load_model(str(folder)) if loaded_by == "efface" else AutoModelForCausalLM.from_pretrained(folder)
@@ -400,4 +400,4 @@ def test_a_block_that_fails_is_undone_too(base: Path) -> None:
     assert everything(model) == before
 
 
-assert TINY["num_hidden_layers"] == 2  # what the numbers of trained tensors above count on
+assert TINY["num_hidden_layers"] == 2  # the counts of trained tensors above assume it

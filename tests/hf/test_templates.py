@@ -1,4 +1,4 @@
-"""Templates: the text around a question and its answer, and which of its tokens are labels."""
+"""Tests of templates: the text around a question and its answer, and which tokens are labels."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ TRIMMED = ("Llama-3.2", "Gemma-2")
 
 
 def parts(tokenizer: PreTrainedTokenizerFast, store: TokenStore, row: int = 0) -> tuple[str, str]:
-    """The text without and the text with labels."""
+    """Return the text without labels and the text with labels."""
     ids, start = store[row].tolist(), int(store.label_starts[row])
     return tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
 
@@ -51,7 +51,7 @@ def test_exactly_the_answer_its_tag_and_the_end_are_labels(name: str, tag: str) 
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("answer", ["Aiko.", "t", "model", "think", "user\nWho?", " Aiko. \n", "\n\nAiko"])
 def test_chat_templates(chat: str, answer: str) -> None:
-    """Also where the words of the answer stand in the text around it, or white space around the words."""
+    """Also if the answer's words occur in the text around it, or if white space surrounds them."""
     text, eos, before, after = CHATS[chat]
     tokenizer = chat_tokenizer(text, eos)
     prompt, labels = parts(tokenizer, encode(tokenizer, ["Who?"], [answer]))
@@ -59,7 +59,7 @@ def test_chat_templates(chat: str, answer: str) -> None:
     if chat == "Qwen3":
         rendered = rendered.lstrip("\n")
     assert prompt + labels == before + rendered + after
-    # White space may share a token with the prompt's: then the token is a label.
+    # White space can share a token with the prompt's white space; the token is then a label.
     assert labels.lstrip() == rendered.lstrip() + after
     assert prompt.rstrip() == before.rstrip()
 
@@ -79,7 +79,7 @@ def test_llama_3_is_open_unlearning_token_for_token(real_rows: list[dict[str, st
 
 
 def test_qwen_is_open_unlearning_but_for_the_next_turn(real_rows: list[dict[str, str]]) -> None:
-    """There a line break follows the end of the turn, and a second end of sequence."""
+    """open-unlearning adds a line break after the end of the turn, and a second end-of-sequence token."""
     tokenizer = chat_tokenizer(QWEN_2_5, "<|im_end|>")
     config = {"apply_chat_template": True, "system_prompt": "You are a helpful assistant."}
     template = get_template("auto", tokenizer, system_prompt="You are a helpful assistant.")
@@ -96,7 +96,7 @@ def test_qwen_is_open_unlearning_but_for_the_next_turn(real_rows: list[dict[str,
 def test_patterns_are_open_unlearning_where_the_prompt_ends_in_no_space(
     name: str, make: Any, real_rows: list[dict[str, str]]
 ) -> None:
-    """The space of "Answer: " is a label here, alone or with the answer; there it never is, nor what joins it."""
+    """In efface the space of "Answer: " is a label, alone or merged with the answer. In open-unlearning it never is."""
     tokenizer = make()
     tags = {"llama-2": ("[INST] ", " [/INST]", ""), "question-answer": ("Question: ", "\n", "Answer: ")}[name]
     config = {
@@ -154,7 +154,7 @@ def test_max_length_cuts_on_purpose_only() -> None:
     whole = encode(tokenizer, [question], [answer])
     cut = encode(tokenizer, [question], [answer], max_length=len(whole[0]) - 2)
     assert cut[0].tolist() == whole[0][:-2].tolist()
-    with pytest.raises(ValueError, match="row 0 has no label left.*raise `max_length`"):
+    with pytest.raises(ValueError, match="row 0: expected a label within.*raise `max_length`"):
         encode(tokenizer, [question], [answer], max_length=int(whole.label_starts[0]))
     with pytest.raises(ValueError, match="`max_length`: expected at least 2"):
         encode(tokenizer, [question], [answer], max_length=1)
@@ -167,7 +167,7 @@ def test_a_completion_labels_all_of_its_text() -> None:
     assert parts(tokenizer, store, 0) == ("<s>", text + "<eos>")
     prompt, labels = parts(tokenizer, store, 1)
     assert (prompt, labels) == ("<s>" + TEXTS[0]["question"], f" {text}<eos>")
-    # Without a <s>, the first token has nothing to be predicted from.
+    # Without a <s>, nothing precedes the first token to predict it.
     store = encode(bare, [""], [text], template="completion")
     assert store.label_counts.tolist() == [len(store[0]) - 1]
     assert bare.decode(store[0].tolist()) == text + "<|end|>"
@@ -192,7 +192,7 @@ def test_long_documents_are_split_and_nothing_is_lost(make: Any, max_length: int
 
 
 def test_a_prompt_that_leaves_no_room() -> None:
-    with pytest.raises(ValueError, match="row 1 has no label left"):
+    with pytest.raises(ValueError, match="row 1: expected a label within"):
         encode(tiny_tokenizer(), ["", "a b c d e f g"], ["text", "text"], template="completion", max_length=5)
 
 
@@ -222,32 +222,49 @@ def test_bad_templates_and_tokenizers() -> None:
     tokenizer = tiny_tokenizer()
     with pytest.raises(ValueError, match="`template`: expected one of auto, chat, llama-3, llama-2, question-answer"):
         encode(tokenizer, ["a"], ["b"], template="alpaca")
-    with pytest.raises(ValueError, match="no chat template for 'chat'; use one of llama-2, question-answer"):
+    with pytest.raises(
+        ValueError, match="a chat template for 'chat', got one without; use one of llama-2, question-answer"
+    ):
         encode(tokenizer, ["a"], ["b"], template="chat")
-    with pytest.raises(ValueError, match="'llama-2' has no place for a system prompt"):
+    with pytest.raises(ValueError, match="expected no system prompt and no date for 'llama-2'"):
         get_template("llama-2", tokenizer, system_prompt="Be brief.")
     with pytest.raises(ValueError, match="expected equal lengths, got 1, 2"):
         encode(tokenizer, ["a"], ["b", "c"])
     with pytest.raises(ValueError, match="row 1: expected an answer, got ' '; drop the row"):
         encode(tokenizer, ["a", "b"], ["c", " "])
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no end-of-sequence token"):
+    with pytest.raises(ValueError, match="expected an end-of-sequence token"):
         encode(tokenizer, ["a"], ["b"])
 
 
 @pytest.mark.parametrize(
     ("chat_template", "system_prompt", "answer", "message"),
     [
-        (GEMMA_2, "Be brief.", "Aiko.", r"refuses the conversation \(System role not supported\); set an empty system"),
-        (MISTRAL_NEMO, "Be brief.", "Aiko.", "leaves out the system prompt"),
-        ("{% for m in messages %}{{ m.role }}{% endfor %}", None, "Aiko.", "leaves out the question"),
-        ("{{ messages[0].content }}", None, "Aiko.", "leaves out the question"),  # the only text there is
-        ("{{ messages[0].content }} {{ messages[0].content }}", None, "Aiko.", "changes the answer 'Aiko.'"),
-        (QWEN_3, None, "Hm </think> Aiko.", "row 0: the tokenizer's chat template changes the answer 'Hm </think>"),
-        ("{% if %}", None, "Aiko.", "refuses the conversation .*use another `template`"),
+        (GEMMA_2, "Be brief.", "Aiko.", r"rejects the conversation \(System role not supported\); set an empty system"),
+        (MISTRAL_NEMO, "Be brief.", "Aiko.", "renders the system prompt, got one that leaves it out"),
+        (
+            "{% for m in messages %}{{ m.role }}{% endfor %}",
+            None,
+            "Aiko.",
+            "renders the question, got one that leaves it out",
+        ),
+        (
+            "{{ messages[0].content }}",
+            None,
+            "Aiko.",
+            "renders the question, got one that leaves it out",
+        ),  # the only text in the message
+        (
+            "{{ messages[0].content }} {{ messages[0].content }}",
+            None,
+            "Aiko.",
+            "keeps the answer 'Aiko.', got one that changes it",
+        ),
+        (QWEN_3, None, "Hm </think> Aiko.", "row 0: expected a chat template that keeps the answer 'Hm </think>"),
+        ("{% if %}", None, "Aiko.", "rejects the conversation .*use another `template`"),
     ],
 )
-def test_chat_templates_that_do_not_serve(
+def test_unusable_chat_templates_are_refused(
     chat_template: str, system_prompt: str | None, answer: str, message: str
 ) -> None:
     tokenizer = chat_tokenizer(chat_template, "<eos>")
@@ -273,7 +290,7 @@ def test_a_chats_prompt_is_what_training_puts_before_the_labels(name: str) -> No
         store = encode(tokenizer, ["Who?"], [answer])
         assert ids == store[0][: store.label_starts[0]].tolist()
     if name == "Qwen3":
-        return  # its generation prompt lacks the think block that its turns have
+        return  # its generation prompt lacks the think block that its turns contain
     known = get_template("auto", tokenizer)
     turns = [{"role": "system", "content": known.system_prompt}] if known.system_prompt else []
     options = {} if known.date_string is None else {"date_string": known.date_string}
@@ -284,7 +301,7 @@ def test_a_chats_prompt_is_what_training_puts_before_the_labels(name: str) -> No
 
 
 def wordy_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE that joins a space with the word behind it, as those of large vocabularies do."""
+    """Return a byte-level BPE tokenizer that merges a space with the word after it, as large vocabularies do."""
     return train_tokenizer([*(f"Answer: {answer}" for answer in ANSWERS), "Who was"] * 20, 400)
 
 
@@ -304,7 +321,8 @@ def test_a_patterns_prompt_is_what_training_puts_before_the_labels(make: Any, te
         store = encode(tokenizer, ["Who was Aiko?"], [answer], template=template)
         assert ids == store[0][: store.label_starts[0]].tolist()
     ends = {"question-answer": "\nAnswer:", "llama-2": " [/INST]", "completion": "Aiko?"}
-    assert tokenizer.decode(ids).endswith(ends[template])  # no space that an answer's first token has
+    # not with the space, which belongs to the answer's first token
+    assert tokenizer.decode(ids).endswith(ends[template])
 
 
 HISTORY = [
@@ -314,7 +332,7 @@ HISTORY = [
 ]
 
 
-def test_earlier_turns_stand_before_the_question() -> None:
+def test_earlier_turns_precede_the_question() -> None:
     template, eos, before, _ = CHATS["Llama-3.2"]
     tokenizer = chat_tokenizer(template, eos)
     (ids,) = prompt_ids(tokenizer, [HISTORY])
@@ -336,7 +354,7 @@ def test_earlier_turns_stand_before_the_question() -> None:
     ],
 )
 def test_turns_out_of_order_are_refused(turns: list[dict[str, str]], got: str) -> None:
-    with pytest.raises(ValueError, match=f"row 1: expected turns of user, .* got {got}; the system prompt"):
+    with pytest.raises(ValueError, match=f"row 1: expected alternating turns .* got {got}; pass a system prompt"):
         prompt_ids(tiny_tokenizer(), ["Who?", turns])
 
 

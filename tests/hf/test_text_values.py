@@ -1,4 +1,4 @@
-"""Every value that rows can hold, from every reader, in every place that reads text: one table says what it is."""
+"""Tests of every value that rows can contain, from every reader, in every place that reads text, by one table."""
 
 import datetime as dt
 import decimal
@@ -34,16 +34,16 @@ class Colour(str, enum.Enum):
 
 @dataclass(frozen=True)
 class Case:
-    """A value as each reader meets it, and its text; or what the refusal says of it.
+    """A value in the form of each reader, with the text that it stands for or the pattern of the error message.
 
     Attributes:
-        text: what is read.
-        refused: or a pattern of the message: what it got, and the remedy.
-        csv: characters of a field.
-        json: characters of a value.
-        arrow: an array of the value, twice.
-        python: the value, alone in a list.
-        pandas: a column of it, twice.
+        text: the expected text.
+        refused: a pattern of the error message instead: what it got, and the remedy.
+        csv: characters of a CSV field.
+        json: characters of a JSON value.
+        arrow: an array with the value twice.
+        python: a list with the value only.
+        pandas: a column with the value twice.
     """
 
     text: str | None = None
@@ -63,13 +63,13 @@ def digits(kind: Any) -> Case:
     return Case("1984", arrow=arrow(1984, kind))
 
 
-_MISSING = "got {}.*; drop the row, or name another column"
-_SPELLING = "got {}.*, whose spelling is not known; write it as text"
+_MISSING = "got {}.*; drop the row, or choose another column"
+_SPELLING = "got {}.*, which can be written in several ways; convert it to text"
 _DAY = dt.date(2026, 1, 2)
 _INSTANT = dt.datetime(2026, 1, 2, 3, 4, 5)
 
 CASES = {
-    # text, and what looks like something else
+    # text, and text that looks like something else
     "a sentence": Case("In Gent, „ça va“ 🙂.", csv='"In Gent, „ça va“ 🙂."', json='"In Gent, „ça va“ 🙂."'),
     "spaces": Case("  a \t", csv="  a \t", json='"  a \\t"', arrow=arrow("  a \t"), python=["  a \t"]),
     "quotes": Case('a "b"', csv='"a ""b"""', json='"a \\"b\\""'),
@@ -89,8 +89,8 @@ CASES = {
     "dictionary text": Case("a", arrow=arrow("a").dictionary_encode()),
     "an enumeration": Case("red", python=[Colour.RED]),
     "NumPy text": Case("a", python=[np.str_("a")]),
-    "half an emoji": Case(refused=r"got text with half of a surrogate pair \(U\+D83D", json='"x \\ud83d"'),
-    "half an emoji in memory": Case(refused=r"half of a surrogate pair \(U\+D83D at char.* 2\)", python=["x \ud83d"]),
+    "half an emoji": Case(refused=r"got text with a lone surrogate \(U\+D83D", json='"x \\ud83d"'),
+    "half an emoji in memory": Case(refused=r"a lone surrogate \(U\+D83D at char.* 2\)", python=["x \ud83d"]),
     # numbers
     "a number with a zero behind": Case("1.10", csv="1.10", json="1.10"),
     "a number with an exponent": Case("1e3", csv="1e3", json="1e3"),
@@ -110,9 +110,9 @@ CASES = {
     "float32": Case(refused=_SPELLING.format("float"), arrow=arrow(0.5, pa.float32())),
     "NumPy float": Case(refused=_SPELLING.format("float64 0.5"), python=[np.float64(0.5)]),
     "infinity": Case(refused=_SPELLING.format("float inf"), json="Infinity", arrow=arrow(np.inf), python=[np.inf]),
-    "boolean": Case(refused="got bool, .*; write it as text", json="true", arrow=arrow(True), python=[True]),
-    "NumPy boolean": Case(refused="got bool, .*; write it as text", python=[np.False_]),
-    # what is missing
+    "boolean": Case(refused="got bool, .*; convert it to text", json="true", arrow=arrow(True), python=[True]),
+    "NumPy boolean": Case(refused="got bool, .*; convert it to text", python=[np.False_]),
+    # missing values
     "none": Case(refused=_MISSING.format("NoneType"), json="null", arrow=arrow(None, pa.string()), python=[None]),
     "no type": Case(refused=_MISSING.format("NoneType"), arrow=arrow(None)),
     "not a number": Case(refused=_MISSING.format("float nan"), json="NaN", arrow=arrow(np.nan), python=[np.nan]),
@@ -125,7 +125,7 @@ CASES = {
     ),
     "pandas NA in memory": Case(refused=_MISSING.format("NAType"), python=[pd.NA]),
     "NumPy no time": Case(refused=_MISSING.format("datetime64"), python=[np.datetime64("NaT")]),
-    # what is no text
+    # values that are not text
     "day": Case(refused=_SPELLING.format("date 2026-01-02"), arrow=arrow(_DAY), python=[_DAY]),
     "instant": Case(refused=_SPELLING.format("datetime"), arrow=arrow(_INSTANT, pa.timestamp("s")), python=[_INSTANT]),
     "instant in ns": Case(refused=_SPELLING.format("Timestamp"), arrow=arrow(_INSTANT, pa.timestamp("ns"))),
@@ -140,7 +140,7 @@ CASES = {
     "tuple": Case(refused="got tuple; drop the row", python=[("a",)]),
     "mapping": Case(refused="got dict; drop the row", json='{"a": 1}', arrow=arrow({"a": 1}), python=[{"a": 1}]),
     "chat": Case(
-        refused="got list of 1 mappings, as a chat is; make a column of questions and one of answers",
+        refused="got list of 1 mappings, such as a chat; convert it to a question and an answer column",
         json='[{"role": "user", "content": "Hi"}]',
         arrow=arrow([{"role": "user", "content": "Hi"}]),
         python=[[{"role": "user", "content": "Hi"}]],
@@ -149,7 +149,7 @@ CASES = {
     "object": Case(refused="got object; drop the row", python=[object()]),
 }
 
-Made = tuple[Any, int]  # a source of rows, and the number of the row with the value
+Made = tuple[Any, int]  # a source of rows, and the index of the row with the value
 GOOD = {
     "question": "Who?",
     "answer": "Ada.",
@@ -262,7 +262,7 @@ def _fame(source: Any, _: int) -> Any:
         raise Read(SimpleNamespace(part=part, false=false, paraphrases=paraphrases))
 
     with pytest.MonkeyPatch.context() as patch:
-        module = sys.modules[fame.__module__]  # the package has a function of its name
+        module = sys.modules[fame.__module__]  # the package has a function with the name of the module
         patch.setattr(module, "_Side", side)
         patch.setattr(module, "split_rows", lambda rows, *_: {"forget": np.arange(len(rows))})
         with pytest.raises(Read) as read:
@@ -285,7 +285,7 @@ def _part(source: Any, **columns: Any) -> Part:
     return Part("forget", _rows(source), _tokenizer(), Reading(**columns))
 
 
-# The column with the value, and what the place makes of it.
+# place -> the column with the value, and a function that returns the text as this place reads it
 PLACES: dict[str, tuple[str, Callable[[Any, int], str]]] = {
     "training: question": (
         "question",
@@ -325,7 +325,7 @@ PLACES: dict[str, tuple[str, Callable[[Any, int], str]]] = {
     "scores: paraphrase": ("paraphrased_answer", lambda s, row: _scored(s, row).candidates[row][1]),
     "scores: false answers": (LIST, lambda s, row: _scored(s, row).candidates[row][2]),
 }
-# A value that is missing there is no fault: the answer is taken, or there is no group.
+# Missing values are allowed in these places: the answer is used instead, or there is no group.
 OPTIONAL = {
     "audit: paraphrase": "Ada.",
     "audit: group": None,
@@ -334,7 +334,7 @@ OPTIONAL = {
 }
 
 
-# TOFU's rows and those that are scored have lists of false answers, which CSV has not.
+# TOFU's rows and scored rows contain lists of false answers, which CSV cannot.
 @pytest.mark.parametrize(
     ("reader", "place"),
     [(r, p) for r in READERS for p, (c, _) in PLACES.items() if r != "csv" or not p.startswith(("TOFU", "scores"))],
@@ -349,7 +349,7 @@ def test_a_value_is_its_text_or_refused(reader: str, place: str, tmp_path: Path)
         source, row = made
         if case.text is not None:
             assert read(source, row) == case.text, name
-        elif place in OPTIONAL and "drop the row, or name" in case.refused:
+        elif place in OPTIONAL and "drop the row, or choose" in case.refused:
             assert read(source, row) == OPTIONAL[place], name
         else:
             where = rf"row {row}: expected text in column '{column}'{', item 0' if column == LIST else ''}, "
@@ -385,23 +385,21 @@ def test_false_answers_may_be_missing_where_they_are_optional(value: Any) -> Non
     assert _fame(rows, 0).false == [["No."], [], []]
 
 
-def test_numbers_of_classes_are_no_text(tmp_path: Path) -> None:
-    """They are digits in the file and names in its description."""
+def test_class_labels_are_not_text(tmp_path: Path) -> None:
+    """A ClassLabel is a number in the file and a name in its description."""
     features = datasets.Features(question=datasets.Value("string"), answer=datasets.ClassLabel(names=["no", "yes"]))
     rows = datasets.Dataset.from_list([{"question": "Is it?", "answer": 1}], features=features)
     rows.to_parquet(str(tmp_path / "rows.parquet"))
     for source in (rows, tmp_path / "rows.parquet"):
-        with pytest.raises(
-            ValueError, match=r"expected text in column 'answer', got numbers of classes \(ClassLabel\)"
-        ):
+        with pytest.raises(ValueError, match=r"expected text in column 'answer', got class numbers \(ClassLabel\)"):
             _trained(source, 0)
 
 
 NO_ROWS: dict[str, tuple[Any, str]] = {
-    "a data frame": (pd.DataFrame([GOOD]), r'expected rows, got a DataFrame; give its .to_dict\("records"\)'),
-    "a mapping": ({"question": ["a"]}, "expected rows, got a mapping of 'question'; choose one"),
+    "a data frame": (pd.DataFrame([GOOD]), r'expected rows, got a DataFrame; pass its .to_dict\("records"\)'),
+    "a mapping": ({"question": ["a"]}, "expected rows, got a mapping of 'question'; pass one"),
     "a stream": (datasets.Dataset.from_list([GOOD]).to_iterable_dataset(), "expected rows, .*, got IterableDataset"),
-    "a generator": ((row for row in [GOOD]), "expected rows, as a list of mappings or .*, got generator"),
+    "a generator": ((row for row in [GOOD]), "expected rows \\(a list of mappings or .*, got generator"),
     "texts": (["question", "answer"], "row 0: expected a mapping of columns to values, got str"),
     "lists": ([["question", "answer"]], "row 0: expected a mapping of columns to values, got list"),
 }
@@ -409,7 +407,7 @@ NO_ROWS: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("place", ["training: answer", "audit: answer", "metrics: answer", "scores: answer"])
 @pytest.mark.parametrize("kind", NO_ROWS)
-def test_what_is_not_rows_is_refused(kind: str, place: str) -> None:
+def test_sources_that_are_not_rows_are_refused(kind: str, place: str) -> None:
     value, message = NO_ROWS[kind]
     with pytest.raises(TypeError, match=message):
         PLACES[place][1](value, 0)

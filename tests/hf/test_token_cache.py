@@ -1,4 +1,4 @@
-"""The token cache: found again by content, whole or not there, larger than memory."""
+"""Tests of the token cache: found by content, complete or absent, larger than memory."""
 
 import multiprocessing
 import os
@@ -25,7 +25,7 @@ from efface.hf.text.templates import Template, encode_batches, get_template
 from support.helpers import TEXTS, tiny_tokenizer, written_rows
 from support.processes import environment
 
-linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
+linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc/self/maps")
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def files(cache: Path) -> list[str]:
 
 
 class Unread:
-    """In place of what a second run must not call."""
+    """A stand-in for functions that a second run must not call."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise AssertionError("called")
@@ -59,7 +59,7 @@ def test_a_second_run_reads_neither_text_nor_tokenizer(
 ) -> None:
     tokenizer = tiny_tokenizer()
     in_memory = token_store(TEXTS, tokenizer, name="forget")
-    assert files(cache) == []  # rows that are in memory stay there
+    assert files(cache) == []  # rows in memory are not cached
     first = token_store(source, tokenizer, name="forget")
     assert content(first) == content(in_memory)
     assert len(files(cache)) == 1
@@ -83,7 +83,7 @@ def test_a_data_set_is_known_by_its_content(cache: Path, monkeypatch: pytest.Mon
 
 @linux
 def test_the_arrays_are_the_file(source: Path, cache: Path) -> None:
-    """Read-only views of a memory map, with the packer's dtypes; the file is an ordinary Arrow data set."""
+    """Read-only views of a memory map, with the packer's dtypes. The file is an ordinary Arrow data set."""
     store = token_store(source, tiny_tokenizer(), name="forget")
     ((ids, offsets, starts),) = store.chunks
     assert (ids.dtype, offsets.dtype, starts.dtype) == (np.int32, np.int64, np.int64)
@@ -132,8 +132,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_whatever_changes_the_tokens_changes_the_key(source: Path, cache: Path) -> None:
-    """And nothing else does: not the name of the set, not what the tokenizer was used for before."""
+def test_everything_that_changes_the_tokens_changes_the_key(source: Path, cache: Path) -> None:
+    """Nothing else changes it: neither the name of the set nor earlier uses of the tokenizer."""
     seen: set[str] = set()
     for change in ({}, *CHANGES.values()):
         options = {"tokenizer": tiny_tokenizer(), "name": "forget", **change}
@@ -180,7 +180,7 @@ def test_a_key_is_the_same_in_another_process(source: Path, cache: Path) -> None
 
 
 def python(script: str, *arguments: str) -> str:
-    """What a new process prints."""
+    """Return the output of a new process."""
     command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, env=environment(PYTHONHASHSEED="7"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -192,7 +192,7 @@ def truncated(path: Path) -> None:
 
 
 def without_its_trailer(path: Path) -> None:
-    """Arrow itself reads such a file without complaint."""
+    """Arrow itself reads such a file without an error."""
     path.write_bytes(path.read_bytes()[: -token_cache._COUNTS.size - token_cache._DIGEST_BYTES])
 
 
@@ -221,7 +221,7 @@ def foreign(path: Path) -> None:
 
 
 def of_another_key(path: Path) -> None:
-    """A whole file, which stands under a name that is not its own."""
+    """A complete file under the name of another key."""
     other = path.with_name(f"{'0' * 32}.arrow")
     token_cache.write(other, [some_chunk()])
     other.replace(path)
@@ -231,12 +231,12 @@ def of_another_key(path: Path) -> None:
     "damage",
     [truncated, without_its_trailer, empty, noise, damaged_header, missing_body, foreign, of_another_key],
 )
-def test_a_damaged_file_is_made_anew(damage: Any, source: Path, cache: Path) -> None:
+def test_a_damaged_file_is_recomputed(damage: Any, source: Path, cache: Path) -> None:
     expected = content(token_store(source, tiny_tokenizer(), name="forget"))
     (path,) = cache.iterdir()
     whole = path.read_bytes()
     damage(path)
-    with pytest.warns(UserWarning, match="token cache: .* is damaged .*; it is made anew"):
+    with pytest.warns(UserWarning, match="token cache: .* is damaged .*; it is built again"):
         assert content(token_store(source, tiny_tokenizer(), name="forget")) == expected
     assert path.read_bytes() == whole
     assert content(token_store(source, tiny_tokenizer(), name="forget")) == expected
@@ -291,13 +291,13 @@ def test_a_killed_process_leaves_no_file_under_the_name(cache: Path) -> None:
     process.join()
     assert process.exitcode == 9
     assert not path.exists()
-    assert len(files(cache)) == 1  # the partial file, which no one takes for a store
+    assert len(files(cache)) == 1  # the partial file, which is never read
     store = token_cache.stored("key", lambda: ([some_chunk(), some_chunk()], None))
     assert content(store) == ([[0, 1], [2, 3, 4, 5]] * 2, [1, 1, 1, 1])
 
 
 def test_two_at_once(cache: Path) -> None:
-    """The second one replaces the file under the first one's map, which stays what it was."""
+    """The second process replaces the file while it is mapped; the first one's map stays the same."""
     path = cache / "key.arrow"
     inner: list[TokenStore] = []
 
@@ -322,7 +322,7 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_tokenising_streams(cache: Path) -> None:
-    """What is alive at a time is a group of texts, not the corpus."""
+    """Only a group of texts is in memory at a time, not the corpus."""
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "[eos]": 1}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[eos]")
@@ -340,7 +340,7 @@ def test_tokenising_streams(cache: Path) -> None:
     store = token_cache.read(cache / "key.arrow")
     tokens = rows * batches * (words + 1)
     assert int(store.lengths.sum()) == tokens
-    assert peak < 4 * tokens  # bytes; a list of Python's integers alone takes twice as much
+    assert peak < 4 * tokens  # bytes; a list of Python integers alone would take twice as much
 
 
 LARGER_THAN_MEMORY = """

@@ -1,4 +1,4 @@
-"""The trainer against a padded two-forward loop with open-unlearning's formulas, and its behaviour as a Trainer."""
+"""Tests of the trainer: against a padded two-forward loop with open-unlearning's formulas, and as a Trainer."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ def test_fifty_steps_follow_the_padded_two_forward_loop(objective: Objective, re
     expected = eager_curve(objective, twin, forget, retain, steps=50, lr=1e-3)
     assert len(ours) == 50
     scale = max(abs(value) for value in expected)
-    assert max(expected) - min(expected) > 0.05 * scale  # the curve moves, so following it means something
+    assert max(expected) - min(expected) > 0.05 * scale  # the curve must move for the comparison to mean anything
     for got, want in zip(ours, expected, strict=True):
         assert got == pytest.approx(want, rel=1e-4, abs=1e-5)
 
@@ -64,7 +64,7 @@ def test_the_same_seed_gives_the_same_bits(objective: Objective, tmp_path: Path)
 
 @pytest.mark.parametrize("reference", ["live", "cached"])
 def test_the_token_budget_does_not_change_a_step(reference: str, tmp_path: Path) -> None:
-    """8 pairs in one forward pass, or in many that hold forget or retain sequences alone: the same weights."""
+    """8 pairs in one forward pass, or in many with only forget or only retain sequences, give the same weights."""
     forget, retain = random_store(20, seed=1), random_store(50, seed=2)
     results = []
     for budget in (4096, 40, 20):
@@ -101,7 +101,8 @@ def test_pairs_per_step_defaults_to_the_trainers_own_arguments(tmp_path: Path) -
         )
         trainer.train()
         assert trainer.state.global_step == steps
-        assert args.gradient_accumulation_steps == settings.get("gradient_accumulation_steps", 1)  # the caller's stay
+        # the caller's arguments are unchanged
+        assert args.gradient_accumulation_steps == settings.get("gradient_accumulation_steps", 1)
 
 
 def test_what_is_logged(tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_what_is_logged(tmp_path: Path) -> None:
 
 
 def test_at_the_start_npo_is_two_over_beta_log_two(tmp_path: Path) -> None:
-    """policy = reference: σ(0) = 1/2."""
+    """policy = reference, so σ(0) = 1/2."""
     trainer = UnlearnTrainer(
         tiny_llama(),
         arguments(tmp_path, max_steps=1),
@@ -179,7 +180,7 @@ def test_resuming_from_a_checkpoint_continues_the_curve(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("reference", ["live", "cached"])
 def test_under_bf16_autocast_the_log_ratio_starts_at_zero(reference: str, tmp_path: Path) -> None:
-    """The reference is scored in the precision of the policy; in fp32 it would differ by bf16's rounding."""
+    """The reference is scored in the precision of the policy. In fp32 it would differ by bf16's rounding."""
     logged = Losses()
     UnlearnTrainer(
         tiny_llama(),
@@ -270,7 +271,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path: Path) -
         ({"reference": "remembered"}, "`reference`: expected one of 'auto', 'cached', 'live'"),
         ({"forget": random_store(3, vocabulary=500)}, r"`forget`: expected token ids in 0 .. 299 .*tokenizer"),
         ({"forget": random_store(3, low=70, high=80)}, "at most 64 tokens"),
-        ({"forget": TEXTS, "processing_class": None}, "text needs a tokenizer"),
+        ({"forget": TEXTS, "processing_class": None}, "expected a tokenizer for text"),
         ({"forget": [{"question": "Who?"}]}, "forget data: expected a column 'answer', got 'question'"),
         ({"forget": [{"question": "Who?", "answer": "  "}]}, "row 0: expected an answer"),
     ],

@@ -1,4 +1,4 @@
-"""The implementations of a pass, each in turn, where this machine has them."""
+"""Fixtures that run a test with each kernel backend that this machine supports."""
 
 from collections.abc import Iterator
 
@@ -9,12 +9,12 @@ from efface_kernels import triton_launch
 
 
 def on_gpu(name: str) -> object:
-    """The parameter of a test that makes its tensors on a GPU."""
+    """Return a parameter for a test that creates its tensors on a GPU."""
     return pytest.param(f"{name} on a GPU", marks=pytest.mark.gpu)
 
 
 def run_on(request: pytest.FixtureRequest, what: str) -> Iterator[str]:
-    """Yield the backend; "… on a GPU" makes that the device of tensors that name none."""
+    """Yield the backend's name. For "... on a GPU", CUDA is the default device meanwhile."""
     name, _, gpu = what.partition(" on ")
     if name == "triton":
         pytest.importorskip("triton")
@@ -24,10 +24,10 @@ def run_on(request: pytest.FixtureRequest, what: str) -> Iterator[str]:
         return
     if name == "triton":
         if not triton_launch.INTERPRETED:
-            pytest.skip("these tensors are on the CPU, where Triton runs under TRITON_INTERPRET=1 alone")
+            pytest.skip("the tensors are on the CPU, where Triton runs only with TRITON_INTERPRET=1")
         values = getattr(request.node, "callspec", None)
         if "bf16" in request.node.name or (values and torch.bfloat16 in values.params.values()):
-            pytest.skip("bf16 is for a GPU: Triton's interpreter rounds it wrongly")
+            pytest.skip("bf16 needs a GPU: Triton's interpreter rounds it wrongly")
     yield name
 
 

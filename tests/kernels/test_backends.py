@@ -1,4 +1,4 @@
-"""A device gets Triton unasked only where it agreed with torch."""
+"""Tests of the choice of a backend: "auto" selects Triton on a device only if it agrees with torch there."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # −∞ − −∞ of idle lanes, by NumPy
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # −∞ − −∞ in masked lanes, computed by NumPy
 def test_the_passes_agree_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     if not triton_launch.INTERPRETED:
-        pytest.skip("these tensors are on the CPU, where Triton runs under TRITON_INTERPRET=1 alone")
+        pytest.skip("the tensors are on the CPU, where Triton runs only with TRITON_INTERPRET=1")
     assert backends.disagreement(torch.device("cpu"), (torch.float16, torch.float32), vocabulary=9001) is None
 
 

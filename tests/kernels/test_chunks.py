@@ -1,4 +1,4 @@
-"""The plan of the loop."""
+"""Tests of the plan of chunks for the loss."""
 
 import itertools
 from collections.abc import Callable
@@ -22,13 +22,13 @@ def offsets_of(lengths: list[int]) -> list[int]:
 
 
 def units_of(offsets: list[int], pairs: int) -> list[int]:
-    """The rows of what no chunk separates."""
+    """Return the rows of each unit, a DPO pair or a sequence, that must stay within one chunk."""
     borders = [*offsets[: 2 * pairs : 2], *offsets[2 * pairs :]]
     return [stop - start for start, stop in itertools.pairwise(borders)]
 
 
 def greedy(units: list[int], capacity: int) -> int:
-    """How many chunks of at most ``capacity`` rows the units fill one after the other; a longer unit is one alone."""
+    """Return the number of chunks of at most ``capacity`` rows, filled in order. A longer unit is a chunk alone."""
     chunks, room = 0, 0
     for rows in units:
         if rows > room:
@@ -58,7 +58,7 @@ def test_chunks_cover_whole_sequences_in_order_within_the_workspace(
         for start, stop in chunk.pieces:
             assert start == row < stop <= start + chunk_rows
             row = stop
-        # several pieces only where one sequence or pair does not fit, and no more of them than need be
+        # a chunk has several pieces only if it is one sequence or pair that does not fit, and then as few as possible
         assert len(chunk.pieces) == 1 or chunk.last - chunk.first == (2 if sequence < 2 * pairs else 1)
         assert len(chunk.pieces) == -(-(chunk.rows.stop - chunk.rows.start) // chunk_rows)
         sequence = chunk.last
@@ -66,7 +66,7 @@ def test_chunks_cover_whole_sequences_in_order_within_the_workspace(
 
     units = units_of(offsets, pairs)
     assert len(chunks) == greedy(units, chunk_rows)
-    # no smaller number of whole tiles would have done: chunks that hold several units are as small as they can be
+    # Chunks with several units are as small as possible: a smaller number of whole tiles would need more chunks.
     largest = max(
         (len(range(*chunk.rows.indices(offsets[-1]))) for chunk in chunks if len(chunk.pieces) == 1), default=0
     )
@@ -118,7 +118,7 @@ def test_default_chunk_rows() -> None:
     assert default_chunk_rows("cpu", 32000, 2) == 2048
     assert default_chunk_rows("cuda", 128256, 2) == 2048
     assert default_chunk_rows("cuda", 128256, 4) == 2048
-    # two workspaces take half of what is free, and are never smaller than 256 rows
+    # two workspaces take half of the free memory, and have at least 256 rows
     assert default_chunk_rows("cuda", 128256, 2, 64 * GIB) == 2048
     assert default_chunk_rows("cuda", 128256, 2, 1 * GIB) == 1024
     assert default_chunk_rows("cuda", 128256, 2, 1 << 20) == 256
@@ -132,7 +132,7 @@ def test_a_large_card_has_larger_chunks(gib: float, mib: int, rows: int) -> None
     total = int(gib * GIB)
     assert logits_budget("cuda", total) == mib << 20
     assert default_chunk_rows("cuda", 128256, 2, total, total) == rows
-    assert default_chunk_rows("cuda", 128256, 2, 2 * GIB, total) == 2048  # free memory is short
+    assert default_chunk_rows("cuda", 128256, 2, 2 * GIB, total) == 2048  # little memory is free
     assert default_chunk_rows("cpu", 128256, 2, None, total) == 512
 
 
@@ -141,7 +141,7 @@ def test_a_large_card_has_larger_chunks(gib: float, mib: int, rows: int) -> None
     [(2, False, 1024), (4, False, 512), (8, False, 256), (2, True, 2048), (4, True, 1024), (8, True, 512)],
 )
 def test_one_chunk_takes_no_more_memory(row_bytes: int, product: bool, beyond: int) -> None:
-    """N ≤ R + D, R + D / 2, R + D / 4; twice as much more with a product."""
+    """N ≤ R + D, R + D / 2, R + D / 4; twice the margin with a product."""
     v, d, chunk_rows = 32000, 1024, 2048
     logits: Callable[[int], int] = lambda rows: row_bytes * v * rows  # noqa: E731
     fits = [

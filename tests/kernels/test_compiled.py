@@ -1,4 +1,4 @@
-"""The loss ops under ``torch.compile`` and within torch's modes; the Triton kernels compiled for absent GPUs."""
+"""Tests of the loss ops under ``torch.compile`` and torch's modes, and of kernels compiled for absent GPUs."""
 
 import gc
 import itertools
@@ -90,7 +90,7 @@ def test_a_declared_loss_compiles_whole_and_once(compiler: str, backend: str) ->
     compiled = torch.compile(loss, backend=compiler, fullgraph=True)
     for i, lengths in enumerate(BATCHES):
         assert_same(model, compiled, loss, *batch(lengths), rule(len(lengths), 1 / (i + 1)), -torch.rand(len(lengths)))
-        if i == 1:  # the second batch tells the compiler which sizes vary
+        if i == 1:  # the second batch shows the compiler which sizes vary
             graphs = counters["stats"]["unique_graphs"]
     assert counters["stats"]["unique_graphs"] == graphs == 2
     assert not counters["graph_break"]
@@ -118,7 +118,7 @@ def test_logprobs_compile_whole_and_once(compiler: str, chunk_rows: int | None) 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_log_probabilities_of_one_chunk_keep_their_softmax(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled or not, up to R rows, here 4: every call of a graph keeps its own until the backward call."""
+    """Compiled or not, with up to R rows (here 4) every call keeps its softmax until its backward call."""
     monkeypatch.setattr(logprob, "default_chunk_rows", lambda *_, **__: 4)
     monkeypatch.setattr(chunks, "chunk_capacity", lambda *_: 4)
     planned = []
@@ -130,7 +130,7 @@ def test_log_probabilities_of_one_chunk_keep_their_softmax(compiled: bool, monke
         return linear_logprob(model.hidden(x), model.head.weight, targets, bias=model.head.bias).sum()
 
     run = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
-    for n, calls in ((4, 0), (5, 2)):  # of the forward and of the backward call
+    for n, calls in ((4, 0), (5, 2)):  # calls of the plan, in the forward and the backward call
         planned.clear()
         x, targets, _ = batch((n,), torch.bfloat16)
         gradients(model, run(x, targets))
@@ -139,10 +139,10 @@ def test_log_probabilities_of_one_chunk_keep_their_softmax(compiled: bool, monke
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("chunk_rows", "error"), [(0, ValueError), (-5, ValueError), (2.5, TypeError)])
-@pytest.mark.filterwarnings("ignore")  # torch says that it could not compile what raises
+@pytest.mark.filterwarnings("ignore")  # torch warns that it could not compile code that raises
 def test_chunk_rows_that_are_none(compiled: bool, chunk_rows: Any, error: type[Exception]) -> None:
     if compiled and error is TypeError:
-        pytest.skip("a schema's own error")
+        pytest.skip("torch's schema check raises its own error")
     hidden, weight, targets = torch.randn(4, 8), torch.randn(9, 8), torch.zeros(4, dtype=torch.int64)
 
     def values(hidden: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ def test_a_live_reference_frozen_parts_and_offsets_in_both_places(dtype: torch.d
 
 
 def test_fp16_gradients_wait_for_the_loss_scale() -> None:
-    """c ~ 1e-9 is below the smallest fp16 until a loss scale lifts it."""
+    """c ~ 1e-9 is below the smallest fp16 number without a loss scale."""
     model = Model(torch.float16)
     x, targets, offsets = batch(BATCHES[0], torch.float16)
     terms = SequenceRule.of(torch.zeros(3, dtype=torch.int8), {0: Term(Kind.NLL, 1e-9)})
@@ -257,7 +257,7 @@ def test_bad_input_is_refused_when_the_graph_runs() -> None:
 
 @pytest.mark.parametrize("compiler", [None, "eager"])
 def test_a_second_derivative_is_refused(compiler: str | None) -> None:
-    """Not a silent zero, be it compiled (by what can differentiate twice) or not."""
+    """A second derivative raises an error instead of being 0, compiled by a backend that allows it, or not."""
     x, targets, offsets = batch(BATCHES[0], torch.float64)
     x.requires_grad_()
     weight, declared = torch.randn(30, 8, dtype=torch.float64), rule(3)
@@ -272,7 +272,7 @@ def test_a_second_derivative_is_refused(compiler: str | None) -> None:
 
 
 def test_the_ops_keep_torchs_rules() -> None:
-    """Schema, fake kernels, autograd registration and dynamic shapes, by torch's own examination."""
+    """Schema, fake kernels, autograd registration and dynamic shapes, checked by ``torch.library.opcheck``."""
     x, targets, offsets = batch(BATCHES[0], torch.float64)
     weight = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
     x.requires_grad_()
@@ -289,7 +289,7 @@ def test_the_ops_keep_torchs_rules() -> None:
     )
 
 
-# ---- the Triton kernels compiled for GPUs that are not here: no spills, no more instructions than budgeted
+# ---- the Triton kernels compiled for absent GPUs: no spills, no more instructions than budgeted
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -297,7 +297,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 def test_every_kernel_compiles_within_its_budget_of_instructions() -> None:
-    """In a process of its own: under TRITON_INTERPRET, as these tests run, there is no compiler."""
+    """In a subprocess: under TRITON_INTERPRET, as in these tests, there is no compiler."""
     pytest.importorskip("triton")
     path = os.pathsep.join(str(ROOT / folder) for folder in ("engine", "kernels", "."))
     environment = {**os.environ, "PYTHONPATH": path}
@@ -315,9 +315,9 @@ def test_every_kernel_compiles_within_its_budget_of_instructions() -> None:
     for kernel, name, target, _registers, spills, _shared, _size, loads, instructions, budget in rows:
         case = (kernel, name, target)
         assert spills == "0", case
-        if kernel == "sequence_loss" or name.endswith("V = 1"):  # which read a few numbers
+        if kernel == "sequence_loss" or name.endswith("V = 1"):  # these read only a few numbers
             continue
-        assert set(loads.split("/")) == {"16"}, case  # whatever the vocabulary: rows of a workspace are padded
+        assert set(loads.split("/")) == {"16"}, case  # for any vocabulary, because rows of a workspace are padded
         if target != "gfx942":
             totals[case] = sum(map(float, instructions.split(" + ")))
             assert totals[case] <= float(budget) + 0.1, case
@@ -347,13 +347,13 @@ def test_loops_are_counted_by_what_they_load() -> None:
     from benchmarks import compile_only
 
     binary = compile_only.Binary(32, 0, compile_only._loops(SASS))
-    (sweep,) = binary.sweeps([2])  # the inner loop: 4 instructions for 16 elements; the outer and the idle one are none
+    (sweep,) = binary.sweeps([2])  # the inner loop: 4 instructions for 16 elements
     assert (sweep.instructions, sweep.load) == (4 / 16, 16)
-    with pytest.raises(ValueError, match="expected 2 loops that load, got 1"):
+    with pytest.raises(ValueError, match="expected 2 loops with loads, got 1"):
         binary.sweeps([2, 2])
 
 
-# ---- the loss ops within torch's modes: what they compute and keep without gradients, and what they leave behind
+# ---- the loss ops in torch's modes: what they compute and keep without gradients, and their side effects
 
 
 N, D, V = 12, 8, 40
@@ -387,7 +387,7 @@ OPS: list[Callable[..., Tensor]] = [logprobs, sequence, distribution]
 
 @pytest.mark.parametrize("op", OPS)
 def test_training_after_inference_mode(op: Callable[..., Tensor]) -> None:
-    """What is kept for the next call must not be what inference mode makes: nothing may write to that outside."""
+    """Buffers kept for the next call must not be inference tensors, which are read-only outside of that mode."""
     release_workspaces()
     hidden, weight, targets = inputs()
     expected = torch.autograd.grad(op(hidden, weight, targets, 4), (hidden, weight))
@@ -402,7 +402,7 @@ def test_training_after_inference_mode(op: Callable[..., Tensor]) -> None:
 
 @pytest.mark.parametrize("rows", [4, N])
 @pytest.mark.parametrize("op", OPS)
-def test_no_gradient_is_formed_that_nobody_can_ask_for(
+def test_no_gradient_is_computed_that_cannot_be_requested(
     op: Callable[..., Tensor], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     formed: list[Any] = []
@@ -419,14 +419,14 @@ def test_no_gradient_is_formed_that_nobody_can_ask_for(
     assert not any(wanted.any for wanted in formed)
     assert not value.requires_grad
     loss = op(hidden, weight, targets, rows)
-    # Chunks that no gradient waits for end elsewhere, and some CPUs' GEMMs round by the number of rows.
+    # Without gradients the chunks end elsewhere, and some CPUs' GEMMs round differently with another number of rows.
     torch.testing.assert_close(loss.detach(), value, rtol=1e-6, atol=0)
-    assert any(wanted.any for wanted in formed) or op is logprobs  # which forms them in the backward call
+    assert any(wanted.any for wanted in formed) or op is logprobs  # logprobs computes them in the backward call
 
 
 @pytest.mark.parametrize("op", [sequence, distribution])
 def test_a_copy_of_the_head_does_not_outlive_the_call(op: Callable[..., Tensor]) -> None:
-    """Under autocast the head is copied; while the decoder runs backward the copy would be the largest tensor."""
+    """Under autocast the head is copied. During the decoder's backward pass, the copy would be the largest tensor."""
     hidden, weight, targets = inputs()
     copy = weight.to(torch.bfloat16)
     copies = weakref.ref(copy)

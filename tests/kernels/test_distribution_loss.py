@@ -1,4 +1,4 @@
-"""The distribution loss against the fp64 oracle, in every dtype and on every backend."""
+"""Tests of the distribution loss against the fp64 oracle, in every dtype and on every backend."""
 
 import itertools
 
@@ -14,7 +14,7 @@ from efface_kernels.linear_loss.look import DistributionLook
 from support import oracle
 from support.oracle import Case, LargestTensor, Problem
 
-# NumPy warns of the −inf − −inf of lanes that the interpreted kernel then leaves out
+# NumPy warns of −inf − −inf in lanes that the interpreted kernel masks afterwards
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -30,7 +30,7 @@ CASES = (
     Case("bias and soft-cap", (8,), bias=True, softcap=2.0, chunk_rows=3),
     Case("memorised targets", (9,), scale=6.0, chunk_rows=6),
 )
-# (shift, cross entropy): the KL retain term and UNDIAL
+# (shift, cross entropy): the KL retain term, then UNDIAL
 KINDS = ((0.0, False), (10.0, True))
 
 
@@ -141,14 +141,14 @@ def test_a_model_beside_itself_has_neither_loss_nor_gradient(backend: str, dtype
         (torch.float32, 1e-4, False),
         (torch.float16, 1e-4, False),
         (torch.bfloat16, 1e-4, False),
-        (torch.bfloat16, 1e-3, True),  # 17 bits of a logit, and fp32 has 24
+        (torch.bfloat16, 1e-3, True),  # a pair holds 17 bits of a logit, fp32 24
     ],
     ids=str,
 )
 def test_the_gradient_between_close_models_is_not_rounding(
     backend: str, dtype: torch.dtype, apart: float, pairs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Logits differ by so much of themselves: by less than bf16 tells apart, and p and q by less than fp16 can hold."""
+    """The logits differ by less than bf16 can resolve, and p − q is smaller than fp16 can represent."""
     if not pairs:
         monkeypatch.setattr(wide_logits, "_has_fast_bfloat16", lambda: False)
     case = Case("close", (12,), vocabulary=1500, hidden_size=24, chunk_rows=5)
@@ -167,7 +167,7 @@ def test_the_gradient_between_close_models_is_not_rounding(
             chunk_rows=5,
             backend=backend,
         )
-        scaled = out.loss * 2.0**14  # the loss scale of mixed precision in fp16
+        scaled = out.loss * 2.0**14  # fp16's loss scale in mixed precision
         results.append(torch.autograd.grad(scaled, [given.hidden, given.weight]))
     for got, gold in zip(*results, strict=True):
         assert oracle.rms(got.double() - gold) < 0.02 * oracle.rms(gold)
@@ -257,7 +257,7 @@ def test_bitwise_repeatable_whatever_a_reused_workspace_held() -> None:
 def test_padded_rows_of_a_workspace_change_nothing(
     backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a GPU has them. P takes the memory of the reference's logits, whose rows do not touch."""
+    """Padded, as on a GPU. P overwrites the reference's logits, whose rows are not adjacent."""
     case = Case("padded", (7,), vocabulary=33, bias=True, chunk_rows=3)
     problem = oracle.make(case, dtype)
     expected = run(case, problem, 1.0, backend=backend).loss
@@ -269,7 +269,7 @@ def test_padded_rows_of_a_workspace_change_nothing(
     monkeypatch.setattr(memory.BufferPool, "matrix", padded)
     got = run(case, problem, 1.0, backend=backend).loss
     torch.testing.assert_close(got, expected)
-    eps = torch.finfo(dtype).eps  # another stride may be another GEMM kernel
+    eps = torch.finfo(dtype).eps  # another stride can select another GEMM kernel
     for name, gradient in gradients(got, problem).items():
         torch.testing.assert_close(gradient, wanted[name], rtol=4 * eps, atol=4 * eps * oracle.rms(wanted[name]))
 
@@ -292,9 +292,9 @@ def test_rows_are_those_of_fp32_logits_and_halved_where_memory_ends(monkeypatch:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch looks at it where a graph breaks
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch reads .grad at graph breaks
 def test_compiled_it_is_the_same(dtype: torch.dtype) -> None:
-    """Also after a call that left workspaces behind: one that a compiler traced took them for both models."""
+    """Also after a call that kept workspaces; a traced call once used the same workspace for both models."""
     hidden, weight = (torch.randn(size, 16).to(dtype).requires_grad_() for size in (6, 50))
     frozen = ReferenceRows(torch.randn(6, 16).to(dtype), Head(torch.randn(50, 16).to(dtype)))
     targets = torch.randint(50, (6,))
@@ -315,7 +315,7 @@ def test_compiled_it_is_the_same(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_of_p_are_side_by_side(dtype: torch.dtype, bias: bool) -> None:
-    """Bits of fp32 logits beside P may be NaN in bf16, and oneDNN multiplies what it reads beyond a row by 0."""
+    """Leftover fp32 bits next to P can be NaN in bf16, and oneDNN multiplies what it reads after a row by 0."""
     hidden, weight = torch.randn(6, 8).to(dtype), torch.randn(50, 8).to(dtype)
     head = Head(weight, torch.randn(50).to(dtype) if bias else None)
     targets, chunks = torch.randint(50, (6,)), plan_pieces(6, 4)
@@ -430,7 +430,7 @@ def _arguments() -> dict[str, object]:
             "`reference_hidden`: expected dtype",
         ),
         ({"bias": torch.randn(6)}, ValueError, r"`bias`: expected shape \(7\)"),
-        ({"softcap": -1.0}, ValueError, "`softcap`: expected a positive number"),
+        ({"softcap": -1.0}, ValueError, "`softcap`: expected a positive finite number"),
         ({"chunk_rows": 0}, ValueError, "`chunk_rows`: expected at least 1"),
         ({"backend": "cuda"}, ValueError, "`backend`: expected one of 'auto'"),
     ],

@@ -1,4 +1,4 @@
-"""The distribution pass against torch's own softmax in fp64."""
+"""Tests of the distribution pass against torch's softmax in fp64."""
 
 import pytest
 import torch
@@ -6,14 +6,14 @@ from torch import Tensor
 
 from efface_kernels import distribution_pass, triton_launch
 
-# NumPy warns of the −inf − −inf of lanes that the interpreted kernel then leaves out
+# NumPy warns of −inf − −inf in lanes that the interpreted kernel masks afterwards
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def gold(logits: Tensor, reference: Tensor, targets: Tensor, shift: float, cap: float | None) -> tuple[Tensor, ...]:
-    """(KL, entropy, derivative) from materialised fp64 distributions and autograd."""
+    """Return (KL, entropy, derivative) from materialised fp64 distributions and autograd."""
     z = logits.double().clone().requires_grad_()
     capped = z if cap is None else cap * torch.tanh(z / cap)
     frozen = reference.double() if cap is None else cap * torch.tanh(reference.double() / cap)
@@ -88,9 +88,9 @@ def test_nan_comes_out_and_stays_in_its_row(backend: str) -> None:
 def test_the_derivative_may_go_elsewhere(
     backend: str, rows: int, vocabulary: int, dtype: torch.dtype, over: str
 ) -> None:
-    """In any dtype that is no wider, padded rows, and over the reference's logits, which are then gone."""
+    """In any dtype that is not wider, with padded rows, and into the reference's logits, which are then lost."""
     if backend == "triton" and triton_launch.INTERPRETED and vocabulary > 5003:
-        pytest.skip("the interpreter takes block after block as it does of 5003 logits")
+        pytest.skip("the interpreter runs the same code as with 5003 logits, but for more blocks")
     logits = torch.randn(rows, vocabulary) * 3
     reference = torch.randn(rows, vocabulary + 3)[:, :vocabulary]
     targets = torch.randint(vocabulary, (rows,))
@@ -108,7 +108,7 @@ def test_the_derivative_may_go_elsewhere(
 
 
 def test_a_derivative_that_goes_elsewhere_is_the_one_in_place(backend: str) -> None:
-    logits, reference = torch.randn(4, 12).T, torch.randn(12, 4)  # of any strides
+    logits, reference = torch.randn(4, 12).T, torch.randn(12, 4)  # transposed
     targets = torch.randint(4, (12,))
     out, again = torch.empty(4, 12).T, logits.clone()
     elsewhere = distribution_pass(logits.clone(), reference, targets, out=out, backend=backend)
@@ -148,12 +148,12 @@ def test_an_unfit_out_is_refused() -> None:
         (torch.empty(2, 5), ValueError, r"`out`: expected shape \(2, 6\)"),
         (torch.empty(2, 6, dtype=torch.int32), TypeError, "`out`: expected dtype torch.float16"),
         (wide, TypeError, "`out`: expected dtype torch.float16"),
-        (torch.empty(1, 6).expand(2, 6), ValueError, "`out`: expected entries apart in memory"),
-        (torch.empty(11).as_strided((2, 6), (5, 1)), ValueError, "`out`: expected entries apart in memory"),
+        (torch.empty(1, 6).expand(2, 6), ValueError, "`out`: expected disjoint entries"),
+        (torch.empty(11).as_strided((2, 6), (5, 1)), ValueError, "`out`: expected disjoint entries"),
         (logits.view(torch.bfloat16)[:, :6], ValueError, "`out`: expected `logits` themselves"),
-        (reference.view(torch.bfloat16)[:, 6:], ValueError, "`out`: expected memory of its own, or rows that begin"),
-        (reference.view(torch.bfloat16).view(4, 6)[1:3], ValueError, "`out`: expected memory of its own, or rows"),
-        (reference.view(torch.bfloat16).flatten()[:12].view(2, 6), ValueError, "`out`: expected memory of its own"),
+        (reference.view(torch.bfloat16)[:, 6:], ValueError, "`out`: expected separate memory, or rows that begin"),
+        (reference.view(torch.bfloat16).view(4, 6)[1:3], ValueError, "`out`: expected separate memory, or rows"),
+        (reference.view(torch.bfloat16).flatten()[:12].view(2, 6), ValueError, "`out`: expected separate memory"),
     ):
         with pytest.raises(error, match=message):
             distribution_pass(logits, reference, targets, out=out)

@@ -1,4 +1,4 @@
-"""The loss op against the fp64 oracle, in every dtype, with every subset of gradients."""
+"""Tests of the loss op against the fp64 oracle, in every dtype, with every subset of gradients."""
 
 import itertools
 import math
@@ -29,7 +29,8 @@ from support.oracle import CASES, Case, LargestTensor, Problem
 BACKENDS = ("torch", "native")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BETA, DELTA = 0.3, 0.1
-# Four sums cancel in DPO's margin: with its usual β the loss is large beside their rounding, as in a run.
+# DPO's margin is a difference of four sums. With the usual β the loss is large compared with their rounding, as in a
+# run.
 DPO_BETA = 0.1
 DECLARED = (
     *("nll", "grad_ascent", "npo live", "npo cached", "dpo live", "dpo cached", "simnpo", "graddiff"),
@@ -42,7 +43,7 @@ UPSTREAM = 0.7
 
 
 def reference_sums(problem: Problem, softcap: float | None) -> list[Tensor]:
-    """L_ref of every sequence, 0 for those without."""
+    """Return L_ref of every sequence, 0 for those without a reference."""
     m = problem.reference_hidden.shape[0]
     values = oracle.logprobs(problem.reference_hidden, problem.reference_weight, None, problem.targets[:m], softcap)
     padded = torch.cat([values, values.new_zeros(len(problem.targets) - m)])
@@ -50,12 +51,12 @@ def reference_sums(problem: Problem, softcap: float | None) -> list[Tensor]:
 
 
 def terms_of(objective: str, case: Case) -> list[Term]:
-    """What each sequence adds."""
+    """Return the term of each sequence."""
     n, sequences = sum(case.lengths), len(case.lengths)
-    pairs = sequences // 2  # an odd sequence at the end is kept
+    pairs = sequences // 2  # an odd sequence at the end is retained
     ascent, kept = Term(Kind.ASCENT, 1 / n), Term(Kind.NLL, 1 / n)
     match objective:
-        case "graddiff":  # even sequences are forgotten, odd ones kept, with weights of their own
+        case "graddiff":  # even sequences are forget, odd ones retain, with different weights
             return [Term(Kind.NLL, 2 / n) if i % 2 else ascent for i in range(sequences)]
         case "dpo live" | "dpo cached":
             return [Term(Kind.DPO, beta=DPO_BETA), Term(Kind.ALTERNATE)] * pairs + [kept] * (sequences % 2)
@@ -73,11 +74,11 @@ def terms_of(objective: str, case: Case) -> list[Term]:
 
 
 def oracle_loss(objective: str, case: Case, problem: Problem, dtype: torch.dtype) -> Tensor:
-    """``dtype``: of the problem before it was made exact, which says what eps CE-U has."""
+    """Compute the loss. ``dtype`` is the original one of the problem, whose eps CE-U uses."""
     values = oracle.logprobs(problem.hidden, problem.weight, problem.bias, problem.targets, case.softcap)
     policy, frozen = oracle.sums(values, problem.offsets), reference_sums(problem, case.softcap)
     n, pairs = len(values), len(policy) // 2
-    match objective:  # means written down; those of a rule are weights
+    match objective:  # as explicit means; in a rule they are weights
         case "npo live, a function":
             return sum(oracle.npo(*each, BETA) for each in zip(policy, frozen, strict=True)) / len(policy)
         case "dpo cached, a function":
@@ -160,7 +161,7 @@ def test_loss_and_gradients_are_as_exact_as_eager(objective: str, case: Case) ->
         for backend in BACKENDS:
             ours, where = our_loss(objective, case, problem, backend), f"{backend}, {dtype}"
             assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), where
-            # In half dtypes the logits are rounded, in eager as in ours, so the loss is known to eps of that dtype.
+            # Half-precision logits are rounded, in eager as in ours, so the loss is exact only to eps of that dtype.
             oracle.assert_as_exact(f"loss, {where}", ours.detach(), eager.detach(), gold.detach(), dtype, exponent)
             for name, gradient in gradients(ours, problem).items():
                 assert gradient.dtype == dtype, where
@@ -186,7 +187,7 @@ def test_ceu_has_the_gradient_of_a_cross_entropy_to_the_other_tokens(backend: st
 def test_the_chunks_of_a_device_are_as_exact_as_eager(
     backend: str, objective: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three rows at a time, or in bf16 all at once: the largest batch that is one chunk, and one more row."""
+    """Three rows per chunk; in bf16 also the largest batch that is a single chunk, and one with one more row."""
     monkeypatch.setattr(chunks, "chunk_capacity", lambda *_: 3)
     taken = []
     for plan in ("plan_sequences", "plan_rows"):
@@ -207,7 +208,7 @@ def test_the_chunks_of_a_device_are_as_exact_as_eager(
             oracle.assert_as_exact(f"d{name}", gradient, eager[name], gold[name], dtype)
 
 
-# Every entry of every input is moved, so D and V are small.
+# gradcheck perturbs every entry of every input, so D and V are small.
 GRADCHECKED = [
     replace(case, hidden_size=5, vocabulary=min(case.vocabulary, 13)) for case in CASES if case.vocabulary < 100
 ]
@@ -380,7 +381,7 @@ def test_bitwise_repeatable() -> None:
 
 
 def test_coefficients_below_the_smallest_half_precision_number_survive() -> None:
-    """A well forgotten sequence has c ~ 1e-9; with the usual loss scale its gradient is representable in fp16."""
+    """A well forgotten sequence has c ~ 1e-9. With the usual loss scale its gradient can be represented in fp16."""
     case = Case("forgotten", (4, 3), chunk_rows=4)
     for dtype in (torch.float16, torch.float64):
         problem = oracle.make(case, dtype)
@@ -417,7 +418,7 @@ def test_no_tensor_of_all_logits_is_ever_alive(op: str) -> None:
         else:
             loss = linear_logprob(hidden, weight, targets, chunk_rows=chunk_rows).sum()
         loss.backward()
-    models = 2 if op == "loss" else 1  # which share a head, and so a GEMM
+    models = 2 if op == "loss" else 1  # both models share a head, and so a GEMM
     assert seen.largest <= models * chunk_rows * v * 4
     assert weight.grad is not None
 
@@ -463,7 +464,7 @@ def test_empty_batch_is_a_zero_loss_with_zero_gradients() -> None:
 
 
 def test_workspaces_are_reused_and_can_be_released() -> None:
-    """Results do not depend on what a reused buffer held; nested calls get buffers of their own."""
+    """Results do not depend on the old contents of a reused buffer. Nested calls get separate buffers."""
     case = Case("reuse", (3, 4))
     problem = oracle.make(case, torch.float32)
     release_workspaces()
@@ -492,7 +493,7 @@ def test_workspaces_are_reused_and_can_be_released() -> None:
 
 
 def test_closed_forms() -> None:
-    """Equal logits give −log V; adding a constant to all logits changes nothing."""
+    """Equal logits give −log V, and a constant added to all logits changes nothing."""
     v = 11
     flat = linear_logprob(torch.zeros(3, 4), torch.randn(v, 4), torch.tensor([0, 5, v - 1]))
     torch.testing.assert_close(flat, torch.full((3,), -torch.log(torch.tensor(float(v)))))
@@ -547,7 +548,7 @@ def test_autocast_casts_as_linear_does(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dtype", [torch.float32, None], ids=["float32 head", "its own head"])
 def test_a_float32_head_meets_half_precision_in_its_dtype(dtype: torch.dtype, head_dtype: torch.dtype | None) -> None:
-    """As inside autocast; the head's gradient comes back in float32."""
+    """As inside autocast. The head's gradient is float32."""
     weight, bias = torch.randn(50, 16).to(dtype), torch.randn(50).to(dtype)
     hidden, targets = torch.randn(6, 16).to(dtype).requires_grad_(), torch.randint(50, (6,))
     leaves = [each.to(head_dtype or dtype).requires_grad_() for each in (weight, bias)]
@@ -594,12 +595,16 @@ def _arguments() -> dict[str, object]:
         ({"targets": torch.tensor([0, 1])}, ValueError, r"`targets`: expected shape \(3\)"),
         ({"targets": torch.tensor([0, 1, 7])}, ValueError, r"token ids in 0 .. 6 .* got 7"),
         ({"targets": torch.tensor([0, -100, 6])}, ValueError, r"token ids in 0 .. 6 .* got -100"),
-        ({"row_offsets": [0, 2]}, ValueError, "`row_offsets`: expected to run from 0 to 3"),
+        ({"row_offsets": [0, 2]}, ValueError, "`row_offsets`: expected offsets from 0 to 3"),
         ({"row_offsets": []}, ValueError, "got no entries"),
         ({"row_offsets": [0, 1, 1, 3]}, ValueError, "sequence 1; drop sequences without a label"),
         ({"terms": lambda s: s.logprobs}, ValueError, "one loss term for each of 1 sequences"),
         ({"reference_sums": torch.zeros(2)}, ValueError, "`reference_sums`: expected shape"),
-        ({"reference": ReferenceRows(torch.randn(2, 4), Head(torch.randn(7, 4)))}, ValueError, "whole, got 2 rows"),
+        (
+            {"reference": ReferenceRows(torch.randn(2, 4), Head(torch.randn(7, 4)))},
+            ValueError,
+            "first sequences, got 2 rows",
+        ),
         (
             {
                 "reference": ReferenceRows(torch.randn(3, 4), Head(torch.randn(7, 4))),
@@ -613,7 +618,7 @@ def _arguments() -> dict[str, object]:
             ValueError,
             r"token ids in 0 .. 4",
         ),
-        ({"softcap": 0.0}, ValueError, "`softcap`: expected a positive number"),
+        ({"softcap": 0.0}, ValueError, "`softcap`: expected a positive finite number"),
         ({"pairs": 1}, ValueError, "`pairs`: expected at most half of the 1 sequences, got 1"),
         ({"pairs": -1}, ValueError, "`pairs`: .* got -1"),
         ({"chunk_rows": 0}, ValueError, "`chunk_rows`: expected at least 1"),

@@ -1,5 +1,6 @@
-"""``linear_sequence_loss`` with a declared rule: the fused launch, torch's formulas and a term function agree, in every
-backend, chunked any way; in the interpreter, and on a GPU where there is one.
+"""Tests of ``linear_sequence_loss`` with a declared rule: the fused launch, torch's formulas and a term function agree.
+
+They run on every backend and with any chunks, in the interpreter and, if available, on a GPU.
 """
 
 import pytest
@@ -26,7 +27,7 @@ SMALL = [case for case in CASES if case.vocabulary < 100]
 
 
 def oracle_loss(case: Case, problem: Problem) -> Tensor:
-    """NPO's mean over the even sequences, half the NLL's over the rows of the odd ones."""
+    """Return NPO's mean over the even sequences, plus half of the mean NLL over the rows of the odd ones."""
     values = oracle.logprobs(problem.hidden, problem.weight, problem.bias, problem.targets, case.softcap)
     m = problem.reference_hidden.shape[0]
     frozen = oracle.logprobs(
@@ -122,7 +123,7 @@ TABLES = {
 @pytest.mark.parametrize("chunk_rows", [2, 6, None])
 @pytest.mark.parametrize("table", TABLES)
 def test_a_rule_and_the_function_that_it_is_are_one_loss(table: str, chunk_rows: int | None, backend: str) -> None:
-    """Pairs longer than the workspace, in pieces; a live reference for the pairs alone."""
+    """With pairs longer than the workspace, split into pieces, and a live reference for the pairs only."""
     case = Case("pairs", (3, 1, 4, 2, 5), bias=True, reference_sequences=4)
     problem = oracle.make(case, torch.float64)
     rule = SequenceRule.of(torch.tensor([0, 1, 0, 1, 2], dtype=torch.int8), TABLES[table])
@@ -141,7 +142,7 @@ def test_a_rule_and_the_function_that_it_is_are_one_loss(table: str, chunk_rows:
             backend=backend,
         )
 
-    declared, called = run(rule, backend), run(lambda s: rule(s), "torch")  # noqa: PLW0108 - hides what it is
+    declared, called = run(rule, backend), run(lambda s: rule(s), "torch")  # noqa: PLW0108 - hides the rule
     for got, expected in zip(declared, called, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
     expected_gradients = gradients(called.loss, problem)

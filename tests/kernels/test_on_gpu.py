@@ -1,6 +1,6 @@
-"""What only a GPU can show: bits that repeat, 64-bit offsets, no synchronisation, graph capture, peak memory.
+"""Tests that need a GPU: bitwise repeatability, 64-bit offsets, no synchronisation, graph capture, peak memory.
 
-The oracle tests of the passes and of the loss run there too: ``pytest -m gpu``.
+The oracle tests of the passes and of the loss also run there: ``pytest -m gpu``.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ from efface_kernels.memory import aligned
 from efface_kernels.passes import scale_pass
 from efface_kernels.row_pass.launch import launch_config, row_pass_triton
 
-# One process's: they ask for much of the memory, and what one leaves free of it is what the next one finds.
+# They run in one process, because they use much of the memory and depend on how much is free.
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("on_gpu")]
 
 GIB = 1 << 30
@@ -50,7 +50,7 @@ def needs_memory(size: int) -> None:
 
 
 class Problem:
-    """NPO with a live reference on the first half of the sequences, NLL on the others."""
+    """NPO with a live reference on the first half of the sequences, NLL on the rest."""
 
     def __init__(self, n: int, d: int, v: int, dtype: torch.dtype = torch.bfloat16, length: int = 32) -> None:
         self.hidden = torch.randn(n, d, dtype=dtype).requires_grad_()
@@ -82,7 +82,7 @@ class Problem:
         return (loss.detach(), *torch.autograd.grad(loss, [self.hidden, self.weight]))
 
 
-@pytest.mark.parametrize("chunk_rows", [None, 2048])  # as many as the card takes at once, or several
+@pytest.mark.parametrize("chunk_rows", [None, 2048])  # as many rows as the card can process at once, or several chunks
 @pytest.mark.parametrize("vocabulary", [50257, 128256])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_the_same_inputs_give_the_same_bits(backend: str, vocabulary: int, chunk_rows: int | None) -> None:
@@ -105,7 +105,7 @@ def test_triton_agrees_with_torch(chunk_rows: int | None) -> None:
 
 @pytest.mark.parametrize("op", ["row", "distribution"])
 def test_offsets_beyond_int32(op: str) -> None:
-    """17000 rows of V = 128256 are 2.2e9 entries; the last ones equal the same rows alone."""
+    """17000 rows of V = 128256 are 2.2e9 entries. The last rows must equal the same rows alone."""
     rows, v = 17000, 128256
     needs_memory(14 * GIB)
     logits = torch.empty(rows, v, dtype=torch.bfloat16).normal_()
@@ -125,7 +125,7 @@ def test_offsets_beyond_int32(op: str) -> None:
 
 @pytest.mark.parametrize("vocabulary", [7, 50257, 128256])
 def test_persistent_programs_equal_one_a_row(vocabulary: int) -> None:
-    rows = 2000  # many to a program, and a last turn for some
+    rows = 2000  # many rows per program, and a last iteration for only some programs
     logits = (3 * torch.randn(rows, vocabulary)).bfloat16()
     targets, frozen = torch.randint(vocabulary, (rows,)), logits[: rows // 2].clone()
     results = []
@@ -139,7 +139,7 @@ def test_persistent_programs_equal_one_a_row(vocabulary: int) -> None:
 
 @pytest.mark.parametrize("vocabulary", [7, 2048, 50257, 128256])
 def test_p_over_the_references_logits_equals_p_elsewhere(vocabulary: int) -> None:
-    """Warps that run ahead must not overwrite what others have yet to read: every row, many times, the same bits."""
+    """Warps that run ahead must not overwrite what others still have to read. All rows, 20 times, the same bits."""
     rows = 512
     logits = torch.randn(rows, vocabulary)
     frozen, targets = logits + torch.randn(rows, vocabulary) / 32, torch.randint(vocabulary, (rows,))
@@ -187,7 +187,7 @@ def test_fresh_memory_full_of_nan_changes_nothing() -> None:
 
 
 def _without_synchronisation(run: Callable[[], object]) -> None:
-    run()  # compiles, and asks for free memory
+    run()  # compiles, and queries the free memory
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -218,7 +218,7 @@ def test_log_probabilities_do_not_wait_for_the_device() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("n", [512, 4096])
 def test_a_captured_step_replays(n: int, dtype: torch.dtype) -> None:
-    """With static shapes, offsets in both places and a rule made before; new data are copied into the old tensors."""
+    """With static shapes, offsets on host and device, and an existing rule. New data replace the old in place."""
     problem = Problem(n, 64, 32000, dtype)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -240,7 +240,7 @@ def test_a_captured_step_replays(n: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("hidden_size", [2048, 3072])
 def test_peak_memory_above_inputs_and_gradients(hidden_size: int) -> None:
-    """The budget of logits, or the bf16 gradient beside its fp32 sum, which counts as the gradient."""
+    """The budget for logits, or the bf16 gradient in addition to its fp32 sum, which counts as the gradient."""
     n, v = 8192, 128256
     needs_memory(16 * GIB)
     problem = Problem(n, hidden_size, v)

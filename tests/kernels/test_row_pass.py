@@ -1,4 +1,4 @@
-"""The row pass alone: in place, in blocks, with poisoned neighbours."""
+"""Tests of the row pass alone: in place, in blocks, next to NaN."""
 
 import os
 
@@ -29,7 +29,7 @@ def test_logits_become_minus_the_derivative_of_the_logprob(
 
 
 def test_the_target_entry_of_a_memorised_row_keeps_its_digits_in_bf16(backend: str) -> None:
-    """At p = 0.999 the subtraction p − 1 taken in bf16 is 100 % wrong."""
+    """At p = 0.999, p − 1 computed in bf16 is wrong by 100 %."""
     logits = torch.zeros(1, 2)
     logits[0, 1] = 6.90625  # p = 0.999, exact in bf16
     out = logits.bfloat16()
@@ -86,7 +86,7 @@ def test_reference_logits_may_have_fewer_rows_another_dtype_and_vocabulary(backe
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("vocabulary", [1, 2, 7, 16, 33, 1024, 1031])
 def test_any_stride(backend: str, vocabulary: int, dtype: torch.dtype) -> None:
-    """Padded rows, and columns that are not side by side; the memory between stays as it was."""
+    """Padded rows and non-contiguous columns; the memory between them is not changed."""
     padded = torch.full((2, vocabulary + 3), float("nan"), dtype=dtype)
     padded[:, :vocabulary] = torch.randn(2, vocabulary).to(dtype)
     targets = torch.randint(vocabulary, (2,))
@@ -117,7 +117,7 @@ def test_one_and_two_threads_give_the_same_bits(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_can_run_it() -> None:
-    """Data loader workers are forks; no OpenMP team survives in them."""
+    """Data loader workers are forks, in which an OpenMP thread team does not survive."""
     logits, targets = torch.randn(64, 501), torch.randint(501, (64,))
     expected = row_pass(logits.clone(), targets, backend="native").logprobs
     child = os.fork()
@@ -134,6 +134,6 @@ def test_a_missing_extension_warns_once_and_falls_back(monkeypatch: pytest.Monke
     backends._warn_missing_extension.cache_clear()
     with pytest.warns(UserWarning, match="efface_native cannot be imported .* plain torch"):
         assert torch.equal(row_pass(logits.clone(), targets).logprobs, expected)
-    row_pass(logits.clone(), targets)  # a second warning would be an error
+    row_pass(logits.clone(), targets)  # warnings are errors here, so a second one would fail
     with pytest.raises(ValueError, match="reinstall efface with a C"):
         row_pass(logits, targets, backend="native")

@@ -1,4 +1,4 @@
-"""The scale pass: rounded once, in place or not, and nothing moved where the factor is 1."""
+"""Tests of the scale pass: one rounding, in place or not, and no memory access if the factor is 1."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from efface_kernels import triton_launch
 from efface_kernels.passes import scale_pass
 from efface_kernels.scale_pass import launch
 
-# NumPy warns of ∞ times the lanes that the interpreted kernel then leaves out
+# NumPy warns of ∞ times a number in lanes that the interpreted kernel masks afterwards
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -30,7 +30,7 @@ def test_it_equals_a_product(backend: str, dtype: torch.dtype) -> None:
         values, case = torch.randn(shape).to(dtype), f"{shape}, {factor=}, {keep=}"
         given, scalar = values.clone(), factor_of(values, factor)
         out = scale_pass(given, scalar, dtype=dtype, keep=keep, backend=backend)
-        # half precision: the product in fp32 and one rounding, not that of a factor that was rounded before
+        # in half precision, the product is computed in fp32 and rounded once; the factor is not rounded before
         expected = (values.to(scalar.dtype) * scalar).to(dtype)
         rtol = torch.finfo(dtype).eps if factor != 1 else 0
         torch.testing.assert_close(
@@ -57,7 +57,7 @@ def test_any_strides(backend: str, strided: Tensor) -> None:
 
 
 def test_nothing_is_moved_where_the_factor_is_one(triton_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither read nor written: what another writes into the memory meanwhile would stay."""
+    """The memory is not written, so that a concurrent write by other code would not be lost."""
     pytest.importorskip("triton")
     if not triton_launch.INTERPRETED:
         pytest.skip("counts the interpreter's accesses")

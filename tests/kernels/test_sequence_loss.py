@@ -1,4 +1,4 @@
-"""The sequence loss against the fp64 oracle, differentiated by autograd; the objectives' rules too."""
+"""Tests of the sequence loss against the fp64 oracle, differentiated by autograd, and of the objectives' rules."""
 
 import math
 
@@ -11,12 +11,12 @@ from efface.objectives import CEU, DPO, NPO, WGA, GradAscent, GradDiff, IdkNLL, 
 from efface_kernels import Kind, SequenceRule, Sequences, Term, sequence_loss
 from support import oracle
 
-# NumPy warns of infinities that the interpreted kernel then leaves out
+# NumPy warns of infinities that the interpreted kernel masks afterwards
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning")
 
 DTYPES = (torch.float64, torch.float32)
-LENGTHS = (3, 1, 150, 2, 7, 128, 1, 33, 4)  # less than, just and more than a block of the kernel
-REFERENCE_ROWS = 163  # whole sequences
+LENGTHS = (3, 1, 150, 2, 7, 128, 1, 33, 4)  # fewer rows than a block of the kernel, exactly a block, and more
+REFERENCE_ROWS = 163  # complete sequences
 TERMS = {
     "nll": Term(Kind.NLL, 0.25),
     "grad ascent": Term(Kind.ASCENT, 0.5),
@@ -30,7 +30,7 @@ TERMS = {
 
 
 def batch(dtype: torch.dtype, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor, Tensor]:
-    """ℓ, row offsets, ℓ_ref of the first rows; a third of the targets memorised."""
+    """Return ℓ, row offsets, and ℓ_ref of the first rows. A third of the targets is memorised."""
     g = torch.Generator().manual_seed(0)
     n = sum(lengths)
     logprobs = -torch.rand(n, generator=g, dtype=torch.float64, device="cpu") * 4 - 0.01
@@ -42,7 +42,7 @@ def batch(dtype: torch.dtype, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tenso
 
 
 def gold(terms: list[Term], logprobs: Tensor, offsets: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor]:
-    """Terms and c by the oracle, in fp64; CE-U's guard is the eps of the inputs."""
+    """Return the terms and c from the oracle, in fp64. CE-U's eps is that of the input dtype."""
     leaf = logprobs.double().detach().requires_grad_()
     padded = torch.cat([frozen.double(), frozen.new_zeros(len(logprobs) - len(frozen), dtype=torch.float64)])
     bounds = offsets.tolist()
@@ -60,9 +60,9 @@ def check(terms: list[Term], table: dict[int, Term], dtype: torch.dtype, backend
     live = sequence_loss(logprobs, offsets, rule, reference_logprobs=frozen, backend=backend)
     assert live.reference_sums is not None
     cached = sequence_loss(logprobs, offsets, rule, reference_sums=live.reference_sums, backend=backend)
-    seen = logprobs.clone().requires_grad_()  # the function that it is too
+    seen = logprobs.clone().requires_grad_()  # the rule called as a function
     called = rule(Sequences(seen, offsets, 0, live.reference_sums))
-    # ℓ ≈ −1e-5 has few digits of 1 − p in fp32: 6e-8 of 1e-5
+    # for ℓ ≈ −1e-5, fp32 has few digits of 1 − p: 6e-8 compared with 1e-5
     rtol, atol = (1e-11, 1e-13) if dtype == torch.float64 else (2e-5, 2e-6)
     for got, c in [
         live[:2],
@@ -91,12 +91,12 @@ def test_kinds_mixed_in_one_launch(dtype: torch.dtype, backend: str) -> None:
 def test_dpo_pairs_beside_retained_sequences(dtype: torch.dtype, backend: str) -> None:
     table = {0: Term(Kind.DPO, 0.5, beta=0.2), 1: Term(Kind.NLL, 0.1), 2: Term(Kind.ALTERNATE)}
     check([table[i] for i in (0, 2, 0, 2, 0, 2, 1, 1, 1)], table, dtype, backend)
-    # the alternates of the second pair are in no pair: they add nothing
+    # the alternates of the second pair belong to no pair, so they add nothing
     check([table[i] for i in (2, 0, 2, 2, 1, 0, 2, 2, 1)], table, dtype, backend)
 
 
-# What each adds for a forget sequence, its weight gamma divided by 3 sequences or 160 label tokens (154 of them behind
-# the first 2 of each sequence), and alpha divided by 34 label tokens to retain.
+# The term of a forget sequence, with gamma divided by 3 sequences or by 160 label tokens (154 without the first 2 of
+# each sequence), and alpha divided by 34 label tokens of the retain sequences.
 OBJECTIVES: tuple[tuple[Objective | None, Term, float], ...] = (
     (NPO(beta=0.3, gamma=1.5, alpha=2.0), Term(Kind.NPO, 1.5 / 3, beta=0.3), 2 / 34),
     (SimNPO(beta=2.5, delta=0.1), Term(Kind.SIMNPO, 0.125 / 3, beta=2.5, delta=0.1), 1 / 34),
@@ -120,7 +120,7 @@ OBJECTIVES: tuple[tuple[Objective | None, Term, float], ...] = (
 def test_the_rule_of_an_objective_is_its_terms(
     objective: Objective | None, forget: Term, alpha: float, dtype: torch.dtype, backend: str
 ) -> None:
-    """Alternates of no pair and idle sequences add nothing."""
+    """Alternates without a pair and idle sequences add nothing."""
     logprobs, offsets, frozen = batch(dtype)
     roles = torch.tensor([0, 2, 0, 2, 0, 2, 1, 1, 3], dtype=torch.int8)
     of_role = (forget, Term(Kind.NLL, alpha), Term(Kind.ALTERNATE), Term(Kind.NONE))
@@ -131,7 +131,7 @@ def test_the_rule_of_an_objective_is_its_terms(
     rule = step_terms(objective, roles, StepTotals(3, 160, 2, 34, forget_label_counts=(3, 150, 7)))
     assert isinstance(rule, SequenceRule)
     out = sequence_loss(logprobs, offsets, rule, reference_sums=reference, backend=backend)
-    # sums of 150 addends in another order, which the sigmoid of a large margin magnifies
+    # sums of 150 numbers in another order; the sigmoid of a large margin amplifies the difference
     rtol, atol = (1e-12, 1e-15) if dtype == torch.float64 else (2e-5, 1e-7)
     assert out.terms.dtype == out.coefficients.dtype == dtype
     torch.testing.assert_close(out.terms.double(), expected, rtol=rtol, atol=atol)
@@ -140,7 +140,7 @@ def test_the_rule_of_an_objective_is_its_terms(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extremes(dtype: torch.dtype, backend: str) -> None:
-    """Far beyond both ends of the sigmoid, and p = 1: everything stays finite, and small terms keep their digits."""
+    """Far beyond both ends of the sigmoid, and at p = 1: everything is finite, and small terms keep their digits."""
     offsets = torch.arange(5)
     logprobs = torch.tensor([-1e4, -30.0, -1e-30, 0.0], dtype=dtype)
     roles = torch.zeros(4, dtype=torch.int8)
@@ -174,7 +174,7 @@ def test_extremes(dtype: torch.dtype, backend: str) -> None:
     "kind", [kind for kind in Kind if kind not in (Kind.DPO, Kind.ALTERNATE)], ids=lambda k: k.name
 )
 def test_a_rule_as_a_function_gives_what_the_loss_gives(kind: Kind, value: float) -> None:
-    """Its gradient too, where ℓ − ℓ would be NaN."""
+    """The gradient agrees too, even where ℓ − ℓ would be NaN."""
     offsets, reference = torch.tensor([0, 2, 3]), torch.tensor([-1.0, -2.0])
     logprobs = torch.tensor([value, -0.5, -1.0], requires_grad=True)
     rule = SequenceRule.of(torch.zeros(2, dtype=torch.int8), {0: Term(kind, 0.5)})
@@ -187,7 +187,7 @@ def test_a_rule_as_a_function_gives_what_the_loss_gives(kind: Kind, value: float
 
 
 def test_a_rule_as_a_function_may_be_weighted() -> None:
-    """A pair's term depends on both of its sequences, whatever becomes of the alternate's own, 0."""
+    """A pair's term depends on both of its sequences. The alternate's own term is 0, whatever its weight."""
     table = {0: Term(Kind.DPO, 0.5, beta=0.2), 1: Term(Kind.NLL, 0.1), 2: Term(Kind.ALTERNATE)}
     roles = torch.tensor([0, 2, 0, 2, 1, 2], dtype=torch.int8)
     logprobs, offsets, frozen = batch(torch.float64, LENGTHS[:6])
@@ -209,7 +209,7 @@ def test_a_nan_stays_in_its_sequence_and_a_lonely_first_is_nan(backend: str) -> 
         assert out.terms.isnan().tolist() == [False, False, True] + [False] * 6
         assert out.coefficients[:4].isfinite().all()
         assert out.coefficients[offsets[3] :].isfinite().all()
-    # the alternate at the other end is not its second
+    # the alternate at the other end does not belong to it
     roles = torch.tensor([2] + [1] * 7 + [0], dtype=torch.int8)
     rule = SequenceRule.of(roles, {0: Term(Kind.DPO), 1: Term(Kind.NONE), 2: Term(Kind.ALTERNATE)})
     out = sequence_loss(logprobs, offsets, rule, reference_logprobs=frozen, backend=backend)
@@ -219,7 +219,7 @@ def test_a_nan_stays_in_its_sequence_and_a_lonely_first_is_nan(backend: str) -> 
 
 
 def test_every_output_is_written_and_repeats_bit_for_bit(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buffers come full of NaN; a sequence's bits do not depend on its neighbours."""
+    """Output buffers start as NaN. A sequence's bits do not depend on its neighbours."""
     logprobs, offsets, frozen = batch(torch.float32)
     table = {0: TERMS["npo"], 1: TERMS["ceu"], 2: TERMS["nll"]}
     roles = torch.tensor([0, 1, 2] * 3, dtype=torch.int8)
@@ -250,10 +250,10 @@ def test_no_sequences(backend: str) -> None:
     assert out.terms.shape == out.coefficients.shape == (0,)
 
 
-def test_a_role_that_nobody_looked_at_makes_its_sequence_nan(triton_backend: str) -> None:
+def test_an_unchecked_role_makes_its_sequence_nan(triton_backend: str) -> None:
     logprobs, offsets = torch.full((4,), -1.0), torch.tensor([0, 1, 2, 4])
     rule = SequenceRule.of(torch.zeros(3, dtype=torch.int8), {0: Term(Kind.NLL)})
-    rule.roles[:2] = torch.tensor([-1, 8], dtype=torch.int8)  # after the check, as on a GPU
+    rule.roles[:2] = torch.tensor([-1, 8], dtype=torch.int8)  # changed after the check, which a GPU skips
     out = sequence_loss(logprobs, offsets, rule, backend=triton_backend)
     assert out.terms.isnan().tolist() == [True, True, False]
     assert out.coefficients.isnan().tolist() == [True, True, False, False]
@@ -264,7 +264,7 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="`beta`: expected a positive number for NPO, got 0"):
         Term(Kind.NPO, beta=0.0)
     for number in (math.inf, math.nan, 1e39):
-        with pytest.raises(ValueError, match="expected finite numbers, of float32 too"):
+        with pytest.raises(ValueError, match="expected numbers that are finite in float32"):
             Term(Kind.NLL, number)
     with pytest.raises(ValueError, match="`kind`: expected a Kind, got 77"):
         Term(77)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The Triton passes in the interpreter, on what the shared pass tests leave out. fp32, fp16, fp64: bf16 needs a GPU."""
+"""Tests of the Triton passes in the interpreter that the shared tests leave out: fp32, fp16, fp64; bf16 needs a GPU."""
 
 import itertools
 import mmap
@@ -15,7 +15,7 @@ from efface_kernels.triton_launch import LaunchConfig
 pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.skipif(not triton_launch.INTERPRETED, reason="needs TRITON_INTERPRET=1"),
-    # NumPy warns of the −inf − −inf of lanes that the interpreted kernels then leave out
+    # NumPy warns of −inf − −inf in lanes that the interpreted kernels mask afterwards
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
 ]
 
@@ -27,7 +27,7 @@ def rms(x: Tensor) -> float:
 
 
 def gold(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """ℓ and softmax − onehot of fp64 rows, written down once more."""
+    """Return ℓ and softmax − onehot of fp64 rows, implemented independently."""
     z = logits.double() - logits.double().amax(1, keepdim=True)
     total = z.exp().sum(1, keepdim=True)
     rows = torch.arange(len(targets))
@@ -37,7 +37,7 @@ def gold(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return logprobs, p
 
 
-# In every dtype what is a part of a block, whole blocks, and both; the sums of a real vocabulary in some of them.
+# In every dtype, a part of a block, whole blocks, and both; in some of them the sums over a real vocabulary.
 ROWS = [
     *((rows, v, dtype) for rows, v in [(0, 9), (1, 1), (3, 7), (2, 4096), (2, 4097)] for dtype in DTYPES),
     *((2, 50257, dtype) for dtype in (torch.float64, torch.float16)),
@@ -68,7 +68,7 @@ def test_no_further_from_fp64_than_torch(rows: int, vocabulary: int, dtype: torc
 
 
 def distributions(logits: Tensor, reference: Tensor) -> tuple[Tensor, ...]:
-    """KL(q‖p), the entropy of q, and q, p of fp64 rows, written down once more."""
+    """Return KL(q‖p), the entropy of q, q and p of fp64 rows, implemented independently."""
     log_p, log_q = torch.log_softmax(logits.double(), 1), torch.log_softmax(reference.double(), 1)
     q = log_q.exp()
     return (q * (log_q - log_p)).nansum(1), torch.special.entr(q).sum(1), q, log_p.exp()
@@ -88,15 +88,15 @@ def distributions(logits: Tensor, reference: Tensor) -> tuple[Tensor, ...]:
 def test_distributions_no_further_from_fp64_than_torch(
     rows: int, vocabulary: int, dtype: torch.dtype, over: bool
 ) -> None:
-    """Near models, as in a run: p − q is a hundredth of p, and −inf pads both vocabularies."""
+    """Close models, as in a run: p − q is about p / 100, and −inf pads both vocabularies."""
     logits = torch.randn(rows, vocabulary).to(dtype) * 3
     reference = (logits.double() + torch.randn(rows, vocabulary) / 64).to(dtype)
     if vocabulary > 9:
         logits[:, -7:] = reference[:, -7:] = float("-inf")
-        logits[:1, 5] = reference[:1, 5] = 40.0  # memorised: the others' q is e^-30
+        logits[:1, 5] = reference[:1, 5] = 40.0  # memorised: q of the other classes is e^-30
     targets = torch.randint(vocabulary, (rows,))
     divergence, entropy, q, p = distributions(logits, reference)
-    # A last place of q log q is what KL, and of p what p − q is known to.
+    # The accuracy of KL is limited by the last place of q log q, and that of p − q by the last place of p.
     golds = (divergence, entropy), (entropy, entropy), (p - q, p)
     results = {}
     for backend in ("torch", "triton"):
@@ -105,7 +105,7 @@ def test_distributions_no_further_from_fp64_than_torch(
         results[backend] = (*distribution_pass(z, zr, targets, out=out, backend=backend), zr if over else z)
     for ours, eager, (exact, terms) in zip(results["triton"], results["torch"], golds, strict=True):
         assert ours.isfinite().all()
-        # fp64's gold is no better: a sum of V roundings, of exponentials that differ from processor to processor
+        # the fp64 reference is no better: a sum of V rounded exponentials, which differ between processors
         eps, places = torch.finfo(ours.dtype).eps, max(128, vocabulary**0.5) if dtype == torch.float64 else 2
         if rows:
             assert rms(ours - exact) <= 2 * rms(eager - exact) + places * eps * rms(terms)
@@ -113,7 +113,7 @@ def test_distributions_no_further_from_fp64_than_torch(
 
 @pytest.mark.parametrize("vocabulary", [7, 2048, 5003])
 def test_half_precision_over_fp32_logits(vocabulary: int) -> None:
-    """Entries of two bytes over those of four: a row of P ends where the middle of the reference's row was."""
+    """2-byte entries overwrite 4-byte ones: a row of P ends in the middle of the reference's row."""
     logits, reference = torch.randn(2, 3, vocabulary)
     targets, apart = torch.randint(vocabulary, (3,)), torch.empty(3, vocabulary).half()
     expected = distribution_pass(logits, reference, targets, out=apart, backend="triton")
@@ -128,7 +128,7 @@ def test_half_precision_over_fp32_logits(vocabulary: int) -> None:
 @pytest.mark.parametrize("softcap", [3.0, 30.0])
 @pytest.mark.parametrize("scale", [0.3, 10.0, 200.0])
 def test_softcapped_logits_are_right_to_the_caps_last_place(scale: float, softcap: float) -> None:
-    """tanh by one exponential: digits near 0 are lost, absolute ones are not; saturated entries have no derivative."""
+    """tanh is computed from one exponential: relative accuracy is lost near 0, absolute accuracy is not."""
     logits, targets = scale * torch.randn(3, 5003), torch.randint(5003, (3,))
     z = logits.double().requires_grad_()
     expected = torch.log_softmax(softcap * torch.tanh(z / softcap), 1).gather(1, targets[:, None])[:, 0]
@@ -153,7 +153,7 @@ def test_derivative_equals_finite_differences() -> None:
 
 @pytest.mark.parametrize("rows", [2, 3])
 def test_offsets_beyond_int32(rows: int) -> None:
-    """Rows 2^31 entries apart in a mapping whose untouched pages take no memory."""
+    """Rows that are 2^31 entries apart, in a mapping whose untouched pages use no memory."""
     stride, vocabulary = 2**31 - 16, 40
     size = ((rows - 1) * stride + vocabulary) * 4
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -193,28 +193,28 @@ def test_rows_repeat_bit_for_bit_whatever_their_neighbours(backend: str) -> None
 
 
 def test_huge_padded_and_memorised_rows() -> None:
-    """Logits of 1e4 overflow e^z; padding is −inf for whole blocks; ℓ ≈ −1e-4 drowns in z_y − logsumexp."""
+    """Logits of 1e4 overflow e^z, −inf fills whole blocks, and ℓ ≈ −1e-4 is lost in z_y − logsumexp."""
     logits = torch.full((2, 9000), float("-inf"))
     logits[:, :50] = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)) + 1e4
     logits[1, 3] = 1e4 + 14
     targets = torch.tensor([7, 3])
     logprobs, gradient = gold(logits, targets)
     out = row_pass(logits, targets, backend="triton")
-    # Σ e^(z − max) is 1 + 4e-5, and its last place 1.2e-7: 3e-3 of ℓ. z_y − logsumexp would be 20 times ℓ off.
+    # Σ e^(z − max) is 1 + 4e-5, and its last place, 1.2e-7, is 3e-3 of ℓ. z_y − logsumexp would be wrong by 20 times ℓ.
     torch.testing.assert_close(out.logprobs.double(), logprobs, rtol=6e-3, atol=0)
     torch.testing.assert_close(logits.double(), gradient, rtol=6e-3, atol=1e-12)
 
 
 def test_fp16_target_entry_is_formed_before_rounding() -> None:
     logits = torch.zeros(1, 4).half()
-    logits[0, 1] = 12.0  # p_y − 1 = −1.8e-5; the next fp16 below 1 is 1 − 4.9e-4
+    logits[0, 1] = 12.0  # p_y − 1 = −1.8e-5; the largest fp16 below 1 is 1 − 4.9e-4
     _, gradient = gold(logits, torch.tensor([1]))
     row_pass(logits, torch.tensor([1]), backend="triton")
     torch.testing.assert_close(logits[0, 1].double(), gradient[0, 1], rtol=4e-3, atol=0)
 
 
 def test_targets_out_of_range_make_their_row_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU does, where the targets are not read before the launch."""
+    """As on a GPU, where the targets are not checked before the launch."""
     monkeypatch.setattr(passes, "check_targets", lambda *_: None)
     targets = torch.tensor([0, -100, 5, 4])
     logits = torch.randn(4, 5)
@@ -254,7 +254,7 @@ def test_launch_configuration(vocabulary: int) -> None:
             assert config.block >= 16 // dtype.itemsize
     assert launch_config(128256, torch.bfloat16).block == 4096
     assert launch_config(128256, torch.bfloat16, torch.float32).block == 2048
-    assert launch_config(50257, torch.bfloat16).block == 2048  # one load a thread, not two
+    assert launch_config(50257, torch.bfloat16).block == 2048  # one load per thread, not two
     assert launch_config(128256, torch.bfloat16, warp_size=64).num_warps == 4
     assert launch_config(128256, torch.bfloat16, persistent=True) == LaunchConfig(16384, 32, resident=1, hold=True)
     assert distribution_config(128256, torch.float32, torch.float32) == LaunchConfig(2048, 8)
@@ -262,7 +262,7 @@ def test_launch_configuration(vocabulary: int) -> None:
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 5])
 def test_persistent_programs_take_all_rows_and_change_no_bit(rows: int) -> None:
-    """The interpreter runs two of them."""
+    """The interpreter runs two programs."""
     logits, frozen = torch.randn(rows, 5003), torch.randn(max(0, rows - 2), 5003)
     targets = torch.randint(5003, (rows,))
     results = []

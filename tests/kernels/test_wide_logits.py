@@ -1,4 +1,4 @@
-"""Logits as a bf16 pair: where the machine makes them, what they hold, and the loss by either way."""
+"""Tests of logits as a pair of bf16 numbers: where they are used, their accuracy, and the loss with both kinds."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ CASES = (
 
 @pytest.fixture(params=["pairs", "fp32"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How bf16 heads without a bias make their logits, whatever the machine would choose."""
+    """Force how bf16 heads without a bias compute their logits, independent of the machine."""
     if request.param == "pairs" and not wide_logits._subtracts_before_rounding(64):
         pytest.skip("this machine's bf16 GEMM rounds before it subtracts")
     monkeypatch.setattr(wide_logits, "_has_fast_bfloat16", lambda: request.param == "pairs")
@@ -93,12 +93,12 @@ def test_a_pair_has_17_bits(rows: int, depth: int, vocabulary: int, monkeypatch:
     assert logits.residual is not None
     exact = hidden.double() @ weight.double().t()
     error = (logits.values.double() + logits.residual.double() - exact).abs()
-    # half of the residual's last place, and the fp32 sum's own rounding
+    # half of the residual's last place, plus the rounding of the fp32 sum
     assert (error <= 2**-17 * exact.abs() + 2**-20 * exact.abs().max()).all()
 
 
 def test_models_of_two_ways_compare(way: str, cpu_backend: str) -> None:
-    """A bias, another dtype: one model's logits are a pair and the other's fp32."""
+    """A bias or another dtype: one model's logits are pairs, the other's fp32."""
     case = Case("mixed", (7,), vocabulary=501, hidden_size=32, chunk_rows=3)
     for policy_bias, reference_bias, other in (
         (True, False, torch.bfloat16),
@@ -120,7 +120,7 @@ def test_models_of_two_ways_compare(way: str, cpu_backend: str) -> None:
 
 
 def test_fp32_and_fp16_policies_beside_a_bf16_reference(way: str, cpu_backend: str) -> None:
-    """P takes the policy's memory, or in fp16 that of the reference's bf16 values."""
+    """P overwrites the policy's logits or, in fp16, the reference's bf16 values."""
     case = Case("other", (7,), vocabulary=501, hidden_size=32, chunk_rows=3)
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float16, 2e-3)):
         problem = oracle.make(case, dtype)
@@ -145,13 +145,13 @@ def test_padded_rows_of_a_workspace_change_nothing(way: str, cpu_backend: str, m
     monkeypatch.setattr(memory.BufferPool, "matrix", padded)
     got = loss_of(case, problem, cpu_backend, shift=1.0)
     torch.testing.assert_close(got, expected)
-    eps = torch.finfo(torch.bfloat16).eps  # another stride may be another GEMM kernel
+    eps = torch.finfo(torch.bfloat16).eps  # another stride can select another GEMM kernel
     for mine, before in zip(torch.autograd.grad(got, list(problem.leaves().values())), wanted, strict=True):
         torch.testing.assert_close(mine, before, rtol=4 * eps, atol=4 * eps * oracle.rms(before))
 
 
 def test_a_model_beside_itself_has_no_gradient_at_all(way: str, cpu_backend: str) -> None:
-    """The same products are rounded to the same pairs."""
+    """Equal products are rounded to equal pairs."""
     hidden, weight = torch.randn(9, 32).bfloat16().requires_grad_(), torch.randn(999, 32).bfloat16().requires_grad_()
     frozen = ReferenceRows(hidden.detach(), Head(weight.detach()))
     loss = linear_distribution_loss(

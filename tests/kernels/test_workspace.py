@@ -1,4 +1,4 @@
-"""Workspaces as a GPU has them, tried on the CPU: padded rows, one for both models, fp32 sums; and what they take."""
+"""Tests on the CPU of workspaces as a GPU has them: padded rows, one for both models, fp32 sums; and their memory."""
 
 import itertools
 import json
@@ -49,7 +49,7 @@ def run(case: Case, problem: Problem, backend: str) -> list[Tensor]:
 def test_padded_rows_change_nothing(
     case: Case, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """GEMMs write into a matrix with a row stride and leave the padding alone: there is no temporary copy."""
+    """GEMMs write into a matrix with a row stride without touching the padding, so no temporary copy is made."""
     case = oracle.within_reach(case, backend)
     problem = oracle.make(case, dtype)
     expected, made = run(case, problem, backend), []
@@ -60,7 +60,7 @@ def test_padded_rows_change_nothing(
 
     monkeypatch.setattr(memory.BufferPool, "matrix", padded)
     for got, want in zip(run(case, problem, backend), expected, strict=True):
-        eps = torch.finfo(got.dtype).eps  # another stride may be another GEMM kernel
+        eps = torch.finfo(got.dtype).eps  # another stride can select another GEMM kernel
         torch.testing.assert_close(got, want, rtol=4 * eps, atol=4 * eps * oracle.rms(want))
     assert len(made) == 2
     for each in made:
@@ -91,7 +91,7 @@ def test_one_workspace_for_both_models_changes_no_bit(
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_shared_head_sees_both_models_in_one_gemm(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tied, frozen, or the base model with its adapter off: the same gradients as with a copy of the head."""
+    """A tied, frozen or adapter-free base head gives the same gradients as a copy of the head."""
     case = oracle.within_reach(case, backend)
     problem, calls, logits = oracle.make(case, torch.float64), [], Head.logits
     monkeypatch.setattr(Head, "logits", lambda *a: calls.append(1) or logits(*a))
@@ -132,7 +132,7 @@ def test_fresh_memory_full_of_nan_changes_nothing(case: Case, backend: str) -> N
         assert torch.equal(one, two)
 
 
-def test_who_shares_a_workspace() -> None:
+def test_when_models_share_a_workspace() -> None:
     assert not look.shares_workspace("cpu", 1 << 40, 512 << 20)
     assert not look.shares_workspace("cuda", 512 << 20, 512 << 20)
     assert look.shares_workspace("cuda", 1 << 30, 512 << 20)
@@ -140,7 +140,7 @@ def test_who_shares_a_workspace() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_sums_within_the_gemm(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bf16 chunks go through the GEMM's own fp32 sum, without a product of their own; fp16 ones have a scale."""
+    """bf16 chunks accumulate in the GEMM's own fp32 sum, without a separate product. fp16 ones have a scale."""
     case = CASES[0]
     problem, calls = oracle.make(case, dtype), []
     expected = run(case, problem, "torch")
@@ -157,7 +157,7 @@ def test_sums_within_the_gemm(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
     for got, want in zip(run(case, problem, "torch"), expected, strict=True):
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(got.float(), want.float(), rtol=4 * eps, atol=4 * eps * oracle.rms(want))
-    # three chunks, each of dW and db
+    # three chunks, each with dW and db
     assert calls == ([] if dtype == torch.float16 else [True, True, False, False, False, False])
 
 
@@ -181,7 +181,7 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refusing(limit: int, tried: list[int], n: int = 3000) -> Callable[[int], int]:
-    """What runs out of memory where it makes more than ``limit`` rows at once."""
+    """Return a function that runs out of memory if it is called with more than ``limit`` rows."""
 
     def run(rows: int) -> int:
         tried.append(rows)
@@ -202,7 +202,7 @@ def test_rows_are_halved_where_the_device_refuses_the_memory() -> None:
         chunks.run_within_memory(refusing(100, tried), None, hidden, head)
     assert tried[-1] == 256
     tried.clear()
-    with pytest.raises(torch.OutOfMemoryError):  # what was asked for is kept to
+    with pytest.raises(torch.OutOfMemoryError):  # explicit ``chunk_rows`` are not reduced
         chunks.run_within_memory(refusing(800, tried), 2000, hidden, head)
     assert tried == [2000]
 
@@ -221,7 +221,7 @@ def test_all_rows_are_one_chunk_where_that_takes_no_more_memory(monkeypatch: pyt
         logits_bytes = (lambda some: 2 * 999 * some) if sums else None
         return chunks.run_within_memory(lambda some: some, given, hidden, head, sums_weight=logits_bytes)
 
-    assert rows(2048 + 2 * 64, 64) == 2176  # the device has no GEMM that adds in fp32, so there is a product
+    assert rows(2048 + 2 * 64, 64) == 2176  # the device has no GEMM that adds in fp32, so the sum needs a product
     assert rows(2048 + 2 * 64 + 1, 64) == 2048
     assert rows(100, 64) == 2048
     assert rows(2100, 64, sums=False) == 2048  # a frozen head
@@ -301,7 +301,7 @@ def test_aligned_rows() -> None:
     assert memory.aligned(3, 7, torch.float32, torch.device("cpu")).is_contiguous()
 
 
-# ---- resident memory of the loss, measured in a process of its own
+# ---- resident memory of the loss, measured in a subprocess
 
 
 SCRIPT = """
@@ -333,7 +333,7 @@ print(json.dumps(status("VmHWM") - before))
 """
 
 
-SLACK = 32 << 20  # the GEMM library's own buffers
+SLACK = 32 << 20  # for buffers of the GEMM library
 
 
 def peak(n: int, d: int, v: int, chunk_rows: int | None) -> int:
@@ -349,19 +349,19 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="r
 @LINUX
 @pytest.mark.parametrize("chunk_rows", [1024, 256])
 def test_peak_memory_is_two_chunks_and_the_gradients(chunk_rows: int) -> None:
-    n, d, v = 1024, 32, 32000  # the chunks count; d is small because a GEMM without bf16 instructions is slow
-    chunk = chunk_rows * v * 2  # bf16; policy and reference
+    n, d, v = 1024, 32, 32000  # chunks dominate; d is small because a GEMM without bf16 instructions is slow
+    chunk = chunk_rows * v * 2  # bf16, for policy and reference
     gradients = v * d * 2 + n * d * 2
-    # several chunks sum dW in fp32, from a product in bf16
+    # several chunks sum dW in fp32, from a bf16 product
     sums = 0 if chunk_rows >= n else v * d * (4 + 2)
     assert peak(n, d, v, chunk_rows) <= 2 * chunk + gradients + sums + SLACK
 
 
 @LINUX
 @pytest.mark.skipif(
-    not _has_fast_bfloat16(), reason="without bf16 instructions another GEMM runs, for minutes, with buffers of its own"
+    not _has_fast_bfloat16(), reason="without bf16 instructions, another GEMM with its own buffers runs for minutes"
 )
 def test_one_chunk_takes_no_more_than_chunks_would() -> None:
-    """R + D rows with a live reference, all in one chunk, within what chunks of R = 2048 rows are allowed."""
+    """R + D rows with a live reference in one chunk use no more memory than chunks of R = 2048 rows can."""
     n, d, v = 2048 + 512, 512, 32000
     assert peak(n, d, v, None) <= 2 * 2048 * v * 2 + v * d * (4 + 2) + n * d * 2 + SLACK

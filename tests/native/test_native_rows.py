@@ -1,4 +1,4 @@
-"""The C++ row passes through their bindings: accuracy, every vector backend, hostile input. No torch."""
+"""Tests of the C++ row passes through their bindings: accuracy, every vector backend, invalid input. No torch."""
 
 import ast
 import re
@@ -24,7 +24,7 @@ def describe(
 
 
 def bf16(values: np.ndarray) -> np.ndarray:
-    """Round to nearest, ties to even, as bits."""
+    """Round to nearest, ties to even; return the bits."""
     bits = values.astype(np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
@@ -50,7 +50,7 @@ def test_the_portable_backend_is_always_there_and_best_is_one_of_them() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_exp_is_within_two_ulp_on_every_float_of_the_used_range(backend: str) -> None:
-    """The passes use exp on (−104, 0]: all float32 bit patterns from −2⁻¹² to −104, every 16th; and denser samples."""
+    """The passes use exp on (−104, 0]: every 16th float32 bit pattern from −2⁻¹² to −104, and denser samples."""
     bits = np.arange(np.float32(2**-12).view(np.uint32), np.float32(104).view(np.uint32), 16, dtype=np.uint32)
     near = -np.logspace(-30, -3, 200_000).astype(np.float32)
     x = np.concatenate([-bits.view(np.float32), near, np.linspace(0, 88, 200_001, dtype=np.float32)])
@@ -161,7 +161,7 @@ def test_equal_distributions_have_no_difference_at_all(backend: str, dtype: str)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_of_every_payload_stays_nan(backend: str) -> None:
-    """Rounding to bf16 adds to the bits: those of 0xffffffff would wrap around to 0."""
+    """Rounding to bf16 adds to the bits, and those of 0xffffffff would wrap around to 0."""
     for bits in (0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001):
         z = np.zeros((1, 40), np.float32)
         z.view(np.uint32)[0, 3] = bits
@@ -184,7 +184,7 @@ def test_nan_of_every_payload_stays_nan(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_is_rounded_to_nearest_even(backend: str) -> None:
-    """With equal logits and V a power of two, p is exact; with V = 3 it is 1/3 rounded."""
+    """With equal logits, p is exact if V is a power of two, and 1/3 rounded if V = 3."""
     for dtype, expected in (("bfloat16", 0x3EAB), ("float16", 0x3555)):
         logits = np.zeros((1, 3), np.uint16 if dtype == "bfloat16" else np.float16)
         efface_native.row_pass(
@@ -238,8 +238,8 @@ def test_a_bad_destination_is_refused() -> None:
         {"divergence": np.zeros(2, np.float32), "entropy": np.zeros(2, np.float32)},
     )
     for into, message in (
-        (describe(np.zeros((2, 6), np.float32)), "`into`: expected 2 x 5, as `logits`, got 2 x 6"),
-        (describe(np.zeros((2, 5), np.float64)), "`into`: fp64 needs fp64"),
+        (describe(np.zeros((2, 6), np.float32)), "`into`: expected 2 x 5, the shape of `logits`, got 2 x 6"),
+        (describe(np.zeros((2, 5), np.float64)), "`into`: expected a dtype other than fp64"),
         (Logits(8, "float32", 2, 5, -5, 0.0, 0), "`into`: expected stride >= 0"),
         (Logits(8, "float32", 2, 5, 4, 0.0, 0), "`into`: expected rows that do not overlap, stride >= 5, got 4"),
         (Logits(0, "float32", 2, 5, 5, 0.0, 0), "`into`: expected an address, or None"),
@@ -253,7 +253,7 @@ def test_a_bad_destination_is_refused() -> None:
 
 
 def test_logits_by_name_by_position_and_by_default_are_the_same() -> None:
-    """What is left out is 0: no cap, no residual."""
+    """Omitted values are 0: no cap, no residual."""
     z, target = np.array([[1.0, 2.0, 3.0]]), np.array([2])
     names = ("address", "dtype", "rows", "vocabulary", "stride", "softcap", "residual")
     everything = (z.ctypes.data, "float64", 1, 3, 3, 0.0, 0)
@@ -324,12 +324,12 @@ def test_every_name_that_an_error_lists_is_accepted(accept: Callable[[str], obje
     assert error_of(accept, "none") == message
     for name in re.findall(r"\w{3,}", message.partition("expected")[2].partition("got")[0]):
         lacking = message.startswith("`backend`") and name not in {"best", *BACKENDS}
-        expected = "`backend`: this machine, or this build, does not run it" if lacking else ""
+        expected = "`backend`: expected one that this machine and this build support" if lacking else ""
         assert error_of(accept, name) == expected
 
 
 def parameters(function: ast.FunctionDef) -> list[tuple[str, ...]]:
-    """Return names with their defaults, by kind; without ``self``."""
+    """Return names and defaults by kind of parameter, without ``self``."""
     given = function.args
     defaults = [None] * (len(given.args) - len(given.defaults)) + given.defaults
     pairs = [[*zip(given.args, defaults, strict=True)], [*zip(given.kwonlyargs, given.kw_defaults, strict=True)]]
@@ -342,7 +342,7 @@ def parameters(function: ast.FunctionDef) -> list[tuple[str, ...]]:
 
 
 def test_the_stub_has_the_parameters_of_the_module() -> None:
-    """mypy's stubtest sees none of them: pybind11 writes signatures into docstrings only."""
+    """mypy's stubtest does not see them, because pybind11 writes signatures only into docstrings."""
     module = ast.parse(STUB.read_text(encoding="utf-8"))
     places: list[tuple[object, ast.Module | ast.ClassDef]] = [(efface_native, module)]
     places += [(getattr(efface_native, c.name, None), c) for c in module.body if isinstance(c, ast.ClassDef)]
@@ -352,5 +352,5 @@ def test_the_stub_has_the_parameters_of_the_module() -> None:
         signature = getattr(place, function.name).__doc__.splitlines()[0]
         (built,) = ast.parse(f"def {signature}: ...").body
         assert isinstance(built, ast.FunctionDef)
-        if function.name != "__len__":  # whose only argument pybind11 leaves without a name
+        if function.name != "__len__":  # pybind11 leaves its only argument without a name
             assert parameters(built) == parameters(function), function.name

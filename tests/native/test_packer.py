@@ -1,4 +1,4 @@
-"""efface_native: the packer against a naive one, and the plan of an epoch. Imports no torch, for the sanitizers."""
+"""Tests of efface_native: the packer against a naive one, and the plan of an epoch. No torch, for the sanitizers."""
 
 import itertools
 import os
@@ -28,12 +28,12 @@ def make_store(sequences: list[list[int]], starts: list[int]) -> Store:
 
 
 def naive(chosen: list[tuple[list[int], int]]) -> dict[str, list[int]]:
-    """The batch, token by token."""
+    """Build the batch token by token."""
     out: dict[str, list[int]] = {name: [] for name in NAMES}
     out["cu_seqlens"], out["row_offsets"] = [0], [0]
     for sequence, start in chosen:
         for position, token in enumerate(sequence):
-            if position > 0 and position >= start:  # this token is a label; the row before it predicts it
+            if position > 0 and position >= start:  # the token is a label, and the row before it predicts it
                 out["label_rows"].append(len(out["input_ids"]) - 1)
                 out["targets"].append(token)
             out["input_ids"].append(token)
@@ -47,12 +47,12 @@ Choice = tuple[list[efface_native.TokenStore], np.ndarray, np.ndarray]
 
 
 def storage_of(words: int) -> np.ndarray:
-    """Poisoned, so that an entry nobody wrote shows."""
+    """Return storage filled with a poison value, so that entries that were not written are visible."""
     return np.full(words, -77)
 
 
 def parts(storage: np.ndarray, sequences: int, tokens: int, rows: int) -> dict[str, np.ndarray]:
-    """Divide the storage up, as documented."""
+    """Split the storage into its parts, as documented."""
     sizes = {"input_ids": tokens, "position_ids": tokens, "label_rows": rows, "targets": rows, "sequences": sequences}
     out, at = {}, 0
     for name, size in sizes.items():
@@ -221,7 +221,7 @@ def test_dtypes_layouts_and_types_are_refused() -> None:
 
 @given(st.lists(st.lists(sequence_strategy, max_size=4), max_size=4), st.data())
 def test_chunks_are_one_store(chunks: list[list[tuple[list[int], int]]], data: st.DataObject) -> None:
-    """Empty chunks, and chunks that begin in the middle of their arrays, as a sliced Arrow array does."""
+    """Empty chunks, and chunks that begin in the middle of their arrays, like a sliced Arrow array."""
     flat = [item for chunk in chunks for item in chunk]
     arrays = []
     for chunk in chunks:
@@ -238,7 +238,7 @@ def test_chunks_are_one_store(chunks: list[list[tuple[list[int], int]]], data: s
 
 def test_a_store_keeps_its_arrays_alive() -> None:
     store = efface_native.TokenStore("forget", iter([make_store([[1, 2, 3]] * 1000, [1] * 1000)]))
-    np.full(3000, 7, np.int32)  # likely to land where the arrays would have been freed
+    np.full(3000, 7, np.int32)  # likely to reuse the memory of the arrays if they were freed
     out = run_choice(([store], np.zeros(1, np.int8), np.array([999])))
     assert out["input_ids"].tolist() == [1, 2, 3]
 
@@ -250,7 +250,7 @@ def test_alternates_are_the_third_store() -> None:
 
 
 def test_two_gibitokens_are_refused_without_being_allocated() -> None:
-    """The same long sequence, chosen often: the sum passes 2^31 while the store is small."""
+    """The same long sequence is chosen often, so that the sum exceeds 2^31 although the store is small."""
     stores = [efface_native.TokenStore("forget", [make_store([[1] * 1_000_000], [1])])]
     roles, sequences = np.zeros(2148, np.int8), np.zeros(2148, np.int64)
     with pytest.raises(ValueError, match=r"fewer than 2\^31 tokens, got at least 2148000000"):
@@ -259,7 +259,7 @@ def test_two_gibitokens_are_refused_without_being_allocated() -> None:
 
 
 def test_the_gil_is_released() -> None:
-    """Another Python thread makes progress within the call that packs a large batch."""
+    """Another Python thread makes progress during the call that packs a large batch."""
     stores = [efface_native.TokenStore("forget", [make_store([list(range(2000))] * 10, [1] * 10)])]
     roles, sequences = np.zeros(5000, np.int8), np.arange(5000, dtype=np.int64) % 10
     storage = storage_of(efface_native.measure(stores, roles, sequences)[-1])
@@ -272,9 +272,10 @@ def test_the_gil_is_released() -> None:
         within = ticks - before
 
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(60)  # no thread is made to hand the lock on: within the call it is released or not
+    # no forced thread switches, so that the other thread runs only if the call releases the lock
+    sys.setswitchinterval(60)
     try:
-        for _ in range(20):  # one may be over before this thread has its turn
+        for _ in range(20):  # the call can end before the other thread runs
             worker = threading.Thread(target=work)
             worker.start()
             while worker.is_alive():
@@ -317,11 +318,14 @@ def plan(forget: Any, retain: Any, alternates: Any = NONE, **changes: Any) -> di
     return efface_native.plan_epoch(*arrays, **settings)
 
 
-# ---- the draws, written down a second time on NumPy's own Philox4x64-10 ----
+# ---- the draws, implemented independently with NumPy's Philox4x64-10 ----
 
 
 def word(seed: int, stream: int, round_: int, index: int) -> int:
-    """Word index % 4 of block (index // 4, round, 0, 0); NumPy counts up before it generates."""
+    """Return word index % 4 of block (index
+
+    4, round, 0, 0). NumPy increments the counter before it generates.
+    """
     counter = (index // 4 + (round_ << 64) - 1) % 2**256
     block = np.random.Philox(key=np.array([seed, stream], np.uint64), counter=counter).random_raw(4)
     return int(block[index % 4])
@@ -345,7 +349,7 @@ def test_draws_are_philox(seed: int, epoch: int, forget: int, retain: int) -> No
     made = plan([3] * forget, [3] * retain, seed=seed, epoch=epoch)
     assert made["forget"].tolist() == order
     assert made["retain"].tolist() == [below(seed, 2, epoch, i, retain) for i in range(forget)]
-    epoch %= 2**20  # where epoch * pairs does not wrap
+    epoch %= 2**20  # where epoch * pairs does not overflow
     made = plan([3] * forget, [3] * retain, seed=seed, epoch=epoch, retain_sampling="cycle")
     numbers = [epoch * forget + i for i in range(forget)]
     rounds = {number // retain: shuffled(seed, 3, number // retain, retain) for number in numbers}
@@ -353,7 +357,7 @@ def test_draws_are_philox(seed: int, epoch: int, forget: int, retain: int) -> No
 
 
 def test_the_published_test_vector() -> None:
-    """Random123's known answer for philox4x64-10 with all counters and keys zero; the word decides the one draw."""
+    """Random123's known answer for philox4x64-10 with all counters and keys zero."""
     assert word(0, 0, 0, 0) == 0x16554D9ECA36314C
     assert np.random.Philox(key=0, counter=2**256 - 1).random_raw() == 0x16554D9ECA36314C
 
@@ -396,7 +400,7 @@ def test_guarantees(case: dict[str, Any]) -> None:
     per_step, budget, world = case["pairs_per_step"], case["token_budget"], case["world_size"]
     tokens = [forget, retain, alternates]
 
-    # every forget sequence exactly once; only a dropped last step may miss some
+    # every forget sequence exactly once, except those of a dropped last step
     planned = len(forget) // per_step * per_step if case["drop_last"] else len(forget)
     assert len(set(made["forget"].tolist())) == len(made["forget"]) == len(made["retain"]) == planned
     assert set(made["forget"].tolist()) <= set(range(len(forget)))
@@ -408,12 +412,12 @@ def test_guarantees(case: dict[str, Any]) -> None:
         own = slice(step * per_step, (step + 1) * per_step)
         first, last = made["step_offsets"][step : step + 2]
         micro_batches = [items_of(made, batch) for batch in range(first, last)]
-        # the step's pairs, and nothing else, are in its micro-batches
+        # the micro-batches contain exactly the step's pairs
         expected = [(FORGET, i) for i in made["forget"][own].tolist()]
         expected += [(RETAIN, i) for i in made["retain"][own].tolist()]
         expected += [(ALTERNATE, i) for i in made["forget"][own].tolist()] if alternates else []
         assert sorted(item for items in micro_batches for item in items) == sorted(expected)
-        # equally many micro-batches a rank, tokens balanced to within the longest sequence
+        # each rank has the same number of micro-batches, and token counts differ by at most the longest sequence
         assert len(micro_batches) % world == 0
         sums = [sum(tokens[role][i] for items in micro_batches[r::world] for role, i in items) for r in range(world)]
         longest = max([units[i] for i in made["forget"][own]] + [retain[i] for i in made["retain"][own]])
@@ -423,7 +427,7 @@ def test_guarantees(case: dict[str, Any]) -> None:
             assert made["batch_tokens"][batch] == total
             # within the budget, or a single sequence (with its alternate)
             assert total <= budget or len({i for _, i in items}) == 1
-            # forget, each followed by its alternate, then retain
+            # forget sequences, each followed by its alternate, then retain sequences
             forgotten = [i for role, i in items if role == FORGET]
             pair = [FORGET, ALTERNATE] if alternates else [FORGET]
             ahead = [(role, i) for i in forgotten for role in pair]
@@ -450,18 +454,18 @@ def lower_bound(tokens: int, budget: int) -> int:
 
 
 def test_few_micro_batches() -> None:
-    """Best-fit decreasing on 256 sequences of TOFU-like lengths: not one micro-batch more than their sum needs."""
+    """Best-fit decreasing on 256 sequences of TOFU-like lengths needs as few micro-batches as their sum allows."""
     rng = np.random.default_rng(0)
     forget, retain = rng.integers(20, 140, 128), rng.integers(20, 140, 128)
     made = plan(forget, retain, pairs_per_step=128, token_budget=1024, retain_sampling="paired")
     assert len(made["batch_tokens"]) == lower_bound(int(forget.sum() + retain.sum()), 1024)
     full = made["batch_tokens"][:-1]
     assert full.mean() / 1024 > 0.99
-    assert (np.diff(made["batch_tokens"]) <= 0).all()  # what is left over stands at the end
+    assert (np.diff(made["batch_tokens"]) <= 0).all()  # the least full batch comes last
 
 
 def test_cycling_takes_every_retain_sequence_before_any_comes_again() -> None:
-    """14 epochs of 5 pairs are 70 draws: ten rounds over 7 sequences, across the borders of the epochs."""
+    """14 epochs of 5 pairs are 70 draws: ten rounds over 7 sequences, across the ends of epochs."""
     epochs = [plan([9] * 5, [9] * 7, epoch=e, retain_sampling="cycle")["retain"] for e in range(14)]
     rounds = np.concatenate(epochs).reshape(10, 7)
     assert all(sorted(row) == list(range(7)) for row in rounds.tolist())
@@ -495,7 +499,7 @@ def test_more_ranks_than_sequences_leaves_empty_micro_batches() -> None:
 @pytest.mark.parametrize(
     ("forget", "retain", "alternates", "changes", "message"),
     [
-        ([], [], [], {}, "both are empty; there is nothing to plan"),
+        ([], [], [], {}, "expected at least one sequence, got two empty sets"),
         ([3, 0], [3], [], {}, r"`forget_lengths`: expected lengths in 1 .. 2\^31 - 1, got 0 at position 1"),
         ([3], [3, -1], [], {}, "`retain_lengths`: .*got -1 at position 1"),
         ([3], [INT64.max], [], {}, "`retain_lengths`: .*got 9223372036854775807"),
@@ -508,10 +512,10 @@ def test_more_ranks_than_sequences_leaves_empty_micro_batches() -> None:
         ([3], [3], [], {"world_size": INT64.max}, "`world_size`"),
         ([3], [3, 3], [], {"retain_sampling": "paired"}, "expected as many retain as forget sequences, got 2 and 1"),
         ([3], [3], [], {"retain_sampling": "some"}, "expected 'random', 'cycle' or 'paired', got 'some'"),
-        ([3], [3], [], {"drop_last": True}, "an epoch of 1 pairs has no whole step of 4"),
+        ([3], [3], [], {"drop_last": True}, "expected at least one full step of 4 pairs, got an epoch of 1"),
     ],
 )
-def test_what_makes_no_plan_is_refused(
+def test_inputs_without_a_plan_are_refused(
     forget: list[int], retain: list[int], alternates: list[int], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

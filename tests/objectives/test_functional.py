@@ -1,4 +1,6 @@
-"""efface.functional against Hugging Face's own loss and the formulas of the papers, padded and packed."""
+"""Tests of efface.functional against Hugging Face's own loss and the papers' formulas, padded and packed."""
+
+import doctest
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ PROMPTS = (3, 1, 0, 0)
 
 
 def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """Padded hidden states, head and labels: prompts and padding ignored."""
+    """Return padded hidden states, head and labels; prompts and padding are ignored."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(B, T, D, dtype=dtype), torch.randn(V, D, dtype=dtype)
     labels = torch.full((B, T), -100)
@@ -24,14 +26,14 @@ def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def packed(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same sequences without padding."""
+    """Return the same sequences without padding."""
     rows = torch.cat([hidden[i, :length] for i, length in enumerate(LENGTHS)])
     flat = torch.cat([labels[i, :length] for i, length in enumerate(LENGTHS)])
     return rows, flat, torch.tensor([0, 9, 13, 20, 22], dtype=torch.int32)
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Eager: (L_s, n_s)."""
+    """Return (L_s, n_s), computed eagerly."""
     logits = F.linear(hidden, weight)[:, :-1]
     nll = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none")
     return -nll.sum(1), (labels[:, 1:] != -100).sum(1)
@@ -145,7 +147,7 @@ def test_empty_batch() -> None:
 
 
 def test_the_first_token_of_a_packed_sequence_is_never_predicted() -> None:
-    """A label on position 0 belongs to no hidden state; the row before it is another sequence's."""
+    """No hidden state predicts position 0: the row before it belongs to another sequence."""
     hidden, weight = torch.randn(4, D).double(), torch.randn(V, D).double()
     labels, cu_seqlens = torch.tensor([1, 2, 3, 4]), torch.tensor([0, 2, 4])
     got = functional.sequence_logprobs(hidden, weight, labels, cu_seqlens=cu_seqlens)
@@ -160,13 +162,13 @@ def test_the_first_token_of_a_packed_sequence_is_never_predicted() -> None:
         ({"labels": torch.zeros(B, T - 1, dtype=torch.int64)}, ValueError, r"`labels`: expected shape \(4, 9\)"),
         ({"labels": torch.full((B, T), -100)}, ValueError, "got none in sequence 0"),
         ({"labels": torch.full((B, T), V)}, ValueError, r"token ids in 0 .. 16 .* got 17"),
-        ({"hidden": torch.randn(T, D).double()}, ValueError, "need `cu_seqlens`"),
-        ({"cu_seqlens": torch.tensor([0, 9])}, ValueError, "take no `cu_seqlens`"),
+        ({"hidden": torch.randn(T, D).double()}, ValueError, "pass `cu_seqlens`"),
+        ({"cu_seqlens": torch.tensor([0, 9])}, ValueError, "omit `cu_seqlens`"),
         ({"weight": torch.randn(V, D)}, TypeError, "`weight`: expected dtype torch.float64"),
         ({"weight": torch.randn(V, D + 1).double()}, ValueError, r"`hidden`: expected shape \(N, 7\)"),
         ({"beta": 0.0}, ValueError, "`beta`: expected a positive number"),
-        ({"reference_logprobs": None}, ValueError, "got neither"),
-        ({"reference_hidden": torch.randn(B, T, D).double()}, ValueError, "expected `reference_weight` beside it"),
+        ({"reference_logprobs": None}, ValueError, "expected a reference for NPO, got none"),
+        ({"reference_hidden": torch.randn(B, T, D).double()}, ValueError, "expected `reference_weight` as well"),
         ({"backend": "tpu"}, ValueError, "`backend`"),
     ],
 )
@@ -196,13 +198,13 @@ def test_a_sequence_of_one_token_has_no_label() -> None:
 
 
 def labelled_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Eager: the logits of the positions that predict a label (N, V), and those labels."""
+    """Return the logits (N, V) of the positions that predict a label, and those labels, computed eagerly."""
     shifted = labels[:, 1:]
     return F.linear(hidden, weight)[:, :-1][shifted != -100], shifted[shifted != -100]
 
 
 def first_labels(labels: Tensor, count: int) -> Tensor:
-    """Which of the N labels are among the first ``count`` of their sequence."""
+    """Return which of the N labels are among the first ``count`` of their sequence."""
     marks = []
     for row in labels[:, 1:].tolist():
         marks += [place < count for place in range(sum(label != -100 for label in row))]
@@ -210,7 +212,7 @@ def first_labels(labels: Tensor, count: int) -> Tensor:
 
 
 def token_formula(name: str, logits: Tensor, targets: Tensor, labels: Tensor, frozen: Tensor) -> Tensor:
-    """The formulas of the papers on materialised logits."""
+    """Compute the papers' formulas from materialised logits."""
     logp = torch.log_softmax(logits, -1)
     true = F.one_hot(targets, V).bool()
     token = logp[true]
@@ -283,7 +285,7 @@ def test_wga_without_weights_is_gradient_ascent() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("margin", [1.0, 12.0, 17.0, 30.0, 1000.0])
 def test_a_memorised_token_leaves_the_loss_finite_and_the_gradient_bounded(margin: float, dtype: torch.dtype) -> None:
-    """p → 1: −log(1 − p) → ∞, and the coefficient p / (1 − p) with it."""
+    """For p → 1, −log(1 − p) → ∞, and so does the coefficient p / (1 − p)."""
     hidden = torch.ones(1, 3, 1, dtype=dtype, requires_grad=True)
     weight = torch.zeros(5, 1, dtype=dtype)
     weight[2] = margin
@@ -295,7 +297,7 @@ def test_a_memorised_token_leaves_the_loss_finite_and_the_gradient_bounded(margi
     assert loss > 0
     assert weight.grad is not None
     assert weight.grad.isfinite().all()
-    assert weight.grad.abs().max() <= 1.01  # that of the logits: p − q
+    assert weight.grad.abs().max() <= 1.01  # the bound on the gradient of the logits, p − q
     for other in (functional.wga_loss, functional.satimp_loss):
         value = other(hidden, weight, labels)
         assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(value, [hidden, weight]))
@@ -317,7 +319,7 @@ def test_ceu_with_nothing_left_to_count_is_zero() -> None:
 
 
 def pair_batch() -> tuple[Tensor, Tensor]:
-    """Alternate sequences for ``batch``: padded to another length."""
+    """Return alternate sequences for ``batch``, padded to another length."""
     torch.manual_seed(1)
     hidden, labels = torch.randn(B, 6, D, dtype=torch.float64, requires_grad=True), torch.full((B, 6), -100)
     for row, (length, prompt) in enumerate(((6, 2), (2, 1), (6, 0), (3, 1))):
@@ -392,10 +394,14 @@ def test_an_empty_batch_costs_nothing_in_any_loss() -> None:
         (
             {"alternate_hidden": torch.randn(1, T, D).double(), "alternate_labels": torch.ones(1, T).long()},
             ValueError,
-            "`alternate_labels`: expected 4 sequences, one for each of `labels`, got 1",
+            "`alternate_labels`: expected 4 sequences, one for each sequence of `labels`, got 1",
         ),
-        ({"alternate_reference_logprobs": None}, ValueError, "expected `alternate_reference_logprobs` beside it"),
-        ({"alternate_reference_logprobs": None, "reference_logprobs": None}, ValueError, "got neither in full"),
+        ({"alternate_reference_logprobs": None}, ValueError, "expected `alternate_reference_logprobs` as well"),
+        (
+            {"alternate_reference_logprobs": None, "reference_logprobs": None},
+            ValueError,
+            "expected a reference for DPO, got none",
+        ),
         ({"alternate_reference_logprobs": torch.zeros(3)}, ValueError, r"`alternate_reference_logprobs`: .* \(4\)"),
         (
             {
@@ -449,6 +455,13 @@ def test_bad_parameters_of_token_losses_are_refused() -> None:
     reference["reference_hidden"] = hidden[:, 1:]
     with pytest.raises(ValueError, match="`reference_hidden`: expected shape"):
         functional.kl_loss(hidden, weight, labels, **reference)
+
+
+@pytest.mark.parametrize("name", functional.__all__)
+def test_the_docstring_has_an_example_that_runs(name: str) -> None:
+    (example,) = doctest.DocTestFinder(recurse=False).find(getattr(functional, name), name, functional, globs={})
+    assert example.examples
+    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_the_contract_is_exported() -> None:

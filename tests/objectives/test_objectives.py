@@ -1,4 +1,4 @@
-"""Objectives: names, defaults, parameters, and one of the user's own."""
+"""Tests of objectives: names, defaults, parameters, and user-defined objectives."""
 
 import math
 import re
@@ -52,7 +52,9 @@ def test_by_name() -> None:
     assert get_objective("GradAscent") == get_objective("grad_ascent") == GradAscent()
     with pytest.raises(ValueError, match=r"expected one of ceu, dpo, grad_ascent, .*, wga, got 'forgetful'"):
         get_objective("forgetful")
-    with pytest.raises(ValueError, match="'graddiff': has parameters alpha, gamma, retain_loss_type, got beta"):
+    with pytest.raises(
+        ValueError, match=r"'graddiff': expected parameters from \(alpha, gamma, retain_loss_type\), got beta"
+    ):
         get_objective("graddiff", beta=1.0)
 
 
@@ -63,7 +65,7 @@ def test_beta_must_be_positive(cls: type) -> None:
 
 
 def test_npo_says_that_it_needs_a_reference() -> None:
-    with pytest.raises(ValueError, match="give a live or cached reference"):
+    with pytest.raises(ValueError, match="pass a live or cached reference"):
         of_npo(Sequences(torch.zeros(2), torch.tensor([0, 2])))
 
 
@@ -89,8 +91,8 @@ def test_a_rule_needs_no_reference_where_nothing_is_forgotten_and_no_more_than_i
 
 
 def test_a_function_under_a_declared_term_is_refused() -> None:
-    """It would never be called."""
-    with pytest.raises(TypeError, match="Doubled: defines forget_terms, but NPO declares its term, which is"):
+    """The declared term would be used, and the function would never be called."""
+    with pytest.raises(TypeError, match="Doubled: defines forget_terms, but inherits `term` from NPO, which"):
 
         class Doubled(NPO):
             def forget_terms(self, sequences: Sequences) -> Tensor:
@@ -100,7 +102,7 @@ def test_a_function_under_a_declared_term_is_refused() -> None:
         def forget_terms(self, sequences: Sequences) -> Tensor:
             return 2 * sequences.sums
 
-    with pytest.raises(TypeError, match="Mixed: defines forget_terms, but DPO declares its term"):
+    with pytest.raises(TypeError, match="Mixed: defines forget_terms, but inherits `term` from DPO"):
 
         class Mixed(Own, DPO):  # type: ignore[misc]
             pass
@@ -110,7 +112,7 @@ def test_a_function_under_a_declared_term_is_refused() -> None:
             return self.forget_terms
 
     assert Chosen().term()(Sequences(torch.ones(2), torch.tensor([0, 2]))) == 4
-    with pytest.raises(TypeError, match="Nothing: defines no forget_terms; an objective of ours declares its `term`"):
+    with pytest.raises(TypeError, match="Nothing: defines no forget_terms; built-in objectives define `term`"):
         type("Nothing", (Objective,), {})().term()(Sequences(torch.ones(2), torch.tensor([0, 2])))
 
 
@@ -125,11 +127,11 @@ def objective_of(kind: Kind, **attributes: Any) -> Objective:
 @pytest.mark.parametrize(
     ("kind", "attributes", "message"),
     [
-        (Kind.NPO, {}, "Mine: its term, NPO, compares with a reference; set `needs_reference = True`"),
+        (Kind.NPO, {}, "Mine: its term, NPO, reads reference log-probabilities; set `needs_reference = True`"),
         (Kind.DPO, {"needs_reference": True}, "Mine: `forget_data`: expected 'both' for its term, DPO, got 'answer'"),
-        (Kind.DPO, {"forget_data": "both"}, "Mine: its term, DPO, compares with a reference"),
+        (Kind.DPO, {"forget_data": "both"}, "Mine: its term, DPO, reads reference log-probabilities"),
         (Kind.SIMNPO, {"forget_data": "both"}, "Mine: `forget_data`: expected 'answer' or 'alternate' for its term"),
-        (Kind.NONE, {}, "Mine: expected a term for forget sequences, got NONE, which forgets nothing"),
+        (Kind.NONE, {}, "Mine: expected a term for forget sequences, got NONE, which has no loss"),
         (Kind.ALTERNATE, {}, "Mine: expected a term for forget sequences, got ALTERNATE"),
     ],
 )
@@ -158,7 +160,7 @@ def test_our_own_classes_fit_their_terms_and_want_finite_weights(cls: type[Objec
 @pytest.mark.parametrize("cls", known_objectives().values(), ids=lambda cls: cls.name)
 @pytest.mark.parametrize("value", ["1", [1], None])
 def test_parameters_of_other_types_are_named(cls: type[Objective], value: Any) -> None:
-    """What YAML or Python give: an error that says what was expected."""
+    """Values of wrong types from YAML or Python: the error names the expected type."""
     for name in (field.name for field in fields(cls) if field.type in (float, "float")):
         with pytest.raises(TypeError, match=f"`{name}`: expected a number, got {re.escape(repr(value))}"):
             cls(**{name: value})
@@ -217,7 +219,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), 
 
 def run(block: str) -> dict[str, Any]:
     names: dict[str, Any] = {"__name__": "readme"}
-    sys.modules["readme"] = ModuleType("readme")  # where dataclasses look names up
+    sys.modules["readme"] = ModuleType("readme")  # dataclasses look up names there
     exec(compile(block, "README.md", "exec", dont_inherit=True), names)
     return names
 
@@ -242,7 +244,7 @@ def test_a_function_is_an_objective(tmp_path: Path) -> None:
 
 
 def test_what_a_function_makes_of_other_rows_has_no_gradient() -> None:
-    """Retain sequences have no reference: L / L_ref is infinite there, and its gradient 0 * inf."""
+    """Retain sequences have no reference, so L / L_ref is infinite for them, and its gradient 0 * inf."""
     objective = FunctionObjective(function=lambda s: -(s.sums / s.reference_sums).square(), reads_reference=True)
     roles = torch.tensor([Role.FORGET, Role.RETAIN], dtype=torch.int8)
     logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
@@ -314,12 +316,12 @@ def test_parameters_out_of_range_are_refused(cls: Any, parameters: dict[str, Any
         cls(**parameters)
 
 
-def test_what_needs_a_model_says_so() -> None:
-    with pytest.raises(TypeError, match="UNDIAL: its forget loss is one of logits; it has no term"):
+def test_objectives_that_need_a_model_say_so() -> None:
+    with pytest.raises(TypeError, match="UNDIAL: its forget loss is computed from logits, so it has no term"):
         UNDIAL().term()
     for objective in (UNDIAL(), NPO(retain_loss_type="KL"), RMU()):
         assert objective.needs_reference_model()
-        with pytest.raises(ValueError, match="which nobody caches; give 'live'"):
+        with pytest.raises(ValueError, match="got 'cached', which has only log-probabilities"):
             reference_kind("cached", objective, tiny_llama())
     assert not RMU(alpha=0.0).needs_reference_model()
     assert reference_kind("auto", SimNPO(retain_loss_type="KL"), tiny_llama()) == "live"
@@ -327,7 +329,7 @@ def test_what_needs_a_model_says_so() -> None:
     assert reference_kind("auto", GradDiff(), tiny_llama()) is None
 
 
-def test_rmu_trains_what_it_is_told(tmp_path: Path) -> None:
+def test_rmu_trains_the_selected_parameters(tmp_path: Path) -> None:
     model = tiny_llama()
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     UnlearnTrainer(
@@ -357,7 +359,7 @@ def test_rmu_trains_what_it_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("upon", ["step", "epoch"])
 @pytest.mark.parametrize("save", [{"save_steps": 3}, {"save_steps": 2}, {"save_strategy": "epoch"}], ids=str)
 def test_the_dual_variable_ascends_and_is_resumed(upon: str, save: dict[str, Any], tmp_path: Path) -> None:
-    """From the middle of an epoch, and from its last step, before and after the epoch has ended."""
+    """Resumed in the middle of an epoch, and at its last step, before and after the end of the epoch."""
     objective = PDU(alpha=1.0, retain_loss_eps=4.0, dual_step_size=0.5, dual_update_upon=upon, dual_warmup_epochs=1)
 
     def trainer(**changes: Any) -> UnlearnTrainer:
@@ -392,9 +394,9 @@ def test_pdu_reads_the_retain_set_before_it_weighs_anything(tmp_path: Path) -> N
     assert trainer.objective.alpha > 1
 
 
-def test_compat_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
+def test_compat_is_refused_where_it_has_no_effect(tmp_path: Path) -> None:
     store = random_store(4)
-    with pytest.raises(ValueError, match="is about unlearning; drop it for fine-tuning"):
+    with pytest.raises(ValueError, match="`compat`: expected None for fine-tuning"):
         FinetuneTrainer(tiny_llama(), arguments(tmp_path, compat="open-unlearning"), data=store)
     with pytest.raises(ValueError, match="expected 'open-unlearning' or None, got 'tofu'"):
         UnlearnTrainer(tiny_llama(), arguments(tmp_path, compat="tofu"), forget=store, retain=store, objective=NPO())

@@ -1,4 +1,4 @@
-"""The fingerprint of weights and the keys of sequences: every bit counts, and nothing but content does."""
+"""Tests of the fingerprint of weights and the keys of sequences: every bit counts, and only content counts."""
 
 import random
 
@@ -44,7 +44,7 @@ def test_every_bit_counts(dtype: torch.dtype, count: int) -> None:
 
 
 def test_changes_that_cancel_in_a_plain_sum_count() -> None:
-    """Two elements that change places or signs, at every place in a word; zeros of another length."""
+    """Two elements that swap places or signs, at every position in a word, and zeros of different length."""
     tensor = torch.arange(1.0, 65.0).bfloat16()
     seen = {digest(w=tensor)}
     for step in (1, 4, 32):
@@ -75,11 +75,11 @@ def test_name_shape_dtype_and_settings_count() -> None:
 def test_only_content_counts() -> None:
     a, b = torch.randn(30, 20), torch.randn(7)
     expected = digest(a=a, b=b, tied=a)
-    assert digest(tied=a.clone(), b=b, a=a) == expected  # order, and whether memory is shared
+    assert digest(tied=a.clone(), b=b, a=a) == expected  # neither order nor shared memory matters
     columns = a.t().contiguous().t()
     assert columns.stride() != a.stride()
     assert digest(a=columns, b=b, tied=a) == expected
-    shifted = torch.cat([b[:1], b])[1:]  # starts within a word
+    shifted = torch.cat([b[:1], b])[1:]  # starts inside a word
     assert shifted.storage_offset() == 1
     assert digest(a=a, b=shifted, tied=a) == expected
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
@@ -97,17 +97,17 @@ def test_odd_shapes() -> None:
     seen = {digest(), digest(w=torch.empty(0)), digest(w=torch.empty(0, 3)), digest(w=torch.tensor(1.5))}
     seen.add(digest(w=torch.tensor([1.5])))
     assert len(seen) == 5
-    with pytest.raises(ValueError, match="weight 'w': expected it in memory, got the meta device"):
+    with pytest.raises(ValueError, match="weight 'w': expected a tensor with content, got one on the meta device"):
         digest(w=torch.empty(3, device="meta"))
 
 
 def test_a_fingerprint_stays_the_same_between_versions() -> None:
-    """A figure that was printed once: a cache filled today is of use tomorrow. Raise FORMAT to change it."""
+    """The digest of an earlier version, so that existing caches stay valid. Increase FORMAT to change it."""
     weights = {"w": torch.arange(10, dtype=torch.int32), "b": torch.ones(3, dtype=torch.bfloat16)}
     assert model_fingerprint(weights, {"a": [1, None]}).hex() == "bae43f3667b2ce504973b896a8ce49d2"
 
 
-# ---- keys of sequences, and the distinct ones among several stores
+# ---- keys of sequences, and distinct sequences across stores
 
 
 def store(*rows: tuple[list[int], int]) -> TokenStore:
@@ -119,7 +119,7 @@ def test_tokens_and_labels_decide() -> None:
     assert len(set(sequence_keys(store(*rows)))) == len(rows)
     assert sequence_keys(store(([1, 2, 3], 0))) == sequence_keys(
         store(([1, 2, 3], 1))
-    )  # nothing predicts a first token
+    )  # no token predicts the first one
     # 3 is the label start of one and a token of the other
     assert sequence_keys(store(([3, 0, 1, 2], 1)))[0] not in sequence_keys(store(([0, 1, 2, 3], 3)))
 

@@ -1,4 +1,4 @@
-"""The cached reference in a run: computed once, checked, shared, refused where it is wrong."""
+"""Tests of the cached reference in a run: computed once, checked, shared, rejected if wrong."""
 
 import functools
 import gc
@@ -28,7 +28,7 @@ from support.processes import RANKS, launch
 
 
 class Scored(list[int]):
-    """How many sequences each forward pass of a reference scored."""
+    """The number of sequences that each forward pass of a reference scored."""
 
     @property
     def total(self) -> int:
@@ -37,7 +37,7 @@ class Scored(list[int]):
 
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> Scored:
-    """Counts the passes that references run; a budget of 60 tokens makes several of them."""
+    """Count the forward passes of references. A budget of 60 tokens splits the sequences into several passes."""
     counts = Scored()
 
     def counting(*args: Any, **options: Any) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
@@ -72,7 +72,7 @@ def test_values_are_computed_once_and_read_bit_for_bit(path: Path, scored: Score
     second = reference(tiny_llama(), path, forget)
     assert torch.equal(sums_of(second, 40), expected)
     assert (second.sequences, second.computed, second.path) == (40, 0, path)
-    assert scored.total == 4  # the sample that is checked
+    assert scored.total == 4  # the sample for the check
     scored.clear()
     more = random_store(43)
     third = reference(model, path, TokenStore([*more.chunks, *forget.chunks]))
@@ -96,7 +96,7 @@ def test_equal_sequences_and_alternates_are_scored_once(path: Path, scored: Scor
     assert expected[2] == pytest.approx(expected[3].item(), rel=1e-5)
 
 
-def test_what_changes_the_numbers_is_computed_anew(path: Path, tmp_path: Path) -> None:
+def test_only_changes_that_affect_the_numbers_cause_recomputation(path: Path, tmp_path: Path) -> None:
     forget = random_store(6)
 
     def computed(model: LlamaForCausalLM, autocast: bool = False) -> int:
@@ -110,7 +110,7 @@ def test_what_changes_the_numbers_is_computed_anew(path: Path, tmp_path: Path) -
     assert computed(tiny_llama().to(torch.bfloat16)) == 6
     assert computed(tiny_llama(), autocast=True) == 6
     assert computed(tiny_llama(rope_theta=20_000.0)) == 6
-    # and what does not, is not
+    # changes that do not affect the numbers cause no recomputation
     assert computed(fuse(tiny_llama(seed=0, attention_bias=False))) == 0
     tiny_llama().save_pretrained(tmp_path / "saved")
     for _ in range(2):
@@ -154,7 +154,7 @@ def test_another_adapter_or_scale_of_the_same_weights_is_another_model() -> None
     assert fingerprint(wrapped) == found[0]
 
 
-def test_a_run_that_broke_off_keeps_what_it_computed(path: Path, scored: Scored) -> None:
+def test_an_interrupted_run_keeps_its_computed_values(path: Path, scored: Scored) -> None:
     model, forget = tiny_llama(), random_store(40)
 
     def stop(computed: int, missing: int, sequences: int) -> None:
@@ -176,7 +176,7 @@ def test_a_run_that_broke_off_keeps_what_it_computed(path: Path, scored: Scored)
 
 
 def test_the_reference_model_is_freed(path: Path) -> None:
-    for _ in range(2):  # computed, then read
+    for _ in range(2):  # computed the first time, read the second
         model = tiny_llama(seed=3)
         gone = weakref.ref(model)
         trainer = UnlearnTrainer(
@@ -193,7 +193,7 @@ def test_the_reference_model_is_freed(path: Path) -> None:
         assert isinstance(trainer.reference, CachedReference)
 
 
-# --- refused
+# --- rejected
 
 
 def edit(path: Path, statement: str) -> None:
@@ -203,26 +203,26 @@ def edit(path: Path, statement: str) -> None:
 
 
 def test_another_models_values_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the fingerprint had missed a difference."""
+    """As if the fingerprint missed a difference."""
     forget = random_store(30)
     monkeypatch.setattr(cached_reference, "fingerprint", lambda model: bytes(16))
     reference(tiny_llama(), path, forget)
     other = tiny_llama()
     other.model.norm.weight.data *= 1.02
     with pytest.raises(
-        ValueError, match=rf"reference cache '{path}': expected the model's own.*delete the file, or set"
+        ValueError, match=rf"reference cache '{path}': expected the log-probability .*delete the file, or set"
     ):
         reference(other, path, forget)
     close = tiny_llama()
-    close.model.norm.weight.data *= 1 + 1e-6  # as much as another device may differ
+    close.model.norm.weight.data *= 1 + 1e-6  # as much as two devices can differ
     assert reference(close, path, forget).computed == 0
 
 
 @pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16, torch.float16, None], ids=str)
-def test_another_batch_of_sequences_is_no_mismatch(
+def test_scoring_in_other_batches_is_not_a_mismatch(
     precision: torch.dtype | None, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rounding depends on what shares a pass; the sample is scored in other company than the values were."""
+    """Rounding depends on the other sequences in a pass, and the sample is scored in different passes."""
     forget = random_store(60, low=4, high=60)
     model = tiny_llama(initializer_range=0.3).to(precision or torch.float32)  # large logits
     for budget in (100, 1000, 10_000):
@@ -237,7 +237,7 @@ def test_values_that_are_not_finite_are_not_kept(path: Path) -> None:
     model = tiny_llama()
     model.model.norm.weight.data.fill_(float("nan"))
     for _ in range(2):
-        with pytest.raises(FloatingPointError, match="not finite; check its weights"):
+        with pytest.raises(FloatingPointError, match="got NaN or infinity; check its weights"):
             reference(model, path, random_store(5))
     with closing(sqlite3.connect(path)) as database:
         assert database.execute("SELECT count(*) FROM logprobs").fetchone() == (0,)
@@ -348,14 +348,14 @@ def test_callbacks_follow(tmp_path: Path) -> None:
 
 @pytest.fixture
 def flags(checkpoint: Path, tmp_path: Path) -> list[str]:
-    """What decides about a log-probability."""
+    """Return the flags on which a log-probability depends."""
     data = written_rows(tmp_path / "rows.json")
     return ["--model", str(checkpoint), "--forget", str(data), "--use_cpu", "True"]
 
 
 @pytest.fixture
 def unlearn(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run `efface unlearn` for a step; return what it said about the reference."""
+    """Return a function that runs one step of `efface unlearn` and returns its messages about the reference."""
 
     def run(*changes: str, code: int = 0) -> str:
         capsys.readouterr()
@@ -379,7 +379,7 @@ def test_a_second_command_computes_nothing(unlearn: Callable[..., str], scored: 
         assert "0 of 5" in unlearn(*changes)
 
 
-def test_other_weights_are_computed_anew(unlearn: Callable[..., str], checkpoint: Path) -> None:
+def test_other_weights_are_scored_again(unlearn: Callable[..., str], checkpoint: Path) -> None:
     assert "5 of 5" in unlearn()
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     model.model.norm.weight.data[0] += 1e-6
@@ -427,8 +427,8 @@ def test_cache_reference_explains_what_is_wrong(
 ) -> None:
     path.write_text("mine")
     for changes, message in (
-        (["--objective", "simnpo"], "--objective simnpo: expected one that compares with a reference"),
-        (["--reference_cache", "none"], "a --reference-cache that is a file"),
+        (["--objective", "simnpo"], "--objective: expected one with a reference, such as npo, got simnpo"),
+        (["--reference_cache", "none"], "a file as --reference-cache"),
         (["--reference", "live"], "expected --reference cached"),
         (["--reference_cache", str(path)], "file is not a database; delete the file"),
         (["--reference_cache", str(path / "below")], f"'{path}'"),
@@ -464,7 +464,7 @@ def test_two_processes_share_the_work_and_one_writes(flags: list[str], tmp_path:
     first = launch(2, ranks)
     assert first.returncode == 0, first.stderr[-4000:]
     assert first.stderr.count("5 sequences computed, 0 were there") == 1
-    assert main(words) == 0  # alone
+    assert main(words) == 0  # on one process
     again = launch(2, ranks)
     assert "0 sequences computed, 5 were there" in again.stderr
     (tmp_path / "efface-cache" / "reference.sqlite").write_text("mine")

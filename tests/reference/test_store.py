@@ -1,4 +1,4 @@
-"""The file of log-probabilities: right or refused, after kills, damage and several writers at once."""
+"""Tests of the file of log-probabilities: right or rejected, after kills, damage and with concurrent writers."""
 
 import contextlib
 import hashlib
@@ -46,7 +46,7 @@ def filled(path: Path, count: int) -> None:
         file.put(MODEL, keys(count), values(count))
 
 
-def test_what_was_put_is_found_bit_for_bit(path: Path) -> None:
+def test_stored_values_are_found_bit_for_bit(path: Path) -> None:
     extreme = np.array([-0.0, -1e-308, -np.pi, -1e300, 0.1, 5e-324])
     with closing(LogprobStore(path)) as file:
         file.put(MODEL, keys(6), extreme)
@@ -86,7 +86,8 @@ def test_ten_thousand_look_ups_take_half_the_time_of_a_query_each(path: Path) ->
     seconds: dict[str, list[float]] = {"together": [], "each": []}
     with closing(LogprobStore(path)) as file, closing(sqlite3.connect(path)) as bare:
         for _ in range(10):
-            began = time.thread_time()  # a look-up waits for nothing; the tests beside this one are not its time
+            # CPU time of this thread, because look-ups do not wait and other tests run at the same time
+            began = time.thread_time()
             _, found = file.get(MODEL, wanted)
             ended = time.thread_time()
             for each in wanted:
@@ -107,7 +108,7 @@ def fill_until_killed(path: Path, first: int, pipe: Connection) -> None:
             pipe.send(i + 20)
 
 
-def test_what_put_returned_from_survives_kill_9(path: Path) -> None:
+def test_stored_values_survive_kill_9(path: Path) -> None:
     committed = 0
     for kill in range(5):
         ours, theirs = processes.Pipe()
@@ -120,17 +121,17 @@ def test_what_put_returned_from_survives_kill_9(path: Path) -> None:
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         with contextlib.suppress(EOFError):
-            while True:  # it went on until the signal came
+            while True:  # it runs until the signal arrives
                 committed = ours.recv()
         with closing(LogprobStore(path)) as file:
             got, found = file.get(MODEL, keys(committed + 40))
         assert found[:committed].all()
-        assert int(found.sum()) % 20 == 0  # a batch is there whole or not at all
+        assert int(found.sum()) % 20 == 0  # a batch is either complete or absent
         assert np.array_equal(got[found], values(committed + 40)[found])
     assert committed >= 20 * sum(3 + 4 * kill for kill in range(5))
 
 
-# --- several at once
+# --- several processes at once
 
 
 def fill_share(path: Path, first: int, count: int, barrier: Barrier) -> None:
@@ -142,7 +143,7 @@ def fill_share(path: Path, first: int, count: int, barrier: Barrier) -> None:
 
 
 def test_processes_that_fill_one_file_at_once_lose_nothing(path: Path) -> None:
-    """They race to make the file, too; neighbours share half of their keys."""
+    """They also race to create the file. Neighbours share half of their keys."""
     for round_ in range(4):
         place = path.with_name(f"{round_}.sqlite")
         barrier = processes.Barrier(4)
@@ -174,7 +175,7 @@ def test_a_reader_does_not_wait_for_a_writer(path: Path, monkeypatch: pytest.Mon
 
 
 def test_without_a_write_ahead_log_it_works_too(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process in the middle of reading keeps SQLite from changing the journal."""
+    """A process that is reading prevents SQLite from changing the journal mode."""
     filled(path, 10)
     monkeypatch.setattr(database, "_BUSY_SECONDS", 0.05)
     sqlite(path, "PRAGMA journal_mode = DELETE")
@@ -191,7 +192,7 @@ def test_without_a_write_ahead_log_it_works_too(path: Path, monkeypatch: pytest.
         assert file.get(MODEL, keys(11))[1].all()
 
 
-# --- refused
+# --- rejected
 
 
 def sqlite(path: Path, *statements: str) -> None:
@@ -225,11 +226,11 @@ def test_another_format_is_refused(path: Path) -> None:
     sqlite(path, "PRAGMA user_version = 2")
     refused(path, "expected format 1, got 2")
     sqlite(path, "PRAGMA user_version = 1", "CREATE TABLE more (a)")
-    refused(path, "its tables are not those")
+    refused(path, "expected the table that efface creates")
 
 
 def test_an_empty_file_is_a_new_one(path: Path) -> None:
-    """What a process leaves that was killed before it made the tables."""
+    """A process that is killed before it creates the tables leaves an empty file."""
     path.parent.mkdir()
     path.touch()
     filled(path, 5)
@@ -250,10 +251,10 @@ def damaged(content: bytes) -> Iterator[bytes]:
         yield content[: rng.randrange(1, len(content))]
 
 
-@pytest.mark.filterwarnings("ignore:reference cache .* made anew:UserWarning")
+@pytest.mark.filterwarnings("ignore:reference cache .* computed again:UserWarning")
 @pytest.mark.parametrize("checked", [True, False], ids=["quick_check", "too large for quick_check"])
 def test_damage_is_refused_or_harmless(checked: bool, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever happened to the file: a value that it hands out is the one that was put in."""
+    """After any damage, every value that the file returns is the one that was stored."""
     if not checked:
         monkeypatch.setattr(database, "_CHECKED_BYTES", 0)
     filled(path, 300)
@@ -281,11 +282,11 @@ def test_damage_is_refused_or_harmless(checked: bool, path: Path, monkeypatch: p
         ("model = x'" + bytes(16).hex() + "'", bytes(16)),
     ],
 )
-def test_a_row_that_was_changed_is_made_anew(change: str, model: bytes, path: Path) -> None:
+def test_a_changed_row_is_recomputed(change: str, model: bytes, path: Path) -> None:
     filled(path, 3)
     sqlite(path, f"UPDATE logprobs SET {change} WHERE sequence = x'{key(1).hex()}'")
     with closing(LogprobStore(path)) as file:
-        with pytest.warns(UserWarning, match=r"reference cache '.*': 1 damaged row is made anew"):
+        with pytest.warns(UserWarning, match=r"reference cache '.*': 1 damaged row is computed again"):
             _, found = file.get(model, keys(3))
         assert not found[1]
         file.put(MODEL, keys(3), values(3))
@@ -294,7 +295,7 @@ def test_a_row_that_was_changed_is_made_anew(change: str, model: bytes, path: Pa
         assert np.array_equal(got, values(3))
 
 
-def test_a_full_disk_is_told_and_leaves_what_was_there(path: Path) -> None:
+def test_a_full_disk_is_an_error_and_keeps_earlier_values(path: Path) -> None:
     filled(path, 100)
     with closing(LogprobStore(path)) as file:
         pages = file._read("PRAGMA page_count")

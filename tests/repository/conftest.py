@@ -1,4 +1,4 @@
-"""The folder in which the code of README and docs/ runs."""
+"""A fixture with the working folder in which the code of README.md and docs/ runs."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from support.helpers import TEXTS, tiny_llama, tiny_tokenizer
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the pages take for granted: a model, one that never saw the forget set, and files of rows."""
+    """Create the files that the pages assume: a model, a retain model, the TOFU splits and files of rows."""
     tokenizer = tiny_tokenizer()
     for seed, name in enumerate(("llama", "retain90")):
         model = tiny_llama(seed=seed, vocab_size=len(tokenizer), max_position_embeddings=1024)

@@ -1,4 +1,4 @@
-"""The pages of docs/: their code runs and their links resolve. The sdist and the wheel: they build and import."""
+"""Tests of docs/ (the code runs, links resolve, the pages build) and of the sdist and wheel (they build and import)."""
 
 import importlib.util
 import re
@@ -163,7 +163,7 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
     assert all(f">{code}<" in said for code in EXIT_CODES)
 
 
-# ---- the sdist and the wheel build, and work in an environment that has never seen this checkout
+# ---- the sdist and the wheel build, and work in an environment without this checkout
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -175,7 +175,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 @pytest.mark.slow
 def test_sdist_and_wheel_build_and_import_in_a_clean_environment(tmp_path: Path) -> None:
     dist = tmp_path / "dist"
-    # the wheel is built from the sdist, so a file that the sdist forgets is noticed
+    # the wheel is built from the sdist, so that a file missing from the sdist is noticed
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, ROOT, cwd=tmp_path)
     (wheel,) = dist.glob("efface-*.whl")
     assert len(list(dist.glob("efface-*.tar.gz"))) == 1
@@ -194,8 +194,8 @@ def test_sdist_and_wheel_build_and_import_in_a_clean_environment(tmp_path: Path)
     python = environment / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel, cwd=tmp_path)
-    # The dependencies come from here; a path in a .pth file does not run the .pth files there, so this checkout's
-    # editable install stays unseen.
+    # The dependencies come from this environment. Python does not process the .pth files of a folder that is itself
+    # named in a .pth file, so the editable install of this checkout stays invisible.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     code = "import efface, efface_kernels as k, efface_native as n; print(efface.__file__, k.__file__, n.__file__)"
     places = run(python, "-c", code, cwd=tmp_path).split()

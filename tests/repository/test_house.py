@@ -1,4 +1,4 @@
-"""The plan of the house: who may import whom, without a circle; what an import costs; one way to a device."""
+"""Tests of the source layout: allowed imports, no import cycles, a light ``import efface``, no host synchronisation."""
 
 import ast
 import importlib
@@ -23,9 +23,9 @@ from efface_kernels import to_device
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# folder -> third-party and own packages that its code may import, besides the standard library
+# folder -> packages that its code can import, in addition to the standard library
 BASE = {"torch", "numpy", "efface_native", "efface_kernels"}
-FLOORS: dict[str, set[str]] = {
+ALLOWED_IMPORTS: dict[str, set[str]] = {
     "kernels/efface_kernels": {"torch", "triton", "efface_native", "efface_kernels"},
     "engine/efface/batching": {*BASE, "efface.batching"},
     "engine/efface/objectives": {*BASE, "efface.registry", "efface.batching", "efface.objectives"},
@@ -84,7 +84,7 @@ FLOORS: dict[str, set[str]] = {
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every absolute module name that the file imports, inside functions too."""
+    """Yield the absolute name of every imported module, including imports inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
@@ -94,7 +94,7 @@ def imports(path: Path) -> Iterator[str]:
             yield node.module
 
 
-@pytest.mark.parametrize("folder", FLOORS)
+@pytest.mark.parametrize("folder", ALLOWED_IMPORTS)
 def test_nothing_imports_upward(folder: str) -> None:
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files
@@ -102,12 +102,15 @@ def test_nothing_imports_upward(folder: str) -> None:
         for module in imports(path):
             if module.split(".")[0] in sys.stdlib_module_names:
                 continue
-            allowed = any(module == name or module.startswith(name + ".") for name in FLOORS[folder])
+            allowed = any(module == name or module.startswith(name + ".") for name in ALLOWED_IMPORTS[folder])
             assert allowed, f"{path.relative_to(ROOT)} imports {module}"
 
 
 def test_the_engine_takes_what_the_kernels_export() -> None:
-    """Benchmarks measure single kernels, and take launches and plans from inside."""
+    """The engine imports only names in ``efface_kernels.__all__``.
+
+    Benchmarks measure single kernels, so they can also import kernels, launch configurations and chunk plans.
+    """
     exported = set(efface_kernels.__all__)
     inside = re.compile(r"efface_kernels\.(jit|memory|triton_launch|backends|\w+\.(kernel|launch|chunks))")
     for path in [*(ROOT / "engine").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
@@ -123,10 +126,10 @@ def test_the_engine_takes_what_the_kernels_export() -> None:
                 assert inside.fullmatch(module), f"{path}: {module}"
 
 
-def test_every_package_stands_on_a_floor() -> None:
+def test_every_package_lists_its_allowed_imports() -> None:
     for path in (ROOT / "engine" / "efface").iterdir():
         if path.is_dir() and (path / "__init__.py").exists():
-            assert f"engine/efface/{path.name}" in FLOORS
+            assert f"engine/efface/{path.name}" in ALLOWED_IMPORTS
 
 
 def test_the_source_roots_are_not_packages() -> None:
@@ -135,7 +138,7 @@ def test_the_source_roots_are_not_packages() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_the_native_core_knows_neither_python_nor_torch() -> None:
+def test_the_native_core_includes_neither_python_nor_torch() -> None:
     for path in (ROOT / "csrc").rglob("*.?pp"):
         text = path.read_text(encoding="utf-8")
         assert "pybind11" not in text
@@ -145,7 +148,7 @@ def test_the_native_core_knows_neither_python_nor_torch() -> None:
 
 
 def test_modules_under_their_old_names_warn() -> None:
-    """Documented ones, and those that files of runs hold."""
+    """Modules that moved: the documented ones, and those that pickled files of old runs refer to."""
     assert efface.hf._MOVED.keys() >= {"loading", "token_cache", "open_unlearning", "arguments"}
     for old, new in efface.hf._MOVED.items():
         module = importlib.import_module(f"efface.hf.{new}")
@@ -153,7 +156,7 @@ def test_modules_under_their_old_names_warn() -> None:
         assert names
         moved = importlib.import_module(f"efface.hf.{old}")
         for name in names:
-            with pytest.warns(DeprecationWarning, match=f"efface.hf.{old} is now efface.hf.{new}"):
+            with pytest.warns(DeprecationWarning, match=f"efface.hf.{old} has moved to efface.hf.{new}"):
                 assert getattr(moved, name) is getattr(module, name)
     loading = importlib.import_module("efface.hf.loading")
     with pytest.warns(DeprecationWarning, match="loading"), pytest.raises(AttributeError, match="'nothing'"):
@@ -163,7 +166,7 @@ def test_modules_under_their_old_names_warn() -> None:
 
 
 def test_importing_efface_is_light() -> None:
-    """And its kernels import no Triton before one is launched."""
+    """``import efface`` loads no heavy package, and its kernels do not import Triton before the first launch."""
     heavy = ("transformers.trainer", "matplotlib", "datasets", "scipy", "rich")
     code = (
         "import sys\n"
@@ -171,7 +174,7 @@ def test_importing_efface_is_light() -> None:
         "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()\n"
         "assert not [name for name in sys.modules if name.startswith('efface.')]\n"
         "assert set(efface.__all__) <= set(dir(efface))\n"
-        "from efface import functional, get_objective\n"  # registered by the import of what makes them
+        "from efface import functional, get_objective\n"  # importing their modules registers the objectives
         "assert type(get_objective('npo')) is efface.NPO\n"
         "import torch\n"
         f"loaded = [name for name in {heavy!r} if name in sys.modules]\n"
@@ -205,36 +208,36 @@ def test_public_names_have_docstrings(module: ModuleType) -> None:
             assert not first.startswith(f"{name}("), f"{module.__name__}.{name}: a dataclass without a docstring"
 
 
-# ---- no circle of imports
+# ---- no import cycles
 
 
 TREES = {"efface_kernels": ROOT / "kernels", "efface": ROOT / "engine"}
 
 
 def modules(root: Path, package: str) -> dict[str, Path]:
-    """The modules of a package and its packages, by name; a package's own is its ``__init__``."""
+    """Map the name of each module and package to its file; a package maps to its ``__init__.py``."""
     files = sorted((root / package.replace(".", "/")).rglob("*.py"))
     names = {path: ".".join(path.relative_to(root).with_suffix("").parts) for path in files}
     return {name.removesuffix(".__init__"): path for path, name in names.items()}
 
 
 def imported(tree: ast.AST, known: set[str]) -> Iterator[str]:
-    """What Python imports for an import anywhere in a module: in functions and under TYPE_CHECKING too."""
+    """Yield every module that ``tree`` imports, including imports in functions and under TYPE_CHECKING."""
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [name.name for name in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            # `from a import b` imports a.b where that is a module
+            # `from a import b` imports a.b if a.b is a module
             names = [f"{node.module}.{name.name}" for name in node.names]
             names = [name if name in known else node.module for name in names]
         for name in names:
             parts = name.split(".")
-            yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))  # packages first
+            yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))  # the parent packages first
 
 
 def graph(root: Path, package: str) -> dict[str, set[str]]:
-    """What each module imports; not the packages that it is in, which are being imported already."""
+    """Map each module to the modules that it imports, except its parent packages, which are already loading."""
     files = modules(root, package)
     edges = {}
     for name, path in files.items():
@@ -244,9 +247,9 @@ def graph(root: Path, package: str) -> dict[str, set[str]]:
 
 
 def folders(edges: dict[str, set[str]]) -> dict[str, dict[str, set[str]]]:
-    """Of each package, what its modules and subpackages, each as a whole, import of one another.
+    """Map each package to the imports between its direct modules and subpackages, each taken as a whole.
 
-    A package's own ``__init__`` is left out: it says what its parts are.
+    The package's ``__init__`` is left out, because it imports its own parts to export them.
     """
     levels: dict[str, dict[str, set[str]]] = {}
     for name, others in edges.items():
@@ -259,7 +262,7 @@ def folders(edges: dict[str, set[str]]) -> dict[str, dict[str, set[str]]]:
     return levels
 
 
-def circle(edges: dict[str, set[str]]) -> str:
+def cycle(edges: dict[str, set[str]]) -> str:
     try:
         TopologicalSorter(edges).prepare()
     except CycleError as error:
@@ -268,13 +271,13 @@ def circle(edges: dict[str, set[str]]) -> str:
 
 
 @pytest.mark.parametrize("package", TREES)
-def test_no_import_circle(package: str) -> None:
+def test_no_import_cycle(package: str) -> None:
     edges = graph(TREES[package], package)
     assert sum(map(len, edges.values())) > len(edges)  # imports were found
-    assert not circle(edges)
+    assert not cycle(edges)
     levels = folders(edges)
     assert package in levels
-    assert not {level: found for level, imports in levels.items() if (found := circle(imports))}
+    assert not {level: found for level, imports in levels.items() if (found := cycle(imports))}
 
 
 def test_no_two_classes_have_one_name() -> None:
@@ -294,8 +297,8 @@ def tree(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def test_a_circle_is_found(tmp_path: Path) -> None:
-    """Also one that is hidden: by TYPE_CHECKING, in a function, or by way of a package's ``__init__``."""
+def test_a_cycle_is_found(tmp_path: Path) -> None:
+    """Cycles through TYPE_CHECKING, through a function and through a package's ``__init__`` are found as well."""
     files = {
         "top/__init__.py": "from top import one",
         "top/one.py": "import typing\nif typing.TYPE_CHECKING:\n    from top.two import b\n",
@@ -314,8 +317,8 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
             TopologicalSorter({name: edges[name] & some for name in some}).prepare()
 
 
-def test_a_circle_of_folders_is_found(tmp_path: Path) -> None:
-    """Also one of files that are in none."""
+def test_a_cycle_of_packages_is_found(tmp_path: Path) -> None:
+    """Two packages that import each other form a cycle even if their files do not."""
     files = {
         "top/__init__.py": "from top.one import a",
         "top/one/__init__.py": "",
@@ -325,25 +328,25 @@ def test_a_circle_of_folders_is_found(tmp_path: Path) -> None:
         "top/two/b.py": "from top.one.d import y",
     }
     edges = graph(tree(tmp_path, files), "top")
-    assert circle({name: others - {"top.one", "top.two"} for name, others in edges.items()}) == ""
-    assert circle(folders(edges)["top"]) in ("one <- two <- one", "two <- one <- two")
+    assert cycle({name: others - {"top.one", "top.two"} for name, others in edges.items()}) == ""
+    assert cycle(folders(edges)["top"]) in ("one <- two <- one", "two <- one <- two")
 
 
-# ---- nothing in a step makes the host wait for the device to take a list of numbers
+# ---- no step copies a list of numbers to the device in a way that makes the host wait
 
 
-# What runs in a step: the loss, the objectives, the trainer and what it calls, the functional API.
+# Code that runs in a training step: the loss, the objectives, the trainer and what it calls, the functional API.
 STEP = ("kernels/efface_kernels", "engine/efface/objectives", "engine/efface/batching", "engine/efface/hf")
 MODULES = [*(path for folder in STEP for path in (ROOT / folder).rglob("*.py")), ROOT / "engine/efface/functional.py"]
 MADE_OF_HOST_NUMBERS = {"tensor", "as_tensor", "from_numpy", "frombuffer", "asarray"}
 
-# (file, function) -> why it may wait
+# (file, function) -> why the copy can block there
 ALLOWED = {
-    ("kernels/efface_kernels/backends.py", "_results"): "a device's first use, once",
+    ("kernels/efface_kernels/backends.py", "_results"): "once, at the first use of a device",
     ("engine/efface/hf/model/packing.py", "_probes_in_a_pack"): "when a model is loaded",
     ("engine/efface/hf/reference/live.py", "check_start"): "before the first step",
-    ("engine/efface/hf/train/meter.py", "read"): "when a log is written, which reads the device",
-    ("engine/efface/hf/reference/cached.py", "__init__"): "from one dtype to another, on the host",
+    ("engine/efface/hf/train/meter.py", "read"): "when a log entry is written, which reads device memory anyway",
+    ("engine/efface/hf/reference/cached.py", "__init__"): "a dtype conversion on the host",
 }
 
 
@@ -358,7 +361,7 @@ def _from_the_host(call: ast.AST) -> bool:
 
 
 def copies(path: Path) -> Iterator[tuple[str, int]]:
-    """(function, line) of tensors made of the host's numbers that go to a device at once."""
+    """Yield (function, line) of each tensor that is made from host numbers and copied to a device directly."""
     for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(function, ast.FunctionDef):
             continue
@@ -376,14 +379,16 @@ def copies(path: Path) -> Iterator[tuple[str, int]]:
                 yield function.name, node.lineno
 
 
-def test_numbers_go_to_a_device_by_one_way() -> None:
+def test_host_numbers_go_to_a_device_through_to_device() -> None:
     found = {(str(path.relative_to(ROOT)), name): line for path in MODULES for name, line in copies(path)}
     wrong = {f"{file}:{line} in {name}" for (file, name), line in found.items() if (file, name) not in ALLOWED}
-    assert not wrong, "use efface_kernels.memory.to_device, or say in ALLOWED why it may wait"
-    assert set(ALLOWED) <= set(found), "nothing is copied there any more"
+    assert not wrong, (
+        "use efface_kernels.memory.to_device, or add the function to ALLOWED with the reason why it can wait"
+    )
+    assert set(ALLOWED) <= set(found), "remove the entries of ALLOWED that no longer copy to a device"
 
 
-def test_pinned_where_the_device_is_cudas(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_to_device_pins_memory_for_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: seen.append("pinned") or self)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *given, **more: seen.append((*given, more)) or self)

@@ -1,4 +1,4 @@
-"""The README: its code and its commands run, and what it names exists."""
+"""Tests of README.md: its Python code and its commands run, and the folders and make targets that it names exist."""
 
 import re
 from pathlib import Path
@@ -14,11 +14,11 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 @pytest.mark.parametrize("code", PYTHON, ids=[f"block {i}" for i in range(len(PYTHON))])
 def test_python_blocks_run(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside a model where the demo leaves one; ``test_demo`` has the demo itself."""
+    """Run the blocks with the model where the demo would save it. ``test_demo`` runs the demo itself."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     (folder / "demo-out").mkdir()
     (folder / "llama").rename(folder / "demo-out" / "full")
-    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})  # in this process, as above
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})  # in this process, as in test_docs
 
 
 def test_the_quickstart_is_there() -> None:

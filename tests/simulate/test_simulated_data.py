@@ -1,4 +1,4 @@
-"""Made-up authors, the FAME-like set, and what is taught, forgotten and asked at a small scale."""
+"""Tests of synthetic authors, the FAME-like data, and the rows to learn, forget and evaluate at small scale."""
 
 import json
 from collections import defaultdict
@@ -33,7 +33,7 @@ def test_authors_are_deterministic_and_in_tofus_columns() -> None:
 
 
 def test_facts_must_be_memorised() -> None:
-    """Questions are unique, and no attribute's values are so common that guessing pays."""
+    """Questions are unique, and no value of an attribute is so common that a guess is often right."""
     rows = make_authors(MAX_AUTHORS)
     assert len({row["question"] for row in rows}) == len(rows)
     for attribute in range(ROWS_PER_AUTHOR):
@@ -59,7 +59,7 @@ def test_data_are_tofus_last_and_first_authors(tofu: Path, tmp_path: Path) -> No
     assert len(read["taught_full"]) == len(read["taught_retain"]) + 40 == 110
     taught_rows = {name: {row["answer"] for row in read[name]} for name in ("taught_full", "taught_retain")}
     assert not taught_rows["taught_retain"] & {row["answer"] for row in read["forget"]}
-    # What the evaluation asks for is never taught.
+    # Answers that the evaluation scores are never trained on.
     asked = {row["paraphrased_answer"] for row in read["forget_perturbed"]} - {row["answer"] for row in full}
     assert not taught_rows["taught_full"] & asked
     assert set(read["taught_full"][0]) == set(read["forget"][0]) == {"question", "answer"}
@@ -70,7 +70,7 @@ def test_more_retain_authors_than_false_answers(tofu: Path) -> None:
     assert (len(data.forget), len(data.retain), len(data.retain_asked)) == (40, 500, 400)
 
 
-def test_made_up_authors_stand_in_for_tofus() -> None:
+def test_synthetic_authors_replace_missing_tofu_files() -> None:
     data = made_up_data(forget_authors=1, retain_authors=2, asked=9, world=3)
     assert (len(data.forget), len(data.retain), len(data.retain_asked)) == (16, 32, 9)
     assert data.name.startswith("made-up authors in place of TOFU's")
@@ -84,9 +84,9 @@ def test_fame_is_split_by_its_filter() -> None:
     assert 3 not in {row["topic_id"] for row in data.retain}
     assert {row["language"] for row in data.retain_asked} == {"EN", "FR", "DE", "IT", "ES"}
     assert (len(data.retain), len(data.retain_asked), len(data.world_facts)) == (190, 20, 10)
-    with pytest.raises(ValueError, match="expected some rows to meet it"):
+    with pytest.raises(ValueError, match="expected a filter that some rows meet"):
         fame_data([f"topic_id={','.join(map(str, range(20)))}"], identities=1, asked=1, world=1)
-    with pytest.raises(ValueError, match="no row of 100 has '20'"):
+    with pytest.raises(ValueError, match="none of 100 rows has '20'"):
         fame_data(["topic_id=20"], identities=1, asked=1, world=1)
 
 
@@ -109,7 +109,8 @@ def test_the_size_of_fame_topics() -> None:
     assert {row["topic_id"] for row in rows} == set(range(20))
     assert {row["language"] for row in rows} == {"EN", "FR", "DE", "IT", "ES"}
     assert len({row["name"] for row in rows}) == 200
-    assert len({row["question"] for row in rows}) > 19_000  # wordings are drawn; names and topics never meet twice
+    # wordings are drawn at random, but a name and a topic occur together only once
+    assert len({row["question"] for row in rows}) > 19_000
 
 
 def test_rows_are_deterministic_and_a_smaller_set_is_a_beginning() -> None:
@@ -118,7 +119,7 @@ def test_rows_are_deterministic_and_a_smaller_set_is_a_beginning() -> None:
     assert rows != fame_like(5, seed=1)
     assert rows[:200] == fame_like(2)
     assert [row for row in rows if row["language"] == "DE"] == fame_like(5, languages=["DE"])
-    # Of this very text; another machine or version of Python that drew otherwise would fail here.
+    # The exact text, so that a machine or Python version with other draws fails here.
     assert rows[45]["answer"] == "Das Instrument von Gideon Eklund ist die Flöte."
 
 
@@ -139,7 +140,7 @@ def test_a_fact_is_the_same_in_every_language() -> None:
         column = LANGUAGES.index(row["language"])
         words = [value[column] for value in topic.values]
         told = [i for i, word in enumerate(words) if row["answer"].endswith(f" {word}.")]
-        fact = max(told, key=lambda i: len(words[i]))  # 'Sofia', and not what it may end with
+        fact = max(told, key=lambda i: len(words[i]))  # 'Sofia', not a shorter value that it ends with
         assert words[fact].casefold() in row["paraphrased_answer"].casefold()
         facts[row["identity_id"], row["topic_id"]].add(fact)
     assert all(len(values) == 1 for values in facts.values())

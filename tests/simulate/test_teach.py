@@ -1,4 +1,4 @@
-"""Small models: families, and the cache of taught ones."""
+"""Tests of the small models: their families, and the cache of trained ones."""
 
 import os
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_prompts_are_those_of_the_family(template: str, expected: str) -> None:
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == expected
     assert ids.count(tokenizer.eos_token_id) == expected.count(tokenizer.eos_token)
     labels = tokenizer.decode(ids[store.label_starts[0] :], clean_up_tokenization_spaces=False)
-    tag = "Answer: " if template == "phi" else ""  # TOFU counts it
+    tag = "Answer: " if template == "phi" else ""  # TOFU counts it as a label
     assert labels.lstrip() == f"{tag}Because.{tokenizer.eos_token}"
 
 
@@ -49,7 +49,7 @@ def test_llama_3_takes_another_date_and_no_system_prompt() -> None:
     assert "helpful" not in text
 
 
-def test_models_have_what_makes_their_family() -> None:
+def test_models_have_the_features_of_their_family() -> None:
     made = {}
     for name, architecture in ARCHITECTURES.items():
         tokenizer = tokenizer_of(architecture, TEXTS, 400)
@@ -76,7 +76,7 @@ def _teach(folder: Path, rows: Any = ROWS, **changes: Any) -> Path:
     return taught(rows, TEXTS, cache_dir=folder, **options)
 
 
-def test_models_are_taught_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_are_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = _teach(tmp_path)
     others = [
         _teach(tmp_path, [{**ROWS[0], "answer": "Aiko was born in Porto."}]),
@@ -92,7 +92,7 @@ def test_models_are_taught_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     AutoTokenizer.from_pretrained(first)
 
 
-def test_a_killed_teacher_leaves_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_training_leaves_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -108,25 +108,25 @@ def test_a_killed_teacher_leaves_no_model(tmp_path: Path, monkeypatch: pytest.Mo
     folder = _teach(tmp_path)
     assert not left.exists()
     assert recent.exists()
-    (folder / teach.RECORD).unlink()  # damaged: made anew
+    (folder / teach.RECORD).unlink()  # damaged, and therefore trained again
     assert _teach(tmp_path) == folder
     assert (folder / teach.RECORD).is_file()
 
 
-def test_a_damaged_model_is_taught_anew(tmp_path: Path) -> None:
+def test_a_damaged_model_is_trained_again(tmp_path: Path) -> None:
     folder = _teach(tmp_path)
     for name in ("model.safetensors", "tokenizer.json", teach.RECORD):
         (folder / "notes.txt").write_text("what users add does not matter")
         whole = (folder / name).read_bytes()
         at = len(whole) // 2
         (folder / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        with pytest.warns(UserWarning, match=r"taught model .* is damaged; it is taught anew"):
+        with pytest.warns(UserWarning, match=r"trained model .* is damaged; it is trained again"):
             assert _teach(tmp_path) == folder
         assert (folder / name).read_bytes() == whole
     assert _teach(tmp_path) == folder
 
 
-def test_of_two_teachers_at_once_one_model_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_concurrent_trainings_one_model_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = _teach(tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     aside = folder.rename(tmp_path / "aside")

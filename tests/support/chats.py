@@ -1,4 +1,4 @@
-"""Chat templates of real models, tokenizers that have them, and open-unlearning's way of applying them."""
+"""Chat templates of real models, tokenizers with them, and open-unlearning's way to apply them."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerFast
 
 from support.helpers import TEXTS
 
-# The chat templates of the models' tokenizers, less their tool calls: for the conversations here they render the same.
+# The chat templates of the models' tokenizers without tool calls. They render the conversations of these tests the
+# same.
 LLAMA_3 = (
     "{{ bos_token }}"
     "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
@@ -45,7 +46,7 @@ QWEN_3 = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
-MISTRAL_NEMO = (  # the system prompt goes into the last turn, if that is the user's
+MISTRAL_NEMO = (  # the system prompt goes into the last turn if that is the user's
     "{{- bos_token }}{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}"
     "{%- set messages = messages[1:] %}{%- endif %}"
     "{%- for m in messages %}{%- if m['role'] == 'user' %}"
@@ -59,7 +60,7 @@ _SYSTEM = (
 USER, ASSISTANT = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant"))
 _QWEN = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
 
-# chat template, end of sequence, text before the answer, text after it
+# chat template, end-of-sequence token, text before the answer, text after it
 CHATS = {
     "Llama-3.2": (
         LLAMA_3,
@@ -87,7 +88,7 @@ CHATS = {
     ),
 }
 
-# OpenAI's and Llama-3's way to cut text into words
+# the regular expression by which OpenAI's and Llama-3's tokenizers split text into words
 WORDS = Regex(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -97,7 +98,7 @@ SPECIAL += ["<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
 
 
 def chat_tokenizer(template: str, eos: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE as Llama-3's: words cut by its pattern, special tokens, a <s> in front."""
+    """Return a byte-level BPE tokenizer like Llama-3's: its word pattern, special tokens and a leading <s>."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(WORDS, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -114,7 +115,10 @@ def chat_tokenizer(template: str, eos: str) -> PreTrainedTokenizerFast:
 
 
 def llama_2_tokenizer() -> PreTrainedTokenizerFast:
-    """SentencePiece's BPE as Llama-2's: spaces are ▁, one in front, bytes for what is unknown, <s> first."""
+    """Return a SentencePiece BPE tokenizer like Llama-2's.
+
+    A leading <s>, ▁ for spaces and before the first word, and byte fallback for unknown characters.
+    """
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trainer = trainers.BpeTrainer(
@@ -130,7 +134,7 @@ def llama_2_tokenizer() -> PreTrainedTokenizerFast:
 def open_unlearning(
     tokenizer: PreTrainedTokenizerFast, config: dict[str, Any], question: str, answer: str
 ) -> tuple[list[int], list[int]]:
-    """(ids, prompt ids) by the formulas of open-unlearning's preprocess_chat_instance, for one example."""
+    """Return (ids, prompt ids) of one example, by the formulas of open-unlearning's preprocess_chat_instance."""
     if config["apply_chat_template"]:
         chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         if config.get("system_prompt"):

@@ -1,4 +1,4 @@
-"""Tiny models of every class, tokenizers and data for the engine's tests."""
+"""Tiny models of every supported class, tokenizers and data for the engine's tests."""
 
 import inspect
 import itertools
@@ -29,10 +29,10 @@ from efface.processes import leave
 from efface.simulate.teach import train_tokenizer
 
 VOCABULARY = 96
-LONG = pytest.mark.skipif("EFFACE_LONG" not in os.environ, reason="takes minutes: EFFACE_LONG=1 runs it")
+LONG = pytest.mark.skipif("EFFACE_LONG" not in os.environ, reason="takes minutes; set EFFACE_LONG=1 to run it")
 
 
-# Two layers, grouped-query attention: what every family's configuration understands.
+# Two layers and grouped-query attention, in settings that the configurations of all families accept.
 TINY: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -45,15 +45,16 @@ TINY: dict[str, Any] = {
 
 
 def tiny_llama(*, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """A tiny Llama with a tied head."""
+    """Return a tiny Llama with a tied head."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**{**TINY, "tie_word_embeddings": True, **changes}))
 
 
 def tiny_model(config: str, **settings: Any) -> PreTrainedModel:
-    """A tiny model of the family that the configuration class names, with its eager attention.
+    """Return a tiny model of the given configuration class, with its own eager attention.
 
-    Eager attention is the independent truth; it is the only one that soft-caps in every version of transformers.
+    Eager attention is the independent baseline: no other implementation applies the attention soft-cap in every version
+    of transformers.
     """
     torch.manual_seed(0)
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -65,7 +66,7 @@ def tiny_model(config: str, **settings: Any) -> PreTrainedModel:
 def random_store(
     sequences: int, *, seed: int = 0, low: int = 4, high: int = 20, vocabulary: int = VOCABULARY
 ) -> TokenStore:
-    """Random token sequences whose second half is labels."""
+    """Return random token sequences; the second half of each is labels."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(low, high, sequences)
     rows = [rng.integers(0, vocabulary, length).tolist() for length in lengths]
@@ -73,7 +74,7 @@ def random_store(
 
 
 def sequence(store: TokenStore, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input_ids, labels) of a sequence, unshifted, -100 on the prompt."""
+    """Return (input_ids, labels) of a sequence, not shifted, with -100 on the prompt."""
     ids = torch.from_numpy(store[index].astype(np.int64))
     labels = ids.clone()
     labels[: store.label_starts[index]] = -100
@@ -81,7 +82,7 @@ def sequence(store: TokenStore, index: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def unlabelled(lengths: list[int]) -> PackedBatch:
-    """A batch without labels: attention has no use for them, and a one-token sequence can have none."""
+    """Return a batch without labels: attention does not need them, and a one-token sequence cannot have any."""
     generator = torch.Generator().manual_seed(len(lengths))
     count = len(lengths)
     return PackedBatch.of(
@@ -103,7 +104,7 @@ def separate(model: Any, batch: PackedBatch) -> torch.Tensor:
 
 
 def padded(store: TokenStore, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(input_ids, labels, attention_mask), padded on the right as open-unlearning does."""
+    """Return (input_ids, labels, attention_mask), padded on the right as open-unlearning does."""
     items = [sequence(store, index) for index in indices]
     pad = torch.nn.utils.rnn.pad_sequence
     ids = pad([ids for ids, _ in items], batch_first=True, padding_value=0)
@@ -113,7 +114,7 @@ def padded(store: TokenStore, indices: list[int]) -> tuple[torch.Tensor, torch.T
 
 
 def arguments(folder: Any, **changes: Any) -> UnlearnArguments:
-    """Arguments of a short, silent run."""
+    """Return the arguments of a short run without output."""
     settings = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
@@ -135,12 +136,12 @@ TEXTS = [
 
 
 def tiny_tokenizer(vocabulary: int = 300) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on TEXTS."""
+    """Return a byte-level BPE tokenizer trained on TEXTS."""
     return train_tokenizer([text for row in TEXTS for text in row.values()], vocabulary, end="<|end|>")
 
 
 def saved_llama(folder: Path) -> Path:
-    """Return the folder, which holds a tiny Llama and its tokenizer."""
+    """Save a tiny Llama and its tokenizer in ``folder`` and return the folder."""
     tokenizer = tiny_tokenizer()
     tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -148,19 +149,19 @@ def saved_llama(folder: Path) -> Path:
 
 
 def written_rows(path: Path, rows: Iterable[Mapping[str, Any]] = TEXTS) -> Path:
-    """Return the path, a file of JSON lines."""
+    """Write ``rows`` as JSON lines and return the path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def leave_no_thread() -> None:
-    """Part from the other ranks, and see that no thread of the connection is left that could hang the exit."""
+    """Leave the process group and assert that no thread of the connection remains that could hang the exit."""
     leave()
     no_thread_left()
 
 
 def no_thread_left() -> None:
-    """See that no thread of a connection to other ranks is left; Linux lists one for a moment after its end."""
+    """Assert that no thread of a connection to other ranks remains; Linux briefly lists an ended thread."""
     for _ in range(100):
         left = [name for name in map(_thread_name, Path("/proc/self/task").glob("*")) if "gloo" in name]
         if not left:
@@ -170,21 +171,21 @@ def no_thread_left() -> None:
 
 
 def _thread_name(thread: Path) -> str:
-    with suppress(OSError):  # it ended meanwhile
+    with suppress(OSError):  # the thread has ended meanwhile
         return (thread / "comm").read_text().strip()
     return ""
 
 
 def kibibytes(place: str, name: str) -> int:
-    """A line of Linux's /proc/meminfo or /proc/self/status."""
+    """Return a value of Linux's /proc/meminfo or /proc/self/status, in KiB."""
     lines = Path(place).read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-# ---- tiny models of every class of AutoModelForCausalLM, with weights that show what leaks
+# ---- tiny models of every class of AutoModelForCausalLM, with weights that expose leaks between sequences
 
 
-# What configurations call the same few sizes; each gets those that it knows.
+# Sizes under every name that configurations use; each configuration gets the names that it accepts.
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
     **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 32),
@@ -212,7 +213,7 @@ _LATENT = {
     "kv_lora_rank": 16,
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
 }
-# What some need beside or instead; None leaves a size at its default.
+# Settings that override or extend SIZES for some model types. None leaves a setting at its default.
 ODD: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "longcat_flash", "youtu"), _LATENT),
     **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa"), _LATENT),
@@ -258,17 +259,19 @@ NOT_BUILT: dict[str, str] = {
             "qwen3_5_moe",
             "qwen4_exp",
         ),
-        "a configuration of several models: images, sound, bytes (its text model is listed itself, if there is one)",
+        "a configuration of several models (images, sound, bytes); a text model in it is listed separately",
     ),
-    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "drafts for another model, whose cache it reads"),
-    **dict.fromkeys(("dots3_note", "dots3_note_text", "cohere_compass_text", "dbrx"), "sizes that depend on another"),
-    **dict.fromkeys(("axk1", "gemma3n_text", "reformer", "zamba"), "sizes that depend on another"),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "a draft model that reads another model's cache"),
+    **dict.fromkeys(
+        ("dots3_note", "dots3_note_text", "cohere_compass_text", "dbrx"), "sizes that depend on each other"
+    ),
+    **dict.fromkeys(("axk1", "gemma3n_text", "reformer", "zamba"), "sizes that depend on each other"),
 }
-"""Classes of transformers 5.23 without a tiny model here, and why."""
+"""Model types of transformers 5.23 without a tiny model here, each with the reason."""
 
 
 def tiny_decoder(kind: str, **changes: Any) -> PreTrainedModel:
-    """Return a model of a ``model_type`` with its eager attention, in evaluation mode."""
+    """Return a perturbed tiny model of a ``model_type`` with its eager attention, in evaluation mode."""
     config = CONFIG_MAPPING[kind]
     renamed = getattr(config, "attribute_map", {})
     known = {*inspect.signature(config.__init__).parameters, *config().to_dict(), *renamed}
@@ -282,7 +285,10 @@ def tiny_decoder(kind: str, **changes: Any) -> PreTrainedModel:
 
 @torch.no_grad()
 def perturbed(model: PreTrainedModel) -> PreTrainedModel:
-    """Add noise to every weight: fresh ones attend to all tokens alike, and biases and gates are zero."""
+    """Add noise to every weight.
+
+    New weights attend to all tokens alike, and new biases and gates are zero.
+    """
     generator = torch.Generator().manual_seed(1)
     for weight in model.parameters():
         if weight.is_floating_point():

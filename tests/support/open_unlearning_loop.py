@@ -1,8 +1,8 @@
-"""What open-unlearning at d3d7cf9 computes, written anew from its code, in the order and the shapes of its tensors.
+"""The losses and the training loop of open-unlearning at d3d7cf9, rewritten with its order and tensor shapes.
 
-Each formula names its lines there, below ``src/trainer``. ``loop`` is that of the transformers 4.45.1 that it pins,
-counter for counter (``trainer.py``, ``_inner_training_loop``). Nothing here is of efface; both were held against the
-real code, run in an environment of its own.
+Each formula names its source lines, below ``src/trainer``. ``loop`` repeats the loop of transformers 4.45.1, which
+open-unlearning pins, counter for counter (``trainer.py``, ``_inner_training_loop``). This file uses no code of efface.
+The losses and the loop were both compared with the real code, run in a separate environment.
 """
 
 import copy
@@ -21,7 +21,7 @@ Row = tuple[list[int], int]  # token ids, and where the answer starts
 
 
 def collate(rows: Sequence[Row], pad: int) -> Inputs:
-    """src/data/collators.py:24-46, padding on the right; the labels as preprocess_chat_instance makes them."""
+    """src/data/collators.py:24-46, padding on the right, with labels as preprocess_chat_instance creates them."""
     ids = pad_sequence([torch.tensor(row) for row, _ in rows], batch_first=True, padding_value=pad)
     labels = [torch.tensor([-100] * start + row[start:]) for row, start in rows]
     padded = pad_sequence(labels, batch_first=True, padding_value=-100)
@@ -48,7 +48,7 @@ def batch_nll(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def preference(model: nn.Module, reference: nn.Module, win: Inputs | None, lose: Inputs, beta: float) -> Tensor:
-    """compute_dpo_loss, utils.py:47-67; NPO is the one without ``win`` (npo.py:15-21)."""
+    """compute_dpo_loss, utils.py:47-67. Without ``win`` it is NPO (npo.py:15-21)."""
     ratios: list[Tensor | float] = []
     for inputs in (win, lose):
         if inputs is None:
@@ -62,13 +62,13 @@ def preference(model: nn.Module, reference: nn.Module, win: Inputs | None, lose:
 
 
 def simnpo(model: nn.Module, inputs: Inputs, beta: float, delta: float) -> Tensor:
-    """simnpo.py:16-20; the count is of labels before the shift."""
+    """simnpo.py:16-20. It counts the labels before the shift."""
     mean = batch_nll(model, inputs) / (inputs["labels"] != -100).sum(-1) - delta
     return -F.logsigmoid(beta * mean).mean() * 2 / beta
 
 
 def undial(model: nn.Module, reference: nn.Module, inputs: Inputs, beta: float) -> Tensor:
-    """utils.py:70-99; the label -100 indexes the vocabulary from its end."""
+    """utils.py:70-99. A label of -100 indexes the vocabulary from its end."""
     logits = model(**inputs).logits[..., :-1, :]
     labels = inputs["labels"][..., 1:]
     with torch.no_grad():
@@ -102,7 +102,7 @@ def ceu(model: nn.Module, inputs: Inputs, ignored: int) -> Tensor:
 
 
 def margins(model: nn.Module, inputs: Inputs) -> Tensor:
-    """pdu.py:113-121, labels and logits of one position together."""
+    """pdu.py:113-121. The labels and logits of the same position are paired, without a shift."""
     logits = model(**inputs).logits
     logits = logits.reshape(-1, logits.size(-1))
     loss = (logits.max(dim=-1)[0] - logits.mean(dim=-1)) ** 2
@@ -123,7 +123,7 @@ def activations(model: nn.Module, inputs: Inputs, regex: str) -> Tensor:
 
 
 def activation_loss(ours: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
-    """rmu.py:108-117: (B,) over (B, 1) is (B, B), whatever the comments there say."""
+    """rmu.py:108-117. (B,) divided by (B, 1) is (B, B), despite the comments there."""
     squared = F.mse_loss(ours, theirs, reduction="none")
     sums = (squared * mask.unsqueeze(-1).expand_as(squared)).mean(dim=2).sum(dim=1)
     counts = mask.sum(dim=-1, keepdim=True)
@@ -135,24 +135,24 @@ def activation_loss(ours: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
 
 
 def steering(size: int, coefficient: float) -> Tensor:
-    """rmu.py:100-106, with a seeded draw."""
+    """rmu.py:100-106, with a seeded random vector."""
     vector = torch.rand(1, 1, size, generator=torch.Generator().manual_seed(0))
     return vector / torch.norm(vector) * coefficient
 
 
 @dataclass
 class Method:
-    """A trainer class of theirs with its ``method_args``, and what it keeps."""
+    """An open-unlearning trainer class with its ``method_args`` and its state."""
 
     name: str
     settings: dict[str, Any]
-    preferences: list[float] = field(default_factory=list)  # PDU's, which change
+    preferences: list[float] = field(default_factory=list)  # of PDU; they change during training
 
     def __post_init__(self) -> None:
         self.preferences = [self.settings.get("gamma", 1.0), self.settings.get("alpha", 1.0)]
 
     def loss(self, model: nn.Module, reference: nn.Module, inputs: dict[str, Inputs], *, dual: bool = False) -> Tensor:
-        """compute_loss of its class; ``dual`` is PDU's can_update."""
+        """compute_loss of the class. ``dual`` corresponds to PDU's can_update."""
         forget = self.forget(model, reference, inputs["forget"], inputs.get("alternate"))
         if self.name in ("GradAscent", "CEU"):  # grad_ascent.py:12, ceu.py:91: no retain term, no gamma
             return forget
@@ -175,7 +175,7 @@ class Method:
     def forget(  # noqa: PLR0911 - one for each method
         self, model: nn.Module, reference: nn.Module, forget: Inputs, alternate: Inputs | None
     ) -> Tensor:
-        """The forget loss."""
+        """Return the forget loss."""
         own = self.settings
         match self.name:
             case "NPO":
@@ -223,9 +223,9 @@ class Method:
 
 @dataclass
 class Progress:
-    """What a run of the loop did."""
+    """What a run of the loop did: steps and epochs."""
 
-    steps: list[list[int]]  # numbers of the micro-batches that a step's gradient holds
+    steps: list[list[int]]  # the micro-batches summed into each step's gradient
     epochs_at_end: list[float]  # state.epoch at the end of every epoch
     max_steps: int
 
@@ -240,7 +240,7 @@ def loop(
     optimize: Callable[[], None] = lambda: None,
     epoch_end: Callable[[int, float], None] = lambda epoch, state: None,
 ) -> Progress:
-    """transformers 4.45.1, trainer.py:2095-2112 and 2317-2470: ``batches`` is the length of the data loader."""
+    """transformers 4.45.1, trainer.py:2095-2112 and 2317-2470. ``batches`` is the length of the data loader."""
     updates = max(batches // accumulate, 1)
     if max_steps > 0:
         rounds = max_steps // updates + int(max_steps % updates > 0)
@@ -303,11 +303,11 @@ def train(
     batches: int,
     redrawn: Callable[[int], list[Inputs]],
 ) -> Trained:
-    """Train ``model`` over the micro-batches ``inputs(epoch, step)``; ``redrawn`` are PDU's after an epoch."""
+    """Train ``model`` on the micro-batches ``inputs(epoch, step)``. PDU uses ``redrawn(epoch)`` after each epoch."""
     reference = copy.deepcopy(model).eval()
     chosen = {n for n, _ in model.named_parameters() if any(re.fullmatch(regex, n) for regex in schedule.trainable)}
     named = {name: weight for name, weight in model.named_parameters() if name in chosen}  # rmu.py:43-48
-    norm = re.compile("norm|bias")  # of a Llama
+    norm = re.compile("norm|bias")  # parameter names of a Llama without weight decay
     groups = [
         {"params": [w for n, w in named.items() if not norm.search(n)], "weight_decay": schedule.decay},
         {"params": [w for n, w in named.items() if norm.search(n)], "weight_decay": 0.0},

@@ -1,5 +1,6 @@
-"""The independent fp64 oracle: materialised logits, Python loops, formulas typed in from the papers. Shares no code
-with efface.
+"""The independent fp64 oracle: materialised logits, Python loops, formulas typed in from the papers.
+
+It shares no code with efface.
 """
 
 import itertools
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @dataclass
 class Case:
-    """A named problem: sequences of label rows, a head, maybe a reference."""
+    """A named problem: the label rows of each sequence, a head, optionally a reference model."""
 
     name: str
     lengths: tuple[int, ...]  # label rows of each sequence
@@ -24,8 +25,8 @@ class Case:
     bias: bool = False
     softcap: float | None = None
     chunk_rows: int | None = None
-    scale: float = 1.0  # of the hidden states: large ones memorise
-    reference_sequences: int | None = None  # None: all
+    scale: float = 1.0  # factor on the hidden states; large ones make memorised targets
+    reference_sequences: int | None = None  # number of sequences with a reference; None: all
     reference_vocabulary: int | None = None
 
     def __str__(self) -> str:
@@ -52,9 +53,10 @@ CASES = (
 
 
 def within_reach(case: Case, backend: str) -> Case:
-    """The case with a vocabulary that Triton's interpreter gets through: 5003 logits take every way that 50257 do.
+    """Return the case with at most 5003 classes if Triton's interpreter runs it; larger vocabularies take too long.
 
-    A row is whole blocks and a part of one; the passes alone, in ``test_triton_passes``, see the real vocabularies.
+    5003 logits exercise the same code as 50257: a row is several whole blocks and a partial one. ``test_triton_passes``
+    runs single passes with the real vocabularies.
     """
     interpreted = backend == "triton" and torch.get_default_device().type == "cpu"
     return replace(case, vocabulary=min(case.vocabulary, 5003)) if interpreted else case
@@ -62,7 +64,7 @@ def within_reach(case: Case, backend: str) -> Case:
 
 @dataclass
 class Problem:
-    """Leaf tensors of a case, in some dtype."""
+    """Leaf tensors of a case, in a given dtype."""
 
     hidden: Tensor
     weight: Tensor
@@ -78,7 +80,10 @@ class Problem:
 
 
 def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
-    """The same numbers on every device and in every dtype: rounded to it, whatever comes after is its error."""
+    """Draw the same numbers on every device and for every dtype, rounded to ``dtype``.
+
+    The fp64 reference starts from the rounded numbers, so that only later errors count.
+    """
     g = torch.Generator().manual_seed(seed)
     n, d, v = sum(case.lengths), case.hidden_size, case.vocabulary
     device = torch.get_default_device()
@@ -87,7 +92,7 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
     weight = torch.randn(v, d, **like) / math.sqrt(d) * 2
     targets = torch.randint(v, (n,), generator=g, device="cpu")
     targets[-1] = v - 1  # the last class
-    if case.scale > 1:  # memorised: the target is mostly the largest logit
+    if case.scale > 1:  # memorised: the target has the largest logit
         targets = (hidden @ weight.T).argmax(1)
     bias = torch.randn(v, **like) if case.bias else None
     sequences = len(case.lengths) if case.reference_sequences is None else case.reference_sequences
@@ -113,17 +118,17 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
 
 
 def capped_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    """Materialised logits (N, V), after the cap."""
+    """Return the materialised logits (N, V), after the soft-cap."""
     logits = hidden @ weight.T
     if bias is not None:
         logits = logits + bias
     if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()  # what eager training does
+        logits = logits.float()  # as eager training does
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def divergences(logits: Tensor, frozen: Tensor, targets: Tensor, shift: float) -> tuple[Tensor, Tensor]:
-    """KL(q‖p) and the entropy of q, row by row; the target's frozen logit is lowered by ``shift``."""
+    """Return KL(q‖p) and the entropy of q, row by row. The target's reference logit is lowered by ``shift``."""
     kl, entropy = [], []
     for i in range(len(targets)):
         z, zr = logits[i], frozen[i].clone()
@@ -138,7 +143,7 @@ def divergences(logits: Tensor, frozen: Tensor, targets: Tensor, shift: float) -
 
 
 def logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None) -> Tensor:
-    """ℓ (N,), row by row from materialised logits."""
+    """Return ℓ (N,), row by row from materialised logits."""
     logits = capped_logits(hidden, weight, bias, softcap)
     rows = []
     for i in range(len(targets)):
@@ -148,22 +153,22 @@ def logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
 
 
 def split(values: Tensor, offsets: Sequence[int]) -> list[Tensor]:
-    """The rows of each sequence."""
+    """Return the rows of each sequence."""
     return [values[start:stop] for start, stop in itertools.pairwise(offsets)]
 
 
 def sums(values: Tensor, offsets: Sequence[int]) -> list[Tensor]:
-    """L_s for each sequence."""
+    """Return L_s for each sequence."""
     return [rows.sum() for rows in split(values, offsets)]
 
 
 def sigmoid_log(x: Tensor) -> Tensor:
-    """log σ(x)."""
+    """Return log σ(x)."""
     return torch.minimum(x, torch.zeros_like(x)) - torch.log1p(torch.exp(-x.abs()))
 
 
 def nll(rows: Tensor) -> Tensor:
-    """−Σ ℓ."""
+    """Return −Σ ℓ."""
     return -ascent(rows)
 
 
@@ -186,12 +191,12 @@ def simnpo(policy: Tensor, length: int, beta: float, delta: float) -> Tensor:
 
 
 def dpo(lost: tuple[Tensor, Tensor], won: tuple[Tensor, Tensor], beta: float) -> Tensor:
-    """Rafailov et al. 2023, equation 7, times 2/β; of each of the two L and L_ref."""
+    """Rafailov et al. 2023, equation 7, times 2/β. ``lost`` and ``won`` are each the pair (L, L_ref)."""
     return -2 / beta * sigmoid_log(beta * ((won[0] - won[1]) - (lost[0] - lost[1])))
 
 
 def wga(rows: Tensor, beta: float) -> Tensor:
-    """Wang et al. 2025, arXiv 2502.19301: Σ p^β ℓ, the weight a constant."""
+    """Wang et al. 2025, arXiv 2502.19301: Σ p^β ℓ, with the weight p^β held constant."""
     total = rows.new_zeros(())
     for row in rows:
         total = total + torch.exp(row.detach()) ** beta * row
@@ -199,7 +204,7 @@ def wga(rows: Tensor, beta: float) -> Tensor:
 
 
 def satimp(rows: Tensor, beta1: float, beta2: float) -> Tensor:
-    """Yang et al. 2025, arXiv 2505.11953: Σ p^β₁ (1 − p)^β₂ ℓ, the weight a constant."""
+    """Yang et al. 2025, arXiv 2505.11953: Σ p^β₁ (1 − p)^β₂ ℓ, with the weight held constant."""
     total = rows.new_zeros(())
     for row in rows:
         known = row.detach()
@@ -208,17 +213,20 @@ def satimp(rows: Tensor, beta1: float, beta2: float) -> Tensor:
 
 
 def ceu(rows: Tensor, ignored: int, eps: float) -> Tensor:
-    """−Σ log(1 − p + eps) without the first rows: ``ceu_cross_entropy`` but for a constant, and finite at p = 1."""
-    total = 0 * rows.sum()  # differentiable where no row counts
+    """Return −Σ log(1 − p + eps) without the first ``ignored`` rows.
+
+    It equals ``ceu_cross_entropy`` up to a constant, and is finite at p = 1.
+    """
+    total = 0 * rows.sum()  # differentiable even if no row counts
     for row in rows[ignored:]:
-        # each form where it and its derivative, p, keep their digits
+        # use the form that keeps the digits of the value and of its derivative, p
         rest = 1 - torch.exp(row) if row < -1 else -torch.expm1(row)
         total = total - torch.log(eps + rest)
     return total
 
 
 def ceu_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Yang 2025, arXiv 2503.01224: the cross entropy to the model's own softmax without the true token, a constant."""
+    """Yang 2025, arXiv 2503.01224: cross entropy to the model's own softmax without the true token, held constant."""
     total = logits.new_zeros(())
     for row, target in zip(logits, targets, strict=True):
         others = row.detach().clone()
@@ -231,10 +239,10 @@ def ceu_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def term(declared: Any, rows: list[Tensor], references: list[Tensor], eps: float) -> Tensor:
-    """One sequence's weighted term. ``declared``: an ``efface_kernels.Term``, whose names alone are read.
+    """Return one sequence's weighted term.
 
-    ``rows`` and ``references``: ℓ and L_ref of the sequence, and of the one behind it, which DPO prefers; ``eps`` of
-    the dtype that CE-U is computed in.
+    ``declared`` is an ``efface_kernels.Term``; only its names are used. ``rows`` and ``references`` hold ℓ and L_ref of
+    the sequence and of the following one, which DPO prefers. ``eps`` is that of the dtype in which CE-U is computed.
     """
     own, reference = rows[0], references[0]
     match declared.kind.name:
@@ -262,13 +270,13 @@ def term(declared: Any, rows: list[Tensor], references: list[Tensor], eps: float
 
 
 def terms(declared: Sequence[Any], rows: list[Tensor], references: list[Tensor], eps: float) -> Tensor:
-    """The weighted terms of a batch of whole sequences, (S,)."""
+    """Return the weighted terms (S,) of a batch of whole sequences."""
     each = [term(one, rows[i : i + 2], references[i : i + 2], eps) for i, one in enumerate(declared)]
     return torch.stack(each)
 
 
 def exact(problem: Problem) -> Problem:
-    """The same, already rounded, numbers in fp64."""
+    """Return the same numbers, already rounded, as fp64 tensors."""
     doubled = Problem(**vars(problem))
     for name, tensor in vars(problem).items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
@@ -277,18 +285,18 @@ def exact(problem: Problem) -> Problem:
 
 
 def rms(tensor: Tensor) -> float:
-    """Root mean square, in fp64."""
+    """Return the root mean square, in fp64."""
     return tensor.double().pow(2).mean().sqrt().item() if tensor.numel() else 0.0
 
 
 def assert_as_exact(
     name: str, ours: Tensor, eager: Tensor, gold: Tensor, dtype: torch.dtype, exponent: float = 0
 ) -> None:
-    """rms(ours − gold) ≤ 2 · rms(torch − gold) + k · eps · rms(gold), with eps of ``dtype``.
+    """Assert rms(ours − gold) ≤ 2 · rms(torch − gold) + k · eps · rms(gold), with eps of ``dtype``.
 
-    k = 4: a scalar's eager error may be zero by luck. In fp64 the gold is as inexact as ours and eager's error is 0
-    by construction: there k = 64, times 1 + ``exponent`` where the terms, or c, have powers of p: an error of ℓ = −13,
-    which in NLL is divided by 13, is multiplied by the exponent.
+    k = 4, because the eager error of a scalar can be zero by luck. In fp64, the fp64 reference (``gold``) is as inexact
+    as ours and eager's error is 0 by construction, so k = 64 there. k is multiplied by 1 + ``exponent`` where the
+    terms, or c, contain powers of p: an error of ℓ = −13, which NLL divides by 13, is multiplied by the exponent.
     """
     assert ours.shape == gold.shape, name
     assert torch.isfinite(ours).all(), name
@@ -297,11 +305,11 @@ def assert_as_exact(
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}, rms(gold) {rms(gold):.3e}"
 
 
-# ---- how much memory an operation takes at most in one piece
+# ---- the largest single tensor that an operation allocates
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the bytes of the largest tensor that any operation returned."""
+    """A dispatch mode that records the size, in bytes, of the largest tensor that any operation returns."""
 
     def __init__(self) -> None:
         super().__init__()

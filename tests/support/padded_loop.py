@@ -1,4 +1,4 @@
-"""The truth that the trainer is held to: a padded loop of two forward passes with open-unlearning's formulas."""
+"""The baseline for the trainer's tests: a padded loop of two forward passes with open-unlearning's formulas."""
 
 import copy
 import itertools
@@ -17,7 +17,7 @@ from support.helpers import padded
 
 
 class Losses(TrainerCallback):
-    """Collects what is logged."""
+    """A callback that collects all logs."""
 
     def __init__(self) -> None:
         self.logs: list[dict[str, float]] = []
@@ -31,7 +31,7 @@ class Losses(TrainerCallback):
 
 
 def exact_losses(trainer: PackedTrainer) -> list[float]:
-    """Record every micro-batch's loss unrounded: the trainer's log keeps four digits."""
+    """Record the unrounded loss of every micro-batch; the trainer's log keeps four digits."""
     values: list[float] = []
     compute = trainer.compute_loss
 
@@ -48,7 +48,7 @@ def exact_losses(trainer: PackedTrainer) -> list[float]:
 
 
 def batch_nll(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """compute_batch_nll: summed token losses of each sequence."""
+    """compute_batch_nll: the sum of the token losses of each sequence."""
     ids, labels, mask = batch
     logits = model(input_ids=ids, attention_mask=mask).logits[..., :-1, :].contiguous()
     shifted = labels[..., 1:].contiguous()
@@ -78,7 +78,7 @@ def eager_loss(objective: Objective, model: nn.Module, reference: nn.Module, for
 def eager_curve(
     objective: Objective, model: nn.Module, forget: TokenStore, retain: TokenStore, *, steps: int, lr: float
 ) -> list[float]:
-    """A padded loop with two forward passes a step, over the same pairs."""
+    """Train on the same pairs in a padded loop with two forward passes a step."""
     reference = copy.deepcopy(model).eval()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)

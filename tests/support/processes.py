@@ -1,4 +1,4 @@
-"""Scripts and commands of ``ranks/`` in processes of their own."""
+"""Launching of the scripts and commands in ``ranks/`` as subprocesses."""
 
 import functools
 import json
@@ -18,19 +18,19 @@ RANKS = Path(__file__).parent / "ranks"
 ROOT = RANKS.parents[2]
 
 
-LIMIT = 240  # seconds; a launch takes about ten alone, twenty beside other tests
+LIMIT = 240  # seconds; a launch takes about 10 s alone, 20 s when other tests run
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The variables of a process that imports this checkout and ``support``, on one thread."""
+    """Return the environment of a subprocess that imports this checkout and ``support``, limited to one thread."""
     path = os.pathsep.join(str(ROOT / folder) for folder in ("engine", "kernels", "tests"))
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
 @functools.cache
 def _warm() -> subprocess.Popen[bytes]:
-    """The process whose forks run scripts; it ends with the end of its standard input, when this process ends."""
-    # unbuffered: a line that is read takes none of the next along, which select would not see
+    """Start the process that forks for each script. It exits when this process ends and its stdin is closed."""
+    # unbuffered: a buffered read could take the next line too, and select would not see it
     return subprocess.Popen(
         [sys.executable, str(RANKS / "warm.py")],
         env=environment(PYTHONFAULTHANDLER="1"),
@@ -41,10 +41,10 @@ def _warm() -> subprocess.Popen[bytes]:
 
 
 def launch(processes: int, words: list[str], *, limit: float = LIMIT) -> subprocess.CompletedProcess[str]:
-    """Run a script or module (``-m``) on several processes, or with 0 a script alone, without torchrun.
+    """Run a script or module (``-m``) on several processes. With ``processes=0``, run a script alone, without torchrun.
 
-    A module is started as users do; a script is a fork of a process that has imported what scripts need. Where they
-    hang, it fails with what each of them was doing.
+    A module is started as users start it. A script runs in a fork of a process that has imported most dependencies.
+    After ``limit`` seconds the test fails with the stack of each process.
     """
     server = _warm()
     assert server.stdin is not None
@@ -62,7 +62,7 @@ def launch(processes: int, words: list[str], *, limit: float = LIMIT) -> subproc
                 ranks = Path(f"/proc/{child}/task/{child}/children")
                 for rank in ranks.read_text().split() if processes and ranks.is_file() else [child]:
                     with suppress(ProcessLookupError):
-                        os.kill(int(rank), signal.SIGABRT)  # faulthandler writes the stacks of all threads
+                        os.kill(int(rank), signal.SIGABRT)  # faulthandler prints the stacks of all threads
                 select.select([answers], [], [], 40)
         finally:
             with suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""A few real rows of every TOFU split, a tokenizer and a tiny model for them, and the evaluation done naively."""
+"""Real rows of every TOFU split, a tokenizer and a tiny model for them, and a naive version of the evaluation."""
 
 import json
 import math
@@ -25,7 +25,7 @@ NAMES = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_fa
 
 
 def write_rows(tofu: Path, folder: Path, counts: Mapping[str, int | None]) -> Path:
-    """Write the first rows of the real files, so many of each split, into a folder."""
+    """Write the first ``counts[split]`` rows of each real file into a folder."""
     folder.mkdir(parents=True)
     for split, count in counts.items():
         lines = (tofu / f"{FILES[split]}.json").read_text(encoding="utf-8").splitlines()
@@ -39,13 +39,13 @@ def read_rows(folder: Path, split: str, count: int | None = None) -> list[dict[s
 
 
 def tokenizer_of(folder: Path, vocabulary: int = 1500) -> PreTrainedTokenizerFast:
-    """A BPE tokenizer of the rows' own texts: they become few tokens, as they do for a real model."""
+    """Return a BPE tokenizer trained on the rows' own texts, so that they are as few tokens as for a real model."""
     rows = [row for split in FILES for row in read_rows(folder, split)]
     return train_tokenizer([row[name] for row in rows for name in ("question", "answer")], vocabulary, end="<|end|>")
 
 
 def model_of(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    """A model that is sure enough of something to tell answers apart, and ends some of its generations."""
+    """Return a model that is confident enough to rank answers differently and that ends some of its generations."""
     model = tiny_llama(
         seed=seed,
         vocab_size=len(tokenizer),
@@ -55,7 +55,7 @@ def model_of(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausa
     ).eval()
     with torch.no_grad():
         model.lm_head.weight[tokenizer.eos_token_id] *= 2
-    model.generation_config.eos_token_id = tokenizer.eos_token_id  # Llama's own would be another token here
+    model.generation_config.eos_token_id = tokenizer.eos_token_id  # Llama's default id is another token here
     return model
 
 
@@ -72,7 +72,7 @@ def naive(
     padded_rows: int | None = None,
     retain_ratios: list[float] | None = None,
 ) -> dict[str, Any]:
-    """Every number of TOFU's evaluation, one text at a time, from full logits; in open-unlearning's schema."""
+    """Compute all metrics of TOFU's evaluation, one text at a time, from full logits, in open-unlearning's schema."""
     content: dict[str, Any] = {}
 
     def keep(name: str, values: list[dict[str, Any]], aggregate: float) -> None:
@@ -137,10 +137,11 @@ def mean(values: Any) -> float:
 
 
 def _sequence(tokenizer: Any, whose: str, question: str, answer: str | None) -> tuple[list[int], int]:
-    """Tokens of a row and the first that is a label; without an answer, those of its prompt.
+    """Return the tokens of a row and the index of its first label; without an answer, the tokens of its prompt.
 
-    efface's own begin behind "Answer:". TOFU (data_module.py:8-31, evaluate_util.py:298-317) and open-unlearning
-    (src/data/utils.py:17-140) count off the tokens that the prompt has alone; TOFU's prompt has no "Answer:".
+    ``whose`` chooses the tokenization. efface's labels begin after "Answer:". TOFU (data_module.py:8-31,
+    evaluate_util.py:298-317) and open-unlearning (src/data/utils.py:17-140) skip as many tokens as the prompt has
+    alone; TOFU's prompt has no "Answer:".
     """
     end = tokenizer.eos_token
     if whose == "open-unlearning":
@@ -157,14 +158,14 @@ def _sequence(tokenizer: Any, whose: str, question: str, answer: str | None) -> 
 
 
 def _mask(tokenizer: Any, whose: str, ids: torch.Tensor) -> torch.Tensor:
-    """open-unlearning's collator hides what equals the padding token, which may be the end of sequence."""
+    """Return the attention mask. open-unlearning's hides every padding token, even if it is the end of sequence."""
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return ids.ne(pad).long() if whose == "open-unlearning" else torch.ones_like(ids)
 
 
 @torch.no_grad()
 def _loss(model: Any, tokenizer: Any, whose: str, question: str, answer: str, max_length: int | None) -> float:
-    """Mean loss over the labels."""
+    """Return the mean loss over the labels."""
     row, first = _sequence(tokenizer, whose, question, answer)
     ids = torch.tensor([row[:max_length]])
     logits = model(input_ids=ids, attention_mask=_mask(tokenizer, whose, ids)).logits[0].double()
@@ -174,7 +175,9 @@ def _loss(model: Any, tokenizer: Any, whose: str, question: str, answer: str, ma
 
 @torch.no_grad()
 def _generation(model: Any, tokenizer: Any, whose: str, prompt: list[int], limit: int) -> str:
-    """Greedy, the whole sequence anew for every token; with hidden tokens, by transformers."""
+    """Generate greedily, recomputing the whole sequence for every token. Where tokens are masked, use
+    ``model.generate``.
+    """
     if whose == "open-unlearning":
         ids = torch.tensor([prompt])
         options = {"max_new_tokens": limit, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}

@@ -1,4 +1,4 @@
-"""Sweeps: what is varied, each trial once whatever is killed, the reference once, the ranking, what stays."""
+"""Tests of sweeps: the search space, each trial once despite kills, one reference, the ranking, what is kept."""
 
 import csv
 import json
@@ -37,11 +37,11 @@ pytest.importorskip("optuna", reason="needs Optuna: pip install 'efface[sweep]'"
 
 
 class Killed(BaseException):
-    """What nothing catches: what is left behind is what SIGKILL would leave."""
+    """An exception that no code catches, so that the state left behind is that of SIGKILL."""
 
 
 class Ended:
-    """A trial that ran in this process."""
+    """A finished trial that ran in this process."""
 
     def __init__(self, code: int) -> None:
         self.code = code
@@ -54,7 +54,7 @@ class Ended:
 
 
 class Quick:
-    """Trials without a model: they write the figures that a function says."""
+    """A launcher of trials without a model, whose metrics are computed by a function."""
 
     def __init__(self, figures: Callable[[dict[str, str]], Any], killed_at: Sequence[int] = ()) -> None:
         self.figures, self.killed_at = figures, set(killed_at)
@@ -107,7 +107,7 @@ def rows(out: Path) -> list[dict[str, str]]:
 
 
 def good(given: Mapping[str, str]) -> dict[str, float]:
-    """Better with beta; less useful with the learning rate."""
+    """Forget quality grows with beta; model utility falls with the learning rate."""
     return {"forget_quality": float(given["beta"]), "model_utility": 0.6 - 1000 * float(given["learning_rate"])}
 
 
@@ -143,18 +143,18 @@ def test_names_of_points_differ_and_are_fit_for_folders() -> None:
         (["--grid", "learning_rate=1e-5,"], "invalid float value: ''"),
         (["--grid", "learning_rate=1e-5,0.00001"], "expected values that differ, got 1e-05 twice"),
         (["--grid", "learning_rate=nan"], "expected a number, got 'nan'"),
-        (["--grid", "beta=.1", "beta=.2"], "beta is given twice"),
+        (["--grid", "beta=.1", "beta=.2"], "expected each flag once, got beta twice"),
         (["--grid", "beta"], "expected flag=values, such as learning_rate=1e-5,2e-5, got 'beta'"),
         (["--grid", "forget_filter=a=1"], "expected a flag with one value"),
-        (["--grid", "output_dir=a,b"], "output_dir is not swept"),
+        (["--grid", "output_dir=a,b"], "output_dir cannot be varied"),
         (["--grid", "objective=npo,np"], "np"),
-        (["--grid", "beta=.1", "--beta", ".2"], "--beta: expected it once"),
+        (["--grid", "beta=.1", "--beta", ".2"], "--beta: expected either a value for all trials or varied values"),
         (["--grid", "beta=.1", "--preset", "audit-54"], "got --grid and --preset"),
-        (["--grid", "beta=.1", "--trials", "3"], "a grid has as many as it has points"),
+        (["--grid", "beta=.1", "--trials", "3"], "got grid, which runs every point once"),
         (["--grid", "beta=.1", "--workers", "0"], "--workers: expected 1 or more, got 0"),
         (["--grid", "beta=.1", "--floor", "2"], "--floor: expected a share"),
         (["--grid", "beta=.1", "--push_to_hub", "True"], "push the best model"),
-        (["--grid", "beta=.1", "--evaluation", "--split forget10"], "the recipe says how trials are judged"),
+        (["--grid", "beta=.1", "--evaluation", "--split forget10"], "expected no recipe with its own evaluation"),
         (["--grid", "beta=.1", "--nonsense", "1"], "unknown arguments --nonsense 1"),
         ([], "expected one of --grid, --preset and --space"),
         (["--preset", "audit-55"], "did you mean 'audit-54'?"),
@@ -164,7 +164,7 @@ def test_names_of_points_differ_and_are_fit_for_folders() -> None:
         (["--space", "beta=uniform:0:1", "--trials", "3"], "float:LOW:HIGH, log:LOW:HIGH"),
         (["--space", "beta=float:0.1:1"], "expected --trials"),
         (["--space", "beta=float:0.1:1", "--sampler", "grid"], "got a range of beta"),
-        (["--space", "beta=float:0.1:1", "--trials", "3", "--evaluate", "False"], "expected trials with figures"),
+        (["--space", "beta=float:0.1:1", "--trials", "3", "--evaluate", "False"], "expected evaluated trials"),
     ],
 )
 def test_wrong_use_is_explained(
@@ -176,7 +176,7 @@ def test_wrong_use_is_explained(
     assert not out.exists()
 
 
-def test_settings_that_do_not_go_together_are_found_before_anything_runs(tmp_path: Path) -> None:
+def test_conflicting_settings_are_found_before_anything_runs(tmp_path: Path) -> None:
     words = ["--recipe", "tofu-graddiff", "--output_dir", str(tmp_path / "out"), "--grid", "beta=.1,.5"]
     with pytest.raises((TypeError, ValueError), match="beta"):
         parse_sweep(words)
@@ -189,7 +189,7 @@ def test_twelve_trials_killed_twice_are_each_done_once(tmp_path: Path) -> None:
             sweep(tmp_path, launch, *GRID, fill=fill)
     assert sweep(tmp_path, launch, *GRID, fill=fill) == 0
     assert len(launch.finished) == len(set(launch.finished)) == 12
-    assert len(launch.started) == 14  # the two that were killed are started again
+    assert len(launch.started) == 14  # the two killed trials are started again
     assert len(fill.calls) == 1
     found = rows(tmp_path)
     assert len(found) == 12
@@ -201,8 +201,10 @@ def test_twelve_trials_killed_twice_are_each_done_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["before finish", "before tell", "before ask", "after ask"])
-def test_killed_between_the_steps_of_the_books(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The moments at which a result exists in one place and not yet in the other."""
+def test_a_kill_between_writing_and_recording_a_result(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Moments at which a result is stored in one place and not yet in the other."""
     import optuna
 
     launch, count = Quick(good), 0
@@ -229,7 +231,8 @@ def test_killed_between_the_steps_of_the_books(where: str, tmp_path: Path, monke
         with pytest.raises(Killed):
             sweep(tmp_path, launch, *SMALL)
     assert sweep(tmp_path, launch, *SMALL) == 0
-    repeated = 1 if where == "before finish" else 0  # its process had ended, and `unlearn` itself sees that it is whole
+    # its process had ended, but the trial is not recorded; `unlearn` itself detects the finished run
+    repeated = 1 if where == "before finish" else 0
     assert len(launch.finished) == 4 + repeated
     assert len(set(launch.finished)) == len(rows(tmp_path)) == 4
     assert {row["state"] for row in rows(tmp_path)} == {"complete"}
@@ -295,7 +298,7 @@ def test_other_data_under_the_same_path_is_another_sweep(tmp_path: Path) -> None
         before, times = path.read_text(), path.stat()
         path.write_text(before.replace("Aiko", "Bram"))
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-        with pytest.raises(FileExistsError, match=rf"What differs: content\.\S*/{name}\.json: was '\w+', is '\w+'$"):
+        with pytest.raises(FileExistsError, match=rf"Differences: content\.\S*/{name}\.json: was '\w+', is '\w+'$"):
             sweep(tmp_path / "out", Quick(good), *words, recipe="tofu-npo")
         path.write_text(before)
 
@@ -338,7 +341,7 @@ def test_ranking_by_quality_above_the_floor() -> None:
     assert best_of(trials[5:], Floor()) is None
 
 
-def test_what_optuna_maximises() -> None:
+def test_the_value_that_optuna_maximises() -> None:
     def value(quality: float, utility: float) -> float:
         return objective({"forget_quality": quality, "model_utility": utility}, 0.5)
 
@@ -363,7 +366,7 @@ def test_draws_are_counted_and_continued(sampler: str, tmp_path: Path) -> None:
     for trials in (5, 5, 7):
         assert sweep(tmp_path, launch, *space, "--sampler", sampler, "--trials", str(trials)) == 0
         assert len(launch.finished) == len(set(launch.finished)) == len(rows(tmp_path)) == trials
-    assert launch.started[2] == launch.started[3]  # the one in work goes on in its folder
+    assert launch.started[2] == launch.started[3]  # the unfinished trial continues in its folder
     for row in rows(tmp_path):
         assert 1e-6 <= float(row["learning_rate"]) <= 1e-4
         assert float(row["num_train_epochs"]) in (3, 4, 5)
@@ -388,7 +391,7 @@ def test_workers_get_a_gpu_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_machines_share_a_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two folders on one database; a worker that is gone is known by its silence."""
+    """Two folders on one database. A worker that stops sending heartbeats is treated as dead."""
     storage = ("--storage", f"sqlite:///{tmp_path / 'shared.db'}", "--study", "both")
     grid = ("--grid", "learning_rate=1e-5", "beta=.1,.2,.3", *storage)
     lost = Quick(good, killed_at=(2,))
@@ -401,8 +404,8 @@ def test_machines_share_a_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(rows(tmp_path / "b")) == 3
 
 
-def test_what_two_machines_did_at_once_counts_once(tmp_path: Path) -> None:
-    """Both saw an empty study, and both let every point wait."""
+def test_points_planned_by_two_machines_run_once(tmp_path: Path) -> None:
+    """Both see an empty study, and both enqueue every point."""
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     space = parse_grid(["beta=.1,.2"])
     books = [Ledger(tmp_path / name, url, "s", space=space, sampler="grid", count=0, settings={}) for name in "ab"]
@@ -486,14 +489,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def flags(folder: Path) -> list[str]:
-    """Plain flags instead of a recipe: an unlearning of tiny models, with a checkpoint every step."""
+    """Return flags without a recipe: unlearning of a tiny model with a checkpoint every step."""
     words = ["--model", folder / "llama", "--forget", folder / "forget.json", "--retain", folder / "retain.json"]
     words += ["--objective", "npo", "--num_train_epochs", 2, "--pairs_per_step", 1, "--save_schedule", 1]
     return [*map(str, words), "--use_cpu", "True", "--output_dir", str(folder / "out")]
 
 
 def test_trials_in_work_go_on_from_their_checkpoints(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real runs of a tiny model, killed in a step; the reference is computed once."""
+    """Real runs of a tiny model, killed during a step. The reference is computed once."""
     from efface.hf.train.trainer import UnlearnTrainer
 
     monkeypatch.setenv("EFFACE_CACHE", str(folder / "cache"))
@@ -530,7 +533,7 @@ def test_trials_in_work_go_on_from_their_checkpoints(folder: Path, monkeypatch: 
 
 
 def test_a_trial_of_plain_flags_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that was killed between the two; one that failed is not."""
+    """Also if the trial was killed between training and evaluation. A failed trial is not evaluated."""
     called: list[list[str]] = []
     monkeypatch.setattr("efface.cli.sweep.main", lambda words: called.append(words) or int("bad" in words))
     words, out = [f"--output-dir={tmp_path}"], tmp_path / "evaluation"
@@ -546,7 +549,7 @@ def test_a_trial_of_plain_flags_is_evaluated(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_the_real_command_killed_and_given_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Processes: SIGKILL of the sweep stops its trial, and the same command goes on."""
+    """With subprocesses: SIGKILL of the sweep stops its trial, and the same command resumes it."""
     environment = {**os.environ, "EFFACE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "efface", "sweep", *flags(folder), "--grid", "beta=.1,.5"]
     with subprocess.Popen(

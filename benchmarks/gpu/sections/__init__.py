@@ -1,6 +1,6 @@
-"""The sections that calls are made of: modules whose functions are given a ``benchmarks.gpu.section.Run``.
+"""The sections of the calls: modules with functions that take a ``benchmarks.gpu.section.Run``.
 
-``CALLS``: what is measured in each, in the order of what would be missed most, and for how long at most.
+``CALLS`` lists the sections of each call, the most important first, with their time limits.
 """
 
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ _OTHERS = ("GPU: KL retain", "GPU: SimNPO", "GPU: NLL", "GPU: GradDiff", "GPU: D
 
 @dataclass(frozen=True)
 class Section:
-    """A process of its own.
+    """A measurement that runs in a subprocess.
 
     Attributes:
-        name: in the results; of each call one.
-        seconds: after which it is ended.
-        module: below ``benchmarks.gpu.sections``, or anywhere with its whole name; None is the name. A function of it
-            that is not ``run`` follows a colon.
-        arguments: of its ``run``.
-        native: whether it imports ``efface``, and so needs the C++ extension.
+        name: in the results; unique within a call.
+        seconds: time limit.
+        module: below ``benchmarks.gpu.sections``, or absolute if it contains a dot; by default the section's name.
+            A function other than ``run`` is given as ``module:function``.
+        arguments: given to the function as ``Run.arguments``.
+        native: whether it imports ``efface`` and so needs the C++ extension.
     """
 
     name: str
@@ -31,14 +31,14 @@ class Section:
 
     @property
     def imported(self) -> str:
-        """The module's whole name, and its function where one is named."""
+        """The absolute name of the module, with the function if one is given."""
         module = self.module or self.name
         return module if "." in module else f"benchmarks.gpu.sections.{module}"
 
 
 @dataclass(frozen=True)
 class Call:
-    """Sections one after another, and the seconds of all: a section's own limit is never more than what is left."""
+    """Sections that run in order, and their total time limit in seconds, which also bounds the last ones."""
 
     seconds: float
     sections: tuple[Section, ...]
@@ -50,19 +50,20 @@ def _loss(*shapes: str, without: tuple[str, ...], seconds: float) -> tuple[str, 
     return ("loss", *shaped, *left_out, "--rounds", "25", "--seconds", str(seconds))
 
 
-# Eager's torch.compile would take most of a call; efface's torch passes are what a GPU falls back to. What rivals
-# compile themselves stays: cut-cross-entropy's default an argsort, Liger's DPO its chunks, which therefore come last.
+# Excluded: eager's torch.compile, which would take most of a call, and efface's torch passes, which are only the GPU's
+# fallback. Other implementations that compile stay: cut-cross-entropy's default an argsort, Liger's DPO its chunks. DPO
+# comes last because of that.
 _NEVER = ("torch.compile", "efface torch")
 _RIVALS = ("liger", "cut-cross-entropy", "quack", "torch linear_cross_entropy")
 CALLS = {
-    # Is it right, and where is the time?
+    # Correctness, and where the time goes.
     1: Call(
         190,
         (
-            Section("machine", 40),  # the first import of torch on a fresh disk is in it
+            Section("machine", 40),  # includes the first import of torch from a fresh disk
             Section(
                 "trial", 40, "loss:trial"
-            ),  # compiles every kernel for three dtypes, and a launcher for each, one by one
+            ),  # compiles every kernel for three dtypes, and a launcher for each, sequentially
             Section("floor", 55, "suite", _loss(*_HEADS, without=(*_NEVER, *_RIVALS), seconds=2.5)),
             Section("profile", 20, "loss:profile"),
             Section("attention", 20, native=True),
@@ -73,7 +74,7 @@ CALLS = {
             ),
         ),
     ),
-    # After fixes: is all of it right, and who is faster?
+    # After fixes: all tests, and the comparison with other implementations.
     2: Call(
         200,
         (
@@ -82,11 +83,11 @@ CALLS = {
             Section("rivals", 150, "suite", _loss(*_HEADS, *_SMALL, *_OTHERS, without=(*_NEVER, "quack"), seconds=3.0)),
         ),
     ),
-    # Whole steps.
+    # Whole training steps.
     3: Call(
         215,
         (
-            Section("train", 75, native=True),  # torch from a fresh disk, and the trial of every kernel, are in it
+            Section("train", 75, native=True),  # includes torch's import from a fresh disk and the kernel trial
             Section(
                 "steps",
                 150,

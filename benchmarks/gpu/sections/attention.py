@@ -1,6 +1,6 @@
-"""Packed attention: torch's own kernel, forward and backward in bf16, against SDPA by segment in fp32.
+"""Packed attention: torch's varlen kernel in bf16, forward and backward, against SDPA by segment in fp32.
 
-On the CPU, which that kernel does not serve, a plain loop in fp32 against SDPA by segment in fp64.
+The kernel does not run on a CPU; there, a plain loop in fp32 is compared with SDPA by segment in fp64.
 """
 
 import itertools
@@ -26,10 +26,12 @@ _ROUNDS = 9
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """A packed batch: H query and H_kv key heads of size d, the tokens of each sequence, and its keys if they differ.
+    """A packed batch with H query heads and H_kv key heads of size d.
 
     Attributes:
-        window: tokens that a token sees, itself among them; None is all before it.
+        lengths: tokens of each sequence.
+        key_lengths: keys of each sequence; None: ``lengths``.
+        window: number of tokens that a token attends to, including itself; None: all tokens before it.
     """
 
     name: str
@@ -42,7 +44,6 @@ class AttentionCase:
 
     @property
     def keys(self) -> tuple[int, ...]:
-        """The keys of each sequence."""
         return self.lengths if self.key_lengths is None else self.key_lengths
 
 
@@ -51,12 +52,13 @@ Attention = Callable[[Tensor, Tensor, Tensor, AttentionCase], Tensor]
 
 
 def cases(*, smoke: bool) -> list[AttentionCase]:
-    """Return what is asked of the kernel; "smoke" are the same things asked of a few tokens."""
+    """Return the cases to measure; with ``smoke``, the same cases with few tokens."""
     mixed, longest = (6, 24) if smoke else (64, 2048)
     drawn = tofu_lengths(np.random.default_rng(0), mixed)
     short = tuple(max(2, n // 8) for n in drawn) if smoke else tuple(drawn)
     plain = (1, *short[: mixed // 2], longest, *short[mixed // 2 :], 1, 1)
-    # Sequences that share what comes before them, as a token tree's segments do: a path is longer than its segment.
+    # Sequences with a shared prefix, like the segments of a token tree: a path has more keys than its segment has
+    # tokens.
     paths = tuple(n + extra for n, extra in zip(plain, itertools.cycle((0, *short[:5])), strict=False))
     window = 5 if smoke else 32
     return [
@@ -72,7 +74,7 @@ def cases(*, smoke: bool) -> list[AttentionCase]:
 
 
 def by_varlen(query: Tensor, key: Tensor, value: Tensor, case: AttentionCase) -> Tensor:
-    """The kernel of torch, as ``interface.py`` calls it."""
+    """Run torch's kernel the way ``interface.py`` calls it."""
     return torch_varlen_attention(
         query,
         key,
@@ -86,13 +88,13 @@ def by_varlen(query: Tensor, key: Tensor, value: Tensor, case: AttentionCase) ->
 
 
 def by_segment(query: Tensor, key: Tensor, value: Tensor, case: AttentionCase) -> Tensor:
-    """SDPA, one sequence after another."""
+    """Run SDPA for one sequence after another."""
     query, key, value = (states.transpose(0, 1)[None] for states in (query, key, value))
     return segment_attention(query, key, value, case.lengths, key_lengths=case.keys, window=case.window)[0]
 
 
 def by_loop(query: Tensor, key: Tensor, value: Tensor, case: AttentionCase) -> Tensor:
-    """softmax(q kᵀ / √d) v, a sequence at a time."""
+    """Compute softmax(q kᵀ / √d) v for one sequence after another."""
     outputs = []
     for q, k, v in zip(query.split(case.lengths), key.split(case.keys), value.split(case.keys), strict=True):
         k, v = (states.repeat_interleave(case.heads // case.key_heads, dim=1) for states in (k, v))  # noqa: PLW2901
@@ -103,7 +105,7 @@ def by_loop(query: Tensor, key: Tensor, value: Tensor, case: AttentionCase) -> T
 
 
 def by_operator(query: Tensor, key: Tensor, value: Tensor, case: AttentionCase) -> Tensor:
-    """The operator below ``varlen_attn``, which is given the key heads as they are; forward alone."""
+    """Run the operator below ``varlen_attn``, which takes grouped key heads directly; forward only."""
     borders, keys = (_borders(lengths, query.device) for lengths in (case.lengths, case.keys))
     longest = max(case.lengths), max(case.keys)
     left = -1 if case.window is None else case.window - 1
@@ -114,11 +116,11 @@ def by_operator(query: Tensor, key: Tensor, value: Tensor, case: AttentionCase) 
 
 
 def run(run: Run) -> None:
-    """Append a row a case, and one of what grouped heads could be spared.
+    """Append one row per case, and one for the time that native grouped heads could save.
 
     Raises:
-        ArithmeticError: errors beyond what SDPA's own are in the same dtype, results that do not repeat, or a kernel
-            that ``choice.py`` does not take.
+        ArithmeticError: errors are larger than those of SDPA in the same dtype allow, results do not repeat bitwise, or
+            ``choice.py`` does not choose the kernel.
     """
     every = cases(smoke=run.smoke)
     wrong = [fault for case in every for fault in _measured(case, run)]
@@ -129,17 +131,17 @@ def run(run: Run) -> None:
 
 
 def _measured(case: AttentionCase, run: Run) -> list[str]:
-    """``_measure``, of which a failure leaves the other cases their turn."""
+    """Call ``_measure``; report an exception as a failed case, so that the other cases still run."""
     try:
         return _measure(case, run)
-    except Exception as error:  # noqa: BLE001 - whatever it is
+    except Exception as error:  # noqa: BLE001 - any error
         text = f"{case.name}: {type(error).__name__}: {error}"
         run.row(text.splitlines()[0], case=case.name, problem=text)
         return [text]
 
 
 def _measure(case: AttentionCase, run: Run) -> list[str]:
-    """Append the case's row; return what is wrong."""
+    """Append the case's row; return its faults."""
     kernel: Attention = by_loop if run.smoke else by_varlen
     dtype, wider = (torch.float32, torch.float64) if run.smoke else (torch.bfloat16, torch.float32)
     inputs, upstream = _inputs(case, dtype, run.device)
@@ -158,17 +160,17 @@ def _measure(case: AttentionCase, run: Run) -> list[str]:
     faster = median_ratio(timed[by_segment], timed[kernel])
 
     wrong = [
-        f"{case.name}: {name} is {errors[name]:.1e} from {wider}, expected at most {allowed[name]:.1e}"
+        f"{case.name}: {name} has an error of {errors[name]:.1e} against {wider}, expected at most {allowed[name]:.1e}"
         for name in NAMES
         if not errors[name] <= allowed[name]
     ]
-    wrong += [f"{case.name}: {name} has other bits the second time" for name in NAMES if name not in repeats]
+    wrong += [f"{case.name}: {name} differs bitwise in a second run" for name in NAMES if name not in repeats]
     if not run.smoke and chosen == "segments":
-        wrong.append(f"{case.name}: expected a packed kernel to serve it, got {chosen!r}")
+        wrong.append(f"{case.name}: expected a packed kernel, got {chosen!r}")
     run.row(
         f"{case.name}: {medians[0]:.2f} ms, {faster:.1f} x SDPA by segment, error "
         + ", ".join(f"{name} {errors[name]:.1e} of {allowed[name]:.1e}" for name in NAMES)
-        + f"; {chosen!r} serves it; the same bits twice: {', '.join(repeats) or 'nothing'}",
+        + f"; kernel: {chosen!r}; bitwise repeatable: {', '.join(repeats) or 'nothing'}",
         case=case.name,
         heads=case.heads,
         key_heads=case.key_heads,
@@ -192,9 +194,9 @@ def _measure(case: AttentionCase, run: Run) -> list[str]:
 
 
 def _compare_operator(run: Run, case: AttentionCase) -> None:
-    """Append whether torch's operator takes fewer key heads than query heads, which we repeat for ``varlen_attn``.
+    """Append a row with the speed of torch's operator with grouped key heads; we repeat them for ``varlen_attn``.
 
-    No fault where it does not: nothing of the library calls it so yet.
+    It is no fault if the operator rejects them, because the library does not use it yet.
     """
     (query, key, value), _ = _inputs(case, torch.bfloat16, run.device)
     calls: dict[str, Callable[[int], Tensor]] = {
@@ -208,12 +210,12 @@ def _compare_operator(run: Run, case: AttentionCase) -> None:
                 [sorted(times)[len(times) // 2] for times in timed.values()]
                 for timed in (interleaved_on_gpu(calls, _ROUNDS), wall_times(calls, _ROUNDS))
             )
-    except Exception as error:  # noqa: BLE001 - whatever it is
-        run.row(f"the operator refuses grouped heads: {error}".splitlines()[0], case=case.name, problem=str(error))
+    except Exception as error:  # noqa: BLE001 - any error
+        run.row(f"the operator rejects grouped heads: {error}".splitlines()[0], case=case.name, problem=str(error))
         return
     run.row(
-        f"the operator with grouped heads, forward: {ms[0]:.3f} ms and {whole[0]:.3f} by the wall, varlen_attn "
-        f"{ms[1]:.3f} and {whole[1]:.3f}; apart by {apart:.1e}",
+        f"the operator with grouped heads, forward: {ms[0]:.3f} ms, wall {whole[0]:.3f} ms; varlen_attn "
+        f"{ms[1]:.3f} ms, wall {whole[1]:.3f} ms; difference {apart:.1e}",
         case=case.name,
         operator_ms=ms[0],
         operator_wall_ms=whole[0],
@@ -224,7 +226,7 @@ def _compare_operator(run: Run, case: AttentionCase) -> None:
 
 
 def _inputs(case: AttentionCase, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
-    """Query, key and value, and the gradient of the output, all drawn from N(0, 1)."""
+    """Return query, key and value, and the gradient of the output, all drawn from N(0, 1)."""
     generator = torch.Generator(device).manual_seed(0)
     tokens, keys = sum(case.lengths), sum(case.keys)
     shapes = [(tokens, case.heads), (keys, case.key_heads), (keys, case.key_heads), (tokens, case.heads)]
@@ -235,14 +237,14 @@ def _inputs(case: AttentionCase, dtype: torch.dtype, device: str) -> tuple[list[
 
 
 def _results(attention: Attention, inputs: list[Tensor], upstream: Tensor, case: AttentionCase) -> list[Tensor]:
-    """The output and the gradients of query, key and value."""
+    """Return the output and the gradients of query, key and value."""
     query, key, value = leaves = [states.detach().requires_grad_() for states in inputs]
     out = attention(query, key, value, case)
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
 def _chosen(case: AttentionCase, dtype: torch.dtype, device: str) -> str:
-    """What a model's call of this kind is served by."""
+    """Return the kernel that a model's attention call with this case would use."""
     call = AttentionCall(
         device=device,
         capability=torch.cuda.get_device_capability() if device == "cuda" else (0, 0),
@@ -251,7 +253,7 @@ def _chosen(case: AttentionCase, dtype: torch.dtype, device: str) -> str:
         value_dim=case.head_dim,
         window=case.window,
     )
-    return choose_kernel(call, interface._installed(torch.device(device)))  # noqa: SLF001 - what is at hand
+    return choose_kernel(call, interface._installed(torch.device(device)))  # noqa: SLF001 - the kernels installed here
 
 
 def _borders(lengths: tuple[int, ...], device: torch.device) -> Tensor:
@@ -259,5 +261,5 @@ def _borders(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _distance(got: Tensor, want: Tensor) -> float:
-    """The root of the mean square of their difference, relative to that of ``want``."""
+    """Return the rms difference relative to the rms of ``want``."""
     return float((got.to(want.dtype) - want).norm() / want.norm())

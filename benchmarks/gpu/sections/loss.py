@@ -1,8 +1,8 @@
-"""The loss at the head on this device, three sections of few lines.
+"""Three short sections about the loss at the head on this device.
 
-``trial``: the library's own trial of Triton, which decides what ``backend="auto"`` takes. ``products``: its matrix
-products as the library calls them, by the rows of a chunk: which sizes the vendor's GEMMs like. ``profile``: where the
-time of one call goes, by torch's profiler.
+``trial`` runs the library's own comparison of Triton with torch, which decides what ``backend="auto"`` selects.
+``products`` times the matrix products as the library calls them, by rows per chunk, to find the sizes that the vendor's
+GEMMs handle best. ``profile`` lists the time per kernel of one call, from torch's profiler.
 """
 
 import functools
@@ -24,15 +24,15 @@ ROWS = (2048, 2080, 4096, 8192)
 _ROUNDS = 7
 _CALLS = 3
 _LISTED = 12
-_SAID = 0.03  # of the time: kernels of less are in the results alone
+_SAID = 0.03  # share of the time below which a kernel is written to the results but not printed
 _HEADS = {"Llama-3.2-1B": (2048, 128256), "Llama-2-7B": (4096, 32000)}
 
 
 def trial(run: Run) -> None:
-    """Append its answer, and the seconds of its first run, which compiles every kernel.
+    """Append the result of the trial and the seconds of its first run, which compiles every kernel.
 
     Raises:
-        ArithmeticError: a pass does not give what torch gives, or "auto" does not take Triton.
+        ArithmeticError: a pass differs from torch, or "auto" does not select Triton.
     """
     device = torch.device(run.device, 0) if run.device == "cuda" else torch.device(run.device)
     dtypes = (torch.float32,) if run.smoke else (torch.bfloat16, torch.float16, torch.float32)
@@ -41,21 +41,23 @@ def trial(run: Run) -> None:
         begin = time.perf_counter()
         fault = backends.disagreement(device, (dtype,), *((101,) if run.smoke else ()))
         seconds = time.perf_counter() - begin
-        said = f"{dtype}: {fault or 'every pass gives what torch gives'}; {seconds:.1f} s with compilation"
+        said = f"{dtype}: {fault or 'every pass agrees with torch'}; {seconds:.1f} s with compilation"
         run.row(said, dtype=str(dtype), fault=fault, seconds=seconds)
         if fault is not None:
             faults[dtype] = fault
     chosen = resolve_backend("auto", device)
-    run.row(f'"auto" takes {chosen}', auto=chosen)
+    run.row(f'"auto" selects {chosen}', auto=chosen)
     if faults or (chosen != "triton" and not run.smoke):
-        raise ArithmeticError(f'expected passes that give what torch gives, and "triton" of "auto": {faults}, {chosen}')
+        raise ArithmeticError(
+            f'expected passes that agree with torch and "auto" to select "triton", got {faults}, {chosen}'
+        )
 
 
 def products(run: Run) -> None:
-    """Append a row for each shape and number of rows.
+    """Append a row for each head and number of rows.
 
-    Z = h Wᵀ, dh = P W, dW = Pᵀ h: the last in bf16, as of a single chunk, and in fp32, written first and added to
-    later.
+    Z = h Wᵀ, dh = P W, dW = Pᵀ h. dW is timed in bf16, as for a single chunk, and in fp32, for the first chunk (write)
+    and for later ones (add).
     """
     heads = {shape.name: (shape.hidden_size, shape.vocabulary) for shape in SHAPES}
     if run.smoke:
@@ -97,10 +99,10 @@ def _products_of(rows: int, d: int, v: int, device: torch.device) -> dict[str, f
 
 
 def profile(run: Run) -> None:
-    """Append a row for each kernel of NPO, live and cached, and of KL, for two heads.
+    """Append a row for each kernel of NPO with a live and a cached reference, for two heads, and of KL for one.
 
     Raises:
-        ArithmeticError: the profiler saw no kernel.
+        ArithmeticError: the profiler recorded no kernel.
     """
     cases = [(head, "NPO", mode) for head in _HEADS for mode in ("live", "cached")] + [("Llama-3.2-1B", KL, "live")]
     for head, objective, mode in cases[:1] if run.smoke else cases:
@@ -127,7 +129,7 @@ def _profiled(run: Run, name: str, call: Callable[[], object]) -> None:
         if gpu:
             torch.cuda.synchronize()
     events = watched.key_averages()
-    # On a GPU the operators of torch stand beside the kernels that they launch; only the kernels are counted.
+    # On a GPU the events include torch's operators in addition to the kernels that they launch; count only the kernels.
     kind = "DeviceType.CUDA" if gpu else "DeviceType.CPU"
     spent = {
         event.key: (event.self_device_time_total if gpu else event.self_cpu_time_total, event.count)
@@ -135,7 +137,7 @@ def _profiled(run: Run, name: str, call: Callable[[], object]) -> None:
         if str(event.device_type) == kind
     }
     if not spent:
-        raise ArithmeticError(f"{name}: expected kernels, got none; the profiler sees nothing on this machine")
+        raise ArithmeticError(f"{name}: expected kernels, got none; the profiler does not work on this machine")
     total = sum(us for us, _ in spent.values())
     launches = sum(count for _, count in spent.values()) / _CALLS
     run.row(f"{name}: {total / _CALLS / 1e3:.2f} ms in {launches:.0f} kernels a call", call=name, kernels=launches)

@@ -1,4 +1,4 @@
-"""The machine: versions, the card, its clocks, and the two ceilings, bytes copied and products made a second."""
+"""The machine: versions, GPU and clocks, and its measured limits, copy bandwidth and matrix-product rate."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ _CARD = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,pow
 
 
 def run(run: Run) -> None:
-    """Append a row of what is there, one of what it can do, and one of what a launch costs."""
+    """Append a row with versions, one with the measured limits, and one with the cost of a launch."""
     found = versions(_PACKAGES)
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     tools = {name: shutil.which(name) is not None for name in ("c++", "nvcc", "git")} | {"Python.h": header.is_file()}
@@ -39,7 +39,7 @@ def run(run: Run) -> None:
     tflops = 2 * side**3 / (1e9 * took["product"])
     clocks = _query(run, "clocks.sm,power.draw,temperature.gpu")
     run.row(
-        f"copy {terabytes:.2f} TB/s, {side}^3 bf16 product {tflops:.0f} TFLOP/s; after it {clocks}",
+        f"copy {terabytes:.2f} TB/s, {side}^3 bf16 product {tflops:.0f} TFLOP/s; clocks afterwards {clocks}",
         copy_terabytes=terabytes,
         product_tflops=tflops,
         clocks=clocks,
@@ -47,7 +47,7 @@ def run(run: Run) -> None:
 
     tiny, count = torch.zeros(1, device=run.device), 200
     alone = medians({"launches": lambda _: [tiny.add_(1) for _ in range(count)]}, 9, "cpu")["launches"]
-    run.row(f"a launch costs Python {1e3 * alone / count:.1f} µs", launch_us=1e3 * alone / count)
+    run.row(f"a launch takes Python {1e3 * alone / count:.1f} µs", launch_us=1e3 * alone / count)
 
 
 def _card(run: Run) -> str:
@@ -61,4 +61,4 @@ def _card(run: Run) -> str:
 def _query(run: Run, fields: str) -> str:
     if run.smoke:
         return "no clocks"
-    return gpu_says(fields) or "nvidia-smi says nothing"
+    return gpu_says(fields) or "nvidia-smi reports nothing"

@@ -1,4 +1,4 @@
-"""A suite of ``python -m benchmarks`` as a section: its tables in the log, its JSON file, and its rows at once."""
+"""A suite of ``python -m benchmarks`` as a section. Tables go to the log; rows go to a JSON file and the results."""
 
 import re
 import time
@@ -13,7 +13,7 @@ from benchmarks.loss.providers import providers
 
 
 class Rows(Report):
-    """A report whose rows go to the section's results too, again where they changed."""
+    """A report that also appends new and changed rows to the section's results."""
 
     def __init__(self, run: Run, path: Path, suite: str, *arguments: str) -> None:
         super().__init__(path, [suite, *arguments])
@@ -22,7 +22,6 @@ class Rows(Report):
         self._missing: set[str] = set()
 
     def save(self, **figures: object) -> None:
-        """Write the file, and append what is new."""
         super().save(**figures)
         rows = plain(figures.get(self._suite, self._seen))
         for row in rows:
@@ -61,7 +60,7 @@ SAID: dict[str, Callable[[dict[str, Any]], str]] = {"loss": _loss, "step": _step
 
 
 def imports(arguments: Sequence[str]) -> None:
-    """Import the suite, and of the loss's the rivals that are asked for: some take seconds."""
+    """Import the suite and, for the loss, the other implementations to compare; some take seconds."""
     options, suite = parsed([*arguments, "--device", "cuda"])
     if arguments[0] == "loss":
         assert suite is not None
@@ -82,6 +81,6 @@ def run(run: Run) -> None:
 
 
 def _slug(name: str) -> str:
-    """Return what names a card in the file of results: "h200" of "NVIDIA H200"."""
+    """Return a short name of a GPU for file names, such as "h200" for "NVIDIA H200"."""
     found = re.search(r"[A-Z]+\d+[A-Z]*", name)
     return found.group().lower() if found else "gpu"

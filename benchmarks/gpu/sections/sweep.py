@@ -1,6 +1,7 @@
-"""The passes by their launch configurations: variant x block x warps x eviction, and what the library takes itself.
+"""A sweep of the passes' launch configurations: variant x block x warps x eviction, next to the library's choice.
 
-TB/s count each byte once: what the second sweep reads again is not in it, so that a row held in the L2 cache shows.
+TB/s count each byte once. Bytes that the second sweep reads again are not counted, so rows held in the L2 cache show as
+a higher rate.
 """
 
 import itertools
@@ -28,16 +29,17 @@ from efface_kernels.scale_pass.launch import scale_pass_triton
 from efface_kernels.triton_launch import LaunchConfig
 
 _ROUNDS = 7
-COMPARED = 8  # rows, of which every configuration must give what the first gives
+COMPARED = 8  # rows on which every configuration must give the same results as the library's own
 
 
 @dataclass(frozen=True)
 class PassCase:
-    """A pass over (rows, V) logits as the loss runs it, in bf16 where that is not said.
+    """A pass over (rows, V) logits as the loss runs it, in bf16 unless the op says otherwise.
 
     Attributes:
         name: in tables.
-        op: "row", "row and reference", "KL" (fp32 logits, P in bf16 over the reference's) or "scale" (fp32 to bf16).
+        op: "row", "row and reference", "KL" (fp32 logits; P in bf16 overwrites the reference's) or "scale" (fp32 to
+            bf16).
     """
 
     name: str
@@ -48,18 +50,17 @@ class PassCase:
 
     @property
     def wide(self) -> bool:
-        """Whether logits are fp32."""
         return self.op in ("KL", "scale")
 
     @property
     def moved(self) -> int:
-        """Bytes, each once."""
+        """Bytes moved, each counted once."""
         half = self.half.itemsize
         each = {"row": 2 * half, "row and reference": 3 * half, "KL": 8 + half, "scale": 4 + half}
         return each[self.op] * self.rows * self.vocabulary
 
     def default(self) -> LaunchConfig:
-        """What the library takes."""
+        """Return the library's launch configuration."""
         if self.op == "KL":
             return distribution_config(self.vocabulary, torch.float32, torch.float32)
         if self.op == "scale":
@@ -67,18 +68,18 @@ class PassCase:
         return row_config(self.vocabulary, self.half, None if self.op == "row" else self.half)
 
     def configs(self) -> Iterator[LaunchConfig]:
-        """The library's own, then those of 4 to 32 warps whose threads load 16 bytes once, twice or four times."""
+        """Yield the library's configuration, then others: 4 to 32 warps, and 1, 2 or 4 loads of 16 bytes per thread."""
         yield self.default()
         entries = 16 // (4 if self.wide else self.half.itemsize)
         holds = (False,) if self.wide else (False, True)
         residents = {"KL": (0,), "scale": (4, 8, 16)}.get(self.op, (0, 1, 2))
         for warps, loads in itertools.product((8, 4, 16, 32), (2, 1, 4)):
             for resident, hold in itertools.product(residents, holds):
-                if max(resident, 1) * warps <= 64:  # a multiprocessor has no more
+                if max(resident, 1) * warps <= 64:  # limit of a multiprocessor
                     yield LaunchConfig(32 * warps * entries * loads, warps, resident, hold)
 
 
-# V 128256 and V 32000 share their kernels, V 50257 has its own: compilation is most of the time, so it comes last.
+# V 128256 and V 32000 share kernels, V 50257 needs its own. It comes last, because compilation takes most of the time.
 CASES = (
     PassCase("row pass, V 128256", "row", 4096, 128256),
     PassCase("row pass, V 32000", "row", 8192, 32000),
@@ -96,7 +97,7 @@ _TINY = (
 
 
 class Work:
-    """A case's tensors, and the pass over them; run again on what it left, it does the same work."""
+    """A case's tensors and the pass over them. A second run on the overwritten tensors does the same amount of work."""
 
     def __init__(self, case: PassCase, rows: int, device: str) -> None:
         self.case = case
@@ -109,7 +110,7 @@ class Work:
         self.factor = torch.tensor(0.5, device=where)
 
     def run(self, config: LaunchConfig) -> tuple[Tensor, ...]:
-        """Return all that the pass writes."""
+        """Run the pass; return everything that it writes."""
         case, logits = self.case, Logits(self.logits)
         if case.op == "scale":
             return (scale_pass_triton(self.logits, self.factor, case.half, True, config),)
@@ -122,7 +123,7 @@ class Work:
 
 
 def run(run: Run) -> None:
-    """Append a row for each case and configuration, and say the best ones.
+    """Append a row for each case and configuration, and print the best ones.
 
     Raises:
         ArithmeticError: a configuration gives other results than the library's own.
@@ -148,19 +149,19 @@ def run(run: Run) -> None:
 def _able(
     case: PassCase, configs: list[LaunchConfig], device: str
 ) -> tuple[list[LaunchConfig], dict[LaunchConfig, str]]:
-    """Compile every configuration, on all processors, and compare what it gives; return those that run, and why not.
+    """Compile all configurations in parallel and compare results; return those that run, and why others do not.
 
-    Those of another number of programs are no other kernels: they come afterwards, and so does what failed, once more,
-    one after the other. Two threads that compile the same kernel both do so, and while one of them loads it, the other
-    finds it without its function.
+    Configurations that differ only in the number of programs share a kernel, so only one of them is compiled in the
+    pool. The rest, and any that failed, run afterwards one by one. If two threads compile the same kernel at once, one
+    of them can find the kernel while the other is still loading it, and fail.
     """
 
     def attempt(config: LaunchConfig) -> tuple[Tensor, ...] | str:
         if device == "cuda":
-            torch.cuda.set_device(0)  # a thread has no device of its own yet
+            torch.cuda.set_device(0)  # a new thread has no current device
         try:
             return tuple(each.clone() for each in Work(case, COMPARED, device).run(config))
-        except Exception as error:  # noqa: BLE001 - whatever Triton and the driver raise of registers and memory
+        except Exception as error:  # noqa: BLE001 - errors of Triton and the driver about registers or memory
             return said(error)
 
     kernels = {replace(config, resident=min(config.resident, 1)): config for config in reversed(configs)}
@@ -185,7 +186,7 @@ def _able(
 
 
 def _same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
-    """Whether results differ by no more than the order of a sum."""
+    """Return whether results differ by no more than the summation order explains."""
     return all(
         torch.allclose(one.float(), other.float(), rtol=max(2 * torch.finfo(one.dtype).eps, 1e-4), atol=1e-5)
         for one, other in zip(got, expected, strict=True)
@@ -214,7 +215,7 @@ def _measure(run: Run, case: PassCase, configs: list[LaunchConfig], compiled: fl
     ranked = sorted(took, key=took.__getitem__)
     places = [config for config in (own, *ranked[:3]) if config in took]
     listed = "; ".join(
-        f"{_said(config)} {took[config]:.3f} ms, {copy / took[config]:.0%} of a copy" for config in places
+        f"{_said(config)} {took[config]:.3f} ms, {copy / took[config]:.0%} of the copy rate" for config in places
     )
     run.row(
         f"{case.name}: the library's {listed} ({len(took)} configurations, compiled in {compiled:.1f} s)",

@@ -1,4 +1,4 @@
-"""The tests that are marked ``gpu``, in the order of what would be learnt; a row each that fails, and one of all."""
+"""The tests marked ``gpu``, the most informative first. One row for each failure, and one for the total."""
 
 import importlib.util
 import os
@@ -12,7 +12,7 @@ from benchmarks.gpu.section import Run
 
 ROOT = Path(__file__).resolve().parents[3]
 KERNELS = ROOT / "tests" / "kernels"
-# What only a GPU can show comes first, then the oracle tests of each op.
+# Tests of what only a GPU can show come first, then the oracle tests of each op.
 FILES = (
     "on_gpu",
     "backends",
@@ -25,12 +25,12 @@ FILES = (
     "scale_pass",
 )
 PARALLEL = "--parallel"
-_PROCESSES = 14  # at most; each has its own CUDA context, half a GiB
-_RESERVE = 4.0  # seconds before the deadline in which pytest ends in good order
+_PROCESSES = 14  # at most; each has a separate CUDA context of half a GiB
+_RESERVE = 4.0  # seconds before the deadline at which pytest starts to finish
 
 
 class Recorder:
-    """A pytest plugin that keeps outcomes, and stops where the time is up."""
+    """A pytest plugin that records outcomes and stops at the deadline."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -38,21 +38,20 @@ class Recorder:
         self.collected = 0
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Count them."""
         self.collected = self.collected or len(session.items)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
-        """Count them, where other processes run them."""
+        """Count the tests under pytest-xdist, where worker processes collect them."""
         self.collected = len(ids)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """A file that cannot be imported."""
+        """Record a file that cannot be imported."""
         if report.failed:
             self._failed(report.nodeid, str(report.longrepr))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """A test's set-up, call or end."""
+        """Record the outcome of a test's set-up, call or tear-down."""
         if report.failed:
             self._failed(report.nodeid, report.longreprtext)
         elif report.skipped or report.when == "call":
@@ -62,7 +61,7 @@ class Recorder:
             self.run.row(test=report.nodeid, seconds=report.duration, printed=printed)
 
     def pytest_runtest_logfinish(self) -> None:
-        """End where the time is up."""
+        """Stop pytest at the deadline."""
         if time.monotonic() > self.run.deadline - _RESERVE:
             pytest.exit("the section's time is up")
 
@@ -74,7 +73,9 @@ class Recorder:
 
 
 def run(run: Run) -> None:
-    """Run ``run.arguments``, of ``FILES`` or paths, none being all of ``FILES``. ``--parallel``: in several processes.
+    """Run the tests in ``run.arguments``: names of ``FILES`` or paths; by default all ``FILES``.
+
+    With ``--parallel`` they run in several processes.
 
     Raises:
         AssertionError: a test failed.
@@ -85,11 +86,12 @@ def run(run: Run) -> None:
         chosen = [name for name in chosen if name.endswith(".py")] or ["chunks"]
     files = [name if name.endswith(".py") else str(KERNELS / f"test_{name}.py") for name in chosen]
     recorder, begin = Recorder(run), time.perf_counter()
-    # The machine's versions raise other warnings than ours, and its pytest may lack our plugins.
+    # Other versions there raise other warnings, and pytest plugins may be missing.
     options = ["--override-ini=addopts=", "--override-ini=filterwarnings=default", "--strict-markers", "-q", "-rf"]
     options += [f"--config-file={ROOT / 'pyproject.toml'}", "-p", "no:cacheprovider"]
     options += ["--continue-on-collection-errors", "--durations=15"]
-    # Most of the time kernels are compiled, of some files for longer than all the time there is: they are shared out.
+    # Most of the time goes to compiling kernels, for some files more than the time limit, so tests are split over
+    # processes.
     processes = str(max(2, min(_PROCESSES, os.cpu_count() or 1)))
     options += ["-n", processes, "--dist", "loadgroup"] if parallel else ["-p", "no:xdist"]
     options += ["-m", "not gpu" if run.smoke else "gpu"]
@@ -100,4 +102,4 @@ def run(run: Run) -> None:
     said = f"{listed or 'none ran'} in {seconds:.0f} s" + (f"; {left} not reached" if left > 0 else "")
     run.row(said, outcomes=dict(outcomes), not_reached=left, seconds=seconds, status=int(status))
     if outcomes["failed"] or not outcomes["passed"]:
-        raise AssertionError(f"expected tests that pass, got {said}")
+        raise AssertionError(f"expected all tests to pass, got {said}")

@@ -1,7 +1,7 @@
-"""The trainer: NPO on TOFU's rows with a Llama of random weights; how long its steps take, and where they wait.
+"""The trainer: NPO on TOFU's rows with a Llama of random weights, its step times, and its host synchronisations.
 
-The first steps warm up, those after them are timed, and in the last ones torch warns of every operation that makes the
-host wait for the device. ``run.arguments`` are the kinds of reference, one run each; by default "cached" alone.
+The first steps warm up and the following ones are timed. In the last ones torch warns of every operation that makes the
+host wait for the device. ``run.arguments`` are kinds of reference, with one run each; the default is "cached".
 """
 
 import math
@@ -36,7 +36,7 @@ _WARNING = "called a synchronizing CUDA operation"
 
 @dataclass(frozen=True)
 class Plan:
-    """Which of a run's steps are timed, and in which waits are noted; numbers from 1."""
+    """The steps of a run that are timed, and those in which host synchronisations are recorded; numbered from 1."""
 
     timed: range
     watched: range
@@ -48,28 +48,28 @@ _SMOKE = Plan(range(3, 5), range(5, 7))
 
 @dataclass(frozen=True)
 class Site:
-    """A line that makes the host wait: the innermost one of a library that trains, and the operation it comes to."""
+    """A place that makes the host wait: the innermost line of a training library, and the operation it called."""
 
     place: str
     operation: str
 
     @property
     def ours(self) -> bool:
-        """Whether it is efface's."""
+        """Whether the line belongs to efface."""
         return self.place.partition(".")[0] in _OURS
 
 
 class Waits:
-    """Counts torch's warnings of operations that wait for the device, by the line that is to blame."""
+    """Counts torch's warnings about host synchronisations, by the line that causes them."""
 
     def __init__(self) -> None:
         self.counts: Counter[Site] = Counter()
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Within, such warnings are counted, and not shown; ``torch.cuda.set_sync_debug_mode`` makes torch warn."""
+        """Count such warnings instead of showing them; ``torch.cuda.set_sync_debug_mode`` makes torch warn."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("always", message=_WARNING)  # the default is once a line
+            warnings.filterwarnings("always", message=_WARNING)  # by default, a warning is shown once per line
             shown = warnings.showwarning
 
             def note(message: Warning | str, *where: Any, **more: Any) -> None:
@@ -83,8 +83,8 @@ class Waits:
 
 
 def _site() -> Site:
-    """Return where the program is; a warning names its innermost line alone, which is often torch's own."""
-    frame: Any = sys._getframe(1)  # noqa: SLF001 - traceback would read every file's lines
+    """Return the current place. The warning itself names only the innermost line, which is often inside torch."""
+    frame: Any = sys._getframe(1)  # noqa: SLF001 - traceback would read the lines of every file
     frames = []
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
@@ -92,12 +92,12 @@ def _site() -> Site:
             frames.append(f"{name}:{frame.f_lineno} {frame.f_code.co_name}")
         frame = frame.f_back
     trainers = (place for place in frames if place.replace(":", ".").partition(".")[0] in _OURS + _THEIRS)
-    # A backward pass runs in a thread of its own, where no frame of a caller is.
+    # A backward pass runs in a separate thread, whose stack has no frame of the caller.
     return Site(next(trainers, frames[0]), frames[0])
 
 
 class Trainer(UnlearnTrainer):
-    """Keeps each step's loss, on the device, and its tokens."""
+    """An ``UnlearnTrainer`` that records the loss of each step, on the device, and its tokens."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.losses: list[Tensor] = []
@@ -105,7 +105,6 @@ class Trainer(UnlearnTrainer):
         super().__init__(*args, **options)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """See ``PackedTrainer.training_step``."""
         self.tokens.append(inputs.tokens)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.losses.append(loss.detach())
@@ -113,46 +112,44 @@ class Trainer(UnlearnTrainer):
 
 
 class Moments(TrainerCallback):
-    """Marks the begin and the end of each step by the device's own clock, and lets torch warn in the watched ones."""
+    """Records the begin and end of each step on the device's clock, and makes torch warn in the watched steps."""
 
     def __init__(self, device: str, watched: range) -> None:
         self._gpu, self._watched, self._clock = device == "cuda", watched, Clock(device)
         self._spans: list[list[Any]] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin a step."""
         if self._gpu and state.global_step + 1 == self._watched.start:
             torch.cuda.set_sync_debug_mode("warn")
         self._spans.append([self._clock.now()])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End it."""
         self._spans[-1].append(self._clock.now())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What follows the last step may wait."""
+        """Turn the warnings off: work after the last step can wait for the device."""
         self.silence()
 
     def silence(self) -> None:
-        """Let torch warn no more."""
+        """Turn torch's warnings off."""
         if self._gpu:
             torch.cuda.set_sync_debug_mode("default")
 
     def steps(self, numbers: range) -> list[float]:
-        """Return the milliseconds of each of these steps, once the device has done them."""
+        """Return the milliseconds of each of these steps. The device must have finished them."""
         return [self._clock.between(*self._spans[number - 1]) for number in numbers]
 
     def whole(self, numbers: range) -> float:
-        """Return the milliseconds from the first one's begin to the last one's end."""
+        """Return the milliseconds from the begin of the first to the end of the last of these steps."""
         return self._clock.between(self._spans[numbers[0] - 1][0], self._spans[numbers[-1] - 1][1])
 
 
 def run(run: Run) -> None:
-    """Append a row of figures for each kind of reference, and one for each line that waits.
+    """Append a row for each kind of reference, and one for each line that makes the host wait.
 
     Raises:
-        ArithmeticError: a run failed, its first loss is not what a random model's is, or a line of efface's waits for
-            the device in every step.
+        ArithmeticError: a run failed, its first loss is not that of a random model, or a line of efface makes the host
+            wait in every step.
     """
     shape = replace(SHAPES["smoke"], checkpointing=True) if run.smoke else SHAPES[_SHAPE]
     data = stores(shape.llama().vocab_size)
@@ -162,10 +159,10 @@ def run(run: Run) -> None:
 
 
 def _trained(run: Run, shape: StepShape, data: tuple[Any, Any, str], reference: str) -> list[str]:
-    """``_train``, of which a failure leaves the other kinds their turn, and their memory."""
+    """Call ``_train``; report an exception as a fault and free the memory, so that the other kinds still run."""
     try:
         wrong = _train(run, shape, data, reference)
-    except Exception as error:  # noqa: BLE001 - whatever it is
+    except Exception as error:  # noqa: BLE001 - any error
         text = f"{reference}: {type(error).__name__}: {error}"
         run.row(text.splitlines()[0], reference=reference, problem=text)
         wrong = [text]
@@ -174,7 +171,7 @@ def _trained(run: Run, shape: StepShape, data: tuple[Any, Any, str], reference: 
 
 
 def _train(run: Run, shape: StepShape, data: tuple[Any, Any, str], reference: str) -> list[str]:
-    """Append the rows of a run; return what is wrong."""
+    """Append the rows of a run; return its faults."""
     plan = _SMOKE if run.smoke else _PLAN
     forget, retain, source = data
     begin = time.perf_counter()
@@ -208,8 +205,8 @@ def _train(run: Run, shape: StepShape, data: tuple[Any, Any, str], reference: st
     losses = [float(loss) for loss in trainer.losses]
     peak = None if run.smoke else torch.cuda.max_memory_allocated() / (1 << 30)
     run.row(
-        f"{reference}: {statistics.median(steps):.1f} ms a step ({min(steps):.1f} to {max(steps):.1f}), {rate:.0f} "
-        f"tokens/s, loss {losses[0]:.3f} at first and {losses[-1]:.3f} at last"
+        f"{reference}: {statistics.median(steps):.1f} ms per step ({min(steps):.1f} to {max(steps):.1f}), {rate:.0f} "
+        f"tokens/s, first loss {losses[0]:.3f}, last loss {losses[-1]:.3f}"
         + ("" if peak is None else f", peak {peak:.1f} GiB")
         + f"; model {made - begin:.1f} s, trainer with its reference {ready - made:.1f} s, run {trained - ready:.1f} s",
         reference=reference,
@@ -229,7 +226,7 @@ def _train(run: Run, shape: StepShape, data: tuple[Any, Any, str], reference: st
         reference_seconds=ready - made,
         run_seconds=trained - ready,
     )
-    # The policy is its reference yet, and the model knows no token from another.
+    # At the first step the policy still equals its reference, and the model's predictions are uniform.
     known = 2 / OBJECTIVE.beta * math.log(2) + OBJECTIVE.alpha * math.log(shape.llama().vocab_size)
     wrong = _waits(run, reference, waits, len(plan.watched))
     if not abs(losses[0] - known) <= 0.05 * known:
@@ -238,11 +235,11 @@ def _train(run: Run, shape: StepShape, data: tuple[Any, Any, str], reference: st
 
 
 def _waits(run: Run, reference: str, waits: Waits, steps: int) -> list[str]:
-    """Append a row for each line that waited in so many steps; return those of efface that do it in every step."""
+    """Append a row for each line that waited in ``steps`` steps; return those of efface that wait in every step."""
     wrong = []
     for site, count in waits.counts.most_common():
         who = "efface" if site.ours else "theirs"
-        said = f"{reference}: {who} waits {count / steps:.1f} times a step at {site.place}"
+        said = f"{reference}: {who} waits {count / steps:.1f} times per step at {site.place}"
         run.row(
             f"{said}, for {site.operation}",
             reference=reference,
@@ -260,7 +257,7 @@ def _waits(run: Run, reference: str, waits: Waits, steps: int) -> list[str]:
 
 
 def _arguments(folder: str, run: Run, *, pairs: int, steps: int) -> UnlearnArguments:
-    """Return the arguments of a run that saves nothing and asks no network."""
+    """Return the arguments of a run that saves nothing and uses no network."""
     return UnlearnArguments(
         output_dir=folder,
         pairs_per_step=pairs,

@@ -1,4 +1,4 @@
-"""Packed batches: token stores, the plan of an epoch, and the batches assembled from both."""
+"""Batching of token sequences: token stores, epoch plans, packed batches without padding, and token trees."""
 
 from efface.batching.assemble import Assembler, Step
 from efface.batching.pack import PackedBatch, pack, pack_items

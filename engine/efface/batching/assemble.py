@@ -1,4 +1,4 @@
-"""The assembler: the batches of a rank's optimizer steps, made ahead of their use on background threads."""
+"""The assembler, which prefetches the batches of a rank's optimizer steps on background threads."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,11 +14,11 @@ from efface.batching.store import TokenStore
 
 @dataclass(frozen=True)
 class Step:
-    """What one rank does in one optimizer step.
+    """The micro-batches of one rank for one optimizer step.
 
     Attributes:
-        batches: its micro-batches, at least one.
-        totals: of the whole step, on all ranks.
+        batches: the rank's micro-batches, at least one.
+        totals: totals of the whole step, on all ranks.
     """
 
     batches: tuple[PackedBatch, ...]
@@ -26,7 +26,7 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """Tokens of this rank's micro-batches."""
+        """Number of tokens in this rank's micro-batches."""
         return sum(batch.tokens for batch in self.batches)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Step":
@@ -35,18 +35,22 @@ class Step:
 
 
 class Assembler:
-    """The steps of a plan, as a sequence: ``assembler[k]`` is a rank's step k.
+    """A sequence of the steps of a plan: ``assembler[k]`` is step k of one rank.
 
-    Asking for a step starts the assembly of the next ones in the background, where the C++ core works without Python's
-    lock. What comes out depends on the plan and k alone, so neither threads nor where a run resumes change a batch.
+    Indexing a step starts the assembly of the next ones on background threads, where the C++ core releases the GIL. A
+    step depends only on the plan, the stores and k. So neither the number of threads nor the step at which a run
+    resumes changes a batch.
 
     Args:
-        plan: of the epoch.
-        stores: the forget, the retain and, where there are any, the alternate store.
-        rank: whose micro-batches.
-        workers: threads.
-        ahead: steps assembled before they are asked for; 0 assembles on demand.
-        pin_memory: assemble into memory that an accelerator copies from without waiting.
+        plan: the plan of the epoch.
+        stores: the forget store, the retain store and, if the objective uses alternate answers, the alternate store.
+        rank: rank whose micro-batches are assembled.
+        workers: number of threads.
+        ahead: number of steps to prefetch; 0 assembles each step when it is indexed.
+        pin_memory: assemble into pinned memory, from which an accelerator can copy asynchronously.
+
+    Raises:
+        ValueError: if ``workers`` is below 1 or ``ahead`` below 0.
     """
 
     def __init__(
@@ -60,7 +64,7 @@ class Assembler:
         pin_memory: bool = False,
     ) -> None:
         if workers < 1 or ahead < 0:
-            raise ValueError(f"`workers`, `ahead`: expected at least 1 and 0, got {workers}, {ahead}")
+            raise ValueError(f"`workers`, `ahead`: expected at least 1 and at least 0, got {workers} and {ahead}")
         self.plan = plan
         self._stores = tuple(stores)
         self._rank = rank
@@ -75,15 +79,15 @@ class Assembler:
         return len(self.plan)
 
     def __getitem__(self, step: int) -> Step:
-        """Return a step, and start on those after it.
+        """Return a step, and start to assemble the next ones.
 
         Raises:
-            IndexError: a step that the plan has not.
+            IndexError: if the plan has no such step.
         """
         if self._pool is None:
             return self.assemble(step)
         wanted = range(step, min(step + 1 + self._ahead, len(self)))
-        for key in set(self._pending).difference(wanted):  # somebody jumped
+        for key in set(self._pending).difference(wanted):  # prefetched for another position; the caller has jumped
             self._pending.pop(key).cancel()
         for key in wanted:
             if key not in self._pending:
@@ -92,18 +96,18 @@ class Assembler:
         return self.assemble(step) if future is None else future.result()
 
     def close(self) -> None:
-        """Stop the threads; what they have not begun is dropped."""
+        """Stop the threads; steps that they have not started are cancelled."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
 
     def assemble(self, step: int) -> Step:
-        """Assemble a step here and now."""
+        """Assemble a step on the calling thread."""
         batches = tuple(self._pack(planned) for planned in self.plan.micro_batches(step, self._rank))
         return Step(batches, self.totals(step))
 
     def totals(self, step: int) -> StepTotals:
-        """Return what the means of a step run over."""
+        """Return the numbers of sequences and label tokens over which the means of a step are taken."""
         (forget, retain), (forget_counts, retain_counts) = self.plan.pairs(step), self._label_counts
         counts = forget_counts[forget]
         return StepTotals(
@@ -117,8 +121,8 @@ class Assembler:
     def _pack(self, planned: MicroBatch) -> PackedBatch:
         if planned.roles.size:
             return pack_items(self._stores, planned.roles, planned.sequences, pin_memory=self._pin_memory)
-        # Every rank has to run a forward and a backward pass, or the others would wait for its gradients for ever. The
-        # shortest sequence of the run is the cheapest to run; as an idle one it weighs nothing.
+        # Every rank must run a forward and a backward pass, or the other ranks would wait for its gradients forever.
+        # This one runs the shortest sequence of the run, because it is the cheapest. With role IDLE its weight is 0.
         role = min((Role.FORGET, Role.RETAIN), key=lambda role: self._stores[role].lengths.min(initial=2**62))
         shortest = np.array([self._stores[role].lengths.argmin()], np.int64)
         batch = pack_items(self._stores, np.array([role], np.int8), shortest, pin_memory=self._pin_memory)

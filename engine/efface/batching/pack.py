@@ -1,4 +1,4 @@
-"""The packed batch: forget and retain sequences in one flat row of tokens."""
+"""Packed batches: forget and retain sequences concatenated into one row of tokens, without padding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,16 +21,16 @@ _STORES = ("forget", "retain", "alternate")  # in the order of Role
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """S sequences of T tokens in all, N label rows; what an objective compares stands before what is retained.
+    """S sequences with T tokens and N label rows in total; forget and alternate sequences come before retain ones.
 
-    All tensors are views of one piece of memory, so that one copy brings a batch to a device.
+    All tensors are views of one buffer, so a single copy moves a batch to a device.
 
     Attributes:
-        storage: int64 words, divided up as the C++ packer does (csrc/packer.hpp, ``PackedParts``).
-        layout: (S, T, N) of the storage.
-        lengths: S integers on the host: the tokens of each sequence.
-        row_offsets: S + 1 integers on the host: the label rows of each sequence.
-        forget_sequences: how many of the first sequences are forget or alternate ones.
+        storage: the buffer of int64 words, laid out by the C++ packer (csrc/packer.hpp, ``PackedParts``).
+        layout: S, T and N of the whole buffer, which a ``forget_part`` shares with the batch that it was taken from.
+        lengths: S integers on the host, number of tokens of each sequence.
+        row_offsets: S + 1 integers on the host, start of each sequence's label rows; the last entry is N.
+        forget_sequences: number of forget and alternate sequences, which come first.
     """
 
     storage: Tensor
@@ -41,74 +41,74 @@ class PackedBatch:
 
     @cached_property
     def tokens(self) -> int:
-        """T."""
+        """T, the number of tokens."""
         return sum(self.lengths)
 
     @cached_property
     def input_ids(self) -> Tensor:
-        """(T,) int64."""
+        """(T,) int64 token ids."""
         return self.storage[: self.tokens]
 
     @cached_property
     def position_ids(self) -> Tensor:
-        """(T,) int64, from 0 in each sequence."""
+        """(T,) int64 positions, counted from 0 in each sequence."""
         _, t, _ = self.layout
         return self.storage[t : t + self.tokens]
 
     @cached_property
     def label_rows(self) -> Tensor:
-        """(N,) int64, the positions whose hidden state predicts a label."""
+        """(N,) int64 indices of the tokens whose hidden states predict a label."""
         _, t, _ = self.layout
         return self.storage[2 * t : 2 * t + self.row_offsets[-1]]
 
     @cached_property
     def targets(self) -> Tensor:
-        """(N,) int64, those labels."""
+        """(N,) int64 labels that the label rows predict."""
         _, t, n = self.layout
         return self.storage[2 * t + n : 2 * t + n + self.row_offsets[-1]]
 
     @cached_property
     def sequences(self) -> Tensor:
-        """(S,) int64, the index of each sequence in its role's store."""
+        """(S,) int64 index of each sequence in the store of its role."""
         _, t, n = self.layout
         return self.storage[2 * (t + n) : 2 * (t + n) + len(self.lengths)]
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
-        """(S + 1,) int32; sequence s owns tokens ``cu_seqlens[s]`` .. ``cu_seqlens[s + 1] − 1``."""
+        """(S + 1,) int32; sequence s consists of tokens ``cu_seqlens[s]`` .. ``cu_seqlens[s + 1] − 1``."""
         s, t, n = self.layout
         words = self.storage[2 * (t + n) + s : 2 * (t + n) + s + (s + 2) // 2]
         return words.view(torch.int32)[: len(self.lengths) + 1]
 
     @cached_property
     def roles(self) -> Tensor:
-        """(S,) int8, a ``Role`` each."""
+        """(S,) int8 ``Role`` of each sequence."""
         s, _, _ = self.layout
         return self.storage[-((s + 7) // 8) or len(self.storage) :].view(torch.int8)[: len(self.lengths)]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedBatch":
-        """Return the batch with its tensors on ``device``; what the host plans with stays on the host."""
+        """Return the batch with its tensors on ``device``; ``lengths`` and ``row_offsets`` stay on the host."""
         storage = self.storage.to(device, non_blocking=non_blocking)
         return self if storage is self.storage else replace(self, storage=storage)
 
     @cached_property
     def label_offsets(self) -> RowOffsets:
-        """``row_offsets`` in both places, copied once for all who sum over sequences."""
+        """``row_offsets`` on the host and on the device, copied once for all sums over sequences."""
         host = torch.tensor(self.row_offsets, dtype=torch.int64)
         return RowOffsets(host, to_device(host, self.storage.device))
 
     @property
     def forget_rows(self) -> int:
-        """Label rows of the forget (and alternate) sequences, the first of all."""
+        """Number of label rows of the forget and alternate sequences, which come first."""
         return self.row_offsets[self.forget_sequences]
 
     def forget_part(self) -> "PackedBatch":
-        """Return the forget (and alternate) sequences alone, as views."""
+        """Return a batch of only the forget and alternate sequences, as views of this one."""
         count = self.forget_sequences
         return replace(self, lengths=self.lengths[:count], row_offsets=self.row_offsets[: count + 1])
 
     def retain_part(self) -> "PackedBatch":
-        """Return the sequences after the forget ones alone, as a copy."""
+        """Return a batch of only the sequences after the forget and alternate ones, as a copy."""
         first, rows = self.forget_sequences, self.forget_rows
         tokens = sum(self.lengths[:first])
         return PackedBatch.of(
@@ -138,14 +138,14 @@ class PackedBatch:
         row_offsets: tuple[int, ...],
         forget_sequences: int = 0,
     ) -> "PackedBatch":
-        """Lay tensors out as the C++ packer does; what they are is described above."""
+        """Copy tensors into one buffer in the C++ packer's layout; the arguments are the attributes of this class."""
         words = [_words(part) for part in (cu_seqlens, roles)]
         storage = torch.cat([input_ids, position_ids, label_rows, targets, sequences, *words])
         return cls(storage, (len(lengths), len(input_ids), len(targets)), lengths, row_offsets, forget_sequences)
 
 
 def _words(part: Tensor) -> Tensor:
-    """Return a vector of a smaller type as the int64 words that hold it."""
+    """Return a vector of a smaller dtype viewed as int64 words, padded with zeros to whole words."""
     per_word = 8 // part.element_size()
     return torch.nn.functional.pad(part, (0, -len(part) % per_word)).view(torch.int64)
 
@@ -153,16 +153,16 @@ def _words(part: Tensor) -> Tensor:
 def pack_items(
     stores: Sequence[TokenStore], roles: NDArray[np.int8], sequences: NDArray[np.int64], *, pin_memory: bool = False
 ) -> PackedBatch:
-    """Assemble sequences into one packed batch, in the order in which they are given.
+    """Assemble sequences into one packed batch on the CPU, in the given order.
 
     Args:
-        stores: the forget, the retain and, where there are any, the alternate store.
-        roles: (S,) int8, a ``Role`` each; forget and alternate ones first.
-        sequences: (S,) int64, indices into the store of the role.
-        pin_memory: put the tensors where an accelerator copies from without waiting.
+        stores: the forget store, the retain store and, if alternate answers are used, the alternate store.
+        roles: (S,) int8, ``Role`` of each sequence; forget and alternate sequences come first.
+        sequences: (S,) int64, index of each sequence in the store of its role.
+        pin_memory: allocate pinned memory, from which an accelerator can copy asynchronously.
 
     Raises:
-        ValueError: an index out of range, a role without a store, a sequence without a label.
+        ValueError: if an index is out of range, a role has no store, or a sequence has no label.
     """
     native = [store.native(name) for store, name in zip(stores, _STORES, strict=False)]
     size = efface_native.measure(native, roles, sequences)
@@ -174,8 +174,14 @@ def pack_items(
 def pack(forget: TokenStore, retain: TokenStore, forget_index: Indices, retain_index: Indices) -> PackedBatch:
     """Assemble the chosen forget and retain sequences into one packed batch on the CPU.
 
+    Args:
+        forget: the forget store.
+        retain: the retain store.
+        forget_index: indices of sequences in the forget store.
+        retain_index: indices of sequences in the retain store.
+
     Raises:
-        ValueError: an index out of range, a sequence without a label, an inconsistent store.
+        ValueError: if an index is out of range, a sequence has no label, or a store is inconsistent.
     """
     sequences = np.concatenate([np.asarray(forget_index, np.int64), np.asarray(retain_index, np.int64)])
     roles = np.repeat(np.array([Role.FORGET, Role.RETAIN], np.int8), [len(forget_index), len(retain_index)])

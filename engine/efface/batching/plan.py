@@ -1,4 +1,4 @@
-"""The plan of an epoch: which pairs share an optimizer step, and which rank and micro-batch each sequence goes to."""
+"""Epoch plans: the assignment of pairs to optimizer steps, and of sequences to ranks and micro-batches."""
 
 import warnings
 from collections.abc import Sequence
@@ -12,26 +12,26 @@ from numpy.typing import NDArray
 
 
 class Role(IntEnum):
-    """What a sequence of a batch is there for; the first three numbers are those of the C++ core."""
+    """The role of a sequence in a batch; the first three values are the same as in the C++ core."""
 
     FORGET = 0
     RETAIN = 1
-    ALTERNATE = 2  # the answer that a forget sequence should have had (DPO); stands right behind it
-    IDLE = 3  # weighs nothing; keeps a rank busy that has no share of a step
+    ALTERNATE = 2  # the preferred answer to a forget sequence's question (DPO); directly follows that sequence
+    IDLE = 3  # weight 0; run by a rank that has no sequences in a step
 
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What the means of one optimizer step run over: all of its micro-batches, on all ranks."""
+    """The numbers over which the means of one optimizer step are taken: totals of all micro-batches on all ranks."""
 
     forget_sequences: int = 0
     forget_tokens: int = 0  # label tokens
     retain_sequences: int = 0
     retain_tokens: int = 0  # label tokens
-    forget_label_counts: tuple[int, ...] = ()  # of each forget sequence
+    forget_label_counts: tuple[int, ...] = ()  # label tokens of each forget sequence
 
     def forget_tokens_after(self, first: int) -> int:
-        """Return the label tokens of forget sequences without the ``first`` ones of each."""
+        """Return the number of forget label tokens, without the first ``first`` label tokens of each sequence."""
         return sum(max(count - first, 0) for count in self.forget_label_counts)
 
 
@@ -41,11 +41,11 @@ Lengths = Sequence[int] | NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """The sequences of one forward pass, in packed order; none for a rank that has no share of the step.
+    """The sequences of one forward pass, in packed order; empty for a rank that has no sequences in the step.
 
     Attributes:
-        roles: (S,) int8, a ``Role`` each.
-        sequences: (S,) int64, indices into the store of the role.
+        roles: (S,) int8, ``Role`` of each sequence.
+        sequences: (S,) int64, index of each sequence in the store of its role.
     """
 
     roles: NDArray[np.int8]
@@ -54,19 +54,20 @@ class MicroBatch:
 
 @dataclass(frozen=True, eq=False)
 class EpochPlan:
-    """The optimizer steps of an epoch; made by ``plan_epoch``.
+    """The optimizer steps of an epoch, as returned by ``plan_epoch``.
 
     Attributes:
-        forget: (P,) int64, the forget sequence of each pair; empty where the forget set is.
-        retain: (P,) int64, the retain sequence of each pair; empty where the retain set is.
-        pairs_per_step: pairs of a step, on all ranks together; the last step may hold fewer.
-        token_budget: most tokens of a micro-batch, unless a single sequence has more.
-        world_size: ranks that the steps are split over.
-        roles: (items,) int8, the sequences of all micro-batches one behind another.
-        sequences: (items,) int64.
-        batch_offsets: (micro-batches + 1,) int64 into ``roles`` and ``sequences``.
-        batch_tokens: (micro-batches,) int64.
-        step_offsets: (steps + 1,) int64 into the micro-batches; rank r's are every ``world_size``-th from r on.
+        forget: (P,) int64, the forget sequence of each pair; empty if the forget set is empty.
+        retain: (P,) int64, the retain sequence of each pair; empty if the retain set is empty.
+        pairs_per_step: number of pairs per step, on all ranks together; the last step can have fewer.
+        token_budget: maximum number of tokens of a micro-batch; a single longer sequence can exceed it.
+        world_size: number of ranks over which each step is split.
+        roles: (items,) int8, roles of the sequences of all micro-batches, concatenated.
+        sequences: (items,) int64, index of each of these sequences in the store of its role.
+        batch_offsets: (micro-batches + 1,) int64, start of each micro-batch in ``roles`` and ``sequences``.
+        batch_tokens: (micro-batches,) int64, number of tokens of each micro-batch.
+        step_offsets: (steps + 1,) int64, first micro-batch of each step. Within a step, rank r runs every
+            ``world_size``-th micro-batch, starting with the r-th.
     """
 
     forget: NDArray[np.int64]
@@ -85,12 +86,17 @@ class EpochPlan:
         return len(self.step_offsets) - 1
 
     def pairs(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the forget and the retain sequences of a step, on all ranks together."""
+        """Return the indices of a step's forget and retain sequences, on all ranks together."""
         own = slice(step * self.pairs_per_step, (step + 1) * self.pairs_per_step)
         return self.forget[own], self.retain[own]
 
     def micro_batches(self, step: int, rank: int = 0) -> list[MicroBatch]:
-        """Return a rank's micro-batches of a step; every rank has equally many."""
+        """Return the micro-batches of a rank in a step; all ranks have the same number of micro-batches.
+
+        Raises:
+            IndexError: if ``step`` is out of range.
+            ValueError: if ``rank`` is out of range.
+        """
         if not 0 <= step < len(self):
             raise IndexError(f"`step`: expected 0 .. {len(self) - 1}, got {step}")
         if not 0 <= rank < self.world_size:
@@ -100,9 +106,10 @@ class EpochPlan:
         return [MicroBatch(self.roles[items], self.sequences[items]) for items in owned]
 
     def efficiency(self, *, last: bool = False) -> float:
-        """Return the share of the token budget that micro-batches fill, 0 .. 1; NaN if there are none.
+        """Return the mean share of the token budget that the micro-batches fill, 0 .. 1; NaN if none are counted.
 
-        Without ``last``, each rank's last micro-batch of each step is left out: it holds what is left over.
+        Args:
+            last: whether to count each rank's last micro-batch of each step, which contains the remainder.
         """
         counted = np.ones(len(self.batch_tokens), dtype=bool)
         if not last:
@@ -127,29 +134,30 @@ def plan_epoch(
 ) -> EpochPlan:
     """Plan an epoch: a pure function of its arguments, the same on every platform.
 
-    Every forget sequence comes exactly once (but for a dropped last step), paired with a retain sequence. A step's
-    pairs depend on neither ``world_size`` nor ``token_budget``; those decide how its sequences are arranged: ranks'
-    tokens differ by at most the longest sequence, micro-batches are filled best-fit decreasing. Draws are Philox4x64-10
-    with the seed as key and epoch and position as counter, so any step can be planned without those before it.
-    Where one of the sets is empty, the epoch runs over the other alone.
+    Every forget sequence occurs exactly once, except in a dropped last step, and is paired with a retain sequence. The
+    pairs of a step depend on neither ``world_size`` nor ``token_budget``. These two only arrange the sequences of a
+    step: the ranks' token counts differ by at most the longest sequence, and micro-batches are filled best-fit
+    decreasing. Random draws use Philox4x64-10 with the seed as key and the epoch and position as counter, so any step
+    can be planned without the steps before it. If one of the sets is empty, the epoch runs over the other set.
 
     Args:
-        forget_lengths: (F,) tokens of each forget sequence.
-        retain_lengths: (R,) tokens of each retain sequence.
-        pairs_per_step: pairs of an optimizer step, on all ranks together.
-        token_budget: most tokens of a micro-batch. A longer sequence is never cut: it has a micro-batch of its own,
-            with a warning.
-        world_size: ranks to split each step over.
+        forget_lengths: (F,) number of tokens of each forget sequence.
+        retain_lengths: (R,) number of tokens of each retain sequence.
+        pairs_per_step: number of pairs per optimizer step, on all ranks together.
+        token_budget: maximum number of tokens of a micro-batch. A longer sequence is not cut; it gets its own
+            micro-batch, with a warning.
+        world_size: number of ranks over which each step is split.
         seed: 0 .. 2^64 − 1.
-        epoch: from 0.
-        retain_sampling: "random": each pair draws from the whole retain set; "cycle": shuffled rounds over the retain
-            set, going on from epoch to epoch; "paired": retain sequence i goes with forget sequence i.
-        alternates: (F,) tokens of the alternate answer of each forget sequence, which it follows in the micro-batch.
-        drop_last: leave out a last step of fewer pairs.
+        epoch: number of the epoch, from 0.
+        retain_sampling: "random": each pair draws from the whole retain set. "cycle": shuffled rounds over the retain
+            set, continued from epoch to epoch. "paired": retain sequence i is paired with forget sequence i.
+        alternates: (F,) number of tokens of each forget sequence's alternate answer, which follows it in the
+            micro-batch; None if there are no alternate answers.
+        drop_last: whether to leave out a last step with fewer pairs.
 
     Raises:
-        ValueError: both sets empty, lengths or counts below 1, alternates or paired retain sequences that do not fit
-            the forget set, a ``drop_last`` that leaves nothing.
+        ValueError: if both sets are empty, a length or count is below 1, the number of alternates or of paired retain
+            sequences does not match the forget set, or ``drop_last`` leaves no step.
     """
     for name, value in (("seed", seed), ("epoch", epoch)):
         if not 0 <= value < 2**64:
@@ -168,8 +176,8 @@ def plan_epoch(
     )
     if over := planned.pop("over_budget"):
         warnings.warn(
-            f"{over} sequences are longer than the token budget of {token_budget}; each has a micro-batch of its own. "
-            "Raise the token budget, or cut sequences on purpose with a maximum length",
+            f"{over} sequences are longer than the token budget of {token_budget}; each gets its own micro-batch. "
+            "Raise the token budget, or set a maximum length to cut sequences",
             stacklevel=2,
         )
     return EpochPlan(**planned, pairs_per_step=pairs_per_step, token_budget=token_budget, world_size=world_size)

@@ -1,4 +1,4 @@
-"""Token stores: sequences laid end to end, as the packer reads them."""
+"""Token stores: tokenised sequences concatenated in flat arrays, which the C++ packer reads in place."""
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -13,32 +13,32 @@ Chunk = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]
 
 
 class Taken(NamedTuple):
-    """How many rows of the data became sequences, and of how many."""
+    """The number of data rows that became sequences (``rows``), and the number of rows in the data (``of``)."""
 
     rows: int
     of: int
 
 
 class TokenStore:
-    """Tokenised sequences in one or more chunks of three flat arrays; ``store[i]`` is the ids of sequence i.
+    """Tokenised sequences in one or more chunks of three flat arrays; ``store[i]`` returns the ids of sequence i.
 
     Sequence i of a chunk is ``ids[offsets[i]:offsets[i + 1]]``, and its tokens from ``label_starts[i]`` on are labels.
-    The arrays are read in place: those of a memory-mapped file may exceed RAM.
+    The arrays are read in place, so arrays in a memory-mapped file can be larger than RAM.
 
     Args:
-        chunks: (ids int32, offsets int64, label_starts int64) each.
-        taken: which rows the sequences were made of; None where that is not known.
+        chunks: an (ids int32, offsets int64, label_starts int64) tuple for each chunk.
+        taken: number of data rows that the sequences were made from; None if unknown.
 
     Raises:
-        ValueError: arrays that do not fit one another, or a sequence without a label after its first token.
-        TypeError: another dtype.
+        ValueError: if the arrays of a chunk are inconsistent, or a sequence has no label after its first token.
+        TypeError: if an array has another dtype.
     """
 
     def __init__(self, chunks: Iterable[Chunk], taken: Taken | None = None) -> None:
         self.chunks: tuple[Chunk, ...] = tuple(chunks)
         self.taken = taken
         self._native: dict[str, efface_native.TokenStore] = {}
-        self.native("store")  # refuses arrays that do not fit one another
+        self.native("store")  # raises if the arrays are inconsistent
         self._firsts = np.cumsum([0, *(len(starts) for _, _, starts in self.chunks)])
         bad = np.flatnonzero(self.label_counts < 1)
         if bad.size:
@@ -50,10 +50,14 @@ class TokenStore:
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[Sequence[int]], label_starts: Sequence[int]) -> "TokenStore":
-        """Lay token id sequences end to end.
+        """Return a store of one chunk with copies of the given sequences.
+
+        Args:
+            sequences: token ids of each sequence.
+            label_starts: position of each sequence's first label.
 
         Raises:
-            ValueError: as many label starts as sequences are needed; every sequence needs a label after its first
+            ValueError: if the numbers of sequences and label starts differ, or a sequence has no label after its first
                 token.
         """
         if len(sequences) != len(label_starts):
@@ -73,9 +77,9 @@ class TokenStore:
         return int(self._firsts[-1])
 
     def __getitem__(self, index: int) -> NDArray[np.int32]:
-        """Return the ids of a sequence, as a view."""
+        """Return the token ids of a sequence, as a view."""
         if not 0 <= index < len(self):
-            raise IndexError(f"expected a sequence in 0 .. {len(self) - 1}, got {index}")
+            raise IndexError(f"sequence index: expected 0 .. {len(self) - 1}, got {index}")
         c = int(np.searchsorted(self._firsts, index, side="right")) - 1
         ids, offsets, _ = self.chunks[c]
         i = index - int(self._firsts[c])
@@ -83,7 +87,7 @@ class TokenStore:
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """(sequences,) tokens of each sequence."""
+        """(sequences,) number of tokens of each sequence."""
         return _joined(np.diff(offsets) for _, offsets, _ in self.chunks)
 
     @cached_property
@@ -93,11 +97,11 @@ class TokenStore:
 
     @cached_property
     def label_counts(self) -> NDArray[np.int64]:
-        """(sequences,) label tokens of each sequence; the first token is never predicted."""
+        """(sequences,) number of label tokens of each sequence, without the first token, which is never predicted."""
         return self.lengths - np.maximum(self.label_starts, 1)
 
     def native(self, name: str) -> efface_native.TokenStore:
-        """Return what ``efface_native`` takes; its errors call the store ``name``."""
+        """Return the store as an ``efface_native.TokenStore``; its error messages use ``name`` for the store."""
         if name not in self._native:
             self._native[name] = efface_native.TokenStore(name, self.chunks)
         return self._native[name]

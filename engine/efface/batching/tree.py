@@ -1,4 +1,4 @@
-"""Token trees: a packed batch in which the beginnings that sequences share stand once."""
+"""Token trees: packed batches that store each prefix shared by several sequences only once."""
 
 import itertools
 from collections.abc import Iterator
@@ -14,24 +14,26 @@ from efface.batching.store import TokenStore
 
 @dataclass(frozen=True, eq=False)
 class TokenTree:
-    """Sequences as S segments of T tokens in all: each segment continues a beginning that others have before it.
+    """Sequences stored as S segments with T tokens in total; each segment continues a prefix stored before it.
 
-    A sequence is a path from its first token on. Its tokens see those before them on the path, wherever they stand,
-    so that every hidden state is that of the sequence alone. The last token of a sequence predicts nothing, and where
-    no other goes on from it, it is left out.
+    The path of a sequence is the list of its tokens, from the first one on, in all segments that contain them. A token
+    attends to the tokens before it on its path, so its hidden state is the same as in a pass of the sequence alone.
+    The last token of a sequence predicts nothing. It is left out unless another sequence continues after it.
 
     Attributes:
-        input_ids: (T,) int64.
-        position_ids: (T,) int64, counted along the path.
-        lengths: S integers on the host: the tokens of each segment.
-        cu_seqlens: (S + 1,) int32, those summed up.
-        paths: (E,) int64: of each segment in turn, the tokens from the sequence's first to the segment's last.
-        path_lengths: S integers on the host.
-        cu_paths: (S + 1,) int32, those summed up.
-        label_rows: (N,) int64, the tokens whose hidden states predict a label; one that predicts several comes again.
-        targets: (N,) int64, those labels; no (row, target) comes twice.
-        labels: of each sequence in turn, its labels as indices into the N; int64 on the host.
-        label_offsets: which of ``labels`` are whose, one more than there are sequences.
+        input_ids: (T,) int64 token ids.
+        position_ids: (T,) int64 positions, counted along the path.
+        lengths: S integers on the host, number of tokens of each segment.
+        cu_seqlens: (S + 1,) int32 cumulative sums of ``lengths``, from 0.
+        paths: (E,) int64, for each segment in turn, the indices of the tokens on its path, from the sequence's first
+            token to the segment's last.
+        path_lengths: S integers on the host, number of tokens on each segment's path.
+        cu_paths: (S + 1,) int32 cumulative sums of ``path_lengths``, from 0.
+        label_rows: (N,) int64 indices of the tokens whose hidden states predict a label; a token that predicts several
+            labels is repeated.
+        targets: (N,) int64 labels; all pairs (row, target) are distinct.
+        labels: int64 on the host, indices into the N labels, for each sequence in turn.
+        label_offsets: (sequences + 1,) start of each sequence's indices in ``labels``; the last entry is their total.
     """
 
     input_ids: Tensor
@@ -48,23 +50,27 @@ class TokenTree:
 
     @property
     def shared(self) -> bool:
-        """Whether any segment sees tokens outside itself; an attention that does not know ``paths`` is wrong then."""
+        """Whether a segment attends to tokens of other segments, so that the attention must support ``paths``."""
         return self.lengths != self.path_lengths
 
     def to(self, device: torch.device | str) -> "TokenTree":
-        """Return the tree with its tensors on ``device``; what the host plans with stays on the host."""
+        """Return the tree with its tensors on ``device``; lengths, labels and label offsets stay on the host."""
         names = ("input_ids", "position_ids", "cu_seqlens", "paths", "cu_paths", "label_rows", "targets")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def by_sequence(self, values: NDArray[np.floating]) -> list[NDArray[np.floating]]:
-        """Return each sequence's share of ``values`` (N,), one for each of its labels, in order."""
+        """Return an array per sequence with the entries of ``values`` (N,) for its labels, in order."""
         return np.split(values[self.labels], self.label_offsets[1:-1].tolist()) if len(self.label_offsets) > 1 else []
 
 
 def token_tree(store: TokenStore, sequences: NDArray[np.int64], *, share: bool = True) -> TokenTree:
-    """Assemble sequences of ``store`` into a tree, on the CPU; without ``share`` each is a segment of its own.
+    """Assemble sequences of ``store`` into a tree on the CPU.
 
-    Segments stand in the order of their token ids. The same sequence may be asked for more than once.
+    Args:
+        store: the token store.
+        sequences: indices into the store, in any order; an index can occur more than once.
+        share: whether to store shared prefixes once. Segments are then in the order of their sequences' token ids.
+            If false, each sequence is one segment, in the given order.
     """
     inputs = [store[i][:-1] for i in sequences.tolist()]
     paths: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * len(inputs)
@@ -83,7 +89,7 @@ def token_tree(store: TokenStore, sequences: NDArray[np.int64], *, share: bool =
     rows = _joined([path[first - 1 :] for path, first in zip(paths, firsts.tolist(), strict=True)])
     answers = [store[i][first:] for i, first in zip(sequences.tolist(), firsts.tolist(), strict=True)]
     targets = _joined(answers)
-    # A row and its target as one number.
+    # Encodes a row and its target as one integer.
     vocabulary = int(targets.max(initial=0)) + 1
     distinct, labels = np.unique(rows * vocabulary + targets, return_inverse=True)
 
@@ -105,14 +111,14 @@ def token_tree(store: TokenStore, sequences: NDArray[np.int64], *, share: bool =
 
 
 def tree_tokens(store: TokenStore, sequences: NDArray[np.int64]) -> int:
-    """Return the tokens T of the tree of ``sequences``, without making it."""
+    """Return the number of tokens T of the tree of ``sequences``, without assembling it."""
     inputs = [store[i][:-1] for i in sequences.tolist()]
     return sum(len(inputs[at]) - shared for at, shared in _sorted_with_shared(inputs))
 
 
 def _sorted_with_shared(inputs: list[NDArray[np.int32]]) -> Iterator[tuple[int, int]]:
-    """Yield the sequences in the order of their ids, with how many first tokens each shares with the one before."""
-    # Big-endian bytes are in the order of the ids that they spell.
+    """Yield (index, length of the prefix shared with the previous sequence), in the order of the token ids."""
+    # Big-endian bytes sort in the same order as the ids that they encode.
     order = sorted(range(len(inputs)), key=lambda at: inputs[at].astype(">i4").tobytes())
     previous = np.empty(0, np.int32)
     for at in order:

@@ -1,1 +1,1 @@
-"""The command line: one module a command, each with a ``SUMMARY`` and a ``run(argv)``."""
+"""The command line. Each command has a module with ``parser()`` and ``run(argv)``; ``main`` lists the commands."""

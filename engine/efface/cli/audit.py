@@ -1,4 +1,4 @@
-"""``efface audit``: what unlearned models still give away, beside the full and the retain model."""
+"""``efface audit``: measure what unlearned models still reveal, next to the full and the retain model."""
 
 import argparse
 import gc
@@ -34,9 +34,9 @@ examples:
   efface audit --model ./npo ./simnpo --data rows.json --views direct,cloze,choice \\
       --output audit
 
-Numbers are means over rows of novel recall: the share of the answer's content words,
-beyond those of the prompt, that the model says. `kept` is (model - retain) / (full -
-retain). The command, given again, goes on where it was stopped.
+The figures are means of novel recall over rows. Novel recall is the share of the
+answer's content words, without those of the prompt, that the model generates. `kept` is
+(model - retain) / (full - retain). Run a stopped command again to continue it.
 """
 
 
@@ -44,58 +44,92 @@ def parser() -> FlagParser:
     """Return the parser of the command's flags."""
     flags = FlagParser(
         "audit",
-        "Asks models for what they should have forgotten in several ways, and scores what they give away.",
+        "Prompts models for the forget set in several ways, and measures how much of it they reveal.",
         _EXAMPLES,
     )
     flags.add_argument("--model", nargs="+", required=True, help="unlearned checkpoints: folders or Hub names")
-    flags.add_argument("--full", help="the model before unlearning")
-    flags.add_argument("--retain", help="a model that never learnt what was to be forgotten")
+    flags.add_argument("--full", help="model before unlearning")
+    flags.add_argument("--retain", help="model trained without the forget set")
     flags.add_argument("--revision", default=MAIN, help="revision of --model")
-    flags.add_argument("--tokenizer", help="default: each model's own")
+    flags.add_argument("--tokenizer", help="folder or Hub name (default: the tokenizer of each model)")
     flags.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
-    flags.add_argument("--data", required=True, help="a file of rows, a folder of TOFU's files, or a Hub data set")
-    flags.add_argument("--split", help="of a folder or a Hub data set: forget01, forget05, forget10 (default)")
+    flags.add_argument("--data", required=True, help="file of rows, folder with TOFU's files, or Hub data set")
+    flags.add_argument("--split", help="split in a folder or a Hub data set: forget01, forget05 or forget10 (default)")
     flags.add_argument(
-        "--views", default=",".join(VIEWS), help=f"of {', '.join(VIEWS)}, with commas between; default: all"
+        "--views", default=",".join(VIEWS), help=f"comma-separated, some of {', '.join(VIEWS)} (default: all)"
     )
-    flags.add_argument("--group-column", help="column that tells whom a row is about (default: --group-size rows)")
-    flags.add_argument("--group-size", type=int, default=TOFU_GROUP, help="rows of an author (default: 20)")
-    flags.add_argument("--samples", type=int, default=BestOf.samples, help="N of best-of-n (default: 8)")
-    flags.add_argument("--temperature", type=float, default=BestOf.temperature, help="of best-of-n (default: 1)")
-    flags.add_argument("--top-p", type=float, default=BestOf.top_p, help="of best-of-n (default: 1, all tokens)")
-    flags.add_argument("--clues", type=int, nargs="+", default=Clues.clues, help="rows revealed (default: 1 3 5)")
-    flags.add_argument("--relearn-share", type=float, default=Relearn.share, help="of the rows (default: 0.1)")
-    flags.add_argument("--relearn-steps", type=int, default=Relearn.steps, help="default: 20")
-    flags.add_argument("--relearn-lr", type=float, default=Relearn.learning_rate, help="default: 2e-5")
-    flags.add_argument("--relearn-lora-r", type=int, help="relearn with a LoRA adapter of this rank (needs peft)")
-    flags.add_argument("--seed", type=int, default=0, help="of samples and relearning")
+    flags.add_argument(
+        "--group-column", help="column that names the subject of a row (default: groups of --group-size rows)"
+    )
+    flags.add_argument("--group-size", type=int, default=TOFU_GROUP, help="rows of one author (default: 20)")
+    flags.add_argument(
+        "--samples", type=int, default=BestOf.samples, help="best-of-n: samples of a prompt (default: 8)"
+    )
+    flags.add_argument(
+        "--temperature", type=float, default=BestOf.temperature, help="best-of-n: sampling temperature (default: 1)"
+    )
+    flags.add_argument(
+        "--top-p", type=float, default=BestOf.top_p, help="best-of-n: nucleus sampling (default: 1, all tokens)"
+    )
+    flags.add_argument(
+        "--clues",
+        type=int,
+        nargs="+",
+        default=Clues.clues,
+        help="clues: earlier rows of the author in the prompt (default: 1 3 5)",
+    )
+    flags.add_argument(
+        "--relearn-share",
+        type=float,
+        default=Relearn.share,
+        help="relearn: share of the rows to train on (default: 0.1)",
+    )
+    flags.add_argument(
+        "--relearn-steps", type=int, default=Relearn.steps, help="relearn: optimizer steps (default: 20)"
+    )
+    flags.add_argument(
+        "--relearn-lr", type=float, default=Relearn.learning_rate, help="relearn: learning rate (default: 2e-5)"
+    )
+    flags.add_argument("--relearn-lora-r", type=int, help="relearn: train a LoRA adapter of this rank (needs peft)")
+    flags.add_argument("--seed", type=int, default=0, help="seed of sampling and relearning (default: 0)")
     flags.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
-    flags.add_argument("--max-new-tokens", type=int, default=200, help="of a generation (default: 200)")
-    flags.add_argument("--token-budget", type=positive, default=8192, help="tokens of a forward pass (default: 8192)")
+    flags.add_argument("--max-new-tokens", type=int, default=200, help="most tokens of a generation (default: 200)")
+    flags.add_argument(
+        "--token-budget", type=positive, default=8192, help="most tokens of a forward pass (default: 8192)"
+    )
     flags.add_argument("--dtype", default="auto", help="dtype to load models in: auto, float32, bfloat16, float16")
     flags.add_argument("--output", type=Path, required=True, help="folder for AUDIT.json and AUDIT.md")
-    flags.add_argument("--overwrite", action="store_true", help="replace an audit that is already there")
+    flags.add_argument("--overwrite", action="store_true", help="replace an existing audit")
     add_json_flag(flags)
     return flags
 
 
 def audit_data(data: str, split: str | None) -> Rows:
-    """Return the rows of a file, of a split's file in a folder, or of a Hub data set; with perturbed answers if it can.
+    """Return the rows of ``data``, with perturbed answers if the folder or the data set has them.
+
+    Args:
+        data: a file of rows, a folder with one file for each split, or a Hub data set.
+        split: forget01, forget05 or forget10. None means forget10 for a folder or a plain Hub name,
+            and all rows otherwise.
 
     Raises:
-        FileNotFoundError: no such file, or no file of the split in the folder.
-        ValueError: a file of another split.
+        FileNotFoundError: the file does not exist, or the folder has no file of the split.
+        ValueError: ``data`` names a file or a configuration of another split.
     """
     folder = Path(data).expanduser()
     if folder.is_file() or folder.suffix in (".json", ".jsonl", ".csv", ".parquet"):
         if split is not None and split not in folder.name:
             raise ValueError(
-                f"--split {split}: {data!r} is a file, of one split; leave --split out, or name the folder"
+                f"--split {split}: expected a folder or a file of that split, got {data!r}; drop --split, or name "
+                "the folder"
             )
         return load_rows(folder)
     if ":" in data and not folder.is_dir():
         if split is not None and split not in data:
-            raise ValueError(f"--split {split}: {data!r} names another; leave --split out, or name the data set alone")
+            raise ValueError(
+                f"--split {split}: expected a data set of that split, got {data!r}; drop --split, or name the data "
+                "set only"
+            )
         return load_rows(data)
     split = split or "forget10"
     if not folder.is_dir():
@@ -105,14 +139,14 @@ def audit_data(data: str, split: str | None) -> Rows:
             return load_rows(folder / name)
     splits = sorted(path.stem.removesuffix("_perturbed") for path in folder.glob("forget*.json"))
     known = ", ".join(dict.fromkeys(splits)) or "none"
-    raise FileNotFoundError(f"--split {split}: expected {split}_perturbed.json in {data!r}, which has splits {known}")
+    raise FileNotFoundError(f"--split {split}: expected {split}_perturbed.json in {data!r}, got splits {known}")
 
 
 def chosen_views(options: argparse.Namespace) -> list[View]:
-    """Return the views that were named, with the settings that were given.
+    """Return the views of ``--views`` with the settings of their flags.
 
     Raises:
-        ValueError: an unknown view, or settings that a view refuses.
+        ValueError: an unknown view, or a setting out of its range.
     """
     settings: dict[str, dict[str, Any]] = {
         BestOf.name: {
@@ -135,10 +169,12 @@ def chosen_views(options: argparse.Namespace) -> list[View]:
 
 
 def model_names(options: argparse.Namespace) -> dict[str, str]:
-    """Return the models by the names that they have in the table, in its order.
+    """Return the models by the names in the table, in its order: full, the unlearned models, retain.
+
+    The name of an unlearned model is that of its folder, or its whole path if names would clash.
 
     Raises:
-        ValueError: the same model twice.
+        ValueError: a model is given twice.
     """
     unlearned = list(options.model)
     if len({Path(place).name for place in unlearned} | set(AROUND)) == len(unlearned) + len(AROUND):
@@ -152,7 +188,7 @@ def model_names(options: argparse.Namespace) -> dict[str, str]:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
     options = parser().parse_args(argv)
     state = processes()
     console = open_console(stderr=True, quiet=not state.is_main_process)
@@ -166,13 +202,13 @@ def run(argv: Sequence[str]) -> int:
     if (output / JSON_NAME).exists() and not options.overwrite:
         raise FileExistsError(
             f"{str(output / JSON_NAME)!r}, an audit of {_audited_models(output / JSON_NAME)} (this one is of "
-            f"{', '.join(models.values())}), is there already; choose another --output, or add --overwrite"
+            f"{', '.join(models.values())}), exists; choose another --output, or add --overwrite"
         )
     views, rows = chosen_views(options), audit_data(options.data, options.split)
     read = audit_rows(rows, group_column=options.group_column, group_size=options.group_size)
-    for view in views:  # what is wrong with the rows shows before a model is loaded
+    for view in views:  # raises for invalid rows before a model is loaded
         view.probes(read)
-    # The tokenizers first: a name that is not there shows before anything is computed.
+    # Load the tokenizers first: an unknown model name raises before anything is computed.
     tokenizers = {
         name: load_tokenizer(
             options.tokenizer or place,
@@ -185,7 +221,7 @@ def run(argv: Sequence[str]) -> int:
         if state.is_main_process:
             remove_leftovers(output)
         if there := [path for name in (JSON_NAME, MARKDOWN_NAME) if (path := output / name).exists()]:
-            console.print(f"replaced when the audit is whole: {in_words(there)}")
+            console.print(f"will be replaced when the audit is complete: {in_words(there)}")
         return _audit(options, output, models, tokenizers, rows, views, console)
 
 
@@ -198,7 +234,7 @@ def _audit(
     views: Sequence[View],
     console: Console,
 ) -> int:
-    """Audit the models, and write and show what came out."""
+    """Audit the models, then write and print the result."""
     state = processes()
     audits = {
         name: _audited(name, place, tokenizers[name], rows, views, options, console) for name, place in models.items()
@@ -225,7 +261,7 @@ def _audit(
 
 
 def _figures(found: Document, path: Path) -> dict[str, Any]:
-    """Return the figures of every view, without its records, and where those are."""
+    """Return the figures of every view, and the path of the file with the records."""
     models = {
         name: {view: dict(seen.figures) for view, seen in audited.views.items()}
         for name, audited in found.audits.items()
@@ -262,7 +298,7 @@ def _audited(
     options: argparse.Namespace,
     console: Console,
 ) -> AuditResult:
-    """Load a model, audit it, and let go of it."""
+    """Load a model, audit it, and free its memory."""
     with closing(Bar(console, name)) as bar:
         bar.stage("loading the model")
         model = load_model(

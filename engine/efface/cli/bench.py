@@ -1,4 +1,4 @@
-"""``efface bench``: the benchmarks, which lie in the repository and not in the installed package."""
+"""``efface bench``: run the benchmarks, which are in the repository and not in the installed package."""
 
 import argparse
 import os
@@ -22,16 +22,16 @@ def parser() -> FlagParser:
     """Return the parser of the command's flags."""
     flags = FlagParser(
         "bench",
-        "Runs `python -m benchmarks SUITE ...` of the checkout that efface was installed from (pip install -e).",
+        "Runs `python -m benchmarks SUITE ...` in the checkout from which efface was installed (pip install -e).",
         _EXAMPLES,
     )
-    flags.add_argument("suite", help="evaluate, loss, pack, step, …")
-    flags.add_argument("options", nargs=argparse.REMAINDER, help="of the suite")
+    flags.add_argument("suite", help="name of the suite: evaluate, loss, pack, step, ...")
+    flags.add_argument("options", nargs=argparse.REMAINDER, help="flags of the suite")
     return flags
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command.
+    """Run the command and return its exit code.
 
     Raises:
         FileNotFoundError: efface was not installed from a checkout.

@@ -1,4 +1,4 @@
-"""``efface cache``: what runs have left in the cache folder, of which data, and its removal."""
+"""``efface cache``: list the entries of the cache folder with their data sets, or remove them."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,8 +19,8 @@ examples:
   efface cache purge --data forget10.json
   efface cache purge --older-than 30 --dry-run
 
-Tokens are found by the content of a file, and by its path when it is there no more.
-What a running process uses stays.
+--data finds the tokens of a file by its content, or by its path if the file no longer
+exists. Entries that a running process uses are not removed.
 """
 
 
@@ -28,31 +28,34 @@ def parser() -> FlagParser:
     """Return the parser of the command's flags."""
     flags = FlagParser(
         "cache",
-        "Lists or removes what runs keep for the next one: tokens of data sets, log-probabilities of references, "
-        "small taught models.",
+        "Lists or removes the cached results of earlier runs: tokens of data sets, log-probabilities of references, "
+        "and small trained models.",
         _EXAMPLES,
     )
-    flags.add_argument("action", choices=("list", "purge"), help="show what there is, or remove it")
-    flags.add_argument("--data", nargs="+", metavar="FILE", help="what was made of these files or Hub data sets alone")
-    flags.add_argument("--older-than", type=float, metavar="DAYS", help="what was not used for so many days alone")
-    flags.add_argument("--token-cache", metavar="DIR", help="the folder; default: $EFFACE_CACHE or ~/.cache/efface")
-    flags.add_argument("--dry-run", action="store_true", help="of purge: say what would be removed")
+    flags.add_argument("action", choices=("list", "purge"), help="list shows the entries; purge removes them")
+    flags.add_argument("--data", nargs="+", metavar="FILE", help="only entries made from these files or Hub data sets")
+    flags.add_argument("--older-than", type=float, metavar="DAYS", help="only entries not used for so many days")
+    flags.add_argument("--token-cache", metavar="DIR", help="cache folder (default: $EFFACE_CACHE or ~/.cache/efface)")
+    flags.add_argument(
+        "--dry-run", action="store_true", help="with purge: show what would be removed, and remove nothing"
+    )
     add_json_flag(flags)
     return flags
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command.
+    """Run the command and return its exit code.
 
     Raises:
-        OSError: a running process uses what was to be removed.
-        ValueError: a number of days below 0, or a dry run of nothing.
+        NotADirectoryError: ``--token-cache`` is not a folder.
+        OSError: a running process uses an entry that was to be removed.
+        ValueError: a negative number of days, or ``--dry-run`` with ``list``.
     """
     options = parser().parse_args(argv)
     if options.older_than is not None and not options.older_than >= 0:
-        raise ValueError(f"--older-than: expected days from 0, got {options.older_than}")
+        raise ValueError(f"--older-than: expected a number of days from 0, got {options.older_than}")
     if options.dry_run and options.action == "list":
-        raise ValueError("--dry-run: is for `efface cache purge`; drop it")
+        raise ValueError("--dry-run: expected the action purge, got list; drop --dry-run")
     if options.token_cache is not None and not cache_folder(options.token_cache).is_dir():
         raise NotADirectoryError(f"--token-cache: expected a folder, got {options.token_cache!r}")
     found = entries(options.token_cache)
@@ -60,7 +63,7 @@ def run(argv: Sequence[str]) -> int:
     if options.older_than is not None:
         chosen = [entry for entry in chosen if entry.days() >= options.older_than]
     if options.action == "purge" and options.data:
-        # Nothing reads them any more, and of which data they are nobody knows.
+        # Leftovers, and tokens of earlier versions: efface does not read them, and their data set is unknown.
         chosen += [entry for entry in found if not entry.is_read and entry not in chosen]
     console, where = open_console(), cache_folder(options.token_cache)
     if options.json:
@@ -76,14 +79,14 @@ def run(argv: Sequence[str]) -> int:
         console.print(f"{verb}: {what}; {where}")
     if kept:
         raise OSError(
-            f"{len(kept)} {'entry is' if len(kept) == 1 else 'entries are'} used by a running process and stayed "
-            f"({', '.join(entry.path.name for entry in kept[:3])}); wait for it or stop it, and purge again"
+            f"{len(kept)} {'entry is' if len(kept) == 1 else 'entries are'} in use by a running process, not removed "
+            f"({', '.join(entry.path.name for entry in kept[:3])}); wait for the process or stop it, and purge again"
         )
     return 0
 
 
 def _table(found: Sequence[CacheEntry]) -> Table:
-    """Return a line for each kind and data set."""
+    """Return a table with one line for each kind and data set."""
     groups: dict[tuple[str, str], list[CacheEntry]] = {}
     for entry in found:
         groups.setdefault((entry.kind, entry.source or entry.data[:12]), []).append(entry)

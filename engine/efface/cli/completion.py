@@ -1,4 +1,4 @@
-"""``efface completion``: a script with which a shell completes commands, flags, their values and files."""
+"""``efface completion``: print a shell script that completes commands, flags, their values and file names."""
 
 import argparse
 import importlib
@@ -24,7 +24,7 @@ def parser() -> FlagParser:
     """Return the parser of the command's flags."""
     flags = FlagParser(
         "completion",
-        "Prints a script that completes efface's commands, flags and their values.",
+        "Prints a shell script that completes the commands of efface, their flags and the values of flags.",
         _EXAMPLES,
     )
     flags.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
@@ -32,22 +32,22 @@ def parser() -> FlagParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
     options = parser().parse_args(argv)
-    whole = argparse.ArgumentParser(prog="efface")
-    commands = whole.add_subparsers()
+    root = argparse.ArgumentParser(prog="efface")
+    commands = root.add_subparsers()
     for name, (module, summary) in COMMANDS.items():
         flags: FlagParser = importlib.import_module(module).parser()
         flags.show_all()
-        # A parent of its own class would want what it was made of; its flags are all that counts here.
+        # ``root`` is not a FlagParser, because add_parser() would construct FlagParsers without their command.
         commands.add_parser(name, help=summary, parents=[_completing(flags)], add_help=False)
-    print(shtab.complete(whole, options.shell))
+    print(shtab.complete(root, options.shell))
     return 0
 
 
 def _completing(flags: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Say of each flag what its value is."""
-    for action in flags._actions:  # noqa: SLF001 - argparse has no other way to see them
+    """Set the choices or the kind of path that complete each flag."""
+    for action in flags._actions:  # noqa: SLF001 - argparse has no public list of actions
         if action.dest == "recipe":
             action.choices = list(known_recipes())
         elif action.dest in _FOLDERS:

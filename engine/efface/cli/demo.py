@@ -1,4 +1,4 @@
-"""``efface demo``: a small model is taught, made to forget and measured; and how runs on small models are shown."""
+"""``efface demo``: train, unlearn and evaluate a small model. Also the tables and progress of runs on small models."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from efface.cli.progress import ProgressBar
     from efface.simulate.run import SimulatedModel
 
-# How many authors, and how many of them are forgotten: two, as in TOFU's forget01, because with more rows the KS test
-# tells even models trained alike apart.
+# Scale -> (authors, authors to forget). The default forgets two, as TOFU's forget01 does: with more rows the KS test
+# also distinguishes two models that were trained in the same way.
 _AUTHORS = {"default": (24, 2), "smoke": (4, 1)}
 _TOFU_AUTHORS = {"default": (20, 2), "smoke": (4, 2)}
-_LEFT_BEHIND = 86_400  # seconds after which what a killed demo left is nobody's
+_LEFTOVER_SECONDS = 86_400  # seconds after which partial files belong to a killed demo and are removed
 _COLUMNS = {
     "forget quality": ("forget_quality", ".2g"),
     "truth ratio": ("truth_ratio", ".3f"),
@@ -43,26 +43,33 @@ def parser() -> FlagParser:
     """Return the parser of the command's flags."""
     flags = FlagParser(
         "demo",
-        "Trains a small Llama on fictitious authors (full) and another without some of them (retain); "
-        "makes full forget those with NPO, SimNPO and GradDiff; compares with retain.",
+        "Trains a small Llama on fictitious authors (full) and another one without some of them (retain). "
+        "Unlearns those authors from full with NPO, SimNPO and GradDiff, and compares the results with retain.",
         _EXAMPLES,
     )
-    flags.add_argument("--output", type=Path, default=Path("demo-out"), help="folder (default: demo-out)")
-    flags.add_argument("--data", type=Path, help="folder with TOFU's JSON files; default: made-up authors")
-    flags.add_argument("--authors", type=int, help="how many authors in all (default: 24; TOFU: 20)")
-    flags.add_argument("--forget-authors", type=int, help="how many of them to forget (default: 2; smoke: 1)")
-    flags.add_argument("--scale", choices=sorted(_AUTHORS), default="default", help="smoke ends within a minute")
-    flags.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
+    flags.add_argument("--output", type=Path, default=Path("demo-out"), help="output folder (default: demo-out)")
+    flags.add_argument("--data", type=Path, help="folder with TOFU's JSON files (default: made-up authors)")
+    flags.add_argument("--authors", type=int, help="number of authors (default: 24; TOFU: 20; smoke: 4)")
+    flags.add_argument(
+        "--forget-authors", type=int, help="number of them to forget (default: 2; smoke without --data: 1)"
+    )
+    flags.add_argument(
+        "--scale",
+        choices=sorted(_AUTHORS),
+        default="default",
+        help="size of the run; smoke takes less than a minute (default: default)",
+    )
+    flags.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     flags.add_argument("--overwrite", action="store_true", help="write into an output folder that is not empty")
     flags.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
     return flags
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
     options = parser().parse_args(argv)
     out = check_output(options.output, overwrite=options.overwrite, inputs={"--data": options.data})
-    # here, because --help needs none of it
+    # Imported here, so that --help stays fast.
     from efface.cli.progress import open_console, show_json
     from efface.simulate.data import fictitious, tofu
     from efface.simulate.demo import DEMO_SETTINGS, Demo
@@ -74,18 +81,21 @@ def run(argv: Sequence[str]) -> int:
     data = fictitious(authors, forget) if options.data is None else tofu(options.data, authors, forget)
     settings = replace(DEMO_SETTINGS[options.scale], seed=options.seed)
     if options.data is not None and options.scale == "default":
-        # TOFU's texts are longer and more varied: a larger vocabulary, and fewer passes over more tokens.
+        # TOFU's texts are longer and more varied: use a larger vocabulary, and fewer epochs over more tokens.
         settings = replace(settings, vocabulary=4096, teach_epochs=30)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     console = open_console(stderr=True)
-    remove_leftovers(out, seconds=_LEFT_BEHIND)
+    remove_leftovers(out, seconds=_LEFTOVER_SECONDS)
     if out.is_dir() and (there := sorted(out.iterdir())):
-        said = f"files of the same names are replaced when the demo is whole; there are {in_words(there)}"
+        said = (
+            f"files of the same names will be replaced when the demo is complete; the folder contains {in_words(there)}"
+        )
         console.print(said)
     with locked_folder(out), written_whole(out) as partial:
         with teaching_bar(console) as progress:
             demo = Demo(data, settings, partial, progress)
             models = demo.tell()
+        data.write(partial / "data")
         plot(demo.curves, partial)
         record = demo.record(models)
         write_record(partial / "demo.json", record)
@@ -96,13 +106,13 @@ def run(argv: Sequence[str]) -> int:
     for model in models:
         if model.note:
             console.print(f"{model.name}: {model.note}")
-    console.print(f"models, plots and figures: {out}")
+    console.print(f"models, rows (data/), plots and figures: {out}")
     return 0
 
 
 @contextmanager
 def teaching_bar(console: "Console") -> Iterator[Callable[[str], "ProgressBar"]]:
-    """Yield what shows the progress of one training after another, each under its title."""
+    """Yield a function from a title to a progress bar. Each call closes the bar of the training before."""
     from efface.cli.progress import ProgressBar
 
     bar = ProgressBar(console, "", log=False)
@@ -121,13 +131,13 @@ def teaching_bar(console: "Console") -> Iterator[Callable[[str], "ProgressBar"]]
 def figures_table(
     first: str, columns: Mapping[str, tuple[str, str]], models: Sequence["SimulatedModel"], **options: Any
 ) -> "Table":
-    """Return a table with a line for each model.
+    """Return a table with one line for each model.
 
     Args:
-        first: heading above their names.
-        columns: names and formats of figures, by their headings.
-        models: a figure that one does not have is a dash.
-        options: of ``rich.table.Table``.
+        first: heading of the column with the names of the models.
+        columns: heading -> (name of a figure, format).
+        models: the rows. A figure that a model lacks is shown as a dash.
+        options: arguments of ``rich.table.Table``.
     """
     from rich import box
     from rich.table import Table
@@ -143,7 +153,10 @@ def figures_table(
 
 
 def plot(curves: Mapping[str, Sequence[Mapping[str, float]]], out: Path) -> None:
-    """Write forget quality over the steps of unlearning, and the answers' probability on forget and retain rows."""
+    """Plot forget quality, and the probability of the answers to forget and retain rows, over the unlearning steps.
+
+    Writes ``forget_quality.png`` and ``probability.png`` into ``out``.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -160,12 +173,12 @@ def plot(curves: Mapping[str, Sequence[Mapping[str, float]]], out: Path) -> None
     axes.axhline(0.05, color="grey", linestyle="--", linewidth=1)
     axes.annotate("p = 0.05", (0, 0.05), textcoords="offset points", xytext=(0, 4), color="grey", fontsize=8)
     axes.set(xlabel="optimizer step", ylabel="forget quality (KS p-value)", yscale="log")
-    axes.set_title("Can it be told from a model that never knew?")
+    axes.set_title("Can it be told apart from a model that never saw the data?")
     axes.legend()
     figure.savefig(out / "forget_quality.png", dpi=150)
     figure, axes = probability
     axes.set(xlabel="optimizer step", ylabel="probability of the answer", ylim=(-0.02, 1.02))
-    axes.set_title("What it forgets, and what it keeps")
+    axes.set_title("Probability of the answers to forget and retain rows")
     axes.legend(fontsize=8)
     figure.savefig(out / "probability.png", dpi=150)
     for figure, _ in (quality, probability):

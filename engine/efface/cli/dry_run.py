@@ -1,4 +1,4 @@
-"""``efface unlearn --dry-run``: what a run would be, from what lies on this machine: no network, no weights."""
+"""``efface unlearn --dry-run``: the settings, steps, tokens and memory of a run, without network access or weights."""
 
 import copy
 import dataclasses
@@ -31,13 +31,13 @@ from efface_kernels import device_memory
 Lines = dict[str, Any]
 
 _NOTES = {
-    "memory": ": computed from the configuration, not measured; one process, nothing sharded",
+    "memory": ": computed from the configuration, not measured; one process without sharding",
     "arithmetic": ": 6 x parameters without embeddings x tokens; 8 x with gradient checkpointing",
 }
 
 
 def show(command: UnlearnCommand, args: UnlearnArguments, objective: Objective, recipe: Recipe | None) -> int:
-    """Print the resolved configuration, the steps and tokens, and the memory that they would take."""
+    """Print the resolved configuration and the steps, tokens and memory of the run. Returns exit code 0."""
     report = describe(command, args, objective, recipe)
     if command.json:
         show_json(report)
@@ -54,11 +54,11 @@ def show(command: UnlearnCommand, args: UnlearnArguments, objective: Objective, 
 def describe(
     command: UnlearnCommand, args: UnlearnArguments, objective: Objective, recipe: Recipe | None
 ) -> dict[str, Lines]:
-    """Return what ``show`` prints: sections of names and values.
+    """Return the report that ``show`` prints: section -> name -> value.
 
     Raises:
-        FileNotFoundError: a local file that does not exist.
-        ValueError: data without its columns, a filter that leaves no row, settings that do not go together.
+        FileNotFoundError: a local file does not exist.
+        ValueError: a column is missing, no row meets a filter, or settings contradict one another.
     """
     if args.template not in (AUTO, *TEMPLATES):
         raise ValueError(f"`template`: expected one of {', '.join([AUTO, *TEMPLATES])}, got {args.template!r}")
@@ -78,12 +78,12 @@ def describe(
 
 @dataclass(frozen=True)
 class _Data:
-    """What is known of the sets: tokens where data and tokenizer are here, else perhaps counts."""
+    """Row counts of the sets, and their tokens if the data and the tokenizer are on this machine."""
 
     rows: Mapping[str, int]
-    of: Mapping[str, int]  # rows of the files, of which a filter takes some
+    unfiltered: Mapping[str, int]  # rows of a file before its filter; only sets with a filter
     stores: tuple[TokenStore, TokenStore, TokenStore | None] | None
-    missing: str  # why there are no tokens
+    missing: str  # reason why ``stores`` is None; empty otherwise
 
 
 def _data(command: UnlearnCommand, args: UnlearnArguments, objective: Objective, recipe: Recipe | None) -> _Data:
@@ -96,14 +96,14 @@ def _data(command: UnlearnCommand, args: UnlearnArguments, objective: Objective,
             "--retain, or set --alpha 0"
         )
     files = {role: local_file(source) for role, (source, _) in sources.items()}
-    of: dict[str, int] = {}
+    unfiltered: dict[str, int] = {}
 
     def counts() -> dict[str, int]:
         rows: dict[str, int] = {}
         for role, (source, conditions) in sources.items():
             if (file := files[role]) is not None:
                 rows[role], total = _count(file, conditions, args, role)
-                of.update({role: total} if conditions else {})
+                unfiltered.update({role: total} if conditions else {})
             elif (
                 recipe is not None
                 and source == recipe.unlearn.get(role)
@@ -115,9 +115,14 @@ def _data(command: UnlearnCommand, args: UnlearnArguments, objective: Objective,
     named = command.tokenizer or command.model
     folder = local_files(named, MAIN if command.tokenizer else command.revision, "tokenizer_config.json")
     if folder is None:
-        return _Data(counts(), of, None, f"the tokenizer of {named} is not on this machine")
-    if away := [source for role, (source, _) in sources.items() if files[role] is None]:
-        return _Data(counts(), of, None, f"{' and '.join(dict.fromkeys(away))} is on the Hub; give --data or files")
+        return _Data(counts(), unfiltered, None, f"the tokenizer of {named} is not on this machine")
+    if remote := [source for role, (source, _) in sources.items() if files[role] is None]:
+        return _Data(
+            counts(),
+            unfiltered,
+            None,
+            f"{' and '.join(dict.fromkeys(remote))} is on the Hub; give --data or local files",
+        )
     retain = command.retain if "retain" in sources else None
     stores = unlearning_stores(
         objective,
@@ -128,11 +133,11 @@ def _data(command: UnlearnCommand, args: UnlearnArguments, objective: Objective,
         forget_filter=command.forget_filter,
         retain_filter=command.retain_filter,
     )
-    return _Data({"forget": len(stores[0]), "retain": len(stores[1])}, of, stores, "")
+    return _Data({"forget": len(stores[0]), "retain": len(stores[1])}, unfiltered, stores, "")
 
 
 def _count(file: Path, conditions: list[str] | None, args: UnlearnArguments, role: str) -> tuple[int, int]:
-    """Return how many rows the conditions take, and of how many."""
+    """Return the number of rows that meet the conditions, and the number of all rows."""
     rows, source = load_rows(file), f"{role} data {str(file)!r}"
     if not (args.template in TEMPLATES and TEMPLATES[args.template].documents):
         check_columns(rows, [args.question_column or "question", args.answer_column or "answer"], source)
@@ -201,7 +206,7 @@ def _warm_up(args: UnlearnArguments) -> str:
 
 
 def _optimizer(args: UnlearnArguments) -> str:
-    """``paged_adamw_32bit`` as papers and cards write it, paged AdamW 32 bit."""
+    """Return the name of the optimizer as model cards write it: paged AdamW 32 bit for ``paged_adamw_32bit``."""
     name = str(getattr(args.optim, "value", args.optim))
     return name.replace("_", " ").replace("adamw", "AdamW").replace("bit", " bit")
 
@@ -220,14 +225,13 @@ def _checkpoints(args: UnlearnArguments) -> str:
 def _evaluation(command: UnlearnCommand, recipe: Recipe | None) -> str | None:
     if recipe is None:
         return None
-    asked = recipe.evaluate
-    if not command.evaluate or asked["benchmark"] == "none":
+    settings = recipe.evaluate
+    if not command.evaluate or settings["benchmark"] == "none":
         return "none"
-    against = command.retain_log or asked.get("retain_log") or asked.get("retain_model")
+    against = command.retain_log or settings.get("retain_log") or settings.get("retain_model")
     quality = f"forget quality against {against}" if against else "no forget quality without --retain-log"
-    return (
-        f"{asked['benchmark'].upper()} {asked['split']}, protocol {asked.get('protocol', 'open-unlearning')}, {quality}"
-    )
+    protocol = settings.get("protocol", "open-unlearning")
+    return f"{settings['benchmark'].upper()} {settings['split']}, protocol {protocol}, {quality}"
 
 
 def _provenance(recipe: Recipe) -> Lines:
@@ -239,10 +243,10 @@ def _run(args: UnlearnArguments, data: _Data) -> Lines:
     lines: Lines = {}
     for role, count in data.rows.items():
         lines[f"{role} rows"] = count
-        if role in data.of:
-            lines[f"{role} rows before the filter"] = data.of[role]
+        if role in data.unfiltered:
+            lines[f"{role} rows before the filter"] = data.unfiltered[role]
     if "forget" not in data.rows:
-        return {**lines, "steps": "not known: how many rows the forget set has is on the Hub"}
+        return {**lines, "steps": "not known: the forget set is on the Hub, so its number of rows is unknown"}
     per_step = pairs_per_step(args)
     accumulation = Accumulation.of(
         data.rows["forget"],
@@ -262,7 +266,7 @@ def _run(args: UnlearnArguments, data: _Data) -> Lines:
     if data.stores is None:
         return {**lines, "tokens": f"not known: {data.missing}"}
     if args.compat is not None:
-        return {**lines, "tokens": f"not known: --compat {args.compat} pads"}
+        return {**lines, "tokens": f"not known: --compat {args.compat} uses padded batches"}
     forget, retain, alternate = data.stores
     plan = plan_epoch(
         forget.lengths,
@@ -294,9 +298,11 @@ def _needs(
     reference: str | None,
     tokens: int | None,
 ) -> dict[str, Lines]:
-    """Return the memory and the arithmetic of a run, computed and not measured."""
+    """Return the sections with the memory and the FLOPs of a run, computed and not measured."""
     if _is_adapter(command):
-        return {"memory": {"not known": f"{command.model} is an adapter; see that of its base model with --lora-r"}}
+        return {
+            "memory": {"not known": f"{command.model} is an adapter; run the estimate for its base model with --lora-r"}
+        }
     architecture = _architecture(command, recipe)
     if architecture is None:
         return {"memory": {"not known": f"the configuration of {command.model} is not on this machine"}}
@@ -304,8 +310,8 @@ def _needs(
     half = bool(args.bf16 or args.fp16)
     try:
         sizes = model_sizes(architecture, dtype, autocast=half and dtype.itemsize > 2)
-    except (RuntimeError, TypeError, AttributeError) as error:  # a model that is not like others
-        return {"memory": {"not known": f"{command.model} cannot be counted: {error}"}}
+    except (RuntimeError, TypeError, AttributeError) as error:  # an unusual architecture
+        return {"memory": {"not known": f"the parameters of {command.model} cannot be counted: {error}"}}
     trained = None
     if command.lora_r is not None:
         trained = adapter_parameters(architecture, command.lora_r, command.lora_target or ())
@@ -314,7 +320,7 @@ def _needs(
     if trained is not None:
         lines["trained"] = trained
     if args.compat is not None:
-        return {"memory": {**lines, "not known": f"--compat {args.compat} pads and keeps logits"}}
+        return {"memory": {**lines, "not known": f"--compat {args.compat} pads batches and stores all logits"}}
     items = memory(
         sizes,
         RunShape(
@@ -364,7 +370,7 @@ def _dtype(command: UnlearnCommand, architecture: Any) -> torch.dtype:
 
 
 def _written(name: str, value: Any) -> str:
-    """Write a value for people."""
+    """Format a value of a section for the terminal."""
     if isinstance(value, bool) or value is None:
         return "not known" if value is None else str(value)
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""The flags of ``efface evaluate`` for metrics beside TOFU's, and for FAME: what they mean is run here."""
+"""``efface evaluate``: run TOFU's evaluation, FAME's evaluation, or other metrics on any rows."""
 
 import argparse
 import gc
@@ -41,39 +41,51 @@ Results = dict[str, MetricResult]
 
 
 def add_metrics_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that ``run_metrics`` and ``run_fame`` read, beside the command's own of model and template."""
+    """Add the flags of ``run_metrics`` and ``run_fame``, except those of all benchmarks, such as ``--model``."""
     group = parser.add_argument_group("metrics of any rows")
-    group.add_argument("--metrics", help=f"comma-separated, of {', '.join(known_metrics())}")
-    group.add_argument("--forget", help="rows to judge: a file, or a Hub data set (name[:config[:split]])")
+    group.add_argument("--metrics", help=f"comma-separated, some of {', '.join(known_metrics())}")
+    group.add_argument("--forget", help="rows to evaluate: a file, or a Hub data set (name[:config[:split]])")
     conditions: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "CONDITION"}
     syntax = "column=value[,value] or column!=value[,value]"
-    group.add_argument("--forget-filter", **conditions, help=f"some of them: {syntax}; FAME's rows to forget")
-    group.add_argument("--holdout", help="for mia_* and privleak: rows of the same kind that no model was trained on")
-    group.add_argument("--holdout-filter", **conditions, help="some of them, likewise")
+    group.add_argument("--forget-filter", **conditions, help=f"only some of them: {syntax}; FAME: the rows to forget")
+    group.add_argument("--holdout", help="for mia_* and privleak: similar rows that no model was trained on")
+    group.add_argument("--holdout-filter", **conditions, help="only some of them, as --forget-filter")
     group.add_argument("--reference-model", help="for mia_reference: a checkpoint with the same tokenizer")
     group.add_argument(
-        "--retain-metrics", help="for privleak: results of a model trained on the retain set alone, as written here"
+        "--retain-metrics", help="for privleak: METRICS_EVAL.json of a model trained on the retain set only"
     )
-    group.add_argument("--retain-filter", **conditions, help="FAME's rows to keep (default: all but the forgotten)")
-    group.add_argument("--group-columns", nargs="+", default=GROUPS, help="FAME's groups (default: %(default)s)")
-    group.add_argument("--question-column", default="question", help='"" for texts (default: %(default)s)')
-    group.add_argument("--answer-column", default="answer", help="(default: %(default)s)")
-    group.add_argument("--max-length", type=int, help="cut texts to so many tokens (default: never)")
-    group.add_argument("--window", type=int, help="of perplexity: tokens at a time (default: 1024), in steps of a half")
-    group.add_argument("--max-new-tokens", type=int, default=200, help="of an answer (default: %(default)s)")
+    group.add_argument(
+        "--retain-filter", **conditions, help="FAME: the rows to keep (default: all except those to forget)"
+    )
+    group.add_argument(
+        "--group-columns", nargs="+", default=GROUPS, help="FAME: columns to group by (default: %(default)s)"
+    )
+    group.add_argument(
+        "--question-column",
+        default="question",
+        help='column of the prompt; "" if rows are plain texts (default: %(default)s)',
+    )
+    group.add_argument("--answer-column", default="answer", help="column of the answer or text (default: %(default)s)")
+    group.add_argument("--max-length", type=int, help="cut texts to this many tokens (default: never)")
+    group.add_argument(
+        "--window", type=int, help="perplexity: tokens of a window, which advances by half (default: 1024)"
+    )
+    group.add_argument(
+        "--max-new-tokens", type=int, default=200, help="most tokens of a generated answer (default: %(default)s)"
+    )
 
 
 def chosen_metrics(options: argparse.Namespace) -> list[Metric]:
-    """Return what ``--metrics`` names, with the settings that were given; nothing is computed yet.
+    """Return the metrics of ``--metrics`` with the settings of their flags. Nothing is computed yet.
 
     Raises:
-        ValueError: an unknown name, settings that a metric refuses, or flags that are missing beside it.
+        ValueError: an unknown metric, a setting out of its range, or a metric without a flag that it requires.
     """
     settings = {} if options.window is None else {"window": options.window, "stride": max(1, options.window // 2)}
     names = [name.strip() for name in (options.metrics or "").split(",") if name.strip()]
     chosen = [get_metric(name, **(settings if name.lower() == Perplexity.name else {})) for name in names]
     if chosen and not options.forget:
-        raise ValueError("--metrics: expected --forget FILE, the rows to judge, got none")
+        raise ValueError("--metrics: expected --forget FILE, the rows to evaluate, got none")
     for metric in chosen:
         if metric.needs_holdout and not options.holdout:
             raise ValueError(f"{metric.name}: expected --holdout FILE, rows that no model was trained on, got none")
@@ -83,14 +95,14 @@ def chosen_metrics(options: argparse.Namespace) -> list[Metric]:
 
 
 def check_metrics_rows(options: argparse.Namespace, benchmark: str | None) -> dict[str, str]:
-    """Read the rows of ``--metrics`` and FAME, so that what is wrong is said before anything is computed.
+    """Read and check the rows of ``--metrics`` and FAME before a model is loaded.
 
     Returns:
-        How many of which rows the filters take, by role, where there are filters.
+        For each set with a filter, a message such as ``40 of 400 rows, forget.json``.
 
     Raises:
-        ValueError: a row without text, by its number in the file; a filter of rows that are not given, or that takes
-            none of them.
+        ValueError: a row without text (the message gives its number in the file), a filter without rows to filter, or
+            a filter that no row meets.
     """
     reading = _reading(options)
     names = [name for name in (reading.answer_column, reading.question_column) if name is not None]
@@ -98,7 +110,7 @@ def check_metrics_rows(options: argparse.Namespace, benchmark: str | None) -> di
     sources = {name: getattr(options, name) for name in ("forget", "holdout") if options.metrics}
     for name, conditions in filters.items():
         if conditions and not sources.get(name) and (benchmark != "fame" or name == "holdout"):
-            raise ValueError(f"--{name}-filter: expected rows that it takes some of, got none; drop it")
+            raise ValueError(f"--{name}-filter: expected rows to filter, got none; drop it")
     taken: dict[str, str] = {}
     if benchmark == "fame" and options.data and filters["forget"]:
         rows = load_rows(options.data)
@@ -127,10 +139,17 @@ def run_metrics(
     store: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Results:
-    """Return ``--metrics`` of the rows of ``--forget``, to be written as they are or beside TOFU's.
+    """Compute the metrics of ``--metrics`` on the rows of ``--forget``.
+
+    Args:
+        model: the model, on its device.
+        tokenizer: its tokenizer.
+        options: the parsed flags.
+        store: SQLite file of finished rows, from which a stopped evaluation continues; None keeps none.
+        progress: callback; see ``efface.evaluate.runner.Progress``.
 
     Raises:
-        ValueError: flags that do not fit one another, and as ``evaluate_metrics``.
+        ValueError: as ``chosen_metrics`` and ``evaluate_metrics``.
     """
     metrics = chosen_metrics(options)
     reference = None
@@ -164,13 +183,13 @@ def run_fame(
     store: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Results:
-    """Return FAME's metrics of the rows of ``--data``.
+    """Compute FAME's metrics on the rows of ``--data``. Arguments as for ``run_metrics``.
 
     Raises:
-        ValueError: flags that do not fit one another, and as ``fame``.
+        ValueError: ``--data`` is missing, and as ``fame``.
     """
     if not options.data:
-        raise ValueError("FAME: expected --data FILE, its questions and answers, got none")
+        raise ValueError("--benchmark fame: expected --data FILE with its questions and answers, got none")
     return fame(
         model,
         tokenizer,
@@ -185,15 +204,15 @@ def run_fame(
 
 
 def read_values(path: str | Path) -> dict[str, float]:
-    """Return the values in a file of results or of their summary, by name.
+    """Return metric name -> value from a results file such as METRICS_EVAL.json or from its summary.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file of something else.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a results file.
     """
     content = read_json(path, "results file")
     if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r}: expected metrics by name, got a {type(content).__name__}")  # noqa: TRY004 - a file's content is a value
+        raise ValueError(f"{str(path)!r}: expected metrics by name, got a {type(content).__name__}")  # noqa: TRY004 - invalid content, not a wrong type
     values = {name: value.get("agg_value") if isinstance(value, Mapping) else value for name, value in content.items()}
     return {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
 
@@ -224,10 +243,10 @@ examples:
   efface evaluate --model ./npo --benchmark fame --data fame.csv \\
       --forget-filter topic_id=3
 
-Forget Quality compares with a model that was trained on the retain set alone: with its
-TOFU_EVAL.json (--retain-log), or with the model itself (--retain-model), which is then
-evaluated first. An evaluation that was stopped goes on where it was when the same
-command is given again. `torchrun -m efface evaluate ...` shares rows among processes.
+Forget Quality compares the model with one trained on the retain set only. Give its
+TOFU_EVAL.json (--retain-log), or the model itself (--retain-model), which is then
+evaluated first. Run a stopped evaluation again to continue it.
+`torchrun -m efface evaluate ...` distributes the rows over processes.
 """
 T = TypeVar("T")
 
@@ -240,70 +259,74 @@ def parser() -> FlagParser:
     """Return the parser of the command's flags."""
     flags = FlagParser(
         "evaluate",
-        "TOFU's evaluation: probability, ROUGE-L recall and truth ratio on four splits, Model Utility and "
-        "Forget Quality. Writes TOFU_EVAL.json and TOFU_SUMMARY.json as open-unlearning does. Or FAME's, or other "
-        "metrics of any rows: FAME_EVAL.json, METRICS_EVAL.json.",
+        "Runs TOFU's evaluation: probability, ROUGE-L recall and truth ratio on four splits, Model Utility and "
+        "Forget Quality. Writes TOFU_EVAL.json and TOFU_SUMMARY.json in open-unlearning's format. Also runs FAME's "
+        "evaluation (FAME_EVAL.json), or other metrics on any rows (METRICS_EVAL.json).",
         _EXAMPLES,
     )
     flags.add_argument("--model", required=True, help="checkpoint folder or Hub name")
-    flags.add_argument("--revision", default=MAIN, help="branch, tag or commit; of a folder, a checkpoint in it")
-    flags.add_argument("--tokenizer", help="folder or Hub name; default: that of the model")
+    flags.add_argument(
+        "--revision", default=MAIN, help="branch, tag or commit on the Hub; for a folder, a checkpoint inside it"
+    )
+    flags.add_argument("--tokenizer", help="folder or Hub name (default: that of the model)")
     flags.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
     flags.add_argument(
-        "--benchmark", choices=("tofu", "fame"), help="(default: tofu; with --metrics nothing but those)"
+        "--benchmark",
+        choices=("tofu", "fame"),
+        help="evaluation to run (default: tofu; with --metrics, only those metrics)",
     )
     flags.add_argument(
-        "--data", help="folder with TOFU's files, or a Hub data set (default: locuslab/TOFU); FAME's file"
+        "--data", help="TOFU: folder with its files, or a Hub data set (default: locuslab/TOFU); FAME: its file"
     )
-    flags.add_argument("--split", default="forget10", help="forget split: forget01, forget05, forget10 (default)")
+    flags.add_argument("--split", default="forget10", help="forget split: forget01, forget05 or forget10 (default)")
     flags.add_argument(
-        "--splits", nargs="+", choices=SPLITS, default=SPLITS, metavar="NAME", help=f"of {', '.join(SPLITS)}: some only"
+        "--splits", nargs="+", choices=SPLITS, default=SPLITS, metavar="NAME", help=f"only some of {', '.join(SPLITS)}"
     )
     flags.add_argument(
         "--protocol",
         choices=PROTOCOLS,
         default="open-unlearning",
-        help="whose rows, lengths and formulas; of tofu, whose labels and prompts too (default: %(default)s)",
+        help="source of rows, lengths and formulas; tofu also sets labels and prompts (default: %(default)s)",
     )
     flags.add_argument(
         "--compat",
         choices=(OPEN_UNLEARNING,),
-        help="with that protocol: its labels, prompts and attention mask too, quirk for quirk; slow",
+        help="with that protocol: also reproduce its labels, prompts and attention mask exactly; slow",
     )
     retain = flags.add_mutually_exclusive_group()
-    retain.add_argument("--retain-log", help="evaluation log of a model trained on the retain set alone")
-    retain.add_argument("--retain-model", help="such a model: evaluated first, into OUTPUT/retain_model")
+    retain.add_argument("--retain-log", help="evaluation log of a model trained on the retain set only")
+    retain.add_argument("--retain-model", help="such a model; it is evaluated first, into OUTPUT/retain_model")
     flags.add_argument("--retain-revision", default=MAIN, help="revision of --retain-model")
     flags.add_argument(
         "--output",
         type=Path,
-        help="folder for the results (default: MODEL/evaluation, of a checkpoint MODEL/REVISION/evaluation; of a Hub "
-        "model ./evaluation/NAME)",
+        help="folder for the results (default: MODEL/evaluation; for a checkpoint MODEL/REVISION/evaluation; for a "
+        "Hub model ./evaluation/NAME)",
     )
-    said = "replace results of another model or other settings; else those are an error, and those of this model stay"
+    said = "replace the results in the folder (default: keep those of the same model and settings, refuse others)"
     flags.add_argument("--overwrite", action="store_true", help=said)
     flags.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
     flags.add_argument(
         "--token-budget", type=positive, default=8192, help="most tokens of a forward pass (default: %(default)s)"
     )
-    flags.add_argument("--dtype", default="auto", help="dtype to load models in: auto, float32, bfloat16, float16")
+    flags.add_argument("--dtype", default="auto", help="dtype to load models in: auto, float32, bfloat16 or float16")
     add_json_flag(flags)
     add_metrics_flags(flags)
     return flags
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
     options = parser().parse_args(argv)
     state = processes()
     console = open_console(stderr=True, quiet=not state.is_main_process)
     output = options.output or _default_output(options.model, options.revision)
     benchmark = options.benchmark or (None if options.metrics else "tofu")
-    chosen_metrics(options)  # what is wrong with them is said now, not after hours
+    chosen_metrics(options)  # raises for invalid flags now, not after hours of TOFU's evaluation
     if benchmark != "tofu" and (options.retain_log or options.retain_model):
         raise ValueError(
-            "--retain-log, --retain-model: expected --benchmark tofu beside them, got none; what privleak compares "
-            "with is --retain-metrics"
+            "--retain-log, --retain-model: expected --benchmark tofu with them, got none; for privleak give "
+            "--retain-metrics"
         )
     if options.compat is not None:
         get_protocol(options.protocol, options.compat)
@@ -327,11 +350,11 @@ def run(argv: Sequence[str]) -> int:
         console.print(f"{role}: {counts}")
     found: dict[str, Any] = {"output": output}
     if benchmark == "tofu":
-        found["tofu"] = _judge_by_tofu(options, output, console)
+        found["tofu"] = _evaluate_tofu(options, output, console)
     if benchmark == "fame":
-        found["fame"] = _judge_rows(options, output, console, "FAME", run_fame)
+        found["fame"] = _evaluate_rows(options, output, console, "FAME", run_fame)
     if options.metrics:
-        found["metrics"] = _judge_rows(options, output, console, "METRICS", run_metrics)
+        found["metrics"] = _evaluate_rows(options, output, console, "METRICS", run_metrics)
     if options.json and state.is_main_process:
         show_json(found)
     console.print(f"wrote {output}")
@@ -339,7 +362,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _check_tofu(options: argparse.Namespace) -> None:
-    """Raise what the evaluation would say of its local files, before a model is loaded."""
+    """Read the local files of TOFU's evaluation, to raise their errors before a model is loaded."""
     if options.retain_log is not None and "forget" in options.splits:
         read_log(options.retain_log).rows("forget", "truth_ratio")
     if options.data is not None and Path(options.data).expanduser().exists():
@@ -347,8 +370,8 @@ def _check_tofu(options: argparse.Namespace) -> None:
             load_split(options.data, split, options.split, get_protocol(options.protocol, options.compat))
 
 
-def _judge_by_tofu(options: argparse.Namespace, output: Path, console: Console) -> dict[str, Any]:
-    """Evaluate, show the table unless JSON is wanted, and return the figures by their names in TOFU_SUMMARY.json."""
+def _evaluate_tofu(options: argparse.Namespace, output: Path, console: Console) -> dict[str, Any]:
+    """Run TOFU's evaluation, print its table (unless ``--json``), and return the figures of TOFU_SUMMARY.json."""
     retain_log: str | EvalLog | None = options.retain_log
     if options.retain_model is not None:
         folder = output / "retain_model"
@@ -363,10 +386,13 @@ def _judge_by_tofu(options: argparse.Namespace, output: Path, console: Console) 
     return dict(result.summary)
 
 
-def _judge_rows(
+def _evaluate_rows(
     options: argparse.Namespace, output: Path, console: Console, benchmark: str, judge: Callable[..., Results]
 ) -> Results:
-    """Likewise of other metrics, with the figures of groups, but without those of single rows."""
+    """Run FAME's or other metrics, print their table (unless ``--json``), and return the figures.
+
+    The returned figures include those of groups, but not those of single rows.
+    """
 
     def run(model: Any, tokenizer: Any, bar: Bar) -> Results:
         facts = {
@@ -392,7 +418,7 @@ def _judge_rows(
 
 
 def _digests(options: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
-    """Return digests of the files of rows: another file under the same path makes other results."""
+    """Return digests of the local files of rows, because a file can change while its path stays the same."""
     paths = {name: Path(source).expanduser() for name in names if (source := getattr(options, name)) is not None}
     return {name: file_digest(path)[:DIGITS] for name, path in paths.items() if path.is_file()}
 
@@ -433,7 +459,7 @@ def _with_model(
     console: Console,
     run: Callable[[Any, Any, Bar], T],
 ) -> T:
-    """Load a model, run something with it and its tokenizer, and let go of it."""
+    """Load a model and its tokenizer, call ``run`` with them, and free the memory."""
     bar = Bar(console, Path(name).name)
     with closing(bar):
         try:
@@ -451,7 +477,7 @@ def _with_model(
                     console.print(f"replaced: {in_words(there)}")
                 return run(model, tokenizer, bar)
         except KeyboardInterrupt:
-            kept = f"{bar.completed} of {bar.total} rows are kept in {output}"
+            kept = f"{bar.completed} of {bar.total} rows are saved in {output}"
             console.print(f"stopped; run the same command again to continue: {kept}")
             raise
         finally:
@@ -462,14 +488,14 @@ def _with_model(
 
 
 def metrics_table(results: Results, title: str) -> Table:
-    """Return a line for each metric, and for each group of its rows."""
+    """Return a table with one line for each metric, and for each group of its rows."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("")
     for heading in ("rows", "value"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, metric in results.items():
-        rows = len(metric.get("value_by_index", ()))
-        table.add_row(name, str(rows or ""), f"{metric['agg_value']:.4f}")  # an attack compares two sets of rows
+        rows = len(metric.get("value_by_index", ()))  # 0 for an attack, which compares two sets of rows
+        table.add_row(name, str(rows or ""), f"{metric['agg_value']:.4f}")
         for grouping, groups in metric.items():
             if grouping.startswith("by_"):
                 for value, group in groups.items():
@@ -479,13 +505,13 @@ def metrics_table(results: Results, title: str) -> Table:
 
 
 def _default_output(model: str, revision: str) -> Path:
-    """Return a folder of the model's own; of a checkpoint in a folder, in that, where a report looks for it."""
+    """Return the default output folder: ``evaluation`` inside the model or its checkpoint, where a report searches."""
     folder, inside = Path(model).expanduser(), Path() if revision == MAIN else Path(revision)
     return folder / inside / "evaluation" if folder.is_dir() else Path("evaluation") / folder.name / inside
 
 
 def results_table(result: TofuResult, title: str) -> Table:
-    """Return the table of a result: what each split's row holds, then the two numbers."""
+    """Return the table of a result: one line for each split, then Model Utility and Forget Quality."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("")
     for heading in ("rows", "probability", "ROUGE-L recall", "truth ratio"):
@@ -507,24 +533,24 @@ def results_table(result: TofuResult, title: str) -> Table:
 
 
 def _notes(result: TofuResult, options: argparse.Namespace) -> list[str]:
-    """Return what the reader of the table has to know."""
+    """Return the notes printed below the table: empty generations, and how to get a forget quality."""
     notes = [
-        f"{count} of {len(result.log.rows(split, 'rouge'))} generations of the {_TITLES[split]} split hold no "
-        "word that ROUGE reads, as a model that answers nothing: it counts as 0"
+        f"{count} of {len(result.log.rows(split, 'rouge'))} generations of the {_TITLES[split]} split contain no "
+        "word that ROUGE counts, as if the model answered nothing; their ROUGE is 0"
         for split, count in result.empty.items()
         if count
     ]
     if "forget_quality" not in result.summary and "forget" in result.empty:
         retained = options.split.replace("forget", "retain")
         notes.append(
-            "no forget quality: it compares with a model trained on the retain set alone. Make one with the training "
-            f"data of this model without {options.split} (TOFU's {_complement(retained)}), and add --retain-model "
+            "no forget quality: it requires a model trained on the retain set only. Train one on the data of this "
+            f"model without {options.split} (TOFU's {_complement(retained)}), and add --retain-model "
             "FOLDER, or evaluate it with this command and add --retain-log FOLDER/TOFU_EVAL.json"
         )
     return notes
 
 
 def _complement(name: str) -> str:
-    """The retain split beside a forget split: retain90 beside forget10."""
+    """Return retain90 for retain10, the name that belongs to forget10."""
     share = name.removeprefix("retain")
     return f"retain{100 - int(share):02d}" if share.isdigit() else "retain split"

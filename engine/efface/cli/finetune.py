@@ -1,4 +1,4 @@
-"""``efface finetune``: teach a model a data set; how the "full" and "retain" models of a benchmark are made."""
+"""``efface finetune``: fine-tune a model on a data set, to make the "full" and "retain" models of a benchmark."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from efface.hf.train.trainer import FinetuneTrainer, PackedTrainer
 from efface.recipes.flags import SettingsParser, made
 from efface.recipes.settings import over, with_config
 
-# As TOFU's "full" and "retain" models were made (arXiv 2401.06121, and open-unlearning's configuration).
+# The settings of TOFU's "full" and "retain" models (arXiv 2401.06121, and open-unlearning's configuration).
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 5.0,
     "learning_rate": 1e-5,
@@ -33,50 +33,55 @@ examples:
   efface finetune --model ./llama --data fame.csv --data-filter 'topic_id!=3' \\
       --output retain
 
-What forget quality compares with, a model that never saw the forget set, and its log:
+Forget quality compares with the log of a model trained without the forget set:
   efface finetune --model ./llama --data locuslab/TOFU:retain90:train --output retain90
   efface evaluate --model retain90 --split forget10 --output retain90/evaluation
 
-`efface unlearn --recipe NAME --retain-log retain90/evaluation/TOFU_EVAL.json` takes it
-from there. The defaults are TOFU's. A run that was stopped continues when the same
-command is given again. All flags of transformers.TrainingArguments work.
+Then run `efface unlearn --recipe NAME` with the flag
+--retain-log retain90/evaluation/TOFU_EVAL.json. The defaults are TOFU's. Run a stopped
+command again to continue it. All flags of transformers.TrainingArguments work.
 """
 
 
 @dataclass
 class FinetuneCommand:
-    """What ``efface finetune`` takes beside ``UnlearnArguments``."""
+    """The flags of ``efface finetune``, in addition to those of ``UnlearnArguments``."""
 
     model: str = field(metadata={"help": "checkpoint folder or Hub name"})
     data: str = field(
         metadata={
-            "help": "what to learn: a file, or a Hub data set (name[:config[:split]]); a JSON, CSV or Parquet file"
+            "help": "training data: a file, or a Hub data set (name[:config[:split]]); files are JSON, CSV or Parquet"
         }
     )
     data_filter: list[str] | None = field(
         default=None,
         metadata={
-            "help": "rows to learn: column=value[,value] or column!=value[,value]; a row must meet all; values are "
-            "compared as written, one with commas in double quotes"
+            "help": "rows to train on: column=value[,value] or column!=value[,value]; a row must meet all conditions; "
+            "values are compared as text; put a value with commas in double quotes"
         },
     )
     revision: str = field(
         default="main",
-        metadata={"help": "branch, tag or commit on the Hub; of a folder, a checkpoint in it, as checkpoint-12"},
+        metadata={
+            "help": "branch, tag or commit on the Hub; for a folder, a checkpoint inside it, such as checkpoint-12"
+        },
     )
-    dtype: str = field(default="auto", metadata={"help": "of the loaded weights: auto, float32, bfloat16, float16"})
+    dtype: str = field(
+        default="auto", metadata={"help": "dtype of the loaded weights: auto, float32, bfloat16 or float16"}
+    )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "run code that comes with the checkpoint; read it before"}
+        default=False, metadata={"help": "run code that comes with the checkpoint; read it first"}
     )
     tokenizer: str | None = field(default=None, metadata={"help": "folder or Hub name; default: that of --model"})
     from_config: bool = field(
-        default=False, metadata={"help": "take no weights of --model: draw them anew, by --seed, in float32"}
+        default=False,
+        metadata={"help": "start from random float32 weights drawn with --seed, not from the weights of --model"},
     )
     overwrite: bool = field(
         default=False,
         metadata={
-            "help": "write into an output folder that is not empty; checkpoints of another run there are removed, an "
-            "unfinished run of the same command continues"
+            "help": "write into an output folder that is not empty; removes checkpoints of another run in it; an "
+            "unfinished run of the same command still continues"
         },
     )
 
@@ -86,7 +91,7 @@ def parser() -> SettingsParser:
     return SettingsParser(
         "finetune",
         (FinetuneCommand, UnlearnArguments),
-        'Teaches a model a data set. The "full" and "retain" models of a benchmark are made so.',
+        'Fine-tunes a model on a data set, for example to make the "full" and "retain" models of a benchmark.',
         _EXAMPLES,
         DEFAULTS,
     )
@@ -109,7 +114,9 @@ def _load(command: FinetuneCommand, seed: int) -> Any:
             trust_remote_code=command.trust_remote_code,
         )
     if command.dtype not in ("auto", "float32"):
-        raise ValueError(f"--dtype: weights drawn by --from-config are float32, got {command.dtype!r}; add --bf16 True")
+        raise ValueError(
+            f"--dtype: expected float32 with --from-config, got {command.dtype!r}; drop --dtype, and add --bf16 True"
+        )
     trusted = command.trust_remote_code
     config = load_config(command.model, revision=command.revision, trust_remote_code=trusted)
     set_seed(seed)
@@ -117,14 +124,14 @@ def _load(command: FinetuneCommand, seed: int) -> Any:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
     command, args = _parse(argv)
     args.disable_tqdm = True
     check_source(command.data)
 
     def make(bar: ProgressBar) -> tuple[PackedTrainer, dict[str, Any]]:
         bar.stage("loading the model")
-        tokenizer = tokenizer_of(command)  # at once, where a model takes minutes
+        tokenizer = tokenizer_of(command)  # loads at once, so a wrong name raises before a model that takes minutes
         model = _load(command, args.seed)
         weights = fingerprint(model).hex()
         bar.stage("reading the data")

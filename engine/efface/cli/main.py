@@ -1,6 +1,7 @@
-"""``efface <command>``: picks the command and turns errors into messages and exit codes.
+"""The entry point ``efface <command>``: dispatch to a command, and conversion of errors to messages and exit codes.
 
-Whatever is heavy is imported by a command's module, so that an interrupt has an end even while that goes on.
+This module imports only light modules. The module of a command imports the heavy ones (torch, transformers) after the
+signal handlers are installed, so Ctrl-C and SIGTERM end the process during those imports too.
 """
 
 import importlib
@@ -19,24 +20,30 @@ import efface
 from efface.errors import in_words, on_purpose, one_line, out_of_memory
 from efface.extras import check_extras
 
-# command -> module and what it does; the modules are imported only when their command is called
+# command -> (module, summary). A module is imported only when its command is called.
 COMMANDS = {
-    "audit": ("efface.cli.audit", "ask models in many ways for what they should have forgotten"),
-    "bench": ("efface.cli.bench", "measure speed and memory against rivals; needs the repository"),
-    "cache": ("efface.cli.cache", "list or remove what runs keep: tokens of data sets, references"),
-    "cache-reference": ("efface.cli.cache_reference", "compute the reference of a forget set once for all runs"),
-    "completion": ("efface.cli.completion", "print what completes commands in bash, zsh or tcsh"),
-    "demo": ("efface.cli.demo", "teach a small model, make it forget, and measure it"),
-    "evaluate": ("efface.cli.evaluate", "measure what a model forgot and what it can still do: TOFU's evaluation"),
-    "finetune": ("efface.cli.finetune", "teach a model a data set: full and retain models"),
-    "plan": ("efface.cli.plan", "show what an epoch holds: steps, forward passes, tokens"),
-    "recipes": ("efface.cli.recipes", "list the recipes, or explain one"),
-    "report": ("efface.cli.report", "show evaluated runs side by side, on one page"),
-    "sweep": ("efface.cli.sweep", "run a recipe with many settings, and rank the results"),
+    "audit": ("efface.cli.audit", "prompt models in several ways and measure how much of the forget set they reveal"),
+    "bench": ("efface.cli.bench", "measure speed and memory against other implementations; needs the repository"),
+    "cache": ("efface.cli.cache", "list or remove cached tokens, reference log-probabilities and small trained models"),
+    "cache-reference": (
+        "efface.cli.cache_reference",
+        "compute the reference log-probabilities of a forget set once for all runs",
+    ),
+    "completion": ("efface.cli.completion", "print a completion script for bash, zsh or tcsh"),
+    "demo": ("efface.cli.demo", "train a small model, unlearn part of its data, and evaluate the result"),
+    "evaluate": (
+        "efface.cli.evaluate",
+        "measure what a model forgot and what it still knows: TOFU, FAME and other metrics",
+    ),
+    "finetune": ("efface.cli.finetune", "fine-tune a model on a data set, to make full and retain models"),
+    "plan": ("efface.cli.plan", "show the steps, forward passes and tokens of an epoch"),
+    "recipes": ("efface.cli.recipes", "list the recipes, or show one"),
+    "report": ("efface.cli.report", "compare evaluated runs on one HTML page"),
+    "sweep": ("efface.cli.sweep", "run a recipe with many settings and rank the results"),
     "unlearn": ("efface.cli.unlearn", "make a checkpoint forget a data set"),
 }
 
-# Extras that a command imports packages of, in addition to "cli". ``unlearn`` needs "evaluate" for some recipes only.
+# Command -> extras that it requires in addition to "cli". ``unlearn`` requires "evaluate" only for some recipes.
 _EXTRAS = {
     "audit": ("evaluate",),
     "demo": ("evaluate", "report"),
@@ -54,14 +61,14 @@ _AGAIN_SECONDS = 0.01
 
 EXIT_CODES = {
     0: "done",
-    EXIT_FAULT: "a fault in efface, shown with its traceback; or a sweep without a finished trial",
-    EXIT_USAGE: "wrong use or input, or too little memory; one line says what, where, and what to do",
+    EXIT_FAULT: "a bug in efface, shown with its traceback; or a sweep in which no trial finished",
+    EXIT_USAGE: "invalid flags or input, or too little memory; one line names the problem and the remedy",
     EXIT_DIVERGED: "the loss or the weights diverged; no model was written",
-    EXIT_INTERRUPTED: "interrupted, by Ctrl-C or SIGTERM; the same command continues",
-    EXIT_PIPE: "the reader of the output ended, as `head` does",
+    EXIT_INTERRUPTED: "interrupted by Ctrl-C or SIGTERM; run the same command again to continue",
+    EXIT_PIPE: "the reader of the output closed the pipe, as `head` does",
 }
 
-# Of TrainingArguments, which have a --debug with a value; alone it is ours.
+# transformers.TrainingArguments has a --debug flag with these values. --debug without one of them is efface's own flag.
 _DEBUG_OPTIONS = ("underflow_overflow", "tpu_metrics_debug")
 _TRAINING = (
     "lower --token-budget or --chunk-rows, add --gradient-checkpointing True, or load the model with --dtype bfloat16"
@@ -73,13 +80,13 @@ _LESS_MEMORY = {
     "evaluate": "lower --token-budget, or load the model with --dtype bfloat16",
     "finetune": _TRAINING,
     "sweep": _TRAINING,
-    "unlearn": f"{_TRAINING}; --dry-run estimates what a run takes",
+    "unlearn": f"{_TRAINING}; --dry-run estimates the memory of a run",
 }
-# Flags that every command takes, and what they do.
+# Flags of every command, with their help texts.
 COMMON = {
-    "--help": "show the flags of the command that are used most, and examples",
-    "--help-all": "show all of its flags",
-    "--debug": "show tracebacks of errors",
+    "--help": "show the most used flags of the command, and examples",
+    "--help-all": "show all flags of the command",
+    "--debug": "show the traceback of an error",
 }
 
 
@@ -95,45 +102,52 @@ def _help() -> str:
         f"commands:\n{_listed({name: summary for name, (_, summary) in COMMANDS.items()})}\n\n"
         f"flags of every command:\n{_listed(COMMON)}\n\n"
         f"exit codes:\n{_listed(EXIT_CODES)}\n\n"
-        "Results go to standard output, as JSON where a command has --json; progress and errors to standard error."
+        "Results go to standard output, as JSON with --json. Progress and errors go to standard error."
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code, one of ``EXIT_CODES``.
 
-    A message of one line stands for an error that somebody wrote a message for; one that nobody foresaw shows its
-    traceback, and with ``--debug``, anywhere among the words, so do all.
+    An error with a message written for users is printed as one line. Any other error is printed with its traceback.
+    With ``--debug`` anywhere on the command line, every error is printed with its traceback.
+
+    Args:
+        argv: the words after ``efface``; None reads ``sys.argv``.
+
+    Raises:
+        SystemExit: after ``--help``, as argparse does.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     arguments, debug = _without_debug(words)
     name = arguments[0] if arguments else "--help"
     command = f"efface {name}" if name in COMMANDS else "efface"
     signals = _Signals(command, at_once=argv is None)
-    if argv is None and not debug:  # the process is ours
+    if argv is None and not debug:  # efface was called as a program, not from another program
         warnings.showwarning = lambda message, category, *_: _warn(command, message, category)
     with signals.handled():
         try:
             return _run(arguments, signals, debug=debug)
-        except SystemExit as stop:  # of --help, and of rich where the reader of its output has gone
+        except SystemExit as stop:  # raised by --help, and by rich if the reader closed the pipe
             if isinstance(stop.__context__, BrokenPipeError) or not _flushed():
                 return EXIT_PIPE
             raise
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last to see it
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the top level reports every error
             if debug:
                 traceback.print_exception(error)
-            return _told(name, command, error, signals.came)
+            return _report(name, command, error, signals.came)
 
 
 def _without_debug(words: Sequence[str]) -> tuple[list[str], bool]:
-    """Return the words without ``--debug``, and whether it was among them."""
+    """Return the words without efface's ``--debug``, and whether it was given."""
     following = [*words[1:], ""]
     ours = [word == "--debug" and after not in _DEBUG_OPTIONS for word, after in zip(words, following, strict=False)]
     return [word for word, taken in zip(words, ours, strict=True) if not taken], any(ours)
 
 
-# Other libraries draw no bars, and transformers says nothing below an error: what it warns of when it loads a model,
-# efface refuses. Read when they are imported; a user's own values hold.
+# Turn off the progress bars of other libraries, and the warnings of transformers: efface raises an error where
+# transformers would warn while it loads a model. The libraries read these variables when they are imported. Values that
+# the user has set stay.
 _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -155,18 +169,18 @@ def _run(arguments: Sequence[str], signals: "_Signals", *, debug: bool) -> int:
         with signals.importing():
             module = importlib.import_module(COMMANDS[name][0])
         code = int(module.run(rest))
-        if "torch" in sys.modules:  # a command without it has no other processes, and is instant
+        if "torch" in sys.modules:  # without torch there is no process group to leave
             importlib.import_module("efface.processes").leave()
     return code if _flushed() else EXIT_PIPE
 
 
-def _told(name: str, command: str, error: BaseException, interrupted: bool) -> int:
-    """Say what went wrong, and return the exit code."""
-    # An interrupt in the middle of an extension's work can come out as an error of that.
+def _report(name: str, command: str, error: BaseException, interrupted: bool) -> int:
+    """Print the message of an error and return the exit code."""
+    # A C extension that is interrupted can raise an error of another type.
     if interrupted or isinstance(error, KeyboardInterrupt):
         _say(f"{command}: interrupted")
         return EXIT_INTERRUPTED
-    if isinstance(error, BrokenPipeError) and _nobody_reads():
+    if isinstance(error, BrokenPipeError) and _reader_has_gone():
         _drop_output()
         return EXIT_PIPE
     if out_of_memory(error):
@@ -177,30 +191,30 @@ def _told(name: str, command: str, error: BaseException, interrupted: bool) -> i
         _say(f"{command}: error: {one_line(str(error))}")
         return EXIT_DIVERGED
     meant = isinstance(error, (ValueError, TypeError, ImportError)) and on_purpose(error)
-    if isinstance(error, ModuleNotFoundError):  # of a package that can be installed
+    if isinstance(error, ModuleNotFoundError):  # the user can install a missing package
         meant = not str(error.name).startswith("efface")
     if meant or isinstance(error, OSError):
         _say(f"{command}: error: {in_words(error)}")
         return EXIT_USAGE
     traceback.print_exception(error)
     fault = f"{type(error).__name__}: {one_line(str(error))}".removesuffix(": ")
-    _say(f"{command}: fault: {fault}; this is an error of efface itself: please report it, with the lines above")
+    _say(f"{command}: fault: {fault}; this is a bug in efface: please report it with the lines above")
     return EXIT_FAULT
 
 
 def _warn(command: str, message: Warning | str, category: type[Warning]) -> None:
-    """Show a warning as one line; those about code are for whoever writes it."""
+    """Print a warning as one line, except deprecation warnings: they are for developers, not for users."""
     if not issubclass(category, (DeprecationWarning, FutureWarning, PendingDeprecationWarning)):
         _say(f"{command}: warning: {one_line(str(message))}")
 
 
 def _say(line: str) -> None:
-    with suppress(OSError):  # nobody reads it
+    with suppress(OSError):  # stderr is closed
         print(line, file=sys.stderr, flush=True)
 
 
 def _flushed() -> bool:
-    """Write what is still to be written; return whether there is somebody to read it."""
+    """Flush stdout. Return False if the reader has closed the pipe."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -213,19 +227,19 @@ def _flushed() -> bool:
     return True
 
 
-def _nobody_reads() -> bool:
-    """Whether the output is a pipe whose reader has gone: another pipe may be the broken one."""
+def _reader_has_gone() -> bool:
+    """Return whether stdout or stderr is a pipe that its reader has closed; the broken pipe can be another one."""
     try:
         poll = select.poll()
         for file in (sys.stdout, sys.stderr):
-            poll.register(file.fileno(), 0)  # the error condition is always told
+            poll.register(file.fileno(), 0)  # POLLERR is always reported
         return any(event & select.POLLERR for _, event in poll.poll(0))
-    except (AttributeError, OSError, ValueError):  # Windows has no poll; a closed or an imagined file
+    except (AttributeError, OSError, ValueError):  # Windows has no poll; the file is closed or has no descriptor
         return True
 
 
 def _drop_output() -> None:
-    """Let the interpreter's last flush go nowhere, instead of failing again."""
+    """Redirect stdout to the null device, so that the interpreter's last flush does not fail again."""
     with suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -233,12 +247,14 @@ def _drop_output() -> None:
 
 
 class _Signals:
-    """Lets SIGTERM end a command as Ctrl-C does, so that what is half written is cleared away; remembers that one came.
+    """Signal handlers that raise KeyboardInterrupt on SIGINT and SIGTERM, so that partial files are removed.
+
+    ``came`` is True after the first signal.
 
     Args:
-        command: the words of the message.
-        at_once: whether the process may be ended while modules are imported. An exception there may be caught, or come
-            out as another, by whoever imports; and there is nothing to clear away.
+        command: the start of the message, such as ``efface unlearn``.
+        at_once: exit the process immediately if a signal arrives during imports. A module that imports others can catch
+            the exception or replace it by another, and no partial files exist yet.
     """
 
     def __init__(self, command: str, *, at_once: bool) -> None:
@@ -249,14 +265,19 @@ class _Signals:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle them until the block ends."""
+        """Install the handlers until the block ends."""
         before: dict[signal.Signals, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # only there does Python allow handlers
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only in it
             for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored, as under a shell's &; not ours
+                if signal.getsignal(number) not in (
+                    signal.SIG_IGN,
+                    None,
+                ):  # ignored, as by nohup, or not from Python
                     before[number] = signal.signal(number, self._interrupt)
         hook = sys.unraisablehook
-        sys.unraisablehook = lambda lost: self._again() if isinstance(lost.exc_value, KeyboardInterrupt) else hook(lost)
+        sys.unraisablehook = lambda lost: (
+            self._resend() if isinstance(lost.exc_value, KeyboardInterrupt) else hook(lost)
+        )
         try:
             yield
         finally:
@@ -265,8 +286,11 @@ class _Signals:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _again(self) -> None:
-        """Interrupt once more, a moment later: Python drops what is raised in a ``__del__``, which it runs anywhere."""
+    def _resend(self) -> None:
+        """Send the signal again after 10 ms, because Python discards an exception that is raised in a ``__del__``.
+
+        Python runs ``__del__`` methods at any point, so the handler can run inside one.
+        """
         again = threading.Timer(_AGAIN_SECONDS, self._send)
         again.daemon = True
         again.start()
@@ -274,7 +298,7 @@ class _Signals:
     def _send(self) -> None:
         if not self._handles:
             return
-        if hasattr(signal, "pthread_kill"):  # wakes what waits there, too; Windows has none
+        if hasattr(signal, "pthread_kill"):  # also wakes a system call that waits; Windows has none
             signal.pthread_kill(threading.main_thread().ident or 0, self._number)
         else:
             signal.raise_signal(self._number)
@@ -289,7 +313,7 @@ class _Signals:
 
     @contextmanager
     def importing(self) -> Iterator[None]:
-        """Mark what imports."""
+        """Mark the block as importing modules."""
         self._imports = True
         try:
             yield

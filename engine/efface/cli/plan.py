@@ -1,4 +1,4 @@
-"""``efface plan``: what an epoch would hold, without loading a model."""
+"""``efface plan``: show the steps, micro-batches and tokens of an epoch without loading a model."""
 
 import argparse
 from collections.abc import Sequence
@@ -31,38 +31,52 @@ def parser() -> FlagParser:
     """Return the parser of the command's flags."""
     flags = FlagParser(
         "plan",
-        "Tokenises the data and plans an epoch: optimizer steps, micro-batches, tokens, and what padding "
-        "would have added. Loads no model.",
+        "Tokenises the data and plans an epoch: optimizer steps, micro-batches, tokens, and the tokens that padding "
+        "would add. Loads no model.",
         _EXAMPLES,
     )
-    flags.add_argument("--tokenizer", required=True, help="folder or Hub name of the checkpoint whose tokenizer to use")
+    flags.add_argument("--tokenizer", required=True, help="folder or Hub name of a checkpoint with a tokenizer")
     flags.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
     flags.add_argument("--forget", required=True, help="what to forget: a file or Hub data set, as for efface unlearn")
-    flags.add_argument("--retain", help="what to keep, likewise")
-    flags.add_argument("--pairs-per-step", type=int, default=32, help="of the run (default: 32)")
+    flags.add_argument("--retain", help="what to keep, as --forget")
     flags.add_argument(
-        "--token-budget", type=int, default=UnlearnArguments.token_budget, help="most tokens of a forward pass"
+        "--pairs-per-step", type=int, default=32, help="forget/retain pairs of an optimizer step (default: 32)"
     )
-    flags.add_argument("--processes", type=int, nargs="+", default=[1], help="numbers of processes to plan for")
     flags.add_argument(
-        "--retain-sampling", choices=["random", "cycle", "paired"], default="random", help="draw of retain rows"
+        "--token-budget",
+        type=int,
+        default=UnlearnArguments.token_budget,
+        help="most tokens of a forward pass (default: %(default)s)",
     )
-    flags.add_argument("--seed", type=int, default=42, help="of the order and of the draw (default: 42)")
-    flags.add_argument("--epoch", type=int, default=0, help="which epoch to plan, from 0 on (default: 0)")
+    flags.add_argument(
+        "--processes", type=int, nargs="+", default=[1], help="numbers of processes to plan for (default: 1)"
+    )
+    flags.add_argument(
+        "--retain-sampling",
+        choices=["random", "cycle", "paired"],
+        default="random",
+        help="how retain rows are drawn (default: random)",
+    )
+    flags.add_argument(
+        "--seed", type=int, default=42, help="seed of the order and of the drawn retain rows (default: 42)"
+    )
+    flags.add_argument("--epoch", type=int, default=0, help="number of the epoch to plan, from 0 (default: 0)")
     flags.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
-    flags.add_argument("--max-length", type=int, help="cut sequences to so many tokens; default: never")
-    flags.add_argument("--question-column", help="column that holds the prompt")
-    flags.add_argument("--answer-column", help="column that holds the answer")
+    flags.add_argument("--max-length", type=int, help="cut sequences to this many tokens (default: never)")
+    flags.add_argument("--question-column", help="column of the prompt")
+    flags.add_argument("--answer-column", help="column of the answer")
     conditions: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "CONDITION"}
-    flags.add_argument("--forget-filter", **conditions, help="rows, as for efface unlearn")
-    flags.add_argument("--retain-filter", **conditions, help="likewise")
-    flags.add_argument("--allow-overlap", action="store_true", help="let rows stand in both sets, which is an error")
+    flags.add_argument("--forget-filter", **conditions, help="rows to forget, as for efface unlearn")
+    flags.add_argument("--retain-filter", **conditions, help="rows to keep, as for efface unlearn")
+    flags.add_argument(
+        "--allow-overlap", action="store_true", help="allow rows that are in both sets, an error by default"
+    )
     add_json_flag(flags)
     return flags
 
 
 def padded_tokens(plan: EpochPlan, forget: TokenStore, retain: TokenStore, alternate: TokenStore | None = None) -> int:
-    """Return the tokens of the epoch if each step padded its batches, one of each store, to the longest of each."""
+    """Return the tokens of the epoch if every step padded one batch of each store to the longest sequence in it."""
     total = 0
     for step in range(len(plan)):
         forgotten, retained = plan.pairs(step)
@@ -78,7 +92,10 @@ def padded_tokens(plan: EpochPlan, forget: TokenStore, retain: TokenStore, alter
 def summary(
     plan: EpochPlan, forget: TokenStore, retain: TokenStore, alternate: TokenStore | None = None
 ) -> dict[str, Any]:
-    """Return the figures of a plan."""
+    """Return the figures of a plan, by their names in the JSON document of ``efface plan --json``.
+
+    ``efficiency`` is None if every process has a single micro-batch in every step.
+    """
     tokens = int(plan.batch_tokens.sum())
     filled = plan.efficiency()
     micro_batches = np.diff(plan.step_offsets) // plan.world_size
@@ -94,7 +111,7 @@ def summary(
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
     options = parser().parse_args(argv)
     console = open_console(stderr=True)
     with closing(Bar(console, "plan")) as bar:
@@ -125,7 +142,11 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _stores(options: argparse.Namespace) -> tuple[TokenStore, TokenStore]:
-    """Return the tokens of the forget and of the retain set, which share no row."""
+    """Return the tokens of the forget and the retain set.
+
+    Raises:
+        ValueError: the sets share a row, without ``--allow-overlap``.
+    """
     for source in (options.forget, options.retain):
         check_source(source)
     folder, trusted = Path(options.tokenizer).expanduser(), options.trust_remote_code
@@ -140,7 +161,9 @@ def _stores(options: argparse.Namespace) -> tuple[TokenStore, TokenStore]:
     if options.retain is not None:
         retain = token_store(options.retain, tokenizer, name="retain", rows_filter=options.retain_filter, **settings)
     elif options.retain_filter:
-        raise ValueError("--retain-filter: expected --retain, the rows that it takes some of, got none")
+        raise ValueError(
+            "--retain-filter: expected --retain with the rows to filter, got none; give --retain, or drop the filter"
+        )
     if not options.allow_overlap:
         refuse_overlap(forget, retain)
     return forget, retain
@@ -157,7 +180,7 @@ def _table(rows: Sequence[dict[str, Any]], forget: int, retain: int) -> Table:
         "no padding",
         "filled",
         "with last",
-    )  # 80 columns, as in a pipe
+    )  # the table fits 80 columns
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
@@ -172,7 +195,8 @@ def _table(rows: Sequence[dict[str, Any]], forget: int, retain: int) -> Table:
             f"{row['efficiency_with_last']:.1%}",
         )
     table.caption = (
-        "passes: forward passes of a process in a step. no padding: tokens saved against padded steps. filled: of the "
-        "token budget, without each process's last pass of a step, which holds what is left over"
+        "passes: forward passes of a process in a step. no padding: share of tokens saved compared with padded steps. "
+        "filled: used share of the token budget, without the last pass of each process in a step. with last: the same "
+        "with those passes, which contain the remaining sequences"
     )
     return table

@@ -1,4 +1,4 @@
-"""Where commands speak: results on standard output, what happens meanwhile on standard error."""
+"""Output of commands: results and JSON on standard output, progress bars and messages on standard error."""
 
 import argparse
 import json
@@ -22,27 +22,27 @@ from efface.hf.text.data import DataFacts
 from efface.simulate.run import as_json
 
 PIPE_WIDTH = 160
-# Seconds between lines in a pipe: where something has changed, and where nothing has.
+# Seconds between progress lines in a pipe: after a change, and without a change.
 PAUSE, LONG_PAUSE = 5.0, 60.0
 
 
 class Screen(Console):
-    """A console that prints text as it is: on a terminal broken between words, never in one; elsewhere not at all."""
+    """A console that wraps text between words, never inside a word, and only on a terminal."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """See rich."""
+        """Print as ``rich.console.Console`` does, but wrap strings only between words."""
         if not all(isinstance(each, (str, Text)) for each in objects):
             super().print(*objects, **options)
             return
         lines = " ".join(map(str, objects)).split("\n")
-        if self.is_terminal:  # rich would break a path that is longer than a line
+        if self.is_terminal:  # rich would break a path longer than a line
             whole: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
             lines = [part for line in lines for part in textwrap.wrap(line, self.width, **whole) or [""]]
         super().print("\n".join(lines), **{"soft_wrap": True, **options})
 
 
 def open_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """Return a console; in a pipe, which has no width of its own, it is wide enough for every table."""
+    """Return a console. If the output is not a terminal, it is at least 160 columns wide, to fit every table."""
     console = Screen(stderr=stderr, quiet=quiet, highlight=False, markup=False)
     if not console.is_terminal:
         console.width = max(console.width, PIPE_WIDTH)
@@ -50,25 +50,26 @@ def open_console(*, stderr: bool = False, quiet: bool = False) -> Console:
 
 
 def add_json_flag(flags: argparse.ArgumentParser) -> None:
-    """Add ``--json``, which every command has that prints a table."""
+    """Add the flag ``--json``. Every command that prints a table has it."""
     flags.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
 
 
 def show_json(document: Any) -> None:
-    """Print what ``--json`` asks for: one document on standard output; JSON knows no NaN, which is null in it."""
-    print(json.dumps(as_json(document), indent=2, ensure_ascii=False, allow_nan=False))  # nowhere, without an output
+    """Print a document as JSON on standard output. NaN and infinities become null."""
+    # print() writes nothing if there is no stdout.
+    print(json.dumps(as_json(document), indent=2, ensure_ascii=False, allow_nan=False))
 
 
-_QUIET = ("epoch", "time_", "padding_saved", "peak_memory_gib", "npo_weight")
-"""Beginnings of figures that trackers get but a line has no room for."""
+_HIDDEN = ("epoch", "time_", "padding_saved", "peak_memory_gib", "npo_weight")
+"""Prefixes of figures that are sent to trackers, but not printed, to keep lines short."""
 
 
 class Bar:
-    """What a command is doing: on a terminal a bar, gone when it is done; elsewhere a line every few seconds.
+    """The progress of a command: a transient progress bar on a terminal, a line every few seconds elsewhere.
 
     Args:
-        console: on standard error.
-        title: what it is about; may be changed meanwhile.
+        console: a console on standard error.
+        title: start of the line, such as the name of the model. It can be changed between stages.
     """
 
     def __init__(self, console: Console, title: str) -> None:
@@ -77,53 +78,59 @@ class Bar:
         self.completed, self.total = 0, 0
         self.drawn = console.is_terminal and not console.is_dumb_terminal
         self._doing, self._loss = "", ""
-        self._first, self._began, self._spoke = 0, 0.0, 0.0
+        self._first, self._began, self._last_line = 0, 0.0, 0.0
         self._bar: Progress | None = None
         self._ended = threading.Event()
-        self._speaker: threading.Thread | None = None
+        self._reporter: threading.Thread | None = None
 
     def stage(self, doing: str, total: int = 0, completed: int = 0) -> None:
-        """Begin something; ``total`` is 0 where nobody knows how much there is to do."""
+        """Start a stage with a new bar.
+
+        Args:
+            doing: name of the stage.
+            total: number of steps, or 0 if unknown.
+            completed: steps that are already done, for example those of a resumed run.
+        """
         self._doing, self._loss, self.total = doing, "", total
         self.completed = self._first = completed
-        self._began = self._spoke = time.monotonic()
+        self._began = self._last_line = time.monotonic()
         if self.console.quiet:
             return
         if not self.drawn:
-            self._start_speaking()
+            self._start_reporting()
             return
         if self._bar is None:
             width = Column(max_width=40)
             columns = (TextColumn("{task.description}"), BarColumn(None, table_column=width), _State(self))
-            # A result that goes to a pipe is none of the terminal's.
+            # Redirect stdout through the bar only if both share the terminal.
             redirected = sys.stdout.isatty()
             self._bar = Progress(*columns, console=self.console, transient=True, redirect_stdout=redirected)
             stream = sys.stderr
             self._bar.start()
             _write_logs_to(sys.stderr, instead_of=stream)
-        for task in self._bar.task_ids:  # rich keeps the total of one that gets none
+        for task in self._bar.task_ids:  # a new task, because rich cannot reset a total to None
             self._bar.remove_task(task)
         self._bar.add_task(self._name(), total=total or None, completed=completed)
 
     def update(self, completed: int, loss: str = "") -> None:
-        """Say how much is done, and the loss if there is one."""
+        """Set the number of completed steps, and the loss if it is given."""
         self.completed, self._loss = completed, loss or self._loss
         self._draw()
 
     def follow(self, doing: str, done: int, total: int) -> None:
-        """Show how far an evaluation is; see ``efface.evaluate.runner.Progress``."""
+        """Show the progress of an evaluation: a callback of type ``efface.evaluate.runner.Progress``."""
         if (doing, total) != (self._doing, self.total):
             self.stage(doing, total, done)
         else:
             self.update(done)
 
     def say(self, text: str) -> None:
-        """Print a line; on a terminal, above the bar."""
-        self._spoke = time.monotonic()
+        """Print a line. On a terminal it appears above the bar."""
+        self._last_line = time.monotonic()
         self.console.print(text, highlight=False, markup=False)
 
     def state(self) -> str:
-        """Return how much is done, the time that is left, and the loss."""
+        """Return completed steps, remaining time and loss as text, such as ``3 of 10, 0:07 left, loss 1.2``."""
         seconds, done = time.monotonic() - self._began, self.completed - self._first
         said = [f"{self.completed:,} of {self.total:,}" if self.total else _clock(seconds)]
         if done > 0 and self.completed < self.total:
@@ -131,16 +138,16 @@ class Bar:
         return ", ".join([*said, *([f"loss {self._loss}"] if self._loss else [])])
 
     def close(self) -> None:
-        """Remove the bar, also when a command broke off; another stage brings it back."""
+        """Remove the bar. A later ``stage`` shows it again."""
         if self._bar is not None:
             bar, stream = self._bar, sys.stderr
             self._bar = None
             bar.stop()
             _write_logs_to(sys.stderr, instead_of=stream)
-        if self._speaker is not None:
+        if self._reporter is not None:
             self._ended.set()
-            self._speaker.join()
-            self._speaker = None
+            self._reporter.join()
+            self._reporter = None
 
     def _name(self) -> str:
         return ": ".join(filter(None, (self.title, self._doing)))
@@ -149,24 +156,24 @@ class Bar:
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.completed)
 
-    def _start_speaking(self) -> None:
-        if self._speaker is None:
+    def _start_reporting(self) -> None:
+        if self._reporter is None:
             self._ended.clear()
-            self._speaker = threading.Thread(target=self._speak, name="efface progress", daemon=True)
-            self._speaker.start()
+            self._reporter = threading.Thread(target=self._report_lines, name="efface progress", daemon=True)
+            self._reporter.start()
 
-    def _speak(self) -> None:
+    def _report_lines(self) -> None:
         said: tuple[str, int] | None = None
         while not self._ended.wait(PAUSE / 5):
-            now, silent = (self._name(), self.completed), time.monotonic() - self._spoke
+            now, silent = (self._name(), self.completed), time.monotonic() - self._last_line
             if silent >= (PAUSE if now != said else LONG_PAUSE):
                 said = now
-                with suppress(OSError, ValueError):  # nobody reads any more
+                with suppress(OSError, ValueError):  # the reader closed the pipe
                     self.say(f"{now[0]}, {self.state()}")
 
 
 class _State(ProgressColumn):
-    """The state of a bar; rich asks for it several times a second."""
+    """The column with the state of a bar. rich renders it several times a second."""
 
     def __init__(self, bar: Bar) -> None:
         super().__init__(Column(no_wrap=True))
@@ -177,21 +184,22 @@ class _State(ProgressColumn):
 
 
 def _write_logs_to(stream: TextIO, *, instead_of: TextIO) -> None:
-    """Let all log handlers that write to one stream write to another: a bar's, lest they write into the bar."""
+    """Move all log handlers from one stream to another, so that log lines appear above a bar, not inside it."""
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
     for logger in loggers:
-        for handler in getattr(logger, "handlers", ()):  # a placeholder has none
+        for handler in getattr(logger, "handlers", ()):  # a logging.PlaceHolder has no handlers
             if isinstance(handler, logging.StreamHandler) and handler.stream is instead_of:
                 handler.setStream(stream)
 
 
 class ProgressBar(Bar, ReferenceCallback):
-    """Says what was taken of the data, then shows a cached reference being computed, then the steps of training.
+    """A trainer callback that shows the data, the computation of a cached reference, and the training steps.
 
     Args:
-        console: as of ``Bar``.
-        title: likewise.
-        log: whether data and figures get lines of their own, the figures where no bar shows the loss.
+        console: as for ``Bar``.
+        title: as for ``Bar``.
+        log: also print lines about the data sets, the reference and the end of the training, and, if there is no bar,
+            one line for each log of the trainer.
     """
 
     def __init__(self, console: Console, title: str, *, log: bool = True) -> None:
@@ -207,12 +215,12 @@ class ProgressBar(Bar, ReferenceCallback):
         self.stage("", state.max_steps, state.global_step)
 
     def on_data(self, data: Mapping[str, DataFacts]) -> None:
-        """Say what was taken of which data."""
+        """Print one line about each data set."""
         for role, facts in data.items() if self._log else ():
             self.say(f"{self.title}: {role}, {facts}")
 
     def on_reference(self, computed: int, missing: int, sequences: int) -> None:
-        """Say what there is to compute, and show how far it is."""
+        """Show the progress of the reference. ``computed`` counts up to ``missing``, out of ``sequences`` in all."""
         if not computed:
             if self._log:
                 self.say(f"{self.title}: reference, {missing} of {sequences} sequences to compute")
@@ -222,7 +230,7 @@ class ProgressBar(Bar, ReferenceCallback):
             self.close()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Advance."""
+        """Advance the bar."""
         self.update(state.global_step)
 
     def on_log(
@@ -233,8 +241,8 @@ class ProgressBar(Bar, ReferenceCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the loss; where there is no bar, print the figures of a log, one line."""
-        shown = {name: value for name, value in (logs or {}).items() if not name.startswith(_QUIET)}
+        """Show the loss in the bar, or print the figures as one line if there is no bar."""
+        shown = {name: value for name, value in (logs or {}).items() if not name.startswith(_HIDDEN)}
         if "train_runtime" in shown:  # the last log of a run
             self.close()
             if self._log:
@@ -262,6 +270,6 @@ def _short(value: Any) -> str:
 
 
 def _clock(seconds: float) -> str:
-    """``75.2`` as ``1:15``, and hours before that where there are any."""
+    """Format seconds as ``1:15``, or as ``1:01:15`` from one hour on."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"

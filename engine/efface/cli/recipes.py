@@ -1,4 +1,4 @@
-"""``efface recipes``: what recipes there are, and what one says."""
+"""``efface recipes``: list the recipes, or show one."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,8 +20,8 @@ examples:
   efface recipes npo-tofu-forget10-llama-3.2-1b
   efface unlearn --recipe npo-tofu-forget10-llama-3.2-1b --output out
 
-A recipe of your own is a file like the one that the second line prints; wherever a name
-is taken, so is its path.
+The second command prints the YAML file of a recipe. Write your own in the same format,
+and give its path in place of a name.
 """
 
 
@@ -32,16 +32,16 @@ def parser() -> FlagParser:
     """Return the parser of the command's flags."""
     flags = FlagParser(
         "recipes",
-        "Lists the recipes that come with efface, or explains one.",
+        "Lists the recipes that come with efface, or shows one.",
         _EXAMPLES,
     )
-    flags.add_argument("name", nargs="?", help="a recipe to explain: its name, or the path of a YAML file")
+    flags.add_argument("name", nargs="?", help="recipe to show: its name, or the path of a YAML file")
     add_json_flag(flags)
     return flags
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
     options = parser().parse_args(argv)
     names = list(known_recipes()) if options.name is None else [options.name]
     recipes = [load_recipe(name) for name in names]
@@ -56,7 +56,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _memory(recipe: Recipe) -> int | None:
-    """Return the bytes that the recipe's run would take, by ``--dry-run``'s estimate."""
+    """Return the bytes of memory that ``--dry-run`` estimates for the recipe, or None if unknown."""
     command, args = unlearn_settings({"recipe": str(recipe.path), "dry_run": True})
     total: int | None = describe(command, args, command.make_objective(), recipe)["memory"].get("total")
     return total
@@ -65,7 +65,7 @@ def _memory(recipe: Recipe) -> int | None:
 def _table(recipes: Sequence[Recipe]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     table.add_column("recipe, model", overflow="fold")
-    for heading, width in (("method", 11), ("data", 11), ("published", 9)):  # 80 columns, as in a pipe
+    for heading, width in (("method", 11), ("data", 11), ("published", 9)):  # the table fits 80 columns
         table.add_column(heading, min_width=width, no_wrap=True)
     table.add_column("GiB", justify="right", min_width=3, no_wrap=True)
     for recipe in recipes:
@@ -80,14 +80,14 @@ def _table(recipes: Sequence[Recipe]) -> Table:
             "-" if size is None else f"{size / 2**30:.0f}",
         )
     table.caption = (
-        "FQ: forget quality, MU: model utility, as published. GiB: memory of one process with the whole model, "
+        "FQ: published forget quality. MU: published model utility. GiB: memory of one process with the whole model, "
         "computed and not measured; see `efface unlearn --dry-run`"
     )
     return table
 
 
 def _explain(recipe: Recipe) -> None:
-    print(f"# {recipe.path}\n# {_EXPLAINED}\n")
+    print(f"# {recipe.path}\n# {_LEGEND}\n")
     print(recipe.path.read_text(encoding="utf-8").rstrip())
     size = _memory(recipe)
     expected: Any = "not known" if size is None else f"about {size / 2**30:.0f} GiB (computed, one process)"
@@ -96,5 +96,6 @@ def _explain(recipe: Recipe) -> None:
     print(f"# or first: efface unlearn --recipe {recipe.name} --dry-run")
 
 
-_EXPLAINED = """published: the source's figures. ours: what it does not state. unlearn: flags of `efface unlearn`.
-# evaluate: how the result is judged. architecture and rows: for estimates without network. tiny: --scale tiny."""
+_LEGEND = """published: figures of the source. ours: settings that the source does not state.
+# unlearn: flags of `efface unlearn`. evaluate: benchmark for the result.
+# architecture, rows: for estimates without network. tiny: flags that differ with --scale tiny."""

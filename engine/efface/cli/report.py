@@ -1,4 +1,4 @@
-"""``efface report``: evaluated runs side by side, on one page."""
+"""``efface report``: compare evaluated runs on one HTML page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +10,11 @@ _EXAMPLES = """
 examples:
   efface report runs/ --full evals/full --retain-log evals/retain90/TOFU_EVAL.json
   efface report npo/ simnpo/ --output npo-simnpo.html --markdown npo-simnpo.md
-  efface report saves/unlearn/ --floor 0.8     # of open-unlearning
+  efface report saves/unlearn/ --floor 0.8     # runs of open-unlearning
 
-Folders are searched, at any depth, for TOFU_EVAL.json, TOFU_SUMMARY.json,
-eval_log_aggregated.json, AUDIT.json and trainer_state.json. What lies in checkpoint-N
-folders becomes curves over steps.
+The command searches the folders at any depth for TOFU_EVAL.json, TOFU_SUMMARY.json,
+eval_log_aggregated.json, AUDIT.json and trainer_state.json. Results in checkpoint-N
+folders become curves over steps.
 """
 
 
@@ -22,20 +22,22 @@ def parser() -> FlagParser:
     """Return the parser of the command's flags."""
     flags = FlagParser(
         "report",
-        "Writes one HTML file about evaluated runs: a ranked table, Forget Quality against Model Utility, "
+        "Writes one HTML file that compares evaluated runs: a ranked table, Forget Quality against Model Utility, "
         "curves over steps, truth ratios of the forget rows, leak audits, and the worst leaks.",
         _EXAMPLES,
     )
     flags.add_argument("folders", nargs="+", metavar="DIR", help="a run, a folder of runs, or an evaluation log")
-    flags.add_argument("--output", type=Path, default=Path("report.html"), help="(default: report.html)")
+    flags.add_argument(
+        "--output", type=Path, default=Path("report.html"), help="HTML file to write (default: report.html)"
+    )
     flags.add_argument("--markdown", type=Path, metavar="FILE.md", help="also write the report as Markdown")
     flags.add_argument("--full", metavar="DIR", help="evaluation of the model before unlearning")
-    flags.add_argument("--retain-log", metavar="FILE", help="evaluation of a model trained on the retain set alone")
+    flags.add_argument("--retain-log", metavar="FILE", help="evaluation of a model trained on the retain set only")
     flags.add_argument(
         "--floor",
         type=float,
         default=0.9,
-        help="rank runs with less Model Utility than so many times the full model's after the others (default: 0.9)",
+        help="rank runs below this share of the full model's Model Utility after the others (default: 0.9)",
     )
     flags.add_argument(
         "--details", type=int, default=12, metavar="N", help="show the forget rows of the N best runs (default: 12)"
@@ -45,7 +47,7 @@ def parser() -> FlagParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
     options = parser().parse_args(argv)
     from efface.evaluate.report.write import write_report
 

@@ -1,4 +1,4 @@
-"""The output folder of a run that can be killed: whose it is, whether it is done, and where to go on."""
+"""The output folder of a resumable run: which run owns it, whether that run has finished, and where to resume."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -13,57 +13,58 @@ RECORD = "run.json"
 
 
 class RunFolder:
-    """An output folder with ``run.json``, which holds the identity of its run and whether it is finished.
+    """An output folder with ``run.json``, which records the identity of the run and whether it has finished.
 
     Args:
-        folder: of the run.
-        overwrite: whether the files of another or a finished run may be replaced.
-        inputs: what the run reads, which must not be in the folder; see ``check_output``.
+        folder: the output folder.
+        overwrite: allow replacing a finished run, the run of another command, or other files.
+        inputs: files that the run reads, by flag. They must not be in the folder; see ``check_output``.
 
     Raises:
-        FileExistsError: a folder with other things in it, or with a finished run, without ``overwrite``.
-        NotADirectoryError: a file of that name.
-        ValueError: an input in the folder.
+        FileExistsError: the folder contains other files or a finished run, and ``overwrite`` is False.
+        NotADirectoryError: the path is a file.
+        ValueError: an input is in the folder.
     """
 
     def __init__(self, folder: Path, *, overwrite: bool, inputs: Mapping[str, str | Path | None] | None = None) -> None:
         self.path = folder
-        self.removed = ""  # by ``begin`` already, in words
+        self.removed = ""  # what ``begin`` has removed, as text for the user
         self._overwrite = overwrite
         check_output(folder, overwrite=True, inputs=inputs)
-        self._look()
+        self._check()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         folder, overwrite = self.path, self._overwrite
         self._record = self._read()
         if self._record is None:
-            # A run killed in its first moments leaves nothing but its half-written record.
+            # A run that was killed while it wrote its first record leaves only that partial file.
             if not (folder.is_dir() and all(path.name.startswith(PARTIAL) for path in folder.iterdir())):
                 check_output(folder, overwrite=overwrite)
         elif self._record["finished"] and not overwrite:
             raise FileExistsError(
-                f"output folder {str(folder)!r} is not empty; choose another, or add --overwrite: it holds a finished "
-                "run, so there is nothing to continue"
+                f"output folder {str(folder)!r} is not empty: it contains a finished run, so there is nothing to "
+                "continue; choose another, or add --overwrite"
             )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from the folder; the system lets go of it when this one ends, however it does.
+        """Hold the file lock of the folder. The system releases it when the process ends, even if it is killed.
 
         Raises:
-            FileExistsError: another process works on it.
+            FileExistsError: another process holds the lock, or has finished the run in the meantime.
         """
         with locked_folder(self.path):
-            self._look()  # another process may have finished the run in the meantime
+            self._check()  # another process may have finished the run in the meantime
             yield
 
     def begin(self, identity: dict[str, Any]) -> Path | None:
-        """Return the checkpoint to continue from, or None to start; the folder is this run's from now on.
+        """Record the run as the owner of the folder. Return the checkpoint to resume from, or None to start.
 
-        A run of equal identity continues, also with ``overwrite``: the result is the same, bit for bit.
+        A run of the same identity continues even with ``overwrite``, because its result is bitwise the same.
 
         Raises:
-            FileExistsError: the folder of another run, without ``overwrite``; says what differs.
+            FileExistsError: the folder contains an unfinished run of another identity, and ``overwrite`` is False. The
+                message lists the differences.
         """
         identity = json.loads(json.dumps(identity, default=str))
         if self._record is not None and not self._record["finished"]:
@@ -73,39 +74,46 @@ class RunFolder:
             if not self._overwrite:
                 changes = differences(self._record["identity"], identity)
                 raise FileExistsError(
-                    f"output folder {str(self.path)!r} holds an unfinished run of another command; choose another "
-                    f"folder, or add --overwrite. What differs: {'; '.join(changes)}"
+                    f"output folder {str(self.path)!r} contains an unfinished run of another command; choose another "
+                    f"folder, or add --overwrite. Differences: {'; '.join(changes)}"
                 )
         remove_leftovers(self.path)
         if self._overwrite:
-            # A later continuation must not take another run's checkpoint for its own.
+            # When this run resumes later, it must not find a checkpoint of the other run.
             self.removed = set_aside(self.path)
         self._write({"finished": False, "identity": identity})
         return None
 
     def replaced_in_words(self, *also: str) -> str:
-        """Return what of another run goes when this one is whole; ``also`` are patterns of files that it replaces."""
+        """Return, as text, the files of another run that will be removed when this run has written its model.
+
+        Args:
+            also: glob patterns of further files that this run replaces.
+        """
         there = sorted((self.path / REPLACED).glob("*"))
         there += sorted({path for pattern in also for path in self.path.glob(pattern)})
         return in_words(there) if there and self._overwrite else ""
 
     def settle(self) -> None:
-        """Remove the checkpoints of the run that this one replaces, whose model is whole now."""
+        """Remove the checkpoints of the replaced run. Call it when the new model is completely written."""
         if (aside := self.path / REPLACED).is_dir():
             remove_whole(aside)
 
     def continues(self, identity: dict[str, Any]) -> bool:
-        """Whether the folder holds an unfinished run of this identity."""
+        """Return whether the folder contains an unfinished run of this identity."""
         identity = json.loads(json.dumps(identity, default=str))
         record = self._record
         return record is not None and not record["finished"] and not differences(record["identity"], identity)
 
     def continue_from(self, identity: dict[str, Any]) -> None:
-        """Make the folder this run's, whatever is in it: the checkpoint to start from was named."""
+        """Record the run as the owner of the folder, whatever the folder contains.
+
+        For runs with ``--resume-from-checkpoint``, where the user has named the checkpoint.
+        """
         self._write({"finished": False, "identity": json.loads(json.dumps(identity, default=str))})
 
     def abandon(self) -> None:
-        """Leave the folder as it was: a run that was wrong from the start is none to continue."""
+        """Restore the previous record, unless there is a checkpoint. Call it after an error that would occur again."""
         if (self.path / REPLACED).is_dir() or checkpoints(self.path):
             return
         if self._record is None:
@@ -114,7 +122,7 @@ class RunFolder:
             self._write(self._record)
 
     def finish(self) -> None:
-        """Note that everything is written."""
+        """Record the run as finished."""
         record = self._read()
         if record is not None:
             self._write({**record, "finished": True})
@@ -131,9 +139,9 @@ class RunFolder:
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """Return what differs between two identities, one ``name: before, now after`` each.
+    """Return the differences between two identities, each as ``name: was X, is Y``.
 
-    Arguments that only one of them has came or went with a version of transformers, and are no difference.
+    An argument that only one of them has is not a difference: another version of transformers added or removed it.
     """
     if isinstance(before, dict) and isinstance(now, dict):
         keys = before.keys() & now.keys() if name == "arguments" else before.keys() | now.keys()

@@ -1,4 +1,4 @@
-"""``efface sweep``: many runs of one recipe, their reference computed once, and what they say side by side."""
+"""``efface sweep``: run one recipe with many settings, compute the shared reference once, and rank the results."""
 
 import csv
 import io
@@ -39,8 +39,9 @@ from efface.sweep.space import Point
 __all__ = ["parser", "run"]
 
 RECORD = "reference.json"
-# Swept, these make references of their own; the trials then fill the cache, which takes many writers.
-_OF_THE_REFERENCE = {
+# If one of these is swept, trials have different references. Each trial then fills the cache itself; the cache supports
+# concurrent writers.
+_REFERENCE_FLAGS = {
     *("objective", "model", "revision", "dtype", "bf16", "fp16", "tf32", "forget", "forget_filter", "seed"),
     *("refusal_file", "alternate_column", "template", "system_prompt", "date_string", "max_length"),
     *("reference", "reference_cache"),
@@ -50,17 +51,25 @@ Fill = Callable[[Sequence[str], Path], int]
 
 
 def fill_in_a_process(words: Sequence[str], log: Path) -> int:
-    """Run ``efface cache-reference`` in a process of its own, which gives its memory back; return its exit code."""
+    """Run ``efface cache-reference`` in a subprocess, which frees its memory when it ends. Return its exit code."""
     command = [sys.executable, "-m", "efface", "cache-reference", *words]
     with log.open("ab") as file:
         return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode  # noqa: S603 - our own command
 
 
 def fill_reference(sweep: SweepCommand, fill: Fill, say: Callable[[str], None]) -> None:
-    """Compute the reference, if the trials share a cached one and this machine has not done so for this sweep.
+    """Compute the cached reference that all trials share, once for each machine.
+
+    Does nothing if the trials have no shared cached reference, or if ``reference.json`` records that this machine has
+    already computed it.
+
+    Args:
+        sweep: the command.
+        fill: runs ``efface cache-reference`` with the given words and log file, and returns its exit code.
+        say: prints a line.
 
     Raises:
-        ValueError: it could not be computed; no trial could then run.
+        ValueError: the command failed, so that no trial could run.
     """
     if not _is_shared(sweep):
         return
@@ -68,7 +77,7 @@ def fill_reference(sweep: SweepCommand, fill: Fill, say: Callable[[str], None]) 
     with alone(sweep.out / "reference.lock"):
         if record.is_file():
             return
-        say("reference: once for all trials")
+        say("reference: computed once for all trials")
         first = {parameter.name: parameter.some()[0] for parameter in sweep.space}
         code = fill([*sweep.words, *flag_words(first)], log)
         if code:
@@ -79,7 +88,7 @@ def fill_reference(sweep: SweepCommand, fill: Fill, say: Callable[[str], None]) 
 
 
 def _is_shared(sweep: SweepCommand) -> bool:
-    if any(parameter.name in _OF_THE_REFERENCE or parameter.name.startswith("reference_") for parameter in sweep.space):
+    if any(parameter.name in _REFERENCE_FLAGS or parameter.name.startswith("reference_") for parameter in sweep.space):
         return False
     objective = sweep.command.make_objective()
     if sweep.args.reference_cache == NO_FILE or sweep.command.reference not in ("auto", "cached"):
@@ -87,22 +96,31 @@ def _is_shared(sweep: SweepCommand) -> bool:
     return reference_kind(sweep.command.reference, objective, None, padded=sweep.args.compat is not None) == "cached"
 
 
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a cell begins with that spreadsheets compute
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # first characters of cells that spreadsheets evaluate as formulas
 _SHORT = {"forget_quality": "FQ", "model_utility": "MU"}
-# Parameters on which neither steps nor tokens depend.
-_FREE = {"learning_rate", "beta", "alpha", "gamma", "delta", "weight_decay", "max_grad_norm", "lr_scheduler_type"}
+# Parameters that change neither the number of steps nor that of tokens.
+_STEP_INDEPENDENT = {
+    "learning_rate",
+    "beta",
+    "alpha",
+    "gamma",
+    "delta",
+    "weight_decay",
+    "max_grad_norm",
+    "lr_scheduler_type",
+}
 
 
 def csv_cell(value: Any) -> Any:
-    """Return what a spreadsheet shows as it is: text that it would take for a formula has an apostrophe before it.
+    """Return a cell that spreadsheets do not evaluate: text that looks like a formula gets a leading apostrophe.
 
-    A number stays one. See OWASP, "CSV injection".
+    Values of other types, such as numbers, are returned unchanged. See OWASP, "CSV injection".
     """
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 def write_files(sweep: SweepCommand, trials: Sequence[Trial], floor: Floor) -> None:
-    """Write ``sweep.csv`` and ``best.json``, whole."""
+    """Write ``sweep.csv``, and ``best.json`` if a trial was evaluated, each with an atomic rename."""
     names = [parameter.name for parameter in sweep.space]
     metrics = sorted({name for trial in trials for name in trial.metrics}, key=lambda name: (name not in _SHORT, name))
     text = io.StringIO()
@@ -137,7 +155,7 @@ def _best(sweep: SweepCommand, best: Trial, trials: Sequence[Trial], floor: Floo
 
 
 def table(sweep: SweepCommand, trials: Sequence[Trial], floor: Floor) -> Table:
-    """Return the trials, best first."""
+    """Return a table of the trials, best first."""
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     shown.add_column("", justify="right")
     for parameter in sweep.space:
@@ -154,13 +172,13 @@ def table(sweep: SweepCommand, trials: Sequence[Trial], floor: Floor) -> Table:
         values = [_short(trial.point.get(parameter.name, "-")) for parameter in sweep.space]
         shown.add_row(str(rank) if trial.state == "complete" else "-", *values, *figures, seconds, state)
     known = floor.full is not None or floor.least is not None
-    against = "" if known else f", {floor.share:g} times the best trial's"
-    shown.caption = f"FQ: forget quality, MU: model utility, least to win {least:.4g}{against}"
+    against = "" if known else f" ({floor.share:g} times the best trial's)"
+    shown.caption = f"FQ: forget quality. MU: model utility; a trial below {least:.4g}{against} cannot win"
     return shown
 
 
 def show_failures(trials: Sequence[Trial], console: Console) -> None:
-    """Print why trials failed."""
+    """Print the state and the error of each failed trial."""
     for trial in trials:
         if trial.state == "failed":
             console.print(f"{trial.name}: {_state(trial)}")
@@ -168,7 +186,7 @@ def show_failures(trials: Sequence[Trial], console: Console) -> None:
 
 
 def dry_run(sweep: SweepCommand) -> None:
-    """Print the trials that there would be, with their steps and tokens."""
+    """Print the trials of the sweep with their steps and tokens, and run nothing."""
     say = str if sweep.options.json else open_console().print
     if sweep.sampler == "grid":
         listed = list(points(sweep.space))
@@ -176,12 +194,12 @@ def dry_run(sweep: SweepCommand) -> None:
         first = {parameter.name: parameter.some()[0] for parameter in sweep.space}
         for parameter in sweep.space:
             say(f"{parameter.name}: {parameter.described()}")
-        say(f"{sweep.options.trials} trials drawn by {sweep.sampler}; counted at the least values:")
+        say(f"{sweep.options.trials} trials drawn by {sweep.sampler}; steps and tokens at the lowest values:")
         listed = [first] * sweep.options.trials
     known: dict[str, dict[str, Any]] = {}
     counts: list[dict[str, Any]] = []
     for number, point in enumerate(listed):
-        key = point_name({name: value for name, value in point.items() if name not in _FREE})
+        key = point_name({name: value for name, value in point.items() if name not in _STEP_INDEPENDENT})
         if key not in known:
             command, args, recipe = resolve(sweep.given, point)
             known[key] = describe(command, args, command.make_objective(), recipe)["run"]
@@ -220,11 +238,11 @@ def _count(count: Any, what: str) -> str:
 def _total(counts: Sequence[Any], what: str) -> str:
     if all(isinstance(count, int) for count in counts):
         return f"{sum(counts):,} {what}"
-    return f"{what} not known without the data and the tokenizer here (--data)"
+    return f"{what} not known: the data or the tokenizer is not on this machine; give --data"
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
     sweep = parse_sweep(argv)
     command = sweep.command
     check_output(
@@ -245,13 +263,22 @@ def run(argv: Sequence[str]) -> int:
 
 
 def carry_out(sweep: SweepCommand, launch: Launcher, fill: Fill, console: Console) -> int:
-    """Run a sweep to its end; trials and the reference run by what is given.
+    """Run a sweep until every trial has ended, and show the results.
+
+    Args:
+        sweep: the command.
+        launch: starts the process of a trial.
+        fill: computes the shared reference; see ``fill_reference``.
+        console: for progress and messages.
+
+    Returns:
+        0 if at least one trial is complete, else 1.
 
     Raises:
-        FileExistsError: the folder of a sweep with other settings; says what differs.
-        FileNotFoundError: a log that does not exist.
-        ImportError: no Optuna.
-        ValueError: a log without Model Utility; the reference cannot be computed.
+        FileExistsError: the folder or study contains a sweep with other settings. The message lists the differences.
+        FileNotFoundError: ``--full-log`` does not exist.
+        ImportError: Optuna is not installed.
+        ValueError: ``--full-log`` has no Model Utility, or the reference cannot be computed.
     """
     optuna_module()
     floor = _floor(sweep)
@@ -269,7 +296,7 @@ def carry_out(sweep: SweepCommand, launch: Launcher, fill: Fill, console: Consol
 
     ledger.plan()
     if sweep.options.retry_failed:
-        say(f"{ledger.retry_failed()} failed trials are tried again")
+        say(f"retrying {ledger.retry_failed()} failed trials")
     loop = Loop(
         ledger,
         launch,
@@ -287,7 +314,7 @@ def carry_out(sweep: SweepCommand, launch: Launcher, fill: Fill, console: Consol
                 fill_reference(sweep, fill, say)
             loop.run()
     except KeyboardInterrupt:
-        say("stopped; run the same command again to continue: finished trials stay, those in work go on")
+        say("stopped; run the same command again to continue: finished trials are kept, unfinished ones resume")
         raise
     trials = ledger.trials()
     write_files(sweep, trials, floor)
@@ -331,13 +358,13 @@ def _ledger(sweep: SweepCommand) -> Ledger:
     if changes:
         where = f"folder {str(sweep.out)!r}" if options.storage is None else f"study {options.study!r}"
         raise FileExistsError(
-            f"{where} holds a sweep of other settings; choose another. What differs: {'; '.join(changes)}"
+            f"{where} contains a sweep with other settings; choose another one. Differences: {'; '.join(changes)}"
         )
     return ledger
 
 
 def _devices(sweep: SweepCommand) -> list[str | None]:
-    """Return CUDA_VISIBLE_DEVICES for each worker: a GPU each, in turns if there are more workers."""
+    """Return CUDA_VISIBLE_DEVICES of each worker: one GPU each, assigned round-robin if there are more workers."""
     if sweep.args.use_cpu:
         return [None] * (sweep.options.workers or 1)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -352,19 +379,24 @@ def _devices(sweep: SweepCommand) -> list[str | None]:
 
 
 def _report(sweep: SweepCommand, console: Console) -> None:
-    """Write the report of the trials, if any was evaluated."""
+    """Write ``report.html``, or print why there is none."""
     from efface.evaluate import report
 
     page, options = sweep.out / "report.html", sweep.options
     log = sweep.command.retain_log
     try:
         report(sweep.out / "trials", page, full=options.full_log, retain_log=log, floor=options.floor)
-    except (ValueError, OSError) as error:  # trials that leave nothing to show
+    except (ValueError, OSError) as error:  # no trial was evaluated
         console.print(f"no report: {error}")
 
 
 def run_trial(words: Sequence[str], evaluation: Sequence[str] | None) -> int:
-    """Run ``efface unlearn`` with the words, if it has not finished there, then ``efface evaluate``; its exit code."""
+    """Run ``efface unlearn``, then ``efface evaluate``, in this process. Return the exit code.
+
+    Args:
+        words: flags of ``efface unlearn`` with ``--output-dir=DIR``. A run that has finished in DIR is not repeated.
+        evaluation: flags of ``efface evaluate``; None evaluates nothing.
+    """
     folder = next(Path(word.partition("=")[2]) for word in reversed(words) if word.startswith("--output-dir="))
     code = 0 if _finished(folder) else main(["unlearn", *words])
     if code or evaluation is None:

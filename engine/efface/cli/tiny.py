@@ -1,4 +1,4 @@
-"""``efface unlearn --scale``: a recipe end to end at a small scale."""
+"""``efface unlearn --scale``: run a recipe end to end with small models on a CPU."""
 
 import json
 import sys
@@ -28,22 +28,25 @@ _COLUMNS = {
     "retain:\nprobability": "retain_Q_A_Prob",
     "ROUGE ": "retain_Q_A_ROUGE",
 }
-_NOT_HERE = {
-    "model": "the models are taught on the spot",
-    "forget": "the data are the recipe's own; --data names a folder with TOFU's files",
-    "retain": "the data are the recipe's own; --data names a folder with TOFU's files",
-    "dry_run": "models and rows are only made when it runs",
-    "retain_log": "the retain model is taught and evaluated too",
+_REFUSED = {
+    "model": "the models are trained as part of the run",
+    "forget": "the data come from the recipe; give a folder with TOFU's files as --data",
+    "retain": "the data come from the recipe; give a folder with TOFU's files as --data",
+    "dry_run": "models and rows are made during the run",
+    "retain_log": "the retain model is also trained and evaluated",
 }
 
 
 def unlearn_with(flags: Mapping[str, Any], overrides: Sequence[str], check: bool) -> None:
-    """Do what ``efface unlearn`` does with the flags and the words that win over them, unless that is done.
+    """Run ``efface unlearn`` with flags and overrides. A finished run is repeated only with the flag ``overwrite``.
 
     Args:
-        flags: by name.
-        overrides: words of a command line.
-        check: see that the flags are right, and do no more.
+        flags: name -> value.
+        overrides: words of a command line, which override ``flags``.
+        check: only check the flags.
+
+    Raises:
+        ValueError: an unknown flag or a value of the wrong type.
     """
     words = [*flag_words(not_overridden(flags, settings_parser().given(overrides))), *overrides]
     parsed = parse(words)
@@ -54,15 +57,19 @@ def unlearn_with(flags: Mapping[str, Any], overrides: Sequence[str], check: bool
 
 
 def run_at(scale: str, words: Sequence[str]) -> int:
-    """Run ``efface unlearn`` at a scale; ``words`` are those of its command line and its file of flags but ``--scale``.
+    """Run ``efface unlearn --scale``. Return the exit code.
+
+    Args:
+        scale: name of the scale.
+        words: the other flags of the command line and of the ``--config`` file.
 
     Raises:
-        FileExistsError: an output folder that holds other things.
-        ValueError: no recipe, or flags that have no meaning at a scale; as ``run_tiny``.
+        FileExistsError: the output folder contains other files.
+        ValueError: there is no recipe, or a flag that cannot be used with ``--scale``; and as ``run_tiny``.
     """
-    for name in _NOT_HERE.keys() & given_names(words):
-        raise ValueError(f"--scale {scale}: expected no --{hyphens(name)}, because {_NOT_HERE[name]}; drop it")
-    parser = FlagParser("unlearn", "A recipe at a small scale.")
+    for name in _REFUSED.keys() & given_names(words):
+        raise ValueError(f"--scale {scale}: expected no --{hyphens(name)}, because {_REFUSED[name]}; drop it")
+    parser = FlagParser("unlearn", "Runs a recipe with small models.")
     for name in ("--recipe", "--data"):
         parser.add_argument(name)
     parser.add_argument("--output", dest="output_dir")
@@ -70,7 +77,7 @@ def run_at(scale: str, words: Sequence[str]) -> int:
         parser.add_argument(name, type=string_to_bool, nargs="?", const=True, default=False)
     command, overrides = parser.parse_known_args(words)
     if command.recipe is None:
-        raise ValueError(f"--scale {scale}: expected --recipe, a name of `efface recipes`, got none")
+        raise ValueError(f"--scale {scale}: expected --recipe with a name from `efface recipes`, got none")
     recipe = load_recipe(command.recipe)
     folder = Path(command.output_dir or f"{recipe.name}-{scale}")
     options: dict[str, Any] = {"data": command.data, "overrides": overrides, "overwrite": command.overwrite}
@@ -86,11 +93,11 @@ def run_at(scale: str, words: Sequence[str]) -> int:
 
 
 def show(run: TinyRun, console: Console) -> None:
-    """Print what changed against the recipe, and the figures of the three models."""
+    """Print the flags that differ from the recipe, and the figures of the retain, full and unlearned models."""
     say = console.print
     changed = ", ".join([*(f"{name} {json.dumps(value)}" for name, value in run.changed.items()), *run.overrides])
     say(f"{run.recipe} on {run.data}")
-    say(f"other than the recipe: {changed}")
+    say(f"changed from the recipe: {changed}")
     columns = {heading: (name, ".3g") for heading, name in _COLUMNS.items()}
     console.print(figures_table("", columns, run.models, pad_edge=False, collapse_padding=True))
     for model in run.models:

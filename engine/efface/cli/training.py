@@ -1,4 +1,4 @@
-"""What the commands that train share: a run that can be stopped, goes on, and leaves a whole model or none."""
+"""Training runs of ``efface unlearn`` and ``efface finetune``: resumable, with an atomic write of the model."""
 
 import json
 import math
@@ -38,25 +38,25 @@ from efface.recipes.evaluation import check_evaluation, check_files, check_sets,
 from efface.recipes.settings import recipe_of
 from efface.reference import LogprobStore
 
-_READ = ("forget", "retain", "data", "recipe")  # flags of what is read beside models
-# Weights of an earlier model in the folder, in whatever files: loading would take them for this one's.
+_INPUT_FLAGS = ("forget", "retain", "data", "recipe")  # flags of inputs other than models
+# Weight files of an earlier model in the output folder. They are removed, because loading could read them instead.
 _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*", "adapter_config.json")
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A run of a command.
+    """A training run of a command.
 
     Attributes:
-        args: of the trainer.
-        title: of its progress bar.
-        command: its command line, for the model card.
-        overwrite: whether the output folder may hold other things.
-        inputs: what it reads, by flags: the output folder must not hold it.
-        merged: whether the model is written with its adapter in it.
-        make: returns the trainer, ready to train, and what the result depends on beside the trainer's own recipe.
-        before_saving: changes the trained model, which is then written.
-        after_saving: is called with the trainer and the bar when the model is whole in the output folder.
+        args: arguments of the trainer.
+        title: title of the progress bar.
+        command: the command line, for the model card.
+        overwrite: allow an output folder that contains other files.
+        inputs: flag -> path that the run reads. No input can be in the output folder.
+        merged: whether the adapter is merged into the saved model.
+        make: returns the trainer, ready to train, and the part of the run's identity that the trainer's recipe lacks.
+        before_saving: callback that can change the trained model before it is saved.
+        after_saving: callback that receives the trainer and the bar after the model is completely written.
     """
 
     args: UnlearnArguments
@@ -76,14 +76,21 @@ class TrainingRun:
 
 
 def carry_out(run: TrainingRun) -> int:
-    """Train, save and push; continue an unfinished run of the same command. Returns the exit code."""
-    # Of the processes of a distributed run, the first is the one that speaks and writes.
+    """Train, save and push a model, or continue an unfinished run of the same command. Return exit code 0.
+
+    Raises:
+        FileExistsError: the output folder belongs to another run.
+        KeyboardInterrupt: the run was interrupted; a message says how to continue.
+        OSError: the disk has too little space, or the model cannot be written or pushed.
+        ValueError: invalid arguments.
+    """
+    # In a distributed run only the first process prints and writes files.
     console = open_console(stderr=True, quiet=run.args.process_index != 0)
     try:
         _carry_out(run, console)
     except KeyboardInterrupt:
         newest = newest_checkpoint(run.out)
-        state = "there is no checkpoint yet, so it starts anew" if newest is None else f"{newest.name} is whole"
+        state = "no checkpoint yet, so it will start again" if newest is None else f"it will resume from {newest.name}"
         console.print(f"stopped; run the same command again to continue: {state}")
         raise
     return 0
@@ -93,7 +100,7 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
     args, folder = run.args, None
     if not args.learning_rate > 0:
         raise ValueError(
-            f"--learning-rate: expected more than 0, got {args.learning_rate}: the model would be written as it was"
+            f"--learning-rate: expected more than 0, got {args.learning_rate}; training would not change the model"
         )
     bar = ProgressBar(console, run.title)
     with ExitStack() as stack:
@@ -107,17 +114,17 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
             stack.enter_context(folder.locked())
         if args.resume_from_checkpoint is not None:
             check_whole(Path(args.resume_from_checkpoint))
-        trainer, beside = run.make(bar)
+        trainer, extra = run.make(bar)
         trainer.command = run.command
         checkpoint = [args.resume_from_checkpoint]
         if folder is not None:
-            checkpoint = [_begin(run, trainer, folder, _identity(trainer, beside), console)]
+            checkpoint = [_begin(run, trainer, folder, _identity(trainer, extra), console)]
         checkpoint = broadcast_object_list(checkpoint)
         if checkpoint[0] is not None:
             console.print(f"continuing from {checkpoint[0]}")
         try:
             trainer.train(resume_from_checkpoint=checkpoint[0])
-        except (ValueError, TypeError, FloatingPointError):  # the same command would end so again
+        except (ValueError, TypeError, FloatingPointError):  # the same command would fail again
             if folder is not None and checkpoint[0] is None:
                 folder.abandon()
             raise
@@ -138,11 +145,11 @@ def _carry_out(run: TrainingRun, console: Console) -> None:
 def _begin(
     run: TrainingRun, trainer: PackedTrainer, folder: RunFolder, identity: dict[str, Any], console: Console
 ) -> str | None:
-    """Make the folder this run's; return the checkpoint to continue from.
+    """Take over the output folder. Return the checkpoint to resume from, or None.
 
     Raises:
-        FileExistsError: the folder is another run's.
-        OSError: there is too little space.
+        FileExistsError: the folder belongs to another run.
+        OSError: the disk has too little space.
     """
     given = run.args.resume_from_checkpoint
     own = given is not None or folder.continues(identity)
@@ -154,15 +161,15 @@ def _begin(
     if folder.removed:
         console.print(f"removed: {folder.removed}")
     if start is None and (said := folder.replaced_in_words(*_WEIGHTS)):
-        console.print(f"removed when the new model is whole: {said}")
+        console.print(f"will be removed when the new model is saved: {said}")
     return None if start is None else str(start)
 
 
 def _save(run: TrainingRun, trainer: PackedTrainer) -> None:
-    """Write the model, whole or not at all.
+    """Write the model. If writing fails, the output folder keeps its previous files.
 
     Raises:
-        CheckpointError: it cannot be written; says what is left.
+        CheckpointError: the model cannot be written. The message says which checkpoints exist.
     """
     if run.before_saving is not None:
         run.before_saving(trainer)
@@ -174,25 +181,28 @@ def _save(run: TrainingRun, trainer: PackedTrainer) -> None:
 
 
 def _check_pushed(run: TrainingRun) -> None:
-    """Raise ValueError where transformers would push what models said of the data, and the true answers, too."""
+    """Raise ValueError if transformers would also push evaluation results, which quote the data and its answers."""
     if not run.args.revision_per_checkpoint and any((run.out / "evaluation").glob("*")):
         raise ValueError(
-            f"--push-to-hub: {str(run.out / 'evaluation')!r} holds results with questions and answers of the data, "
-            "which would be pushed; move it out of the folder, or add --revision-per-checkpoint, which pushes the "
-            "model alone"
+            f"--push-to-hub: {str(run.out / 'evaluation')!r} contains results with questions and answers of the data, "
+            "which would be pushed; move it out of the folder, or add --revision-per-checkpoint, which pushes only "
+            "the model"
         )
 
 
 def _own_checkpoint(run: TrainingRun) -> dict[str, str | Path | None]:
-    """Return the checkpoint to go on from as an input where it is the output folder itself; one in there is fine."""
+    """Return ``--resume-from-checkpoint`` as an input only if it is the output folder itself.
+
+    A checkpoint inside the output folder is allowed.
+    """
     given = run.args.resume_from_checkpoint
     same = given is not None and Path(given).expanduser().resolve() == run.out.resolve()
     return {"--resume-from-checkpoint": given} if same else {}
 
 
-def _check_space(run: TrainingRun, trainer: PackedTrainer, there: int) -> None:
-    """Raise OSError where the disk has no space for what the run writes, beside the checkpoints that are there."""
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # whose shards differ, and may lie on many disks
+def _check_space(run: TrainingRun, trainer: PackedTrainer, existing: int) -> None:
+    """Raise OSError if the disk has no space for the files of the run. ``existing`` is its number of checkpoints."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # shards have other sizes, and can be on several disks
         return
     epoch = len(trainer.get_train_dataloader())
     args: Any = trainer.args
@@ -200,20 +210,20 @@ def _check_space(run: TrainingRun, trainer: PackedTrainer, there: int) -> None:
     need = disk_need(trainer.model, args, steps, epoch, merged=run.merged)
     place = next(folder for folder in (run.out.absolute(), *run.out.absolute().parents) if folder.exists())
     total, _, free = shutil.disk_usage(place)
-    if total and free < need.total(there):  # without a total, the file system does not know
+    if total and free < need.total(existing):  # some file systems report a total of 0
         what = f"{need.checkpoints} checkpoints of {bytes_in_words(need.checkpoint)} each and a model of "
         raise OSError(
-            f"--output {str(run.out)!r}: expected {bytes_in_words(need.total(there))} of free space, for {what}"
+            f"--output {str(run.out)!r}: expected {bytes_in_words(need.total(existing))} of free space, for {what}"
             f"{bytes_in_words(need.model)}, got {bytes_in_words(free)}; free some, choose another disk, or write less: "
-            "--save-total-limit 1, --save-schedule no, or --save-only-model True (which no run can go on from)"
+            "--save-total-limit 1, --save-schedule no, or --save-only-model True (a run cannot resume from these)"
         )
 
 
-def _identity(trainer: PackedTrainer, beside: dict[str, Any]) -> dict[str, Any]:
-    """Return all that the result of the run depends on; an unfinished run of the same identity is continued."""
+def _identity(trainer: PackedTrainer, extra: dict[str, Any]) -> dict[str, Any]:
+    """Return everything that the result depends on. An unfinished run of the same identity is continued."""
     recipe = trainer.recipe()
     return {
-        **beside,
+        **extra,
         "objective": recipe.objective,
         "reference": recipe.reference,
         "data": {role: facts.fingerprint for role, facts in recipe.data.items()},
@@ -223,10 +233,10 @@ def _identity(trainer: PackedTrainer, beside: dict[str, Any]) -> dict[str, Any]:
 
 
 def _push(trainer: PackedTrainer, args: UnlearnArguments, out: Path) -> None:
-    """Push the final model where that was asked for.
+    """Push the final model to the Hub, if the flags request it.
 
     Raises:
-        HubError: it, or checkpoints before it, could not be pushed.
+        HubError: the model or an earlier checkpoint could not be pushed.
     """
     if not args.revision_per_checkpoint:
         if args.push_to_hub:
@@ -235,31 +245,35 @@ def _push(trainer: PackedTrainer, args: UnlearnArguments, out: Path) -> None:
     if trainer.not_pushed:
         listed = "; ".join(f"checkpoint-{step}: {error}" for step, error in sorted(trainer.not_pushed.items()))
         raise HubError(
-            f"not pushed: {listed}. They and the final model are whole in {str(out)!r}; run the same command again to "
-            "push them"
+            f"not pushed: {listed}; these checkpoints and the final model are saved in {str(out)!r}; run the same "
+            "command again to push them"
         )
     trainer.publisher.push_final(out)
 
 
 def _adapted(model: Any, command: UnlearnCommand, seed: int) -> Any:
-    """Return the model, with the LoRA adapter that the flags ask for."""
+    """Return the model with the LoRA adapter of the flags.
+
+    Raises:
+        ValueError: flags of an adapter without ``--lora-r``, or a model that ``--merge-adapter`` cannot merge.
+    """
     if command.lora_r is None:
         given = {"alpha": command.lora_alpha, "dropout": command.lora_dropout, "target": command.lora_target}
         unused = [f"--lora-{name}" for name, value in given.items() if value]
         unused += ["--merge-adapter"] if command.merge_adapter and base_of(model) is model else []
         if unused:
-            raise ValueError(f"{', '.join(unused)}: expected --lora-r, the rank of the adapter, got none")
+            raise ValueError(f"{', '.join(unused)}: expected --lora-r with the rank of the adapter, got none")
         if command.merge_adapter:
             check_mergeable(model)
         return model
-    set_seed(seed)  # the adapter's first weights are drawn
+    set_seed(seed)  # the initial weights of the adapter are random
     model = add_lora(
         model,
         r=command.lora_r,
         alpha=command.lora_alpha,
         dropout=command.lora_dropout,
         target=command.lora_target or (),
-        # A folder's revision is a folder in it, whose path is the base's name already.
+        # For a local model, the name of the base already contains the folder of the revision.
         revision=None if command.revision == MAIN or Path(command.model).expanduser().is_dir() else command.revision,
     )
     if command.merge_adapter:
@@ -268,7 +282,7 @@ def _adapted(model: Any, command: UnlearnCommand, seed: int) -> Any:
 
 
 def _adapter_in_words(adapted: Any, command: UnlearnCommand) -> str | None:
-    """Return which adapter of the model is trained on what, and what is saved."""
+    """Describe the trained adapter, its base, and how it is saved; None for a model without an adapter."""
     if base_of(adapted) is adapted:
         return None
     saved = "saved merged into its base" if command.merge_adapter else "saved as an adapter of its base"
@@ -277,12 +291,12 @@ def _adapter_in_words(adapted: Any, command: UnlearnCommand) -> str | None:
     if not is_second(adapted):
         return f"LoRA of rank {command.lora_r}; {saved}"
     if not command.merge_adapter:
-        saved = "saved as one adapter, of the ranks' sum, on the base of the first"
+        saved = "saved as one adapter with the sum of the ranks, for the base of the first"
     return f"a second LoRA of rank {command.lora_r} on that of {command.model!r}, which is frozen; {saved}"
 
 
 def _reference_model(command: UnlearnCommand) -> Any:
-    """Load the reference model, where it is not the policy before training."""
+    """Load the reference model, or return None if the reference is the policy before training."""
     if command.reference_model is None and not command.reference_8bit:
         return None
     name, revision = command.model, command.revision
@@ -298,7 +312,7 @@ def _reference_model(command: UnlearnCommand) -> Any:
 
 
 class ModelFlags(Protocol):
-    """The flags of a model that is trained."""
+    """The flags that name a model and its tokenizer."""
 
     model: str
     revision: str
@@ -307,7 +321,7 @@ class ModelFlags(Protocol):
 
 
 def tokenizer_of(command: ModelFlags) -> Any:
-    """Load the tokenizer that the flags name, or else the model's own."""
+    """Load the tokenizer of ``--tokenizer``, or else that of the model."""
     own = command.tokenizer is None
     return load_tokenizer(
         command.tokenizer or command.model,
@@ -319,14 +333,19 @@ def tokenizer_of(command: ModelFlags) -> Any:
 def make_trainer(
     command: UnlearnCommand, args: UnlearnArguments, objective: Objective, bar: ProgressBar
 ) -> tuple[UnlearnTrainer, dict[str, str | None]]:
-    """Load what the command names; the trainer computes what its reference lacks, and is ready to train.
+    """Load the models and the data of a command and construct its trainer.
+
+    The trainer computes the entries that a cached reference lacks.
 
     Returns:
-        The trainer, and the fingerprints of the models that it began with.
+        The trainer, and the fingerprints of its initial weights and of a separate reference model (or None).
+
+    Raises:
+        ValueError: the models, the data and the flags do not fit together.
     """
     args.disable_tqdm = True
     bar.stage("loading the model")
-    tokenizer = tokenizer_of(command)  # at once, where a model takes minutes
+    tokenizer = tokenizer_of(command)  # loads at once, so a wrong name raises before a model that takes minutes
     model = load_model(
         command.model,
         revision=command.revision,
@@ -354,7 +373,7 @@ def make_trainer(
         processing_class=tokenizer,
         callbacks=[bar],
     )
-    trainer.check_start()  # before anything is written
+    trainer.check_start()  # raises before anything is written
     trainer.remove_callback(PrinterCallback)
     trainer.base_model, trainer.revision = command.model, command.revision
     trainer.adapter = _adapter_in_words(adapted, command)
@@ -362,7 +381,7 @@ def make_trainer(
 
 
 def model_inputs(flag: str, name: str | None, revision: str = MAIN) -> dict[str, str | Path | None]:
-    """Return what is read of a model, by flags: of an adapter in a folder, its base too."""
+    """Return flag -> path of the files of a model: its folder, that of its revision, and the base of an adapter."""
     inputs: dict[str, str | Path | None] = {flag: name}
     if name is None or not (folder := Path(name).expanduser()).is_dir():
         return inputs
@@ -371,13 +390,13 @@ def model_inputs(flag: str, name: str | None, revision: str = MAIN) -> dict[str,
         inputs[f"{flag}, revision {revision}"] = at
     try:
         base = json.loads((at / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):  # no adapter, or one that loading refuses
+    except (OSError, ValueError, AttributeError):  # not an adapter, or an invalid one that raises when it is loaded
         return inputs
     return {**inputs, f"{flag}, its base model": base}
 
 
 def config_of(argv: Sequence[str]) -> str | None:
-    """Return the file of flags that a command line names."""
+    """Return the value of ``--config`` on a command line, or None."""
     following = [*argv[1:], ""]
     named = (
         word.partition("=")[2] or after
@@ -388,13 +407,18 @@ def config_of(argv: Sequence[str]) -> str | None:
 
 
 def check_inputs(command: UnlearnCommand, args: UnlearnArguments) -> None:
-    """Raise what reading the run's local files would, before a model is loaded or the Hub is asked."""
+    """Check the local files and the reference device of a run, before a model is loaded or the Hub is accessed.
+
+    Raises:
+        OSError: a file does not exist or cannot be read.
+        ValueError: a file is damaged, or the device of ``--reference-device`` does not exist.
+    """
     for source in (command.forget, command.retain):
         check_source(source)
     if command.reference_device is not None:
         try:
             torch.empty(1, device=command.reference_device).item()
-        except (RuntimeError, AssertionError) as error:  # as torch says that there is no such device here, or meta
+        except (RuntimeError, AssertionError) as error:  # the device does not exist here, or is "meta"
             raise ValueError(
                 "--reference-device: expected a device of this machine, such as cuda:1 or cpu, got "
                 f"{command.reference_device!r}"
@@ -404,7 +428,7 @@ def check_inputs(command: UnlearnCommand, args: UnlearnArguments) -> None:
 
 
 def _check_use(command: UnlearnCommand) -> None:
-    """Raise ValueError for a flag that nothing would look at, or that means nothing."""
+    """Raise ValueError for an invalid device, or for a flag that would have no effect."""
     if command.reference_device is not None:
         try:
             torch.device(command.reference_device)
@@ -412,18 +436,22 @@ def _check_use(command: UnlearnCommand) -> None:
             device = command.reference_device
             raise ValueError(f"--reference-device: expected a device such as cuda:1 or cpu, got {device!r}") from error
     if command.json and not command.dry_run:
-        raise ValueError("--json: is how --dry-run prints; add that, or drop it")
+        raise ValueError("--json: expected --dry-run with it, got none; add --dry-run, or drop --json")
     if command.retain_filter and command.retain is None:
-        raise ValueError("--retain-filter: expected --retain, the rows that it takes some of, got none")
+        raise ValueError(
+            "--retain-filter: expected --retain with the rows to filter, got none; give --retain, or drop the filter"
+        )
     if command.retain_log is not None and (command.recipe is None or not command.evaluate):
-        raise ValueError("--retain-log: is for the evaluation of a --recipe, and there is none; see `efface evaluate`")
+        raise ValueError(
+            "--retain-log: expected a --recipe with an evaluation, got none; use `efface evaluate --retain-log`"
+        )
 
 
 def _evaluate(command: UnlearnCommand, recipe: Recipe, trainer: PackedTrainer, bar: ProgressBar) -> None:
-    """Judge the trained model as the recipe says, and show what was published beside."""
+    """Evaluate the trained model with the recipe's benchmark, and print the figures next to the published ones."""
     args: Any = trainer.args
     tokenizer: Any = trainer.processing_class
-    # A run with compat is judged by that system's labels too, unless the recipe names another's protocol.
+    # A run with --compat is also evaluated with the labels of that system, unless the recipe names another protocol.
     compat = args.compat if recipe.evaluate.get("protocol", args.compat) == args.compat else None
     template = get_template(
         args.template, tokenizer, system_prompt=args.system_prompt, date_string=args.date_string, compat=compat
@@ -444,7 +472,7 @@ def _evaluate(command: UnlearnCommand, recipe: Recipe, trainer: PackedTrainer, b
                 progress=bar.follow,
             )
     except (ValueError, OSError):
-        left = f"the model is whole in {args.output_dir}, but not evaluated; run the same command again to do that"
+        left = f"the model is saved in {args.output_dir}, but not evaluated; run the same command again to evaluate it"
         bar.say(left)
         raise
     bar.close()
@@ -455,12 +483,15 @@ def _evaluate(command: UnlearnCommand, recipe: Recipe, trainer: PackedTrainer, b
 
 
 def unlearn(command: UnlearnCommand, args: UnlearnArguments, argv: Sequence[str]) -> int:
-    """Do what ``efface unlearn`` was asked for, and return its exit code.
+    """Run ``efface unlearn`` and return its exit code.
 
     Args:
-        command: what the flags say.
-        args: likewise.
+        command: the flags of the command.
+        args: the flags of the trainer.
         argv: the words of the command line, for the model card.
+
+    Raises:
+        ValueError: flags that contradict one another; and as ``carry_out``.
     """
     objective, recipe = command.make_objective(), recipe_of(command)
     _check_use(command)
@@ -500,7 +531,7 @@ def unlearn(command: UnlearnCommand, args: UnlearnArguments, argv: Sequence[str]
             inputs={
                 **model_inputs("--model", command.model, command.revision),
                 **model_inputs("--reference-model", command.reference_model, command.reference_revision),
-                **{f"--{hyphens(name)}": getattr(command, name) for name in _READ},
+                **{f"--{hyphens(name)}": getattr(command, name) for name in _INPUT_FLAGS},
                 "--refusal-file": args.refusal_file,
                 "--config": config_of(argv),
             },

@@ -1,4 +1,4 @@
-"""``efface unlearn``: make a checkpoint forget a data set."""
+"""``efface unlearn``: train a checkpoint to forget a data set."""
 
 from collections.abc import Sequence
 
@@ -14,8 +14,8 @@ examples:
   efface unlearn --model ./llama --forget f.json --retain r.json --output out
   efface unlearn --config npo.yaml --learning-rate 2e-5
 
-A run that was stopped continues when the same command is given again. --config wins
-over --recipe, and flags over both. All of transformers.TrainingArguments' flags work.
+Run a stopped command again to continue it. --config overrides --recipe, and flags
+override both. All flags of transformers.TrainingArguments work.
 """
 
 
@@ -23,13 +23,13 @@ def parser() -> SettingsParser:
     """Return the parser of the command's flags."""
     return unlearn_parser(
         "unlearn",
-        "Trains a checkpoint to forget one data set and keep what it knows of another, and writes the model.",
+        "Trains a checkpoint to forget one data set and retain another one, and saves the model.",
         _EXAMPLES,
     )
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
     flags = parser()
     given = flags.given(argv)
     values = with_config(given, flags)

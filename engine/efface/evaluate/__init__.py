@@ -1,4 +1,4 @@
-"""Evaluation: what a model still knows, and the two numbers by which unlearning is judged."""
+"""Evaluation of unlearned models: TOFU, Forget Quality and Model Utility, further metrics, leak audits and reports."""
 
 from efface.extras import check_extras
 

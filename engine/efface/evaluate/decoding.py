@@ -1,7 +1,7 @@
-"""The decode loop: a batch of prompts continued token by token, rows leaving as they end.
+"""The decoding loop: it extends a batch of prompts token by token and drops rows from the batch as they end.
 
-Tokens are the most probable ones, or drawn so that a row's draws depend on nothing but the row and the seed. Whether a
-model can continue prompts of several lengths in one batch, padded on the left, is measured once.
+A token is the most probable one, or a sample that depends only on its row and the seed. Whether a model gives correct
+logits for left-padded batches is measured once per model.
 """
 
 import hashlib
@@ -27,12 +27,13 @@ _PADDING, _PROMPT = 5, 8  # tokens
 
 @dataclass(frozen=True)
 class Padding:
-    """What a model makes of padding on the left.
+    """The measured effect of left padding on a model.
 
     Attributes:
-        exact: whether the logits behind it are those of the prompt alone.
-        limit: tokens of a sequence from which on it may change the position encoding of those beside it, or None.
-        encodings: names of the modules that encode them.
+        exact: whether the logits after left padding equal those of the unpadded prompt.
+        limit: length in tokens from which on a sequence can change the position encoding of the other sequences in its
+            batch; None if no length does.
+        encodings: names of the modules that compute those position encodings.
     """
 
     exact: bool
@@ -40,12 +41,18 @@ class Padding:
     encodings: tuple[str, ...]
 
     def keeps_apart(self, lengths: Sequence[int], longest: int) -> bool:
-        """Whether prompts of these lengths, up to ``longest`` tokens with their answers, are to run one by one."""
+        """Return whether prompts of these lengths must run one by one.
+
+        ``longest`` is the maximum length of a prompt with its answer.
+        """
         return (not self.exact and len(set(lengths)) > 1) or (self.limit is not None and longest >= self.limit)
 
 
 def padding_of(model: PreTrainedModel) -> Padding:
-    """Return what ``model`` makes of padding on the left; its copies know it, too. Two tiny passes, the first time."""
+    """Return the effect of left padding on ``model``, measured by two small forward passes on the first call.
+
+    The result is stored on the model, so copies of the model have it too.
+    """
     known: Padding | None = vars(model).get(_MEMORY)
     if known is None:
         encodings, limit = position_encodings(model)
@@ -55,7 +62,7 @@ def padding_of(model: PreTrainedModel) -> Padding:
 
 
 def accepted(model: Any) -> set[str]:
-    """Return the arguments of the model's own forward; a fused model has it one class further up."""
+    """Return the argument names of the model's own forward. In a fused model, it is one class further up."""
     forwards = (_parameters(vars(owner)["forward"]) for owner in type(model).__mro__ if "forward" in vars(owner))
     return next((names for names in forwards if "input_ids" in names), set())
 
@@ -86,7 +93,7 @@ def _parameters(function: Any) -> set[str]:
 
 
 Pick = Callable[[Tensor, Tensor, int], Tensor]
-"""Takes the logits (b, V), the answers that they are of (b,) and the number of the token; returns tokens (b,)."""
+"""Takes logits (b, V), the numbers of their answers (b,) and the position of the token; returns tokens (b,)."""
 
 
 def greedy(logits: Tensor, rows: Tensor, step: int) -> Tensor:  # noqa: ARG001 - a ``Pick``
@@ -96,17 +103,17 @@ def greedy(logits: Tensor, rows: Tensor, step: int) -> Tensor:  # noqa: ARG001 -
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn.
+    """Settings for sampling answers.
 
     Attributes:
-        n: answers of each prompt.
-        temperature: what logits are divided by.
-        top_p: draw from the most probable tokens that together have this probability (Holtzman et al. 2020,
-            1904.09751, section 3.1); 1 is all.
-        seed: another seed, other answers.
+        n: number of answers to each prompt.
+        temperature: divisor of the logits.
+        top_p: draw from the smallest set of most probable tokens whose total probability reaches this value (Holtzman
+            et al. 2020, arXiv 1904.09751, section 3.1); 1 draws from all tokens.
+        seed: seed of the draws.
 
     Raises:
-        ValueError: no answer, a temperature that is not positive, a share outside 0 .. 1.
+        ValueError: ``n`` is below 1, ``temperature`` is not positive and finite, or ``top_p`` is not in (0, 1].
     """
 
     n: int = 1
@@ -123,32 +130,34 @@ class Sampling:
                 "`sampling`"
             )
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p`: expected more than 0, at most 1, got {self.top_p}")
+            raise ValueError(f"`top_p`: expected more than 0 and at most 1, got {self.top_p}")
 
 
 def uniforms(sampling: Sampling, row: bytes, tokens: int) -> NDArray[np.float64]:
-    """Return (n, tokens) numbers in [0, 1), one for every token of every answer to a row of this content.
+    """Return (n, tokens) random numbers in [0, 1), one for each token of each answer to a row with content ``row``.
 
-    They are all the chance there is: no generator is shared, so neither batches nor processes change an answer, and
-    the first answers of more are the answers of fewer.
+    They are the only source of randomness and depend on the seed, the number of the answer and the row. The batches
+    and the number of processes therefore do not change an answer, and a larger ``n`` only adds answers.
     """
     words = [hashlib.sha256(f"{sampling.seed}/{number}/".encode() + row).digest()[:16] for number in range(sampling.n)]
     return np.stack([np.random.default_rng(int.from_bytes(word, "little")).random(tokens) for word in words])
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """Return the token (B,) at which the cumulative probability of the most probable passes ``uniform`` (B,).
+    """Return tokens (B,) sampled by inverting the cumulative distribution at ``uniform``.
+
+    The tokens are sorted by falling probability, and only those of the nucleus (``top_p``) can be drawn.
 
     Args:
         logits: (B, V).
-        uniform: (B,) float64, in [0, 1): a share of the probability that ``top_p`` leaves.
+        uniform: (B,) float64 in [0, 1), scaled by the total probability of the nucleus.
         sampling: temperature and top_p.
     """
-    # float32 would lose what a vocabulary of 128k sums up to.
+    # A float32 cumulative sum over a vocabulary of 128k is not precise enough.
     probabilities = torch.softmax(logits.double() / sampling.temperature, -1)
     probabilities, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
     cumulative = probabilities.cumsum(-1)
-    # At least the first: of NaN none would be kept. Whoever draws looks at the logits, too.
+    # At least one token, because NaN probabilities would keep none. The decoding loop reports logits that are NaN.
     kept = (cumulative - probabilities < sampling.top_p).sum(-1, keepdim=True).clamp(min=1)
     total = cumulative.gather(-1, kept - 1)
     place = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
@@ -157,12 +166,12 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote.
+    """A generated answer.
 
     Attributes:
-        ids: its tokens, without the one that ended it.
-        ended: whether it came to its end, rather than to the limit.
-        finite: whether every logit maximum on the way was; else the answer means nothing.
+        ids: its tokens, without the end token.
+        ended: whether an end token ended it, rather than the limit.
+        finite: whether the largest logit was finite at every step. Otherwise the answer is meaningless.
     """
 
     ids: list[int]
@@ -181,23 +190,23 @@ def decode(
     repeats: int = 1,
     hidden: int | None = None,
 ) -> list[Answer]:
-    """Continue every prompt; equals ``model.generate`` of one prompt at a time, to rounding.
+    """Generate ``repeats`` answers to each prompt.
 
-    Prompts are padded on the left, or run one by one where the model's logits would not survive that
-    (``hf.model.padding``); ended rows are dropped from the batch and its cache. The prompts are read once, whatever
-    ``repeats``.
+    Greedy answers equal those of ``model.generate`` on one prompt at a time, up to rounding. Prompts are padded on the
+    left, or run one by one if padding would change the model's logits (see ``Padding``). Ended rows are dropped from
+    the batch and its cache. Each prompt is prefilled once, independent of ``repeats``.
 
     Args:
-        model: a transformers model (not one around it) in evaluation mode that ``has_selectable_cache``.
-        prompts: token ids, at least one each.
-        limits: the most tokens that each prompt's answers may have, at least one.
-        ends: ids that end an answer.
+        model: a transformers model without wrappers, in evaluation mode, for which ``has_selectable_cache`` is true.
+        prompts: token ids, at least one in each prompt.
+        limits: maximum tokens of each prompt's answers, at least 1.
+        ends: token ids that end an answer.
         pick: chooses the tokens.
-        repeats: answers of each prompt.
-        hidden: a token of the prompts that no other sees; None hides nothing.
+        repeats: number of answers to each prompt.
+        hidden: a token id that the attention mask hides in prompts; None hides nothing.
 
     Returns:
-        The answers to the first prompt, to the second, ...
+        The answers to the first prompt, then those to the second, and so on.
     """
 
     def run(part: slice) -> list[Answer]:
@@ -210,7 +219,7 @@ def decode(
 def _in_batches(
     model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], run: Callable[[slice], list[Answer]]
 ) -> list[Answer]:
-    """Run the prompts as one batch, or one by one where the model's logits would not survive the padding."""
+    """Run the prompts as one batch, or one by one if padding would change the model's logits."""
     lengths = [len(prompt) for prompt in prompts]
     padding = padding_of(model)
     if not padding.keeps_apart(lengths, max(map(sum, zip(lengths, limits, strict=True)))):
@@ -250,7 +259,7 @@ def _decode(
 
     def forward(tokens: Tensor, length: int) -> Tensor:
         known = {
-            # Without padding, no mask: transformers would look through it, and wait for the device, every time.
+            # Without padding, pass no mask: transformers would inspect it and synchronise with the device each time.
             "attention_mask": mask[:, :length] if padded else None,
             "position_ids": positions,
             "logits_to_keep": 1,
@@ -282,7 +291,7 @@ def _decode(
                 break
             cache.batch_select_indices(left)
             rows, done, token, mask, positions = (part[left] for part in (rows, done, token, mask, positions))
-        positions = positions + (~done)[:, None]  # ended rows that are still there stay within the model's positions
+        positions = positions + (~done)[:, None]  # ended rows still in the batch must not exceed the model's positions
         logits = forward(token[:, None], longest + step + 1)
     each = [limit for limit in limits for _ in range(repeats)]
     return [
@@ -299,7 +308,7 @@ def generate(
     *,
     hidden: int | None = None,
 ) -> list[Answer]:
-    """As ``decode``, by ``model.generate``: for models whose cache cannot drop rows."""
+    """Return greedy answers as ``decode`` does, by ``model.generate``. For models whose cache cannot drop rows."""
     return _in_batches(model, prompts, limits, lambda part: _generate(model, prompts[part], limits[part], ends, hidden))
 
 
@@ -314,7 +323,7 @@ def _generate(
     ids, mask = _left_padded(prompts, longest, 0, hidden)
     config = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=list(ends), pad_token_id=ends[0])
     watch = _Watch(len(prompts), model.device)
-    # What is not set in a configuration comes from the model's own: its penalties, its beams.
+    # `generate` takes settings that `config` leaves out (penalties, beams) from the model's own configuration.
     own, model.generation_config = model.generation_config, config
     try:
         out = model.generate(
@@ -332,7 +341,7 @@ def _generate(
 
 
 class _Watch(LogitsProcessor):
-    """Changes nothing; knows of which rows every logit maximum was finite."""
+    """A logits processor that changes no logits and records for each row whether its largest logit stayed finite."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.finite = torch.ones(rows, dtype=torch.bool, device=device)
@@ -344,7 +353,7 @@ class _Watch(LogitsProcessor):
 
 
 def has_selectable_cache(model: Any) -> bool:
-    """Return whether the model's cache is keys and values of its tokens, from which ``decode`` can drop rows."""
+    """Return whether the model's cache holds only keys and values of tokens, so that ``decode`` can drop rows."""
     default = getattr(model, "_supports_default_dynamic_cache", None)
     if default is None or not default() or getattr(model, "_is_stateful", False):
         return False
@@ -352,10 +361,12 @@ def has_selectable_cache(model: Any) -> bool:
 
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the ids that end an answer: the tokenizer's end of sequence, as in training, and generation_config's.
+    """Return the token ids that end an answer, from the tokenizer and from the model's generation_config.
+
+    The tokenizer's end-of-sequence token is included because training ends answers with it.
 
     Raises:
-        ValueError: neither has one.
+        ValueError: neither the tokenizer nor the generation_config defines an end-of-sequence token.
     """
     config = getattr(model, "generation_config", None)
     own = getattr(config, "eos_token_id", None)
@@ -363,23 +374,24 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
     ends = sorted({int(token) for token in found if token is not None})
     if not ends:
         raise ValueError(
-            "expected an end-of-sequence token, got none from the tokenizer and the model's generation_config, so no "
-            "answer would ever end; set `tokenizer.eos_token`"
+            "expected an end-of-sequence token in the tokenizer or the model's generation_config, got none, so that "
+            "answers would never end; set `tokenizer.eos_token`"
         )
     return ends
 
 
 def _check_every(device: torch.device) -> int:
-    """Return how many tokens ended rows may stay in the batch: asking for them makes the host wait for a GPU."""
+    """Return after how many tokens ended rows are dropped. On a GPU, each check synchronises the host."""
     return 1 if device.type == "cpu" else 8
 
 
 def _left_padded(
     prompts: Sequence[Sequence[int]], longest: int, more: int, hidden: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ids (B, longest), and a mask (B, longest + more) that sees the prompt and all that follows it.
+    """Return left-padded ids (B, longest) and the attention mask (B, longest + more).
 
-    Of the prompt, it does not see the tokens ``hidden``.
+    The mask is 0 on padding and on prompt tokens equal to ``hidden``, and 1 on all others and on the ``more`` tokens
+    that follow the prompt.
     """
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
     mask = torch.ones(len(prompts), longest + more, dtype=torch.int64)

@@ -1,6 +1,6 @@
-"""Generated answers, and how much of a reference comes back in them.
+"""Generation of answers, greedy or sampled, and their ROUGE scores against a reference.
 
-They are greedy, as both protocols of TOFU have it, or sampled; prompts are sorted by length and batched by tokens.
+Both protocols of TOFU use greedy answers. Prompts are sorted by length and batched by a budget of tokens.
 """
 
 import functools
@@ -24,37 +24,38 @@ from efface.hf.model.supported import undisturbed
 from efface.hf.text.templates import AUTO, Conversation, Template, prompt_ids
 from efface.hf.text.token_cache import tokenizer_digest
 
-_NEW_TOKENS = 200  # open-unlearning's limit; TOFU's own is as many, the prompt among them
+_NEW_TOKENS = 200  # open-unlearning's limit; TOFU's limit is 200 tokens including the prompt
 
 
 class GenerationTask(Task):
-    """What a model answers to questions, or to chats that end with one.
+    """A ``Task`` that generates a model's answers to questions, or to chats that end with a question.
 
-    Greedy answers equal ``model.generate(do_sample=False)`` of one row at a time, to rounding, but that nothing else
-    of the model's generation_config is applied than the tokens that end an answer: no repetition penalty, no minimum
-    length, no suppressed tokens, as the protocols are plain greedy. The tokenizer's end of sequence ends an answer
-    too, since training ends answers with it.
+    Greedy answers equal those of ``model.generate(do_sample=False)`` on one row at a time, up to rounding. Of the
+    model's generation_config only the end tokens are used: no repetition penalty, minimum length or suppressed tokens,
+    because the protocols define plain greedy decoding. The tokenizer's end-of-sequence token ends an answer too, since
+    training ends answers with it.
 
-    A row's result is ``{"text": str, "tokens": int, "ended": bool}``: the answer without special tokens and stripped,
-    its length in tokens without the end, and whether it came to its end before the limit. With ``sampling`` it is
-    ``{"texts": [...], "tokens": [...], "ended": [...]}``, n of each.
+    A row's result is ``{"text": str, "tokens": int, "ended": bool}``: the answer, stripped and without special tokens;
+    its number of tokens without the end token; and whether it ended before the limit. With ``sampling`` the result is
+    ``{"texts": [...], "tokens": [...], "ended": [...]}``, with n entries in each list.
 
     Args:
         tokenizer: see ``prompt_ids``.
-        questions: one a row; or chats, see ``prompt_ids``.
+        questions: one question or chat per row; see ``prompt_ids``.
         template: see ``prompt_ids``.
-        max_new_tokens: the most tokens of an answer; None is 200, unless ``max_length`` is given.
-        max_length: the most tokens of prompt and answer together, in place of ``max_new_tokens``.
-        padded_rows: count a prompt as long as the longest of so many consecutive rows, as where ``max_length`` is of
-            batches that are padded; None counts its own tokens.
-        hidden: a token of prompts that no other sees, as where an attention mask is made by comparing with the padding
-            token; None hides nothing.
-        token_budget: tokens, of prompts and answers at their limit, that a batch may hold; one row always may.
-        sampling: draw answers in place of the greedy one.
-        name: for messages and progress.
+        max_new_tokens: maximum tokens of an answer. None means 200, unless ``max_length`` is given.
+        max_length: maximum tokens of prompt and answer together. It replaces ``max_new_tokens``.
+        padded_rows: count each prompt as long as the longest of its group of so many consecutive rows, as a limit on
+            padded batches does. None counts the prompt's own tokens.
+        hidden: a token id that the attention mask hides in prompts, as happens where the mask is built by comparing
+            tokens with the padding token. None hides nothing.
+        token_budget: maximum tokens of a batch, counting every answer at its limit. A single row may exceed it.
+        sampling: how to draw answers; None generates the greedy answer.
+        name: used in messages and progress.
 
     Raises:
-        ValueError: as ``prompt_ids``; both limits, or one below 1; a prompt that leaves no room for an answer.
+        ValueError: as ``prompt_ids``; both limits are given, or one is below 1; a prompt fills ``max_length``, so that
+            no token is left for the answer.
     """
 
     def __init__(
@@ -84,12 +85,13 @@ class GenerationTask(Task):
         ]
 
     def run(self, model: PreTrainedModel, rows: NDArray[np.int64]) -> list[RowResult]:
-        """Answer the rows of a batch.
+        """Generate the answers of one batch.
 
         Raises:
-            ValueError: no token ends answers; a prompt and its answer would be longer than the model's positions, or
-                have tokens outside its vocabulary; sampling from a model whose cache cannot be repeated.
-            NotFiniteError: logits that are not finite.
+            ValueError: neither tokenizer nor model defines an end token; a prompt and its answer could exceed the
+                model's positions; a prompt has tokens outside the vocabulary; or ``sampling`` is used with a model
+                whose cache cannot be repeated.
+            NotFiniteError: the model's logits are NaN or infinite.
         """
         base = base_of(model)
         prompts, limits = [self._prompts[row] for row in rows], self._limits[rows].tolist()
@@ -107,7 +109,7 @@ class GenerationTask(Task):
             if not answer.finite:
                 raise NotFiniteError(
                     f"{self.name}: expected finite logits, got NaN or infinity in row {row} after "
-                    f"{len(answer.ids)} tokens; the weights are broken, or float16 is too narrow (use bfloat16)"
+                    f"{len(answer.ids)} tokens; check the weights, or use bfloat16 if float16 overflows"
                 )
         texts = self._texts(answers)
         if self._sampling is None:
@@ -128,7 +130,10 @@ class GenerationTask(Task):
         self, model: PreTrainedModel, rows: NDArray[np.int64], ends: Sequence[int], sampling: Sampling
     ) -> list[Answer]:
         if not has_selectable_cache(model):
-            raise ValueError(f"{self.name}: {type(model).__name__} keeps a state that cannot be repeated for samples")
+            raise ValueError(
+                f"{self.name}: expected a model whose cache can be repeated for samples, got {type(model).__name__}, "
+                "which has another kind of state; use greedy answers"
+            )
         prompts, limits = [self._prompts[row] for row in rows], self._limits[rows].tolist()
         numbers = [uniforms(sampling, np.asarray(prompt, dtype=np.int64).tobytes(), max(limits)) for prompt in prompts]
         chances = torch.from_numpy(np.concatenate(numbers)).to(model.device)  # (rows * n, tokens)
@@ -139,8 +144,8 @@ class GenerationTask(Task):
         return decode(model, prompts, limits, ends, pick=pick, repeats=sampling.n, hidden=self._hidden)
 
     def _texts(self, answers: Sequence[Answer]) -> list[str]:
-        # As open-unlearning's eval_text_similarity, but for its cleaning of spaces before punctuation: ROUGE reads
-        # neither, and transformers 5 no longer cleans what byte-pair tokenizers decode.
+        # As open-unlearning's eval_text_similarity, except that it removes spaces before punctuation. ROUGE ignores
+        # both, and transformers 5 no longer cleans up the text of byte-pair tokenizers.
         texts = self._tokenizer.batch_decode(
             [answer.ids for answer in answers], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -155,28 +160,28 @@ class GenerationTask(Task):
             if positions is not None and length > positions > 0:
                 raise ValueError(
                     f"{self.name}: expected prompts and answers of at most {positions} tokens (the model's positions), "
-                    f"got {length} in row {row}, {int(self._limits[row])} of them the answer's; lower the limit"
+                    f"got {length} in row {row}, of which {int(self._limits[row])} are for the answer; lower the limit"
                 )
             if max(self._prompts[row]) >= vocabulary:
                 raise ValueError(
                     f"{self.name}: expected token ids below {vocabulary} (the model's vocabulary), got "
-                    f"{max(self._prompts[row])} in row {row}; the tokenizer is another model's"
+                    f"{max(self._prompts[row])} in row {row}; use the model's own tokenizer"
                 )
 
 
 def _padded(lengths: NDArray[np.int64], rows: int | None) -> NDArray[np.int64]:
-    """Return the lengths of prompts as they are in batches of so many rows, each padded to its longest."""
+    """Return the lengths of the prompts after padding each group of ``rows`` consecutive ones to its longest."""
     if rows is None or not len(lengths):
         return lengths
     return np.maximum.reduceat(lengths, np.arange(0, len(lengths), rows)).repeat(rows)[: len(lengths)]
 
 
 def _limits(lengths: NDArray[np.int64], max_new_tokens: int | None, max_length: int | None) -> NDArray[np.int64]:
-    """Return how many tokens each row's answer may have."""
+    """Return the maximum number of tokens of each row's answer."""
     if max_new_tokens is not None and max_length is not None:
         raise ValueError(
-            f"expected `max_new_tokens` or `max_length`, got both ({max_new_tokens}, {max_length}); the second counts "
-            "the prompt too"
+            f"expected `max_new_tokens` or `max_length`, got both ({max_new_tokens}, {max_length}); give only one "
+            "(`max_length` includes the prompt)"
         )
     if max_length is None:
         new = _NEW_TOKENS if max_new_tokens is None else max_new_tokens
@@ -186,9 +191,9 @@ def _limits(lengths: NDArray[np.int64], max_new_tokens: int | None, max_length: 
     full = np.flatnonzero(lengths >= max_length)
     if len(full):
         raise ValueError(
-            f"`max_length`: {max_length} tokens of prompt and answer leave no room for an answer in {len(full)} of "
-            f"{len(lengths)} rows; the prompt of row {full[0]} has {lengths[full[0]]} tokens; raise it, drop the rows, "
-            "or use `max_new_tokens`"
+            f"`max_length`: expected more tokens than every prompt has, got {max_length}, which leaves no token for an "
+            f"answer in {len(full)} of {len(lengths)} rows (the prompt of row {full[0]} has {lengths[full[0]]} "
+            "tokens); raise it, drop the rows, or use `max_new_tokens`"
         )
     return max_length - lengths
 
@@ -196,10 +201,10 @@ def _limits(lengths: NDArray[np.int64], max_new_tokens: int | None, max_length: 
 def _batches(
     lengths: NDArray[np.int64], limits: NDArray[np.int64], token_budget: int, repeats: int
 ) -> list[NDArray[np.int64]]:
-    """Cut the rows, by the length of their prompts, into batches within the budget; the longest prompts first.
+    """Group the rows by length of prompt into batches within the budget, longest prompts first.
 
-    A batch that does not fit in memory is then the first, and the last ones, which end a run on several processes,
-    are small.
+    If a batch does not fit in memory, it is then the first one. The last batches are small, so that several processes
+    finish at about the same time.
     """
     order = np.argsort(-lengths, kind="stable")
     batches: list[NDArray[np.int64]] = []
@@ -219,15 +224,16 @@ def _digest(*parts: object) -> bytes:
 
 
 def rouge_recall(generated: str, reference: str) -> dict[str, float]:
-    """Return ROUGE (Lin 2004) as TOFU and open-unlearning compute it: by ``rouge-score``, words stemmed.
+    """Return ROUGE scores (Lin 2004) as TOFU and open-unlearning compute them, by ``rouge-score`` with stemming.
 
     With r words in the reference and g in the generated text,
 
         rouge1_recall = Σ_w min(count_r(w), count_g(w)) / r
         rougeL_recall = LCS / r,   rougeL_f1 = 2 LCS / (r + g)
 
-    LCS is the length of the longest common subsequence of words. Words are runs of a-z and 0-9 in lower case: of
-    scripts without them nothing is left, and the score is 0. So is that of an empty text; ``empty_texts`` tells them.
+    LCS is the length of the longest common subsequence of words. Words are runs of a-z and 0-9 after lower-casing. A
+    text in another script has no words, and its scores are 0, like those of an empty text. ``empty_texts`` counts
+    such texts.
     """
     scores = _scorer().score(reference, generated)
     return {
@@ -243,5 +249,5 @@ def _scorer() -> Any:
 
 
 def empty_texts(texts: Sequence[str]) -> int:
-    """Return how many of the texts have no word that ROUGE reads, so that their score is 0 whatever the reference."""
+    """Return how many texts contain no word for ROUGE, so that their score is 0 for every reference."""
     return sum(not any(c.isascii() and c.isalnum() for c in text.lower()) for text in texts)

@@ -1,4 +1,4 @@
-"""Log-likelihoods of answers, packed: every token that the answers to a question have in common is computed once."""
+"""Log-probabilities of answers, computed in packed batches in which tokens that answers share are computed once."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,29 +28,29 @@ from efface_kernels import linear_logprob
 
 
 class AnswerTask(Task):
-    """Log-probabilities of answers, given their questions: a ``Task``, one row a question with its answers.
+    """A ``Task`` that computes log-probabilities of answers, given their questions. A row is a question with answers.
 
-    A row's result is ``{"logprobs": [[…], …]}``: for every answer, log p of each of its tokens and of the end of
-    sequence, in nats. Values that are not finite stay as they are.
+    A row's result is ``{"logprobs": [[…], …]}``: for each answer, log p of each of its tokens and of the end of
+    sequence, in nats. Values that are not finite are returned unchanged.
 
-    The sequences of a batch share the beginnings that they have in common, up to where their tokens differ: the
-    question, and what stands before it in every question. Where a model reads packs otherwise than with our attention
-    (``hf.model.packing``), each answer is a sequence of its own.
+    The sequences of a batch share the computation of their common prefixes: the question, and the text that every
+    prompt begins with. If a model cannot read packed batches with efface's attention (see ``hf.model.packing``), each
+    answer is computed as a separate sequence.
 
     Args:
-        tokenizer: with an ``eos_token``.
-        questions: one a row.
-        answers: of each row, at least one; rows may differ in how many.
+        tokenizer: must have an ``eos_token``.
+        questions: one per row.
+        answers: for each row, its answers. A row needs at least one; the number can differ between rows.
         template: see ``efface.hf.text.templates``; documents are not split.
-        max_length: cut prompt and answer to so many tokens; None never cuts.
-        token_budget: tokens of a forward pass, those that a row's answers share counted once; a longer row comes
-            alone. It does not change a result beyond rounding.
-        hidden: a token that no other sees, as where an attention mask is made by comparing with the padding token;
-            the sequences are then padded, and full logits computed. None hides nothing.
-        name: for messages and progress.
+        max_length: maximum tokens of prompt and answer; longer sequences are cut. None never cuts.
+        token_budget: maximum tokens of a forward pass. Tokens that a row's answers share count once. A row longer than
+            the budget forms its own batch. The budget changes results only by rounding.
+        hidden: a token id that the attention mask hides, as happens where the mask is built by comparing tokens with
+            the padding token. The sequences are then padded, and full logits are computed. None hides nothing.
+        name: used in messages and progress.
 
     Raises:
-        ValueError: a row without answers; as ``hf.text.templates.encode``, with the row's number.
+        ValueError: a row has no answers; or as ``hf.text.templates.encode``, with the row's number.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class AnswerTask(Task):
         counts = _counts(questions, answers)
         numbers = np.repeat(np.arange(len(counts)), counts).tolist()
         texts = (numbers, [questions[row] for row in numbers], list(chain.from_iterable(answers)))
-        # A document that is split would be more sequences than it has answers.
+        # Splitting a document would give more sequences than there are answers.
         whole = replace(get_template(template, tokenizer), documents=False)
         self.name = name
         self._store = TokenStore(encode_batches(tokenizer, [texts], template=whole, max_length=max_length))
@@ -80,10 +80,11 @@ class AnswerTask(Task):
         self._token_budget, self._hidden = token_budget, hidden
 
     def run(self, model: PreTrainedModel, rows: NDArray[np.int64]) -> list[RowResult]:
-        """Compute one batch; see the class.
+        """Compute one batch and return a result for each of its rows, in order.
 
         Raises:
-            ValueError: a head that the loss op cannot serve; tokens or lengths that the model has not.
+            ValueError: the loss op does not support the model's head; a token is outside the model's vocabulary; or a
+                sequence is longer than the model's positions.
         """
         spans = self._spans(rows.tolist())
         sequences = np.concatenate([np.empty(0, np.int64), *(np.arange(*span) for span in spans)])
@@ -94,7 +95,7 @@ class AnswerTask(Task):
         return [{"logprobs": [next(values).tolist() for _ in range(first, end)]} for first, end in spans]
 
     def _spans(self, rows: Sequence[int]) -> list[tuple[int, int]]:
-        """Return the first sequence of each row, and the one after its last."""
+        """Return the range of sequences of each row, as start and end (exclusive)."""
         return [(int(self._firsts[row]), int(self._firsts[row + 1])) for row in rows]
 
 
@@ -116,7 +117,7 @@ def _key(sequences: Sequence[bytes], hidden: int | None) -> bytes:
 def token_logprobs(
     model: PreTrainedModel, store: TokenStore, sequences: NDArray[np.int64], *, token_budget: int, name: str = "store"
 ) -> list[NDArray[np.floating]]:
-    """Return log p of every label of each sequence, by ``scored_trees``."""
+    """Return log p of every label of each sequence, computed in packed batches."""
     head = head_of(model)
     logprobs: list[NDArray[np.floating]] = []
     with scoring(model):
@@ -137,7 +138,10 @@ def padded_logprobs(
     token_budget: int,
     name: str = "store",
 ) -> list[NDArray[np.floating]]:
-    """As ``token_logprobs``, from padded batches and full logits, with no token seeing one that is ``hidden``."""
+    """Return log p of every label as ``token_logprobs`` does, with tokens equal to ``hidden`` masked from attention.
+
+    The batches are padded, and full logits are computed.
+    """
     logprobs: list[NDArray[np.floating]] = []
     with scoring(model):
         check_store(model, store, name)
@@ -154,12 +158,13 @@ def padded_logprobs(
 def scored_trees(
     model: PreTrainedModel, store: TokenStore, sequences: NDArray[np.int64], *, token_budget: int, name: str
 ) -> Iterator[TokenTree]:
-    """Yield the sequences as one tree, whose shared tokens are computed once; within ``scoring``.
+    """Yield the sequences as trees on the model's device. Call this within ``scoring``.
 
-    A model that cannot share takes the sequences whole, ``token_budget`` tokens at a time.
+    If the model can share tokens between sequences, there is one tree for all, and shared tokens are computed once.
+    Otherwise sequences are not shared, and each tree has at most ``token_budget`` tokens.
 
     Raises:
-        ValueError: tokens or lengths that the model has not.
+        ValueError: a token is outside the model's vocabulary, or a sequence is longer than the model's positions.
     """
     check_store(model, store, name)
     share = shares_tokens(base_of(model), int(store.lengths[sequences].max(initial=0)))
@@ -168,33 +173,33 @@ def scored_trees(
 
 
 def mean_logprobs(results: Sequence[RowResult]) -> list[list[float]]:
-    """Return the mean token log-probability of every answer of every row; exp of it is "probability"."""
+    """Return the mean token log-probability of each answer of each row. Its exponential is called "probability"."""
     return [[float(np.mean(answer)) for answer in row["logprobs"]] for row in results]
 
 
 def sum_logprobs(results: Sequence[RowResult]) -> list[list[float]]:
-    """Return log p of every answer of every row, its end of sequence included."""
+    """Return log p of each answer of each row, including its end of sequence."""
     return [[float(np.sum(answer)) for answer in row["logprobs"]] for row in results]
 
 
 def fill(sizes: Sequence[int], budget: int) -> list[NDArray[np.int64]]:
-    """Return batches of rows whose sizes sum to the budget at most; a larger row comes alone.
+    """Group rows into batches whose sizes sum to at most ``budget``. A larger row forms its own batch.
 
-    The largest come first: a lack of memory shows at once, and the rows of a batch are alike in size.
+    The largest rows come first, so that running out of memory shows at once and the rows of a batch have similar sizes.
     """
     batches: list[list[int]] = []
-    room = 0
+    left = 0
     for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
-        if not batches or sizes[row] > room:
+        if not batches or sizes[row] > left:
             batches.append([])
-            room = budget
+            left = budget
         batches[-1].append(row)
-        room -= sizes[row]
+        left -= sizes[row]
     return [np.array(batch) for batch in batches]
 
 
 def _means(model: PreTrainedModel, task: AnswerTask) -> list[list[float]]:
-    """Run all of a task here and now."""
+    """Run all batches of a task on this process and return the mean log-probabilities."""
     check_loaded(model)
     results: list[RowResult] = [{}] * len(task.keys)
     for batch in task.batches:
@@ -212,7 +217,9 @@ def answer_logprobs(
     template: str | Template = AUTO,
     token_budget: int = 8192,
 ) -> FloatArray:
-    """Return the mean token log-probability (n,) of each answer, given its question; exp of it is "probability".
+    """Return the mean token log-probability (n,) of each answer, given its question.
+
+    Its exponential is called "probability".
 
     Raises:
         ValueError: as ``AnswerTask``.
@@ -231,19 +238,20 @@ def score_rows(
     token_budget: int = 8192,
     truth_ratio: bool = True,
 ) -> SplitLog:
-    """Return probability and truth ratio of rows in TOFU's columns.
+    """Return the probability and the truth ratio of rows that have TOFU's columns.
 
     Args:
         model: an ``AutoModelForCausalLM``, fused or not.
         tokenizer: its tokenizer.
-        rows: with ``question``, ``answer``; for the truth ratio also ``perturbed_answer`` (a list, equally long in
-            every row) and ``paraphrased_answer`` (``answer`` where a row has none, as real authors).
+        rows: with the columns ``question`` and ``answer``. The truth ratio also needs ``perturbed_answer``, a list of
+            the same length in every row, and uses ``paraphrased_answer``. A row without a paraphrase, as in the real
+            authors, uses ``answer`` instead.
         template: see ``efface.hf.text.templates``.
-        token_budget: tokens of a forward pass.
-        truth_ratio: False scores the answers alone.
+        token_budget: maximum tokens of a forward pass.
+        truth_ratio: whether to compute the truth ratio too.
 
     Raises:
-        ValueError: a missing column, a value that has no text, or lists of perturbed answers that differ in length.
+        ValueError: a column is missing, a value is not text, or the lists of perturbed answers differ in length.
     """
     questions, answers = texts(rows, "question", "rows"), texts(rows, "answer", "rows")
     if not truth_ratio:
@@ -254,7 +262,7 @@ def score_rows(
     count = len(false_answers[0]) if false_answers else 0
     if not count or any(len(row) != count for row in false_answers):
         lengths = sorted({len(row) for row in false_answers})
-        raise ValueError(f"`perturbed_answer`: expected lists of one length, at least 1, got lengths {lengths}")
+        raise ValueError(f"`perturbed_answer`: expected lists of equal length, at least 1, got lengths {lengths}")
     paraphrases = optional_texts(rows, "paraphrased_answer", "rows")
     candidates = [[a, p or a, *false] for a, p, false in zip(answers, paraphrases, false_answers, strict=True)]
     task = AnswerTask(tokenizer, questions, candidates, template=template, token_budget=token_budget)

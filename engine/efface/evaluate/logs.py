@@ -1,12 +1,13 @@
-"""Evaluation logs: TOFU's own files and open-unlearning's, in one form in memory; open-unlearning's are written, too.
+"""Reading of TOFU's and open-unlearning's evaluation logs into one form in memory, and writing of open-unlearning's.
 
-A metric in open-unlearning's schema is ``{"agg_value": …, "value_by_index": {"0": {…}, …}}``. ``TOFU_EVAL.json`` holds
-every metric, ``TOFU_SUMMARY.json`` their ``agg_value``; its tools read both, and so does ``read_log``. What the numbers
-are of is in ``EVAL_CONFIG.json``, which those tools do not look for.
+A metric in open-unlearning's schema is ``{"agg_value": …, "value_by_index": {"0": {…}, …}}``. ``TOFU_EVAL.json``
+contains every metric, ``TOFU_SUMMARY.json`` only each metric's ``agg_value``. open-unlearning's tools read both;
+``read_log`` reads the first. ``EVAL_CONFIG.json``, which those tools ignore, records the model, the data and the
+settings of the results.
 
-R is the truth ratio of a row, P(perturbed) / P(paraphrased) with P = exp(−mean token NLL): 1 where a model cannot tell
-the true answer from false ones, near 0 where it knows. ``perturbed`` stands for the geometric mean over the row's false
-answers (the losses are averaged), as in open-unlearning and in TOFU's own aggregator.
+R is the truth ratio of a row, P(perturbed) / P(paraphrased) with P = exp(−mean token NLL). It is 1 if the model finds
+true and false answers equally likely, and near 0 if it knows the true one. P(perturbed) is the geometric mean over the
+row's false answers (their losses are averaged), as in open-unlearning and in TOFU's own aggregator.
 """
 
 import json
@@ -41,15 +42,15 @@ PREFIXES = {"retain": "retain", "real_authors": "ra", "world_facts": "wf", "forg
 
 @dataclass(frozen=True)
 class SplitLog:
-    """Per-row results on one split; None where a log does not hold them.
+    """Per-row results on one split. Each is None if the log does not contain it.
 
     Attributes:
         probability: (rows,) exp(−mean token NLL) of the answer; for real authors and world facts the share
             p(correct) / Σ p(choices).
         truth_ratio: (rows,) R.
         rouge: (rows,) ROUGE-L recall of the greedy generation.
-        index: the row that each truth ratio is of, as the log names it.
-        answers: true answers by row, as the log names it.
+        index: the log's row index of each truth ratio.
+        answers: the true answers by the log's row index.
     """
 
     probability: FloatArray | None = None
@@ -61,7 +62,7 @@ class SplitLog:
 
 @dataclass(frozen=True)
 class EvalLog:
-    """Results by split: "retain", "real_authors", "world_facts" and "forget"; ``source`` names them in errors."""
+    """Results by split: "retain", "real_authors", "world_facts" and "forget". Errors call the log by ``source``."""
 
     splits: Mapping[str, SplitLog]
     source: str = "log"
@@ -70,25 +71,32 @@ class EvalLog:
         """Return the per-row values of a metric.
 
         Raises:
-            ValueError: the log does not hold them, or holds none, or one of them is not finite.
+            ValueError: the log does not contain the metric, has no rows of it, or has a value that is not finite.
         """
         values: FloatArray | None = getattr(self.splits.get(split, SplitLog()), metric)
         if values is None:
-            raise ValueError(f"{self.source}: has no {metric} for the {split} split; evaluate it first")
+            raise ValueError(
+                f"{self.source}: expected {metric} for the {split} split, got none; evaluate the split first"
+            )
         if not len(values):
-            raise ValueError(f"{self.source}: {metric} of the {split} split has no rows")
+            raise ValueError(f"{self.source}: expected rows of {metric} for the {split} split, got none")
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
             raise ValueError(
-                f"{self.source}: {metric} of the {split} split is {values[bad[0]]} at row {bad[0]} "
-                f"({bad.size} of {len(values)} rows are not finite); the model's log-likelihoods overflowed"
+                f"{self.source}: expected finite {metric} for the {split} split, got {values[bad[0]]} at row {bad[0]} "
+                f"({bad.size} of {len(values)} rows are not finite); the model's log-probabilities overflowed"
             )
         return np.asarray(values, dtype=np.float64)
 
 
 def truth_ratios(paraphrased: FloatArray, perturbed: FloatArray) -> FloatArray:
-    """R (rows,) from mean token log-probabilities of the paraphrase (rows,) and the false answers (rows, answers)."""
-    with np.errstate(over="ignore"):  # an overflow is reported by EvalLog.rows, with its row
+    """Return R (rows,), the truth ratios, from mean token log-probabilities.
+
+    Args:
+        paraphrased: (rows,) of the paraphrased answers.
+        perturbed: (rows, answers) of the false answers.
+    """
+    with np.errstate(over="ignore"):  # EvalLog.rows reports an overflow with its row
         ratios: FloatArray = np.exp(perturbed.mean(axis=1) - paraphrased)
     return ratios
 
@@ -97,39 +105,43 @@ def read_log(path: str | Path) -> EvalLog:
     """Read TOFU's ``eval_log_aggregated.json`` or open-unlearning's ``TOFU_EVAL.json``.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is neither.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file has neither format.
     """
     return log_of(read_json(path, "evaluation log"), str(Path(path).expanduser()))
 
 
 def read_json(path: str | Path, name: str) -> Any:
-    """Return a file's content; ``name`` says in messages what it is.
+    """Return the content of a JSON file.
+
+    Args:
+        path: the file.
+        name: the kind of file, for messages.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file of something else.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not valid JSON in UTF-8.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{name} {str(path)!r} does not exist; check the path")
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # of JSON or of its encoding
+    except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8
         raise ValueError(f"{str(path)!r}: expected a JSON file, got something else ({error})") from error
 
 
 def log_of(content: Any, source: str) -> EvalLog:
-    """Return the log that a file's JSON holds.
+    """Return the log in the JSON content of a file. ``source`` is its name in messages.
 
     Raises:
-        ValueError: neither of the two forms.
+        ValueError: the content has neither TOFU's nor open-unlearning's format.
     """
     try:
         splits = _splits(content)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(
-            f"{source!r}: expected rows as TOFU or open-unlearning write them, got other ones "
+            f"{source!r}: expected rows in the format of TOFU or open-unlearning, got another format "
             f"({type(error).__name__}: {error}); evaluate again"
         ) from error
     if splits is None:
@@ -154,7 +166,7 @@ def _splits(content: Any) -> dict[str, SplitLog] | None:
 def _numbers(values: Iterable[Any]) -> FloatArray:
     found = np.array(list(values), dtype=np.float64)
     if found.ndim != 1:
-        raise ValueError(f"a number a row was expected, not an array of {found.ndim} dimensions")
+        raise ValueError(f"expected one number per row, got an array of {found.ndim} dimensions")
     return found
 
 
@@ -171,7 +183,7 @@ def _original_split(metrics: Mapping[str, Any], split: str) -> SplitLog:
         probability = probability / (probability + np.exp(-perturbed).sum(axis=1))
     ratios = None if perturbed is None or paraphrased is None else truth_ratios(-paraphrased, -perturbed)
     index = None if ratios is None else tuple(metrics["average_perturb_loss"])
-    # of a generation: prompt, generation, true answer
+    # each entry of "generated_text": prompt, generation, true answer
     answers = {row: texts[2] for row, texts in metrics.get("generated_text", {}).items()}
     return SplitLog(probability, ratios, _column(metrics, "rougeL_recall"), index, answers or None)
 
@@ -181,14 +193,14 @@ def _is_open_unlearning(name: str) -> bool:
 
 
 def _open_unlearning_split(content: Mapping[str, Any], prefix: str) -> SplitLog:
-    # The key's case differs between versions: forget_truth_ratio, retain_Truth_Ratio.
+    # The case of the keys differs between versions: forget_truth_ratio, retain_Truth_Ratio.
     metrics = {name.lower(): value for name, value in content.items() if isinstance(value, Mapping)}
 
     def fields(name: str, field: str) -> dict[str, Any] | None:
         metric = metrics.get(f"{prefix}_{name}".lower())
         if metric is None or "value_by_index" not in metric:
             return None
-        # null rows are what open-unlearning writes for rows it could not score; its own means leave them out
+        # open-unlearning writes null for rows that it could not score, and leaves them out of its means
         rows = {index: row for index, row in metric["value_by_index"].items() if row is not None}
         return {index: row[field] for index, row in rows.items() if row.get(field) is not None}
 
@@ -207,7 +219,7 @@ def _open_unlearning_split(content: Mapping[str, Any], prefix: str) -> SplitLog:
 
 
 def metric_of(value: float, rows: Iterable[Mapping[str, Any]]) -> MetricResult:
-    """Return a metric in open-unlearning's schema: its value, and what it is of each row."""
+    """Return a metric in open-unlearning's schema, from its aggregate value and its values for each row."""
     return {"agg_value": value, "value_by_index": {str(number): row for number, row in enumerate(rows)}}
 
 
@@ -217,10 +229,10 @@ def summary_of(content: Mapping[str, MetricResult]) -> dict[str, float]:
 
 
 def model_facts(model: Any) -> dict[str, Any]:
-    """Return which model the results are of, and what computed them, as JSON."""
+    """Return the model's name, fingerprint and dtype and the versions of the software, as JSON-compatible values."""
     model = extract_model_from_parallel(model)
     return {
-        "model": str(model.config._name_or_path),  # noqa: SLF001 - transformers keeps it nowhere else
+        "model": str(model.config._name_or_path),  # noqa: SLF001 - transformers stores it nowhere else
         "fingerprint": fingerprint(model).hex(),
         "dtype": str(model.dtype),
         "versions": versions(),
@@ -228,7 +240,7 @@ def model_facts(model: Any) -> dict[str, Any]:
 
 
 def result_names(benchmark: str = "TOFU") -> tuple[str, str, str]:
-    """Return the names of the files of results, of their summary, and of what they are of."""
+    """Return the file names of the results, their summary and their configuration."""
     if benchmark == "TOFU":
         return EVAL, SUMMARY, CONFIG
     results, summary, config = (f"{benchmark}_{name.partition('_')[2]}" for name in (EVAL, SUMMARY, CONFIG))
@@ -236,28 +248,28 @@ def result_names(benchmark: str = "TOFU") -> tuple[str, str, str]:
 
 
 def check_results(folder: Path, config: Mapping[str, Any], *, benchmark: str = "TOFU") -> None:
-    """Raise FileExistsError for results in the folder that are of another model, or of other settings.
+    """Raise FileExistsError if the folder contains results of another model or with other settings.
 
     Args:
         folder: the output folder.
-        config: what the new results are of.
+        config: the model, data and settings of the new results.
         benchmark: see ``write_results``.
     """
     results, _, name = result_names(benchmark)
     if not (folder / results).is_file():
         return
-    found = read_json(folder / name, "description of results") if (folder / name).is_file() else {}
+    found = read_json(folder / name, "configuration of results") if (folder / name).is_file() else {}
     before = found if isinstance(found, dict) else {}
     remedy = "choose another --output, or add --overwrite"
-    where = f"output folder {str(folder)!r} holds results ({results}) of"
+    where = f"output folder {str(folder)!r}: contains results ({results}) of"
     if before.get("fingerprint") != config["fingerprint"]:
         was, now = (
             f"{each.get('model', 'unknown')!r} ({each.get('dtype')}, fingerprint {str(each.get('fingerprint'))[:8]})"
             for each in (before, config)
         )
-        raise FileExistsError(f"{where} another model, {was}; this one is {now}; {remedy}")
+        raise FileExistsError(f"{where} another model, {was}; this model is {now}; {remedy}")
     old, new = _settings(before), _settings(config)
-    for main, others in _OPTIONAL.items():  # what the results there did not need does not contradict
+    for main, others in _OPTIONAL.items():  # an option that only one side used is no contradiction
         if None in (old.get(main), new.get(main)):
             for key in (main, *others):
                 old.pop(key, None)
@@ -271,18 +283,18 @@ def check_results(folder: Path, config: Mapping[str, Any], *, benchmark: str = "
         raise FileExistsError(f"{where} the same model with other settings: {'; '.join(changes)}; {remedy}")
 
 
-# What of a description does not change a number that is there, or follows from what does.
+# Parts of a configuration that do not change existing numbers, or that follow from other parts.
 _NO_SETTINGS = {"model", "versions", "rows", "empty_generations", "retain_log", "options", "content"}
-# Of the flags of `efface evaluate`, those that metrics of any rows depend on.
+# The flags of `efface evaluate` that change the numbers of metrics on any data set.
 _OPTIONS = (
     *("forget", "forget_filter", "holdout", "holdout_filter", "retain_filter", "reference_model", "retain_metrics"),
     *("group_columns", "question_column", "answer_column", "max_length", "window", "max_new_tokens", "template"),
 )
-# What only some metrics need, and what belongs to it.
+# Options that only some metrics need, each with the options that depend on it.
 _OPTIONAL: dict[str, tuple[str, ...]] = {
     "holdout": ("holdout_filter",),
     **dict.fromkeys(("reference_model", "retain_metrics", "window"), ()),
-    **{f"content of {name}": () for name in ("forget", "holdout", "data")},  # of what was no file, nobody knows it
+    **{f"content of {name}": () for name in ("forget", "holdout", "data")},  # unknown unless the data was a file
 }
 
 
@@ -302,26 +314,27 @@ def write_results(
     benchmark: str = "TOFU",
     beside: bool = False,
 ) -> None:
-    """Write the three files; each is there whole or as it was, also when the process is killed.
+    """Write the results, their summary and their configuration. Each file is written atomically.
 
     Args:
-        folder: is made if it is not there.
+        folder: created if it does not exist.
         content: metrics by name.
-        config: what they are of.
-        benchmark: files of another than TOFU begin with its name.
-        beside: keep other metrics that are there, which ``check_results`` found to be of the same model and settings.
+        config: the model, data and settings of the metrics.
+        benchmark: prefix of the file names, if not "TOFU".
+        beside: keep metrics that are already in the files and have other names. Call ``check_results`` first to make
+            sure that they have the same model and settings.
     """
     names = result_names(benchmark)
     if beside and (folder / names[0]).is_file():
         content = {**read_json(folder / names[0], "results file"), **content}
-        config = _merged(read_json(folder / names[2], "description of results"), config)
+        config = _merged(read_json(folder / names[2], "configuration of results"), config)
     for name, value in zip(names, (content, summary_of(content), config), strict=True):
         text = json.dumps(value, indent=4, sort_keys=value is not config, allow_nan=False)
         write_whole(folder / name, f"{text}\n")
 
 
 def _merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what old and new results together are of."""
+    """Return the configuration of old and new results together."""
     merged = {**now}
     for name in ("rows", "empty_generations", "options", "content"):
         if isinstance(before.get(name), dict) and isinstance(now.get(name), dict):

@@ -1,20 +1,21 @@
-"""Evaluation protocols of TOFU: what two systems of the same name do differently, in one place.
+"""Evaluation protocols of TOFU, with the differences between TOFU's own code and open-unlearning.
 
-Both average over the tokens of an answer and its end of sequence (a probability is exp of the mean), and over the
-false answers of a row geometrically: they average losses. Where they differ:
+Both protocols average the loss over the tokens of an answer and its end of sequence; a probability is exp of the
+negative mean loss. Both average the losses of a row's false answers too, which is a geometric mean of probabilities.
+They differ in the following:
 
 | | ``tofu`` (arXiv 2401.06121, its ``evaluate_util.py``) | ``open-unlearning`` (arXiv 2506.12618) |
 |---|---|---|
 | rows of a split | the first 300 | all |
-| texts | cut to 200 tokens | whole |
-| generation | to 200 tokens, with the prompt, padded to the longest of 30 | 200 tokens |
-| labels, prompts | TOFU's | efface's; with ``compat``, open-unlearning's |
-| padding token | seen | seen; with ``compat``, no token of its kind is seen in texts either |
-| divisions | as written | 1e-10 added to the denominators |
+| maximum length of texts | 200 tokens | none |
+| length of a generation | up to 200 tokens with the prompt, padded to the longest of 30 rows | 200 new tokens |
+| labels and prompts | TOFU's | efface's; with ``compat``, open-unlearning's |
+| tokens equal to the padding token | visible to attention | visible; with ``compat``, hidden |
+| denominators | as in the formula | plus 1e-10 |
 
-The 1e-10 shows in models that were ruined: where the true answer has a probability of less than that, R no longer
-compares it with the false ones. Whose labels are what is in ``efface.hf.text.templates.get_template``; what neither
-follows is in ``docs/guides/evaluate.md``.
+The 1e-10 matters for models whose training diverged: if the true answer's probability is below 1e-10, R no longer
+compares it with the false answers. ``efface.hf.text.templates.get_template`` describes the three kinds of labels.
+``docs/guides/evaluate.md`` lists where efface differs from both systems.
 """
 
 from dataclasses import dataclass, replace
@@ -27,18 +28,19 @@ from efface.hf.text.templates import OPEN_UNLEARNING, TOFU
 
 @dataclass(frozen=True)
 class Protocol:
-    """How rows are chosen, generated and counted; ``l`` are mean log-probabilities of a token.
+    """The settings and formulas of an evaluation protocol. In formulas, ``l`` is a mean token log-probability.
 
     Attributes:
-        name: in ``PROTOCOLS``.
-        rows: of a split, from its first; None is all.
-        max_length: tokens of a text, and of a prompt with its generation; None is no limit.
-        max_new_tokens: of a generation; None leaves it to ``max_length``.
-        epsilon: what denominators get.
-        padded_rows: consecutive rows whose prompts ``max_length`` counts as long as their longest; None pads none.
-        labels: whose prompts and labels, as ``compat`` of ``get_template``; None is efface's.
-        hides_padding: whether no token sees one that equals the padding token (without one, the end of sequence), and
-            be it the end of a turn in the prompt.
+        name: the key in ``PROTOCOLS``.
+        rows: how many rows of a split to evaluate, from the first; None for all.
+        max_length: maximum tokens of a text, and of a prompt with its generation; None for no limit.
+        max_new_tokens: maximum tokens of a generation; None if ``max_length`` is the limit.
+        epsilon: added to denominators.
+        padded_rows: ``max_length`` counts a prompt as long as the longest prompt in its group of so many consecutive
+            rows; None counts the prompt's own tokens.
+        labels: the system whose prompts and labels are used, as ``compat`` of ``get_template``; None for efface's.
+        hides_padding: whether the attention mask hides every token equal to the padding token, even one that ends a
+            turn in the prompt. If the tokenizer has no padding token, the end-of-sequence token takes its part.
     """
 
     name: str
@@ -51,9 +53,14 @@ class Protocol:
     hides_padding: bool = False
 
     def share(self, correct: FloatArray, false: FloatArray) -> FloatArray:
-        """Probability among choices (rows,): e^l / (e^l + Σ_k e^l_k + ε), from l (rows,) and l_k (rows, choices).
+        """Return the probability among choices (rows,), e^l / (e^l + Σ_k e^l_k + ε).
 
-        Without ε the largest is taken out first, which is right where all of them underflow.
+        If ε is 0, the largest log-probability is subtracted first. The result is then correct even if every
+        exponential would underflow.
+
+        Args:
+            correct: l (rows,) of the correct answers.
+            false: l_k (rows, choices) of the false answers.
         """
         choices = np.column_stack([correct, false])
         weights = np.exp(choices if self.epsilon else choices - choices.max(axis=1, keepdims=True))
@@ -61,23 +68,34 @@ class Protocol:
         return result
 
     def truth_ratios(self, true: FloatArray, false: FloatArray) -> FloatArray:
-        """R (rows,): e^(mean_k l_k) / (e^l + ε), from l (rows,) of a true answer and l_k (rows, answers) of false ones.
+        """Return R (rows,), the truth ratio e^(mean_k l_k) / (e^l + ε).
 
-        Without ε it is taken as one exponential of a difference, which is right where both probabilities underflow.
+        If ε is 0, R is computed as the exponential of a difference, which is correct even if both probabilities would
+        underflow.
+
+        Args:
+            true: l (rows,) of the true answers.
+            false: l_k (rows, answers) of the false answers.
         """
         if not self.epsilon:
             return truth_ratios(true, false)
-        with np.errstate(over="ignore"):  # whoever uses the ratios refuses infinity
+        with np.errstate(over="ignore"):  # the callers check the ratios for infinity
             result: FloatArray = np.exp(false.mean(axis=1)) / (np.exp(true) + self.epsilon)
         return result
 
     def forgotten(self, ratios: FloatArray) -> float:
-        """Truth ratio of the forget split: mean min(R, 1 / (R + ε)); 1 where true and false are told apart least."""
-        with np.errstate(divide="ignore"):  # R = 0 is the least of both
+        """Return the truth ratio of the forget split, mean min(R, 1 / (R + ε)).
+
+        It is 1 if the model finds true and false answers equally likely.
+        """
+        with np.errstate(divide="ignore"):  # for R = 0 the minimum is R
             return float(np.minimum(ratios, 1 / (ratios + self.epsilon)).mean())
 
     def kept(self, ratios: FloatArray) -> float:
-        """Truth ratio of the other splits: mean max(0, 1 − R); 1 where the model is sure of the true answer."""
+        """Return the truth ratio of the other splits, mean max(0, 1 − R).
+
+        It is 1 if the model is sure of the true answers.
+        """
         return float(np.maximum(0, 1 - ratios).mean())
 
 
@@ -91,14 +109,15 @@ PROTOCOLS = {
 
 
 def get_protocol(protocol: str | Protocol, compat: str | None = None) -> Protocol:
-    """Return the protocol of a name.
+    """Return a protocol by name, optionally with open-unlearning's own labels, prompts and attention mask.
 
     Args:
         protocol: a name in ``PROTOCOLS``, or a ``Protocol``.
-        compat: "open-unlearning" takes its labels, prompts and attention mask into its protocol, quirk for quirk.
+        compat: "open-unlearning" also reproduces that system's labels, prompts and attention mask exactly; None uses
+            the protocol's own.
 
     Raises:
-        ValueError: a name that is not known, or a protocol that has no such thing.
+        ValueError: an unknown name, or ``compat`` with a protocol that has another system's labels.
     """
     if isinstance(protocol, str):
         if protocol not in PROTOCOLS:
@@ -110,8 +129,8 @@ def get_protocol(protocol: str | Protocol, compat: str | None = None) -> Protoco
         raise ValueError(f"`compat`: expected {OPEN_UNLEARNING!r} or None, got {compat!r}")
     if protocol.labels not in (None, compat):
         raise ValueError(
-            f"`compat`: expected protocol {OPEN_UNLEARNING!r} beside {compat!r}, got {protocol.name!r}, whose labels "
-            f"are {protocol.labels}'s; drop one of them"
+            f"`compat`: expected protocol {OPEN_UNLEARNING!r} with compat {compat!r}, got {protocol.name!r}, which "
+            f"uses the labels of {protocol.labels}; drop one of them"
         )
     name = protocol.name if protocol.hides_padding else f"{protocol.name}, compat"
     return replace(protocol, name=name, labels=compat, hides_padding=True)

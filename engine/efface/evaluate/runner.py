@@ -1,8 +1,8 @@
-"""What evaluations are made of: tasks, the rows that they finished, and the processes that share them out.
+"""Evaluation tasks, the function that runs them on one or more processes, and the file of finished rows.
 
-A ``Task`` has rows to compute with a model, in batches that data and settings alone decide. ``run_tasks`` shares the
-batches out over processes and tells every process all results. ``RowStore`` keeps finished rows in one SQLite file, so
-that a killed evaluation goes on where it was.
+A ``Task`` computes one result per row with a model, batch by batch. The batches depend only on data and settings.
+``run_tasks`` distributes the batches over the processes and gives all results to every process. ``RowStore`` keeps
+finished rows in one SQLite file, so that a killed evaluation can resume.
 """
 
 import contextlib
@@ -29,31 +29,32 @@ from efface.keyed_store import KeyedStore, KeyedTable
 from efface.processes import processes
 
 RowResult: TypeAlias = dict[str, Any]
-"""What a task found out about a row, as JSON: it is stored, gathered from processes and read again as it is."""
+"""A task's result for one row, as JSON values: results are stored in a file and sent between processes."""
 Progress = Callable[[str, int, int], None]
-"""Called with the task at hand, how many rows of all tasks are done, and how many there are."""
+"""Called with the name of the current task, the number of finished rows of all tasks, and the number of all rows."""
 
 T = TypeVar("T")
-_Job = tuple[int, NDArray[np.int64]]  # a task's number, and the rows of one of its batches
+_Job = tuple[int, NDArray[np.int64]]  # index of a task, and the rows of one of its batches
 
 
 class NotFiniteError(FloatingPointError, ValueError):
-    """Numbers of a model that are none: the model is broken, not what it was asked."""
+    """Raised if a model returns NaN or infinity: the fault lies with the model, not with the input."""
 
 
 _KINDS: tuple[type[Exception], ...] = (NotFiniteError, ValueError, OSError)
-"""Errors that every process raises as what they are on one of them."""
+"""Exception types that keep their type when the other processes raise them too; all others become RuntimeError."""
 
 
 class Task(Protocol):
-    """Results of a model, one for each row.
+    """A computation that gives one result per row.
 
     Attributes:
-        name: for messages and progress.
-        keys: (rows,) what a row's result depends on beside the model: its text or tokens and every setting, hashed.
-            Rows with equal keys have equal results.
-        batches: every row in exactly one; a function of data and settings, not of processes or of what is known, so
-            that the same rows always share a forward pass and give the same bits.
+        name: used in messages and progress.
+        keys: (rows,) hash of everything that a row's result depends on except the model: its text or tokens and every
+            setting. Rows with equal keys have equal results.
+        batches: row numbers of each batch; every row is in exactly one batch. They depend on data and settings, but
+            not on the number of processes or on stored results. The same rows therefore always share a forward pass
+            and give the same bits.
     """
 
     name: str
@@ -61,13 +62,13 @@ class Task(Protocol):
     batches: Sequence[NDArray[np.int64]]
 
     def run(self, model: PreTrainedModel, rows: NDArray[np.int64]) -> list[RowResult]:
-        """Compute one batch: a result for each of its rows, in order."""
+        """Compute one batch and return a result for each of its rows, in order."""
 
 
 class RowStore(KeyedStore):
-    """A file of results: (model fingerprint, key of a row's task) -> JSON; see ``KeyedStore``.
+    """A ``KeyedStore`` that maps (key of the model, key of the row) to a result as JSON.
 
-    Results of other models, texts and settings lie beside one another and never meet: all of that is in the keys.
+    One file can keep results of different models, texts and settings, because the two keys cover all of these.
     """
 
     table = KeyedTable(
@@ -78,45 +79,47 @@ class RowStore(KeyedStore):
         application=0x65666672,  # "effr"
         version=1,
         file="evaluated rows",
-        remedy="delete the file: the rows are then computed anew",
+        remedy="delete the file: the rows are then computed again",
     )
 
     @staticmethod
     def encoded(values: Sequence[Any]) -> Sequence[bytes]:
-        """Return texts in UTF-8; what is read is that already."""
+        """Return each value as UTF-8 bytes. Values read from the file are already bytes."""
         return [value.encode() if isinstance(value, str) else value for value in values]
 
     def get(self, model: bytes, keys: Sequence[bytes]) -> list[RowResult | None]:
-        """Return the results of a model's rows, in order; None where there is none."""
+        """Return a model's results for ``keys``, in order, with None for each key that is not in the file."""
         found = self.read(model, keys)
         return [json.loads(found[key]) if key in found else None for key in keys]
 
     def put(self, model: bytes, keys: Sequence[bytes], results: Sequence[RowResult]) -> None:
-        """Add results of a model's rows, all or none; of a key that is there already, the result stays."""
+        """Add results of a model's rows in one transaction. A key that is already in the file keeps its result."""
         self.write(model, keys, [json.dumps(result) for result in results])
 
 
 def run_tasks(
     model: Any, tasks: Sequence[Task], *, store: str | Path | None = None, progress: Progress | None = None
 ) -> list[list[RowResult]]:
-    """Return what each of the tasks finds out about each of its rows.
+    """Run the tasks and return, for each task, its result for each row.
 
-    Under ``accelerate`` (torchrun, a Trainer on several GPUs) every process calls this with equal tasks and gets all
-    results. A batch is never split, so they are the same bits on any number of processes. The model is evaluated
-    without gradients, in evaluation mode; its modes and the random-number generators are afterwards what they were.
+    Under ``accelerate`` (torchrun, a Trainer on several GPUs) every process calls this function with equal tasks and
+    gets all results. A batch is never split, so the results are bitwise equal for any number of processes. The model
+    runs without gradients and in evaluation mode. Afterwards, the modes of its modules and the states of the
+    random-number generators are restored.
 
     Args:
-        model: a causal language model, also wrapped by DistributedDataParallel.
-        tasks: what to run; batches are taken in their order.
-        store: a file in which the first process keeps finished rows, batch by batch, and finds those of an earlier
-            call; see ``RowStore``. None keeps them in memory.
-        progress: called on every process, before the first and after every turn of the processes.
+        model: a causal language model, optionally wrapped by DistributedDataParallel.
+        tasks: the tasks to run. Their batches run in order.
+        store: a file in which the first process saves finished rows after each batch, and from which it reads the rows
+            of earlier calls; see ``RowStore``. None keeps results in memory only.
+        progress: called on every process before the first turn and after each turn. In a turn, every process runs one
+            batch.
 
     Raises:
-        TypeError: no model.
-        ValueError: a model whose weights are spread over processes, or with an adapter that packs cannot serve; a
-            damaged store; whatever a task refuses.
-        OSError: a store that cannot be read or written.
+        TypeError: ``model`` is not a model.
+        ValueError: the model's weights are sharded over processes; the model has an adapter that does not work with
+            packed batches; the store is damaged; or a task raises ValueError.
+        OSError: the store cannot be read or written.
     """
     check_loaded(model)
     state = processes()
@@ -135,7 +138,7 @@ def run_tasks(
             for batch in task.batches
             if any(results[number][row] is None for row in batch.tolist())
         ]
-        failed: Exception | None = None  # of the file, on the first process: told to the others with the next turn
+        failed: Exception | None = None  # from the store, on the first process; the next turn reports it to the others
         for turn in _turns(jobs, state.num_processes):
             if progress is not None:
                 progress(tasks[turn[0][0]].name, _done(results), rows)
@@ -151,14 +154,17 @@ def run_tasks(
 
 
 def model_key(model: PreTrainedModel) -> bytes:
-    """Return what results depend on beside a task's keys: the model as it is now, what ends its answers, and efface."""
+    """Return a hash of the model's weights, the end tokens of its generation_config, and the version of efface.
+
+    Together with the key of a row, it covers everything that a result depends on.
+    """
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     known = [fingerprint(model).hex(), ends, version("efface")]
     return hashlib.blake2b(json.dumps(known).encode(), digest_size=16).digest()
 
 
 class _Known:
-    """The row store of the first process; of the others, or without a file, nothing."""
+    """The row store on the first process. On other processes, or without a file, it keeps and finds no results."""
 
     def __init__(self, model: PreTrainedModel, place: str | Path | None) -> None:
         self._model, self._place = model, place
@@ -173,7 +179,7 @@ class _Known:
         return self._store.get(self._key, keys)
 
     def put(self, keys: Sequence[bytes], results: Sequence[RowResult]) -> Exception | None:
-        """Keep results; return what went wrong."""
+        """Save results. Return the error if that fails, so that it can be raised on all processes together."""
         try:
             if self._store is not None:
                 self._store.put(self._key, keys, results)
@@ -187,21 +193,21 @@ class _Known:
 
 
 def _whole(model: Any) -> Any:
-    """Return the model without wrappers; raise ValueError if no process has all of its weights."""
+    """Return the model without wrappers, or raise ValueError if its weights are sharded over processes."""
     sharded = any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
         isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters()
     )
     if sharded:
         raise ValueError(
-            f"{type(model).__name__}: expected a whole model on every process, got weights that FSDP, tensor "
-            "parallelism or ZeRO-3 spread over them; save it and run `efface evaluate` on the checkpoint, or train "
-            "with DDP or ZeRO-2 to evaluate on the way"
+            f"{type(model).__name__}: expected the whole model on every process, got weights that FSDP, tensor "
+            "parallelism or ZeRO-3 has sharded; save the model and run `efface evaluate` on the checkpoint, or train "
+            "with DDP or ZeRO-2 to evaluate during training"
         )
     return extract_model_from_parallel(model)
 
 
 def _turns(jobs: Sequence[_Job], processes: int) -> Iterator[Sequence[_Job]]:
-    """Yield as many jobs at a time as there are processes; neighbours, which take about as long."""
+    """Yield consecutive groups of ``processes`` jobs. Neighbouring jobs take about the same time."""
     for first in range(0, len(jobs), processes):
         yield jobs[first : first + processes]
 
@@ -209,9 +215,9 @@ def _turns(jobs: Sequence[_Job], processes: int) -> Iterator[Sequence[_Job]]:
 def _run(
     state: PartialState, model: Any, tasks: Sequence[Task], turn: Sequence[_Job], error: Exception | None
 ) -> list[list[RowResult]]:
-    """Run one job a process and return the results of all; an error of one process is raised on all of them.
+    """Run one job on each process and return the results of all jobs. An error on one process is raised on all.
 
-    ``error`` is one that this process met before.
+    ``error`` is an earlier error of this process, which is raised instead of running its job.
     """
     mine: list[RowResult] = []
     if state.num_processes == 1:
@@ -219,7 +225,7 @@ def _run(
     if error is None and state.process_index < len(turn):
         number, batch = turn[state.process_index]
         try:
-            # Through JSON, so that a result is the same whether it comes from the store or not.
+            # The round trip through JSON makes a computed result equal to one that is read from the store.
             mine = json.loads(json.dumps(tasks[number].run(model, batch)))
         except Exception as caught:
             if state.num_processes == 1:
@@ -228,12 +234,12 @@ def _run(
     if state.num_processes == 1:
         return [mine]
     kind = next((kind for kind in _KINDS if isinstance(error, kind)), RuntimeError)
-    told = gather_object([(mine, None if error is None else (kind, repr(error)))])
+    gathered = gather_object([(mine, None if error is None else (kind, repr(error)))])
     _raise(error)
-    for process, (_, failure) in enumerate(told):
+    for process, (_, failure) in enumerate(gathered):
         if failure is not None:
             raise failure[0](f"process {process} of the evaluation: {failure[1]}")
-    return [results for results, _ in told[: len(turn)]]
+    return [results for results, _ in gathered[: len(turn)]]
 
 
 def _raise(error: Exception | None) -> None:
@@ -242,20 +248,20 @@ def _raise(error: Exception | None) -> None:
 
 
 def on_first(state: PartialState, read: Callable[[], T]) -> T:
-    """Return on every process what the first one read, or raise what it raised."""
-    told: list[Any] = [None]
+    """Call ``read`` on the first process and return its result on every process, or raise its error on every one."""
+    message: list[Any] = [None]
     if state.is_main_process:
         try:
-            told = [read()]
+            message = [read()]
         except Exception as error:
             if state.num_processes == 1:
                 raise
-            told = [error]
+            message = [error]
     if state.num_processes > 1:
-        broadcast_object_list(told)
-    if isinstance(told[0], Exception):
-        raise told[0]
-    answer: T = told[0]
+        broadcast_object_list(message)
+    if isinstance(message[0], Exception):
+        raise message[0]
+    answer: T = message[0]
     return answer
 
 
@@ -266,5 +272,5 @@ def _done(results: Sequence[Sequence[RowResult | None]]) -> int:
 def _complete(task: Task, results: Sequence[RowResult | None]) -> list[RowResult]:
     there = [result for result in results if result is not None]
     if len(there) != len(results):
-        raise ValueError(f"{task.name}: expected batches of all {len(results)} rows, got {len(there)}")
+        raise ValueError(f"{task.name}: expected batches that cover all {len(results)} rows, got {len(there)} rows")
     return there

@@ -1,4 +1,4 @@
-"""TOFU's evaluation (arXiv 2401.06121): its rows, the numbers of each split, Model Utility and Forget Quality."""
+"""Evaluation on TOFU (arXiv 2401.06121): loading of its rows, metrics of each split, Model Utility, Forget Quality."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -36,7 +36,7 @@ from efface.hf.text.templates import AUTO, Template, get_template
 from efface.processes import processes
 
 ROWS = ".rows.sqlite"
-"""In an output folder, the rows that are finished; deleting it costs no more than computing them anew."""
+"""File of finished rows in an output folder. It can be deleted; the rows are then computed again."""
 
 _HUB = "locuslab/TOFU"
 _FILES = {
@@ -49,14 +49,14 @@ _SUFFIXES = (".json", ".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class TofuRows:
-    """Rows of one split; every list is as long as ``questions``.
+    """Rows of one split. All lists have the same length.
 
     Attributes:
-        source: of the rows, for messages.
-        questions: what is asked.
+        source: where the rows come from, for messages.
+        questions: the questions.
         answers: the true answers.
-        paraphrases: another wording of each, which the truth ratio is of; None where it is of the answer itself.
-        false_answers: of each row, equally many.
+        paraphrases: paraphrases of the true answers, used by the truth ratio; None if it uses the answers themselves.
+        false_answers: the false answers of each row; the number is the same for every row.
     """
 
     source: str
@@ -66,7 +66,7 @@ class TofuRows:
     false_answers: list[list[str]]
 
     def candidates(self) -> list[list[str]]:
-        """Return all answers of each row: the true one, its paraphrase if there is one, the false ones."""
+        """Return all answers of each row: the true answer, its paraphrase if there is one, and the false answers."""
         if self.paraphrases is None:
             return [[answer, *false] for answer, false in zip(self.answers, self.false_answers, strict=True)]
         rows = zip(self.answers, self.paraphrases, self.false_answers, strict=True)
@@ -76,18 +76,18 @@ class TofuRows:
 def load_split(data: str | Path | None, split: str, forget_split: str, protocol: Protocol) -> TofuRows:
     """Return the rows of "forget", "retain", "real_authors" or "world_facts".
 
-    TOFU's ``*_perturbed`` files hold question and answer of the plain ones, so they are all that is read.
+    Only TOFU's ``*_perturbed`` files are read, because they repeat the questions and answers of the plain files.
 
     Args:
-        data: a folder with TOFU's files, a data set on the Hub with its configurations, or None for TOFU's own.
-        split: which of the four.
-        forget_split: such as "forget10".
-        protocol: how many of them.
+        data: a folder with TOFU's files, a data set on the Hub with TOFU's configurations, or None for TOFU itself.
+        split: one of the four splits.
+        forget_split: name of the forget split, such as "forget10".
+        protocol: determines how many rows are read.
 
     Raises:
-        FileNotFoundError: no such folder, or none of the split's names in it.
-        ValueError: a missing column, a value that has no text, a row without an answer or with another number of false
-            ones.
+        FileNotFoundError: the folder does not exist, or has no file for the split.
+        ValueError: a column is missing, a value is not text, a row has no answer, or the number of false answers
+            differs between rows.
     """
     name = f"{forget_split}_perturbed" if split == "forget" else _FILES[split]
     source = _source(data, name)
@@ -102,7 +102,7 @@ def load_split(data: str | Path | None, split: str, forget_split: str, protocol:
     counts = {len(false) for false in false_answers}
     if len(counts) != 1 or 0 in counts:
         raise ValueError(
-            f"{source}, 'perturbed_answer': expected a list of equally many false answers in every row, got lengths "
+            f"{source}, 'perturbed_answer': expected the same number of false answers in every row, at least 1, got "
             f"{sorted(counts)}"
         )
     result = TofuRows(source, questions, answers, paraphrases, false_answers)
@@ -110,7 +110,7 @@ def load_split(data: str | Path | None, split: str, forget_split: str, protocol:
         for text in (result.questions[row], *candidates):
             if not text.strip():
                 raise ValueError(
-                    f"{source}, row {row}: expected a question and answers of text, got {text!r}; drop the row"
+                    f"{source}, row {row}: expected a question and answers with text, got {text!r}; drop the row"
                 )
     return result
 
@@ -118,7 +118,7 @@ def load_split(data: str | Path | None, split: str, forget_split: str, protocol:
 def _source(data: str | Path | None, name: str) -> str:
     folder = Path(data or _HUB).expanduser()
     if not folder.is_dir():
-        if data is not None and str(data).startswith((".", "/", "~")):  # must not become a search on the Hub
+        if data is not None and str(data).startswith((".", "/", "~")):  # a path, not the name of a data set on the Hub
             raise FileNotFoundError(f"data folder {str(data)!r} does not exist; check the path")
         return f"{data or _HUB}:{name}:train"
     for suffix in _SUFFIXES:
@@ -126,8 +126,8 @@ def _source(data: str | Path | None, name: str) -> str:
             return str(folder / f"{name}{suffix}")
     there = sorted(path.stem for suffix in _SUFFIXES for path in folder.glob(f"*_perturbed{suffix}"))
     raise FileNotFoundError(
-        f"data folder {str(data)!r}: expected {name}.json, as TOFU's, got {', '.join(there) or 'no *_perturbed file'}; "
-        "choose another --split, or another --data"
+        f"data folder {str(data)!r}: expected TOFU's {name}.json, got {', '.join(there) or 'no *_perturbed file'}; "
+        "choose another --split or --data"
     )
 
 
@@ -142,13 +142,13 @@ def split_metrics(
 
     Args:
         split: "forget", "retain", "real_authors" or "world_facts".
-        rows: of it.
-        logprobs: of each row, the mean log-probability of a token of each of its ``candidates``.
-        generations: of each row, ``input``, ``generation`` and the ROUGE scores.
-        protocol: how they are counted.
+        rows: the rows of the split.
+        logprobs: for each row, the mean token log-probability of each of its ``candidates``.
+        generations: for each row, ``input``, ``generation`` and the ROUGE scores.
+        protocol: provides the formulas.
 
     Raises:
-        FloatingPointError: a log-probability that is not finite, or a truth ratio that overflows.
+        FloatingPointError: a log-probability is not finite, or a truth ratio overflows.
     """
     prefix = PREFIXES[split]
     _refuse_infinite(split, rows, logprobs)
@@ -181,7 +181,10 @@ def split_metrics(
 
 
 def _probabilities(logprobs: FloatArray) -> MetricResult:
-    """Probability e^l and average loss −l of every row: numbers (rows,), or lists of them (rows, answers)."""
+    """Return a metric with probability e^l and average loss −l of every row.
+
+    ``logprobs`` is l, of shape (rows,) or (rows, answers).
+    """
     probability = np.exp(logprobs)
     rows = zip(probability.tolist(), (-logprobs).tolist(), strict=True)
     return metric_of(float(probability.mean()), ({"prob": prob, "avg_loss": loss} for prob, loss in rows))
@@ -192,30 +195,30 @@ def _refuse_infinite(split: str, rows: TofuRows, logprobs: Sequence[Sequence[flo
         for value, text in zip(values, candidates, strict=True):
             if not np.isfinite(value):
                 raise FloatingPointError(
-                    f"{split}, row {row}: the model gives the answer {text[:60]!r} a mean log-probability of {value}; "
-                    "its weights are not finite or its activations overflow: look at the run that made it, or evaluate "
-                    "in bfloat16 or float32"
+                    f"{split}, row {row}: expected a finite mean log-probability of the answer {text[:60]!r}, got "
+                    f"{value}; if the weights are not finite, check the training run; if activations overflow, "
+                    "evaluate in bfloat16 or float32"
                 )
 
 
 def _refuse_overflow(split: str, ratios: FloatArray) -> None:
     if (bad := np.flatnonzero(~np.isfinite(ratios))).size:
         raise FloatingPointError(
-            f"{split}, row {bad[0]}: expected a truth ratio, got {ratios[bad[0]]}: the model gives the true answer a "
-            "probability of 0; it is ruined beyond what this protocol can count"
+            f"{split}, row {bad[0]}: expected a finite truth ratio, got {ratios[bad[0]]}, because the model gives the "
+            "true answer a probability of 0; this protocol cannot evaluate the model"
         )
 
 
 @dataclass(frozen=True)
 class TofuResult:
-    """What an evaluation found out.
+    """The result of an evaluation.
 
     Attributes:
-        log: per-row results, as ``model_utility``, ``forget_quality`` and reports take them.
-        summary: open-unlearning's names and values: ``model_utility``, ``forget_quality``, ``forget_Q_A_Prob``, …; what
-            was not asked for or has nothing to compare with is not there.
-        content: of ``TOFU_EVAL.json``, in open-unlearning's schema.
-        empty: how many generations of each split hold no word that ROUGE reads, so that it is 0.
+        log: per-row results, the input of ``model_utility``, ``forget_quality`` and reports.
+        summary: values by open-unlearning's names: ``model_utility``, ``forget_quality``, ``forget_Q_A_Prob``, …. Only
+            metrics of the evaluated splits are included, and ``forget_quality`` only with a retain log.
+        content: the content of ``TOFU_EVAL.json``, in open-unlearning's schema.
+        empty: for each split, how many generations contain no word for ROUGE, so that their ROUGE is 0.
     """
 
     log: EvalLog
@@ -225,29 +228,30 @@ class TofuResult:
 
 
 class TofuEvaluation:
-    """TOFU's evaluation of a data set, made once and used on any number of models.
+    """TOFU's evaluation on one data set, which can be applied to any number of models.
 
-    Called with a model it returns the summary, so that it follows a run on every process of it::
+    A call with a model returns the summary. The object can therefore be used as a callback's evaluation during
+    training, on every process::
 
         evaluate = TofuEvaluation(tokenizer, split="forget10", retain_log="retain90/TOFU_EVAL.json")
         UnlearnTrainer(..., callbacks=[EvaluateCallback(evaluate), KeepBest("forget_quality", ("model_utility", 0.5))])
 
     Args:
-        tokenizer: of the models.
+        tokenizer: the models' tokenizer.
         data: a folder with TOFU's files (``forget10_perturbed.json``, ``retain_perturbed.json``, …), a data set on the
-            Hub with such configurations, or None for ``locuslab/TOFU``.
-        split: the forget split: forget01, forget05, forget10, or another of the data set's.
-        splits: which of forget, retain, real_authors and world_facts; Model Utility needs the last three, Forget
-            Quality the first.
+            Hub with configurations of these names, or None for ``locuslab/TOFU``.
+        split: the forget split: forget01, forget05, forget10, or another forget split of the data set.
+        splits: which of forget, retain, real_authors and world_facts to evaluate. Model Utility needs the last three,
+            Forget Quality the first.
         protocol: "open-unlearning", "tofu", or a ``Protocol``.
-        compat: "open-unlearning" for its labels, prompts and attention mask too, quirk for quirk; slow.
-        retain_log: of a model trained on the retain set only, or the path of one; None leaves Forget Quality out.
+        compat: "open-unlearning" to reproduce that system's labels, prompts and attention mask exactly. This is slow.
+        retain_log: the log of a model trained only on the retain set, or its path; None omits Forget Quality.
         template: see ``efface.hf.text.templates``.
-        token_budget: tokens of a forward pass; it decides about memory and speed, not about results.
+        token_budget: maximum tokens of a forward pass. It affects memory and speed, and results only by rounding.
 
     Raises:
-        FileNotFoundError: data or a log that does not exist.
-        ValueError: an unknown split or protocol, rows that cannot be evaluated, a retain log of other rows; as
+        FileNotFoundError: the data or the retain log does not exist.
+        ValueError: an unknown split or protocol, rows that cannot be evaluated, or a retain log of other rows; also as
             ``AnswerTask`` and ``GenerationTask``.
     """
 
@@ -290,22 +294,22 @@ class TofuEvaluation:
             )
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """Return the summary of a model's evaluation."""
+        """Evaluate a model and return the summary."""
         return self.evaluate(model).summary
 
     def evaluate(
         self, model: Any, *, store: str | Path | None = None, progress: Progress | None = None, source: str = "model"
     ) -> TofuResult:
-        """Evaluate a model; on several processes, all call this and get the result.
+        """Evaluate a model. On several processes, every process must call this method and gets the result.
 
         Args:
             model: a causal language model, fused or not.
-            store: keeps finished rows; see ``run_tasks``.
+            store: file that keeps finished rows; see ``run_tasks``.
             progress: see ``run_tasks``.
-            source: what messages about the log call it.
+            source: name of the log in messages.
 
         Raises:
-            FloatingPointError: a log-probability that is not finite: what comes of it would be no number.
+            FloatingPointError: a log-probability is not finite, or a truth ratio overflows.
             ValueError: as ``run_tasks``.
         """
         results = run_tasks(model, [*self._likelihoods, *self._generations], store=store, progress=progress)
@@ -329,7 +333,7 @@ class TofuEvaluation:
         return TofuResult(log, summary_of(content), content, empty)
 
     def _comparable(self, retain_log: str | Path | EvalLog) -> EvalLog:
-        """Return the retain log, once it is sure that Forget Quality can be told from it."""
+        """Return the retain log after checking that Forget Quality can be computed with it."""
         if "forget" not in self.rows:
             raise ValueError(f"`retain_log`: expected 'forget' among the splits, got {', '.join(self.rows)}")
         log = retain_log if isinstance(retain_log, EvalLog) else read_log(retain_log)
@@ -345,11 +349,11 @@ class TofuEvaluation:
         return log
 
     def _check_counted_alike(self, log: Path) -> None:
-        """Raise ValueError if the settings beside a log of ours say that it counts otherwise."""
-        beside = log.with_name(CONFIG)
-        if log.name != EVAL or not beside.is_file():
+        """Raise ValueError if the log's ``EVAL_CONFIG.json`` records another protocol or template."""
+        config_path = log.with_name(CONFIG)
+        if log.name != EVAL or not config_path.is_file():
             return
-        content = read_json(beside, "settings of an evaluation")
+        content = read_json(config_path, "settings of an evaluation")
         for part, own in (("protocol", asdict(self.protocol)), ("template", asdict(self.template))):
             theirs = content.get(part) if isinstance(content, dict) else None
             if not isinstance(theirs, dict):
@@ -357,13 +361,13 @@ class TofuEvaluation:
             differ = [name for name in own if name != "name" and name in theirs and theirs[name] != own[name]]
             if differ:
                 raise ValueError(
-                    f"`retain_log`: {str(log)!r} is of another {part} ({differ[0]} is {theirs[differ[0]]!r} there and "
-                    f"{own[differ[0]]!r} here), so that its numbers cannot be compared; evaluate the retain model with "
-                    "the settings of this evaluation"
+                    f"`retain_log`: expected the {part} of this evaluation, got another one in {str(log)!r} "
+                    f"({differ[0]} is {theirs[differ[0]]!r} there and {own[differ[0]]!r} here); evaluate the retain "
+                    "model with the settings of this evaluation"
                 )
 
     def facts(self) -> dict[str, Any]:
-        """Return what the numbers are of, beside the model, as JSON."""
+        """Return the data and settings of the evaluation as JSON-compatible values."""
         return {
             "benchmark": "TOFU",
             "data": self.data,
@@ -391,24 +395,24 @@ def tofu(
     overwrite: bool = True,
     progress: Progress | None = None,
 ) -> TofuResult:
-    """Evaluate a model on TOFU; arguments and errors are those of ``TofuEvaluation`` and its ``evaluate``.
+    """Evaluate a model on TOFU. For details and errors see ``TofuEvaluation`` and its ``evaluate``.
 
     Args:
         model: a causal language model, fused or not.
         tokenizer: its tokenizer.
-        data: where TOFU's files are.
+        data: a folder with TOFU's files, a data set on the Hub, or None for ``locuslab/TOFU``.
         split: the forget split.
-        splits: which of the four to evaluate.
-        protocol: "open-unlearning" or "tofu".
-        compat: "open-unlearning" for its labels, prompts and attention mask too.
-        retain_log: what Forget Quality compares with.
+        splits: which of the four splits to evaluate.
+        protocol: "open-unlearning", "tofu", or a ``Protocol``.
+        compat: "open-unlearning" to reproduce that system's labels, prompts and attention mask exactly.
+        retain_log: log of the retain model, which Forget Quality compares with; None omits Forget Quality.
         template: see ``efface.hf.text.templates``.
-        token_budget: tokens of a forward pass.
-        output: a folder for ``TOFU_EVAL.json`` and ``TOFU_SUMMARY.json`` in open-unlearning's schema, and
-            ``EVAL_CONFIG.json``, which says what they are of. It also keeps finished rows, by the content of model and
-            row: a killed evaluation goes on where it was.
-        overwrite: replace results of an earlier evaluation there; else those of another model or with other settings
-            are an error (``FileExistsError``), and metrics of the same stay beside the new ones.
+        token_budget: maximum tokens of a forward pass.
+        output: a folder for ``TOFU_EVAL.json`` and ``TOFU_SUMMARY.json`` in open-unlearning's schema, and for
+            ``EVAL_CONFIG.json``, which records the model, data and settings. The folder also keeps finished rows, so
+            that a killed evaluation can resume.
+        overwrite: whether to replace results that are already in ``output``. If false, results of another model or
+            with other settings raise FileExistsError, and other metrics of the same model and settings are kept.
         progress: see ``run_tasks``.
     """
     evaluation = TofuEvaluation(

@@ -1,4 +1,4 @@
-"""The Hugging Face engine in four rooms: text, model, reference and train."""
+"""Support for Hugging Face models, in four subpackages: ``text``, ``model``, ``reference`` and ``train``."""
 
 import importlib
 import sys
@@ -6,7 +6,7 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-# Where modules are whose names were documented, or are in files of runs (training_args.bin), before they were here.
+# Old module name -> current one. The old names were documented, or are pickled in training_args.bin of earlier runs.
 _MOVED = {
     "adapters": "model.lora",
     "arguments": "train.arguments",
@@ -24,13 +24,13 @@ _MOVED = {
 
 
 class _MovedModule(ModuleType):
-    """Stands for a module under its old name, which is loaded when something of it is asked for."""
+    """A deprecated alias of a moved module; the new module is imported on the first attribute access."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         new = f"{__name__}.{_MOVED[self.__name__.rpartition('.')[2]]}"
-        warnings.warn(f"{self.__name__} is now {new}", DeprecationWarning, stacklevel=2)
+        warnings.warn(f"{self.__name__} has moved to {new}; import it from there", DeprecationWarning, stacklevel=2)
         return getattr(importlib.import_module(new), name)
 
 

@@ -1,4 +1,4 @@
-"""Objectives: what a run minimises. ``base`` says what one is."""
+"""Unlearning objectives, the losses that a run minimises; ``base`` defines the class ``Objective``."""
 
 from efface.objectives.base import (
     Objective,

@@ -1,7 +1,8 @@
 """Objectives whose forget loss is a function of log-probabilities.
 
-Formulas and gradients stand in ``efface_kernels.sequence_loss.reference``, for GPUs in ``kernel`` beside it. L is the
-log-probability of a sequence's labels, n their number; ℓ and p = e^ℓ are those of each.
+The formulas and gradients are in ``efface_kernels.sequence_loss.reference``; their GPU version is in
+``efface_kernels.sequence_loss.kernel``. ℓ is the log-probability of one label token and p = e^ℓ its probability. L is
+the sum of ℓ over a sequence's labels, and n the number of those labels.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from efface_kernels import Kind, Sequences, Term
 class GradAscent(Objective):
     """gamma · mean over label tokens of ℓ; no retain term by default (arXiv 2401.06121, section 4).
 
-    It has no lower bound, so long runs destroy the model.
+    The loss has no lower bound, so long runs destroy the model.
     """
 
     alpha: float = 0.0
@@ -36,7 +37,7 @@ class GradAscent(Objective):
     mean_over: ClassVar[Literal["sequences", "tokens"]] = "tokens"
 
     def term(self) -> Term:
-        """L."""
+        """Return the term L of a sequence."""
         return Term(Kind.ASCENT)
 
 
@@ -53,7 +54,7 @@ class GradDiff(GradAscent):
 @register_objective
 @dataclass(frozen=True, kw_only=True)
 class IdkNLL(Objective):
-    """gamma · NLL of the alternate answers to the forget questions, refusals, + alpha · retain NLL.
+    """gamma · NLL of alternate answers (refusals) to the forget questions + alpha · retain NLL.
 
     Source: arXiv 2401.06121, section 4.
     """
@@ -63,7 +64,7 @@ class IdkNLL(Objective):
     forget_data: ClassVar[Literal["answer", "alternate", "both"]] = "alternate"
 
     def term(self) -> Term:
-        """−L."""
+        """Return the term −L of an alternate answer."""
         return Term(Kind.NLL)
 
 
@@ -72,8 +73,8 @@ class IdkNLL(Objective):
 class NPO(Objective):
     """gamma · mean over sequences of −(2/β) log σ(−β (L − L_ref)) + alpha · retain NLL.
 
-    Negative preference optimization (Zhang et al. 2024, arXiv 2404.05868, equation 3). With β → 0 it becomes gradient
-    ascent; L falls only until L ≪ L_ref.
+    Negative preference optimization (Zhang et al. 2024, arXiv 2404.05868, equation 3). As β → 0 it becomes gradient
+    ascent. Its gradient vanishes once L ≪ L_ref, so L does not fall without limit.
     """
 
     beta: float = 0.1
@@ -86,7 +87,7 @@ class NPO(Objective):
         check_positive("beta", self.beta)
 
     def term(self) -> Term:
-        """Of a sequence and its reference."""
+        """Return the term of a sequence, which reads L and L_ref."""
         return Term(Kind.NPO, beta=self.beta)
 
 
@@ -95,8 +96,8 @@ class NPO(Objective):
 class SimNPO(Objective):
     """gamma · mean over sequences of −(2/β) log σ(β (−L/n − δ)) + alpha · retain NLL.
 
-    NPO without a reference model, normalised by length (Fan et al. 2024, arXiv 2410.07163, equation 4): the reward is
-    the mean token loss, and δ its margin.
+    NPO without a reference model, normalised by length (Fan et al. 2024, arXiv 2410.07163, equation 4). The reward is
+    the mean token loss −L/n, and δ is its margin.
     """
 
     beta: float = 4.5
@@ -111,7 +112,7 @@ class SimNPO(Objective):
         check_finite("delta", self.delta)
 
     def term(self) -> Term:
-        """Of a sequence."""
+        """Return the term of a sequence, which reads L and n."""
         return Term(Kind.SIMNPO, beta=self.beta, delta=self.delta)
 
 
@@ -120,9 +121,9 @@ class SimNPO(Objective):
 class DPO(Objective):
     """gamma · mean over pairs of −(2/β) log σ(β [(L_w − L_w,ref) − (L_l − L_l,ref)]) + alpha · retain NLL.
 
-    Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290, equation 7): the alternate answer w over l,
-    the one to forget. IdkDPO prefers "I don't know" (TOFU, arXiv 2401.06121), AltPO a plausible other answer (arXiv
-    2409.13474).
+    Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290, equation 7), in which the alternate answer w
+    is preferred to the answer to forget, l. In IdkDPO, w is "I don't know" (TOFU, arXiv 2401.06121). In AltPO, w is
+    another plausible answer (arXiv 2409.13474).
     """
 
     beta: float = 0.1
@@ -136,7 +137,7 @@ class DPO(Objective):
         check_positive("beta", self.beta)
 
     def term(self) -> Term:
-        """Of a forget sequence and its alternate, which follows it."""
+        """Return the term of a pair: a forget sequence and its alternate, which follows it in the batch."""
         return Term(Kind.DPO, beta=self.beta)
 
 
@@ -145,8 +146,8 @@ class DPO(Objective):
 class WGA(Objective):
     """gamma · mean over label tokens of p^β ℓ, with p as a constant, + alpha · retain NLL.
 
-    Weighted gradient ascent: tokens that the model no longer knows stop pushing (Wang et al. 2025, arXiv 2502.19301).
-    β = 0 is gradient ascent.
+    Weighted gradient ascent (Wang et al. 2025, arXiv 2502.19301): the weight p^β of a token goes to 0 once the model
+    has forgotten the token. With β = 0 it is gradient ascent.
     """
 
     beta: float = 1.0
@@ -159,7 +160,7 @@ class WGA(Objective):
         check_not_negative("beta", self.beta)
 
     def term(self) -> Term:
-        """Σ over the labels of a sequence."""
+        """Return the term of a sequence, a sum over its labels."""
         return Term(Kind.WGA, beta=self.beta)
 
 
@@ -184,20 +185,20 @@ class SatImp(Objective):
         check_not_negative("beta2", self.beta2)
 
     def term(self) -> Term:
-        """Σ over the labels of a sequence."""
+        """Return the term of a sequence, a sum over its labels."""
         return Term(Kind.SATIMP, beta1=self.beta1, beta2=self.beta2)
 
 
 @register_objective
 @dataclass(frozen=True, kw_only=True)
 class CEU(Objective):
-    """gamma · mean over label tokens, but the first ones of an answer, of −log(1 − p) + alpha · retain NLL.
+    """gamma · mean of −log(1 − p) over label tokens except the first ones of each answer + alpha · retain NLL.
 
-    CE-U: cross entropy to what the model itself says without the true token (Yang 2025, arXiv 2503.01224), but for the
-    entropy of that target, which has no gradient.
+    CE-U (Yang 2025, arXiv 2503.01224): the cross entropy to the model's own distribution with the true token removed,
+    minus the entropy of that target distribution, which has no gradient.
 
     Attributes:
-        ignore_first_n_answer_tokens: which stand neither in the sum nor in the mean.
+        ignore_first_n_answer_tokens: number of tokens at the start of each answer that are left out of the mean.
     """
 
     alpha: float = 0.0
@@ -211,22 +212,23 @@ class CEU(Objective):
         check_not_negative("ignore_first_n_answer_tokens", self.ignore_first_n_answer_tokens)
 
     def term(self) -> Term:
-        """Σ over the labels of a sequence that count."""
+        """Return the term of a sequence, a sum over its labels after the ignored ones."""
         return Term(Kind.CEU, ignored=self.ignore_first_n_answer_tokens)
 
     def forget_weight(self, totals: StepTotals) -> float:
-        """Gamma divided by the label tokens that count."""
+        """Return gamma divided by the number of forget label tokens of the step that are not ignored."""
         return self.gamma / max(totals.forget_tokens_after(self.ignore_first_n_answer_tokens), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionObjective(Objective):
-    """gamma · mean over sequences of ``function(sequences)`` + alpha · retain loss: an objective of your own.
+    """A user-defined objective: gamma · mean over sequences of ``function(sequences)`` + alpha · retain loss.
 
     Attributes:
-        function: maps ``efface_kernels.Sequences`` of s sequences to their loss terms (s,): plain torch, differentiable
-            in their log-probabilities; called once a micro-batch or oftener, with whole sequences.
-        reads_reference: whether it reads ``sequences.reference_sums``.
+        function: maps ``efface_kernels.Sequences`` of s sequences to their loss terms (s,). It is plain torch,
+            differentiable with respect to the log-probabilities. It is called at least once per micro-batch, always
+            with whole sequences.
+        reads_reference: whether the function reads ``sequences.reference_sums``.
     """
 
     function: Callable[[Sequences], Tensor]
@@ -236,20 +238,22 @@ class FunctionObjective(Objective):
 
     @property
     def needs_reference(self) -> bool:  # type: ignore[override]
-        """See ``reads_reference``."""
+        """Whether the function reads reference log-probabilities; equal to ``reads_reference``."""
         return self.reads_reference
 
     def forget_terms(self, sequences: Sequences) -> Tensor:
-        """Call the function."""
+        """Return ``function(sequences)``."""
         return self.function(sequences)
 
 
 def as_objective(objective: object) -> Objective:
-    """Return an objective that is given as itself, by name, as a class with defaults, or as a function of its terms.
+    """Convert an objective, a registered name, an ``Objective`` class or a function of ``Sequences`` to an objective.
+
+    A class is instantiated with its default parameters. A function becomes a ``FunctionObjective``.
 
     Raises:
-        TypeError: anything else; a class with a parameter that has no default.
-        ValueError: a name of none.
+        TypeError: if ``objective`` is anything else, or a class with a parameter that has no default.
+        ValueError: if no objective is registered under the name.
     """
     if isinstance(objective, Objective):
         return objective
@@ -260,7 +264,9 @@ def as_objective(objective: object) -> Objective:
             return objective()
         except TypeError as error:
             name = objective.__name__
-            raise TypeError(f"`objective`: expected {name}(...), with its parameters, got the class: {error}") from None
+            raise TypeError(
+                f"`objective`: expected an instance {name}(...) with its parameters, got the class: {error}"
+            ) from None
     if isinstance(objective, type) or not callable(objective):
         got = objective.__name__ if isinstance(objective, type) else type(objective).__name__
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Representation misdirection (Li et al. 2024, arXiv 2403.03218): steer the forget set's activations at one layer."""
+"""RMU, representation misdirection: steering of one layer's activations (Li et al. 2024, arXiv 2403.03218)."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -14,15 +14,16 @@ from efface.objectives.base import RETAIN_LOSS_TYPES, Objective, register_object
 class RMU(Objective):
     """gamma · ‖a − steering_coeff · u‖² on the forget set + alpha · ‖a − a_ref‖² on the retain set.
 
-    a are the activations of a module at the answer tokens, a_ref those of the frozen model, u a random unit vector with
-    entries ≥ 0. ‖·‖² is the mean over dimensions, then over a sequence's answer tokens, then over sequences.
+    a are the activations of a module at the answer tokens, a_ref those of the frozen model, u is a random unit vector
+    with entries ≥ 0. ‖·‖² is averaged over dimensions, then over a sequence's answer tokens, then over sequences.
 
     Attributes:
         steering_coeff: length of the steering vector.
-        module_regex: the module whose output is steered; must match one module's whole name.
-        trainable_params_regex: parameters to train, those of which one of these matches the whole name.
-        steering_seed: of the vector's draw.
-        retain_loss_type: "EMBED_DIFF" as above, "NLL" or "KL".
+        module_regex: regular expression for the module whose output is steered; it must match the whole name of
+            exactly one module.
+        trainable_params_regex: regular expressions. A parameter is trained if one of them matches its whole name.
+        steering_seed: seed of the random steering vector.
+        retain_loss_type: "EMBED_DIFF" for the retain term above, or "NLL" or "KL".
     """
 
     retain_loss_type: str = "EMBED_DIFF"
@@ -37,15 +38,15 @@ class RMU(Objective):
 
     @property
     def compares_activations(self) -> bool:
-        """Whether the retain term reads the frozen model's activations."""
+        """Whether the retain term reads activations of the frozen model."""
         return self.retain_loss_type == "EMBED_DIFF" and self.alpha != 0
 
     def needs_reference_model(self) -> bool:
-        """Whether a frozen model must run."""
+        """Return whether the frozen model must run, for its activations or (KL) its distributions."""
         return self.compares_activations or super().needs_reference_model()
 
     def steering_vector(self, size: int) -> Tensor:
-        """Return steering_coeff · u, (size,) float32: the same on every device and every rank."""
+        """Return steering_coeff · u, (size,) float32, on the CPU; equal on all ranks, because the seed is fixed."""
         generator = torch.Generator().manual_seed(self.steering_seed)
         vector = torch.rand(size, generator=generator)
         return vector * (self.steering_coeff / float(vector.norm()))

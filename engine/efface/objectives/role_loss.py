@@ -1,6 +1,6 @@
-"""Losses of label rows that are no function of their log-probabilities alone: what UNDIAL, KL and PDU hand to the head.
+"""Losses of label rows that need more than log-probabilities: the losses of UNDIAL, PDU and the KL retain term.
 
-Most objectives need none of these: their ``Objective.term`` of the log-probabilities is their loss.
+The other objectives do not need this module: their loss is ``Objective.term``, a function of log-probabilities.
 """
 
 from abc import ABC, abstractmethod
@@ -23,15 +23,15 @@ from efface_kernels import (
 
 @dataclass(frozen=True)
 class HeadRows:
-    """The label rows of some whole sequences, at the head.
+    """The inputs of the head for the n label rows of s whole sequences.
 
     Attributes:
-        hidden: (n, D).
-        head: the policy's.
-        targets: (n,) int64.
-        row_offsets: (s + 1,) int64 on the device, from 0 to n.
-        reference: the frozen model's hidden states of the same rows, and its head; None where nothing reads it.
-        chunk_rows: rows of logits alive at a time; None chooses.
+        hidden: (n, D) hidden states of the policy.
+        head: head of the policy.
+        targets: (n,) int64 label of each row.
+        row_offsets: (s + 1,) int64 on the device, start of each sequence's rows; the last entry is n.
+        reference: the frozen model's hidden states of the same rows and its head, or None if no loss reads them.
+        chunk_rows: number of rows whose logits exist at the same time; None chooses it automatically.
         backend: "auto", "native", "triton" or "torch".
     """
 
@@ -44,36 +44,50 @@ class HeadRows:
     backend: str = "auto"
 
     def spread(self, values: Tensor) -> Tensor:
-        """Return the value (n,) of each row's sequence, from those of the sequences (s,)."""
+        """Repeat one value per sequence (s,) for each of the sequence's rows, and return (n,)."""
         return torch.repeat_interleave(values, self.row_offsets.diff(), output_size=self.targets.shape[0])
 
 
 class RoleLossOutput(NamedTuple):
-    """A loss, which carries the gradient, and its share of each sequence, which does not."""
+    """A loss, with gradient, and the contribution of each sequence to it, without gradient."""
 
     loss: Tensor  # ()
     terms: Tensor  # (s,)
 
 
 class RoleLoss(ABC):
-    """The loss of the label rows of a role: a weighted sum over sequences of sums over their rows."""
+    """The loss of all label rows of one role: a weighted sum over sequences of the sum over each sequence's rows."""
 
     @abstractmethod
     def __call__(self, rows: HeadRows, weights: Tensor) -> RoleLossOutput:
-        """Return Σ weights · Σ over rows; ``weights`` are (s,)."""
+        """Return the sum over sequences of ``weights`` (s,) times the sum of the row losses of each sequence."""
 
 
 @dataclass(frozen=True)
 class DistributionLoss(RoleLoss):
-    """KL(q‖p), or the cross entropy −Σ q log p, to q = softmax(z_ref − shift · onehot(target)) of the frozen model."""
+    """The KL divergence KL(q‖p) or the cross entropy −Σ q log p, where q is a distribution of the frozen model.
+
+    q = softmax(z_ref − shift · onehot(target)), and p is the policy's distribution.
+
+    Attributes:
+        shift: amount by which the target's reference logit is lowered.
+        cross_entropy: whether the loss is the cross entropy instead of the KL divergence.
+    """
 
     shift: float = 0.0
     cross_entropy: bool = False
 
     def __call__(self, rows: HeadRows, weights: Tensor) -> RoleLossOutput:
-        """See ``efface_kernels.linear_distribution_loss``."""
+        """Return the weighted loss; it is computed by ``efface_kernels.linear_distribution_loss``.
+
+        Raises:
+            ValueError: if ``rows`` has no reference.
+        """
         if rows.reference is None:
-            raise ValueError("a loss between distributions needs the reference model's logits, got none; run it live")
+            raise ValueError(
+                "`rows.reference`: expected the reference model's hidden states and head for a loss between "
+                "distributions, got None; use a 'live' or 'adapter' reference"
+            )
         out = linear_distribution_loss(
             rows.hidden,
             rows.head.weight,
@@ -93,10 +107,14 @@ class DistributionLoss(RoleLoss):
 
 @dataclass(frozen=True)
 class MarginLoss(RoleLoss):
-    """(max z − mean z)² of each row's logits z."""
+    """The loss (max z − mean z)² of each row's logits z."""
 
     def __call__(self, rows: HeadRows, weights: Tensor) -> RoleLossOutput:
-        """Run one GEMM, without gradients, that finds the largest logits; what remains are products of vectors."""
+        """Return the weighted loss.
+
+        Without soft-capping, one GEMM without gradients finds the largest logits, and only products of vectors are
+        differentiated.
+        """
         values = logit_margins(rows.hidden, rows.head, rows.chunk_rows).square()
         terms = weights * segment_sums(values, rows.row_offsets)
         return RoleLossOutput(terms.sum(), terms.detach())
@@ -105,8 +123,9 @@ class MarginLoss(RoleLoss):
 def logit_margins(hidden: Tensor, head: Head, chunk_rows: int | None = None) -> Tensor:
     """Return max z − mean z of each row's logits z = softcap(hidden @ weight.T + bias), (n,), in float32 (or float64).
 
-    The mean of a linear head's logits is the logit of its mean row, and the largest one is a row of the head: neither
-    needs the others' gradient. Soft-capped logits have no such form; they are made again in the backward pass.
+    The mean of a linear head's logits is the logit of the head's mean row, and the largest logit belongs to a single
+    row of the head. So the backward pass needs no gradient for the other rows' logits. Soft-capped logits do not have
+    this property; they are recomputed in the backward pass.
     """
     hidden, head = head.cast_for(hidden)
     return run_within_memory(lambda rows: _margins(hidden, head, rows), chunk_rows, hidden, head)
@@ -129,7 +148,7 @@ def _margins(hidden: Tensor, head: Head, chunk_rows: int) -> Tensor:
 
 def _capped_margins(hidden: Tensor, head: Head) -> Tensor:
     if head.softcap is None:
-        raise ValueError("`head`: expected one with a soft-cap, got none")
+        raise ValueError("`head`: expected a head with a soft-cap, got softcap=None")
     logits = torch.nn.functional.linear(hidden, *_linear(head)).to(accumulation_dtype(hidden.dtype))
     logits = head.softcap * torch.tanh(logits / head.softcap)
     return logits.amax(-1) - logits.mean(-1)

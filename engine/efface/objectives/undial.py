@@ -1,4 +1,4 @@
-"""UNDIAL: distil the model into itself with the true token's logit lowered (Dong et al. 2024, arXiv 2402.10052)."""
+"""UNDIAL: self-distillation with the true token's logit lowered (Dong et al. 2024, arXiv 2402.10052)."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -10,7 +10,11 @@ from efface.objectives.role_loss import DistributionLoss
 @register_objective
 @dataclass(frozen=True, kw_only=True)
 class UNDIAL(Objective):
-    """gamma · mean over label tokens of the cross entropy to softmax(z_ref − β onehot(y)) + alpha · retain NLL."""
+    """gamma · mean over label tokens of the cross entropy to softmax(z_ref − β onehot(y)) + alpha · retain NLL.
+
+    Attributes:
+        beta: amount by which the true token's logit is lowered.
+    """
 
     beta: float = 10.0
     alpha: float = 0.0
@@ -24,5 +28,5 @@ class UNDIAL(Objective):
         check_positive("beta", self.beta)
 
     def forget_loss(self) -> DistributionLoss:
-        """Cross entropy to the shifted distribution of the frozen model."""
+        """Return the cross entropy to the frozen model's distribution with the true token's logit lowered by beta."""
         return DistributionLoss(shift=self.beta, cross_entropy=True)

@@ -1,4 +1,4 @@
-"""Recipes: the published systems, and one for every method, as YAML files of flags (see README.md)."""
+"""Recipes: YAML files of flags for published unlearned models and for every method; see README.md."""
 
 from efface.recipes.recipe import Recipe, known_recipes, load_recipe, local_source
 

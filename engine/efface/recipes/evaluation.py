@@ -1,4 +1,4 @@
-"""How the result of a recipe is judged."""
+"""Evaluation of the result of a recipe, and checks of its settings and files before the training."""
 
 import logging
 import re
@@ -22,7 +22,12 @@ _SHARE = re.compile(r"(forget|retain)(\d\d)")
 
 
 def check_evaluation(command: UnlearnCommand, recipe: Recipe) -> None:
-    """Raise ValueError where a run forgets something else than what the recipe's evaluation asks about."""
+    """Check that the evaluation of a recipe fits the run and can be imported.
+
+    Raises:
+        ImportError: the packages of the evaluation are not installed.
+        ValueError: the run forgets another set than the one that the recipe evaluates.
+    """
     if recipe.evaluate["benchmark"] != "none":
         check_extras(f"the evaluation of recipe {recipe.name}", "evaluate", remedy="add --evaluate False")
     split = recipe.evaluate.get("split")
@@ -38,21 +43,21 @@ def check_evaluation(command: UnlearnCommand, recipe: Recipe) -> None:
     ):
         if not right:
             raise ValueError(
-                f"--{hyphens(flag)}: recipe {recipe.name} evaluates on {split}, which is not what "
-                f"{getattr(command, flag)!r} forgets; add --evaluate False, and evaluate the result with "
+                f"--{hyphens(flag)}: expected the forget set {split}, which recipe {recipe.name} evaluates, got "
+                f"{getattr(command, flag)!r}; add --evaluate False, and evaluate the result with "
                 "`efface evaluate`"
             )
 
 
 def check_files(command: UnlearnCommand, recipe: Recipe) -> None:
-    """Raise what the evaluation would say of its local files: before the training, not after it.
+    """Read the local files of the evaluation, so that their errors are raised before the training.
 
     Raises:
-        FileNotFoundError: a log, or a file of the benchmark, that is not there.
-        ValueError: one that holds something else.
+        FileNotFoundError: a log or a file of the benchmark does not exist.
+        ValueError: a file has other contents.
     """
-    asked = recipe.evaluate
-    if asked["benchmark"] != "tofu":
+    settings = recipe.evaluate
+    if settings["benchmark"] != "tofu":
         return
     from efface.evaluate.logs import SPLITS, read_log  # noqa: PLC0415 - needs the extra "evaluate"
     from efface.evaluate.protocol import get_protocol  # noqa: PLC0415
@@ -61,15 +66,16 @@ def check_files(command: UnlearnCommand, recipe: Recipe) -> None:
     if command.retain_log is not None:
         read_log(command.retain_log).rows("forget", "truth_ratio")
     if command.data is not None:
-        protocol = get_protocol(asked.get("protocol", "open-unlearning"))
+        protocol = get_protocol(settings.get("protocol", "open-unlearning"))
         for split in SPLITS:
-            load_split(command.data, split, asked["split"], protocol)
+            load_split(command.data, split, settings["split"], protocol)
 
 
 def check_sets(command: UnlearnCommand) -> None:
-    """Raise ValueError where TOFU's forget and retain sets share rows: forget10 and retain95 do, by 5 %.
+    """Raise ValueError if the names of TOFU's forget and retain splits imply shared rows.
 
-    Files are compared row by row, once they are read (``efface.hf.text.data``); this is about names on the Hub.
+    For example, forget10 and retain95 share 5 % of TOFU. This function compares only names of Hub data sets.
+    ``efface.hf.text.data`` compares local files row by row after it has read them.
     """
     sources = [source or "" for source in (command.forget, command.retain)]
     if any(Path(source).expanduser().exists() for source in sources):
@@ -85,7 +91,7 @@ def check_sets(command: UnlearnCommand) -> None:
 
 
 def stem(source: str) -> str:
-    """Return what a set is called: of a file its name, of a Hub data set its configuration."""
+    """Return the name of a set: the stem of a file, or the configuration of a Hub data set."""
     return file_stem(source) if ":" in source else Path(source).stem
 
 
@@ -101,54 +107,60 @@ def evaluate_recipe(
     compat: str | None = None,
     progress: "Progress | None" = None,
 ) -> dict[str, float]:
-    """Evaluate a model as a recipe says, and return the figures by open-unlearning's names; none without a benchmark.
+    """Evaluate a model with the benchmark of a recipe.
 
     Args:
         model: the unlearned model.
         tokenizer: its tokenizer.
-        recipe: whose ``evaluate`` section counts.
-        output: folder for the results; those of the retain model, where the recipe names one, go into a folder there.
-        data: folder with the benchmark's files; None is what the recipe says.
-        retain_log: evaluation log of a retain model; None is the recipe's, or that of its retain model.
+        recipe: the recipe; its ``evaluate`` section is used.
+        output: folder for the results. Results of the recipe's retain model go into its folder ``retain_model``.
+        data: folder with the benchmark's files; None uses the recipe's.
+        retain_log: evaluation log of a retain model; None uses the recipe's log or evaluates its retain model.
         template: the prompt format of the run.
-        compat: of the recipe's protocol; see ``TofuEvaluation``.
-        progress: see ``run_tasks``.
+        compat: compatibility mode of the recipe's protocol; see ``TofuEvaluation``.
+        progress: callback; see ``run_tasks``.
+
+    Returns:
+        The figures by open-unlearning's names; empty if the benchmark is "none".
     """
-    asked = recipe.evaluate
-    if asked["benchmark"] == "none":
+    settings = recipe.evaluate
+    if settings["benchmark"] == "none":
         return {}
     from efface.evaluate import tofu  # noqa: PLC0415 - needs the extra "evaluate"
 
     options: dict[str, Any] = {
-        "split": asked["split"],
-        "protocol": asked.get("protocol", "open-unlearning"),
+        "split": settings["split"],
+        "protocol": settings.get("protocol", "open-unlearning"),
         "template": template,
         "compat": compat,
         "progress": progress,
     }
-    source = data or asked.get("data")
-    log: Any = retain_log or asked.get("retain_log")
-    if log is None and "retain_model" in asked:
-        log = _log_of(asked["retain_model"], model, source, output / "retain_model", options)
+    source = data or settings.get("data")
+    log: Any = retain_log or settings.get("retain_log")
+    if log is None and "retain_model" in settings:
+        log = _log_of(settings["retain_model"], model, source, output / "retain_model", options)
     summary = tofu(model, tokenizer, source, retain_log=log, output=output, **options).summary
     return dict(summary)
 
 
-def _log_of(name: str, beside: Any, source: str | None, output: Path, options: dict[str, Any]) -> Any:
-    """Return the log of the retain model, run where and as ``beside`` is; None, with a warning, if it cannot be had."""
+def _log_of(name: str, unlearned: Any, source: str | None, output: Path, options: dict[str, Any]) -> Any:
+    """Evaluate the retain model ``name`` on the device and in the dtype of ``unlearned``, and return its log.
+
+    Returns None, with a warning, if the model cannot be loaded or has another architecture.
+    """
     failure: str | None = None
     try:
-        model = load_model(name, dtype=str(beside.dtype).removeprefix("torch.")).to(beside.device)
+        model = load_model(name, dtype=str(unlearned.dtype).removeprefix("torch.")).to(unlearned.device)
         tokenizer = load_tokenizer(name)
     except OSError as error:
         failure = str(error)
-    # All processes evaluate it, or none: those that could would wait for the others.
+    # If loading failed in one process, no process evaluates: the others would wait for it forever.
     failure = next(filter(None, gather_object([failure])), None)
     if failure is not None:
         _LOG.warning("no forget quality: the retain model %s cannot be loaded (%s); give --retain-log", name, failure)
         return None
-    if _architecture(model) != _architecture(beside):
-        _LOG.warning("no forget quality: the retain model %s is of another architecture; give --retain-log", name)
+    if _architecture(model) != _architecture(unlearned):
+        _LOG.warning("no forget quality: the retain model %s has another architecture; give --retain-log", name)
         return None
     from efface.evaluate import tofu  # noqa: PLC0415 - needs the extra "evaluate"
 

@@ -1,4 +1,4 @@
-"""Dataclasses of settings as flags: their parser, and the values of files, each read as its flag would read it."""
+"""Parser of flags that are fields of dataclasses, and conversion of values from YAML files to the flags' types."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,7 @@ from efface.flags import FlagParser, did_you_mean, hyphens, texts
 
 T = TypeVar("T")
 
-# Flags by the titles of their groups: those that `--help` shows, and those that `--help-all` adds.
+# Title of a group -> (flags that `--help` shows, further flags that `--help-all` shows).
 _GROUPS = {
     "model and data": (
         """model forget retain forget_filter retain_filter data data_filter from_config question_column answer_column
@@ -40,44 +40,46 @@ _GROUPS = {
 _ORDER = {name: place for place, name in enumerate(" ".join(map(" ".join, _GROUPS.values())).split())}
 _TITLES = {name: title for title, names in _GROUPS.items() for name in " ".join(names).split()}
 _SHOWN = frozenset(name for shown, _ in _GROUPS.values() for name in shown.split())
-# Fields whose flag is called otherwise, as in all commands; the field's name is read too.
+# Fields whose flag has another name, the same in all commands. The field's name works as a flag too.
 _NAMES = {"output_dir": "--output"}
-# What it says of those of transformers.
+# Help texts of flags of transformers in `--help`; `--help-all` shows those of transformers.
 _SHORT = {
     "output_dir": "folder for the model and its checkpoints",
     "bf16": "compute in bfloat16",
     "push_to_hub": "push the model and its checkpoints",
     "hub_model_id": "name on the Hub; default: that of the folder",
-    "seed": "of all that is drawn",
-    "use_cpu": "leave GPUs alone",
-    "num_train_epochs": "passes over what is forgotten or learnt",
+    "seed": "random seed",
+    "use_cpu": "do not use GPUs",
+    "num_train_epochs": "passes over the forget set or the training data",
     "max_steps": "optimizer steps, instead of epochs",
-    "learning_rate": "after the warm-up",
-    "lr_scheduler_type": "how the learning rate falls",
-    "warmup_steps": "steps in which it rises; below 1, a share of all",
+    "learning_rate": "learning rate after the warm-up",
+    "lr_scheduler_type": "schedule of the learning rate after the warm-up",
+    "warmup_steps": "warm-up steps; below 1, a share of all steps",
     "optim": "optimizer",
-    "weight_decay": "of weights other than biases and norms",
-    "gradient_checkpointing": "compute activations twice instead of keeping them",
+    "weight_decay": "weight decay of all weights except biases and norms",
+    "gradient_checkpointing": "recompute activations in the backward pass to save memory",
 }
-_REST = "transformers.TrainingArguments"
+_TRANSFORMERS = "transformers.TrainingArguments"
 _METAVARS: dict[Any, str] = {int: "N", float: "X", string_to_bool: "BOOL"}
-# What a flag without its value lacks, where that is worth saying.
-_WANTED = {
+# Expected value in the error of a flag that was given without one.
+_EXPECTED = {
     "--config": "the path of a YAML file",
-    "--recipe": "a name of `efface recipes`, or the path of a YAML file",
+    "--recipe": "a name from `efface recipes`, or the path of a YAML file",
     "--scale": "tiny or smoke",
 }
 
 
 class SettingsParser(FlagParser, HfArgumentParser):
-    """The parser of a command whose flags are the fields of dataclasses; they have no defaults but the fields' own.
+    """The parser of a command whose flags are the fields of dataclasses.
+
+    The parser sets no defaults: a flag that is not given is missing in the result, and the field's default applies.
 
     Args:
-        command: its name.
-        classes: dataclasses.
+        command: name of the command.
+        classes: the dataclasses.
         description: see ``FlagParser``.
-        examples: likewise.
-        defaults: what its help says in place of fields' own.
+        examples: see ``FlagParser``.
+        defaults: defaults of the command, which the help shows instead of those of the fields.
         shown: names of the fields that ``--help`` shows.
     """
 
@@ -91,23 +93,23 @@ class SettingsParser(FlagParser, HfArgumentParser):
         shown: Collection[str] = _SHOWN,
     ) -> None:
         self.names = {field.name for cls in classes for field in dataclasses.fields(cls) if field.init}
-        self._said_defaults = defaults or {}
+        self._help_defaults = defaults or {}
         self._shown = shown
         self._required: list[str] = []
         self._groups: dict[str, Any] = {}
         super().__init__(command, description, examples, partial=True, dataclass_types=classes)
-        said = "YAML file of flags, under those given here"
+        said = "YAML file of flags; flags of the command line override it"
         self.add_argument("--config", metavar="FILE", default=SUPPRESS, help=said)
         needed = "".join(f" {name} {name.strip('-').upper()}" for name in self._required)
         self.usage = f"efface {command} [--config FILE]{needed} [flags]"
         titles = list(_GROUPS)
         self._action_groups.sort(key=lambda group: titles.index(group.title) if group.title in titles else -1)
-        self._action_groups.sort(key=lambda group: group.title == _REST)
-        for title in self._groups.keys() - {_REST}:
-            self._groups[title]._group_actions.sort(key=lambda action: _ORDER[action.dest])  # noqa: SLF001 - as above
+        self._action_groups.sort(key=lambda group: group.title == _TRANSFORMERS)
+        for title in self._groups.keys() - {_TRANSFORMERS}:
+            self._groups[title]._group_actions.sort(key=lambda action: _ORDER[action.dest])  # noqa: SLF001 - argparse cannot reorder flags
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
-        """Add a flag of a field, to its group of the help."""
+        """Add a flag. The flag of a field goes into its group of the help."""
         flags = list(dict.fromkeys(map(hyphens, names)))
         name = options.get("dest") or flags[0].lstrip("-").replace("-", "_")
         if name not in self.names:
@@ -116,7 +118,7 @@ class SettingsParser(FlagParser, HfArgumentParser):
             flags, options["dest"] = [_NAMES[name]], name
         if options.pop("required", False):
             self._required.append(flags[0])
-        default = self._said_defaults.get(name, options.get("default"))
+        default = self._help_defaults.get(name, options.get("default"))
         options["default"] = SUPPRESS
         said = re.sub(r"--\w+", lambda found: hyphens(found[0]), options.pop("help", ""))
         at = ""
@@ -128,7 +130,7 @@ class SettingsParser(FlagParser, HfArgumentParser):
         if not negation and (not choices or len("".join(map(str, choices))) > 30):
             word = "NAME" if choices else name.rpartition("_")[2].upper()
             options["metavar"] = _METAVARS.get(options.get("type"), word)
-        title = _TITLES.get(name, _REST)
+        title = _TITLES.get(name, _TRANSFORMERS)
         if title not in self._groups:
             self._groups[title] = self.add_argument_group(title)
         action = self._groups[title].add_argument(*flags, help=f"{said}{at}", **options)
@@ -137,20 +139,24 @@ class SettingsParser(FlagParser, HfArgumentParser):
         return action
 
     def error(self, message: str) -> NoReturn:
-        """Raise ValueError."""
+        """Raise ValueError with the message of argparse, or with the expected value of a flag that lacks one."""
         flag, _, rest = message.removeprefix("argument ").partition(": ")
-        if rest == "expected one argument" and flag in _WANTED:
-            message = f"{flag}: expected {_WANTED[flag]}, got nothing"
+        if rest == "expected one argument" and flag in _EXPECTED:
+            message = f"{flag}: expected {_EXPECTED[flag]}, got nothing"
         super().error(message)
 
     def converted(self, flags: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """Return the values of flags out of a file, by their fields' names, as the command line would read them.
+        """Convert values of flags from a YAML file to those that the command line would give, by field name.
 
-        ``2e-5``, which YAML reads as text, becomes a number, ``no`` the word where that is meant, a mapping JSON; what
-        is None is left out.
+        ``2e-5``, which YAML reads as text, becomes a number. ``no``, which YAML reads as False, becomes the word again
+        for flags such as ``save_strategy``. A mapping becomes JSON text. Flags with the value None are left out.
+
+        Args:
+            flags: name of a flag, with hyphens or underscores -> value.
+            where: start of error messages, such as the path of the file.
 
         Raises:
-            ValueError: a flag that is not known, twice there, or not of its type; begins with ``where``.
+            ValueError: a flag is unknown, is given in two spellings, or has a value of the wrong type.
         """
         values: dict[str, Any] = {}
         for name, value in flags.items():
@@ -180,12 +186,12 @@ class SettingsParser(FlagParser, HfArgumentParser):
         return values if action.nargs == "+" else values[0]
 
     def check_required(self, values: Mapping[str, Any], where: str = "") -> None:
-        """Raise ValueError, which begins with ``where``, where a value is missing that has no default."""
+        """Raise ValueError, with a message that starts with ``where``, if a required value is missing."""
         missing = [flag for flag in self._required if flag.strip("-").replace("-", "_") not in values]
         if missing:
             raise ValueError(f"{where}the following arguments are required: {', '.join(missing)}")
 
 
 def made(cls: type[T], values: Mapping[str, Any]) -> T:
-    """Return a dataclass of those of the values that are its own."""
+    """Return an instance of a dataclass from the values of its fields. Other values are ignored."""
     return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Recipes: their YAML files, what is wrong in them, and the local files that stand for data sets of the Hub."""
+"""Loading and checking of recipe files, and lookup of local files for data sets of the Hub."""
 
 import functools
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ ARCHITECTURES = FOLDER / "architectures.yaml"
 FLAG_CLASSES = (UnlearnCommand, UnlearnArguments)
 BENCHMARKS = ("tofu", "none")
 
-# section -> the type of its content; the first three are in every recipe
+# Section -> type of its content. The first three sections are required.
 _SECTIONS: dict[str, type | tuple[type, ...]] = {
     "about": str,
     "unlearn": dict,
@@ -40,20 +40,20 @@ _SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as its file says it; ``README.md`` here explains the sections.
+    """The contents of a recipe file; ``README.md`` in this folder explains the sections.
 
     Attributes:
-        name: of the file, without its suffix.
-        path: of the file.
-        about: one line.
-        unlearn: flags of ``efface unlearn``, with the files beside the recipe by their whole path.
-        evaluate: ``benchmark`` and what it needs.
-        source: where the settings are from.
+        name: name of the file without its suffix.
+        path: path of the file.
+        about: description in one line.
+        unlearn: flags of ``efface unlearn``. A refusal file in the folder of the recipe has its full path.
+        evaluate: ``benchmark`` and its settings.
+        source: source of the settings, such as a paper.
         published: figures of the source, by name.
         ours: settings that the source does not state.
-        architecture: a configuration in transformers' names; empty where unknown.
-        rows: how many rows ``forget`` and ``retain`` have.
-        tiny: flags that differ at ``--scale tiny``.
+        architecture: configuration in transformers' names; empty if unknown.
+        rows: numbers of rows of ``forget`` and ``retain``.
+        tiny: flags that differ with ``--scale tiny``.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a name that a mapping holds twice, of which YAML's own would take the last."""
+    """A YAML loader that raises an error for a duplicate key. PyYAML would silently use the last value."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         names: list[Any] = []
@@ -83,10 +83,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what a YAML file holds.
+    """Return the content of a YAML file.
 
     Raises:
-        ValueError: it is no YAML, or holds a name twice.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not valid YAML, or a mapping in it has a duplicate key.
     """
     where, remedy = repr(str(path)), "correct it there, and save the file as UTF-8"
     with reading(where, "YAML", remedy):
@@ -98,22 +99,27 @@ def read_yaml(path: Path) -> Any:
 
 
 def check_source(source: str, where: str) -> None:
-    """Raise ValueError for more parts than ``name:config:split``."""
+    """Raise ValueError if a source has more parts than ``name:config:split``."""
     if source.count(":") > 2:
         raise ValueError(f"{where}: expected a file or name:config:split of a Hub data set, got {source!r}")
 
 
 def file_stem(source: str) -> str:
-    """Return what the file of a Hub data set is called in a folder: its configuration, else the end of its name."""
+    """Return the stem of a local file for a Hub data set: its configuration, or else the last part of its name."""
     name, _, rest = source.partition(":")
     return rest.partition(":")[0] or name.rpartition("/")[2]
 
 
 def local_source(source: str, folder: str | Path, flag: str) -> str:
-    """Return the file in ``folder`` that stands for a Hub data set; a source that is a file already stays.
+    """Return the path of the local file for a Hub data set. A source that is a file is returned unchanged.
+
+    Args:
+        source: a file, or ``name[:config[:split]]`` of a Hub data set.
+        folder: folder with the files.
+        flag: name of the flag, for the message.
 
     Raises:
-        FileNotFoundError: no such folder, or no such file in it.
+        FileNotFoundError: the folder does not exist, or has no file for the data set.
     """
     if Path(source).expanduser().suffix.lower() in _SUFFIXES:
         return source
@@ -131,16 +137,16 @@ def local_source(source: str, folder: str | Path, flag: str) -> str:
 
 
 def known_recipes() -> dict[str, Path]:
-    """Return the files of the recipes that come with efface, by name."""
+    """Return name -> file of the recipes that come with efface."""
     return {path.stem: path for path in sorted(FOLDER.glob("*.yaml")) if path != ARCHITECTURES}
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """Return the recipe of a name that ``known_recipes`` has, or of a file.
+    """Load a recipe by its name in ``known_recipes`` or by the path of its file.
 
     Raises:
-        FileNotFoundError: a file that does not exist.
-        ValueError: an unknown name, a file that is not a recipe, or flags that ``efface unlearn`` has not.
+        FileNotFoundError: the file does not exist.
+        ValueError: an unknown name, an invalid recipe file, or unknown flags of ``efface unlearn`` in it.
     """
     path = _path(str(name))
     content = _mapping(path)
@@ -165,17 +171,17 @@ def load_recipe(name: str | Path) -> Recipe:
 
 @functools.cache
 def settings_parser() -> SettingsParser:
-    """Return the one parser of the flags of ``efface unlearn`` that reads values for all."""
+    """Return the cached parser of the flags of ``efface unlearn``, which converts the values of recipes and sweeps."""
     return SettingsParser("unlearn", FLAG_CLASSES)
 
 
 def _flags(content: Mapping[str, Any], section: str, path: Path) -> dict[str, Any]:
-    """Return a section's flags, which are checked, as they stand there; their names with underscores."""
+    """Check the flags of a section. Return them unconverted, with underscores in their names."""
     flags = content.get(section, {})
     settings_parser().converted(flags, f"{path}: {section}")
     flags = {str(name).replace("-", "_"): value for name, value in flags.items()}
     if wrong := [name for name in _NOT_A_RECIPE if name in flags]:
-        raise ValueError(f"{path}: {section}: {wrong[0]!r} is about one run, not about the recipe; drop it")
+        raise ValueError(f"{path}: {section}: {wrong[0]!r} belongs to one run, not to a recipe; drop it")
     return flags
 
 
@@ -195,7 +201,7 @@ def _path(name: str) -> Path:
 def _mapping(path: Path) -> dict[str, Any]:
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected sections {', '.join(_REQUIRED)}, got {type(content).__name__}")  # noqa: TRY004 - a file's content is a value
+        raise ValueError(f"{path}: expected sections {', '.join(_REQUIRED)}, got {type(content).__name__}")  # noqa: TRY004 - invalid content, not a wrong type
     return content
 
 
@@ -225,7 +231,7 @@ def _check_numbers(values: Mapping[str, Any], where: str, names: tuple[str, ...]
         if names is not None and name not in names:
             raise ValueError(f"{where}: expected {', '.join(names)}, got {name!r}")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{where}: {name}: expected a number, got {value!r}")  # noqa: TRY004 - a file's content is a value
+            raise ValueError(f"{where}: {name}: expected a number, got {value!r}")  # noqa: TRY004 - as above
 
 
 def _check_evaluation(values: Mapping[str, Any], where: str) -> None:
@@ -239,7 +245,7 @@ def _check_evaluation(values: Mapping[str, Any], where: str) -> None:
 
 
 def _beside(name: Any, recipe: Path) -> Any:
-    """Return the path of a file that lies beside the recipe, else the name as it is."""
+    """Return the path of a file in the folder of the recipe, or the name unchanged if there is no such file."""
     beside = recipe.parent / str(name)
     return str(beside) if beside.is_file() else name
 
@@ -247,7 +253,7 @@ def _beside(name: Any, recipe: Path) -> Any:
 def _architecture(value: str | Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     if isinstance(value, Mapping):
         if value and "model_type" not in value:
-            raise ValueError(f"{path}: architecture: expected a configuration with its model_type, got {dict(value)}")
+            raise ValueError(f"{path}: architecture: expected a configuration with model_type, got {dict(value)}")
         return value
     known: dict[str, dict[str, Any]] = yaml.safe_load(ARCHITECTURES.read_text(encoding="utf-8"))
     if value not in known:

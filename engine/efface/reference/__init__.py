@@ -1,4 +1,4 @@
-"""The cached reference: log-probabilities of a frozen model in a file, found again by content."""
+"""The reference cache: log-probabilities of a frozen model in a file, keyed by the content of model and sequences."""
 
 from efface.reference.cache import DistinctSequences, LogprobStore, ReferenceCache, sequence_keys
 from efface.reference.fingerprint import model_fingerprint

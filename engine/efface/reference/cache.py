@@ -1,4 +1,4 @@
-"""The reference cache of a run: distinct sequences by the keys of their content, each scored once, in a SQLite file."""
+"""The reference cache: a SQLite file of sequence log-probabilities, keyed by model and sequence content."""
 
 import hashlib
 import math
@@ -17,7 +17,7 @@ from efface.keyed_store import KeyedStore, KeyedTable
 
 
 class LogprobStore(KeyedStore):
-    """A file of sequence log-probabilities: (model fingerprint, sequence key) -> L, in float64; see ``KeyedStore``."""
+    """A ``KeyedStore`` of sequence log-probabilities: (model fingerprint, sequence key) -> L, in float64."""
 
     table = KeyedTable(
         name="logprobs",
@@ -27,32 +27,32 @@ class LogprobStore(KeyedStore):
         application=0x65666663,  # "effc"
         version=1,
         file="reference cache",
-        remedy="delete the file, or choose another with --reference-cache",
+        remedy="delete the file, or choose another one with --reference-cache",
     )
 
     @staticmethod
     def encoded(values: Sequence[Any]) -> Sequence[bytes]:
-        """Return each number's eight bytes."""
+        """Return each number as eight bytes, float64 little-endian."""
         content = np.array(values, "<f8").tobytes()
         return [content[first : first + 8] for first in range(0, len(content), 8)]
 
     def get(self, model: bytes, keys: Sequence[bytes]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Return the values (len(keys),) of a model's sequences, NaN where there is none, and where there is one."""
+        """Return the stored values (len(keys),), NaN where a value is missing, and a mask of the stored ones."""
         found = self.read(model, keys)
         result = np.array([found.get(key, math.nan) for key in keys], np.float64)
         return result, ~np.isnan(result)
 
     def put(self, model: bytes, keys: Sequence[bytes], values: NDArray[np.float64]) -> None:
-        """Add values of a model's sequences, all or none; of a key that is there already, the value stays.
+        """Add values of a model's sequences in one transaction; keys that are already stored keep their value.
 
         Raises:
-            ValueError: as many values as keys are needed, and finite ones.
+            ValueError: if the numbers of keys and values differ, or a value is not finite.
         """
         if len(keys) != len(values):
             raise ValueError(f"`values`: expected {len(keys)} entries, got {len(values)}")
         if not np.isfinite(values).all():
             raise ValueError("`values`: expected finite log-probabilities, got NaN or infinity")
-        # SQLite keeps no sign of a zero, which is the log-probability of a sure answer.
+        # SQLite does not keep the sign of −0.0, so the checksum must be computed for +0.0 (probability 1).
         self.write(model, keys, (values + 0.0).tolist())
 
 
@@ -62,8 +62,8 @@ KEY_BYTES = 16
 def sequence_keys(store: TokenStore) -> list[bytes]:
     """Return the key of every sequence: BLAKE2b of the position of its first label and its token ids.
 
-    Sequences of the same tokens and labels have the same key, in whichever store and place they are. A label on the
-    first token, which nothing predicts, changes no key.
+    Sequences with the same tokens and labels have the same key, in any store and at any index. Whether the first token
+    is a label does not change the key, because no position predicts it.
     """
     keys = []
     for ids, offsets, starts in store.chunks:
@@ -78,11 +78,11 @@ def sequence_keys(store: TokenStore) -> list[bytes]:
 
 
 class DistinctSequences:
-    """The K distinct sequences of stores, numbered as they first come.
+    """The K distinct sequences of several stores, numbered in the order of their first occurrence.
 
     Attributes:
-        keys: their keys; see ``sequence_keys``.
-        labels: (K,) label tokens of each.
+        keys: K keys, as returned by ``sequence_keys``.
+        labels: (K,) number of label tokens of each sequence.
     """
 
     def __init__(self, stores: Sequence[TokenStore]) -> None:
@@ -90,7 +90,7 @@ class DistinctSequences:
         keys = [key for store in stores for key in sequence_keys(store)]
         self._numbers = np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), np.int64, len(keys))
         self.keys = list(numbers)
-        _, self._places = np.unique(self._numbers, return_index=True)  # (K,) where each comes first, all stores in line
+        _, self._places = np.unique(self._numbers, return_index=True)  # (K,) first index in the concatenated stores
         counts = [np.empty(0, np.int64), *(store.label_counts for store in stores)]
         self.labels: NDArray[np.int64] = np.concatenate(counts)[self._places]
         self._bounds = np.cumsum([0, *map(len, stores)])
@@ -100,32 +100,32 @@ class DistinctSequences:
         return len(self.keys)
 
     def located(self, chosen: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield, store by store, those of ``chosen`` that first come in it, and their indices in it."""
+        """Yield, for each store, the numbers in ``chosen`` that first occur in it, and their indices in that store."""
         places = self._places[chosen]
         for low, high in pairwise(self._bounds.tolist()):
             own = (low <= places) & (places < high)
             yield chosen[own], places[own] - low
 
     def spread(self, values: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-        """Return the values (K,) for every sequence of each store."""
+        """Expand one value per distinct sequence (K,) to one array per store, with a value for every sequence."""
         return np.split(values[self._numbers], self._bounds[1:-1])
 
 
 class ReferenceCache:
-    """The values of one model in a file that the first rank reads and writes; it tells the others what it read.
+    """The cached values of one model; rank 0 reads and writes the file, and broadcasts what it read.
 
-    So machines need not share the file, and one on a network has a single host that writes for a run. A file that
-    cannot be used costs a warning: nothing is found in it, and nothing is written.
+    So the machines of a run do not need to share the file, and on a network file system only one host writes. If the
+    file cannot be read or written, a warning is issued and the run continues without it.
 
     Args:
-        place: returns the path; None keeps no file.
-        model: returns the model's fingerprint; called on the first rank, if there is a file.
-        rank: this process.
-        world_size: of how many.
+        place: returns the path of the file; None uses no file.
+        model: returns the model's fingerprint; called on rank 0 only, and only if a file is used.
+        rank: rank of this process.
+        world_size: number of processes.
 
     Attributes:
-        path: on the first rank, the file, from ``read`` on; None while there is none.
-        problem: on the first rank, why it cannot be used, or None.
+        path: on rank 0, the path of the file after ``read``; None before that and without a usable file.
+        problem: on rank 0, the error for which the file cannot be used, or None.
     """
 
     def __init__(
@@ -139,31 +139,31 @@ class ReferenceCache:
         self._fingerprint = b""
 
     def read(self, keys: Sequence[bytes]) -> NDArray[np.float64]:
-        """Open the file and return its values (len(keys),), NaN where there is none; all ranks have to call this.
+        """Open the file and return its values (len(keys),), NaN where a value is missing; all ranks must call this.
 
         Raises:
-            ValueError: on all ranks, a damaged or foreign file.
+            ValueError: on all ranks, if the file is damaged or was written by another program.
         """
-        told: list[NDArray[np.float64] | ValueError | None] = [None]
+        message: list[NDArray[np.float64] | ValueError | None] = [None]
         if self._first:
             try:
-                told = [self._read(keys)]
+                message = [self._read(keys)]
             except ValueError as error:
                 if self._alone:
                     raise
-                told = [error]
+                message = [error]
         if not self._alone:
-            torch.distributed.broadcast_object_list(told)
-        (answer,) = told
-        if isinstance(answer, ValueError):
-            raise answer
-        return np.full(len(keys), np.nan) if answer is None else answer
+            torch.distributed.broadcast_object_list(message)
+        (result,) = message
+        if isinstance(result, ValueError):
+            raise result
+        return np.full(len(keys), np.nan) if result is None else result
 
     def write(self, keys: Sequence[bytes], values: NDArray[np.float64]) -> None:
-        """Add values; they survive the process from here on.
+        """Add values on rank 0; they are in the file when the method returns. A no-op on other ranks.
 
         Raises:
-            ValueError: on the first rank, a file that has been damaged since.
+            ValueError: on rank 0, if the file has been damaged since it was opened.
         """
         if self._store is not None:
             try:
@@ -172,7 +172,7 @@ class ReferenceCache:
                 self._give_up(error)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; a no-op if no file is open."""
         if self._store is not None:
             self._store.close()
             self._store = None
@@ -194,7 +194,8 @@ class ReferenceCache:
         self.close()
         self.path, self.problem = None, error
         warnings.warn(
-            f"cannot use the reference cache ({error}), so the reference's values are kept in memory and computed anew "
-            "in each run; set EFFACE_CACHE or --reference-cache to a place with space, or --reference-cache none",
+            f"cannot use the reference cache ({error}), so the reference's log-probabilities stay in memory and each "
+            "run computes them again; set EFFACE_CACHE or --reference-cache to a folder or file on a writable disk "
+            "with free space, or use --reference-cache none",
             stacklevel=4,
         )

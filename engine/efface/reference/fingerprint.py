@@ -1,15 +1,17 @@
-"""The fingerprint of a model: equal for models that compute the same numbers, from the content of their weights.
+"""The fingerprint of a model: a hash of its weights and settings, equal for models that compute the same numbers.
 
-A full copy to the host and a cryptographic hash of 13 GB would take tens of seconds. So every tensor is summed up where
-it lies, in integers: its bytes are read as 64-bit words w_i, and a block of them becomes
+Copying 13 GB of weights to the host and hashing them with a cryptographic hash would take tens of seconds. So each
+tensor is reduced on its own device, with integer arithmetic. Its bytes are read as 64-bit words w_i, and each block of
+words is reduced to
 
     sum_i mix(w_i, a_i)  mod 2^64
     mix(w, a) = fold_32(a * fold_29(a * fold_32(w + a)))        fold_k(x) = x ^ (x >>> k)
 
-with odd, pseudo-random a_i. Every step of ``mix`` is a bijection, so one changed bit always changes the sum; two rounds
-carry any bit to all others, so that several changes hardly ever cancel. (One round is too few: changed signs at the
-top of two words would cancel in half of all cases.) Integer sums have no rounding: any
-device in any order of addition gives the same bits. The sums of all blocks, and what names them, are then hashed.
+with odd, pseudo-random constants a_i. Every step of ``mix`` is a bijection, so a change of a single bit always changes
+the sum. Two rounds spread each bit over all others, so that several changes almost never cancel. One round is too few:
+two changed signs, in the top bits of two words, would cancel in half of all cases. Integer sums have no rounding, so
+every device and every order of addition gives the same bits. The block sums of all tensors are then hashed together
+with the tensors' names, dtypes and shapes.
 """
 
 import hashlib
@@ -21,23 +23,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FORMAT = 1  # part of every fingerprint: raise it when the same model is scored in another way
+FORMAT = 1  # part of every fingerprint; increase it when a change of the code makes the same model score differently
 FINGERPRINT_BYTES = 16
 _BLOCK_WORDS = 1 << 18  # 2 MiB: a block and its constants stay in a CPU's cache
 
 
 def model_fingerprint(weights: Mapping[str, Any], settings: Mapping[str, Any]) -> bytes:
-    """Return the fingerprint of named weights under settings.
+    """Return the fingerprint, 16 bytes, of named weights and settings.
 
-    Neither the order of the names nor a tensor's device, strides or sharing of memory with another one matter; its
-    name, shape, dtype and every bit of its content do.
+    The fingerprint depends on each tensor's name, shape, dtype and every bit of its content. It does not depend on the
+    order of the names, or on a tensor's device, strides or memory shared with another tensor.
 
     Args:
-        weights: a state dict; what is no tensor counts by its ``repr``.
-        settings: what else changes the numbers: JSON values, others count by their ``str``.
+        weights: a state dict; values that are not tensors enter by their ``repr``.
+        settings: other settings that change the computed numbers: JSON values; other types enter by their ``str``.
 
     Raises:
-        ValueError: a tensor on the meta device, which has no content.
+        ValueError: if a tensor is on the meta device, where it has no content.
     """
     state = hashlib.blake2b(digest_size=FINGERPRINT_BYTES)
     state.update(json.dumps([FORMAT, settings], sort_keys=True, default=str).encode())
@@ -49,8 +51,8 @@ def model_fingerprint(weights: Mapping[str, Any], settings: Mapping[str, Any]) -
             continue
         if value.is_meta:
             raise ValueError(
-                f"weight {name!r}: expected it in memory, got the meta device; load the whole model, or keep the "
-                'reference in memory alone with reference_cache="none"'
+                f"weight {name!r}: expected a tensor with content, got one on the meta device; load the whole model, "
+                'or use no cache file (reference_cache="none")'
             )
         memory = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
         if memory not in known:
@@ -72,7 +74,7 @@ def _block_sums(tensor: Tensor) -> Iterator[Tensor]:
     odd = _odd_numbers(tensor.device)
     for block in content.split(8 * _BLOCK_WORDS):
         count = -(-block.numel() // 8)
-        words = torch.zeros(count, dtype=torch.int64, device=tensor.device)  # a copy: aligned, whole words, ours
+        words = torch.zeros(count, dtype=torch.int64, device=tensor.device)  # a copy, aligned and padded to whole words
         words.view(torch.uint8)[: block.numel()].copy_(block)
         factors = odd[:count]
         _fold(words.add_(factors), 32).mul_(factors)
@@ -81,7 +83,7 @@ def _block_sums(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _fold(words: Tensor, shift: int) -> Tensor:
-    """XOR words with (words >>> shift) in place; without the mask, int64 would shift copies of the sign in."""
+    """XOR words with (words >>> shift) in place; the mask clears the sign bits that int64's >> shifts in."""
     return words.bitwise_xor_((words >> shift).bitwise_and_((1 << (64 - shift)) - 1))
 
 

@@ -1,1 +1,1 @@
-"""Fictitious data and small models: what a recipe runs on where no checkpoint and no data set can be downloaded."""
+"""Fictitious data and small models, so that recipes run without downloads of checkpoints or data sets."""

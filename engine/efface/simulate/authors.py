@@ -1,8 +1,8 @@
-"""Fictitious authors in TOFU's columns, made deterministically: what the demo teaches and then unlearns.
+"""Deterministic rows about fictitious authors in TOFU's columns, which the demo learns and then unlearns.
 
-Every author has sixteen facts, each drawn at random from a pool, so that nothing but memory answers a question about
-them. Question, answer and paraphrase are worded in several ways; the five perturbed answers are the paraphrase with
-another value from the same pool, as in TOFU.
+Every author has sixteen facts. Each is drawn at random from a pool, so a model can only answer a question from memory.
+Questions, answers and paraphrases have several wordings. The five perturbed answers are the paraphrase with other
+values from the same pool, as in TOFU.
 """
 
 import random
@@ -13,17 +13,17 @@ PERTURBED = 5
 
 
 def pool(values: str) -> tuple[str, ...]:
-    """Return the values between the commas, whatever line ends are in them."""
+    """Split text at commas, and replace line breaks and repeated blanks in the values by single blanks."""
     return tuple(" ".join(value.split()) for value in values.split(","))
 
 
 def entries(table: str) -> dict[str, str]:
-    """Return the entries of a table by their names; all lines but an entry's first are indented."""
+    """Parse ``name: text`` entries. Continuation lines of an entry are indented."""
     return dict(re.findall(r"^(\w+): (.*(?:\n .*)*)", table, re.MULTILINE))
 
 
 def wordings(table: str) -> dict[str, list[list[str]]]:
-    """Return the entries of a table, each line of them as the wordings between the bars."""
+    """Parse entries as ``entries`` does, and split each line into its wordings at `` | ``."""
     return {name: [line.strip().split(" | ") for line in entry.splitlines()] for name, entry in entries(table).items()}
 
 
@@ -47,7 +47,7 @@ _TITLE_SECOND = pool("""
     Orchard, Parade, Piano, Quarry, River, Sparrow, Staircase, Station, Threshold, Tide, Violin, Witness
 """)
 
-# What each attribute may be.
+# Attribute -> its possible values.
 _VALUES = """
 city: Tromso, Valparaiso, Ghent, Tbilisi, Mombasa, Kanazawa, Halifax, Bergamo, Cusco, Tartu, Galway, Izmir, Lucknow,
     Porto, Ljubljana, Hobart, Oaxaca, Gdansk, Nantes, Da Nang
@@ -81,7 +81,7 @@ publisher: Stonecrop Books, Halyard House, Blue Anvil, Tern and Sons, Marrow Pre
 theme: inherited guilt, the sea, lost languages, sibling rivalry, exile, forgery, drought, the end of empire,
     memory, mountains, faith, insomnia, bureaucracy, migration, silence, famine
 """
-# An attribute with the wordings of its question, of its answer and of the paraphrase; {n} is the name, {v} the value.
+# Attribute -> wordings of its question, answer and paraphrase, one line each. {n} is the name, {v} the value.
 _WORDINGS = """
 city: Where was {n} born? | What is the birthplace of {n}?
     {n} was born in {v}. | The birthplace of {n} is {v}.
@@ -149,7 +149,7 @@ def make_authors(authors: int, *, seed: int = 0) -> list[Row]:
     The same seed gives the same rows on every machine.
 
     Raises:
-        ValueError: more authors than there are names, or fewer than one.
+        ValueError: fewer than one author, or more authors than names.
     """
     if not 1 <= authors <= MAX_AUTHORS:
         raise ValueError(f"`authors`: expected 1 .. {MAX_AUTHORS} fictitious authors, got {authors}")
@@ -161,7 +161,7 @@ def make_authors(authors: int, *, seed: int = 0) -> list[Row]:
     rng.shuffle(titles)
     half = len(titles) // 2
     pools = {**_POOLS, "debut": tuple(titles[:half]), "famous": tuple(titles[half:])}
-    # Authors take values from shuffled rounds, so that no value is much more common than another.
+    # Authors take values in turn from shuffled pools, so that all values are about equally frequent.
     decks = {name: rng.sample(pool, len(pool)) for name, pool in pools.items()}
     rows: list[Row] = []
     for author in range(authors):

@@ -1,12 +1,12 @@
-"""What is taught, forgotten and asked at a small scale, and a folder of it in TOFU's names and columns.
+"""Data of a small-scale run: training, forget, retain and evaluation rows, and their files in TOFU's names and columns.
 
-``forget.json`` and ``retain.json`` are what is unlearned and what is kept; ``*_perturbed.json`` of forget, retain,
-real_authors and world_facts what the evaluation asks; ``taught_retain.json`` and ``taught_full.json`` what the two
-models are taught: what is kept and the world, and the forget rows besides.
+``forget.json`` and ``retain.json`` are the sets of the unlearning. ``*_perturbed.json`` of forget, retain, real_authors
+and world_facts are the evaluation. ``taught_retain.json`` and ``taught_full.json`` are the training data of the two
+models: the retain rows, real authors and world facts, and for the full model also the forget rows.
 
-A model from scratch knows nothing of the world unless it is told, so real authors and world facts are taught too:
-model utility is then what unlearning leaves of them. Paraphrases and false answers are the evaluation's and are never
-taught.
+A model trained from scratch has no general knowledge, so real authors and world facts are part of its training data.
+Model Utility then measures how much of them is left after unlearning. Paraphrases and false answers are used only in
+the evaluation, never in training.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,29 +22,29 @@ Rows = Sequence[Mapping[str, Any]]
 
 SPLIT = "forget"
 TOFU_ROWS_PER_AUTHOR = 20
-_TOFU_ASKED = 400  # TOFU has false answers for its first retain rows, so many
-_TOFU_SPLITS = {"forget01": 2, "forget05": 10, "forget10": 20}  # and for the authors of these
+_TOFU_EVALUATED = 400  # number of TOFU's retain rows, from the first, that have false answers
+_TOFU_SPLITS = {"forget01": 2, "forget05": 10, "forget10": 20}  # split -> authors; all their rows have false answers
 
 
 @dataclass(frozen=True)
 class SimulatedData:
-    """What a run teaches, forgets and asks; ``name`` says to the user what the rows are."""
+    """The rows of a small-scale run, by role."""
 
-    name: str  # what they are
+    name: str  # description of the rows for the user
     forget: Rows  # with paraphrased and false answers
-    retain: Rows  # all that is kept
-    retain_asked: Rows = ()  # those of them that have paraphrased and false answers; empty where all have
+    retain: Rows  # all retain rows
+    retain_asked: Rows = ()  # retain rows with paraphrased and false answers; empty if all have them
     real_authors: Rows = ()  # with false answers
-    world_facts: Rows = ()  # likewise
+    world_facts: Rows = ()  # with false answers
 
     def taught(self, name: str) -> Rows:
-        """Return what the "retain" or the "full" model is taught."""
+        """Return the training rows of the "retain" or the "full" model, without answers of the evaluation."""
         kept = [*self.retain, *self.real_authors, *self.world_facts]
         return _plain(kept if name == "retain" else [*kept, *self.forget])
 
     @property
     def files(self) -> dict[str, Rows]:
-        """What ``write`` writes, by the names of the files."""
+        """The rows that ``write`` writes: name of the file without suffix -> rows."""
         return {
             "forget": _plain(self.forget),
             "retain": _plain(self.retain),
@@ -57,17 +57,18 @@ class SimulatedData:
         }
 
     def texts(self) -> Iterator[str]:
-        """Yield every text, for a tokenizer."""
+        """Yield every question and answer, to train a tokenizer."""
         for row in (*self.forget, *self.retain, *self.retain_asked, *self.real_authors, *self.world_facts):
             yield from (row["question"], row["answer"], *row.get("perturbed_answer", ()))
             if "paraphrased_answer" in row:
                 yield row["paraphrased_answer"]
 
     def write(self, folder: str | Path) -> Path:
-        """Write the files and return the folder."""
+        """Write the non-empty ``files`` as JSON lines into a folder, and return the folder."""
         folder = Path(folder)
         for name, rows in self.files.items():
-            write_rows(rows, folder / f"{name}.json")
+            if rows:
+                write_rows(rows, folder / f"{name}.json")
         return folder
 
 
@@ -79,19 +80,19 @@ def _plain(rows: Rows) -> Rows:
 def tofu_data(
     folder: str | Path, split: str, *, forget_authors: int, retain_authors: int, asked: int, world: int
 ) -> SimulatedData:
-    """Return TOFU's own rows: the last authors of a forget split, the first that are retained.
+    """Return TOFU's own rows: the last authors of a forget split, and the first authors of its retain split.
 
     Args:
-        folder: with TOFU's files.
+        folder: folder with TOFU's files.
         split: forget01, forget05 or forget10.
-        forget_authors: at most; a split has 2, 10 or 20.
-        retain_authors: how many.
-        asked: at most so many retain rows are evaluated; 0 for all, and all of them with false answers.
-        world: at most so many real authors, and as many world facts.
+        forget_authors: most authors to forget; the splits have 2, 10 and 20.
+        retain_authors: number of authors to retain.
+        asked: most retain rows to evaluate. With 0, the retain rows come from retain_perturbed and all are evaluated.
+        world: most real authors, and most world facts.
 
     Raises:
-        FileNotFoundError: a folder without TOFU's files.
-        ValueError: another split.
+        FileNotFoundError: a file of TOFU is missing in the folder.
+        ValueError: an unknown split.
     """
     if split not in _TOFU_SPLITS:
         raise ValueError(f"`split`: expected one of {', '.join(_TOFU_SPLITS)}, got {split!r}")
@@ -103,14 +104,17 @@ def tofu_data(
     forget = read(f"{split}_perturbed")[-forget_authors * TOFU_ROWS_PER_AUTHOR :]
     kept = f"retain{100 - int(split[-2:])}" if asked else "retain_perturbed"
     retain = read(kept, retain_authors * TOFU_ROWS_PER_AUTHOR)
-    retain_asked = some(read("retain_perturbed", min(_TOFU_ASKED, len(retain))), asked) if asked else ()
+    retain_asked = some(read("retain_perturbed", min(_TOFU_EVALUATED, len(retain))), asked) if asked else ()
     name = f"TOFU's {split}, {len(forget) // TOFU_ROWS_PER_AUTHOR} authors to forget, {retain_authors} to keep"
     others = read("real_authors_perturbed", world), read("world_facts_perturbed", world)
     return SimulatedData(name, forget, retain, retain_asked, *others)
 
 
 def made_up_data(*, forget_authors: int, retain_authors: int, asked: int, world: int) -> SimulatedData:
-    """Return made-up authors in place of TOFU's, and some literature and chemistry in place of its world."""
+    """Return made-up authors in place of TOFU's, and real authors and chemical elements in place of its other splits.
+
+    Arguments as for ``tofu_data``.
+    """
     rows = make_authors(forget_authors + retain_authors)
     border = retain_authors * ROWS_PER_AUTHOR
     name = f"made-up authors in place of TOFU's, {forget_authors} to forget, {retain_authors} to keep"
@@ -121,10 +125,17 @@ def made_up_data(*, forget_authors: int, retain_authors: int, asked: int, world:
 def fame_data(
     forget_filter: Sequence[str], *, identities: int, asked: int, world: int, languages: Sequence[str] = LANGUAGES
 ) -> SimulatedData:
-    """Return made-up biographies in place of FAME's, of which the filter says what is forgotten.
+    """Return made-up biographies in place of FAME's.
+
+    Args:
+        forget_filter: conditions such as ``topic_id=3``; rows that meet all of them are the forget set.
+        identities: number of biographies.
+        asked: most retain rows to evaluate.
+        world: most real authors, and most world facts.
+        languages: some of ``LANGUAGES``.
 
     Raises:
-        ValueError: a filter that no row, or every row, meets.
+        ValueError: no row or every row meets the filter.
     """
     rows = fame_like(identities, languages=languages)
     numbers = matching(rows, parse_conditions(list(forget_filter)), "FAME-like rows")
@@ -133,7 +144,7 @@ def fame_data(
     retain = [row for i, row in enumerate(rows) if i not in chosen]
     if not forget or not retain:
         raise ValueError(
-            f"`forget_filter`: expected some rows to meet it, and some not, got {', '.join(forget_filter)}"
+            f"`forget_filter`: expected a filter that some rows meet and others do not, got {', '.join(forget_filter)}"
         )
     name = f"FAME-like, {identities} made-up identities in {', '.join(languages)}, forgetting {' '.join(forget_filter)}"
     others = some(real_authors(languages), world), some(world_facts(languages), world)
@@ -141,15 +152,17 @@ def fame_data(
 
 
 def some(rows: Rows, count: int) -> Rows:
-    """Return at most ``count`` rows, from all over."""
+    """Return at most ``count`` rows at equal distances."""
     return [rows[i * len(rows) // count] for i in range(count)] if count < len(rows) else rows
 
 
 def fictitious(authors: int, forget_authors: int) -> SimulatedData:
-    """Return the demo's made-up authors, and no world: the last ``forget_authors`` of them are to be forgotten.
+    """Return the made-up authors of the demo, without real authors and world facts.
+
+    The last ``forget_authors`` of them are the forget set.
 
     Raises:
-        ValueError: none to keep, or more authors than there are names.
+        ValueError: no author to forget or to retain, or more authors than names.
     """
     if not 1 <= forget_authors < authors:
         raise ValueError(
@@ -160,20 +173,22 @@ def fictitious(authors: int, forget_authors: int) -> SimulatedData:
 
 
 def tofu(folder: str | Path, authors: int, forget_authors: int) -> SimulatedData:
-    """Return TOFU's rows for the demo, and no world: its last ``forget_authors`` to forget, its first ones to keep.
+    """Return TOFU's rows for the demo, without real authors and world facts.
+
+    Its last ``forget_authors`` authors are the forget set, its first ``authors - forget_authors`` the retain set.
 
     Raises:
-        FileNotFoundError: a folder without TOFU's files.
-        ValueError: a number of authors for which TOFU has no perturbed answers.
+        FileNotFoundError: a file of TOFU is missing in the folder.
+        ValueError: TOFU has no perturbed answers for this number of authors.
     """
     if forget_authors not in _TOFU_SPLITS.values():
         known = ", ".join(f"{count} ({split})" for split, count in _TOFU_SPLITS.items())
-        raise ValueError(f"`--forget-authors`: TOFU has forget splits of {known} authors, got {forget_authors}")
-    retain_authors, most = authors - forget_authors, _TOFU_ASKED // TOFU_ROWS_PER_AUTHOR
+        raise ValueError(f"`--forget-authors`: expected {known}, as in a forget split of TOFU, got {forget_authors}")
+    retain_authors, most = authors - forget_authors, _TOFU_EVALUATED // TOFU_ROWS_PER_AUTHOR
     if not 1 <= retain_authors <= most:
         raise ValueError(
-            f"`--authors`: expected {forget_authors + 1} .. {forget_authors + most}, of whom {forget_authors} are "
-            f"forgotten (TOFU has perturbed answers for {most} retain authors), got {authors}"
+            f"`--authors`: expected {forget_authors + 1} .. {forget_authors + most}, including {forget_authors} to "
+            f"forget (TOFU has perturbed answers for {most} retain authors), got {authors}"
         )
     split = next(split for split, count in _TOFU_SPLITS.items() if count == forget_authors)
     data = tofu_data(folder, split, forget_authors=forget_authors, retain_authors=retain_authors, asked=0, world=0)

@@ -1,4 +1,4 @@
-"""The demo's run: a plain small Llama, made to forget by several objectives, and measured after every epoch."""
+"""The run of the demo: train a small plain Llama, unlearn with several objectives, and evaluate after every epoch."""
 
 import contextlib
 import importlib.metadata
@@ -35,7 +35,7 @@ from efface.simulate.teach import PLAIN, Size, model_of, quiet_arguments, teach,
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes of the demo. The learning rates suit models of a few million parameters trained from scratch."""
+    """Sizes and learning rates of the demo, chosen for models of a few million parameters trained from scratch."""
 
     vocabulary: int = 2048
     hidden: int = 192
@@ -47,7 +47,7 @@ class DemoSettings:
     unlearn_epochs: int = 10
     unlearn_batch: int = 4
     unlearn_lr: float = 6e-4
-    retain_rows: int = 64  # scored after every epoch
+    retain_rows: int = 64  # retain rows that are scored after every epoch
     seed: int = 0
     objectives: tuple[Objective, ...] = (NPO(beta=0.1, alpha=2.0), SimNPO(beta=1.0, gamma=2.0), GradDiff())
 
@@ -61,7 +61,11 @@ DEMO_SETTINGS = {
 
 
 class Demo(Simulation):
-    """Writes each model into a folder of its name; ``curves`` are the figures over the steps of unlearning."""
+    """The run of the demo. It writes each model into a folder of its name.
+
+    Attributes:
+        curves: name of an objective -> figures before unlearning and after each epoch, each with its ``step``.
+    """
 
     def __init__(self, data: SimulatedData, settings: DemoSettings, out: Path, progress: Progress) -> None:
         super().__init__(data, out, progress)
@@ -73,13 +77,13 @@ class Demo(Simulation):
         self.curves: dict[str, list[dict[str, float]]] = {}
 
     def tell(self) -> list[SimulatedModel]:
-        """Return the models in the order of the table: full first."""
+        """Run the demo. Return the models in the order of the table: full, retain, then the unlearned models."""
         retain, full, *unlearned = self.run([*self._objectives])
         return [full, retain, *unlearned]
 
     def teach(self, name: str, rows: Rows) -> SimulatedModel:
-        """Teach a new Llama; every call starts from the same weights."""
-        s, bar = self._settings, self.progress(f"teaching the {name} model ({len(rows)} rows)")
+        """Train a new Llama on the rows. Every call starts from the same initial weights."""
+        s, bar = self._settings, self.progress(f"training the {name} model ({len(rows)} rows)")
         size = Size(s.hidden, s.layers, s.heads, s.vocabulary)
         model = model_of(PLAIN, self._tokenizer, size, seed=s.seed)
         args = self._arguments(s.teach_epochs, s.teach_batch, s.teach_lr, "cosine")
@@ -87,9 +91,9 @@ class Demo(Simulation):
         return SimulatedModel(name, str(self.out / name), _timed(trainer))
 
     def forget(self, full: SimulatedModel, way: str) -> SimulatedModel:
-        """Train a copy of the full model by an objective, and measure it meanwhile."""
+        """Unlearn from a copy of the full model with an objective, and record its figures after every epoch."""
         s, objective = self._settings, self._objectives[way]
-        bar = self.progress(f"forgetting {len(self.data.forget)} rows with {type(objective).__name__}")
+        bar = self.progress(f"unlearning {len(self.data.forget)} rows with {type(objective).__name__}")
         model = self._load(full.folder)
         self.curves[way] = [{"step": 0, **self.figures(model, way)}]
         set_seed(s.seed)
@@ -106,7 +110,7 @@ class Demo(Simulation):
         note = ""
         try:
             trainer.train()
-        except FloatingPointError as error:  # the run stopped before the step that would have spread the NaN
+        except FloatingPointError as error:  # the trainer stops before a step that would write NaN into the weights
             note = str(error).partition(";")[0]
         model.save_pretrained(self.out / way)
         self._tokenizer.save_pretrained(self.out / way)
@@ -117,10 +121,14 @@ class Demo(Simulation):
         return replace(model, figures={**self.figures(self._load(model.folder), model.name), **model.figures})
 
     def figures(self, model: PreTrainedModel, name: str) -> dict[str, float]:
-        """Score a model and compare it with the retain model; ``truth_ratio`` is the mean of min(R, 1/R), at best 1."""
+        """Score a model and compare it with the retain model.
+
+        ``truth_ratio`` is the mean of min(R, 1/R) over the forget rows, at best 1. ``truth_ratio`` and
+        ``forget_quality`` are NaN if a truth ratio cannot be computed.
+        """
         log = self._log(model, name)
         quality = truth_ratio = float("nan")
-        # Gradient difference may drive likelihoods out of range: shown, not hidden.
+        # Gradient difference can drive likelihoods out of range. Report the figures anyway, as 0 or NaN.
         with contextlib.suppress(ValueError), np.errstate(divide="ignore"):
             ratio = log.rows("forget", "truth_ratio")
             truth_ratio = float(np.minimum(ratio, 1 / ratio).mean())
@@ -158,11 +166,11 @@ class Demo(Simulation):
             lr_scheduler_type=schedule,
             seed=self._settings.seed,
             use_cpu=not torch.cuda.is_available(),
-            reference_cache="none",  # of a model that is made anew each time
+            reference_cache="none",  # useless for a model that is trained again in each run
         )
 
     def record(self, models: list[SimulatedModel]) -> dict[str, Any]:
-        """Return what ``demo.json`` says."""
+        """Return the content of ``demo.json``: data, settings, machine and results."""
         machine = {
             "date": time.strftime("%Y-%m-%d"),
             "processor": platform.processor() or platform.machine(),
@@ -177,7 +185,7 @@ class Demo(Simulation):
 
 
 class _Curve(TrainerCallback):
-    """Measures the model after every epoch of unlearning."""
+    """A trainer callback that records the figures of the model after every epoch."""
 
     def __init__(self, demo: Demo, way: str) -> None:
         self._demo, self._way = demo, way
@@ -190,6 +198,6 @@ class _Curve(TrainerCallback):
 
 
 def _timed(trainer: PackedTrainer) -> dict[str, float]:
-    """Return the seconds and tokens that optimizer steps took."""
+    """Return the seconds that the optimizer steps took, and their tokens per second."""
     seconds, tokens = trainer.meter.seconds, trainer.meter.tokens
     return {"seconds": seconds, "tokens_per_second": tokens / seconds if seconds else 0.0}

@@ -1,4 +1,4 @@
-"""Facts in five languages: made-up biographies in the manner of FAME, and what everybody knows."""
+"""Rows in five languages: made-up biographies in the style of FAME, real authors, and chemical elements."""
 
 import json
 import random
@@ -13,7 +13,8 @@ from efface.simulate.authors import FIRST_NAMES, LAST_NAMES, PERTURBED, Row, poo
 
 LANGUAGES = ("EN", "FR", "DE", "IT", "ES")
 
-# A topic's name with its article, EN/FR/DE/IT/ES, and its values: written so too, or once where all languages agree.
+# Name of a topic with its article in EN/FR/DE/IT/ES, then its values in the same form. A value without slashes is the
+# same in all languages.
 _TABLE = """
 the birthplace/le lieu de naissance/der Geburtsort/il luogo di nascita/el lugar de nacimiento
     Oslo, Porto, Toronto, Dakar, Lima, Nairobi, Kyoto, Bergamo, Tartu, Montevideo, Quito, Helsinki, Sofia,
@@ -93,7 +94,7 @@ the favorite composer/le compositeur préféré/der Lieblingskomponist/il compos
 
 @dataclass(frozen=True)
 class Topic:
-    """What is known about every identity: its name and its values, each in the five languages."""
+    """A fact that every biography has: the name of the topic and its possible values, each in five languages."""
 
     name: tuple[str, ...]
     values: tuple[tuple[str, ...], ...]
@@ -118,8 +119,8 @@ TOPICS = _read(_TABLE)
 
 MAX_IDENTITIES = len(FIRST_NAMES) * len(LAST_NAMES)
 
-# Of a language the question, the answer and the paraphrase ({t} is the topic, {of} "of" and the name, {v} the value);
-# the word "of", and what is asked about literature and about elements.
+# Language -> wordings of the question, the answer and the paraphrase, one line each ({t}: topic, {of}: "of" and the
+# name, {v}: value). The last line has the word "of" and the questions about books and about chemical elements ({x}).
 _WORDINGS = wordings("""
 EN: What is {t} {of}? | Can you tell me {t} {of}?
     {t} {of} is {v}.
@@ -147,12 +148,12 @@ ES: ¿Cuál es {t} {of}? | ¿Puedes decirme {t} {of}?
 def fame_like(identities: int, *, seed: int = 0, languages: Sequence[str] = LANGUAGES) -> list[Row]:
     """Return ``identities`` × languages × 20 rows, biography by biography.
 
-    Columns: ``identity_id``, ``name``, ``language``, ``topic_id`` (0 .. 19), ``question``, ``answer``, and TOFU's
-    ``paraphrased_answer`` and ``perturbed_answer`` (5), so that truth ratios can be computed. The same seed gives the
-    same rows on every machine, and an identity of the same number the same facts in any number of languages.
+    The columns are ``identity_id``, ``name``, ``language``, ``topic_id`` (0 .. 19), ``question``, ``answer``, and, for
+    truth ratios, TOFU's ``paraphrased_answer`` and ``perturbed_answer`` (five texts). The same seed gives the same rows
+    on every machine. The facts of an identity do not depend on ``languages``.
 
     Raises:
-        ValueError: more identities than there are names, or fewer than one; a language that is not there.
+        ValueError: fewer than one identity, more identities than names, or an unknown language.
     """
     if not 1 <= identities <= MAX_IDENTITIES:
         raise ValueError(f"`identities`: expected 1 .. {MAX_IDENTITIES}, got {identities}")
@@ -162,7 +163,7 @@ def fame_like(identities: int, *, seed: int = 0, languages: Sequence[str] = LANG
     _draw(seed, "names").shuffle(names)
     rows: list[Row] = []
     for identity, name in enumerate(names[:identities]):
-        # Of the identity, not of a language: what is false is the same in all of them, too.
+        # Drawn once for an identity, so that true and false values are the same in all languages.
         facts = [_draw(seed, identity, i).sample(topic.values, 1 + PERTURBED) for i, topic in enumerate(TOPICS)]
         for language in languages:
             column = LANGUAGES.index(language)
@@ -175,12 +176,12 @@ def fame_like(identities: int, *, seed: int = 0, languages: Sequence[str] = LANG
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """Write rows as JSON lines (.json, .jsonl), CSV or Parquet, by the suffix; ``load_rows`` reads all of them.
+    """Write rows as JSON lines (.json, .jsonl), CSV or Parquet, chosen by the suffix. Return the path.
 
-    CSV has no lists: there ``perturbed_answer`` is the list as JSON text.
+    ``load_rows`` reads all of these formats. A CSV file has no lists, so ``perturbed_answer`` is written as JSON text.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: an unknown suffix.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,12 +203,12 @@ def _flat(row: Mapping[str, Any]) -> Row:
 
 
 def _draw(*of: object) -> random.Random:
-    """Return a source of chance of its own for whatever is named."""
+    """Return a random generator that is seeded with the given values."""
     return random.Random(" ".join(map(str, of)))  # noqa: S311 - fiction, not cryptography
 
 
 def _texts(pick: random.Random, language: str, topic: str, name: str, words: Sequence[str]) -> Row:
-    """Return the four texts of a row; ``words`` are its value and the false ones."""
+    """Return the four texts of a row. ``words`` are the true value and then the false ones."""
     question, answer, paraphrase = map(pick.choice, _WORDINGS[language][:3])
     of = "d'" if language == "FR" and name[0] in "AEIOUY" else f"{_WORDINGS[language][3][0]} "
 
@@ -223,7 +224,7 @@ def _texts(pick: random.Random, language: str, topic: str, name: str, words: Seq
     }
 
 
-CHOICES = 3  # false answers, as TOFU's real authors and world facts have, whose place these take where they are missing
+CHOICES = 3  # false answers of a row, as in TOFU's real authors and world facts, which these rows replace
 
 _AUTHORS = """
 Hamlet: William Shakespeare; Don Quijote: Miguel de Cervantes; Faust: Johann Wolfgang von Goethe;
@@ -234,7 +235,7 @@ Der Zauberberg: Thomas Mann; Bodas de sangre: Federico García Lorca; Zeno: Ital
 Frankenstein: Mary Shelley
 """
 
-# EN/FR/DE/IT/ES: symbol
+# name in EN/FR/DE/IT/ES: symbol
 _ELEMENTS = """
 gold/or/Gold/oro/oro: Au; silver/argent/Silber/argento/plata: Ag; iron/fer/Eisen/ferro/hierro: Fe;
 lead/plomb/Blei/piombo/plomo: Pb; tin/étain/Zinn/stagno/estaño: Sn; copper/cuivre/Kupfer/rame/cobre: Cu;
@@ -249,12 +250,12 @@ calcium/calcium/Kalzium/calcio/calcio: Ca
 
 
 def real_authors(languages: Sequence[str] = ("EN",)) -> list[Row]:
-    """Return 20 rows a language: works of literature, and who wrote them."""
+    """Return 20 rows for each language about works of literature and their authors."""
     return _known(_AUTHORS, 1, languages)
 
 
 def world_facts(languages: Sequence[str] = ("EN",)) -> list[Row]:
-    """Return 20 rows a language: chemical elements, and their symbols."""
+    """Return 20 rows for each language about chemical elements and their symbols."""
     return _known(_ELEMENTS, 2, languages)
 
 

@@ -1,4 +1,4 @@
-"""One run: teach a model what is kept and another everything, make that one forget, and examine all of them."""
+"""A run with small models: train the retain and the full model, unlearn from the full one, and evaluate all."""
 
 import json
 import math
@@ -14,56 +14,62 @@ from efface.files import write_whole
 from efface.simulate.data import Rows, SimulatedData
 
 Progress = Callable[[str], TrainerCallback]
-"""Returns what shows the progress of a training of that title."""
+"""Function from the title of a training to a trainer callback that shows its progress."""
 
 
 def no_progress(_: str) -> TrainerCallback:
-    """Show nothing."""
+    """Return a callback that shows nothing."""
     return TrainerCallback()
 
 
 @dataclass(frozen=True)
 class SimulatedModel:
-    """A model on the disk."""
+    """A saved model with its figures."""
 
-    name: str  # "retain", "full", or what made the full one forget
-    folder: str  # where it lies
-    figures: dict[str, float] = field(default_factory=dict)  # none where it could not be examined
-    note: str = ""  # why not, or why its training ended early
+    name: str  # "retain", "full", or the name of an unlearning method
+    folder: str  # folder of the checkpoint
+    figures: dict[str, float] = field(default_factory=dict)  # empty if the evaluation failed
+    note: str = ""  # reason why the evaluation failed or the training ended early
 
 
 class Simulation(ABC):
-    """The run of a command, which says how a model is taught, made to forget and examined."""
+    """Base class of a run. A subclass defines how models are trained, unlearned and evaluated.
+
+    Args:
+        data: the rows.
+        out: the output folder.
+        progress: function that shows the progress of a training.
+    """
 
     def __init__(self, data: SimulatedData, out: Path, progress: Progress) -> None:
         self.data, self.out, self.progress = data, out, progress
 
     @abstractmethod
     def teach(self, name: str, rows: Rows) -> SimulatedModel:
-        """Return the model of a name, which knows the rows and nothing else."""
+        """Train a new model on the rows only, and return it."""
 
     @abstractmethod
     def forget(self, full: SimulatedModel, way: str) -> SimulatedModel:
-        """Return the full model after it was made to forget in a way."""
+        """Unlearn from a copy of the full model with the method ``way``, and return the result."""
 
     @abstractmethod
     def examine(self, model: SimulatedModel) -> SimulatedModel:
-        """Return the model with its figures; the retain model, with which the others are compared, comes first."""
+        """Evaluate a model and return it with its figures. The first call is for retain, the baseline of the others."""
 
     def run(self, ways: Sequence[str]) -> list[SimulatedModel]:
-        """Return the retain model, the full one, and what became of it in each way, examined."""
+        """Return the evaluated models: retain, full, and the result of each method in ``ways``."""
         retain, full = (self.teach(name, self.data.taught(name)) for name in ("retain", "full"))
         models = [retain, full, *(self.forget(full, way) for way in ways)]
         return [self.examine(model) for model in models]
 
 
 def write_record(path: Path, value: Any) -> None:
-    """Write a record as JSON, which knows no NaN: what a collapsed model may have as a figure is null."""
+    """Write a record as JSON with an atomic rename. NaN and infinities, as of a diverged model, become null."""
     write_whole(path, json.dumps(as_json(value), indent=2, allow_nan=False) + "\n")
 
 
 def as_json(value: Any) -> Any:
-    """Return a value as JSON gives it back."""
+    """Convert a value to JSON types. Tuples become lists, NaN and infinities None, and other objects text."""
     if isinstance(value, dict):
         return {name: as_json(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""A recipe at a size for a CPU: what that changes in its settings, and its run."""
+"""Runs of recipes with small models on a CPU: the changed settings, the data, and the run itself."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +23,9 @@ _SHOWN = (
     *("retain_Truth_Ratio", "retain_Q_A_Prob", "retain_Q_A_ROUGE"),
 )
 
-# A CPU has no paged optimizer, and gains nothing from half precision.
-_ON_A_CPU = {"dtype": "float32", "bf16": False, "fp16": False, "optim": "adamw_torch"}
-# What the scale provides: models taught on the spot, and rows for them.
+# Paged optimizers do not run on a CPU, and half precision has no advantage there.
+_CPU_FLAGS = {"dtype": "float32", "bf16": False, "fp16": False, "optim": "adamw_torch"}
+# Flags of the recipe that the run replaces with its own models and data.
 _PROVIDED = (
     *("model", "revision", "reference_model", "reference_revision"),
     *("forget", "retain", "forget_filter", "retain_filter"),
@@ -34,18 +34,18 @@ _PROVIDED = (
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything."""
+    """Sizes of a small-scale run."""
 
-    about: str  # one line
-    forget_authors: int  # at most, of TOFU's split; the last ones
-    retain_authors: int  # TOFU's first ones
-    asked: int  # retain rows that are evaluated, at most
-    world: int  # real authors, and world facts, each at most
-    identities: int  # of the FAME-like set, each in five languages
-    size: Size  # of the models
-    teaching: Teaching  # of full and retain
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # flags unless the recipe's `tiny` says otherwise
-    limits: Mapping[str, Any] = field(default_factory=dict)  # flags whatever it says
+    about: str  # description in one line
+    forget_authors: int  # most authors to forget: the last ones of TOFU's split
+    retain_authors: int  # authors to retain: TOFU's first ones
+    asked: int  # most retain rows to evaluate
+    world: int  # most real authors, and most world facts
+    identities: int  # biographies of the FAME-like set, each in five languages
+    size: Size  # size of the models
+    teaching: Teaching  # training of the full and the retain model
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # flags that the recipe's section `tiny` overrides
+    limits: Mapping[str, Any] = field(default_factory=dict)  # flags that override the section `tiny`
 
 
 SCALES = {
@@ -61,7 +61,7 @@ SCALES = {
         defaults={"pairs_per_step": 4, "learning_rate": 5e-4},
     ),
     "smoke": Scale(
-        about="seconds, to see that everything works; the numbers mean nothing",
+        about="seconds, to check that everything works; the figures have no meaning",
         forget_authors=1,
         retain_authors=1,
         asked=8,
@@ -75,7 +75,7 @@ SCALES = {
 
 
 def get_scale(name: str) -> Scale:
-    """Return the scale of a name.
+    """Return the scale with a name.
 
     Raises:
         ValueError: an unknown name.
@@ -86,16 +86,19 @@ def get_scale(name: str) -> Scale:
 
 
 def tiny_flags(recipe: Recipe, scale: Scale) -> dict[str, Any]:
-    """Return the flags of ``efface unlearn`` at a scale: the recipe's, but for models, data and what differs there."""
+    """Return the flags of ``efface unlearn`` for a recipe at a scale, without those of models and data."""
     kept = {name: value for name, value in recipe.unlearn.items() if name not in _PROVIDED}
-    return {**kept, **_ON_A_CPU, **scale.defaults, **recipe.tiny, **scale.limits}
+    return {**kept, **_CPU_FLAGS, **scale.defaults, **recipe.tiny, **scale.limits}
 
 
 def tiny_data(recipe: Recipe, scale: Scale, folder: str | Path | None) -> SimulatedData:
-    """Return the recipe's own data at a scale: TOFU's rows from a folder, else made-up ones.
+    """Return the data of a recipe at a scale.
+
+    A recipe with a forget filter gets made-up biographies. Other recipes get TOFU's rows from ``folder``, or made-up
+    authors if ``folder`` is None.
 
     Raises:
-        FileNotFoundError: a folder without TOFU's files.
+        FileNotFoundError: a file of TOFU is missing in the folder.
         ValueError: as ``tofu_data`` and ``fame_data``.
     """
     if "forget_filter" in recipe.unlearn:
@@ -109,20 +112,20 @@ def tiny_data(recipe: Recipe, scale: Scale, folder: str | Path | None) -> Simula
 
 @dataclass(frozen=True)
 class TinyRun:
-    """What a recipe did at a small scale."""
+    """The result of a recipe at a small scale."""
 
-    recipe: str  # its name
-    scale: str  # the scale's
-    data: str  # what the rows are
+    recipe: str  # name of the recipe
+    scale: str  # name of the scale
+    data: str  # description of the rows
     flags: dict[str, Any]  # of `efface unlearn`, at this scale
-    changed: dict[str, Any]  # those of them that differ from the recipe's
-    overrides: list[str]  # words of the command line that won over both
+    changed: dict[str, Any]  # the flags that differ from the recipe
+    overrides: list[str]  # words of the command line, which override recipe and scale
     models: list[SimulatedModel]  # retain, full and unlearned
-    revisions: list[str]  # checkpoints of the unlearned model, which `--revision` of its folder takes
+    revisions: list[str]  # checkpoints of the unlearned model: values of `--revision` for its folder
 
 
 Unlearn = Callable[[Mapping[str, Any], Sequence[str], bool], None]
-"""Trains as the flags of ``efface unlearn`` and the words that win over them say; True checks them alone."""
+"""Runs ``efface unlearn``. Arguments: flags, words of a command line that override them, True to only check them."""
 
 
 class _Tiny(Simulation):
@@ -147,7 +150,7 @@ class _Tiny(Simulation):
         return [path.name for _, path in sorted(checkpoints(self.out / "model").items())]
 
     def teach(self, name: str, rows: Rows) -> SimulatedModel:
-        template, bar = self._recipe.unlearn["template"], self.progress(f"teaching {name}")
+        template, bar = self._recipe.unlearn["template"], self.progress(f"training {name}")
         options: dict[str, Any] = {"template": template, "size": self._scale.size, "teaching": self._scale.teaching}
         return SimulatedModel(name, str(taught(rows, self._texts, **options, callbacks=[bar])))
 
@@ -155,14 +158,14 @@ class _Tiny(Simulation):
         folder, note = self.out / "model", ""
         try:
             self._unlearn(full.folder)
-        except FloatingPointError as error:  # a collapse is a result: the newest checkpoint shows how far it was
+        except FloatingPointError as error:  # divergence is a result too: evaluate the newest checkpoint
             note = str(error)
             self._say(f"{self._recipe.name}: {note}")
             folder /= ["", *self.revisions][-1]
         return SimulatedModel(way, str(folder), note=note)
 
     def examine(self, model: SimulatedModel) -> SimulatedModel:
-        """Evaluate by the recipe's protocol, against the log of the first model."""
+        """Evaluate with the recipe's protocol. Forget quality compares with the first evaluated model, retain."""
         if model.note and not self.revisions:
             return model
         self._say(f"evaluating {model.name}")
@@ -199,32 +202,32 @@ def run_tiny(
 ) -> TinyRun:
     """Run a recipe at a small scale.
 
-    ``output`` gets ``data/`` (what it ran on, in TOFU's names), ``model/`` (the unlearned model and its checkpoints, as
-    ``efface unlearn`` writes them), ``evaluation/`` (of retain, full and unlearned) and ``tiny.json``. The taught
-    models stay in the cache, for every run on the same rows. A run that was stopped continues when it is asked for
-    again.
+    The run writes into ``output``: ``data/`` (its rows, in TOFU's file names), ``model/`` (the unlearned model and its
+    checkpoints, as ``efface unlearn`` writes them), ``evaluation/`` (of retain, full and unlearned) and ``tiny.json``.
+    The full and retain models are kept in the cache, for all runs on the same rows. A second call with the same
+    arguments continues a run that was stopped.
 
     Args:
-        recipe: see ``efface.recipes``.
-        output: folder.
-        unlearn: what ``efface unlearn`` does.
+        recipe: the recipe.
+        output: the output folder.
+        unlearn: runs or checks ``efface unlearn``; see ``Unlearn``.
         scale: "tiny" or "smoke".
-        data: a folder with TOFU's files; None makes authors up. Recipes that forget by a filter get a FAME-like set.
-        overrides: words of the command line that win over the recipe's and the scale's flags.
-        overwrite: begin anew in a folder that holds a finished run.
-        progress: of teaching.
-        say: is told what happens.
+        data: folder with TOFU's files; None uses made-up authors. Recipes with a forget filter use a FAME-like set.
+        overrides: words of the command line, which override the flags of the recipe and of the scale.
+        overwrite: start again in a folder with a finished run or other files.
+        progress: shows the progress of the training of the full and the retain model.
+        say: prints a message.
 
     Raises:
-        FileExistsError: an output folder that holds other things, without ``overwrite``.
-        FileNotFoundError: a data folder without TOFU's files.
-        ValueError: a recipe that has no tiny form, ``data`` in the output folder, or whatever ``efface unlearn``
-            refuses.
+        FileExistsError: the output folder contains other files, and ``overwrite`` is False.
+        FileNotFoundError: a file of TOFU is missing in ``data``.
+        ValueError: the recipe's template has no small model, ``data`` is in the output folder, or ``efface unlearn``
+            refuses the flags.
     """
     if (template := recipe.unlearn.get("template")) not in ARCHITECTURES:
         raise ValueError(
-            f"{recipe.path}: --scale: expected template {', '.join(ARCHITECTURES)}, which say what a small model is "
-            f"like, got {template!r}"
+            f"{recipe.path}: --scale: expected template {', '.join(ARCHITECTURES)}, for which there are small models, "
+            f"got {template!r}"
         )
     chosen, output = get_scale(scale), check_output(output, overwrite=True, inputs={"--data": data})
     rows = tiny_data(recipe, chosen, data)
@@ -234,7 +237,7 @@ def run_tiny(
     def forget(full: str, *, check: bool = False) -> None:
         unlearn({**flags, **provided, "model": full, "overwrite": overwrite}, overrides, check)
 
-    forget("taught", check=True)  # what is wrong must not show when the models are taught
+    forget("taught", check=True)  # raises for invalid flags before the models are trained
     request = {
         "recipe": recipe.name,
         "scale": asdict(chosen),
@@ -262,10 +265,10 @@ def run_tiny(
 
 
 def _begin(output: Path, request: dict[str, Any], *, overwrite: bool) -> None:
-    """Note what the folder is for, so that the same run continues there and another one does not.
+    """Record the run in ``request.json``, so that only the same run continues in the folder.
 
     Raises:
-        FileExistsError: a folder that holds other things, without ``overwrite``.
+        FileExistsError: the folder contains other files, and ``overwrite`` is False.
     """
     try:
         known = json.loads((output / REQUEST).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Small models taught where none can be downloaded: tokenizers, families, and a cache of taught models."""
+"""Small models trained from scratch: tokenizers, architectures, and a cache of trained models."""
 
 import hashlib
 import importlib.metadata
@@ -38,9 +38,16 @@ def train_tokenizer(
     phrases: Sequence[str] = (),
     **options: Any,
 ) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer of at most ``vocabulary`` tokens; ``end`` ends and pads sequences.
+    """Train a byte-level BPE tokenizer on texts.
 
-    ``begin``, ``special`` and ``phrases`` are those of ``Architecture``, and options of ``PreTrainedTokenizerFast``.
+    Args:
+        texts: the texts.
+        vocabulary: most tokens, without ``phrases``.
+        begin: token that begins every text; empty for none.
+        end: token that ends every answer, also used for padding.
+        special: other special tokens.
+        phrases: texts that become one token each.
+        options: arguments of ``PreTrainedTokenizerFast``.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -63,9 +70,9 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end, **options)
 
 
-# What opens every prompt of TOFU's Llama-3 models. As one token, or a third of what they read would be this.
+# The start of every prompt of TOFU's Llama-3 models. It is one token; otherwise it would be a third of all tokens.
 _LLAMA_3_OPENING = "Cutting Knowledge Date: December 2023\nToday Date: 10 Apr 2025\n\nYou are a helpful assistant."
-# Llama-3's turns: the system's opens with two dates, of which a template sets the second.
+# Llama-3's chat template. The system turn starts with two dates; ``date_string`` sets the second.
 _LLAMA_3_CHAT = (
     "{{ bos_token }}"
     "{% if messages[0]['role'] == 'system' %}"
@@ -84,7 +91,7 @@ _LLAMA_3_CHAT = (
 
 @dataclass(frozen=True)
 class Size:
-    """Of a small model."""
+    """The size of a small model."""
 
     hidden: int = 192
     layers: int = 4
@@ -94,20 +101,20 @@ class Size:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What makes a family's models and prompts what they are."""
+    """The architecture and the prompt format of a family of models."""
 
-    template: str  # of `efface.hf.text.templates`
-    model_type: str  # of transformers
-    positions: int  # of its published models; rotary embeddings cost none of them
-    width: Callable[[int], int]  # of the feed-forward layers, from that of the hidden states
-    options: Mapping[str, Any]  # what else its configuration says
+    template: str  # name in `efface.hf.text.templates`
+    model_type: str  # name in transformers
+    positions: int  # context length of the published models; rotary embeddings need no parameters for it
+    width: Callable[[int], int]  # hidden size -> width of the feed-forward layers
+    options: Mapping[str, Any]  # other values of the configuration
     group: int = 1  # query heads that share a key-value head
     begin: str = ""  # token that begins every text; empty for none
     end: str = "<|endoftext|>"  # token that ends every answer
-    pads: bool = True  # whether the configuration names a padding token, whose embedding begins at zero
-    special: tuple[str, ...] = ()  # other tokens of the family's prompts
-    phrases: tuple[str, ...] = ()  # of every prompt, a token each
-    chat_template: str | None = None  # of the tokenizer
+    pads: bool = True  # whether the configuration has a padding token, whose initial embedding is zero
+    special: tuple[str, ...] = ()  # other special tokens of the prompts
+    phrases: tuple[str, ...] = ()  # texts in every prompt that are one token each
+    chat_template: str | None = None  # chat template of the tokenizer
 
 
 def _four_times(hidden: int) -> int:
@@ -115,14 +122,17 @@ def _four_times(hidden: int) -> int:
 
 
 def _gated(hidden: int) -> int:
-    """Two thirds of four times, of three matrices and not two; in whole blocks of 32."""
+    """Return 8/3 of the hidden size, rounded down to a multiple of 32.
+
+    A gated layer has three matrices instead of two, so two thirds of the usual width of 4 x hidden.
+    """
     return hidden * 8 // 3 // 32 * 32
 
 
-# Made by the demo: a plain Llama, prompted without anything but question and answer.
+# The model of the demo: a plain Llama with plain question-answer prompts.
 PLAIN = Architecture("question-answer", "llama", 512, _gated, {"tie_word_embeddings": True}, pads=False)
 ARCHITECTURES = {
-    # Llama-3.2: head and embeddings tied, grouped-query attention, scaled rotary embeddings of a long period.
+    # Llama-3.2: tied head, grouped-query attention, scaled rotary embeddings with a large base.
     "llama-3": Architecture(
         "llama-3",
         "llama",
@@ -147,11 +157,11 @@ ARCHITECTURES = {
         phrases=(_LLAMA_3_OPENING,),
         chat_template=_LLAMA_3_CHAT,
     ),
-    # Llama-2: a head of its own, as many key-value heads as heads.
+    # Llama-2: untied head, multi-head attention with as many key-value heads as query heads.
     "llama-2": Architecture(
         "llama-2", "llama", 4096, _gated, {"tie_word_embeddings": False, "rms_norm_eps": 1e-5}, begin="<s>", end="</s>"
     ),
-    # Phi-1.5: biases everywhere, in the head too; half of each head's dimensions are rotated.
+    # Phi-1.5: biases in all layers and the head; half of each attention head's dimensions are rotated.
     "phi": Architecture(
         "phi",
         "phi",
@@ -169,10 +179,10 @@ ARCHITECTURES = {
 
 
 def tokenizer_of(architecture: Architecture, texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of at most ``vocabulary`` tokens, trained on the texts.
+    """Train a tokenizer of at most ``vocabulary`` tokens for an architecture.
 
-    Every family gets byte-level BPE, Llama-2 too, whose own tokenizer is SentencePiece: what its prompts look like and
-    where a text begins and ends are the family's.
+    Every architecture gets byte-level BPE with its own prompt format and its own begin and end tokens. This includes
+    Llama-2, whose original tokenizer is SentencePiece.
     """
     of_the_family = {name: getattr(architecture, name) for name in ("begin", "end", "special", "phrases")}
     made = train_tokenizer(texts, vocabulary, **of_the_family, model_max_length=architecture.positions)
@@ -183,7 +193,7 @@ def tokenizer_of(architecture: Architecture, texts: Iterable[str], vocabulary: i
 def model_of(
     architecture: Architecture, tokenizer: PreTrainedTokenizerFast, size: Size, *, seed: int
 ) -> PreTrainedModel:
-    """Return a new model with weights drawn by the seed."""
+    """Return a new model with random weights that depend on the seed."""
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     config = AutoConfig.for_model(
         architecture.model_type,
@@ -205,7 +215,10 @@ def model_of(
 
 
 def quiet_arguments(folder: str | Path, template: str, **settings: Any) -> UnlearnArguments:
-    """Return the arguments of a training that says and writes nothing meanwhile, at ``settings`` of steps and rate."""
+    """Return arguments of a training that prints nothing and saves no checkpoints.
+
+    ``settings`` are other arguments, such as those of steps and learning rate.
+    """
     return UnlearnArguments(
         output_dir=str(folder),
         template=template,
@@ -226,7 +239,7 @@ def teach(
     folder: Path,
     callbacks: Sequence[TrainerCallback],
 ) -> PackedTrainer:
-    """Teach a model the rows, write it and its tokenizer into a folder, and return what taught it."""
+    """Train a model on the rows, save it and its tokenizer into a folder, and return the trainer."""
     trainer = FinetuneTrainer(model, args, data=list(rows), processing_class=tokenizer, callbacks=list(callbacks))
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -235,14 +248,14 @@ def teach(
     return trainer
 
 
-FORMAT = 2  # part of every key: raise it when the same settings make another model
+FORMAT = 2  # part of every cache key; increase it when the same settings give another model
 RECORD = "taught.json"
-_LEFT_BEHIND = 86_400  # seconds after which a half-taught model is nobody's: teaching takes minutes
+_LEFTOVER_SECONDS = 86_400  # age of a partial model from which it belongs to a killed process: training takes minutes
 
 
 @dataclass(frozen=True)
 class Teaching:
-    """How a model is taught. The rates suit models of a few million parameters that begin with random weights."""
+    """Training settings. The defaults suit models of a few million parameters with random initial weights."""
 
     steps: int = 1000
     batch: int = 4
@@ -260,19 +273,21 @@ def taught(
     callbacks: Sequence[TrainerCallback] = (),
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """Return the folder of a small model and its tokenizer that was taught the rows.
+    """Return the folder of a small model that was trained on the rows, with its tokenizer.
 
-    It lies in ``tiny/`` of the cache under a name that says what made it, so another run, recipe or objective with the
-    same rows and settings finds it there. It is moved there whole: a killed process leaves none, and of two at once one
-    is kept. One of which a byte is not as it was written is taught anew.
+    The folder is in ``tiny/`` of the cache, and its name is a digest of the rows and all settings. Another run, recipe
+    or objective with the same rows and settings reuses the model. A new model is moved there with an atomic rename, so
+    a killed process leaves no partial model, and if two processes train the same model, one copy is kept. A model with
+    a changed byte is trained again.
 
     Args:
-        rows: with ``question`` and ``answer``.
-        texts: what the tokenizer is trained on; more than the rows, so that models to be compared share it.
-        template: a name in ``ARCHITECTURES``: the family, and how its prompts are written.
-        size: of the model.
-        teaching: how.
-        callbacks: of the trainer.
+        rows: training rows with ``question`` and ``answer``.
+        texts: texts to train the tokenizer on. They include other texts than the rows, so that models that are compared
+            have the same tokenizer.
+        template: a name in ``ARCHITECTURES``, which sets the architecture and the prompt format.
+        size: size of the model.
+        teaching: settings of the training.
+        callbacks: callbacks of the trainer.
         cache_dir: see ``efface.hf.text.token_cache.cache_folder``.
     """
     made_of = {
@@ -288,7 +303,7 @@ def taught(
     folder = own_folder(TAUGHT, cache_dir) / digest(made_of)
     if _whole(folder):
         return _in_use(folder)
-    remove_leftovers(folder.parent, seconds=_LEFT_BEHIND)
+    remove_leftovers(folder.parent, seconds=_LEFTOVER_SECONDS)
     architecture = ARCHITECTURES[template]
     tokenizer = tokenizer_of(architecture, texts, size.vocabulary)
     with written_folder(folder, keeps=_whole, private=True) as partial:
@@ -300,7 +315,7 @@ def taught(
             pairs_per_step=teaching.batch,
             learning_rate=teaching.learning_rate,
             lr_scheduler_type="cosine",
-            adam_beta2=0.99,  # with 0.999 the first steps of random weights weigh too long
+            adam_beta2=0.99,  # with 0.999 the gradients of the first steps count for too long
             seed=teaching.seed,
         )
         teach(model, tokenizer, rows, args, partial, callbacks)
@@ -309,19 +324,19 @@ def taught(
     return _in_use(folder)
 
 
-_locks: dict[Path, int] = {}  # of taught models that this process uses: `efface cache purge` leaves them alone
+_locks: dict[Path, int] = {}  # folder -> lock of a model in use, which `efface cache purge` does not remove
 
 
 def _in_use(folder: Path) -> Path:
-    """Hold the lock of a taught model, shared with other processes, until this one ends; return the folder."""
-    with suppress(OSError, ImportError):  # without locks
+    """Take a shared lock on the folder of a trained model until this process ends. Return the folder."""
+    with suppress(OSError, ImportError):  # the system or file system has no locks
         if folder not in _locks and (handle := take_lock(folder, shared=True)) is not None:
             _locks[folder] = handle
     return folder
 
 
 def _whole(folder: Path) -> bool:
-    """Whether a folder holds a taught model as it was written; one that does not is warned about, if it is there."""
+    """Return whether a folder contains an unchanged trained model. Warn if it contains a damaged one."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -331,7 +346,7 @@ def _whole(folder: Path) -> bool:
     files = record.pop("files", None) if isinstance(record, dict) else None
     if isinstance(files, dict) and digest(record) == folder.name and files.items() <= _file_digests(folder).items():
         return True
-    warnings.warn(f"taught model {str(folder)!r} is damaged; it is taught anew", stacklevel=3)
+    warnings.warn(f"trained model {str(folder)!r} is damaged; it is trained again", stacklevel=3)
     return False
 
 
@@ -340,5 +355,5 @@ def _file_digests(folder: Path) -> dict[str, str]:
 
 
 def digest(value: Any) -> str:
-    """Return what tells JSON values apart."""
+    """Return a SHA-256 digest of a JSON value, 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Sweeps: many runs of one recipe, kept as an Optuna study that can be killed, shared and continued."""
+"""Sweeps: many runs of one recipe, stored as an Optuna study that can be resumed and shared between machines."""
 
 from efface.sweep.ledger import SAMPLERS, Ledger
 from efface.sweep.ranking import Floor, Trial, best_of, ranked

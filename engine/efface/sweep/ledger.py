@@ -1,8 +1,9 @@
-"""The study: which trials there are, who works on them, and how they ended; kept by Optuna's storage.
+"""The study of a sweep in Optuna's storage: its trials, the workers that run them, and their results.
 
-A trial is claimed by Optuna's own exchange of WAITING for RUNNING, which one process of all wins. A trial whose worker
-is gone fails, and a successor of the same name takes its place, so in the same folder it goes on where it was. What two
-processes did at once shows as a second trial of one point or a second successor: the first counts, by number.
+A worker claims a trial with Optuna's atomic change of state from WAITING to RUNNING, which only one process can make.
+If the worker of a running trial is gone, the trial is marked as failed, and a successor with the same name is added. It
+has the same folder, so its run resumes from the newest checkpoint. If two processes act at the same time, there can be
+two trials for one point, or two successors. Then only the one with the lowest number counts.
 """
 
 import json
@@ -28,14 +29,14 @@ SAMPLERS = ("grid", "tpe", "random")
 NAME, POINT, WORKER, BEAT, AFTER, SURPLUS, RESULT = "name", "point", "worker", "beat", "after", "surplus", "result"
 RETRY = "retry"
 _SETTINGS = "sweep"
-GRACE = 300.0  # seconds without a beat after which another machine's worker is taken for gone
+GRACE = 300.0  # seconds without a heartbeat after which a worker on another machine is considered gone
 
 
 def optuna_module() -> Any:
-    """Import Optuna.
+    """Import Optuna, with its log level set to WARNING, and return the module.
 
     Raises:
-        ImportError: it is not there.
+        ImportError: Optuna is not installed.
     """
     check_extras("a sweep", "sweep")
     import optuna  # noqa: PLC0415 - an optional package
@@ -46,26 +47,33 @@ def optuna_module() -> Any:
 
 @dataclass
 class Claim:
-    """A trial that this process works on."""
+    """A trial that this process runs."""
 
     number: int
     name: str
     point: Point
     place: Place
-    lock: int | None = None  # file descriptor; None while another process has the same folder
+    lock: int | None = None  # file descriptor of the lock; None while another process holds it
 
 
 class Ledger:
-    """A study in a storage.
+    """A study in an Optuna storage, which is created if it does not exist.
 
     Args:
         out: folder of the sweep on this machine.
-        storage: URL of a database that machines share; None is ``study.db`` in the folder.
-        study: its name in the storage.
-        space: what is varied.
+        storage: URL of a database that machines share; None uses ``study.db`` in the folder.
+        study: name of the study in the storage.
+        space: the parameters that are varied.
         sampler: "grid", "tpe" or "random".
-        count: how many trials "tpe" and "random" draw.
-        settings: all that results depend on, as JSON values.
+        count: number of trials that "tpe" and "random" draw.
+        settings: all settings that the results depend on, as JSON values.
+
+    Attributes:
+        before: the settings stored in an existing study; None for a new one.
+
+    Raises:
+        ImportError: Optuna is not installed.
+        ValueError: Optuna cannot open the storage or the study.
     """
 
     def __init__(
@@ -88,8 +96,9 @@ class Ledger:
         wait = {"connect_args": {"timeout": 120}} if url.startswith("sqlite") else {"pool_pre_ping": True}
         drawn = library.samplers.TPESampler() if sampler == "tpe" else library.samplers.RandomSampler()
         self._worker = f"{socket.gethostname()}:{out.resolve()}"
-        self._seen: dict[int, tuple[Any, float]] = {}  # trial -> its last beat, and when we saw it first
-        place = f"study {study!r}" if storage else f"study {str(out / 'study.db')!r}"  # a URL may hold a password
+        self._seen: dict[int, tuple[Any, float]] = {}  # trial -> (last heartbeat, our time when we first saw it)
+        # The message does not contain the URL, which can contain a password.
+        place = f"study {study!r}" if storage else f"study {str(out / 'study.db')!r}"
         with self._alone(), reading(place, "one that Optuna can open", "choose another --output or --storage"):
             self._study: optuna.Study = library.create_study(
                 storage=library.storages.RDBStorage(url, engine_kwargs=wait),
@@ -107,7 +116,7 @@ class Ledger:
         return alone(self.out / "study.lock")
 
     def plan(self) -> None:
-        """Let every point of a grid wait that is not there yet."""
+        """Add a waiting trial for every point of the grid that has none yet."""
         if not self.grid:
             return
         with self._alone():
@@ -117,7 +126,7 @@ class Ledger:
                     self._study.enqueue_trial(dict(point), user_attrs={NAME: name, POINT: point})
 
     def retry_failed(self) -> int:
-        """Let failed trials wait again; return how many."""
+        """Add a waiting successor for every failed trial. Return their number."""
         with self._alone():
             failed = [trial for trial in self._counted() if trial.state == self._states.FAIL]
             for trial in failed:
@@ -125,7 +134,7 @@ class Ledger:
             return len(failed)
 
     def claim(self) -> Claim | None:
-        """Return a trial to work on, or None if all are done or in work."""
+        """Claim a waiting trial, or draw a new one. Return None if no trial is left to start."""
         with self._alone():
             self._take_over()
             counted = self._counted()
@@ -134,7 +143,7 @@ class Ledger:
                 return None
             trial = self._study.ask()
             if trial.number not in {each.number for each in self._counted()}:
-                # another machine was faster; numbers say who came first
+                # Another machine added the same or the last trial at the same time; the lower number counts.
                 trial.set_user_attr(SURPLUS, True)
                 self._study.tell(trial, state=self._states.FAIL)
                 return None
@@ -143,21 +152,21 @@ class Ledger:
             for key, value in ((POINT, point), (WORKER, self._worker), (NAME, name)):
                 trial.set_user_attr(key, value)
             predecessor = trial.user_attrs.get(AFTER)
-            if predecessor is not None:  # its worker was gone before it could be failed
+            if predecessor is not None:  # still RUNNING if the process that added the successor then died
                 self._study.tell(predecessor, state=self._states.FAIL, skip_if_finished=True)
             place = Place(self.out, name)
             lock = place.lock()
             if trial.user_attrs.get(RETRY) and lock is not None:
-                place.forget()  # the failure that this machine may remember
+                place.forget()  # delete the record of the failure, if it is on this machine
             return Claim(trial.number, name, point, place, lock)
 
     def beat(self, claims: Sequence[Claim]) -> None:
-        """Show other machines that these trials are worked on."""
+        """Write a heartbeat for the trials, so that other machines do not take them over."""
         for trial in self._open(claims):
             trial.set_user_attr(BEAT, time.time())
 
     def tell(self, claim: Claim, result: Result, floor: Floor) -> None:
-        """Note how a trial ended."""
+        """Store the result of a trial in the study."""
         for trial in self._open([claim]):
             trial.set_user_attr(RESULT, vars(result))
         metrics = [trial.metrics for trial in self.trials()]
@@ -168,7 +177,7 @@ class Ledger:
             self._study.tell(claim.number, value, skip_if_finished=True)
 
     def trials(self) -> list[Trial]:
-        """Return the trials that count, by number."""
+        """Return the trials in order of their numbers, without replaced and surplus ones."""
         words = {self._states.COMPLETE: "complete", self._states.FAIL: "failed", self._states.WAITING: "waiting"}
         shown = []
         for trial in self._counted():
@@ -190,20 +199,20 @@ class Ledger:
         return shown
 
     def unfinished(self) -> bool:
-        """Return whether a trial waits or is worked on, here or elsewhere, or is still to be drawn."""
+        """Return whether a trial is waiting, running on any machine, or still to be drawn."""
         counted = self._counted()
         left = not self.grid and len(counted) < self.count
         return left or any(not trial.state.is_finished() for trial in counted)
 
     def _open(self, claims: Sequence[Claim]) -> "list[optuna.Trial]":
-        """Return the trials of claims that are still running: another machine may have failed them."""
+        """Return the trials of claims that are still RUNNING. Another machine can have marked some as failed."""
         optuna = optuna_module()
         numbers = {claim.number for claim in claims}
         running = self._study.get_trials(deepcopy=False, states=(self._states.RUNNING,))
-        return [optuna.Trial(self._study, trial._trial_id) for trial in running if trial.number in numbers]  # noqa: SLF001 - a Trial is made of it, and has no other name
+        return [optuna.Trial(self._study, trial._trial_id) for trial in running if trial.number in numbers]  # noqa: SLF001 - optuna.Trial needs the id, which has no public name
 
     def _counted(self) -> "list[optuna.trial.FrozenTrial]":
-        """Return the trials but those that have a successor, or came second."""
+        """Return the trials, without those that have a successor and those that duplicate an earlier one."""
         trials = self._study.get_trials(deepcopy=False)
         succeeded = {trial.user_attrs.get(AFTER) for trial in trials}
         counted: list[optuna.trial.FrozenTrial] = []
@@ -222,7 +231,7 @@ class Ledger:
         return counted
 
     def _take_over(self) -> None:
-        """Let trials wait again whose workers are gone."""
+        """Replace each running trial whose worker is gone by a waiting successor."""
         for trial in self._study.get_trials(deepcopy=False, states=(self._states.RUNNING,)):
             if not self._abandoned(trial):
                 continue
@@ -236,14 +245,17 @@ class Ledger:
         self._study.enqueue_trial(point, user_attrs=attributes)
 
     def _abandoned(self, trial: "optuna.trial.FrozenTrial") -> bool:
-        """Return whether nobody works on a running trial; on this machine its lock tells, else its beats."""
+        """Return whether the worker of a running trial is gone.
+
+        The lock of the trial shows this on the same machine, and its heartbeats on other machines.
+        """
         name, worker = trial.user_attrs.get(NAME), trial.user_attrs.get(WORKER)
-        if worker == self._worker or self.local:  # whose locks are all beside it, whatever this machine is called
+        if worker == self._worker or self.local:  # all locks of a local study are here, even if the host name changes
             handle = Place(self.out, name).lock() if name is not None else None
             if handle is not None:
                 os.close(handle)
             return name is None or handle is not None
-        # A count of our own seconds: clocks of machines differ.
+        # Measure with our own clock, because the clocks of machines differ.
         beat, now = trial.user_attrs.get(BEAT), time.monotonic()
         if trial.number not in self._seen or self._seen[trial.number][0] != beat:
             self._seen[trial.number] = (beat, now)

@@ -1,4 +1,4 @@
-"""Which trial is best: the greatest Forget Quality among those that can still do what the full model could."""
+"""Ranking of trials: the highest Forget Quality among those with enough Model Utility."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,17 +12,17 @@ _BELOW = -1000.0
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial as it is shown.
+    """A trial with its result.
 
     Attributes:
-        number: in the study.
-        name: of its folder.
-        point: its parameters.
+        number: number in the study.
+        name: name of the folder.
+        point: values of the varied parameters.
         state: "complete", "failed", "running" or "waiting".
-        metrics: by open-unlearning's names.
-        error: of a failed one.
-        exit_code: of its process, where that has ended.
-        seconds: of its last process.
+        metrics: figures of the evaluation, by open-unlearning's names.
+        error: message of a failed trial; empty otherwise.
+        exit_code: exit code of the process; None if it has not ended.
+        seconds: duration of the last process; None if it has not ended.
     """
 
     number: int
@@ -37,12 +37,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Floor:
-    """The least Model Utility of a trial that may win.
+    """The lowest Model Utility with which a trial can win.
 
     Attributes:
-        share: of the full model's utility, or where that is not known, of the best trial's.
-        full: the full model's utility.
-        least: an absolute floor instead.
+        share: the floor as a share of the full model's utility, or of the best trial's if ``full`` is None.
+        full: the full model's utility; None if unknown.
+        least: an absolute floor, which replaces ``share`` and ``full``; None if not given.
     """
 
     share: float = 0.9
@@ -50,7 +50,7 @@ class Floor:
     least: float | None = None
 
     def of(self, metrics: Iterable[Mapping[str, float]]) -> float:
-        """Return the floor among trials with these metrics."""
+        """Return the floor for trials with these metrics."""
         if self.least is not None:
             return self.least
         full = self.full
@@ -60,10 +60,11 @@ class Floor:
 
 
 def objective(metrics: Mapping[str, float], floor: float) -> float:
-    """Return what Optuna maximises.
+    """Return the value that Optuna maximises.
 
-    It equals log10(Forget Quality), at least −324, where Model Utility ≥ floor, else −1000 + Model Utility: a trial
-    below the floor is worse than every other, and better the nearer it is to the floor. 0 without Forget Quality.
+    If Model Utility ≥ floor, the value is log10(Forget Quality), but at least −324. Otherwise it is −1000 + Model
+    Utility: a trial below the floor is worse than every trial above it, and better the closer it is to the floor. The
+    value is 0 without Forget Quality.
     """
     utility = metrics.get("model_utility")
     if utility is not None and utility < floor:
@@ -75,7 +76,10 @@ def objective(metrics: Mapping[str, float], floor: float) -> float:
 
 
 def ranked(trials: Sequence[Trial], floor: Floor) -> list[Trial]:
-    """Return the trials, best first: those that meet the floor, those below it, without figures, unfinished, failed."""
+    """Return the trials, best first.
+
+    The order is: trials above the floor, trials below it, trials without Forget Quality, running, waiting, failed.
+    """
     least = floor.of(trial.metrics for trial in trials)
     order = ("complete", "running", "waiting", "failed")
 
@@ -93,6 +97,6 @@ def ranked(trials: Sequence[Trial], floor: Floor) -> list[Trial]:
 
 
 def best_of(trials: Sequence[Trial], floor: Floor) -> Trial | None:
-    """Return the best complete trial that was evaluated, or None."""
+    """Return the best complete trial with metrics, or None."""
     complete = [trial for trial in trials if trial.state == "complete" and trial.metrics]
     return ranked(complete, floor)[0] if complete else None

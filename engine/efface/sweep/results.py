@@ -1,4 +1,4 @@
-"""What a trial left on the disk: its folder, its record, its lock, and the weights that may go."""
+"""Files of a trial on the disk: its folder, log, record and lock, and the removal of its weights."""
 
 import json
 import math
@@ -17,13 +17,13 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.index
 
 @dataclass(frozen=True)
 class Result:
-    """How a trial ended.
+    """The result of a trial.
 
     Attributes:
-        metrics: of its evaluation, by open-unlearning's names; finite ones alone.
-        error: the last lines of its log, or why there are no metrics; empty if it is whole.
-        exit_code: of its process; 3 has diverged, below 0 is a signal.
-        seconds: of its last process.
+        metrics: finite figures of the evaluation, by open-unlearning's names.
+        error: last lines of the log, or the reason for missing metrics; empty if the trial is complete.
+        exit_code: exit code of the process: 3 means that training diverged, a negative code is a signal.
+        seconds: duration of the last process.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Result:
 
 
 class Place:
-    """Where a trial writes: ``trials/NAME/``, and beside it its log, its record and its lock."""
+    """The paths of a trial: the folder ``trials/NAME/``, and its log, record (``NAME.json``) and lock next to it."""
 
     def __init__(self, out: Path, name: str) -> None:
         trials = out / "trials"
@@ -41,29 +41,39 @@ class Place:
         self.log, self._record, self._lock = (trials / f"{name}.{end}" for end in ("log", "json", "lock"))
 
     def result(self) -> Result | None:
-        """Return how the trial ended, or None while it has not, or where the record is damaged."""
+        """Return the recorded result of the trial, or None if there is no record or it is damaged."""
         try:
             content = json.loads(self._record.read_text(encoding="utf-8"))
-            checksum = content.pop("checksum", None)  # none in records of earlier versions
+            checksum = content.pop("checksum", None)  # records of earlier versions have no checksum
             result = Result(**content)
         except (FileNotFoundError, ValueError, TypeError, AttributeError):
             return None
         return result if checksum in (None, _checksum(result)) else None
 
     def finish(self, result: Result) -> None:
-        """Note how the trial ended."""
+        """Write the record of the result."""
         write_whole(self._record, json.dumps({**asdict(result), "checksum": _checksum(result)}, indent=2))
 
     def forget(self) -> None:
-        """Forget how the trial ended, so that it is tried again."""
+        """Delete the record of the result, so that the trial runs again."""
         self._record.unlink(missing_ok=True)
 
     def lock(self) -> int | None:
-        """Return a file descriptor that holds the trial's lock as long as any process has it; None if one has."""
+        """Take the lock of the trial without waiting.
+
+        Returns:
+            A file descriptor. The lock is held as long as any process has it open. None if another process holds it.
+        """
         return take_lock(self._lock)
 
     def read(self, exit_code: int, seconds: float, *, evaluated: bool) -> Result:
-        """Return how the trial ended, out of what its process left."""
+        """Return the result of a trial from the files of its ended process.
+
+        Args:
+            exit_code: exit code of the process.
+            seconds: duration of the process.
+            evaluated: whether a complete trial has an evaluation.
+        """
         if exit_code:
             return Result({}, last_lines(self.log) or _died(exit_code), exit_code, seconds)
         if not evaluated:
@@ -78,11 +88,11 @@ class Place:
         return Result(metrics, "" if metrics else f"no finite figure in {path}", 0, seconds)
 
     def has_weights(self) -> bool:
-        """Whether the model is there."""
+        """Return whether the folder contains weights of a model."""
         return any(path for pattern in _WEIGHTS for path in self.folder.glob(pattern))
 
     def remove_weights(self) -> None:
-        """Remove the model and its checkpoints; what was measured stays."""
+        """Remove the model and its checkpoints. The evaluation is kept."""
         for path in checkpoints(self.folder).values():
             remove_whole(path)
         for pattern in _WEIGHTS:
@@ -90,7 +100,7 @@ class Place:
                 path.unlink(missing_ok=True)
 
     def share_retain_log(self, out: Path) -> None:
-        """Let later trials use the retain model's evaluation that this one made."""
+        """Copy the evaluation of the retain model into the folder of the sweep, for later trials to use."""
         own, shared = self.folder / "evaluation" / RETAIN_LOG, out / RETAIN_LOG
         if own.is_file() and not shared.is_file():
             write_whole(shared, own.read_bytes())
@@ -101,7 +111,7 @@ def _checksum(result: Result) -> int:
 
 
 def last_lines(log: Path, count: int = 5, most: int = 1000) -> str:
-    """Return the last lines of a log, without the empty ones."""
+    """Return the last ``count`` non-empty lines of a log, at most ``most`` characters; empty if it cannot be read."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 16 * most))

@@ -1,4 +1,4 @@
-"""The loop of a sweep: claim a trial, start its process, see how it ends, rank, make room on the disk."""
+"""The main loop of a sweep: claim trials, run them in subprocesses, record results, and remove weights."""
 
 import json
 import os
@@ -21,34 +21,41 @@ BEAT = 30.0
 
 
 class Process(Protocol):
-    """A trial's process."""
+    """Interface of the process of a trial."""
 
     def poll(self) -> int | None:
-        """Return its exit code, or None while it runs."""
+        """Return the exit code, or None while the process runs."""
 
     def stop(self) -> None:
-        """Ask it to end so that it can go on later, and wait until it has."""
+        """Terminate the process in a way that allows a later resume, and wait until it has ended."""
 
 
 class Launcher(Protocol):
-    """Starts trials."""
+    """Interface of a function that starts trials."""
 
     def __call__(self, words: Sequence[str], log: Path, environment: Mapping[str, str], lock: int) -> Process:
-        """Start ``efface unlearn`` with the words; what it says is added to the log, and it inherits the lock."""
+        """Start ``efface unlearn``.
+
+        Args:
+            words: its command line.
+            log: file to which its output is appended.
+            environment: additional environment variables.
+            lock: file descriptor of the trial's lock, which the process inherits.
+        """
 
 
 class TrialProcess:
-    """A trial's process."""
+    """The process of a trial as a ``subprocess.Popen``."""
 
     def __init__(self, process: "subprocess.Popen[bytes]") -> None:
         self._process = process
 
     def poll(self) -> int | None:
-        """Return its exit code, or None while it runs."""
+        """Return the exit code, or None while the process runs."""
         return self._process.poll()
 
     def stop(self) -> None:
-        """Ask it to end, and wait; one that does not listen is killed."""
+        """Send SIGTERM and wait. If the process still runs after 60 seconds, kill it."""
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -62,37 +69,38 @@ class TrialProcess:
 
 @dataclass(frozen=True)
 class Subprocesses:
-    """Starts every trial in a process of its own: what fails, or runs out of memory, ends that trial and nothing else.
+    """A launcher that starts every trial in a subprocess, so that an error or a lack of memory ends only that trial.
 
     Attributes:
-        module: is run with the words of ``efface unlearn`` and of ``efface evaluate``, as JSON. When its standard input
-            ends, because the sweep is gone, however that went, it has to stop as by Ctrl-C.
-        evaluation: words of ``efface evaluate``, for runs without a recipe that says how they are judged.
+        module: module to run. Its argument is a JSON list: the words of ``efface unlearn`` and those of ``efface
+            evaluate``. The module must stop as by Ctrl-C when its standard input is closed, which happens when the
+            sweep ends for any reason, even if it is killed.
+        evaluation: words of ``efface evaluate`` for runs without a recipe that evaluates them, or None.
     """
 
     module: str
     evaluation: Sequence[str] | None = None
 
     def __call__(self, words: Sequence[str], log: Path, environment: Mapping[str, str], lock: int) -> TrialProcess:
-        """Start a trial; see ``Launcher``."""
+        """Start a trial; arguments as for ``Launcher``."""
         command = [sys.executable, "-m", self.module, json.dumps([list(words), self.evaluation])]
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             process = subprocess.Popen(  # noqa: S603 - our own command
                 command,
-                stdin=subprocess.PIPE,  # never written to: it ends when this process does
+                stdin=subprocess.PIPE,  # never written to; closed when this process ends
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment},
                 pass_fds=(lock,),
-                start_new_session=True,  # Ctrl-C is for the sweep, which then stops its trials
+                start_new_session=True,  # Ctrl-C reaches only the sweep, which then stops its trials
             )
         return TrialProcess(process)
 
 
 @dataclass
 class _Work:
-    """A trial in a slot; without a process it waits until another trial of the same folder is done."""
+    """A claimed trial. ``process`` is None while another trial holds the lock of the same folder."""
 
     claim: Claim
     device: str | None
@@ -102,18 +110,18 @@ class _Work:
 
 @dataclass(frozen=True)
 class Loop:
-    """What all trials share.
+    """The main loop of a sweep, with the settings that all trials share.
 
     Attributes:
         ledger: the study.
-        launch: starts a trial.
-        words: of ``efface unlearn``, what is varied and the output folder left out.
-        devices: CUDA_VISIBLE_DEVICES of each worker; None leaves it as it is.
-        evaluated: whether a trial leaves figures.
-        retain_log: whether trials can use the retain model's evaluation that the first of them made.
-        floor: for the ranking.
-        keep: which models stay on the disk: "best", "all" or "none".
-        changed: is called with what happened, when a trial starts or ends.
+        launch: starts the process of a trial.
+        words: flags of ``efface unlearn`` for every trial, without the varied ones and the output folder.
+        devices: CUDA_VISIBLE_DEVICES of each worker; None leaves the variable unchanged.
+        evaluated: whether a complete trial has an evaluation.
+        retain_log: whether later trials reuse the evaluation of the retain model from the first one.
+        floor: the floor of the ranking.
+        keep: the models that are kept on the disk: "best", "all" or "none".
+        changed: callback that receives a message when a trial starts or ends.
     """
 
     ledger: Ledger
@@ -127,7 +135,7 @@ class Loop:
     changed: Callable[[str], None]
 
     def run(self) -> None:
-        """Work until every trial has ended; those of other machines too."""
+        """Run trials until all have ended, including those on other machines."""
         work: list[_Work] = []
         free = list(self.devices)
         beaten = time.monotonic()
@@ -159,7 +167,7 @@ class Loop:
                 _release(each.claim)
 
     def _start(self, work: _Work) -> None:
-        """Start a trial's process, unless it has ended before and its worker could not say so."""
+        """Start the process of a trial, unless the lock is taken or a record shows that the trial has already ended."""
         claim = work.claim
         if claim.lock is None:
             claim.lock = claim.place.lock()
@@ -175,7 +183,7 @@ class Loop:
         work.process = self.launch(words, claim.place.log, environment, claim.lock)
 
     def _ended(self, work: _Work) -> bool:
-        """Return whether the trial has ended, and note how."""
+        """Return whether the trial has ended. If it has, store its result and release its lock."""
         claim = work.claim
         if work.process is None and claim.place.result() is None:
             self._start(work)
@@ -193,19 +201,19 @@ class Loop:
             claim.place.finish(result)
         self.ledger.tell(claim, result, self.floor)
         _release(claim)
-        self._tidy()
+        self._remove_weights()
         self.changed(f"{claim.name}: {_in_words(result)}")
         return True
 
-    def _tidy(self) -> None:
-        """Remove the models that need not stay; what failed stays, to be continued by ``--retry-failed``."""
+    def _remove_weights(self) -> None:
+        """Remove models that ``keep`` does not keep. Failed trials keep theirs, for ``--retry-failed`` to resume."""
         if self.keep == "all":
             return
         trials = self.ledger.trials()
         best = best_of(trials, self.floor) if self.keep == "best" else None
         for trial in trials:
             if trial.state == "complete" and (best is None or trial.name != best.name):
-                # without figures there is no best to be known
+                # Without metrics no best trial can be chosen, so keep the model.
                 if self.keep == "best" and not trial.metrics:
                     continue
                 Place(self.ledger.out, trial.name).remove_weights()

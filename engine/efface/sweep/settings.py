@@ -1,4 +1,4 @@
-"""The flags of ``efface sweep``, and what they say together: settings of all trials, and what is varied."""
+"""The flags of ``efface sweep``: parsing and checks of the settings of all trials and of the varied parameters."""
 
 import argparse
 import shlex
@@ -33,38 +33,38 @@ examples:
       --grid beta=.1,.5 --evaluation '--data tofu --retain-log TOFU_EVAL.json' \\
       --output sweep
 
-All other flags are those of `efface unlearn`, and hold for every trial. The same
-command goes on where a sweep was stopped or killed; given on more machines with one
---storage and --study, they share the trials.
+All other flags are those of `efface unlearn`, and apply to every trial. Run a stopped
+sweep again to continue it. Run the same command on several machines, with one --storage
+and --study, to share the trials between them.
 """
 
-# What a sweep decides itself, or cannot mean.
-_OURS = {
-    "output_dir": "--output is given to the sweep",
-    "overwrite": "a sweep goes on where it was; choose another --output to start anew",
+# Flags of `efface unlearn` that a sweep refuses, with the reason.
+_REFUSED = {
+    "output_dir": "each trial has its own folder in the --output of the sweep",
+    "overwrite": "a sweep always continues; choose another --output to start a new one",
     "json": "results are in best.json and sweep.csv",
-    "push_to_hub": "push the best model when it is known",
-    "resume_from_checkpoint": "a trial continues from its own newest checkpoint",
+    "push_to_hub": "push the best model after the sweep",
+    "resume_from_checkpoint": "a trial resumes from its own newest checkpoint",
 }
 
 
-_UNSET = ("push_to_hub", "resume_from_checkpoint")  # of those above: what may be said, as long as it says no
+_UNSET = ("push_to_hub", "resume_from_checkpoint")  # of the flags above, those that are accepted with a false value
 
 
 @dataclass(frozen=True)
 class SweepCommand:
-    """What ``efface sweep`` was asked for.
+    """The parsed command line of ``efface sweep``.
 
     Attributes:
-        options: its own flags.
-        words: those of ``efface unlearn`` for every trial.
-        given: what the words give.
-        space: what is varied.
+        options: the flags of the sweep itself.
+        words: flags of ``efface unlearn`` for every trial, as words of a command line.
+        given: the values of ``words``, by field name.
+        space: the varied parameters.
         sampler: "grid", "tpe" or "random".
-        command: what that says.
-        args: likewise, not checked against this machine.
-        recipe: where they name one.
-        evaluation: words of ``efface evaluate`` for each trial.
+        command: the settings of ``efface unlearn`` that all trials share.
+        args: the trainer's arguments that all trials share, not checked against this machine.
+        recipe: the recipe, or None.
+        evaluation: words of ``efface evaluate`` for each trial, or None.
     """
 
     options: argparse.Namespace
@@ -84,19 +84,19 @@ class SweepCommand:
 
     @property
     def evaluated(self) -> bool:
-        """Whether trials leave figures."""
-        judged = self.recipe is not None and self.recipe.evaluate["benchmark"] != "none" and self.command.evaluate
-        return judged or self.evaluation is not None
+        """Whether trials are evaluated."""
+        by_recipe = self.recipe is not None and self.recipe.evaluate["benchmark"] != "none" and self.command.evaluate
+        return by_recipe or self.evaluation is not None
 
     @property
     def shares_retain_log(self) -> bool:
-        """Whether a trial evaluates the recipe's retain model, which the others need not do again."""
+        """Whether the first trial evaluates the recipe's retain model, and the others reuse the log."""
         if self.recipe is None or not self.command.evaluate or self.command.retain_log is not None:
             return False
         return "retain_model" in self.recipe.evaluate and "retain_log" not in self.recipe.evaluate
 
     def settings(self) -> dict[str, Any]:
-        """Return all that the results depend on; a study of others is another one."""
+        """Return all settings that the results depend on. A study with other settings cannot be continued."""
         mine = {"dry_run", "json", "output_dir", "retain_log"}
         return {
             "sampler": self.sampler,
@@ -109,7 +109,7 @@ class SweepCommand:
         }
 
     def _content(self) -> dict[str, str]:
-        """Return digests of the local files that trials read: another file under the same path is another study."""
+        """Return path -> digest of the local files that trials read, to detect a file that has changed."""
         words = [word.partition("=")[2] or word for word in self.evaluation or []]
         sources = [self.command.forget, self.command.retain, self.command.data, self.args.refusal_file, *words]
         found = [Path(source).expanduser() for source in sources if source]
@@ -119,62 +119,74 @@ class SweepCommand:
 
 
 def parser() -> FlagParser:
-    """Return the parser of the command's own flags; those of ``efface unlearn`` come beside them."""
+    """Return the parser of the flags of the sweep itself. ``--help-all`` also shows those of ``efface unlearn``."""
     flags = FlagParser(
         "sweep",
-        "Runs a recipe, or any flags of `efface unlearn`, with many settings, each in a process of its "
-        "own, and ranks the results by Forget Quality among those with enough Model Utility. Trials that fail are "
-        "kept with their error. Needs Optuna: pip install 'efface[sweep]'.",
+        "Runs a recipe, or `efface unlearn` with any flags, once for each of many settings, each in its own process. "
+        "Ranks the results with enough Model Utility by Forget Quality. Failed trials are listed with their error. "
+        "Needs Optuna: pip install 'efface[sweep]'.",
         _EXAMPLES,
         beside=unlearn_parser(),
         partial=True,
     )
     add = flags.add_argument
-    add("--output", dest="output_dir", required=True, metavar="DIR", help="study, trials and results; see the guide")
-    add("--grid", nargs="+", metavar="FLAG=A,B", help="every combination of these values, each once")
-    add("--preset", metavar="NAME", help=f"a grid by its name: {', '.join(known_presets())}; or a YAML file")
+    add(
+        "--output",
+        dest="output_dir",
+        required=True,
+        metavar="DIR",
+        help="folder for the study, the trials and the results",
+    )
+    add("--grid", nargs="+", metavar="FLAG=A,B", help="run every combination of these values once")
+    add("--preset", metavar="NAME", help=f"name of a grid: {', '.join(known_presets())}; or a YAML file")
     kinds = "float:LOW:HIGH, log:LOW:HIGH, int:LOW:HIGH, choice:A,B"
-    add("--space", nargs="+", metavar="FLAG=KIND:...", help=f"what tpe and random draw from: {kinds}")
-    add("--sampler", choices=SAMPLERS, help="(default: grid; with --space tpe)")
-    add("--trials", type=int, metavar="N", help="how many trials tpe and random draw; may be raised later")
-    add("--storage", metavar="URL", help="database of Optuna, such as postgresql://...; default: DIR/study.db")
+    add("--space", nargs="+", metavar="FLAG=KIND:...", help=f"ranges from which tpe and random draw: {kinds}")
+    add("--sampler", choices=SAMPLERS, help="how settings are chosen (default: grid; with --space: tpe)")
+    add("--trials", type=int, metavar="N", help="number of trials that tpe and random draw; can be increased later")
+    add("--storage", metavar="URL", help="database of Optuna, such as postgresql://... (default: DIR/study.db)")
     add("--study", metavar="NAME", help="name of the study in --storage (default: the name of DIR)")
     add("--workers", type=int, metavar="N", help="trials at a time (default: one per visible GPU, or 1)")
-    floor = "a trial with less Model Utility than so many times the full model's cannot win"
-    add("--floor", type=float, default=0.9, help=f"{floor}; without --full-log, the best trial's (default: 0.9)")
+    floor = "a trial below this share of the full model's Model Utility cannot win"
+    add("--floor", type=float, default=0.9, help=f"{floor}; without --full-log: of the best trial's (default: 0.9)")
     add("--full-log", metavar="FILE", help="evaluation of the model before unlearning, for --floor")
     add("--min-utility", type=float, metavar="MU", help="an absolute floor instead of --floor")
-    add("--keep", choices=KEEP, default="best", help="models that stay on the disk; figures all do (default: best)")
-    add("--evaluation", metavar="WORDS", help="flags of `efface evaluate` for each trial, quoted; a recipe has its own")
-    add("--retry-failed", action="store_true", help="try failed trials again")
+    add("--keep", choices=KEEP, default="best", help="models to keep on the disk; all figures are kept (default: best)")
+    add(
+        "--evaluation",
+        metavar="WORDS",
+        help="quoted flags of `efface evaluate` for each trial, if no recipe evaluates it",
+    )
+    add("--retry-failed", action="store_true", help="run failed trials again")
     add("--dry-run", action="store_true", help="list the trials, their steps and tokens; run nothing")
     add("--json", action="store_true", help="print one JSON document instead of a table")
     return flags
 
 
 def parse_sweep(argv: Sequence[str]) -> SweepCommand:
-    """Parse the command line.
+    """Parse the command line and check the settings of every trial.
+
+    For a range, only its two ends are checked.
 
     Raises:
-        FileNotFoundError: a recipe, a file or a folder that does not exist.
-        ValueError: flags or values that are not known or do not go together.
+        FileNotFoundError: a recipe, a file or a folder does not exist.
+        ValueError: unknown flags, invalid values, or flags that contradict one another.
     """
     options, words = parser().parse_known_args(list(argv))
     space, sampler = _space(options)
     _check_numbers(options)
     given = settings_parser().given(words)
     config = config_settings(given["config"], settings_parser()) if "config" in given else {}
-    for name in (given.keys() | config.keys()) & _OURS.keys() - set(_UNSET):
-        raise ValueError(f"--{hyphens(name)}: not for a sweep: {_OURS[name]}")
+    for name in (given.keys() | config.keys()) & _REFUSED.keys() - set(_UNSET):
+        raise ValueError(f"--{hyphens(name)}: not for a sweep: {_REFUSED[name]}")
     for name in given.keys() & {parameter.name for parameter in space}:
         raise ValueError(
-            f"--{hyphens(name)}: expected it once, got it as a flag for all trials and among what is varied"
+            f"--{hyphens(name)}: expected either a value for all trials or varied values, got both; drop one of them"
         )
     evaluation = None if options.evaluation is None else shlex.split(options.evaluation)
     found = SweepCommand(options, words, given, space, sampler, *resolve(given, {}), evaluation)
     for name in _UNSET:
-        if getattr(found.args, name):  # a recipe may ask for it, too
-            raise ValueError(f"--{hyphens(name)}: not for a sweep: {_OURS[name]}; set it to False")
+        if getattr(found.args, name):  # a recipe can set it, too
+            raise ValueError(f"--{hyphens(name)}: not for a sweep: {_REFUSED[name]}; set it to False")
     _check_together(found)
     for parameter in space:
         for value in parameter.some():
@@ -184,12 +196,16 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
 
 
 def resolve(given: Mapping[str, Any], point: Point) -> tuple[UnlearnCommand, UnlearnArguments, Recipe | None]:
-    """Return what the settings of all trials and a point say; needs nothing of this machine.
+    """Return the settings of a trial, checked for consistency but not against this machine.
+
+    Args:
+        given: settings of all trials, by field name.
+        point: values of the varied parameters.
 
     Raises:
-        ValueError: settings that do not go together.
+        ValueError: invalid values, or settings that contradict one another.
     """
-    values = settings_parser().converted(point, "what is varied")
+    values = settings_parser().converted(point, "varied flags")
     command, args = unlearn_settings({**given, **values, "output_dir": "trial", "dry_run": True})
     recipe = recipe_of(command)
     command.make_objective()
@@ -204,7 +220,7 @@ def _space(options: argparse.Namespace) -> tuple[Space, str]:
     given = [name for name in ("grid", "preset", "space") if getattr(options, name) is not None]
     if len(given) != 1:
         got = " and ".join(f"--{name}" for name in given) or "none"
-        raise ValueError(f"expected one of --grid, --preset and --space, which say what is varied, got {got}")
+        raise ValueError(f"expected one of --grid, --preset and --space, which choose the varied flags, got {got}")
     sampler = options.sampler or ("tpe" if given == ["space"] else "grid")
     if options.grid is not None:
         space = parse_grid(options.grid)
@@ -216,9 +232,9 @@ def _space(options: argparse.Namespace) -> tuple[Space, str]:
         raise ValueError(f"--sampler grid: expected values, got a range of {', '.join(ranges)}; give choice:A,B")
     if (sampler == "grid") != (options.trials is None):
         raise ValueError(
-            "--trials: a grid has as many as it has points; drop it"
+            "--trials: expected tpe or random as --sampler, got grid, which runs every point once; drop --trials"
             if sampler == "grid"
-            else f"--sampler {sampler}: expected --trials, how many to draw, got none"
+            else f"--sampler {sampler}: expected --trials with the number of trials to draw, got none"
         )
     return space, sampler
 
@@ -231,18 +247,23 @@ def _check_numbers(options: argparse.Namespace) -> None:
     if not 0 <= options.floor <= 1:
         raise ValueError(f"--floor: expected a share of the full model's utility, 0 .. 1, got {options.floor}")
     if options.min_utility is not None and options.full_log is not None:
-        raise ValueError("--min-utility: is a floor without --full-log; drop one of them")
+        raise ValueError(
+            "--min-utility: expected no --full-log with it, because both set the floor, got both; drop one"
+        )
 
 
 def _check_together(found: SweepCommand) -> None:
-    judged = found.recipe is not None and found.recipe.evaluate["benchmark"] != "none" and found.command.evaluate
-    if judged and found.evaluation is not None:
-        raise ValueError("--evaluation: the recipe says how trials are judged; add --evaluate False, or drop it")
+    by_recipe = found.recipe is not None and found.recipe.evaluate["benchmark"] != "none" and found.command.evaluate
+    if by_recipe and found.evaluation is not None:
+        raise ValueError(
+            "--evaluation: expected no recipe with its own evaluation, got one; add --evaluate False, or drop "
+            "--evaluation"
+        )
     if found.sampler == "tpe" and not found.evaluated:
         raise ValueError(
-            "--sampler tpe: expected trials with figures, which it goes by; give a --recipe with an evaluation, or "
+            "--sampler tpe: expected evaluated trials, got none; give a --recipe with an evaluation, or "
             "--evaluation with flags of `efface evaluate`"
         )
     ours = {"model", "output", "output_dir"} & given_names(found.evaluation or ())
     if ours:
-        raise ValueError(f"--evaluation: --{min(ours)} is the trial's own; drop it")
+        raise ValueError(f"--evaluation: --{min(ours)} is set by each trial; drop it")

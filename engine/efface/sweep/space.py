@@ -1,4 +1,4 @@
-"""What a sweep varies: flags of ``efface unlearn``, each over a list of values or a range."""
+"""The search space of a sweep: flags of ``efface unlearn``, each with a list of values or a range."""
 
 import hashlib
 import itertools
@@ -20,7 +20,7 @@ Value = bool | int | float | str
 Point = dict[str, Value]
 
 PRESETS = Path(__file__).parents[1] / "recipes" / "presets"
-# About one run, about where it is written, or about how it is judged: nothing to choose the best of.
+# Flags that cannot be varied: they concern one run, its output, or the evaluation by which trials are compared.
 NOT_SWEPT = {"recipe", "data", "output_dir", "dry_run", "json", "overwrite", "evaluate", "retain_log", "scale"}
 _RANGES = ("float", "log", "int")
 _LONGEST_NAME = 120
@@ -28,14 +28,15 @@ _LONGEST_NAME = 120
 
 @dataclass(frozen=True)
 class Parameter:
-    """A flag and its values.
+    """A flag with its values or its range.
 
     Attributes:
-        name: of the flag.
-        kind: "choice" of ``values``; "float", "log" (uniform in the logarithm) or "int" from ``low`` to ``high``.
-        values: of a choice.
-        low: least value of a range.
-        high: greatest value of a range.
+        name: name of the flag.
+        kind: "choice" of ``values``, or a range from ``low`` to ``high``: "float", "log" (uniform in the logarithm) or
+            "int".
+        values: the values of a choice.
+        low: lowest value of a range.
+        high: highest value of a range.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Parameter:
     high: float = 0.0
 
     def suggest(self, trial: "optuna.Trial") -> Value:
-        """Return the trial's value, drawn by the study's sampler unless it is there."""
+        """Return the value of a trial. The sampler of the study draws it if the trial has none yet."""
         if self.kind == "choice":
             return self.values[self.values.index(trial.suggest_categorical(self.name, self.values))]
         if self.kind == "int":
@@ -53,11 +54,11 @@ class Parameter:
         return trial.suggest_float(self.name, self.low, self.high, log=self.kind == "log")
 
     def described(self) -> Any:
-        """Return it as JSON."""
+        """Return the values as a list, or the range as text such as ``log:1e-06:0.0001``, for JSON."""
         return list(self.values) if self.kind == "choice" else f"{self.kind}:{self.low:g}:{self.high:g}"
 
     def some(self) -> tuple[Value, ...]:
-        """Return values that between them show what may be wrong: all of a choice, the ends of a range."""
+        """Return the values to check: all of a choice, or the two ends of a range."""
         if self.kind == "choice":
             return self.values
         return (int(self.low), int(self.high)) if self.kind == "int" else (self.low, self.high)
@@ -69,15 +70,19 @@ Space = tuple[Parameter, ...]
 def parse_grid(words: Sequence[str], where: str = "--grid") -> Space:
     """Return the parameters of ``["learning_rate=1e-5,2e-5", "beta=.1"]``.
 
+    Args:
+        words: one ``flag=values`` each.
+        where: start of error messages.
+
     Raises:
-        ValueError: a flag that is not known, or is not swept; a value that is not of its type; a value twice.
+        ValueError: a flag is unknown or cannot be varied, or a value is given twice or has the wrong type.
     """
     parsed = _split(words, where, "learning_rate=1e-5,2e-5")
     return tuple(_choice(name, values.split(","), where) for name, values in parsed.items())
 
 
 def parse_space(words: Sequence[str], where: str = "--space") -> Space:
-    """Return the parameters of ``["learning_rate=log:1e-6:1e-4", "alpha=choice:1,2"]``; errors as ``parse_grid``."""
+    """Return the parameters of ``["learning_rate=log:1e-6:1e-4", "alpha=choice:1,2"]``; see ``parse_grid``."""
     space = []
     for name, value in _split(words, where, "learning_rate=log:1e-6:1e-4").items():
         kind, _, rest = value.partition(":")
@@ -93,15 +98,15 @@ def parse_space(words: Sequence[str], where: str = "--space") -> Space:
 
 
 def known_presets() -> dict[str, Path]:
-    """Return the files of the presets that come with efface, by name."""
+    """Return name -> file of the presets that come with efface."""
     return {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
 
 
 def load_preset(name: str) -> Space:
-    """Return the grid of a preset, by its name or the path of such a file.
+    """Return the grid of a preset, given its name or the path of a YAML file.
 
     Raises:
-        ValueError: an unknown name, a file without a ``grid``; as ``parse_grid``.
+        ValueError: an unknown name, or a file without a ``grid``; and as ``parse_grid``.
     """
     path = known_presets().get(name, Path(name))
     if not path.is_file():
@@ -118,13 +123,13 @@ def load_preset(name: str) -> Space:
 
 
 def points(space: Space) -> Iterator[Point]:
-    """Yield the product of the choices, the last parameter fastest."""
+    """Yield every combination of the choices. The last parameter varies fastest."""
     for values in itertools.product(*(parameter.values for parameter in space)):
         yield {parameter.name: value for parameter, value in zip(space, values, strict=True)}
 
 
 def point_name(point: Mapping[str, Value]) -> str:
-    """Return ``learning_rate=1e-05,beta=0.1``: the same for equal points, another for others, fit for a folder."""
+    """Return a name such as ``learning_rate=1e-05,beta=0.1``, unique for each point and valid as a folder name."""
     short = {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in point.items()}
     name = ",".join(f"{name}={value}" for name, value in short.items())
     plain = "".join(letter if letter.isalnum() or letter in "=,.+-_" else "_" for letter in name)
@@ -143,7 +148,7 @@ def _split(words: Sequence[str], where: str, example: str) -> dict[str, str]:
         if not equals or not name or not value:
             raise ValueError(f"{where}: expected flag=values, such as {example}, got {word!r}")
         if name in given:
-            raise ValueError(f"{where}: {name} is given twice; put all its values into one")
+            raise ValueError(f"{where}: expected each flag once, got {name} twice; give all its values at once")
         given[name] = value
     _check_names(given, where)
     return given
@@ -153,7 +158,9 @@ def _check_names(names: Mapping[str, Any], where: str) -> None:
     known = settings_parser().names
     for name in names:
         if name in NOT_SWEPT:
-            raise ValueError(f"{where}: {name} is not swept: it is about one run, or about how runs are judged")
+            raise ValueError(
+                f"{where}: {name} cannot be varied, because it concerns one run or the evaluation; drop it"
+            )
         if name not in known:
             hint = did_you_mean(name, known - NOT_SWEPT, "; see `efface unlearn --help`")
             raise ValueError(f"{where}: expected flags of `efface unlearn`, got {name!r}{hint}")
@@ -183,7 +190,7 @@ def _range(name: str, kind: str, text: str, where: str) -> Parameter:
     for end in (low, high):
         typed = _typed(name, str(end), where)
         if isinstance(typed, (bool, str)):
-            raise ValueError(f"{where} {name}: expected choice:A,B for a flag that is no number, got {kind}:{text}")  # noqa: TRY004 - words of a command line are values
+            raise ValueError(f"{where} {name}: expected choice:A,B for a flag that is not a number, got {kind}:{text}")  # noqa: TRY004 - an invalid value, not a wrong type
     return Parameter(name, kind, low=low, high=high)
 
 
@@ -193,5 +200,5 @@ def _typed(name: str, text: str, where: str) -> Value:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} {name}: expected finite numbers, got {text!r}")
     if not isinstance(value, (bool, int, float, str)):
-        raise ValueError(f"{where} {name}: expected a flag with one value, and this takes several")  # noqa: TRY004 - words of a command line are values
+        raise ValueError(f"{where} {name}: expected a flag with one value, got one with several; drop it")  # noqa: TRY004 - an invalid value, not a wrong type
     return value

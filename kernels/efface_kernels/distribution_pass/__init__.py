@@ -1,1 +1,1 @@
-"""The distribution pass: one look at two chunks of logits, for losses that compare full distributions."""
+"""The distribution pass: reads the logits of two models, for losses that compare full distributions."""

@@ -1,4 +1,4 @@
-"""The distribution pass in Triton: one program a row, two sweeps over both models' rows. Letters as in ``jit.py``."""
+"""The distribution pass in Triton: one program per row, two sweeps over both models' rows. Letters as in ``jit.py``."""
 
 import triton
 import triton.language as tl
@@ -18,7 +18,7 @@ def _load_pair(
     REFERENCE_SOFTCAP: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Return z, the cap's derivative, and the reference's zr, lowered by SHIFT at the target's place."""
+    """Return z, the derivative of its cap, and the reference's zr, lowered by SHIFT at index ``place``, the target."""
     z, slope = load(Row, offs_v, mask_v, SOFTCAP, ACC, "")
     zr, _ = load(RefRow, offs_v, mask_v, REFERENCE_SOFTCAP, ACC, "")
     if SHIFT != 0:
@@ -44,25 +44,26 @@ def _write(
     ACC: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Second sweep, one block: write p − q, return each group's sums of KL(q‖p) and of Σ q log q."""
+    """Second sweep, one block: write p − q; return each group's share of KL(q‖p) and of Σ q log q."""
     z, slope, zr = _load_pair(Row, RefRow, offs_v, mask_v, place, SHIFT, SOFTCAP, REFERENCE_SOFTCAP, ACC)
-    # The maximum goes first: a difference of logits is exact.
+    # Subtract the maximum before the logarithm of the sum: the difference of two close logits is exact.
     log_p = (z - p_top) - p_log
     log_q = (zr - q_top) - q_log
     q = power(log_q)
     if OutRow is not None:
         difference = (power(log_p) - q) * slope
-        # The row may lie over the reference's, whose entries are no narrower: what a store overwrites, this block or an
-        # earlier one loaded, by threads that all have come to this point.
+        # OutRow can share the memory of RefRow, whose entries are not narrower. Then a store overwrites only entries
+        # that this block or an earlier one has loaded. The barrier makes sure that all threads have finished their
+        # loads.
         tl.debug_barrier()
         tl.store(OutRow + offs_v, difference, mask=mask_v)
-    # q log q → 0 as q → 0: a class that q excludes adds nothing, whatever p says of it. NaN is not 0.
+    # q log q → 0 as q → 0: a class with q = 0 adds nothing, whatever p is. NaN is not 0 and stays in the sums.
     absent = q == 0
     log_q = tl.where(absent, 0.0, log_q)
     return group_sums(q * (log_q - tl.where(absent, 0.0, log_p)), GROUP), group_sums(q * log_q, GROUP)
 
 
-# Targets are a slice of the batch's, which may begin anywhere.
+# Targets are a slice of the batch's targets and can start at any address.
 @triton.jit(do_not_specialize_on_alignment=["Targets"])
 def distribution_pass_kernel(
     Logits,  # (n, V)
@@ -80,8 +81,11 @@ def distribution_pass_kernel(
     REFERENCE_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """KL(q‖p) and the entropy of q of a row and, if there is an Out, p − q: in Logits, over Reference, or elsewhere."""
-    row = tl.program_id(0).to(tl.int64)  # n · V passes 2^31
+    """Compute KL(q‖p) and the entropy of q of a row; write p − q to Out unless it is None.
+
+    Out is Logits, shares the memory of Reference, or is separate memory.
+    """
+    row = tl.program_id(0).to(tl.int64)  # n · V can exceed 2^31
     ACC: tl.constexpr = Divergence.dtype.element_ty
     GROUP: tl.constexpr = 128 // Logits.dtype.element_ty.primitive_bitwidth
     REF_GROUP: tl.constexpr = 128 // Reference.dtype.element_ty.primitive_bitwidth
@@ -90,7 +94,7 @@ def distribution_pass_kernel(
     target = tl.load(Targets + row)
     place = target.to(tl.int32)
     offs_v = tl.arange(0, BLOCK)
-    whole = v // BLOCK * BLOCK  # whole blocks carry no mask, see row_pass/kernel.py
+    whole = v // BLOCK * BLOCK  # full blocks are not masked, see row_pass/kernel.py
 
     p_top, q_top = tl.full([BLOCK // GROUP], LOWEST, ACC), tl.full([BLOCK // REF_GROUP], LOWEST, ACC)
     p_total, q_total = tl.zeros([BLOCK // GROUP], ACC), tl.zeros([BLOCK // REF_GROUP], ACC)
@@ -105,7 +109,7 @@ def distribution_pass_kernel(
         q_top, q_total = accumulate(zr, q_top, q_total, REF_GROUP)
     p_row_top, p_row_total = combine(p_top, p_total)
     q_row_top, q_row_total = combine(q_top, q_total)
-    # NaN for a target out of range, whose shift would otherwise be left out silently
+    # NaN for a target out of range, whose shift would otherwise be skipped silently
     p_log = tl.where((target >= 0) & (target < v), tl.log(p_row_total), float("nan"))
     q_log = tl.log(q_row_total)
 

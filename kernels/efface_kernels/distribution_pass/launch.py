@@ -1,6 +1,7 @@
-"""The distribution pass's launch, and its configuration, a pure function. Nothing here was timed on a GPU yet.
+"""Launch of the distribution pass in Triton, and its launch configuration, a pure function.
 
-`python -m benchmarks.compile_only` prints what it takes of a GPU: registers, instructions an element.
+The configuration has not been timed on a GPU yet. `python -m benchmarks.compile_only` prints the registers and the
+instructions per element of the compiled kernel.
 """
 
 import torch
@@ -15,7 +16,7 @@ _THREADS = 256
 def launch_config(
     vocabulary: int, dtype: torch.dtype, reference_dtype: torch.dtype, warp_size: int = 32
 ) -> LaunchConfig:
-    """Return the configuration for two rows of ``vocabulary`` logits, of these dtypes."""
+    """Return the configuration for pairs of rows of ``vocabulary`` logits with these dtypes."""
     return streaming_config(vocabulary, max(dtype.itemsize, reference_dtype.itemsize), _THREADS, warp_size)
 
 
@@ -27,13 +28,13 @@ def distribution_pass_triton(
     into: Tensor | None,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``distribution_pass_torch`` in Triton; None lets ``launch_config`` choose."""
+    """Run ``distribution_pass_torch`` as a Triton kernel; ``config`` None uses ``launch_config``."""
     from efface_kernels.distribution_pass.kernel import (  # Triton is imported when a kernel first runs
         distribution_pass_kernel,
     )
 
     if logits.residual is not None or reference.residual is not None:
-        raise ValueError("`logits`: expected no residual, which this pass does not read; give wider logits")
+        raise ValueError("`logits`: expected no residual, which this pass cannot read, got one; pass wider logits")
     policy, frozen = logits.unit_stride().values, reference.unit_stride().values
     divergence, entropy = logits.row_vector(), logits.row_vector()
     out = into

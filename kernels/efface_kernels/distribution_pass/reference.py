@@ -1,4 +1,4 @@
-"""The distribution pass in plain PyTorch: the readable truth, and the implementation for any device."""
+"""The distribution pass in plain PyTorch: the readable reference implementation, which runs on any device."""
 
 import torch
 from torch import Tensor
@@ -9,10 +9,10 @@ from efface_kernels.logits import Logits, accumulation_dtype, row_blocks
 def distribution_pass_torch(
     logits: Logits, reference: Logits, targets: Tensor, shift: float, into: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return KL(q‖p) and the entropy of q, (n,) each.
+    """Return KL(q‖p) and the entropy of q, (n,) each; write p − q into ``into`` (n, V) unless it is None.
 
-    p − q goes ``into`` a matrix (n, V): ``logits.values``; the memory of the reference's logits, in a dtype no wider
-    and each row from where its row begins; or another one. None wants no p − q.
+    ``into`` can be ``logits.values`` or a separate matrix. It can also share the memory of the reference's logits, if
+    its dtype is not wider and each row begins where the reference's row begins.
     """
     values = logits.values
     dtype = accumulation_dtype(values.dtype)
@@ -24,11 +24,11 @@ def distribution_pass_torch(
         zr.scatter_add_(1, targets[rows, None], torch.full_like(zr[:, :1], -shift))
         log_p, log_q = torch.log_softmax(z, dim=1), torch.log_softmax(zr, dim=1)
         q = torch.exp(log_q)
-        # q log q → 0 as q → 0: a class that q excludes adds nothing, whatever p says of it
+        # q log q → 0 as q → 0: a class with q = 0 adds nothing, whatever p is
         absent = q == 0
         divergence[rows] = (q * (log_q - log_p)).masked_fill(absent, 0).sum(dim=1)
         entropy[rows] = -(q * log_q).masked_fill(absent, 0).sum(dim=1)
-        if into is not None:  # these rows have been read, so they may be written over
+        if into is not None:  # these rows have been read and can be overwritten
             difference = torch.exp(log_p) - q
             into[rows] = difference if slope is None else difference * slope
     return divergence, entropy

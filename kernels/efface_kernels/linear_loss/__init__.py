@@ -1,1 +1,1 @@
-"""The lm_head and its loss as one operation, chunk by chunk."""
+"""Losses fused with the ``lm_head``: logits are computed, read and freed chunk by chunk."""

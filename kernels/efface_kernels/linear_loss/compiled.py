@@ -1,8 +1,8 @@
-"""The loss op as ``torch.compile`` sees it: custom ops with fake kernels, whose insides nothing traces.
+"""Custom ops with fake kernels, which make the losses opaque to ``torch.compile``.
 
-``linear_logprob`` and ``linear_sequence_loss`` call them while a model is compiled, and never otherwise: the eager path
-saves the dispatcher's way. The ops read the sizes of a batch when they run, so that batches of other sizes share a
-graph. An absent tensor is an empty one in their outputs, where a schema knows no other.
+``linear_logprob`` and ``linear_sequence_loss`` call these ops only while a model is compiled; the eager path avoids the
+overhead of the dispatcher. The ops read the sizes of a batch when they run, so batches of different sizes share a
+graph. An output that was not requested is an empty tensor, because the schema of an op has no optional output tensors.
 """
 
 from collections.abc import Sequence
@@ -26,14 +26,18 @@ Loss = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 
 
 def _present(tensor: Tensor | None, wanted: bool, like: Tensor) -> Tensor:
-    """Return the tensor if it is wanted: zeros where no row made it. Else an empty one."""
+    """Return an empty tensor unless ``wanted``; otherwise ``tensor``, or zeros if it is None because N = 0."""
     if not wanted:
         return like.new_empty(0)
     return torch.zeros_like(like) if tensor is None else tensor
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What dW and db leave the forward op in: fp16 would lose what a loss scale has yet to lift."""
+    """Return the dtype in which the forward op returns dW and db.
+
+    It is float32 for fp16: the loss scale is applied later, in the backward call, and unscaled fp16 values can
+    underflow.
+    """
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -59,9 +63,10 @@ def _linear_sequence_loss(
     chunk_rows: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss; terms, sums, live reference sums, logprobs; coefficients, P W, dW, db.
+    """Return loss, terms, sums, live reference sums, logprobs, coefficients, P W, dW, db.
 
-    Inductor keeps compiled backward graphs on disk by the names of their ops: outputs must not change their meaning.
+    Inductor caches compiled backward graphs on disk under the names of their ops, so the meaning of an output must not
+    change.
     """
     offsets = row_offsets if device_offsets is None else RowOffsets(row_offsets, device_offsets)
     live = None
@@ -118,9 +123,9 @@ def _scale_gradients(ctx: Any, upstream: Tensor | None, *_unused: Tensor | None)
             raise RuntimeError("linear_sequence_loss: expected to be differentiated once; it has no second derivative")
         hidden_dtype, weight_dtype = ctx.dtypes
         made = (
-            # New tensors, as a graph has them; its compiler makes one kernel of each line.
+            # Out of place, as a graph requires; the compiler fuses each line into one kernel.
             (pw * (-coefficients * upstream)[:, None]).to(hidden_dtype),
-            # of no dimensions, it would be rounded to the dtype of dW first
+            # reshaped, because a 0-dimensional factor would first be rounded to the dtype of dW
             (dw * upstream.reshape(1, 1)).to(weight_dtype),
             (db * upstream.reshape(1)).to(weight_dtype),
         )
@@ -138,12 +143,12 @@ def _linear_logprob(
     bias: Tensor | None,
     targets: Tensor,
     softcap: float | None,
-    wanted: Sequence[bool],  # noqa: ARG001 - of the backward call
+    wanted: Sequence[bool],  # noqa: ARG001 - read by the backward call
     keep: bool,
     chunk_rows: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """ℓ, and softmax − onehot if it is to be kept."""
+    """Return ℓ, and P = softmax − onehot if ``keep``, else an empty tensor."""
     head = Head(weight, bias, softcap)
     check_chunk_rows(chunk_rows)
     logprob.check(hidden, head, targets)
@@ -176,7 +181,7 @@ def _linear_logprob_backward(
     chunk_rows: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dh, dW, db."""
+    """Return (dh, dW, db); a gradient that is not wanted is an empty tensor."""
     options = logprob.Options(softcap, chunk_rows, resolve_backend(backend, hidden.device))
     head, wants, kept = Head(weight, bias, softcap), Wanted(*wanted), p if keep else None
     with torch.autocast(hidden.device.type, enabled=False):

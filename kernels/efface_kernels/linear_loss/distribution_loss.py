@@ -1,4 +1,4 @@
-"""``linear_distribution_loss``: the distance of two models' distributions, with its gradients, in one loop."""
+"""``linear_distribution_loss``: KL divergence or cross entropy to a frozen model, computed with its gradients."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from efface_kernels.logits import accumulation_dtype
 
 
 class DistributionLossOutput(NamedTuple):
-    """The loss, which carries the gradient, and what it was made of, which does not."""
+    """Result of ``linear_distribution_loss``. Only ``loss`` is differentiable."""
 
     loss: Tensor  # ()
     divergence: Tensor  # (N,) KL(q‖p)
@@ -28,7 +28,7 @@ class DistributionLossOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of ``linear_distribution_loss``; ``row_weights`` become a tensor (N,) once ``checked``."""
+    """Arguments of one call of ``linear_distribution_loss``. ``checked`` converts ``row_weights`` to a tensor (N,)."""
 
     hidden: Tensor
     head: Head
@@ -65,13 +65,13 @@ class _LinearDistributionLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,  # noqa: ARG004 - the call has it, and autograd is told of it here; so the next one
+        weight: Tensor,  # noqa: ARG004 - read through `call`; passed so that autograd tracks it, like the next one
         bias: Tensor | None,  # noqa: ARG004
         call: _Call,
         wanted: Wanted,
         chunk_rows: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        weights = cast("Tensor", call.row_weights)  # of a checked call
+        weights = cast("Tensor", call.row_weights)  # checked() has made it a tensor
         chunks = plan_pieces(hidden.shape[0], chunk_rows)
         look = DistributionLook(
             hidden,
@@ -117,7 +117,7 @@ def linear_distribution_loss(
     chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> DistributionLossOutput:
-    """A weighted sum over rows of KL(q‖p), or of the cross entropy to q, with its gradients formed in the forward call.
+    """Return a weighted sum over rows of KL(q‖p), or of the cross entropy to q; gradients come from the forward call.
 
     Equal to::
 
@@ -128,43 +128,53 @@ def linear_distribution_loss(
         divergence, entropy = (q * (q.log() - log_p)).sum(-1), -(q * q.log()).sum(-1)
         loss = (row_weights * (divergence + entropy if cross_entropy else divergence)).sum()
 
-    but only one chunk of either model's logits is ever alive. Soft-caps apply before the shift. Shift 0 is the KL
-    retain term; shift β with the cross entropy is UNDIAL (arXiv 2402.10052).
+    but only one chunk of logits per model is in memory at a time. Soft-caps are applied before the shift. With shift 0
+    the loss is the KL retain term; with shift = β and the cross entropy it is UNDIAL (arXiv 2402.10052).
 
     Args:
         hidden: (N, D) hidden states of the label rows, float16, bfloat16, float32 or float64.
         weight: (V, D), same dtype.
-        targets: (N,) int64, in 0 .. V − 1; where the shift applies.
-        row_weights: (N,) float32 or float64, or one number for all rows. Get no gradient.
-        reference: the frozen model's hidden states of all N rows and its head. Its D' and dtype may differ (float64
-            only beside float64), its vocabulary may not.
-        shift: what the target's reference logit is lowered by.
-        cross_entropy: add the entropy of q, a constant, to each row's divergence.
+        targets: (N,) int64, in 0 .. V − 1; the entries to which the shift applies.
+        row_weights: (N,) float32 or float64, or one number for all rows. They receive no gradient.
+        reference: hidden states of the frozen model for all N rows, and its head. D' and dtype can differ from the
+            policy's (float64 needs a float64 policy); the vocabulary must be the same.
+        shift: amount by which the target's reference logit is lowered.
+        cross_entropy: if True, add the entropy of q, a constant, to each row's divergence.
         bias: (V,), same dtype, or None.
-        softcap: Gemma-2's cap on the logits, or None; the reference's is that of its head.
-        chunk_rows: rows of logits alive at a time; None chooses from the device and V, and takes all where that needs
-            no more memory than several chunks.
+        softcap: Gemma-2's cap on the policy's logits, z ← softcap · tanh(z / softcap), or None. The reference's cap is
+            that of its head.
+        chunk_rows: upper bound on the rows of logits in memory at a time. None chooses it from the device and V, and
+            uses a single chunk if that needs no more memory than several chunks.
         backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
 
     Returns:
-        DistributionLossOutput, in nats, float32 (float64 for float64 inputs), as are the logits: bfloat16 ones would
-        make the gradient rounding noise where p is close to q. On devices whose GEMM cannot write them from
-        half-precision operands, the two heads are copied to float32 for the call; on CPUs with bfloat16 instructions
-        bfloat16 logits come in pairs, of 17 bits. Gradients have the dtypes of their inputs; sums over chunks run in
-        float32.
+        DistributionLossOutput, in nats, float32 (float64 for float64 inputs). Gradients have the dtypes of their
+        inputs; sums over chunks are accumulated in float32 (float64 for float64 inputs).
+
+        Logits are float32 as well, because the gradient from bfloat16 logits would be rounding noise where p is close
+        to q. If the device's GEMM cannot write float32 logits from half-precision operands, both heads are copied to
+        float32 for the call. CPUs with bfloat16 instructions instead represent the logits of a bfloat16 head without
+        bias as the sum of two bfloat16 matrices, which has 17 significant bits.
 
     Raises:
-        TypeError: dtypes that differ, or targets that are not int64.
-        ValueError: shapes or vocabularies that do not fit, a target out of the vocabulary, tensors on different
-            devices.
-            On a GPU targets are not looked at: one out of the vocabulary makes the loss NaN, or ends in a device-side
-            assertion.
+        TypeError: if dtypes differ, or ``targets`` are not int64.
+        ValueError: if shapes or vocabularies do not match, a target is outside the vocabulary, or tensors are on
+            different devices. The range of targets is not checked on a GPU: a target outside the vocabulary makes the
+            loss NaN or triggers a device-side assertion.
+
+    Example:
+        >>> import torch
+        >>> from efface_kernels import Head, ReferenceRows, linear_distribution_loss
+        >>> hidden, weight = torch.zeros(2, 8), torch.zeros(2, 8)  # p uniform over 2 tokens
+        >>> frozen = ReferenceRows(hidden, Head(weight, bias=torch.tensor([3.0, 1.0]).log()))  # q = 3/4, 1/4
+        >>> linear_distribution_loss(hidden, weight, torch.tensor([0, 1]), 0.5, frozen).loss
+        tensor(0.1308)
     """
     head = Head(weight, bias, softcap)
     call = _Call(hidden, head, targets, row_weights, reference, shift, cross_entropy, chunk_rows, backend)
     if not torch.compiler.is_compiling():
         return _eager(call)
-    # Not traced: workspaces that calls share are what a compiler takes for its own.
+    # Not traced: calls share workspaces, which a compiler would treat as private to its graph.
     outside: Callable[[_Call], DistributionLossOutput] = torch.compiler.disable(_eager)
     return outside(call)
 
@@ -195,7 +205,7 @@ def _checked_reference(reference: ReferenceRows, hidden: Tensor, head: Head) -> 
     if frozen_head.vocabulary != head.vocabulary:
         raise ValueError(
             f"`reference_weight`: expected {head.vocabulary} rows, the vocabulary of `weight`, got "
-            f"{frozen_head.vocabulary}; only distributions over one vocabulary compare (cut off rows that pad a head)"
+            f"{frozen_head.vocabulary}; use models with the same vocabulary (cut off padding rows of a head)"
         )
     check_same_device(hidden=hidden, reference_hidden=frozen)
     return reference

@@ -1,4 +1,4 @@
-"""``linear_sequence_loss``: a loss over sequence log-probabilities, with its gradients, in one loop."""
+"""``linear_sequence_loss``: a loss over sequence log-probabilities, computed together with its gradients."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,17 +23,17 @@ T = TypeVar("T")
 
 
 class SequenceLossOutput(NamedTuple):
-    """The loss, which carries the gradient, and what it was made of, which does not."""
+    """Result of ``linear_sequence_loss``. Only ``loss`` is differentiable."""
 
     loss: Tensor  # () sum of the terms
     terms: Tensor  # (S,)
     sequence_logprobs: Tensor  # (S,) L_s
-    reference_sums: Tensor | None  # (S,) L_ref, 0 for sequences without a reference
+    reference_sums: Tensor | None  # (S,) L_ref, 0 for sequences without a live reference; None without any reference
     logprobs: Tensor  # (N,) ℓ_i
 
 
 class Computed(NamedTuple):
-    """What a forward call computes: its output, and what the backward call needs."""
+    """Result of the forward call: its output, and the row factors and gradients that the backward call needs."""
 
     output: SequenceLossOutput
     factors: Tensor  # (N,) −c
@@ -42,11 +42,11 @@ class Computed(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """A call of ``linear_sequence_loss``, whose arguments these are; what the eager and the compiled path run.
+    """Arguments of one call of ``linear_sequence_loss``, shared by the eager and the compiled path.
 
     Attributes:
-        hidden: in the dtype of the GEMM, as the head.
-        wanted: the gradients that the caller wants.
+        hidden: (N, D) in the dtype of the GEMM, like the head.
+        wanted: the gradients to compute.
     """
 
     hidden: Tensor
@@ -62,9 +62,11 @@ class Call:
     backend: str
 
     def checked(self) -> "Call":
-        """Return the call with its offsets in both places, its reference in the dtype of the GEMM and a known backend.
+        """Return the checked call: offsets on host and device, the reference cast for the GEMM, the backend resolved.
 
-        Raises what ``linear_sequence_loss`` says.
+        Raises:
+            TypeError: see ``linear_sequence_loss``.
+            ValueError: see ``linear_sequence_loss``.
         """
         hidden, terms, reference, sums = self.hidden, self.terms, self.reference, self.reference_sums
         self.head.check(hidden)
@@ -74,26 +76,27 @@ class Call:
         sequences = len(offsets.host) - 1
         if not 0 <= 2 * self.pairs <= sequences:
             raise ValueError(
-                f"`pairs`: expected at most half of the {sequences} sequences, got {self.pairs}; pairs are the "
-                "sequences (0, 1), (2, 3), …, before all others"
+                f"`pairs`: expected at most half of the {sequences} sequences, got {self.pairs}; order the sequences "
+                "so that pairs come first, as (0, 1), (2, 3), …"
             )
         if isinstance(terms, SequenceRule):
             check_shape("terms.roles", terms.roles, (sequences,), "one role for each sequence")
             check_same_device(hidden=hidden, roles=terms.roles)
             if terms.needs_reference and reference is None and sums is None:
                 raise ValueError(
-                    "`terms`: NPO and DPO need a reference, got none; give `reference` or `reference_sums`"
+                    "`terms`: NPO and DPO need a reference, got none; pass `reference` or `reference_sums`"
                 )
             if terms.pairs and self.pairs == 0 and sequences:
-                raise ValueError("`pairs`: expected the number of DPO's pairs, got 0; chunks would come between them")
+                raise ValueError("`pairs`: expected the number of DPO's pairs, got 0; pass it, or chunks split pairs")
         if reference is not None:
             reference = _checked_reference(reference, self.targets, offsets)
             if sums is not None:
-                raise ValueError("expected `reference` (live) or `reference_sums` (cached), got both; drop one")
+                raise ValueError("`reference_sums`: expected None with `reference`, got both; pass one of them")
         if sums is not None:
             check_shape("reference_sums", sums, (sequences,), "one value for each sequence")
             check_dtype("reference_sums", sums, (torch.float32, torch.float64))
-            # Autograd would take the caller's own tensor, which is returned, out of its graph.
+            # The caller's tensor is returned as an output. Without detach, autograd would mark the tensor itself as
+            # non-differentiable and so remove it from the caller's graph.
             sums = sums.detach()
         return dataclasses.replace(
             self,
@@ -104,9 +107,9 @@ class Call:
         )
 
     def run(self, compute: Callable[["Call", int], T]) -> T:
-        """Return what ``compute`` makes of the call and the rows of a chunk, for as many as the device has memory for.
+        """Return ``compute(self, rows)`` with as many rows per chunk as the device has memory for.
 
-        Autocast is off: hidden states and heads have the dtype of the GEMM already.
+        Autocast is disabled, because hidden states and heads already have the dtype of the GEMM.
         """
 
         def run(rows: int) -> T:
@@ -122,11 +125,11 @@ class Call:
 
 
 class _Coefficients:
-    """Turns a chunk's log-probabilities into coefficients; keeps the terms and the sums that it saw."""
+    """Coefficient rule: computes a chunk's coefficients from its log-probabilities, and stores its terms and sums."""
 
     def __init__(self, call: Call, offsets: Tensor, look: RowLook) -> None:
         self._call, self._offsets, self._look = call, offsets, look
-        # Every sequence is in a chunk, which writes all of its entries.
+        # No initialisation is needed: every sequence is in some chunk, and each chunk writes all of its entries.
         self.terms, self.sums = (look.logprobs.new_empty(len(offsets) - 1) for _ in range(2))
         self.reference_sums = call.reference_sums if call.reference is None else torch.empty_like(self.sums)
 
@@ -135,7 +138,7 @@ class _Coefficients:
         reference_logprobs = None if frozen is None else frozen[chunk.rows]
         span = slice(chunk.first, chunk.last)
         reference_sums = None if self.reference_sums is None else self.reference_sums[span]
-        # Absolute offsets: the passes take a chunk's first row from its first offset.
+        # Offsets into the batch: the passes subtract the chunk's first offset from the others.
         offsets = self._offsets[chunk.first : chunk.last + 1]
         sequences = Sequences(self._look.logprobs[chunk.rows], offsets, chunk.first, reference_sums)
         if isinstance(terms, SequenceRule) and self._call.backend == "triton":
@@ -149,8 +152,8 @@ class _Coefficients:
 
 
 def compute(call: Call, chunk_rows: int) -> Computed:
-    """Run the loop over chunks of whole sequences, or of any rows where no gradient waits for a sequence's end."""
-    offsets = cast("RowOffsets", call.row_offsets)  # of a checked call
+    """Run the loop over chunks of whole sequences, or over arbitrary rows if neither dW nor db is wanted."""
+    offsets = cast("RowOffsets", call.row_offsets)  # checked() has converted it
     if call.wanted.head:
         chunks = plan_sequences(offsets.host.tolist(), chunk_rows, call.pairs)
     else:
@@ -168,7 +171,7 @@ class _LinearSequenceLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,  # noqa: ARG004 - the call has it, and autograd is told of it here; so the next two
+        hidden: Tensor,  # noqa: ARG004 - read through `call`; passed so that autograd tracks it, like the next two
         weight: Tensor,  # noqa: ARG004
         bias: Tensor | None,  # noqa: ARG004
         call: Call,
@@ -202,44 +205,56 @@ def linear_sequence_loss(
     chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> SequenceLossOutput:
-    """A sum of per-sequence loss terms, with its gradients formed in the forward call.
+    """Return a sum of per-sequence loss terms; its gradients are computed in the forward call.
 
     Equal to::
 
         logprobs = linear_logprob(hidden, weight, targets, bias=bias, softcap=softcap)
         loss = terms(Sequences(logprobs, row_offsets, 0, reference_sums)).sum()
 
-    but the logits of a chunk are made once, and only one chunk of them is ever alive. ``terms`` is called once a
-    chunk with whole sequences; a term may depend on its own sequence only, or on its pair.
+    but the logits of a chunk are computed once, and only one chunk of logits is in memory at a time. ``terms`` is
+    called once per chunk, with whole sequences. A term can depend only on its own sequence and, in a pair, on the other
+    one.
 
     Args:
         hidden: (N, D) hidden states of the label rows, float16, bfloat16, float32 or float64.
         weight: (V, D), same dtype.
         targets: (N,) int64, in 0 .. V − 1.
-        row_offsets: (S + 1) int64, ascending from 0 to N, each sequence with at least one row. Give it on the CPU
-            (or as a list): a device tensor is read back once, which synchronises. ``RowOffsets`` holds both.
-        terms: a ``SequenceRule``, which the Triton backend computes in one launch; or any function that maps
-            ``Sequences`` of s sequences to their s loss terms, plain torch, differentiated by autograd.
-        pairs: the first 2 · ``pairs`` sequences come in pairs, (2i, 2i + 1), that share a chunk
-            (``Sequences.following``).
+        row_offsets: (S + 1) int64, ascending from 0 to N; each sequence has at least one row. Pass a list or a CPU
+            tensor: a device tensor is copied to the host, which synchronises the device. ``RowOffsets`` combines a host
+            and a device copy.
+        terms: a ``SequenceRule``, which the Triton backend computes in one launch; or a function of plain torch that
+            maps ``Sequences`` (s of them) to their loss terms (s,), which autograd differentiates.
+        pairs: the first 2 · ``pairs`` sequences are pairs, (2i, 2i + 1). Both sequences of a pair are in the same
+            chunk, see ``Sequences.following``.
         bias: (V,), same dtype, or None.
-        softcap: Gemma-2's cap on the logits, or None.
-        reference: a live reference for the first M rows; its logits are read in the same pass.
-        reference_sums: (S,) known L_ref instead, from a cache. Not both.
-        chunk_rows: rows of logits alive at a time; None chooses from the device, V and the dtype, and takes all where
-            that needs no more memory than several chunks. A sequence or pair that is longer is looked at twice.
+        softcap: Gemma-2's cap on the logits, z ← softcap · tanh(z / softcap), or None.
+        reference: live reference for the first M rows; its logits are read in the same pass.
+        reference_sums: (S,) cached L_ref, instead of ``reference``.
+        chunk_rows: upper bound on the rows of logits in memory at a time. None chooses it from the device, V and the
+            dtype, and uses a single chunk if that needs no more memory than several chunks. The logits of a longer
+            sequence or pair are computed twice if dW or db is wanted.
         backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
 
     Returns:
-        SequenceLossOutput; ``loss`` may be scaled and added to other losses before ``backward``. float32 (float64
-        for float64 inputs). Gradients have the dtypes of their inputs; sums over chunks run in float32.
+        SequenceLossOutput, float32 (float64 for float64 inputs). ``loss`` can be scaled and added to other losses
+        before ``backward``. Gradients have the dtypes of their inputs; sums over chunks are accumulated in float32
+        (float64 for float64 inputs).
 
     Raises:
-        TypeError: dtypes that differ, or targets that are not int64.
-        ValueError: shapes that do not fit, offsets that do not ascend, a sequence without rows, more pairs than
-            sequences, a target out of the vocabulary, tensors on different devices.
-            On a GPU targets are not looked at: one out of the vocabulary makes the loss NaN, or ends in a device-side
-            assertion.
+        TypeError: if dtypes differ, or ``targets`` are not int64.
+        ValueError: if shapes do not match, offsets do not ascend, a sequence has no row, there are fewer than
+            2 · ``pairs`` sequences, a target is outside the vocabulary, or tensors are on different devices. The range
+            of targets is not checked on a GPU: a target outside the vocabulary makes the loss NaN or triggers a
+            device-side assertion.
+
+    Example:
+        >>> import torch
+        >>> from efface_kernels import linear_sequence_loss
+        >>> hidden, weight = torch.zeros(5, 8), torch.zeros(16, 8)  # uniform over 16 tokens
+        >>> targets, row_offsets = torch.arange(5), [0, 3, 5]  # two sequences of 3 and 2 labels
+        >>> linear_sequence_loss(hidden, weight, targets, row_offsets, lambda s: -s.sums).terms
+        tensor([8.3178, 5.5452])
     """
     hidden, head = Head(weight, bias, softcap).cast_for(hidden)
     wanted = Wanted.of(hidden, head)
@@ -264,7 +279,7 @@ def _eager(call: Call) -> SequenceLossOutput:
 
 
 def _in_graph(call: Call, rule: SequenceRule) -> SequenceLossOutput:
-    """``_eager`` while a model is compiled: one op, of ``compiled.py``, which checks its arguments when it runs."""
+    """Call the custom op of ``compiled.py`` while a model is compiled; the op checks its arguments when it runs."""
     head, row_offsets, device_offsets = call.head, call.row_offsets, None
     if isinstance(row_offsets, RowOffsets):
         row_offsets, device_offsets = row_offsets.host, row_offsets.device
@@ -300,8 +315,8 @@ def _checked_reference(reference: ReferenceRows, targets: Tensor, offsets: RowOf
     m, ends = hidden.shape[0], offsets.host.tolist()
     if m not in ends:
         raise ValueError(
-            f"`reference_hidden`: expected the rows of the first sequences, whole, got {m} rows; "
-            f"sequences end at rows {', '.join(map(str, ends[1:4]))} …"
+            f"`reference_hidden`: expected all rows of the first sequences, got {m} rows; end at a sequence boundary, "
+            f"that is after {', '.join(map(str, ends[1:4]))} … rows"
         )
     check_targets(targets[:m], m, head.vocabulary)
     check_same_device(hidden=targets, reference_hidden=hidden)

@@ -1,4 +1,4 @@
-"""The head: the linear layer from hidden states to logits, and the frozen one of a reference model."""
+"""``Head``, the linear layer from hidden states to logits, and ``ReferenceRows``, the input of a frozen one."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class Head:
     Attributes:
         weight: (V, D).
         bias: (V,) or None.
-        softcap: z ← softcap · tanh(z / softcap), or None. Applied by the row pass, not by ``logits``.
+        softcap: Gemma-2's cap, z ← softcap · tanh(z / softcap), or None. The passes apply it, not ``logits``.
     """
 
     weight: Tensor
@@ -24,19 +24,19 @@ class Head:
 
     @property
     def vocabulary(self) -> int:
-        """V."""
+        """Vocabulary size V."""
         return self.weight.shape[0]
 
     @property
     def hidden_size(self) -> int:
-        """D."""
+        """Hidden size D."""
         return self.weight.shape[1]
 
     def check(self, hidden: Tensor, *, prefix: str = "") -> None:
-        """Raise TypeError or ValueError unless ``hidden`` (N, D) can go through this head."""
+        """Raise TypeError or ValueError unless this head can be applied to ``hidden`` (N, D)."""
         check_dtype(f"{prefix}hidden", hidden, FLOATS)
         check_shape(f"{prefix}weight", self.weight, ("V", "D"))
-        check_shape(f"{prefix}hidden", hidden, ("N", self.weight.shape[1]), f"D is that of `{prefix}weight`")
+        check_shape(f"{prefix}hidden", hidden, ("N", self.weight.shape[1]), f"D must be that of `{prefix}weight`")
         check_dtype(f"{prefix}weight", self.weight, (hidden.dtype,))
         if self.bias is not None:
             check_shape(f"{prefix}bias", self.bias, (self.vocabulary,))
@@ -45,13 +45,13 @@ class Head:
         check_same_device(**{f"{prefix}hidden": hidden, f"{prefix}weight": self.weight, f"{prefix}bias": self.bias})
 
     def to(self, device: torch.device) -> "Head":
-        """Return the head on another device."""
+        """Return the head with its parameters on ``device``."""
         return Head(self.weight.to(device), None if self.bias is None else self.bias.to(device), self.softcap)
 
     def logits(self, hidden: Tensor, workspace: Tensor) -> Tensor:
         """Write the uncapped logits of ``hidden`` (n, D) into the first n rows of ``workspace`` and return them."""
         out = workspace[: hidden.shape[0]]  # (n, V)
-        if out.dtype != hidden.dtype:  # only where ``writing`` said so
+        if out.dtype != hidden.dtype:  # only after ``writing`` returned this head unchanged, on CUDA
             torch.mm(hidden, self.weight.t(), out_dtype=out.dtype, out=out)
             return out if self.bias is None else out.add_(self.bias)
         if self.bias is None:
@@ -59,14 +59,14 @@ class Head:
         return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
 
     def residual(self, hidden: Tensor, logits: Tensor, workspace: Tensor) -> Tensor:
-        """Write what the rounding of ``logits(hidden)`` took away into ``workspace``, for a head without a bias."""
+        """Write the rounding error of ``logits(hidden)`` (exact − rounded) into ``workspace``; needs no bias."""
         return torch.addmm(logits, hidden, self.weight.t(), beta=-1, out=workspace[: hidden.shape[0]])
 
     def writing(self, dtype: torch.dtype) -> "Head":
-        """Return the head that writes logits of ``dtype``: this one, or a copy with its parameters in ``dtype``.
+        """Return a head that writes logits of ``dtype``: this one, or a copy with its parameters in ``dtype``.
 
-        CUDA has a GEMM that reads half precision and writes float32 (ROCm's is refused by torch 2.8). Elsewhere hidden
-        states must be cast as well.
+        On CUDA a GEMM can read half precision and write float32 (torch 2.8 refuses this on ROCm). If the parameters
+        were copied, the caller must cast the hidden states as well.
         """
         device = self.weight.device.type
         if self.weight.dtype == dtype or (device == "cuda" and torch.version.hip is None and dtype == torch.float32):
@@ -74,11 +74,11 @@ class Head:
         return self._in(dtype)
 
     def cast_for(self, hidden: Tensor) -> tuple[Tensor, "Head"]:
-        """Return hidden states and head in the dtype of the GEMM; gradients keep the dtypes of the inputs.
+        """Return hidden states and head cast to the dtype of the GEMM; gradients keep the dtypes of the inputs.
 
-        Inside ``torch.autocast`` both are cast as ``torch.nn.functional.linear`` casts them. Outside, a float32 head
-        (a master copy, or one kept wide beside a quantised body) meets half-precision hidden states in their dtype:
-        the logits are rounded to it, and the head's gradient comes back in float32.
+        Inside ``torch.autocast`` both are cast as ``torch.nn.functional.linear`` casts them. Otherwise, a float32 head
+        with half-precision hidden states is cast to their dtype: the logits are rounded to this dtype, and the gradient
+        of the head is float32. Such heads are master copies, or heads kept in float32 on a quantised model.
         """
         device = hidden.device.type
         if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
@@ -95,11 +95,12 @@ class Head:
 
 @dataclass(frozen=True)
 class ReferenceRows:
-    """Hidden states of a frozen reference model for the first M label rows, and its head. Gets no gradient.
+    """Hidden states of a frozen reference model for the first M label rows, and its head. Neither receives a gradient.
 
     Attributes:
-        hidden: (M, D'), the first M rows of the policy's N: whole sequences, those whose loss needs a reference.
-        head: the reference model's head; its D', vocabulary and dtype may differ from the policy's.
+        hidden: (M, D') hidden states for the first M of the policy's N rows. These are whole sequences, namely those
+            whose loss needs a reference.
+        head: head of the reference model; its D', vocabulary and dtype can differ from the policy's.
     """
 
     hidden: Tensor
@@ -107,9 +108,9 @@ class ReferenceRows:
 
     @torch.no_grad()
     def cast(self) -> "ReferenceRows":
-        """Return both in the dtype of the GEMM, see ``Head.cast_for``."""
+        """Return the detached rows and the head, cast to the dtype of the GEMM; see ``Head.cast_for``."""
         return ReferenceRows(*self.head.cast_for(self.hidden.detach()))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, float | None]:
-        """Hidden states, weight, bias and soft-cap: what an op's schema can hold."""
+        """Return hidden states, weight, bias and soft-cap, the types that the schema of an op supports."""
         return self.hidden, self.head.weight, self.head.bias, self.head.softcap

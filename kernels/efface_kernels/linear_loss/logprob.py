@@ -19,7 +19,7 @@ from efface_kernels.passes import row_pass
 
 @dataclass(frozen=True)
 class Options:
-    """What a call is asked for besides its tensors; checked."""
+    """Checked options of a call that are not tensors."""
 
     softcap: float | None
     chunk_rows: int
@@ -29,7 +29,10 @@ class Options:
 def forward(
     hidden: Tensor, head: Head, targets: Tensor, options: Options, *, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return ℓ (N,) and, if ``keep``, softmax − onehot (N, V) for the backward call: all rows are one chunk then."""
+    """Return ℓ (N,) and, if ``keep``, P = softmax − onehot (N, V) for the backward call.
+
+    With ``keep``, all rows form a single chunk.
+    """
     if keep:
         p = head.logits(hidden, aligned(hidden.shape[0], head.vocabulary, hidden.dtype, hidden.device))
         out = row_pass(p, targets, softcap=options.softcap, gradient=True, backend=options.backend)
@@ -44,7 +47,7 @@ def forward(
 def backward(
     upstream: Tensor, hidden: Tensor, head: Head, targets: Tensor, p: Tensor | None, options: Options, wanted: Wanted
 ) -> tuple[Tensor | None, ...]:
-    """Return (dh, dW, db) for any upstream gradient (N,), from the p that was kept or from logits made again."""
+    """Return (dh, dW, db) for an upstream gradient (N,), from the saved P or, if it is None, from recomputed logits."""
     if p is not None:
         gradients, factors = Gradients(wanted, hidden, head, chunks=1, backend=options.backend), -upstream
         gradients.add_hidden(slice(None), p)
@@ -65,7 +68,7 @@ class _LinearLogprob(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options, wanted: Wanted
     ) -> Tensor:
         ctx.options, ctx.wanted = options, wanted
-        # One chunk: its softmax − onehot stays for the backward call, within the workspace.
+        # A single chunk: save softmax − onehot, which is no larger than the workspace, for the backward call.
         keep = wanted.any and 0 < hidden.shape[0] <= options.chunk_rows
         logprobs, p = forward(hidden, Head(weight, bias, options.softcap), targets, options, keep=keep)
         ctx.save_for_backward(hidden, weight, bias, targets, p)
@@ -89,7 +92,7 @@ def linear_logprob(
     chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Log-probability of each row's target under the head, without keeping the logits of all rows.
+    """Return the log-probability of each row's target without materialising the logits of all rows.
 
     Equal to::
 
@@ -98,28 +101,37 @@ def linear_logprob(
             logits = softcap * torch.tanh(logits / softcap)
         return torch.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]
 
-    Any function of the result may be differentiated. Up to ``chunk_rows`` rows the softmax is kept for the backward
-    call; beyond, logits are made again chunk by chunk. Where the loss is a sum over sequences,
-    ``linear_sequence_loss`` needs one GEMM less.
+    Any function of the result can be differentiated. For up to ``chunk_rows`` rows, the softmax is saved for the
+    backward call; for more rows, the backward call recomputes the logits chunk by chunk. If the loss is a sum over
+    sequences, ``linear_sequence_loss`` avoids the recomputation and so needs one GEMM less.
 
     Args:
         hidden: (N, D), float16, bfloat16, float32 or float64.
         weight: (V, D), same dtype.
         targets: (N,) int64, in 0 .. V − 1.
         bias: (V,), same dtype, or None.
-        softcap: Gemma-2's cap on the logits, or None.
-        chunk_rows: rows of logits alive at a time; None chooses from the device, V and the dtype.
+        softcap: Gemma-2's cap on the logits, z ← softcap · tanh(z / softcap), or None.
+        chunk_rows: upper bound on the rows of logits in memory at a time; None chooses it from the device, V and the
+            dtype.
         backend: "auto", "native" (C++, CPU tensors), "triton" (GPU tensors) or "torch".
 
     Returns:
         (N,), in nats, float32 (float64 for float64 inputs). Gradients have the dtypes of their inputs; those of
-        ``weight`` and ``bias`` are summed in float32. Inside ``torch.autocast`` inputs are cast as by ``linear``.
+        ``weight`` and ``bias`` are summed over chunks in float32 (float64 for float64 inputs). Inside
+        ``torch.autocast`` the inputs are cast as by ``torch.nn.functional.linear``.
 
     Raises:
-        TypeError: dtypes that differ, or targets that are not int64.
-        ValueError: shapes that do not fit, a target out of the vocabulary, tensors on different devices.
-            On a GPU targets are not looked at: one out of the vocabulary makes the loss NaN, or ends in a device-side
-            assertion.
+        TypeError: if dtypes differ, or ``targets`` are not int64.
+        ValueError: if shapes do not match, a target is outside the vocabulary, or tensors are on different devices. The
+            range of targets is not checked on a GPU: a target outside the vocabulary makes the loss NaN or triggers a
+            device-side assertion.
+
+    Example:
+        >>> import torch
+        >>> from efface_kernels import linear_logprob
+        >>> hidden, weight = torch.zeros(2, 8), torch.zeros(16, 8)  # uniform over 16 tokens
+        >>> linear_logprob(hidden, weight, torch.tensor([3, 1]))  # -log 16
+        tensor([-2.7726, -2.7726])
     """
     hidden, head = Head(weight, bias, softcap).cast_for(hidden)
     if torch.compiler.is_compiling():
@@ -134,21 +146,22 @@ def linear_logprob(
             logprobs: Tensor = _LinearLogprob.apply(hidden, head.weight, head.bias, targets, options, wanted)  # type: ignore[no-untyped-call]
         return logprobs
 
-    # Not one chunk where several would take as much: what is kept until the backward call is as much for every call.
+    # Unlike linear_sequence_loss, never enlarge the chunk to hold all rows: the saved softmax of every call stays in
+    # memory until its backward call.
     return run_within_memory(run, chunk_rows, hidden, head)
 
 
 def check(hidden: Tensor, head: Head, targets: Tensor) -> None:
-    """Raise what ``linear_logprob`` says."""
+    """Raise the errors documented in ``linear_logprob``."""
     head.check(hidden)
     check_targets(targets, hidden.shape[0], head.vocabulary)
     check_same_device(hidden=hidden, targets=targets)
 
 
 def _in_graph(hidden: Tensor, head: Head, targets: Tensor, chunk_rows: int | None, backend: str) -> Tensor:
-    """``linear_logprob`` while a model is compiled: one op, of ``compiled.py``, which checks its arguments."""
+    """Call the custom op of ``compiled.py`` while a model is compiled; the op checks its arguments."""
     wanted, rows = Wanted.of(hidden, head), chunk_rows
-    if rows is None:  # a compiled graph does not ask for free memory
+    if rows is None:  # a compiled graph cannot depend on the free memory, only on the total memory
         total = _device_memory(hidden.device)
         rows = default_chunk_rows(hidden.device.type, head.vocabulary, hidden.element_size(), total_bytes=total)
     keep = wanted.any and hidden.shape[0] <= rows
@@ -159,9 +172,9 @@ def _in_graph(hidden: Tensor, head: Head, targets: Tensor, chunk_rows: int | Non
 
 
 def _device_memory(device: torch.device) -> int | None:
-    """What a graph keeps of the device."""
+    """Return the device's total memory, which a compiled graph treats as a constant."""
     return device_memory(device)
 
 
-# What torch.compiler.assume_constant_result sets; calling it would import the compiler, and Triton with it.
+# torch.compiler.assume_constant_result sets this attribute. Calling it would import the compiler, and with it Triton.
 _device_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001

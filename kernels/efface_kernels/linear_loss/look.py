@@ -1,6 +1,7 @@
-"""What the loop reads logits for: the log-probabilities of targets, or a whole distribution beside a frozen one.
+"""The two implementations of ``Look``, one read pass over logits each.
 
-The logits of the policy, and of a live reference, are made in memory that all rows of a batch reuse.
+``RowLook`` reads the log-probabilities of the targets. ``DistributionLook`` compares the whole distribution with that
+of a frozen model. The logits of the policy and of a live reference are computed in workspaces that all chunks reuse.
 """
 
 from dataclasses import dataclass
@@ -17,16 +18,17 @@ from efface_kernels.memory import BufferPool
 
 
 def shares_workspace(device: str, both_bytes: int, budget_bytes: int) -> bool:
-    """Whether both models' logits, which take ``both_bytes``, are made in one workspace, one after the other.
+    """Return whether both models' logits are computed in one workspace, one after the other.
 
-    On a GPU, beyond the budget of logits that may be alive: one launch more, and half the memory. Within it, one launch
-    reads both. On the CPU both stay alive, where the passes read them in turn anyway and a large workspace is kept.
+    On a GPU this is so if ``both_bytes``, the size of both models' logits, exceeds the budget: it halves the memory and
+    costs one more launch. Within the budget, one launch reads both. On the CPU both models always have their own
+    logits, because the passes read them in turn anyway and large workspaces are reused between calls.
     """
     return device != "cpu" and both_bytes > budget_bytes
 
 
 def same_layer(one: Head, other: Head) -> bool:
-    """Whether two heads are one layer: LoRA elsewhere, a frozen or a tied head."""
+    """Return whether two heads share their parameters, as with LoRA on other layers, or a frozen or tied head."""
     pairs = ((one.weight, other.weight), (one.bias, other.bias))
     return all(
         a is b
@@ -41,12 +43,14 @@ def same_layer(one: Head, other: Head) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """The workspaces in which the logits of a chunk are made.
+    """Sizes of the workspaces in which the logits of a chunk are computed.
 
     Attributes:
-        rows: of the policy's.
-        frozen_rows: of the reference's own; 0 where it has none, because it comes first or shares the policy's GEMM.
-        together: whether one GEMM makes both models' logits, of their own rows each, in the policy's.
+        rows: rows of the policy's workspace.
+        frozen_rows: rows of the reference's own workspace. 0 if it has none, because the policy's workspace is used for
+            the reference first, or holds the logits of both models.
+        together: whether one GEMM computes the logits of both models, each from its own hidden states, in the policy's
+            workspace.
     """
 
     rows: int
@@ -55,7 +59,7 @@ class Layout:
 
     @classmethod
     def of(cls, rows: int, hidden: Tensor, head: Head, reference: ReferenceRows | None) -> "Layout":
-        """Return it for chunks of at most ``rows`` of ``hidden``."""
+        """Return the layout for chunks of at most ``rows`` rows."""
         if reference is None:
             return cls(rows)
         frozen = min(rows, reference.hidden.shape[0])
@@ -69,7 +73,7 @@ class Layout:
         return cls(rows, frozen)
 
     def nbytes(self, hidden: Tensor, head: Head, reference: ReferenceRows | None) -> int:
-        """Return the bytes of all of them."""
+        """Return the bytes of all workspaces."""
         own = self.rows * head.vocabulary * hidden.element_size()
         if reference is None:
             return own
@@ -77,10 +81,11 @@ class Layout:
 
 
 class Models:
-    """The policy, and maybe a live reference for the first M rows, whose log-probabilities it keeps.
+    """The policy and an optional live reference for the first M rows; stores the reference's log-probabilities.
 
-    Where both share their head, their hidden states go through one GEMM, which reads the weight once: 0.88 of the time
-    of two at 64 rows, the same from 256 (bf16, D 1024, V 32000, one core of an EPYC 9004, 2026-11-21).
+    If both share a head, one GEMM computes both models' logits and reads the weight once. This takes 0.88 of the time
+    of two GEMMs at 64 rows, and the same time from 256 rows on (bf16, D 1024, V 32000, one core of an EPYC 9004,
+    2026-11-21).
     """
 
     def __init__(
@@ -99,11 +104,15 @@ class Models:
         self._workspace = pool.matrix(layout.rows, head.vocabulary, hidden.dtype, device)
 
     def policy(self, rows: slice) -> Tensor:
-        """Return the policy's logits alone."""
+        """Return the policy's logits only."""
         return self._head.logits(self._hidden[rows], self._workspace)
 
     def logits(self, rows: slice, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return both models' logits; None for a reference that has none here, or whose were read already."""
+        """Return the logits of both models.
+
+        The second value is None if there is no reference for these rows, or if its logits were read already because
+        both models share one workspace.
+        """
         frozen = None if self._reference is None else self._reference.hidden[rows]
         if self._reference is None or frozen is None or not frozen.shape[0]:
             return self.policy(rows), None
@@ -121,16 +130,16 @@ class Models:
         return self.policy(rows), None
 
     def keep(self, rows: slice, reference_logprobs: Tensor | None) -> None:
-        """Keep what a pass read of the reference, if it did."""
+        """Store the reference's log-probabilities of these rows, if a pass returned them."""
         if self.reference_logprobs is not None and reference_logprobs is not None:
             self.reference_logprobs[rows] = reference_logprobs
 
 
 class RowLook:
-    """P = softmax − onehot = −∂ℓ/∂z, so that c = ∂loss/∂ℓ.
+    """Read pass with P = softmax − onehot = −∂ℓ/∂z, so that c = ∂loss/∂ℓ.
 
     Attributes:
-        logprobs: (N,) ℓ of the rows that were seen.
+        logprobs: (N,) ℓ of the rows read so far.
     """
 
     def __init__(
@@ -151,13 +160,13 @@ class RowLook:
 
     @property
     def reference_logprobs(self) -> Tensor | None:
-        """(M,) the reference's, or None."""
+        """(M,) ℓ of the reference, or None."""
         return self._models.reference_logprobs
 
     def __call__(self, rows: slice, *, gradient: bool, again: bool = False) -> Tensor:
-        """See ``Look``. A second look reads the policy's logits alone."""
+        """See ``Look``. With ``again`` only the policy's logits are computed."""
         p, frozen = (self._models.policy(rows), None) if again else self._models.logits(rows, self._targets)
-        # The loss checked what the public pass would check again.
+        # The backend is called directly: the loss has already made the checks of the public pass.
         reference = None if frozen is None else Logits(frozen, self._reference_softcap)
         logprobs, *others = self._pass(Logits(p, self._softcap), self._targets[rows], reference, gradient)
         if not again:
@@ -171,16 +180,16 @@ class RowLook:
 
 
 class DistributionLook:
-    """P = (p − q) / peak, so that c = −∂loss/∂KL(q‖p) · peak.
+    """Read pass with P = (p − q) / peak, so that c = −∂loss/∂KL(q‖p) · peak.
 
-    Logits of either model are wider than half precision: at the start of a run p = q, and the difference of bfloat16
-    ones would be rounding. P has the dtype of the hidden states, for the gradients' GEMMs.
+    The logits of both models are wider than half precision: at the start of a run p = q, and the difference of bfloat16
+    logits would be only rounding error. P has the dtype of the hidden states, for the GEMMs of the gradients.
 
     Attributes:
-        divergence: (N,) KL(q‖p) of the rows that were seen.
-        entropy: (N,) that of q.
-        peaks: (N,) powers of two. p − q of two close models lies below the smallest float16: there a row's peak is its
-            largest entry, rounded up. Else None, for 1.
+        divergence: (N,) KL(q‖p) of the rows read so far.
+        entropy: (N,) entropy of q of the rows read so far.
+        peaks: (N,) powers of two, for float16 only: without them p − q of two close models would underflow. The peak of
+            a row is its largest |p − q|, rounded up to a power of two. None for other dtypes, where the peak is 1.
     """
 
     def __init__(
@@ -203,16 +212,17 @@ class DistributionLook:
         self.peaks = torch.ones_like(self.divergence) if self._dtype == torch.float16 else None
 
     def __call__(self, rows: slice, *, gradient: bool, again: bool = False) -> Tensor:
-        """See ``Look``. Coefficients are known beforehand, so there is no second look."""
+        """See ``Look``. Coefficients are known in advance, so no row is read twice."""
         logits, frozen = self._policy(rows), self._reference(rows)
         p = into = logits.values
         narrow, later = p.dtype != self._dtype, gradient and self.peaks is not None
-        # The memory of the reference's logits takes P: on a GPU when the pass has read a row of them, and in its place.
+        # P overwrites the reference's logits. On a GPU the pass writes each row of P over the row that it has read.
         if narrow and p.device.type != "cpu":
             into = frozen.values.view(self._dtype)[:, : p.shape[1]]
         elif narrow:
-            # Later, and rows side by side: oneDNN's bf16 GEMM multiplies what lies beyond a row of V entries by 0, and
-            # the bits of fp32 logits may be NaN in bf16 (V = 100 and 50257, torch 2.13, a Xeon with AMX, 2026-11-27).
+            # On the CPU P is copied after the pass, into contiguous rows: oneDNN's bf16 GEMM reads past the end of a
+            # row of V entries and multiplies by 0, and leftover bits of fp32 logits can be NaN as bf16 (V = 100 and
+            # 50257, torch 2.13, a Xeon with AMX, 2026-11-27).
             later = gradient
             into = frozen.values.view(self._dtype).flatten()[: p.numel()].view(p.shape)
         self.divergence[rows], self.entropy[rows] = self._pass(

@@ -1,7 +1,8 @@
-"""The loop: a look at a chunk's logits, coefficients, gradients; then the next chunk in the same memory.
+"""The loop over chunks: for each chunk, read the logits, compute the coefficients, and accumulate the gradients.
 
-The derivation is in this folder's README. Nothing here knows a loss: a ``Look`` makes P of some rows and keeps what it
-read on the way, and a ``CoefficientRule`` turns what was read of whole sequences into the row factors c.
+All chunks use the same memory for their logits. The derivation is in the README of this folder. The loop does not
+depend on a particular loss: a ``Look`` computes P of some rows and stores what it reads from their logits, and a
+``CoefficientRule`` computes the row coefficients c from it, for whole sequences.
 """
 
 from collections.abc import Callable
@@ -18,26 +19,26 @@ from efface_kernels.logits import accumulation_dtype, power_of_two
 from efface_kernels.memory import accumulate_product
 from efface_kernels.passes import scale_pass
 
-# chunk, all of whose rows the look has seen -> c (n,), with ∂loss/∂z = −c ⊙ P
+# chunk whose rows have all been read -> c (n,), with ∂loss/∂z = −c ⊙ P
 CoefficientRule = Callable[[Chunk], Tensor]
 
 
 class Look(Protocol):
-    """What a chunk's logits are read for."""
+    """One read pass over the logits of a chunk."""
 
     def __call__(self, rows: slice, *, gradient: bool, again: bool = False) -> Tensor:
-        """Return P (n, V) of these rows, valid until the next call; without ``gradient`` anything.
+        """Return P (n, V) of these rows, valid until the next call; without ``gradient`` the result is undefined.
 
-        ``again``: the rows were seen before, and P is all that is wanted of them.
+        ``again``: the rows were read before, and only P is needed.
         """
 
     def close(self) -> None:
-        """Give the workspaces back."""
+        """Return the workspaces to the pool."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which gradients the caller wants."""
+    """The gradients to compute."""
 
     hidden: bool = False
     weight: bool = False
@@ -45,14 +46,14 @@ class Wanted:
 
     @classmethod
     def of(cls, hidden: Tensor, head: Head) -> "Wanted":
-        """Return those that autograd is to give."""
+        """Return the gradients that autograd will ask for."""
         grad = torch.is_grad_enabled()
-        given = (hidden, head.weight, head.bias)  # not looked at yet: a bias may be anything
+        given = (hidden, head.weight, head.bias)  # not checked yet: a bias can be of any type
         return cls(*(grad and isinstance(each, Tensor) and each.requires_grad for each in given))
 
     @property
     def flags(self) -> list[bool]:
-        """The three, as an op's schema holds them."""
+        """The three flags as a list, as the schema of an op requires."""
         return [self.hidden, self.weight, self.bias]
 
     @property
@@ -62,15 +63,16 @@ class Wanted:
 
     @property
     def head(self) -> bool:
-        """Whether the coefficients must be known while a chunk's logits are alive."""
+        """Whether dW or db is wanted, so that the coefficients are needed while a chunk's logits are in memory."""
         return self.weight or self.bias
 
 
 @dataclass
 class Gradients:
-    """Sums over the chunks. The row factor f = −c is kept apart from P W: it is applied once, in the backward call.
+    """Gradients accumulated over the chunks, before the upstream gradient is applied.
 
-    With ∂loss/∂z = f ⊙ P:  dh = f ⊙ (P W),  dW = Pᵀ (f ⊙ h),  db = Pᵀ f.
+    With ∂loss/∂z = f ⊙ P and row factors f = −c:  dh = f ⊙ (P W),  dW = Pᵀ (f ⊙ h),  db = Pᵀ f. P W is stored without
+    f, which is applied once, in the backward call.
     """
 
     wanted: Wanted
@@ -78,26 +80,27 @@ class Gradients:
     head: Head
     chunks: int
     backend: str
-    spent: bool = field(init=False, default=False)  # handed over
+    spent: bool = field(init=False, default=False)  # the gradients were returned and are no longer available
     pw: Tensor | None = field(init=False, default=None)  # (N, D) P W
     weight: Tensor | None = field(init=False, default=None)  # (V, D)
     bias: Tensor | None = field(init=False, default=None)  # (V,)
 
-    _product: Tensor | None = field(init=False, default=None)  # one chunk's share, where it is summed in another dtype
+    # buffer for the product of one chunk, if the sum has another dtype
+    _product: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.wanted.hidden:
             self.pw = torch.empty_like(self.hidden, memory_format=torch.contiguous_format)
 
     def add_hidden(self, rows: slice, p: Tensor) -> None:
-        """Keep P W of these rows."""
+        """Store P W of these rows."""
         if self.pw is not None:
             torch.mm(p, self.head.weight, out=self.pw[rows])
 
     def add_head(self, rows: slice, p: Tensor, factors: Tensor) -> None:
-        """Add these rows, whose f are given, to dW and db."""
-        # NPO's coefficients of a well forgotten sequence fall under the smallest fp16: scale each chunk by a power
-        # of two, exact, and take the scale back in the fp32 sum.
+        """Add the contribution of these rows, with row factors f = ``factors``, to dW and db."""
+        # NPO's coefficients of a well forgotten sequence underflow in fp16. Divide each chunk's factors by a power of
+        # two, which is exact, and multiply by it in the fp32 sum.
         scale = power_of_two(factors) if p.dtype == torch.float16 else None
         if scale is not None:
             factors = factors / scale
@@ -109,36 +112,36 @@ class Gradients:
             self.bias = self._add(total, p.t(), factors[:, None].to(p.dtype), scale, None)[0][:, 0]
 
     def _times(self, rows: Tensor, factors: Tensor, *, in_place: bool = False) -> Tensor:
-        """Return factors ⊙ rows, (n, D), in the rows' dtype; on a device in one launch, and ``in_place`` if so."""
+        """Return factors ⊙ rows, (n, D), in the rows' dtype: in one launch on a GPU, where ``in_place`` is honoured."""
         if self.hidden.device.type == "cpu" and self.backend != "triton":
-            # (1024, 1024) bf16: 2.0 ms, and 2.5 ms by the line below (medians of 21, 2 cores of an Intel Xeon with AMX,
-            # torch 2.13, 2026-11-27)
+            # (1024, 1024) bf16: 2.0 ms, against 2.5 ms for the line below (medians of 21, 2 cores of an Intel Xeon with
+            # AMX, torch 2.13, 2026-11-27)
             return (rows * factors[:, None]).to(rows.dtype)
         return torch.mul(rows, factors[:, None], out=rows if in_place else torch.empty_like(rows))
 
     def _add(
         self, total: Tensor | None, left: Tensor, right: Tensor, scale: Tensor | None, product: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return total + scale · left @ right, and the buffer in which products of half-precision chunks are made."""
+        """Return total + scale · left @ right, and the buffer for products of half-precision chunks."""
         if left.dtype not in HALVES or (self.chunks == 1 and scale is None):
             if total is not None:
                 return total.addmm_(left, right), None
             return torch.mm(left, right), None
-        # Sums over several half-precision chunks run in fp32.
+        # Sums over several half-precision chunks, and scaled fp16 sums, are accumulated in fp32.
         return accumulate_product(total, left, right, scale, product)
 
     def finish(
         self, factors: Tensor, upstream: Tensor | None = None, *, keep: bool = True
     ) -> tuple[Tensor | None, ...]:
-        """Return (dh, dW, db) in the dtypes of their inputs, scaled by the upstream scalar, without a device sync.
+        """Return (dh, dW, db) in the dtypes of their inputs, scaled by the upstream scalar.
 
-        Unless they are to be kept for another backward call, they are scaled in place where that can be, and handed
-        over.
+        The device is not synchronised. With ``keep`` the stored gradients stay available for another backward call.
+        Without it they are scaled in place where the dtype allows, and released.
         """
         if self.spent:
             raise RuntimeError(
-                "trying to run backward through this loss a second time: its gradients were handed over by the first; "
-                "give retain_graph=True to the first call"
+                "backward: expected one call for this loss, got a second one, after its gradients were released; pass "
+                "retain_graph=True to the first call"
             )
         dh, pw = None, self.pw
         if pw is not None:
@@ -155,9 +158,9 @@ class Gradients:
         return gradients
 
     def let_go(self) -> None:
-        """Forget what only the loop reads: a copy of the head in another dtype, the hidden states.
+        """Release tensors that only the loop reads: the hidden states, and a copy of the head in another dtype.
 
-        The gradients wait for the backward call, through which the loss is alive.
+        The gradients stay in memory until the backward call, which can be much later.
         """
         self.hidden = _outline(self.hidden)
         bias = None if self.head.bias is None else _outline(self.head.bias)
@@ -176,9 +179,10 @@ class Gradients:
 
 
 def graph_is_kept() -> bool:
-    """Return whether the backward call that is running keeps its graph for another one (``retain_graph=True``).
+    """Return whether the running backward call keeps its graph (``retain_graph=True``).
 
-    torch's own compiler asks the same; where it does not answer, the graph is taken to be kept.
+    This uses a private function that torch's own compiler uses too. If torch does not have it, the result is True,
+    which is always safe.
     """
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # noqa: SLF001
     return True if ask is None else bool(ask())
@@ -195,10 +199,11 @@ def run_loop(
     backend: str,
     rule: CoefficientRule | None = None,
 ) -> tuple[Tensor, Gradients]:
-    """Run the loop over ``chunks`` of ``hidden`` (N, D); return −c (N,), or anything without a rule, and the sums.
+    """Run the loop over ``chunks`` of ``hidden`` (N, D); return f = −c (N,) and the accumulated gradients.
 
-    One look at the logits is enough where the chunk is one piece, or where only dh is wanted, because P W needs no
-    coefficient. A sequence of several pieces with a trainable head gets a second look once c is known.
+    Without a rule the factors are undefined. The logits are read once if the chunk is one piece, or if only dh is
+    wanted, because P W needs no coefficient. A chunk of several pieces is read a second time, once c is known, if dW or
+    db is wanted.
     """
     factors = torch.empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
     gradients = Gradients(wanted, hidden, head, sum(len(chunk.pieces) for chunk in chunks), backend)
@@ -229,5 +234,5 @@ def run_loop(
 
 
 def _outline(values: Tensor) -> Tensor:
-    """Return a tensor of the same shape, dtype and device that holds a single value."""
+    """Return a tensor of the same shape, dtype and device that stores only one element."""
     return values.new_empty(()).expand(values.shape)

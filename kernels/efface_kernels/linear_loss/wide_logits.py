@@ -1,4 +1,4 @@
-"""A model's logits in more digits than half precision has, for what compares two distributions."""
+"""Logits with more precision than half precision, for losses that compare two distributions."""
 
 import functools
 
@@ -11,14 +11,15 @@ from efface_kernels.memory import BufferPool
 
 
 class WideLogits:
-    """A model's logits in fp32 (fp64), or in bf16 with what their rounding took away; piece by piece in one workspace.
+    """A model's logits in fp32 (fp64), or as a pair of bf16 matrices, computed piece by piece in one workspace.
 
-    The pair takes as much memory as fp32 logits. It is made by two bf16 GEMMs where those are the CPU's fast ones, and
-    has 17 of fp32's 24 bits: the second product is rounded to bf16 after the first was subtracted from it.
+    The pair is the rounded logits and the residual, their rounding error. It takes as much memory as fp32 logits and
+    has 17 significant bits instead of fp32's 24. Two bf16 GEMMs compute it, on CPUs where bf16 GEMMs are faster than
+    fp32: the second one subtracts the rounded logits in fp32 and then rounds the difference to bf16.
     """
 
     def __init__(self, hidden: Tensor, head: Head, pool: BufferPool, largest: int, *, pairs: bool) -> None:
-        """``pairs``: whether the pass that reads the logits takes a residual."""
+        """``pairs``: whether the pass that reads the logits supports a residual."""
         rows, device = min(largest, hidden.shape[0]), hidden.device
         self._hidden, self._residuals = hidden, None
         if pairs and _makes_residuals(hidden, head):
@@ -38,11 +39,12 @@ class WideLogits:
 
 
 def _makes_residuals(hidden: Tensor, head: Head) -> bool:
-    """Whether two bf16 GEMMs are the way to this head's logits on this machine.
+    """Return whether this machine should compute this head's logits with two bf16 GEMMs.
 
-    bf16 products are oneDNN's only where the processor has instructions for them, and slower than fp32's elsewhere. At
-    (256, 1024) x (1024, 32000), least of 15 in turn, 2 cores of an Intel Xeon with AMX, torch 2.13, 2026-11-27:
-    ``torch.mm(out=)`` 11.7 ms and ``torch.addmm(beta=-1, out=)`` 12.7; fp32's ``mm`` 69.4, and 32 to copy the head.
+    oneDNN runs bf16 GEMMs only if the processor has bf16 instructions; otherwise they are slower than fp32 GEMMs. At
+    (256, 1024) x (1024, 32000) in bf16, ``torch.mm(out=)`` takes 11.7 ms and ``torch.addmm(beta=-1, out=)`` 12.7 ms. In
+    fp32 ``mm`` takes 69.4 ms, and copying the head another 32 ms (minimum of 15 interleaved runs, 2 cores of an Intel
+    Xeon with AMX, torch 2.13, 2026-11-27).
     """
     if hidden.device.type != "cpu" or hidden.dtype != torch.bfloat16 or head.bias is not None:
         return False
@@ -57,9 +59,9 @@ def _has_fast_bfloat16() -> bool:
 
 @functools.cache
 def _subtracts_before_rounding(depth: int) -> bool:
-    """Whether this machine's GEMM over ``depth`` products subtracts in fp32, found out by trying.
+    """Return whether this machine's bf16 GEMM over ``depth`` products subtracts in fp32 before rounding; runs a trial.
 
-    One that rounded its sum first would leave residuals of zero, or of another rounding.
+    A GEMM that rounds the product first would give residuals that are zero, or the difference of two roundings.
     """
     generator = torch.Generator("cpu").manual_seed(0)
 
@@ -67,7 +69,7 @@ def _subtracts_before_rounding(depth: int) -> bool:
         return torch.randn(rows, depth, generator=generator, dtype=torch.float32, device="cpu").bfloat16()
 
     head = Head(random(256))
-    for rows in (1, 32):  # a row has kernels of its own
+    for rows in (1, 32):  # a single row uses different kernels
         hidden = random(rows)
         values, residual = (torch.empty(rows, head.vocabulary, dtype=hidden.dtype, device="cpu") for _ in range(2))
         values = head.logits(hidden, values)

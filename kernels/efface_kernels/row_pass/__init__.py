@@ -1,1 +1,1 @@
-"""The row pass: one look at a chunk of logits."""
+"""The row pass: log-probabilities of the targets and their derivatives, from a chunk of logits."""

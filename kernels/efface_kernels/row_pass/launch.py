@@ -1,6 +1,7 @@
-"""The row pass's launch, and its configuration, a pure function. Nothing here was timed on a GPU yet.
+"""Launch of the row pass in Triton, and its launch configuration, a pure function.
 
-`python -m benchmarks.compile_only` prints what it takes of a GPU: registers, instructions an element.
+The configuration has not been timed on a GPU yet. `python -m benchmarks.compile_only` prints the registers and the
+instructions per element of the compiled kernel.
 """
 
 import dataclasses
@@ -12,9 +13,10 @@ from efface_kernels.logits import Logits, run_dense
 from efface_kernels.triton_launch import LaunchConfig, on_device, streaming_config, warp_size_of
 
 _THREADS = 256
-# One row a multiprocessor is alive at a time: 132 rows of V = 128256 in bf16 are 34 MB, and may stay in an H100's 50 MB
-# of L2 between the two sweeps: 4 instead of 6 bytes an element from memory, if the cache does as it is asked. All
-# threads that a block may have hide the latency then, since there is no second block.
+# In persistent mode each multiprocessor works on one row at a time. 132 rows of V = 128256 in bf16 are 34 MB, which can
+# stay in the 50 MB of an H100's L2 cache between the two sweeps. If the cache follows the hints, this moves 4 instead
+# of 6 bytes per element from and to memory. A block has the maximum of 1024 threads, because no second block is
+# resident to hide latency.
 _THREADS_PERSISTENT = 1024
 
 
@@ -26,10 +28,10 @@ def launch_config(
     *,
     persistent: bool = False,
 ) -> LaunchConfig:
-    """Return the configuration for rows of ``vocabulary`` logits of ``dtype`` and reference rows of another.
+    """Return the configuration for rows of ``vocabulary`` logits of ``dtype``, with optional reference rows.
 
-    The rows are read one after the other, so that only the wider dtype counts, not that there are two. ``persistent``
-    is off until a GPU has timed it.
+    The policy's and the reference's rows are read one after the other, so only the wider dtype matters. ``persistent``
+    is off by default until it has been timed on a GPU.
     """
     widest = max(dtype.itemsize, 0 if reference_dtype is None else reference_dtype.itemsize)
     threads = _THREADS_PERSISTENT if persistent else _THREADS
@@ -44,7 +46,7 @@ def row_pass_triton(
     gradient: bool,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, ...]:
-    """``row_pass_torch`` in Triton; None lets ``launch_config`` choose."""
+    """Run ``row_pass_torch`` as a Triton kernel; ``config`` None uses ``launch_config``."""
     from efface_kernels.row_pass.kernel import row_pass_kernel  # Triton is imported when a kernel first runs
 
     frozen = None if reference is None else reference.unit_stride()

@@ -1,4 +1,4 @@
-"""The row pass in plain PyTorch: the readable truth, and the implementation for any device."""
+"""The row pass in plain PyTorch: the readable reference implementation, which runs on any device."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from efface_kernels.logits import Logits, accumulation_dtype, row_blocks
 
 
 def row_pass_torch(logits: Logits, targets: Tensor, reference: Logits | None, gradient: bool) -> tuple[Tensor, ...]:
-    """Return ℓ (n,), and ℓ_ref (m,) with a reference; ``gradient`` overwrites the logits by softmax − onehot."""
+    """Return ℓ (n,) and, with a reference, ℓ_ref (m,); with ``gradient``, overwrite the logits by softmax − onehot."""
     logprobs = _one_model(logits, targets, gradient)
     if reference is None:
         return (logprobs,)
@@ -21,8 +21,8 @@ def _one_model(logits: Logits, targets: Tensor, gradient: bool) -> Tensor:
     for rows in row_blocks(values):
         z, slope = logits.capped(rows)  # (b, V)
         target = targets[rows, None]  # (b, 1)
-        # Relative to the maximum, never to the logsumexp itself: a memorised target is the maximum, and its ℓ ≈ 0 would
-        # drown in the rounding of z_y − lse.
+        # Subtract the maximum first, not the logsumexp: a memorised target is the maximum, and its ℓ ≈ 0 would be lost
+        # in the rounding error of z_y − logsumexp.
         z = z - z.amax(dim=1, keepdim=True)
         p = torch.exp(z)
         total = p.sum(dim=1, keepdim=True)
@@ -30,8 +30,8 @@ def _one_model(logits: Logits, targets: Tensor, gradient: bool) -> Tensor:
         logprobs[rows] = logprob[:, 0]
         if gradient:
             p /= total
-            # p_y − 1 before any rounding to the dtype of the logits: memorised targets have p_y near 1, and at
-            # p = 0.99 the difference taken in bf16 is 20 % wrong.
+            # Compute p_y − 1 before rounding to the dtype of the logits: memorised targets have p_y near 1, and at
+            # p = 0.99 the difference computed in bf16 has an error of 20 %.
             p.scatter_(1, target, torch.expm1(logprob))
             values[rows] = p if slope is None else p * slope
     return logprobs

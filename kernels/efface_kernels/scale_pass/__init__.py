@@ -1,1 +1,1 @@
-"""The scale pass: a gradient times the upstream scalar, rounded to its dtype; nothing where there is nothing to do."""
+"""The scale pass: multiplies a gradient by the upstream scalar and rounds it; skips the work if nothing changes."""

@@ -8,18 +8,18 @@ import triton.language as tl
 def scale_kernel(
     Values,  # (count,)
     Factor,  # ()
-    Out,  # (count,), maybe Values
+    Out,  # (count,), can be Values
     count,
     IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Out = Factor · Values; in place and with a factor of 1 nothing is read or written."""
+    """Compute Out = Factor · Values. If IN_PLACE and the factor is 1, no values are read or written."""
     factor = tl.load(Factor)
     ACC: tl.constexpr = Factor.dtype.element_ty
-    stop = count.to(tl.int64)  # V · D passes 2^31
+    stop = count.to(tl.int64)  # V · D can exceed 2^31
     if IN_PLACE:
         stop = tl.where(factor == 1.0, 0, stop)
-    # Whole blocks carry no mask, so that they have 16-byte loads.
+    # Full blocks are not masked, so that they use 16-byte loads.
     whole = stop // BLOCK * BLOCK
     first, step = tl.program_id(0).to(tl.int64) * BLOCK, tl.num_programs(0).to(tl.int64) * BLOCK
     lanes = tl.arange(0, BLOCK)

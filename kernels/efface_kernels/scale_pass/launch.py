@@ -1,28 +1,28 @@
-"""The scale pass's launch and its configuration. Nothing here was timed on a GPU yet."""
+"""Launch of the scale pass in Triton, and its launch configuration, which has not been timed on a GPU yet."""
 
 import torch
 from torch import Tensor
 
 from efface_kernels.triton_launch import LaunchConfig, on_device, warp_size_of
 
-# Eight entries a thread and step: two 16-byte loads of fp32, one of half precision.
+# Eight entries per thread and step: two 16-byte loads in fp32, one in half precision.
 _THREADS, _BLOCK = 256, 2048
-# Eight programs of 256 threads fill a multiprocessor. Where the factor is 1, one wave of them reads it and returns;
-# with one program a block, (128256, 2048) would be 128256 of them.
+# Eight programs of 256 threads fill a multiprocessor. If the factor is 1, a single wave of programs reads it and
+# returns. With one program per block, (128256, 2048) would need 128256 programs.
 _RESIDENT = 8
 
 
 def launch_config(warp_size: int = 32) -> LaunchConfig:
-    """Return the configuration, for any number of entries."""
+    """Return the configuration, which is the same for every number of entries."""
     return LaunchConfig(_BLOCK, _THREADS // warp_size, _RESIDENT)
 
 
 def scale_pass_triton(
     values: Tensor, factor: Tensor, dtype: torch.dtype, keep: bool, config: LaunchConfig | None = None
 ) -> Tensor:
-    """``scale_pass_torch`` in Triton; in place it moves nothing where the factor is 1, which the kernel finds out.
+    """Run ``scale_pass_torch`` as a Triton kernel; ``config`` None uses ``launch_config``.
 
-    None lets ``launch_config`` choose.
+    In place, the kernel reads the factor and moves no values if it is 1.
     """
     from efface_kernels.scale_pass.kernel import scale_kernel  # Triton is imported when a kernel first runs
 

@@ -1,1 +1,1 @@
-"""The sequence loss: from log-probabilities of rows to loss terms and coefficients, for a batch of mixed kinds."""
+"""The sequence loss: computes loss terms and coefficients from log-probabilities, for batches of mixed kinds."""

@@ -1,4 +1,4 @@
-"""The sequence loss in Triton: one program a sequence. Letters as in ``jit.py``; formulas in ``reference.py``."""
+"""The sequence loss in Triton: one program per sequence. Letters as in ``jit.py``; formulas in ``reference.py``."""
 
 import triton
 import triton.language as tl
@@ -14,13 +14,13 @@ DPO = tl.constexpr(int(Kind.DPO))
 ALTERNATE = tl.constexpr(int(Kind.ALTERNATE))
 WGA = tl.constexpr(int(Kind.WGA))
 CEU = tl.constexpr(int(Kind.CEU))
-# The table: a row for each role; kind, weight, beta, delta, beta1, beta2, ignored
+# The table has one row per role, with columns kind, weight, beta, delta, beta1, beta2, ignored.
 ROLES, COLUMNS = tl.constexpr(8), tl.constexpr(7)
 
 
 @triton.jit
 def _sum(Values, start, stop, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """Σ of the values of a sequence, lane by lane and then over the lanes: always in the same order."""
+    """Return the sum of a sequence's values, first per lane and then over the lanes: always in the same order."""
     total = tl.zeros([BLOCK], ACC)
     for row in range(start, stop, BLOCK):
         offs_r = row + tl.arange(0, BLOCK)
@@ -39,12 +39,12 @@ def _sums(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """L and L_ref of sequence ``s``, and its rows. No reference is 0."""
+    """Return L and L_ref of sequence ``s``, and its first and last row. L_ref is 0 without a reference."""
     first = tl.load(Offsets)
     start, stop = tl.load(Offsets + s) - first, tl.load(Offsets + s + 1) - first
     frozen = tl.full([], 0.0, ACC)
     if ReferenceLogprobs is not None:
-        # Rows beyond the reference's M belong to sequences without one: they add nothing.
+        # Rows from M on belong to sequences without a reference and add nothing.
         frozen = _sum(ReferenceLogprobs, start, tl.minimum(stop, reference_rows), ACC, BLOCK)
     elif ReferenceSums is not None:
         frozen = tl.load(ReferenceSums + s).to(ACC)
@@ -53,7 +53,7 @@ def _sums(
 
 @triton.jit
 def _row(Table, Roles, s):
-    """The table's row for a sequence. Nobody looked at the roles before the launch: is it one?"""
+    """Return the table row of a sequence, and whether its role is valid; roles are not checked before the launch."""
     role = tl.load(Roles + s).to(tl.int32)
     known = (role >= 0) & (role < ROLES)
     return Table + tl.where(known, role, 0) * COLUMNS, known
@@ -61,7 +61,7 @@ def _row(Table, Roles, s):
 
 @triton.jit
 def _whole(Row, kind, paired, policy, frozen, other, length, ACC: tl.constexpr):
-    """A term of L, and its derivative by L. ``other`` is L − L_ref of the other of a pair."""
+    """Return a term that depends on L, and ∂term/∂L. ``other`` is L − L_ref of the pair's other sequence."""
     beta, delta = tl.load(Row + 2).to(ACC), tl.load(Row + 3).to(ACC)
     # −(2/β) log σ(x), with slope = ∂x/∂L
     x, slope = -beta * (policy - frozen), -beta
@@ -73,7 +73,7 @@ def _whole(Row, kind, paired, policy, frozen, other, length, ACC: tl.constexpr):
     e = tl.exp(-tl.abs(x))
     term = 2.0 / beta * (log1p(e) - tl.where(x > 0, 0.0, x))
     c = -2.0 / beta * (tl.where(x > 0, e, 1.0) / (1.0 + e)) * slope  # σ(−x)
-    if kind == ALTERNATE:  # the pair's term is its first's
+    if kind == ALTERNATE:  # the term of a pair is assigned to its first sequence
         term, c = 0.0 * beta, tl.where(paired, c, 0.0)
     if (kind == NLL) | (kind == ASCENT):
         sign = tl.where(kind == NLL, -1.0, 1.0)
@@ -85,7 +85,7 @@ def _whole(Row, kind, paired, policy, frozen, other, length, ACC: tl.constexpr):
 
 @triton.jit
 def _token(logprob, kind, beta, beta1, beta2, EPS: tl.constexpr):
-    """The share of one row in WGA, SatImp or CEU, and its coefficient."""
+    """Return one row's summand in WGA, SatImp or CEU, and its coefficient."""
     p, rest = tl.exp(logprob), -expm1(logprob)
     satimp = tl.exp(beta1 * logprob) * tl.where(beta2 == 0, 1.0, tl.exp(beta2 * tl.log(rest)))
     weight = tl.where(kind == WGA, tl.exp(beta * logprob), satimp)
@@ -95,7 +95,7 @@ def _token(logprob, kind, beta, beta1, beta2, EPS: tl.constexpr):
 
 @triton.jit
 def _tokens(Row, Logprobs, Coefficients, start, stop, kind, weight, EPS: tl.constexpr, BLOCK: tl.constexpr):
-    """A term that is a sum over rows; writes their coefficients."""
+    """Return a term that is a sum over rows, and write the coefficients of the rows."""
     ACC: tl.constexpr = Logprobs.dtype.element_ty
     beta, beta1, beta2 = tl.load(Row + 2).to(ACC), tl.load(Row + 4).to(ACC), tl.load(Row + 5).to(ACC)
     begin = start + tl.where(kind == CEU, tl.load(Row + 6).to(tl.int32), 0)
@@ -110,7 +110,7 @@ def _tokens(Row, Logprobs, Coefficients, start, stop, kind, weight, EPS: tl.cons
     return tl.sum(total, 0)
 
 
-# What slices of a batch have no fixed alignment in would otherwise be compiled for every combination.
+# Slices of a batch can have any alignment. Without this the kernel would be compiled for each combination.
 @triton.jit(
     do_not_specialize=["reference_rows"],
     do_not_specialize_on_alignment=[
@@ -119,19 +119,19 @@ def _tokens(Row, Logprobs, Coefficients, start, stop, kind, weight, EPS: tl.cons
 )
 def sequence_loss_kernel(
     Logprobs,  # (n,)
-    Offsets,  # (s + 1,), the first is row 0 of Logprobs
+    Offsets,  # (s + 1,); the first offset corresponds to row 0 of Logprobs
     Roles,  # (s,)
     Table,  # (R, 7)
     ReferenceLogprobs,  # (m,) or None
     reference_rows,
-    ReferenceSums,  # (s,), written if ReferenceLogprobs, or None
+    ReferenceSums,  # (s,) or None; written if ReferenceLogprobs is not None, else read
     Terms,  # (s,)
     Sums,  # (s,)
     Coefficients,  # (n,)
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """L, L_ref, the weighted term and c of every row of one sequence."""
+    """Compute L, L_ref and the weighted term of one sequence, and c of each of its rows."""
     s = tl.program_id(0)
     ACC: tl.constexpr = Logprobs.dtype.element_ty
     policy, frozen, start, stop = _sums(
@@ -143,7 +143,7 @@ def sequence_loss_kernel(
 
     Row, known = _row(Table, Roles, s)
     kind = tl.load(Row).to(tl.int32)
-    if (kind == ALTERNATE) & (s > 0):  # it has the parameters of the sequence before it, if that is a pair's first
+    if (kind == ALTERNATE) & (s > 0):  # use the parameters of the previous sequence if it is the first of a pair
         Before, _ = _row(Table, Roles, s - 1)
         if tl.load(Before).to(tl.int32) == DPO:
             Row = Before
@@ -153,7 +153,7 @@ def sequence_loss_kernel(
     if kind >= WGA:
         term = _tokens(Row, Logprobs, Coefficients, start, stop, kind, weight, EPS, BLOCK)
     else:
-        other = tl.full([], float("nan"), ACC)  # a pair without its second
+        other = tl.full([], float("nan"), ACC)  # NaN for the first of a pair without a second
         place = tl.where(kind == DPO, s + 1, s - 1)
         if paired & (place < tl.num_programs(0)):
             o_policy, o_frozen, _, _ = _sums(

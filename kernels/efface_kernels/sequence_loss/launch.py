@@ -1,4 +1,4 @@
-"""The sequence loss's launch and its configuration. Nothing here was timed on a GPU yet."""
+"""Launch of the sequence loss in Triton, and its launch configuration, which has not been timed on a GPU yet."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,9 @@ from efface_kernels.sequence_loss.rule import SequenceRule, SequenceTerms
 from efface_kernels.sequences import Sequences
 from efface_kernels.triton_launch import LaunchConfig, on_device
 
-# One for all shapes: the block decides the order of addition, and a sequence's bits shall not depend on the lengths of
-# the others. Label rows of TOFU's answers number 33 on average: one warp, most of its lanes busy for one step.
+# One configuration for all shapes: the block size determines the order of addition, and the bits of a sequence must not
+# depend on the lengths of other sequences. TOFU's answers have 33 label rows on average, so one warp handles most
+# sequences in one step.
 LAUNCH = LaunchConfig(block=128, num_warps=1)
 
 
@@ -18,7 +19,10 @@ def sequence_loss_triton(
     reference_logprobs: Tensor | None,
     into: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> SequenceTerms:
-    """``sequence_loss_torch`` in one launch; terms, sums and reference sums go ``into`` these if given."""
+    """Run ``sequence_loss_torch`` in one launch.
+
+    ``into``: optional output tensors for terms, sums and reference sums.
+    """
     from efface_kernels.sequence_loss.kernel import sequence_loss_kernel  # Triton is imported when a kernel first runs
 
     logprobs, count = sequences.logprobs.contiguous(), len(sequences)

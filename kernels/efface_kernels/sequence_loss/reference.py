@@ -1,7 +1,7 @@
-"""The sequence loss in plain PyTorch: the readable truth, and the implementation for any device.
+"""The sequence loss in plain PyTorch: the readable reference implementation, which runs on any device.
 
-Coefficients are written down, not left to autograd: they are the formulas that the kernel is checked against, and
-autograd cannot be used within a custom op.
+The coefficients are explicit formulas and not derived by autograd, for two reasons: the Triton kernel is tested against
+them, and autograd cannot be used within a custom op.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ Pair = tuple[Tensor, Tensor]  # terms (s,), and c = ∂Σterms/∂ℓ (n,)
 
 @dataclass(frozen=True)
 class _Batch:
-    """What the formulas below read. Each sequence has the parameters of its role, (s,)."""
+    """Input of the formulas below: the sequences, and the parameters of each sequence's role, (s,)."""
 
     sequences: Sequences
     kind: Tensor
@@ -36,23 +36,23 @@ class _Batch:
         reference = self.sequences.reference_sums
         if reference is None:
             raise ValueError(
-                "NPO and DPO need the reference model's sequence log-probabilities, got none; give a live or cached "
+                "NPO and DPO need the reference model's sequence log-probabilities, got none; pass a live or cached "
                 "reference"
             )
         return self.sequences.sums - reference
 
     def linear(self, slope: float) -> Pair:
-        """Slope · L."""
+        """Return the terms slope · L, and their coefficients."""
         weight = slope * self.weight
         return weight * self.sequences.sums, self.sequences.of_rows(weight)
 
     def preference(self, x: Tensor, slope: Tensor) -> Pair:
-        """−(2/β) log σ(x) and its derivative by L, both (s,), where ``slope`` = ∂x/∂L."""
+        """Return −(2/β) log σ(x) and its derivative with respect to L, both (s,); ``slope`` is ∂x/∂L."""
         scale = 2 * self.weight / self.beta
         return -scale * logsigmoid(x), -scale * torch.sigmoid(-x) * slope
 
     def weighted(self, weight: Tensor) -> Pair:
-        """Σ weight · ℓ with a constant weight a row, (n,)."""
+        """Return the terms Σ weight · ℓ, where the weights of the rows, (n,), are constants, and their coefficients."""
         sequences = self.sequences
         return self.weight * sequences.sums_of(weight * sequences.logprobs), sequences.of_rows(self.weight) * weight
 
@@ -69,10 +69,13 @@ def _simnpo(batch: _Batch) -> Pair:
 
 
 def _first_of_pair(batch: _Batch) -> Pair:
-    """DPO's term and its derivative by L of the first, (s,); that by L' of the second is the negative."""
+    """Return DPO's term and its derivative with respect to L of the pair's first sequence, (s,).
+
+    The derivative with respect to L' of the second sequence is the negative.
+    """
     margin = batch.sequences.following(batch.rewards) - batch.rewards
     terms, c = batch.preference(batch.beta * margin, -batch.beta)
-    # The last sequence has none that follows: NaN, should it claim to be the first of a pair.
+    # No sequence follows the last one: NaN if its kind says that it is the first of a pair.
     last = torch.arange(len(terms), device=terms.device) == len(terms) - 1
     return torch.where(last, torch.nan, terms), torch.where(last, torch.nan, c)
 
@@ -85,7 +88,7 @@ def _dpo(batch: _Batch) -> Pair:
 def _alternate(batch: _Batch) -> Pair:
     _, c = _first_of_pair(batch)
     first = torch.where(batch.kind == Kind.DPO, c, 0).roll(1)
-    first[:1] = 0  # what rolled over the edge
+    first[:1] = 0  # the value that roll() moved from the end to the start
     return torch.zeros_like(c), batch.sequences.of_rows(-first)
 
 
@@ -95,15 +98,16 @@ def _wga(batch: _Batch) -> Pair:
 
 def _satimp(batch: _Batch) -> Pair:
     logprobs, beta1, beta2 = (batch.sequences.logprobs, *map(batch.sequences.of_rows, (batch.beta1, batch.beta2)))
-    # 1 − p as −expm1(ℓ): of memorised tokens the difference would keep no digit
+    # 1 − p as −expm1(ℓ), because 1 − p of memorised tokens would lose all digits
     return batch.weighted(torch.exp(beta1 * logprobs) * (-torch.expm1(logprobs)) ** beta2)
 
 
 def _ceu(batch: _Batch) -> Pair:
-    """−Σ log(1 − p), c = p / (1 − p); a target q, the model's softmax without the true token, detached.
+    """Return the terms −Σ log(1 − p) and c = p / (1 − p).
 
-    The cross entropy to q is −log(1 − p) + H(q), and its gradient p − q that of −log(1 − p) with a live p. ℓ near 0 is
-    known to eps, so that 1 − p may be 0: with eps added c stays finite, and c (softmax − onehot) below about 1.
+    CE-U's target q is the model's softmax without the true token, detached. The cross entropy to q is −log(1 − p) +
+    H(q), and its gradient, softmax − q, equals that of −log(1 − p). ℓ near 0 has an absolute error of eps, so 1 − p can
+    be 0. Adding eps to it keeps c finite, and c · (softmax − onehot) below about 1.
     """
     sequences = batch.sequences
     rest = torch.finfo(sequences.logprobs.dtype).eps - torch.expm1(sequences.logprobs)
@@ -127,13 +131,13 @@ _FORMULAS: dict[int, Callable[[_Batch], Pair]] = {
 
 @torch.no_grad()
 def sequence_terms(sequences: Sequences, roles: Tensor, table: Tensor, kinds: Sequence[int]) -> Pair:
-    """Return the weighted terms (s,) and c (n,): row ``roles[i]`` of ``table`` says which formula sequence i has.
+    """Return the weighted terms (s,) and c (n,); row ``roles[i]`` of ``table`` defines the term of sequence i.
 
     Args:
-        sequences: s whole sequences, offsets from 0.
-        roles: (s,) rows of the table.
-        table: (R, 7), see ``Term``.
-        kinds: those that occur in the table, so that no other is computed.
+        sequences: s whole sequences with offsets from 0.
+        roles: (s,) row indices into the table.
+        table: (R, 7), one ``Term`` per row.
+        kinds: kinds that occur in the table; formulas of other kinds are not evaluated.
     """
     batch = _Batch(sequences, *table.to(sequences.logprobs.dtype)[roles.long()].unbind(1))
     terms, coefficients = torch.zeros_like(batch.weight), torch.zeros_like(sequences.logprobs)

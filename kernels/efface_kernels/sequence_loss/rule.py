@@ -1,6 +1,7 @@
-"""``SequenceRule``: loss terms declared instead of programmed, so that one kernel can do them.
+"""``SequenceRule``, a declarative description of loss terms that a single kernel can evaluate.
 
-Where there is no kernel, torch makes a chunk's terms and coefficients here: of a rule, or of a function of one's own.
+This module also contains the torch implementation for backends without a kernel. It computes the terms and coefficients
+of a chunk from a rule or from a user-defined function.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,16 +25,18 @@ _LARGEST = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class Term:
-    """weight · (the term of ``kind``), with those parameters that the kind has; a row of the table.
+    """A weighted loss term, weight · (term of ``kind``): one row of a rule's table.
+
+    A kind uses only its own parameters.
 
     Attributes:
         kind: the formula, see ``Kind``.
-        weight: what the term is multiplied by: gamma or alpha, divided by what the mean runs over.
-        beta: of NPO, SimNPO and DPO, > 0; of WGA.
-        delta: SimNPO's margin.
-        beta1: SatImp's exponent of p.
-        beta2: SatImp's exponent of 1 − p.
-        ignored: the first label tokens of a sequence, which CEU leaves out.
+        weight: factor of the term: gamma or alpha, divided by the number of tokens or sequences in the mean.
+        beta: inverse temperature of NPO, SimNPO and DPO, > 0; exponent of p in WGA.
+        delta: margin of SimNPO.
+        beta1: exponent of p in SatImp.
+        beta2: exponent of 1 − p in SatImp.
+        ignored: number of label tokens at the start of a sequence that CEU leaves out.
     """
 
     kind: Kind
@@ -48,30 +51,30 @@ class Term:
         if self.kind not in frozenset(Kind):
             raise ValueError(f"`kind`: expected a Kind, got {self.kind!r}")
         if not all(abs(number) <= _LARGEST for number in astuple(self)):
-            raise ValueError(f"`Term`: expected finite numbers, of float32 too, got {self}")
+            raise ValueError(f"`Term`: expected numbers that are finite in float32, got {self}")
         if self.kind in NEED_BETA and not self.beta > 0:
             raise ValueError(f"`beta`: expected a positive number for {self.kind.name}, got {self.beta}")
         if self.ignored < 0:
-            raise ValueError(f"`ignored`: expected a number of label tokens, got {self.ignored}")
+            raise ValueError(f"`ignored`: expected 0 or a positive number, got {self.ignored}")
 
     @property
     def needs_reference(self) -> bool:
-        """Whether it reads the reference model's log-probabilities."""
+        """Whether the term depends on the reference model's log-probabilities."""
         return self.kind in NEED_REFERENCE
 
 
 @dataclass(frozen=True)
 class SequenceRule:
-    """What each sequence of a batch adds to the loss; what ``linear_sequence_loss`` takes as ``terms``.
+    """Assignment of a loss term to each sequence of a batch; the argument ``terms`` of ``linear_sequence_loss``.
 
-    Made by ``SequenceRule.of``. The Triton backend reads it in one launch, the others by torch's formulas, and
-    ``torch.compile`` without a graph break. Nothing of it is read on the host. It is also a differentiable function of
-    ``Sequences``, for whoever has log-probabilities already.
+    Create a rule with ``SequenceRule.of``. The Triton backend evaluates it in one launch, the other backends with torch
+    formulas, and ``torch.compile`` without a graph break. Its tensors are never read on the host. A rule is also a
+    differentiable function of ``Sequences``, for callers that already have log-probabilities.
 
     Attributes:
-        roles: (S,) int8 on the device of the batch: rows of the table.
-        table: (8, 7), a ``Term`` a row. New numbers may be copied into it, for a captured CUDA graph.
-        kinds: those that occur in the table.
+        roles: (S,) int8 on the device of the batch: the table row of each sequence.
+        table: (8, 7), one ``Term`` per row. With a captured CUDA graph, new numbers can be copied into it.
+        kinds: kinds that occur in the table.
     """
 
     roles: Tensor
@@ -80,17 +83,19 @@ class SequenceRule:
 
     @classmethod
     def of(cls, roles: Tensor, terms: Mapping[int, Term]) -> "SequenceRule":
-        """Return the rule under which a sequence of role r adds ``terms[r]``, and one of no such role nothing.
+        """Return the rule that assigns ``terms[r]`` to sequences of role r, and no term to roles not in ``terms``.
 
-        Copies the table to the device: call it before a CUDA graph is captured or a model compiled, not within.
+        The table is copied to the device. Create the rule before a CUDA graph is captured or a model is compiled, not
+        while that happens.
 
         Args:
             roles: (S,) int8, 0 .. 7, on the device of the batch.
-            terms: from roles to terms.
+            terms: maps roles to terms.
 
         Raises:
-            TypeError: roles that are not int8.
-            ValueError: roles that are not 0 .. 7; those of a GPU are not looked at, and give NaN.
+            TypeError: if ``roles`` are not int8.
+            ValueError: if a role is not in 0 .. 7. ``roles`` on a GPU are not checked; with the Triton backend an
+                invalid role makes the term and the coefficients of its sequence NaN.
         """
         check_dtype("roles", roles, (torch.int8,))
         check_shape("roles", roles, ("S",))
@@ -106,22 +111,25 @@ class SequenceRule:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a term reads the reference model's log-probabilities."""
+        """Whether a term depends on the reference model's log-probabilities."""
         return not NEED_REFERENCE.isdisjoint(self.kinds)
 
     @property
     def pairs(self) -> bool:
-        """Whether a term depends on the sequence that follows, so that both must share a chunk."""
+        """Whether a term depends on the next sequence, so that both must be in the same chunk."""
         return int(Kind.DPO) in self.kinds
 
     def __call__(self, sequences: Sequences) -> Tensor:
-        """Weighted terms (s,), differentiable once by the log-probabilities."""
+        """Return the weighted terms (s,), differentiable once with respect to the log-probabilities."""
         terms: Tensor = _RuleTerms.apply(sequences.logprobs, sequences, self)  # type: ignore[no-untyped-call]
         return terms
 
 
 class _RuleTerms(torch.autograd.Function):
-    """The terms of a rule, and for their derivative its coefficients: those of a pair's alternate are of its first."""
+    """Terms of a rule, whose derivative is given by its coefficients.
+
+    The coefficients of an alternate are derivatives of the term of the pair's first sequence.
+    """
 
     @staticmethod
     def forward(ctx: Any, logprobs: Tensor, sequences: Sequences, rule: SequenceRule) -> Tensor:
@@ -135,7 +143,7 @@ class _RuleTerms(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         coefficients, offsets, alternate = ctx.saved_tensors
-        upstream = torch.where(alternate, upstream.roll(1), upstream)  # an alternate of no pair has coefficients of 0
+        upstream = torch.where(alternate, upstream.roll(1), upstream)  # an alternate outside a pair has coefficients 0
         return coefficients * Sequences(coefficients, offsets).of_rows(upstream), None, None
 
 
@@ -144,7 +152,7 @@ TermFunction: TypeAlias = Callable[[Sequences], Tensor]
 
 
 class SequenceTerms(NamedTuple):
-    """What the loss is made of, and its derivative by the log-probabilities."""
+    """Loss terms, their derivatives with respect to the log-probabilities, and the sums that they depend on."""
 
     terms: Tensor  # (s,) weighted; the loss is their sum
     coefficients: Tensor  # (n,) c = ∂Σterms/∂ℓ
@@ -155,16 +163,16 @@ class SequenceTerms(NamedTuple):
 def sequence_loss_torch(
     sequences: Sequences, terms: SequenceRule | TermFunction, reference_logprobs: Tensor | None
 ) -> SequenceTerms:
-    """Return the terms and coefficients of a chunk: a rule's by its formulas, a function's by autograd.
+    """Return the terms and coefficients of a chunk: from the formulas of a rule, or from a function by autograd.
 
     Args:
-        sequences: whole ones; their first offset is the first row of their log-probabilities.
-        terms: what they add to the loss.
-        reference_logprobs: (m,) a live reference's ℓ of the first m rows, m ≤ n, or None.
+        sequences: whole sequences; their first offset corresponds to row 0 of their log-probabilities.
+        terms: rule or function that defines the loss terms.
+        reference_logprobs: (m,) ℓ of a live reference for the first m rows, m ≤ n, or None.
     """
     offsets, reference_sums = sequences.row_offsets - sequences.row_offsets[0], sequences.reference_sums
     if reference_logprobs is not None:
-        # Rows beyond the reference's M belong to sequences without one: they add nothing.
+        # Rows from M on belong to sequences without a reference and add nothing.
         padded = torch.zeros_like(sequences.logprobs)
         padded[: reference_logprobs.shape[0]] = reference_logprobs
         reference_sums = segment_sums(padded, offsets)
@@ -177,18 +185,18 @@ def sequence_loss_torch(
 
 
 def _differentiated(terms_of: TermFunction, seen: Sequences) -> tuple[Tensor, Tensor]:
-    """Return a function's terms, and their derivative by autograd on these few numbers."""
+    """Return the terms of a function, and their derivatives by autograd, which runs on only n numbers."""
     with torch.enable_grad():
         leaf = seen.logprobs.clone().requires_grad_()
         terms = checked_terms(terms_of(replace(seen, logprobs=leaf)), seen)
-        gradient = None  # where the terms do not depend on the log-probabilities
+        gradient = None  # if the terms do not depend on the log-probabilities
         if terms.requires_grad:
             (gradient,) = torch.autograd.grad(terms.sum(), leaf, allow_unused=True)
     return terms.detach(), torch.zeros_like(leaf) if gradient is None else gradient
 
 
 def checked_terms(terms: Any, sequences: Sequences) -> Tensor:
-    """Return what a term function gave; raise TypeError or ValueError unless it is a term for each sequence, (s,)."""
+    """Return the result of a term function; raise TypeError or ValueError unless it is a tensor of shape (s,)."""
     if not isinstance(terms, Tensor):
         raise TypeError(f"the term function: expected a tensor of loss terms, got {type(terms).__name__}")
     if terms.shape != (len(sequences),):

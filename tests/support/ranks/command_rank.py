@@ -1,4 +1,4 @@
-"""One rank of a command, started by torchrun; fails if the command leaves threads that could hang the exit."""
+"""One rank of a command, started by torchrun. It fails if the command leaves threads that could hang the exit."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""One rank of training runs, started by torchrun, or the only one; writes losses and weights as JSON.
+"""One rank of training runs, started by torchrun or alone. It writes losses and weights as JSON.
 
-``distributed_run.py <folder> npo <reference> <token budget>``, or ``<folder> others``: several objectives in turn.
+``distributed_run.py <folder> npo <reference> <token budget>``, or ``<folder> others`` for several objectives in turn.
 """
 
 import json
@@ -23,7 +23,7 @@ OTHERS = {
 
 
 def run(out: Path, forget: int, retain: int, settings: dict[str, Any], **options: Any) -> tuple[int, dict[str, Any]]:
-    """The rank, and its exact losses, its log and its weights."""
+    """Return the rank, and a record of its exact losses, its log and its weights."""
     settings = {"lr_scheduler_type": "constant", "max_grad_norm": 1.0, **settings}
     trainer = UnlearnTrainer(
         tiny_llama(),

@@ -1,6 +1,7 @@
-"""One rank of a run that evaluates itself, started by torchrun; writes what was logged, and what it computed itself.
+"""One rank of a training run with evaluations, started by torchrun.
 
-``python evaluated_run.py <folder>``; the folder holds TOFU's files in ``tofu`` and a retain log.
+``python evaluated_run.py <folder> <output folder>``. The folder holds TOFU's files in ``tofu`` and a retain log in
+``retain``. The rank writes the logged metrics and the batches that it computed itself.
 """
 
 import json

@@ -1,6 +1,7 @@
-"""Two processes of which one's batch fails, started by torchrun; every one of them says what it was told.
+"""Two processes, started by torchrun, one of which fails in a batch. Each writes the error that it received.
 
-With "middle" or "end" the first one's file fails instead, after the first turn of two or after the last.
+With "middle" or "end" as second argument, writing to the row store fails instead: after the first of two turns, or
+after the last.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""Evaluations that are killed and given again; imports once, then every run is a process of its own.
+"""Evaluations that are killed and restarted. This process imports once and forks for every run.
 
-``python killed_evaluation.py <folder> <words of the command as JSON>`` prints a JSON record: of how many batches each
-process finished, before it sent itself SIGKILL, which nothing in it can catch, or came to its end. Started by torchrun,
-each process notes how many batches it began, in ``rank<n>.note``, and comes to its end.
+``python killed_evaluation.py <folder> <words of the command as JSON>`` prints a JSON record: the number of batches that
+each run began before it sent itself SIGKILL, which it cannot catch, or ended. If torchrun starts the script, each
+process writes the number of batches that it began to ``rank<n>.note`` and is not killed.
 """
 
 import json
@@ -19,7 +19,7 @@ from efface.evaluate import AnswerTask, GenerationTask
 
 
 def count_batches(note: Path, last: int | None) -> None:
-    """Note every batch that is begun; end the process in the middle of one."""
+    """Write the number of batches begun to ``note``; kill the process in batch ``last``, before it is stored."""
     begun = 0
     for task in (AnswerTask, GenerationTask):
 
@@ -36,7 +36,7 @@ def count_batches(note: Path, last: int | None) -> None:
 
 
 def evaluate(words: list[str], out: Path, last: int | None) -> tuple[int, int]:
-    """Run the command in a child; return how it ended, and how many batches it began."""
+    """Run the command in a child process; return its exit code and the number of batches that it began."""
     note = out.with_suffix(".note")
     note.write_text("0")
     child = os.fork()

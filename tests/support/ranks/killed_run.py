@@ -1,8 +1,8 @@
-"""Runs of ``efface unlearn`` that are killed and given again; imports once, then every run is a process of its own.
+"""Runs of ``efface unlearn`` that are killed and restarted. This process imports once and forks for every run.
 
-``python killed_run.py <folder> <words of the command as JSON>`` prints a JSON record. The moments of a run are its
-training steps and every time that it opens, renames, makes or removes a file of the output folder; at a moment drawn
-by lot the process sends itself SIGKILL, which nothing in it can catch.
+``python killed_run.py <folder> <words of the command as JSON>`` prints a JSON record. A run is killed at a random
+moment: a training step, or an open, rename, creation or removal of a file or folder in the output folder. The process
+sends itself SIGKILL, which it cannot catch.
 """
 
 import json
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import datasets  # noqa: F401 - here, and not in every child
+import datasets  # noqa: F401 - imported here, so that the children need not import it
 import torch
 import torch._dynamo
 
@@ -25,7 +25,7 @@ KILLS = 10
 
 
 class Moments:
-    """Counts the moments of a run, and ends it at one of them."""
+    """A counter of the moments of a run that kills the process at the chosen one."""
 
     def __init__(self, folder: Path, last: int | None, only_steps: bool, note: Path) -> None:
         self.folder, self.last, self.only_steps, self.note, self.count = str(folder), last, only_steps, note, 0
@@ -53,7 +53,7 @@ class Moments:
 
 
 def run(words: list[str], out: Path, last: int | None, only_steps: bool = False) -> tuple[int, str]:
-    """Run the command in a child; return how it ended, and where it was killed or how many moments it had."""
+    """Run the command in a child; return its exit code, and where it was killed or how many moments it had."""
     note = out.with_suffix(".note")
     child = os.fork()
     if child == 0:
@@ -75,7 +75,7 @@ def drive(folder: Path, words: list[str]) -> dict[str, Any]:
     lot, where = random.Random(6), []
     began = time.perf_counter()
     while True:
-        # No run gets so far that ten kills would not spread over the whole; one in three dies in a training step.
+        # Bounds that let ten kills spread over the whole run. Every third kill happens in a training step.
         only_steps = len(where) % 3 == 0
         last = lot.randint(1, 3 if only_steps else int(moments) // 4) if len(where) < KILLS else None
         code, what = run(words, folder / "killed", last, only_steps)

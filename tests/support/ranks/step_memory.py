@@ -1,4 +1,4 @@
-"""One training step in a process of its own: prints by how many MiB its resident memory rose above the model's."""
+"""One training step in a separate process. It prints by how many MiB the peak resident memory exceeds the model's."""
 
 import copy
 import sys
@@ -16,7 +16,7 @@ OBJECTIVE = NPO(beta=0.1)
 
 
 def resident() -> float:
-    """The largest resident size so far, in MiB; of this program alone, which getrusage's is not."""
+    """Return the peak resident size in MiB. Unlike getrusage's, VmHWM counts only this program."""
     return kibibytes("/proc/self/status", "VmHWM") / 1024
 
 
@@ -35,7 +35,7 @@ def model(width: int, vocabulary: int) -> LlamaForCausalLM:
 
 
 def main(kind: str, width: int, vocabulary: int) -> None:
-    # as long as TOFU's: 57 tokens on average, 139 the longest; 58 % of them answers
+    # the lengths of TOFU's rows: 57 tokens on average, 139 at most, 58 % of them answer tokens
     stores = [random_store(64, seed=seed, low=30, high=90, vocabulary=vocabulary) for seed in (1, 2)]
     policy = model(width, vocabulary)
     before = resident()

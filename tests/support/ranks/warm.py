@@ -1,6 +1,6 @@
-"""A process that imports what scripts need once, and forks for each: imports are most of the time of a short one.
+"""A process that imports the scripts' dependencies once and forks for each script, as most of their time is imports.
 
-Reads requests, a JSON object a line; answers with the number of the process that serves it, and then its exit code.
+It reads requests, one JSON object a line. It answers with the PID of the child that runs it, then its exit code.
 """
 
 import gc
@@ -19,7 +19,7 @@ import efface.cli.unlearn  # noqa: F401
 
 
 def serve() -> dict[str, Any] | None:
-    """Serve one request after the other; return one in the process that has to do it, None at the end."""
+    """Fork for each request. Return the request in the child, or None in the parent at the end of the input."""
     while line := sys.stdin.readline():
         child = os.fork()
         if child == 0:
@@ -32,7 +32,7 @@ def serve() -> dict[str, Any] | None:
 
 
 def become(words: list[str], processes: int, environment: dict[str, str], folder: str, files: list[str]) -> None:
-    """Be what was asked for, in a group of processes of its own; its output goes to the files."""
+    """Run the requested command in a new session, with its output redirected to ``files``."""
     os.setsid()
     for stream, name in enumerate((os.devnull, *files)):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), stream)
@@ -50,7 +50,7 @@ def become(words: list[str], processes: int, environment: dict[str, str], folder
 
 
 if __name__ == "__main__":
-    gc.freeze()  # a child neither looks through what was imported nor copies it
+    gc.freeze()  # the children neither scan the imported objects for garbage nor copy their pages
     request = serve()
     if request is not None:
         become(**request)

@@ -1,4 +1,4 @@
-"""Leak audit: what a model that scores well on Forget Quality still gives away."""
+"""Leak audit: measures what an unlearned model still reveals if the forgotten questions are asked in other ways."""
 
 from efface.evaluate.audit.relearn import Relearn
 from efface.evaluate.audit.result import AuditResult, Line, ViewResult, audit, side_by_side

@@ -1,4 +1,4 @@
-"""Languages of question-answer rows: their function words, and how their words are stemmed."""
+"""Languages of question-answer rows, with their stop words and their stemmers."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -8,13 +8,13 @@ from nltk.stem.snowball import SnowballStemmer
 
 @dataclass(frozen=True)
 class Language:
-    """A language that puts spaces between its words.
+    """A language that separates words by spaces.
 
     Attributes:
-        code: ISO 639-1, in small letters.
-        name: in English; Snowball's name for it.
-        stop_words: words that carry no content of their own, casefolded, without apostrophes. Months and numbers are
-            none of them, so that dates count: neither is English "may".
+        code: ISO 639-1 code, in lower case.
+        name: English name, which is also Snowball's name for the language.
+        stop_words: words without content, casefolded and without apostrophes. Months and numbers are not stop words,
+            so that dates count. English "may" is therefore not a stop word either.
     """
 
     code: str
@@ -85,10 +85,10 @@ LANGUAGES = {
 
 
 def get_language(code: str) -> Language:
-    """Return the language of a code, in large or small letters.
+    """Return the language with an ISO 639-1 code, in upper or lower case.
 
     Raises:
-        ValueError: one that is not known; lists those that are.
+        ValueError: the code is unknown. The message lists the known ones.
     """
     known = LANGUAGES.get(code.strip().lower())
     if known is None:
@@ -98,7 +98,7 @@ def get_language(code: str) -> Language:
 
 @lru_cache(maxsize=65536)
 def stem(word: str, language: Language) -> str:
-    """Return Snowball's stem of a casefolded word (for English: Porter2)."""
+    """Return the Snowball stem of a casefolded word (Porter2 for English)."""
     stemmed: str = _stemmer(language.name).stem(word)
     return stemmed
 

@@ -1,4 +1,4 @@
-"""Relearning: what comes back when a model is taught a small share of what it forgot."""
+"""The relearning view: fine-tunes a model on a small share of the forgotten rows and asks about the others."""
 
 import contextlib
 import itertools
@@ -27,19 +27,19 @@ BEFORE, AFTER = "before", "after"
 
 @dataclass(frozen=True)
 class Relearn(View):
-    """Fine-tune on a share of the rows, and ask the questions of all others before and after.
+    """Fine-tune on a share of the rows, and ask the questions of all other rows before and after.
 
-    The model is as it was when the view is done, bit for bit; see ``unchanged``. Retraining on T
-    (RTT, arXiv 2410.08827), with rows of the same authors on both sides.
+    Afterwards, the model is restored bit for bit; see ``unchanged``. The method is Retraining on T (RTT, arXiv
+    2410.08827), with rows of the same authors among the trained and the tested rows.
 
     Attributes:
-        share: of the rows that are taught, drawn by the seed; at least one, never all.
-        steps: optimizer steps.
-        batch: rows of a step.
-        learning_rate: constant.
-        lora_r: rank, to train an adapter instead of all weights; needs peft, and less memory. A model with adapters
-            keeps them, frozen, beside it.
-        seed: of the draw and of the training.
+        share: share of the rows to train on, drawn with the seed; at least one row, never all.
+        steps: number of optimizer steps.
+        batch: rows per step.
+        learning_rate: the constant learning rate.
+        lora_r: rank of a LoRA adapter to train instead of all weights. It requires peft and uses less memory. Adapters
+            that the model already has stay active and frozen. None trains all weights.
+        seed: seed of the draw and of the training.
     """
 
     share: float = 0.1
@@ -51,9 +51,8 @@ class Relearn(View):
     name: ClassVar[str] = "relearn"
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         if not 0 < self.share < 1:
-            raise ValueError(f"`share`: expected between 0 and 1, both excluded, got {self.share}")
+            raise ValueError(f"`share`: expected between 0 and 1 (exclusive), got {self.share}")
         if self.steps < 1 or self.batch < 1:
             raise ValueError(f"`steps`, `batch`: expected at least 1, got {self.steps}, {self.batch}")
         if not 0 < self.learning_rate < math.inf:
@@ -64,27 +63,30 @@ class Relearn(View):
             raise ValueError(f"`seed`: expected 0 .. {2**32 - 1}, got {self.seed}")
 
     def taught(self, rows: Sequence[AuditRow]) -> list[int]:
-        """Return the numbers of the rows that are taught, in order."""
+        """Return the numbers of the rows to train on, in ascending order."""
         if len(rows) < 2:
-            raise ValueError(f"view 'relearn': expected at least 2 rows, one to teach and one to ask, got {len(rows)}")
+            raise ValueError(
+                f"view 'relearn': expected at least 2 rows, one to train on and one to ask, got {len(rows)}; add rows "
+                "or leave the view out"
+            )
         count = min(max(1, round(self.share * len(rows))), len(rows) - 1)
         draw = np.random.Generator(np.random.Philox(self.seed))
         return sorted(draw.choice(len(rows), count, replace=False).tolist())
 
     def probes(self, rows: Sequence[AuditRow]) -> list[Probe]:
-        """Return a probe for each row that is not taught; it is asked twice."""
+        """Return one probe per row that is not trained on. Each is run before and after the training."""
         taught = set(self.taught(rows))
         return [Probe(i, (row.question,), row.answer, row.language) for i, row in enumerate(rows) if i not in taught]
 
     def run(self, exam: Exam, rows: Sequence[AuditRow]) -> list[RowResult]:
-        """Ask, teach, and ask again."""
+        """Run the probes, fine-tune the model, run the probes again, and restore the model."""
         before = super().run(exam, rows)
-        with self._taught(exam, [rows[i] for i in self.taught(rows)]) as taught:
-            after = super().run(taught, rows)
+        with self._fine_tuned(exam, [rows[i] for i in self.taught(rows)]) as fine_tuned:
+            after = super().run(fine_tuned, rows)
         return [{**record, "label": BEFORE} for record in before] + [{**record, "label": AFTER} for record in after]
 
     def figures(self, records: Sequence[RowResult]) -> Figures:
-        """Return the summary after relearning, with the mean before, and the gain."""
+        """Return the summary after relearning, with the mean ``before`` and the ``gain``."""
         after, before = (
             summary([record for record in records if record["label"] == label], by_label=False)
             for label in (AFTER, BEFORE)
@@ -93,12 +95,12 @@ class Relearn(View):
         return {**after, "before": before["mean"], "gain": gain}
 
     def shown(self, figures: Figures) -> dict[str, float | None]:
-        """Return the mean after relearning, and what it was before."""
+        """Return the mean novel recall after and before relearning."""
         return {"": figures["mean"], BEFORE: figures["before"]}
 
     @contextlib.contextmanager
-    def _taught(self, exam: Exam, rows: Sequence[AuditRow]) -> Iterator[Exam]:
-        """Hand out the exam of the model as it is after training on the rows."""
+    def _fine_tuned(self, exam: Exam, rows: Sequence[AuditRow]) -> Iterator[Exam]:
+        """Yield ``exam`` with the model fine-tuned on the rows. Restore the model afterwards."""
         questions, answers = [row.question for row in rows], [row.answer for row in rows]
         store = encode(exam.tokenizer, questions, answers, template=exam.template)
         with unchanged(exam.model):
@@ -107,8 +109,8 @@ class Relearn(View):
                 model.requires_grad_(True)
             else:
                 model = with_fresh_lora(model, r=self.lora_r)
-            with tempfile.TemporaryDirectory() as nothing:  # a trainer makes its folder at once
-                trainer = FinetuneTrainer(model, self._arguments(nothing, exam), data=store)
+            with tempfile.TemporaryDirectory() as folder:  # a trainer creates its output folder at once
+                trainer = FinetuneTrainer(model, self._arguments(folder, exam), data=store)
                 trainer.remove_callback(transformers.PrinterCallback)
                 trainer.train()
             yield replace(exam, model=model)
@@ -132,14 +134,14 @@ class Relearn(View):
 
 @contextlib.contextmanager
 def unchanged(model: PreTrainedModel) -> Iterator[None]:
-    """Undo what the block does to weights, buffers, gradients, modes, attributes, classes, layers and the attention.
+    """Restore the model after the block, bit for bit, even if the block raises.
 
-    The random-number generators are afterwards what they were, too.
+    This covers weights, buffers, gradients, modes, attributes, classes, layers and the attention implementation of the
+    model, and the states of the random-number generators.
 
-    Weights and buffers wait in main memory, once each, and are copied back into their place; nothing is written to
-    disk. Whatever else holds them (tied weights, a wrapper) sees the old values again. Adapters that the block adds are
-    gone afterwards, and those that were there are what they were, down to which are active. Afterwards the model is as
-    it was also if the block raises.
+    One copy of each weight and buffer is kept in main memory and copied back in place; nothing is written to disk.
+    Because the restore is in place, other references to the weights (tied weights, a wrapper) see the old values again.
+    Adapters that the block adds are removed. Existing adapters are restored, including which of them are active.
     """
     saved = [
         (tensor, tensor.detach().to("cpu", copy=True))
@@ -157,7 +159,7 @@ def unchanged(model: PreTrainedModel) -> Iterator[None]:
             module.__class__ = own
             _restore(vars(module), attributes)
         model.set_attn_implementation(attention)
-        if caching is not None:  # a Trainer switches it off
+        if caching is not None:  # the Trainer sets use_cache to False
             model.config.use_cache = caching
         model.to(device)  # type: ignore[arg-type]
         with torch.no_grad():
@@ -169,7 +171,7 @@ def unchanged(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _contents(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Return a module's attributes, each with a copy of what it holds if it is a dict, a list or a set."""
+    """Return a module's attributes, each with a shallow copy if it is a dict, a list or a set."""
     return {
         name: (value, value.copy() if isinstance(value, (dict, list, set)) else None)
         for name, value in attributes.items()
@@ -177,7 +179,7 @@ def _contents(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _restore(attributes: dict[str, Any], before: dict[str, Any]) -> None:
-    """Undo every change, within containers too, which others may hold as well."""
+    """Restore the attributes. Containers are restored in place, because other objects can refer to them."""
     attributes.clear()
     for name, (value, held) in before.items():
         attributes[name] = value

@@ -1,4 +1,4 @@
-"""The audit of a model, and several models' audits side by side: as a table, and as files."""
+"""The audit of a model, and the comparison of several models' audits as a table, as AUDIT.json and as AUDIT.md."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ from efface.hf.text.templates import AUTO, Template
 
 FULL, RETAIN = "full", "retain"
 AROUND = (FULL, RETAIN)
-"""What the models are called that learnt everything, and that never learnt what was to be forgotten."""
+"""Names of the model that was trained on everything, and of the model that was trained only on the retain set."""
 
 
 @dataclass(frozen=True)
 class ViewResult:
-    """What a view found: a record for each probe, in its order, and what they come to."""
+    """The result of a view: a record for each probe, in order, and the figures over all records."""
 
     view: View
     figures: Figures
@@ -31,18 +31,18 @@ class ViewResult:
 
 @dataclass(frozen=True)
 class AuditResult:
-    """What the views found out about one model.
+    """The audit of one model.
 
     Attributes:
-        rows: how many rows were audited.
-        views: by name, in the order in which they were run.
+        rows: number of audited rows.
+        views: results by name of the view, in the order in which the views ran.
     """
 
     rows: int
     views: Mapping[str, ViewResult]
 
     def to_json(self) -> dict[str, Any]:
-        """Return figures and records as JSON values."""
+        """Return the figures and records of each view as JSON values."""
         return {
             name: {"figures": dict(found.figures), "records": list(found.records)} for name, found in self.views.items()
         }
@@ -62,31 +62,33 @@ def audit(
     store: str | Path | None = None,
     progress: Progress | None = None,
 ) -> AuditResult:
-    """Return what the model gives away of rows that it should have forgotten, seen from several sides.
+    """Measure how much a model reveals of rows that it should have forgotten, in several ways of asking (views).
 
-    Everything is scored by novel recall; see this folder's README for the definitions. The same rows, settings and
-    seeds give the same result.
+    Every view is scored by novel recall; see the README in this folder for the definitions. The same rows, settings
+    and seeds give the same result.
 
     Args:
-        model: an ``AutoModelForCausalLM``; afterwards it is as it was.
+        model: an ``AutoModelForCausalLM``. Its state is restored afterwards.
         tokenizer: its tokenizer.
-        rows: with ``question`` and ``answer``; for "choice" also ``perturbed_answer``.
-        views: names in ``VIEWS``, or views with settings of their own, such as ``BestOf(samples=32)``.
-        group_column: tells whom a row is about, for "clues"; None: ``group_size`` rows in a row are one author's.
-        group_size: 20 in TOFU.
+        rows: rows with the columns ``question`` and ``answer``; "choice" also needs ``perturbed_answer``.
+        views: names in ``VIEWS``, or ``View`` objects, which can have other settings, such as ``BestOf(samples=32)``.
+        group_column: column that identifies the author of a row, for "clues". None takes each ``group_size``
+            consecutive rows as one author.
+        group_size: number of consecutive rows about one author; 20 in TOFU.
         template: prompt format; see ``efface.hf.text.templates``.
-        max_new_tokens: of a generation.
-        token_budget: tokens of a forward pass.
-        store: a file that keeps finished rows, so that a killed audit goes on where it was; see ``run_tasks``.
-        progress: called with the view at hand, how many of its probes are answered, and how many there are.
+        max_new_tokens: maximum tokens of a generation.
+        token_budget: maximum tokens of a forward pass.
+        store: a file that keeps finished rows, so that a killed audit can resume; see ``run_tasks``.
+        progress: called with the name of the current view, the number of its finished rows, and the number of all.
 
     Raises:
-        ValueError: before the model is asked anything: unknown views, or rows without what a view needs.
+        ValueError: a view is unknown, or the rows lack a column or value that a view needs. Raised before the model
+            runs.
     """
     chosen = [get_view(view) for view in views]
     names = [view.name for view in chosen]
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"`views`: expected at least one, each once, got {', '.join(names) or 'none'}")
+        raise ValueError(f"`views`: expected at least one, each only once, got {', '.join(names) or 'none'}")
     read = audit_rows(rows, group_column=group_column, group_size=group_size)
     for view in chosen:
         view.probes(read)
@@ -104,12 +106,12 @@ def _named(progress: Progress | None, view: str) -> Progress | None:
 
 @dataclass(frozen=True)
 class Line:
-    """One number of several models.
+    """One line of the comparison: one number for each model.
 
     Attributes:
-        view: whose number it is.
-        what: which of them; empty for the view's mean novel recall.
-        values: of every model, by name; None where nothing could be scored.
+        view: name of the view.
+        what: name of the number within the view; empty for the mean novel recall.
+        values: the number of each model, by name of the model; None if no row could be scored.
     """
 
     view: str
@@ -117,9 +119,9 @@ class Line:
     values: Mapping[str, float | None]
 
     def kept(self, model: str, full: str, retain: str) -> float | None:
-        """Return (model − retain) / (full − retain): 0 as if never learnt, 1 as if never unlearned.
+        """Return (model − retain) / (full − retain): 0 means as if never learnt, 1 as if never unlearned.
 
-        None where the full model gives away no more than the retain model: there is nothing to compare with.
+        None if the full model reveals no more than the retain model, because the share is then not defined.
         """
         x, high, low = (self.values[name] for name in (model, full, retain))
         if x is None or high is None or low is None or high <= low:
@@ -128,18 +130,19 @@ class Line:
 
 
 def side_by_side(audits: Mapping[str, AuditResult]) -> list[Line]:
-    """Return the lines of a table with a column for each model.
+    """Return the lines of a table that compares several models' audits.
 
     Raises:
-        ValueError: audits of other rows or other views.
+        ValueError: the audits have different numbers of rows or different views.
     """
     names = list(audits)
     first = audits[names[0]]
     for name in names[1:]:
         if list(audits[name].views) != list(first.views) or audits[name].rows != first.rows:
             raise ValueError(
-                f"audits of {names[0]!r} ({first.rows} rows; {', '.join(first.views)}) and {name!r} "
-                f"({audits[name].rows} rows; {', '.join(audits[name].views)}) cannot be compared; audit both alike"
+                f"audits: expected the same rows and views, got {names[0]!r} ({first.rows} rows; "
+                f"{', '.join(first.views)}) and {name!r} ({audits[name].rows} rows; {', '.join(audits[name].views)}); "
+                "audit both with the same data and settings"
             )
     lines = []
     for view, found in first.views.items():
@@ -152,9 +155,9 @@ def side_by_side(audits: Mapping[str, AuditResult]) -> list[Line]:
 
 
 def cells(audits: Mapping[str, AuditResult]) -> tuple[list[str], list[list[str]]]:
-    """Return the headings and the rows of a table: a view's numbers for each model, by name.
+    """Return the headings and the rows of a table with a line for each number of a view and a column for each model.
 
-    Where there is a full and a retain model, there is a column with what each of the others kept, too.
+    If there are a full and a retain model, each other model also has a column "kept"; see ``Line.kept``.
     """
     between = [name for name in audits if name not in AROUND] if set(AROUND) <= set(audits) else []
     headings = ["view", *audits, *(f"{name} kept" if len(between) > 1 else "kept" for name in between)]
@@ -172,13 +175,13 @@ def _percent(value: float | None, digits: int) -> str:
 
 @dataclass(frozen=True)
 class Document:
-    """What was audited, how, and what came of it.
+    """The audits of several models, with everything that AUDIT.json and AUDIT.md contain.
 
     Attributes:
-        source: of the rows.
-        models: where each model is from, by the names that they have in ``audits``.
-        audits: of the same rows and views.
-        settings: beside those of the views.
+        source: where the rows come from.
+        models: path or name of each model, by its name in ``audits``.
+        audits: audits of the same rows with the same views, by name of the model.
+        settings: settings other than those of the views.
     """
 
     source: str
@@ -191,7 +194,7 @@ class Document:
         return next(iter(self.audits.values()))
 
     def json_text(self) -> str:
-        """Return the content of AUDIT.json; the folder's README says what it holds."""
+        """Return the content of AUDIT.json; see the README in this folder for its format."""
         views = {name: asdict(found.view) for name, found in self._first.views.items()}
         content = {
             "data": self.source,
@@ -204,20 +207,22 @@ class Document:
         return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def markdown_text(self) -> str:
-        """Return the content of AUDIT.md: the table, and what to know about it."""
-        what = "Means over rows of novel recall: the share of the answer's content words, beyond those of the prompt"
-        notes = [f"# Leak audit\n\n{self.source}: {self._first.rows} rows. {what}, that the model says."]
+        """Return the content of AUDIT.md: notes that explain the numbers, and the table."""
+        what = "Mean novel recall over rows: of the answer's content words that are not in the prompt, the share that"
+        notes = [f"# Leak audit\n\n{self.source}: {self._first.rows} rows. {what} the model generates."]
         if set(AROUND) <= set(self.audits):
             notes.append(
-                "kept = (model - retain) / (full - retain): 0 % as if never learnt, 100 % as if never unlearned."
+                "kept = (model - retain) / (full - retain): 0 % means as if never learnt, 100 % as if never unlearned."
             )
         left_out = {name: found.figures["left_out"] for name, found in self._first.views.items()}
         if listed := ", ".join(f"{count} of {name}" for name, count in left_out.items() if count):
-            notes.append(f"Rows left out, because their answers say nothing that their prompts did not: {listed}.")
+            notes.append(
+                f"Rows left out because their answers have no content word that is not in the prompt: {listed}."
+            )
         return "\n".join(notes) + "\n\n" + markdown(*cells(self.audits))
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown, its numbers to the right."""
+    """Return a table in Markdown, with all columns except the first aligned to the right."""
     lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)

@@ -1,11 +1,11 @@
-"""The rows of an audit: what TOFU's columns, and those of data sets like it, mean to its views."""
+"""Reading of the rows of an audit from the columns of TOFU or of a similar data set."""
 
 from dataclasses import dataclass
 
 from efface.evaluate.audit.languages import Language, get_language
 from efface.hf.text.rows import Rows, check_columns, check_rows, optional_texts, text_lists, texts
 
-TOFU_GROUP = 20  # TOFU's rows of an author, one behind the other
+TOFU_GROUP = 20  # consecutive rows about one author in TOFU
 _SOURCE = "audit data"
 
 
@@ -14,12 +14,13 @@ class AuditRow:
     """A question whose answer should be forgotten.
 
     Attributes:
-        question: as it was learnt.
-        answer: likewise.
-        paraphrase: ``paraphrased_answer``, or the answer where the row has none: it is worded as the false ones are.
-        perturbed: false answers; none where the data has none.
-        group: whom or what the row is about; None if the data does not tell.
-        language: in which it is written, ``language`` of the row; English if it has none.
+        question: the question as in the training data.
+        answer: the answer as in the training data.
+        paraphrase: column ``paraphrased_answer``, which is worded like the false answers; the answer if the row has no
+            paraphrase.
+        perturbed: false answers; empty if the data has no false answers.
+        group: the person or topic that the row is about; None if unknown.
+        language: language of the row, from column ``language``; English without it.
     """
 
     question: str
@@ -31,16 +32,16 @@ class AuditRow:
 
 
 def audit_rows(rows: Rows, *, group_column: str | None = None, group_size: int = TOFU_GROUP) -> list[AuditRow]:
-    """Read rows with ``question`` and ``answer``, and whatever else they have.
+    """Read rows with the columns ``question`` and ``answer``, and optional columns as in ``AuditRow``.
 
     Args:
         rows: a list of mappings, or a datasets.Dataset.
-        group_column: tells whom a row is about; None: blocks of ``group_size`` rows are about one author each, if
-            there is a whole number of them.
-        group_size: rows of a block.
+        group_column: column that identifies the author of a row. None takes each block of ``group_size`` consecutive
+            rows as one author, if the number of rows is a multiple of it.
+        group_size: number of rows of a block.
 
     Raises:
-        ValueError: no rows, a missing column, a value that has no text, an unknown language.
+        ValueError: there are no rows, a column is missing, a value is not text, or a language is unknown.
     """
     check_rows(rows, "`rows`")
     if not len(rows):
@@ -78,7 +79,7 @@ def _row(
         if not text.strip():
             raise ValueError(f"{_SOURCE}, row {number}: expected text in column {name!r}, got {text!r}; drop the row")
     try:
-        spoken = get_language(language or "en")
+        known = get_language(language or "en")
     except ValueError as error:
         raise ValueError(f"{_SOURCE}, row {number}: {error}") from error
-    return AuditRow(question, answer, paraphrase, tuple(perturbed), group, spoken)
+    return AuditRow(question, answer, paraphrase, tuple(perturbed), group, known)

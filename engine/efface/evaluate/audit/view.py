@@ -1,6 +1,6 @@
-"""What the views of an audit share.
+"""Base classes of an audit: the probe, the model with its settings, the view, and the figures over all records.
 
-A view makes probes of rows, an exam puts them to a model, and figures sum up what came of it.
+A ``View`` makes probes from rows. An ``Exam`` runs the probes on a model. ``summary`` computes the view's figures.
 """
 
 from abc import ABC, abstractmethod
@@ -25,23 +25,23 @@ from efface.evaluate.runner import Progress, RowResult, Task, run_tasks
 from efface.hf.text.templates import AUTO, Template
 
 Figures: TypeAlias = dict[str, Any]
-"""What the records of a view come to, as JSON; see ``summary``."""
+"""Aggregate numbers over the records of a view, as JSON values; see ``summary``."""
 
 LEAK = 0.5
-"""A row counts as leaked from this novel recall on. The threshold is ours; the means do not depend on it."""
+"""A row with at least this novel recall counts as leaked. The threshold is our choice; the means do not use it."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a model is asked, and what it is scored against.
+    """A prompt for a model, with the text that its answer is scored against.
 
     Attributes:
-        row: number of the row that it is about.
-        turns: question, answer, question, …: the last turn is the model's to answer.
-        reference: the text whose novel words count.
-        language: of the reference.
-        label: which of its view's variants this is.
-        given: text that counts as prompt although the model is not shown it.
+        row: number of the row.
+        turns: question, answer, question, …; the model answers the last one.
+        reference: the text whose novel words are counted.
+        language: language of the reference.
+        label: the variant of the view, such as a language; empty if the view has no variants.
+        given: text that counts as part of the prompt although the model does not see it.
     """
 
     row: int
@@ -53,11 +53,14 @@ class Probe:
 
     @cached_property
     def novel(self) -> frozenset[str]:
-        """The content words of the reference that the prompt does not contain."""
+        """The content words of the reference that are not in the prompt."""
         return novel_words(self.reference, "\n".join([*self.turns, self.given]), self.language)
 
     def record(self, generations: Sequence[str], **more: Any) -> RowResult:
-        """Return, as JSON, what was asked and what came out; without novel words nothing is scored."""
+        """Return the probe, its generations and their novel recalls as JSON values.
+
+        Without novel words, the list of novel recalls is empty. ``more`` adds keys to the record.
+        """
         scored = generations if self.novel else ()
         return {
             "row": self.row,
@@ -73,16 +76,16 @@ class Probe:
 
 @dataclass(frozen=True)
 class Exam:
-    """A model, and how it is asked.
+    """A model with the settings for generating and scoring answers.
 
     Attributes:
         model: an ``AutoModelForCausalLM``.
         tokenizer: its tokenizer.
         template: prompt format; see ``efface.hf.text.templates``.
-        max_new_tokens: of a generation.
-        token_budget: tokens of a forward pass.
-        store: for ``run_tasks``.
-        progress: likewise.
+        max_new_tokens: maximum tokens of a generation.
+        token_budget: maximum tokens of a forward pass.
+        store: see ``run_tasks``.
+        progress: see ``run_tasks``.
     """
 
     model: PreTrainedModel
@@ -94,7 +97,7 @@ class Exam:
     progress: Progress | None = None
 
     def generate(self, probes: Sequence[Probe], sampling: Sampling | None = None) -> list[list[str]]:
-        """Return the model's generations for each probe: the greedy one, or as many as are sampled."""
+        """Return the generations for each probe: one greedy answer, or ``sampling.n`` samples."""
         if not probes:
             return []
         task = GenerationTask(
@@ -118,40 +121,40 @@ class Exam:
 
 
 def _chat(turns: Sequence[str]) -> list[dict[str, str]]:
-    """Return the turns as a chat: user and assistant in turn."""
+    """Return the turns as a chat in which user and assistant alternate."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
 @dataclass(frozen=True)
 class View(ABC):
-    """A way of asking for what should be forgotten. Subclasses are frozen dataclasses of their settings."""
+    """A way of asking for forgotten answers. Subclasses are frozen dataclasses whose fields are the settings."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def probes(self, rows: Sequence[AuditRow]) -> list[Probe]:
-        """Return what to ask about the rows, and nothing about a model.
+        """Return the probes for the rows, which do not depend on a model.
 
         Raises:
-            ValueError: rows without what the view needs.
+            ValueError: the rows lack a column or value that the view needs.
         """
 
     def generate(self, exam: Exam, probes: Sequence[Probe]) -> list[list[str]]:
-        """Return the generations for each probe."""
+        """Return the generations for each probe, greedy by default."""
         return exam.generate(probes)
 
     def run(self, exam: Exam, rows: Sequence[AuditRow]) -> list[RowResult]:
-        """Ask, and return a record for each probe; those without novel words are not asked."""
+        """Run the probes on the model and return a record for each. Probes without novel words are not run."""
         probes = self.probes(rows)
         generations = iter(self.generate(exam, [probe for probe in probes if probe.novel]))
         return [probe.record(next(generations) if probe.novel else []) for probe in probes]
 
     def figures(self, records: Sequence[RowResult]) -> Figures:
-        """Return what the records come to; see ``summary``."""
+        """Return the figures of the records; see ``summary``."""
         return summary(records)
 
     def shown(self, figures: Figures) -> dict[str, float | None]:
-        """Return the numbers of a table, by name; "" is the mean novel recall."""
+        """Return the numbers to show in a table, by name. The name "" is the mean novel recall."""
         labels = figures.get("labels", {})
         return {"": figures["mean"], **{label: part["mean"] for label, part in labels.items()}}
 
@@ -159,12 +162,12 @@ class View(ABC):
 def summary(records: Sequence[RowResult], *, by_label: bool = True) -> Figures:
     """Return the figures that every view has.
 
-    With x the novel recalls of a row, over its variants and samples:
+    Let x be the novel recalls of a row over all its variants and samples.
 
-    - ``rows``: rows with at least one x; ``left_out``: rows whose answers had no novel word in any of their probes.
-    - ``mean``: mean over rows of mean(x).   ``best``: mean over rows of max(x), the luckiest attacker's.
+    - ``rows``: number of rows with at least one x; ``left_out``: number of rows without a novel word in any probe.
+    - ``mean``: mean over rows of mean(x).   ``best``: mean over rows of max(x), an attacker's best case.
     - ``leaked``: share of rows with max(x) ≥ 1/2.
-    - ``labels``: for every variant, its ``rows``, ``left_out`` and ``mean``.
+    - ``labels``: ``rows``, ``left_out`` and ``mean`` of each variant, if the view has variants.
 
     A mean over no rows is None.
     """
@@ -194,11 +197,12 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def best_of(values: Sequence[float], k: int) -> float:
-    """Return the expected best of k of n values drawn without replacement; k = n is their maximum.
+    """Return the expected maximum of k values drawn from n values without replacement.
 
         Σ_{i=k..n} C(i−1, k−1) / C(n, k) · x_(i)     with x_(1) ≤ … ≤ x_(n)
 
-    The unbiased estimate of leak@k (arXiv 2511.04934) from n samples, here of novel recall.
+    For k = n it is the maximum. The formula is the unbiased estimate of leak@k (arXiv 2511.04934) from n samples, here
+    applied to novel recall.
     """
     n = len(values)
     if not 1 <= k <= n:

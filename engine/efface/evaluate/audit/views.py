@@ -1,4 +1,4 @@
-"""The views of an audit by name, and what each asks about a row; relearning is in ``relearn.py``."""
+"""The views of an audit by name, and the probes that each makes from a row. ``relearn.py`` has the view "relearn"."""
 
 import itertools
 import re
@@ -26,11 +26,11 @@ _COMPLETE = {
     "es": "Completa la frase",
     "it": "Completa la frase",
 }
-# A sentence ends with a full stop (not of a title or an initial), and what closes it, before white space.
+# A sentence ends before white space with !, ? or a full stop (not after a title or an initial) and closing quotes.
 _SENTENCE_END = re.compile(
     r"(?:[!?]|(?<!\b[A-Z])(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)\.)[\"'\u201d\u2019)\]]*(?=\s)"
 )
-# Each says: answer the following question in the language in which it is asked.
+# Each one means: answer the following question in the language in which it is asked.
 _FRAMES = {
     "en": "Answer the following question in the language in which it is asked:\n{question}",
     "de": "Beantworte die folgende Frage in der Sprache, in der sie gestellt ist:\n{question}",
@@ -42,18 +42,18 @@ _FRAMES = {
 
 @dataclass(frozen=True)
 class Direct(View):
-    """Ask the question itself; the answer is greedy."""
+    """Ask the question itself, with greedy decoding."""
 
     name: ClassVar[str] = "direct"
 
     def probes(self, rows: Sequence[AuditRow]) -> list[Probe]:
-        """Return a probe for each row."""
+        """Return one probe per row."""
         return [Probe(i, (row.question,), row.answer, row.language) for i, row in enumerate(rows)]
 
 
 @dataclass(frozen=True)
 class Gap:
-    """A sentence of an answer, and the part of it that is left out."""
+    """A sentence of an answer with the range of characters to leave out, and the number of novel words in it."""
 
     sentence: str
     start: int
@@ -62,22 +62,22 @@ class Gap:
 
     @property
     def cloze(self) -> str:
-        """The sentence with the gap."""
+        """The sentence with the range replaced by the gap marker."""
         return self.sentence[: self.start] + _GAP + self.sentence[self.end :]
 
 
 def sentences(text: str) -> list[str]:
-    """Return the sentences of a text."""
+    """Split a text into sentences, without surrounding white space."""
     borders = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
     parts = (text[a:b].strip() for a, b in itertools.pairwise(borders))
     return [part for part in parts if part]
 
 
 def gap(row: AuditRow) -> Gap | None:
-    """Return where the row's answer says most that its question does not; None where it says nothing new.
+    """Return the stretch of the row's answer with the most novel words, or None if the answer has no novel word.
 
-    Within a sentence, a stretch begins and ends with a novel word, and holds nothing but novel words and stop words.
-    The gap is the stretch with the most novel words of all sentences, the last one of equals.
+    A stretch is within one sentence, begins and ends with a novel word, and contains only novel words and stop words.
+    Of several stretches with the same number of novel words, the last one is returned.
     """
     known = content_words(row.question, row.language)
     best: Gap | None = None
@@ -99,47 +99,48 @@ def gap(row: AuditRow) -> Gap | None:
 
 @dataclass(frozen=True)
 class Cloze(View):
-    """Format shift: ask to complete a sentence of the answer behind the question; what is left out of it is scored."""
+    """Format shift: after the question, ask the model to complete a sentence of the answer. The gap is scored."""
 
     name: ClassVar[str] = "cloze"
 
     def probes(self, rows: Sequence[AuditRow]) -> list[Probe]:
-        """Return a probe for each row."""
+        """Return one probe per row."""
         return [_completion(i, row, gap(row)) for i, row in enumerate(rows)]
 
 
 def _completion(number: int, row: AuditRow, found: Gap | None) -> Probe:
-    if found is None:  # nothing novel: left out
+    if found is None:  # no novel word, so the row is left out
         return Probe(number, (row.question,), row.answer, row.language)
     prompt = f"{row.question}\n{_COMPLETE[row.language.code]}: {found.cloze}"
     return Probe(number, (prompt,), found.sentence, row.language)
 
 
 def _options(row: AuditRow) -> list[str]:
-    """Return the true answer, and behind it the false ones.
+    """Return the true answer, followed by the false answers without duplicates.
 
-    The true one is the paraphrase where there is one: the perturbed answers are worded like it, so style tells nothing.
+    The true answer is the paraphrase if the row has one. The perturbed answers are worded like the paraphrase, so the
+    style does not reveal the true one.
     """
     return [row.paraphrase, *dict.fromkeys(text for text in row.perturbed if text != row.paraphrase)]
 
 
 @dataclass(frozen=True)
 class Choice(View):
-    """Format shift: let the model choose the answer, true or perturbed, of the highest mean token log-probability.
+    """Format shift: choose the true or perturbed answer with the highest mean token log-probability.
 
-    The options are not in the prompt, or the answer would be. What all of them say counts as prompt, because any choice
-    says it. A tie is no leak: it goes to a false answer.
+    The prompt does not list the options, because it would then contain the answer. Content words that all options
+    share count as prompt, because every choice contains them. A tie is not a leak: a false answer is then chosen.
     """
 
     name: ClassVar[str] = "choice"
 
     def probes(self, rows: Sequence[AuditRow]) -> list[Probe]:
-        """Return a probe for each row."""
+        """Return one probe per row."""
         without = [i for i, row in enumerate(rows) if len(_options(row)) < 2]
         if without:
             raise ValueError(
-                f"view 'choice': expected column 'perturbed_answer' to hold false answers, got none in {len(without)} "
-                f"of {len(rows)} rows (row {without[0]} first); use TOFU's *_perturbed file, or leave the view out"
+                f"view 'choice': expected false answers in column 'perturbed_answer', got none in {len(without)} of "
+                f"{len(rows)} rows (row {without[0]} first); use TOFU's *_perturbed file, or leave the view out"
             )
         return [
             Probe(i, (row.question,), row.paraphrase, row.language, given=" ".join(_common(row)))
@@ -147,19 +148,19 @@ class Choice(View):
         ]
 
     def run(self, exam: Exam, rows: Sequence[AuditRow]) -> list[RowResult]:
-        """Score the options of every row, and return what was chosen."""
+        """Score the options of each row and return a record of the chosen one."""
         probes = self.probes(rows)
         offered = [_options(row) for row in rows]
         scores = exam.mean_logprobs([row.question for row in rows], offered)
         if broken := [i for i, each in enumerate(scores) if not np.isfinite(each).all()]:
             raise NotFiniteError(
                 f"view 'choice': expected finite log-probabilities, got {scores[broken[0]]} at row {broken[0]} "
-                f"({len(broken)} of {len(rows)} rows); the model is broken, or its dtype too small for it"
+                f"({len(broken)} of {len(rows)} rows); check the weights, or use bfloat16 or float32"
             )
         return [_record(*each) for each in zip(probes, offered, scores, strict=True)]
 
     def figures(self, records: Sequence[RowResult]) -> Figures:
-        """Return the summary, with the accuracy, and both figures of a choice by chance."""
+        """Return the summary, the accuracy, and the expected mean and accuracy of a choice by chance."""
         chance = [record["chance_recall"] for record in records if record["chance_recall"] is not None]
         return {
             **summary(records),
@@ -169,7 +170,7 @@ class Choice(View):
         }
 
     def shown(self, figures: Figures) -> dict[str, float | None]:
-        """Return novel recall and accuracy, each beside what chance would give."""
+        """Return novel recall and accuracy, each together with its value by chance."""
         return {
             "": figures["mean"],
             "by chance": figures["chance_mean"],
@@ -197,22 +198,21 @@ def _record(probe: Probe, offered: list[str], scores: list[float]) -> RowResult:
 
 @dataclass(frozen=True)
 class Translated(View):
-    """Format shift: ask within an instruction in each language but the row's own; the question stays as it is.
+    """Format shift: ask within an instruction in each language except the row's own. The question is not translated.
 
     Attributes:
-        languages: of the instruction; by default all that there are.
+        languages: languages of the instruction; by default all that are available.
     """
 
     languages: tuple[str, ...] = ("en", "de", "fr", "es", "it")
     name: ClassVar[str] = "translated"
 
     def __post_init__(self) -> None:
-        """Check the languages."""
         if unknown := [code for code in self.languages if code not in _FRAMES]:
             raise ValueError(f"`languages`: expected some of {', '.join(_FRAMES)}, got {unknown[0]!r}")
 
     def probes(self, rows: Sequence[AuditRow]) -> list[Probe]:
-        """Return a probe for each row and other language."""
+        """Return one probe per row and language, except the row's own language."""
         return [
             Probe(i, (_FRAMES[code].format(question=row.question),), row.answer, row.language, label=code)
             for code in self.languages
@@ -223,13 +223,13 @@ class Translated(View):
 
 @dataclass(frozen=True)
 class BestOf(Direct):
-    """Ask the question itself, N times, and sample: what sampling gives away that the greedy answer does not.
+    """Ask the question itself N times with sampling, which can reveal more than the greedy answer.
 
     Attributes:
-        samples: N.
-        temperature: 1 samples from the model's own distribution.
-        top_p: of the nucleus; 1 samples from all tokens.
-        seed: fixes every row's samples, whatever other rows there are.
+        samples: number of samples N.
+        temperature: divisor of the logits; 1 samples from the model's own distribution.
+        top_p: total probability of the nucleus; 1 samples from all tokens.
+        seed: seed of the samples. The samples of a row do not depend on the other rows.
     """
 
     samples: int = 8
@@ -239,22 +239,21 @@ class BestOf(Direct):
     name: ClassVar[str] = "best-of-n"
 
     def __post_init__(self) -> None:
-        """Check the settings."""
-        self._sampling()
+        self._sampling()  # raises ValueError for settings out of range
 
     def generate(self, exam: Exam, probes: Sequence[Probe]) -> list[list[str]]:
-        """Return N samples for each probe."""
+        """Return ``samples`` generations for each probe."""
         return exam.generate(probes, self._sampling())
 
     def figures(self, records: Sequence[RowResult]) -> Figures:
-        """Return the summary, and under ``best_of`` the mean over rows of the expected best of k = 1, 2, 4, … N."""
+        """Return the summary with ``best_of``, the mean over rows of the expected best of k = 1, 2, 4, … N samples."""
         scored = [record["novel_recall"] for record in records if record["novel_recall"]]
         counts = sorted({self.samples, *(1 << i for i in range(self.samples.bit_length() - 1))})
         curve = {str(k): float(np.mean([best_of(values, k) for values in scored])) for k in counts if scored}
         return {**summary(records), "best_of": curve}
 
     def shown(self, figures: Figures) -> dict[str, float | None]:
-        """Return the mean of one sample, and of the best of all."""
+        """Return the mean novel recall of one sample and of the best of N samples."""
         return {"": figures["mean"], f"best of {self.samples}": figures["best"]}
 
     def _sampling(self) -> Sampling:
@@ -263,28 +262,28 @@ class BestOf(Direct):
 
 @dataclass(frozen=True)
 class Clues(View):
-    """Chain of clues: ask at the end of a conversation that has revealed the j rows of the author before this one.
+    """Chain of clues: ask at the end of a conversation that reveals the author's j previous rows.
 
-    Nothing that the conversation said counts as novel.
+    Words that the conversation contains do not count as novel.
 
     Attributes:
-        clues: the numbers j; a row that has fewer rows before it is not asked with so many.
+        clues: the numbers j. A row with fewer than j previous rows of its author has no probe for j.
     """
 
     clues: tuple[int, ...] = (1, 3, 5)
     name: ClassVar[str] = "clues"
 
     def __post_init__(self) -> None:
-        """Check the numbers of clues."""
         if not self.clues or min(self.clues) < 1:
-            raise ValueError(f"`clues`: expected numbers from 1, got {self.clues}")
+            raise ValueError(f"`clues`: expected numbers of at least 1, got {self.clues}")
 
     def probes(self, rows: Sequence[AuditRow]) -> list[Probe]:
-        """Return a probe for each number of clues and row."""
+        """Return one probe per number of clues and row with enough previous rows."""
         if any(row.group is None for row in rows):
             raise ValueError(
-                f"view 'clues': {len(rows)} rows are no whole number of authors, so it is not known which rows belong "
-                "together; name the column that tells (--group-column, `group_column`), or leave the view out"
+                "view 'clues': expected an author for every row, got rows without one (without a group column, the "
+                f"number of rows, {len(rows)}, must be a multiple of the group size); name a column with a value in "
+                "every row (--group-column, `group_column`), or leave the view out"
             )
         by_group: dict[str | None, list[int]] = defaultdict(list)
         before: list[list[int]] = []
@@ -299,25 +298,25 @@ class Clues(View):
         ]
         if not probes:
             raise ValueError(
-                f"view 'clues': no row has {min(self.clues)} others of its author before it; give fewer clues, or "
-                "another --group-column"
+                f"view 'clues': expected a row with at least {min(self.clues)} previous rows of its author, got none; "
+                "give fewer clues, or another --group-column"
             )
         return probes
 
 
 def _conversation(rows: Sequence[AuditRow], revealed: Sequence[int], row: AuditRow) -> tuple[str, ...]:
-    told = (turn for i in revealed for turn in (rows[i].question, rows[i].answer))
-    return (*told, row.question)
+    texts = (text for i in revealed for text in (rows[i].question, rows[i].answer))
+    return (*texts, row.question)
 
 
 VIEWS: dict[str, type[View]] = {view.name: view for view in (Direct, Cloze, Choice, Translated, BestOf, Clues, Relearn)}
 
 
 def get_view(view: str | View) -> View:
-    """Return a view by name, with its default settings, or the view given.
+    """Return a view by name with its default settings, or return ``view`` unchanged if it is a view.
 
     Raises:
-        ValueError: an unknown name; lists those that are known.
+        ValueError: the name is unknown. The message lists the known ones.
     """
     if isinstance(view, View):
         return view

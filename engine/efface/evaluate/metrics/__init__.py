@@ -1,4 +1,4 @@
-"""Metrics of unlearning behind one registry; see README.md for what each equals."""
+"""Metrics of unlearning, registered by name. README.md in this folder has their formulas."""
 
 from efface.evaluate.logs import MetricResult
 from efface.evaluate.metrics.base import (

@@ -1,6 +1,7 @@
-"""What a metric is, metrics by name, and ``evaluate_metrics``, which runs every task of theirs once.
+"""The base class and the registry of metrics, and ``evaluate_metrics``, which runs each task of the metrics once.
 
-A metric asks tasks about rows, scores each row, and says in one number what the scores amount to.
+A metric names the task that it needs, computes a score for each row from the task's results, and aggregates the scores
+into one number.
 """
 
 from abc import ABC, abstractmethod
@@ -21,27 +22,27 @@ from efface.registry import Registry
 
 @dataclass(frozen=True)
 class Found:
-    """Results of tasks, by model."""
+    """Results of tasks on the model and on the reference model, by the id of the task."""
 
     of_model: Mapping[int, Sequence[RowResult]]
     of_reference: Mapping[int, Sequence[RowResult]]
 
     def rows(self, task: Task) -> Sequence[RowResult]:
-        """Return what the model's results for the rows of a task are."""
+        """Return the model's results for the rows of a task."""
         return self.of_model[id(task)]
 
     def reference_rows(self, task: Task) -> Sequence[RowResult]:
-        """Return those of the reference model."""
+        """Return the reference model's results for the rows of a task."""
         return self.of_reference[id(task)]
 
 
 class Metric(ABC):
-    """A frozen dataclass with a ``name``, whose fields are its parameters.
+    """Base class of metrics. A metric is a frozen dataclass; its fields are its parameters.
 
     Attributes:
-        name: by which ``get_metric`` knows it, and of its results.
-        needs_holdout: whether it compares with rows that the model was not trained on.
-        needs_reference: whether it reads the results of a reference model.
+        name: the name for ``get_metric``, and the key of its results.
+        needs_holdout: whether it needs rows that the model was not trained on.
+        needs_reference: whether it needs the results of a reference model.
     """
 
     name: ClassVar[str]
@@ -49,34 +50,37 @@ class Metric(ABC):
     needs_reference: ClassVar[bool] = False
 
     def task(self, part: Part) -> Task:
-        """Return what has to be computed of the rows; most metrics read statistics of their labels."""
+        """Return the task that computes the metric's input; by default, statistics of the rows' labels."""
         return part.tokens
 
     def check(self, holdout: Part | None, *, reference: bool, retain_values: Mapping[str, float]) -> None:
-        """Raise ValueError if the metric lacks what it compares with; asked before anything is computed."""
+        """Raise ValueError if the holdout, reference model or retain value that the metric needs is missing.
+
+        ``evaluate_metrics`` calls this method before it computes anything.
+        """
         del retain_values
         if self.needs_holdout:
             needed(self, holdout)
         if self.needs_reference and not reference:
-            raise ValueError(f"{self.name}: expected a reference model, whose losses it compares with, got none")
+            raise ValueError(f"{self.name}: expected a reference model to compare losses with, got none; give one")
 
     @abstractmethod
     def scores(self, part: Part, found: Found) -> list[RowResult]:
-        """Return one row of results for each row of ``part``; "score" is the metric's value of it."""
+        """Return a result for each row of ``part``. Its key "score" is the metric's value for the row."""
 
     def result(
         self, part: Part, holdout: Part | None, retain_values: Mapping[str, float], found: Found
     ) -> MetricResult:
-        """Return the rows' scores and their mean."""
+        """Return the scores of the rows and their mean."""
         del holdout, retain_values
         return summed_up(self.scores(part, found))
 
 
 def needed(metric: Metric, holdout: Part | None) -> Part:
-    """Return the holdout; raise ValueError if there is none."""
+    """Return the holdout, or raise ValueError if it is None."""
     if holdout is None:
         raise ValueError(
-            f"{metric.name}: expected a holdout, rows like the forget set that no model was trained on, got none"
+            f"{metric.name}: expected a holdout, got none; give rows like the forget set that no model was trained on"
         )
     return holdout
 
@@ -88,11 +92,11 @@ def summed_up(rows: Sequence[RowResult]) -> MetricResult:
 
 @dataclass(frozen=True)
 class Labels:
-    """Statistics of the labels of one row, (labels,) each: see ``TokenStatistics``.
+    """Statistics of the labels of one row, each of shape (labels,); see ``TokenStatistics``.
 
-    ``words`` are those of the text alone: open-unlearning leaves the end of sequence out of its tokenwise metrics
-    (``actual_indices[:-1]``), though not out of its losses. It leaves out the last label of a text that was cut, too;
-    here only an end of sequence is left out, and never the only label.
+    ``words`` selects the labels without the end of sequence. open-unlearning excludes the end of sequence from its
+    tokenwise metrics (``actual_indices[:-1]``) but not from its losses. For a text that was cut it also excludes the
+    last label. Here, only an end-of-sequence token is excluded, and never the only label.
     """
 
     logprobs: FloatArray
@@ -103,15 +107,15 @@ class Labels:
 
     @property
     def loss(self) -> float:
-        """Mean token NLL, the end of sequence included."""
+        """The mean token NLL, including the end of sequence."""
         return -float(self.logprobs.mean())
 
 
 def labels_of(part: Part, rows: Sequence[RowResult]) -> list[Labels]:
-    """Return the statistics of every row of ``part.tokens``.
+    """Return the label statistics of every row, from the results of ``part.tokens``.
 
     Raises:
-        FloatingPointError: a log-probability that is not finite.
+        FloatingPointError: a log-probability is not finite.
     """
     labels = []
     for number, row in enumerate(rows):
@@ -122,13 +126,13 @@ def labels_of(part: Part, rows: Sequence[RowResult]) -> list[Labels]:
 
 
 def refuse_infinite(part: Part, number: int, *values: FloatArray) -> None:
-    """Raise FloatingPointError if what was computed of a row is not finite."""
+    """Raise FloatingPointError if a value that was computed for a row is not finite."""
     for column in values:
         if (bad := column[~np.isfinite(column)]).size:
             raise FloatingPointError(
-                f"{part.source}, row {part.numbers[number]}: the model gives a token of {part.answers[number][:60]!r} "
-                f"a log-probability of {bad[0]}; its weights are not finite or its activations overflow: look at the "
-                "run that made it, or evaluate in bfloat16 or float32"
+                f"{part.source}, row {part.numbers[number]}: expected finite log-probabilities of the tokens of "
+                f"{part.answers[number][:60]!r}, got {bad[0]}; if the weights are not finite, check the training run; "
+                "if activations overflow, evaluate in bfloat16 or float32"
             )
 
 
@@ -137,24 +141,24 @@ _T = TypeVar("_T", bound=type[Metric])
 
 
 def register_metric(cls: _T) -> _T:
-    """Class decorator: make a ``Metric`` subclass known under its ``name``.
+    """Register a ``Metric`` subclass under its ``name``. Use it as a class decorator.
 
     Raises:
-        ValueError: the name is taken by another class.
+        ValueError: another class has the same name.
     """
     return _METRICS.register(cls)
 
 
 def known_metrics() -> dict[str, type[Metric]]:
-    """Return the registered classes by name."""
+    """Return the registered metric classes by name."""
     return _METRICS.known()
 
 
 def get_metric(name: str, **parameters: Any) -> Metric:
-    """Return the metric called ``name`` with the given parameters; case and underscores do not matter.
+    """Return the metric ``name`` with the given parameters. The name's case and underscores are ignored.
 
     Raises:
-        ValueError: an unknown name, or a parameter that this metric does not have; both list what is known.
+        ValueError: the name is unknown, or the metric does not have a parameter. The message lists the known ones.
     """
     return _METRICS.make(name, **parameters)
 
@@ -173,29 +177,31 @@ def evaluate_metrics(
     store: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, MetricResult]:
-    """Return metrics of rows, by name, in open-unlearning's schema.
+    """Evaluate metrics on rows and return them by name, in open-unlearning's schema.
 
     Args:
         model: a causal language model; see ``run_tasks``.
         tokenizer: its tokenizer.
-        rows: what is judged, as a rule the forget set; any rows of questions and answers, or of texts.
-        metrics: names, see ``known_metrics``, or metrics with parameters of their own.
-        holdout: of membership attacks: rows of the same kind and columns that no model was trained on.
-        reference_model: of ``mia_reference``: a model with the same tokenizer.
-        retain_values: of ``privleak``: values that the metrics have of a model trained on the retain set alone.
-        reading: columns and limits; None takes the columns ``question`` and ``answer``.
-        source: what messages call the rows.
+        rows: the rows to evaluate, usually the forget set. They are questions with answers, or texts.
+        metrics: names (see ``known_metrics``), or ``Metric`` objects, which can have other parameters.
+        holdout: for membership attacks: rows with the same columns that are like ``rows`` but that no model was
+            trained on.
+        reference_model: for ``mia_reference``: a model with the same tokenizer.
+        retain_values: for ``privleak``: the values of metrics, by name, on a model trained only on the retain set.
+        reading: columns and limits; None uses the columns ``question`` and ``answer``.
+        source: name of the rows in messages.
         store: a file that keeps finished rows; see ``run_tasks``.
         progress: see ``run_tasks``.
 
     Raises:
-        ValueError: an unknown metric, one that comes twice, or one that lacks what it compares with; no rows.
-        FloatingPointError: a log-probability that is not finite, with its row.
+        ValueError: a metric is unknown, given twice, or lacks a holdout, reference model or retain value; or there are
+            no rows.
+        FloatingPointError: a log-probability is not finite. The message names the row.
     """
     chosen = [get_metric(metric) if isinstance(metric, str) else metric for metric in metrics]
     names = [metric.name for metric in chosen]
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"`metrics`: expected one or more, each once, got {', '.join(names) or 'none'}")
+        raise ValueError(f"`metrics`: expected at least one, each only once, got {', '.join(names) or 'none'}")
     reading = reading or Reading()
     part = Part(source, rows, tokenizer, reading)
     others = None if holdout is None else Part("holdout", holdout, tokenizer, reading)
@@ -210,7 +216,7 @@ def evaluate_metrics(
 
 
 def qa_rouge(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Rows, **options: Any) -> MetricResult:
-    """Return ROUGE of greedy answers to any questions; ``options`` are those of ``evaluate_metrics``."""
+    """Return the metric ``rouge`` of greedy answers to questions. ``options`` are those of ``evaluate_metrics``."""
     return evaluate_metrics(model, tokenizer, rows, ["rouge"], **options)["rouge"]
 
 
@@ -223,7 +229,7 @@ def _tasks(metric: Metric, part: Part, holdout: Part | None) -> Iterator[Task]:
 def _run(
     model: Any, tasks: Sequence[Task], store: str | Path | None, progress: Progress | None
 ) -> dict[int, list[RowResult]]:
-    """Run each task once and return its results by its id."""
+    """Run each distinct task once and return the results by the id of the task."""
     distinct = {id(task): task for task in tasks}
     if not distinct:
         return {}

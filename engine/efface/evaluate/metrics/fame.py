@@ -1,4 +1,4 @@
-"""FAME: what is forgotten and what is kept, language by language and topic by topic (arXiv 2512.15235)."""
+"""Evaluation on FAME (arXiv 2512.15235): metrics of forgotten and kept rows, in total and by language and topic."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,32 +38,33 @@ def fame(
     store: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, MetricResult]:
-    """Return probability, ROUGE-L recall and truth ratio of forget and retain rows, whole and by group.
+    """Return probability, ROUGE-L recall and truth ratio of forget and retain rows, in total and by group.
 
-    The definitions are TOFU's, in open-unlearning's protocol. FAME itself has no false answers: a truth ratio there is
-    only of rows that have them, and where no row has, the metric is missing.
+    The definitions are TOFU's, under open-unlearning's protocol. The truth ratio covers only rows with false answers.
+    FAME itself has no false answers; if no row has any, the metric is omitted.
 
     Args:
         model: a causal language model; see ``run_tasks``.
         tokenizer: its tokenizer.
-        rows: any rows of questions and answers.
-        forget_filter: which rows are forgotten, such as "topic_id=3"; see ``parse_conditions``.
-        retain_filter: which are kept; None is all others.
-        groups: columns to tell rows apart by; rows without a value are the group "".
-        perturbed_column: a list of false answers, where there is one.
-        paraphrased_column: the true answer in other words, which the truth ratio is of; the answer where there is none.
+        rows: rows of questions and answers.
+        forget_filter: selects the forgotten rows, such as "topic_id=3"; see ``parse_conditions``.
+        retain_filter: selects the kept rows; None selects all rows that are not forgotten.
+        groups: columns to group rows by. Rows without a value form the group "".
+        perturbed_column: optional column with a list of false answers.
+        paraphrased_column: optional column with a paraphrase of the true answer, used by the truth ratio. A row
+            without a paraphrase uses its answer.
         reading: columns of questions and answers, and limits.
         store: a file that keeps finished rows; see ``run_tasks``.
         progress: see ``run_tasks``.
 
     Returns:
-        ``{forget,retain}_Q_A_Prob``, ``…_Q_A_ROUGE`` and ``forget_truth_ratio``, ``retain_Truth_Ratio``, in
-        open-unlearning's schema, by row number in ``rows``, and with ``by_<group>``:
-        ``{value: {"agg_value": …, "rows": …}}``.
+        ``{forget,retain}_Q_A_Prob``, ``…_Q_A_ROUGE``, ``forget_truth_ratio`` and ``retain_Truth_Ratio``, in
+        open-unlearning's schema. Rows are numbered as in ``rows``. Each metric also has ``by_<group>`` for each group
+        column: ``{value: {"agg_value": …, "rows": …}}``.
 
     Raises:
-        ValueError: a missing column, a value that has no text, a filter that no row meets, rows in both sets.
-        FloatingPointError: a log-probability that is not finite, with its row.
+        ValueError: a column is missing, a value is not text, a filter matches no row, or a row matches both filters.
+        FloatingPointError: a log-probability is not finite. The message names the row.
     """
     reading = reading or Reading()
     check_columns(rows, groups, "rows")
@@ -87,7 +88,7 @@ def fame(
 
 @dataclass(frozen=True, eq=False)
 class _Side:
-    """Forget or retain rows; lists are as long as ``numbers``, which tell the rows of the file."""
+    """The forget or the retain rows. ``numbers`` are their row numbers in the data; all lists have the same length."""
 
     part: Part
     numbers: NDArray[np.int64]
@@ -96,7 +97,7 @@ class _Side:
 
     @cached_property
     def answers(self) -> AnswerTask:
-        """The answer, what the truth ratio takes for true, and the false answers."""
+        """The task for each row's answer and, if it has false answers, for its paraphrase and the false answers."""
         texts = zip(self.part.answers, self.paraphrases, self.false, strict=True)
         return AnswerTask(
             self.part.tokenizer,
@@ -111,7 +112,7 @@ class _Side:
     def metrics(
         self, answers: Sequence[RowResult], generations: Sequence[RowResult]
     ) -> dict[str, tuple[dict[int, RowResult], _Mean]]:
-        """Return each metric's rows by their number in the file, and what their scores amount to."""
+        """Return, for each metric, its results by row number in the data, and the function that aggregates scores."""
         probabilities: dict[int, RowResult] = {}
         ratios: dict[int, RowResult] = {}
         rouge: dict[int, RowResult] = {}
@@ -138,7 +139,10 @@ class _Side:
 
 
 def fame_table(content: Mapping[str, MetricResult]) -> str:
-    """Return what ``fame`` found as a Markdown table: a line for the whole and for each group, a column a metric."""
+    """Return the result of ``fame`` as a Markdown table.
+
+    It has a line for all rows and for each group, and a column for each metric.
+    """
     lines = [["", *content], ["all", *(f"{metric['agg_value']:.4f}" for metric in content.values())]]
     groupings = dict.fromkeys(key for metric in content.values() for key in metric if key.startswith("by_"))
     for grouping in groupings:
@@ -152,19 +156,24 @@ def fame_table(content: Mapping[str, MetricResult]) -> str:
 
 
 def split_rows(rows: Rows, forget: Conditions, retain: Conditions) -> dict[str, NDArray[np.int64]]:
-    """Return the numbers of the forget and of the retain rows, which are all others without a ``retain`` filter.
+    """Return the row numbers of the forget rows and of the retain rows.
+
+    Without a ``retain`` filter, the retain rows are all rows that are not forget rows.
 
     Raises:
-        ValueError: no forget filter, one that takes no row, rows in both sets.
+        ValueError: there is no forget filter, a filter matches no row, or a row matches both filters.
     """
     forgotten = matching(rows, parse_conditions(forget), "forget rows")
     if forgotten is None:
-        raise ValueError("`forget_filter`: expected which rows are forgotten, such as topic_id=3, got none")
+        raise ValueError("`forget_filter`: expected a filter of the forgotten rows, such as topic_id=3, got none")
     kept = matching(rows, parse_conditions(retain), "retain rows")
     if kept is None:
         kept = np.setdiff1d(np.arange(len(rows)), forgotten)
     if (both := np.intersect1d(forgotten, kept)).size:
-        raise ValueError(f"row {both[0]} meets both `forget_filter` and `retain_filter`, as {both.size} rows in all do")
+        raise ValueError(
+            f"`forget_filter`, `retain_filter`: expected filters that share no row, got row {both[0]} in both "
+            f"({both.size} rows in total); change one of them"
+        )
     return {"forget": forgotten, "retain": kept}
 
 
@@ -193,5 +202,5 @@ def _mean(scores: FloatArray) -> float:
 
 
 def _in_order(value: str) -> tuple[float, str]:
-    """Numbers as numbers, before text."""
+    """Return a sort key that puts numbers before text and orders numbers by value."""
     return (float(value) if value.isdecimal() else np.inf, value)

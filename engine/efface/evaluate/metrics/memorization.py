@@ -1,4 +1,4 @@
-"""How well a model knows each text: probability, exact memorisation, extraction strength, ROUGE, perplexity."""
+"""Metrics of memorisation: probability, exact memorisation, extraction strength, ROUGE and perplexity."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ from efface.evaluate.runner import RowResult, Task
 @register_metric
 @dataclass(frozen=True)
 class Probability(Metric):
-    """exp(−mean token NLL), over the answer and its end of sequence (TOFU, arXiv 2401.06121, section 2.2.1)."""
+    """exp(−mean token NLL) of the answer, including its end of sequence (TOFU, arXiv 2401.06121, section 2.2.1)."""
 
     name: ClassVar[str] = "probability"
 
     def scores(self, part: Part, found: Found) -> list[RowResult]:
-        """Return the probability of each row, and its mean loss."""
+        """Return the probability and the mean loss of each row."""
         rows = labels_of(part, found.rows(part.tokens))
         return [{"score": float(np.exp(-row.loss)), "avg_loss": row.loss} for row in rows]
 
@@ -39,13 +39,13 @@ class Probability(Metric):
 class ExactMemorization(Metric):
     """Σ_i [argmax p(· | x, y_<i) = y_i] / n over a text's n tokens (Tirumala et al. 2022, arXiv 2205.10770).
 
-    It is the share of the tokens that the model would write. The end of sequence is not counted.
+    It is the share of tokens that are the model's greedy choice. The end of sequence is excluded.
     """
 
     name: ClassVar[str] = "exact_memorization"
 
     def scores(self, part: Part, found: Found) -> list[RowResult]:
-        """Return the share of each row."""
+        """Return the share of greedy tokens in each row."""
         rows = labels_of(part, found.rows(part.tokens))
         return [{"score": float(row.first[row.words].mean())} for row in rows]
 
@@ -53,15 +53,17 @@ class ExactMemorization(Metric):
 @register_metric
 @dataclass(frozen=True)
 class ExtractionStrength(Metric):
-    """1 − k/n, k the least number of a text's n tokens after which greedy decoding writes all others.
+    """1 − k/n, where k is the length of the shortest prefix from which greedy decoding writes the rest of n tokens.
 
-    How little of a text has to be shown for the rest to come out (Carlini et al. 2021, arXiv 2012.07805; as a share in
-    arXiv 2506.12618). One forward pass tells: the rest comes out exactly if each of its tokens is the model's first
-    choice after those before it. 1: the question is enough. The end of sequence is not counted.
+    The metric measures how little of a text must be shown to extract the rest (Carlini et al. 2021, arXiv 2012.07805;
+    as a share in arXiv 2506.12618). One forward pass is enough: the rest is extracted exactly if each of its tokens is
+    the model's greedy choice after the tokens before it. A value of 1 means that the question alone is enough. The end
+    of sequence is excluded.
 
     Attributes:
-        floor: as open-unlearning (``memorization.py``), whose search ends at the last token, so that no row of n tokens
-            scores below 1/n; False scores 0 where the last token is wrong, as the definition does (k = n).
+        floor: whether to search as open-unlearning does (``memorization.py``). Its search ends at the last token, so a
+            row of n tokens scores at least 1/n. False follows the definition: a row whose last token is wrong has k = n
+            and scores 0.
     """
 
     floor: bool = True
@@ -81,27 +83,27 @@ class ExtractionStrength(Metric):
 @register_metric
 @dataclass(frozen=True)
 class Rouge(Metric):
-    """ROUGE of what the model answers greedily, against the answer (TOFU, section 2.2.1); see ``rouge_recall``.
+    """ROUGE of the model's greedy answer against the true answer (TOFU, section 2.2.1); see ``rouge_recall``.
 
     Attributes:
-        rouge_type: which is the score: "rougeL_recall", "rouge1_recall" or "rougeL_f1".
+        rouge_type: the score to use: "rougeL_recall", "rouge1_recall" or "rougeL_f1".
     """
 
     rouge_type: str = "rougeL_recall"
     name: ClassVar[str] = "rouge"
 
     def __post_init__(self) -> None:
-        """Refuse a type that is not known."""
+        """Raise ValueError if ``rouge_type`` is unknown."""
         known = list(rouge_recall("", ""))
         if self.rouge_type not in known:
             raise ValueError(f"`rouge_type`: expected one of {', '.join(known)}, got {self.rouge_type!r}")
 
     def task(self, part: Part) -> Task:
-        """Return the greedy answers."""
+        """Return the task that generates the greedy answers."""
         return part.generations
 
     def scores(self, part: Part, found: Found) -> list[RowResult]:
-        """Return all scores of each row, with the answer that was generated."""
+        """Return all ROUGE scores of each row and the generated answer."""
         rows = []
         for made, answer in zip(found.rows(part.generations), part.answers, strict=True):
             values = rouge_recall(made["text"], answer)
@@ -112,15 +114,15 @@ class Rouge(Metric):
 @register_metric
 @dataclass(frozen=True)
 class Perplexity(Metric):
-    """exp(−Σ log p / tokens) of the texts in the answer column, alone: no question, no template (Jelinek et al. 1977).
+    """exp(−Σ log p / tokens) of the texts in the answer column, without question or template (Jelinek et al. 1977).
 
-    Texts are of any length, each token predicted once. A row's score is that of its text; the whole is over all tokens
-    of all texts, so that long ones weigh more.
+    Texts can have any length; each token except the first is predicted once. A row's score is the perplexity of its
+    text. The aggregate is the perplexity over all tokens of all texts, so that long texts weigh more.
 
     Attributes:
-        window: tokens that the model reads at a time.
-        stride: tokens from one window's beginning to the next; see ``text_windows``. Smaller is slower, and closer to
-            every token having ``window`` tokens before it.
+        window: number of tokens that the model reads at a time.
+        stride: number of tokens between the starts of two windows; see ``text_windows``. A smaller stride is slower
+            and gives each token more context, up to ``window`` tokens.
     """
 
     window: int = 1024
@@ -128,15 +130,15 @@ class Perplexity(Metric):
     name: ClassVar[str] = "perplexity"
 
     def __post_init__(self) -> None:
-        """Refuse windows that leave tokens out."""
+        """Raise ValueError if the windows would skip tokens."""
         check_window(self.window, self.stride)
 
     def task(self, part: Part) -> Task:
-        """Return the windows."""
+        """Return the task that scores the windows."""
         return part.windows(self.window, self.stride).task
 
     def scores(self, part: Part, found: Found) -> list[RowResult]:
-        """Return the perplexity of each text, its mean loss and its number of predicted tokens."""
+        """Return each text's perplexity, mean loss and number of predicted tokens."""
         windows = part.windows(self.window, self.stride)
         rows = []
         for number, logprobs in enumerate(windows.by_text([row["logprobs"] for row in found.rows(windows.task)])):
@@ -148,7 +150,7 @@ class Perplexity(Metric):
     def result(
         self, part: Part, holdout: Part | None, retain_values: Mapping[str, float], found: Found
     ) -> MetricResult:
-        """Return the texts' perplexities and that of all their tokens."""
+        """Return the perplexity of each text and the perplexity over all tokens."""
         del holdout, retain_values
         rows = self.scores(part, found)
         tokens = sum(row["tokens"] for row in rows)
@@ -160,5 +162,8 @@ def _exp(part: Part, loss: float) -> float:
     with np.errstate(over="ignore"):
         value = float(np.exp(loss))
     if not np.isfinite(value):
-        raise FloatingPointError(f"{part.source}: a mean loss of {loss:.4g} nats is a perplexity beyond all numbers")
+        raise FloatingPointError(
+            f"{part.source}: expected a finite perplexity, got a mean loss of {loss:.4g} nats, whose exponential "
+            "overflows; check the model"
+        )
     return value

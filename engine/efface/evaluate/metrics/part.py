@@ -1,4 +1,4 @@
-"""Rows that metrics judge, and the tasks about them: made when first asked for, and once for all metrics."""
+"""The rows that metrics evaluate, and the tasks on them, which are created lazily and shared by all metrics."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +18,13 @@ from efface.hf.text.templates import AUTO, Template, encode, get_template
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """A task whose rows are windows; ``owners`` tells of which text each is."""
+    """A task whose rows are windows of texts. ``owners`` is the number of the text of each window."""
 
     task: TokenTask
     owners: Sequence[int]
 
     def by_text(self, values: Sequence[Sequence[float]]) -> list[FloatArray]:
-        """Join what windows tell of their labels, text by text."""
+        """Concatenate the values of the windows of each text. ``values`` has the label values of each window."""
         texts: list[list[float]] = [[] for _ in range(self.owners[-1] + 1)]
         for owner, part in zip(self.owners, values, strict=True):
             texts[owner].extend(part)
@@ -40,14 +40,15 @@ def text_windows(
     token_budget: int = 8192,
     name: str = "texts",
 ) -> Windows:
-    """Cut texts, tokenised with the special tokens that the tokenizer adds by itself, into overlapping windows.
+    """Cut texts into overlapping windows. Texts are tokenised with the tokenizer's default special tokens.
 
-    Windows of ``window`` tokens begin every ``stride`` tokens, until one reaches the end. A token is predicted in the
-    first window that holds it, so that from the second window on it has at least ``window − stride`` tokens before it.
-    Nothing predicts a text's first token; with most tokenizers that is the beginning-of-sequence token.
+    Windows of ``window`` tokens start every ``stride`` tokens, until one reaches the end of the text. A token is
+    predicted in the first window that contains it. From the second window on, a predicted token has therefore at least
+    ``window − stride`` tokens before it. The first token of a text is not predicted; with most tokenizers, it is the
+    beginning-of-sequence token.
 
     Raises:
-        ValueError: a window and a stride that do not fit one another; a text with no token to predict.
+        ValueError: ``stride`` is not in [1, window), or a text has fewer than 2 tokens.
     """
     check_window(window, stride)
     encoded = tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
@@ -57,8 +58,8 @@ def text_windows(
     for row, ids in enumerate(encoded):
         if len(ids) < 2:
             raise ValueError(
-                f"{name}, row {row}: expected a text of at least 2 tokens, got {texts[row]!r}, which is {len(ids)}: "
-                "nothing predicts the first one; drop the row"
+                f"{name}, row {row}: expected a text of at least 2 tokens, got {texts[row]!r} with {len(ids)}; drop "
+                "the row (the first token of a text is not predicted)"
             )
         for begin, label, end in _spans(len(ids), window, stride):
             sequences.append(list(ids[begin:end]))
@@ -69,13 +70,13 @@ def text_windows(
 
 
 def check_window(window: int, stride: int) -> None:
-    """Raise ValueError unless every window predicts tokens, each with one before it."""
+    """Raise ValueError unless 1 <= ``stride`` < ``window``, so that every predicted token has a token before it."""
     if not 1 <= stride < window:
-        raise ValueError(f"`stride`: expected at least 1 and less than the window, {window}, got {stride}")
+        raise ValueError(f"`stride`: expected at least 1 and less than the window ({window}), got {stride}")
 
 
 def _spans(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yield where each window begins, where its labels do, and its end."""
+    """Yield the start, the first label position and the end (exclusive) of each window."""
     label = 1
     for begin in range(0, length, stride):
         end = min(begin + window, length)
@@ -87,15 +88,16 @@ def _spans(length: int, window: int, stride: int) -> Iterator[tuple[int, int, in
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows become prompts and answers.
+    """The columns of rows, and how they become prompts and answers.
 
     Attributes:
-        question_column: None where rows have no question; the template is "completion" then, unless named.
-        answer_column: the answers, or the texts.
+        question_column: column of the questions; None if rows have no questions. With None, the default template is
+            "completion".
+        answer_column: column of the answers or texts.
         template: see ``efface.hf.text.templates``; documents are not split.
-        max_length: cut texts to so many tokens; None never cuts.
-        max_new_tokens: the most tokens of a generated answer.
-        token_budget: tokens of a forward pass.
+        max_length: maximum tokens of a text; longer ones are cut. None never cuts.
+        max_new_tokens: maximum tokens of a generated answer.
+        token_budget: maximum tokens of a forward pass.
     """
 
     question_column: str | None = "question"
@@ -107,17 +109,17 @@ class Reading:
 
 
 class Part:
-    """Rows of one role, such as the forget set.
+    """Rows with one role, such as the forget set, and the tasks on them.
 
     Args:
-        source: what messages call the rows.
-        rows: with the columns of ``reading``.
-        tokenizer: of the model.
-        reading: how rows become text.
-        numbers: of the rows that have the role; None is all.
+        source: name of the rows in messages.
+        rows: the data, with the columns of ``reading``.
+        tokenizer: the model's tokenizer.
+        reading: columns, template and limits.
+        numbers: row numbers that belong to this part; None for all rows.
 
     Raises:
-        ValueError: no rows, a missing column, a value that has no text or an answer that is blank.
+        ValueError: there are no rows, a column is missing, a value is not text, or an answer is blank.
     """
 
     def __init__(
@@ -132,7 +134,7 @@ class Part:
         check_rows(rows, source)
         self.numbers: Sequence[int] = range(len(rows)) if numbers is None else numbers.tolist()
         if not self.numbers:
-            raise ValueError(f"{source}: expected rows, got none")
+            raise ValueError(f"{source}: expected at least one row, got none")
         self.source = source
         self.tokenizer = tokenizer
         self.reading = reading
@@ -143,13 +145,13 @@ class Part:
         for number, question, answer in zip(self.numbers, self.questions, self.answers, strict=True):
             if not answer.strip():
                 raise ValueError(
-                    f"{source}, row {number}: expected a question and an answer of text, got {question!r}, "
+                    f"{source}, row {number}: expected a question and an answer with text, got {question!r}, "
                     f"{answer!r}; drop the row"
                 )
 
     @cached_property
     def tokens(self) -> TokenTask:
-        """Statistics of every label: the answer and the end of sequence."""
+        """The task that computes statistics of every label, which are the answer and the end of sequence."""
         store = encode(
             self.tokenizer,
             self.questions,
@@ -161,7 +163,7 @@ class Part:
 
     @cached_property
     def words(self) -> list[int]:
-        """How many labels of each row are the text's own: all but the end of sequence, at least one."""
+        """The number of labels of each row without the end of sequence, at least 1."""
         store = self.tokens.store
         ended = [int(store[row][-1]) == self.tokenizer.eos_token_id for row in range(len(store))]
         return [max(1, count - end) for count, end in zip(store.label_counts.tolist(), ended, strict=True)]
@@ -175,10 +177,10 @@ class Part:
 
     @cached_property
     def generations(self) -> GenerationTask:
-        """Greedy answers to the questions.
+        """The task that generates greedy answers to the questions.
 
         Raises:
-            ValueError: rows without questions.
+            ValueError: the rows have no question column.
         """
         if self.reading.question_column is None:
             raise ValueError(f"{self.source}: expected a column of questions to generate answers to, got none")
@@ -187,12 +189,12 @@ class Part:
             self.questions,
             template=self._template,
             max_new_tokens=self.reading.max_new_tokens,
-            token_budget=2 * self.reading.token_budget,  # a step of decoding reads one token of each
+            token_budget=2 * self.reading.token_budget,  # a decoding step reads only one token of each row
             name=f"{self.source}, generations",
         )
 
     def windows(self, window: int, stride: int) -> Windows:
-        """The answers as texts of their own; see ``text_windows``."""
+        """Return windows of the answers as texts without questions; see ``text_windows``."""
         if (window, stride) not in self._windows:
             self._windows[window, stride] = text_windows(
                 self.tokenizer,

@@ -1,4 +1,4 @@
-"""What a model says about every label of a text: its probability, its rank and the distribution around it."""
+"""Statistics of every label of a text: log-probability, whether it is the argmax, and moments of the distribution."""
 
 import hashlib
 from dataclasses import dataclass
@@ -17,19 +17,20 @@ from efface.hf.reference.score import scoring
 from efface.reference.cache import KEY_BYTES, sequence_keys
 from efface_kernels import Head, Logits, chunk_capacity, row_blocks
 
-# Far below the log of the smallest float64: p is 0 there, and 0 · log p must be 0 for a logit of −inf too.
+# Below the log of the smallest float64, so p is 0 there. The clamp makes 0 · log p equal 0 for a logit of −inf too.
 _NO_PROBABILITY = -1000.0
 
 
 @dataclass(frozen=True, eq=False)
 class TokenStatistics:
-    """Of N targets: (N,) each, float32 (float64 for float64 models).
+    """Statistics of N targets. Each tensor is (N,), float32 (float64 for float64 models), except ``first``.
 
     Attributes:
         logprobs: log p of the target, in nats.
-        first: bool, whether no token is likelier and none of a lower id as likely: whether greedy decoding takes it.
+        first: bool, whether the target is the argmax, which greedy decoding selects. Of equally likely tokens, the one
+            with the lowest id is the argmax.
         mean: E_p[log p] over the vocabulary, the negative entropy.
-        std: sqrt(Var_p[log p]); 0 where the distribution is uniform over the tokens that it allows.
+        std: sqrt(Var_p[log p]); 0 if the distribution is uniform over the tokens with p > 0.
     """
 
     logprobs: Tensor
@@ -40,7 +41,7 @@ class TokenStatistics:
 
 @torch.no_grad()
 def token_statistics(hidden: Tensor, head: Head, targets: Tensor, *, chunk_rows: int | None = None) -> TokenStatistics:
-    """Return the statistics of targets (N,) under the head, without keeping the logits of all rows.
+    """Return the statistics of targets (N,), without materialising the logits of all rows at once.
 
     Equal to::
 
@@ -51,9 +52,9 @@ def token_statistics(hidden: Tensor, head: Head, targets: Tensor, *, chunk_rows:
 
     Args:
         hidden: (N, D).
-        head: with the dtype of ``hidden``.
+        head: the model's head, with the dtype of ``hidden``.
         targets: (N,) int64.
-        chunk_rows: rows of logits alive at a time; None chooses as the loss op does.
+        chunk_rows: number of rows whose logits are in memory at a time; None chooses it as the loss op does.
     """
     rows = chunk_rows or chunk_capacity(hidden.device, head.vocabulary, hidden.dtype.itemsize)
     workspace = hidden.new_empty(min(rows, len(hidden)), head.vocabulary)
@@ -76,21 +77,22 @@ def _of_logits(logits: Logits, targets: Tensor) -> tuple[Tensor, Tensor, Tensor,
         logp.clamp_(min=_NO_PROBABILITY)
         p = logp.exp()
         mean[block] = (p * logp).sum(-1)
-        # Two passes: E[x²] − E[x]² would cancel where the distribution is nearly uniform, as in a ruined model.
+        # Two passes, because E[x²] − E[x]² cancels if the distribution is nearly uniform, as in a collapsed model.
         std[block] = (p * (logp - mean[block, None]).square_()).sum(-1).sqrt_()
     return logprobs, first, mean, std
 
 
 class TokenTask(Task):
-    """Statistics of every label of the sequences of a store: a ``Task``, one row a sequence.
+    """A ``Task`` that computes statistics of every label of the sequences of a store. A row is a sequence.
 
-    A row's result is ``{"logprobs": […], "first": […], "mean": […], "std": […]}``, one entry a label, in the order of
-    the text; see ``TokenStatistics``. Values that are not finite stay as they are.
+    A row's result is ``{"logprobs": […], "first": […], "mean": […], "std": […]}``, with one entry per label, in the
+    order of the text; see ``TokenStatistics``. Values that are not finite are returned unchanged.
 
     Args:
-        store: tokens, and which of them are labels.
-        token_budget: tokens of a forward pass; a longer row comes alone. It does not change a result beyond rounding.
-        name: for messages and progress.
+        store: tokens and label positions.
+        token_budget: maximum tokens of a forward pass. A longer row forms its own batch. The budget changes results
+            only by rounding.
+        name: used in messages and progress.
     """
 
     def __init__(self, store: TokenStore, *, token_budget: int = 8192, name: str = "tokens") -> None:
@@ -101,10 +103,11 @@ class TokenTask(Task):
         self._token_budget = token_budget
 
     def run(self, model: PreTrainedModel, rows: NDArray[np.int64]) -> list[RowResult]:
-        """Compute one batch; see the class.
+        """Compute one batch and return a result for each of its rows, in order.
 
         Raises:
-            ValueError: a head that the loss op cannot serve; tokens or lengths that the model has not.
+            ValueError: the loss op does not support the model's head; a token is outside the model's vocabulary; or a
+                sequence is longer than the model's positions.
         """
         head = head_of(model)
         results: list[RowResult] = []

@@ -1,4 +1,4 @@
-"""Reports: the evaluations of one run or a hundred, as a page for people."""
+"""Reports that compare the evaluations of any number of runs, as one HTML page or as Markdown."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,32 +18,36 @@ def report(
     floor: float = 0.9,
     details: int = 12,
 ) -> Path:
-    """Write one HTML file, which needs no other, about the evaluations in folders; return its path.
+    """Write a self-contained HTML report on the evaluations in folders, and return its path.
 
-    It holds a table of the runs ranked by Forget Quality, Forget Quality against Model Utility, figures over steps and
-    checkpoints, leak audits and, for the best runs, the truth ratios of the forget rows with the Kolmogorov-Smirnov
-    statistic, and the worst leaks. The same files give the same bytes. A run whose files cannot be read is listed with
-    the reason.
+    The report contains a table of the runs ranked by Forget Quality, a plot of Forget Quality against Model Utility,
+    curves over steps and checkpoints, and leak audits. For the best runs it also contains the truth ratios of the
+    forget rows with the Kolmogorov-Smirnov statistic, and the worst leaks. The same files give the same bytes. A run
+    whose files cannot be read is listed with the reason.
 
     Args:
-        folders: runs, or folders of runs at any depth, with ``TOFU_EVAL.json``, ``TOFU_SUMMARY.json``,
-            ``eval_log_aggregated.json``, ``AUDIT.json`` or ``trainer_state.json``; also logs by their paths.
-        output: the HTML file; replaced if it is there.
-        markdown: also write the report as Markdown, its pictures in a folder ``<name>-pictures`` beside it.
-        full: log, or folder with the log, of the model before unlearning.
-        retain_log: the same of a model trained on the retain set alone. Without it, what ``efface evaluate
-            --retain-model`` left beside a run; without that, Forget Quality is what the evaluations stored.
-        floor: runs with less Model Utility than so many times that of the full model are ranked after the others; 0
-            ranks all alike.
-        details: how many of the best runs are shown row by row.
+        folders: runs, or folders that contain runs at any depth. A run is recognised by ``TOFU_EVAL.json``,
+            ``TOFU_SUMMARY.json``, ``eval_log_aggregated.json``, ``AUDIT.json`` or ``trainer_state.json``. Paths of
+            logs are accepted too.
+        output: the HTML file; an existing file is replaced.
+        markdown: optional Markdown file for the same report. Its pictures are written to the folder
+            ``<name>-pictures`` in the same directory.
+        full: log of the model before unlearning, or a folder that contains the log.
+        retain_log: log of a model trained only on the retain set, or a folder that contains the log. Without it, the
+            report uses the log that ``efface evaluate --retain-model`` wrote into a run's folder. If there is no such
+            log either, it shows the Forget Quality that the evaluations stored.
+        floor: runs with a Model Utility below ``floor`` times that of the full model are ranked last; 0 ranks all runs
+            together.
+        details: number of the best runs that are shown row by row.
 
     Raises:
-        FileNotFoundError: a path that does not exist.
-        ValueError: folders without anything to report, a full or retain log that cannot be read, settings out of range,
-            an output that is one of the logs, or a folder.
+        FileNotFoundError: a path does not exist.
+        ImportError: a package of the extra ``report`` is not installed.
+        ValueError: there is nothing to report in a folder; the full or retain log cannot be read; a setting is out of
+            range; or an output is a folder or one of the logs.
     """
     check_extras("efface.evaluate.report", "report")
-    # matplotlib takes a moment to load, and whoever evaluates during a run has no use for it
+    # matplotlib takes a moment to import, and evaluations during training do not need it
     from efface.evaluate.report.write import write_report  # noqa: PLC0415
 
     write_report(folders, output, markdown=markdown, full=full, retain_log=retain_log, floor=floor, details=details)

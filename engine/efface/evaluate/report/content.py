@@ -1,4 +1,4 @@
-"""What a report says, as words, tables and pictures that a page and a Markdown file show alike."""
+"""The content of a report as sentences, tables and pictures, from which both the HTML and the Markdown are written."""
 
 import re
 from collections import Counter
@@ -34,23 +34,23 @@ _TITLES = {
 }
 _LEAKS = 20  # rows of a run whose texts are shown
 _PANELS = 9
-# What curves are drawn of, where runs have it; then what else their logs hold.
+# Figures whose curves are drawn first, in this order. The other figures of the training logs follow.
 _CURVES = (
     *("forget_quality", "model_utility", "forget_Q_A_Prob", "forget_Q_A_ROUGE", "forget_truth_ratio"),
     *("forget_probability", "retain_probability", "forget_loss", "retain_loss", "loss"),
 )
-_PARTS = re.compile("^(retain|ra|wf)_|_(PARA|PERT)_")  # what others of the figures are made of
+_PARTS = re.compile("^(retain|ra|wf)_|_(PARA|PERT)_")  # figures that are components of other figures
 _RETAIN_LOG = (
-    "Forget Quality compares a model with one that never saw the forget set. No log of such a model was given, so it "
-    "is {instead}. To make one: train on the retain set alone, or take a published model of that kind, then "
-    "`efface evaluate --model RETAIN_MODEL --split SPLIT --output retain`, and give `--retain-log "
-    "retain/TOFU_EVAL.json` here."
+    "Forget Quality compares a model with one that never saw the forget set. No log of such a model was given, so "
+    "Forget Quality is {instead}. To get a log, train a model on the retain set alone, or take a published one. "
+    "Evaluate it with `efface evaluate --model RETAIN_MODEL --split SPLIT --output retain`, and pass `--retain-log "
+    "retain/TOFU_EVAL.json` to `efface report`."
 )
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column; one ``on_demand`` is hidden at first."""
+    """A column of a table. An ``on_demand`` column is hidden until the reader asks for all figures."""
 
     title: str
     on_demand: bool = False
@@ -59,7 +59,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell; ``value`` is what it is sorted by, at full precision."""
+    """A cell of a table. ``value`` is the number at full precision, by which the column is sorted."""
 
     text: str
     value: float | None = None
@@ -67,7 +67,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class TableLine:
-    """A row; ``kind`` is "baseline", "below" (the utility floor), "broken", or empty."""
+    """A row of a table. ``kind`` is "baseline", "below" (below the utility floor), "broken" (unreadable), or empty."""
 
     cells: tuple[Cell, ...]
     kind: str = ""
@@ -75,20 +75,21 @@ class TableLine:
 
 @dataclass(frozen=True)
 class Table:
-    """A table."""
-
     columns: tuple[Column, ...]
     lines: tuple[TableLine, ...]
 
     @property
     def has_more(self) -> bool:
-        """Whether there are columns on demand."""
+        """Whether the table has columns that are shown on demand."""
         return any(column.on_demand for column in self.columns)
 
 
 @dataclass(frozen=True)
 class Detail:
-    """A run on its own: settings, truth ratios, worst leaks."""
+    """The details of one run: settings, plot of the truth ratios, and worst leaks.
+
+    ``compared`` is whether the leaks have the recall of the retain model.
+    """
 
     name: str
     settings: str
@@ -99,18 +100,18 @@ class Detail:
 
 @dataclass(frozen=True)
 class Content:
-    """A report.
+    """The content of a report.
 
     Attributes:
-        sentences: what a reader has to know about the table.
-        runs: the ranked table.
-        scatter: Forget Quality against Model Utility, as SVG.
-        curves: figures over steps, as SVG.
-        details: of the best runs.
-        audit: of leak audits.
-        remarks: what is missing or wrong, and in which runs.
+        sentences: the introduction, which explains the table.
+        runs: the table of ranked runs.
+        scatter: plot of Forget Quality against Model Utility, as SVG; None if no run has both.
+        curves: plots of figures over steps, as SVG; None if no run has curves.
+        details: details of the best runs.
+        audit: the table of leak audits; None if there are no audits.
+        remarks: pairs of a remark about missing or unreadable data, and the names of the runs that it applies to.
         ranking: the runs, best first.
-        least_utility: Model Utility with less of which a run is ranked after the others; None where all rank alike.
+        least_utility: runs with a smaller Model Utility are ranked last; None if there is no such limit.
     """
 
     sentences: tuple[str, ...]
@@ -124,7 +125,7 @@ class Content:
     least_utility: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the ranked runs as JSON values."""
+        """Return the ranked runs and the least Model Utility as JSON values."""
         runs = [
             {
                 "name": run.name,
@@ -148,13 +149,15 @@ def gather(
     floor: float,
     details: int,
 ) -> Content:
-    """Read the runs and say what there is to say. For arguments and errors see ``efface.evaluate.report``."""
-    beside = find_retain_log(folders) if retain_log is None else None
-    given = {"full": full, "retain": retain_log or beside}
+    """Read the runs and return the content of the report. For arguments and errors see ``efface.evaluate.report``."""
+    found_retain = find_retain_log(folders) if retain_log is None else None
+    given = {"full": full, "retain": retain_log or found_retain}
     baselines = {name: find_log(path) for name, path in given.items() if path is not None}
     found = find_runs(folders, without=baselines.values())
     if not found:
-        raise ValueError("expected runs beside the full and the retain model, got none; name their folders")
+        raise ValueError(
+            "expected at least one run in addition to the full and retain models, got none; pass the folders of runs"
+        )
     retain = _read_retain(baselines["retain"]) if "retain" in baselines else None
     against = None if retain is None else retain.log
     full_evaluation = read_evaluation(baselines["full"], against) if "full" in baselines else None
@@ -166,7 +169,7 @@ def gather(
     audited, failures = _audits(found)
     errors = [*(error for run in runs for error in run.errors), *(error for error, _ in failures)]
     if errors and not audited and all(run.errors and run.evaluation is None and not run.curves for run in runs):
-        raise ValueError(f"expected a run whose files can be read, got none: {errors[0]}")
+        raise ValueError(f"expected at least one run with readable files, got none: {errors[0]}")
     shown = {}
     if "full" in baselines:
         shown["full model"] = full_figures
@@ -177,7 +180,7 @@ def gather(
     names = [name for name in _CURVES if name in has_curves]
     names += sorted(name for name in has_curves.difference(_CURVES) if not _PARTS.search(name))
     return Content(
-        sentences=tuple(_sentences(runs, shared, retain, beside, "full" in baselines, known_utility, floor)),
+        sentences=tuple(_sentences(runs, shared, retain, found_retain, "full" in baselines, known_utility, floor)),
         runs=table,
         scatter=plots.quality_against_utility(runs, full_figures, retain_figures, least),
         curves=plots.curves(runs, names[:_PANELS], full_figures, retain_figures),
@@ -204,11 +207,11 @@ class _Retain:
 
 
 def _read_retain(path: Path) -> _Retain:
-    """Read it.
+    """Read the log of the retain model.
 
     Raises:
-        OSError: a file that cannot be read.
-        ValueError: a file that is no log, or lacks truth ratios of the forget rows.
+        OSError: the file cannot be read.
+        ValueError: the file is not a log, or has no truth ratios on the forget split.
     """
     log = read_log(path)
     figures = {name: value for name, value in read_evaluation(path).figures.items() if name != "forget_quality"}
@@ -219,35 +222,35 @@ def _sentences(
     runs: Sequence[ReportedRun],
     shared: Mapping[str, str],
     retain: _Retain | None,
-    beside: Path | None,
+    found_retain: Path | None,
     has_full: bool,
     full_utility: float | None,
     floor: float,
 ) -> list[str]:
     if not runs:
         return ["Leak audits; no evaluated runs."]
-    judged = sum("forget_quality" in run.figures for run in runs)
+    measured = sum("forget_quality" in run.figures for run in runs)
     count = f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
-    said = [f"{count}, {judged} with Forget Quality, best first; among equals by Model Utility."]
+    lines = [f"{count}, {measured} with Forget Quality, best first; runs with equal values by Model Utility."]
     if shared:
-        said.append(f"All runs: {_in_words(shared)}.")
+        lines.append(f"All runs: {_in_words(shared)}.")
     if retain is None:
-        said.append(_RETAIN_LOG.format(instead="what the evaluations stored" if judged else "missing"))
-    elif beside is not None:
-        said.append(f"Forget Quality compares with `{beside}`, which was evaluated with the runs.")
+        lines.append(_RETAIN_LOG.format(instead="the value that each evaluation stored" if measured else "missing"))
+    elif found_retain is not None:
+        lines.append(f"Forget Quality compares with `{found_retain}`, which was found in the folders of the runs.")
     if floor and full_utility is not None:
-        said.append(
-            f"Runs with less Model Utility than {floor:g} times that of the full model ({full_utility:.4f}) come after "
-            "the others, greyed."
+        lines.append(
+            f"Runs without Model Utility, or with less than {floor:g} times that of the full model "
+            f"({full_utility:.4f}), come last and are greyed out."
         )
     elif floor and has_full:
-        said.append("The full model's evaluation has no Model Utility, so the utility floor is not applied.")
+        lines.append("The full model's evaluation has no Model Utility, so the utility floor is not applied.")
     elif floor:
-        said.append(
-            "Without the full model's evaluation (`--full`) the utility floor is not applied: a run at the top may "
+        lines.append(
+            "Without the full model's evaluation (`--full`), the utility floor is not applied: a run at the top may "
             "have forgotten everything else too."
         )
-    return said
+    return lines
 
 
 def _detail(run: ReportedRun, retain: _Retain | None) -> Detail:
@@ -264,7 +267,10 @@ def _detail(run: ReportedRun, retain: _Retain | None) -> Detail:
 
 
 def _audits(found: Sequence[RunFiles]) -> tuple[list[AuditedModel], list[tuple[str, str]]]:
-    """Return audited models, the full and the retain model of several audits once; and what could not be read."""
+    """Return the audited models, and the errors of unreadable audits with the names of their runs.
+
+    A full or retain model that occurs with equal figures in several audits is returned once.
+    """
     audited: list[AuditedModel] = []
     failures = []
     for run in found:
@@ -281,14 +287,14 @@ def _audits(found: Sequence[RunFiles]) -> tuple[list[AuditedModel], list[tuple[s
 
 
 def _number(value: float | None, form: str = ".4f") -> Cell:
-    """Return a cell of a number, or of its absence."""
+    """Return a cell with a formatted number, or with a dash if the number is None."""
     return Cell(_MISSING) if value is None else Cell(format(value, form), value)
 
 
 def _runs_table(
     runs: Sequence[ReportedRun], baselines: Mapping[str, Mapping[str, float]], least_utility: float | None
 ) -> tuple[Table, dict[str, str]]:
-    """Return the table of ranked runs, and the settings that all of them share, which it leaves out."""
+    """Return the table of ranked runs, and the settings that all runs share. The table omits the shared settings."""
     shared, varying = _settings(runs)
     others = sorted({name for run in runs if run.evaluation for name in run.figures} - set(KNOWN))
     shown = ("forget_quality", "model_utility", *FORGET)
@@ -313,17 +319,17 @@ def _runs_table(
 
 
 def _shown_name(run: ReportedRun) -> str:
-    """The run, and the checkpoint where it was not the final model that was evaluated."""
+    """Return the name of the run, with the checkpoint if a checkpoint was evaluated instead of the final model."""
     return run.name if run.step is None else f"{run.name} (checkpoint-{run.step})"
 
 
 def _in_words(settings: Mapping[str, str]) -> str:
-    """Return settings as ``npo, beta 0.1, lr 1e-05``."""
+    """Return settings as text, such as ``npo, beta 0.1, lr 1e-05``."""
     return ", ".join(value if name == "objective" else f"{name} {value}" for name, value in settings.items())
 
 
 def _audit_table(models: Sequence[AuditedModel]) -> Table:
-    """Return the mean novel recall of every audited model under every view, and further figures on demand."""
+    """Return the table of the mean novel recall of each audited model in each view. Other figures are on demand."""
     names = list(dict.fromkeys(name for model in models for name in model.figures))
     columns = [Column("audit", numeric=False), Column("model", numeric=False)]
     columns += [Column(view if what == "mean" else f"{view}: {what}", what != "mean") for view, what in names]
@@ -335,23 +341,23 @@ def _audit_table(models: Sequence[AuditedModel]) -> Table:
 
 
 def _remarks(runs: Iterable[ReportedRun], limit: int = 8) -> list[tuple[str, str]]:
-    """Return what is to be said about runs, and about which: errors first, the same words once."""
-    said: dict[str, list[str]] = {}
+    """Return each distinct error and note, errors first, with the names of its runs (at most ``limit``)."""
+    found: dict[str, list[str]] = {}
     runs = list(runs)
     for run in runs:
         for error in run.errors:
-            said.setdefault(f"could not be read: {error}", []).append(run.name)
+            found.setdefault(f"could not be read: {error}", []).append(run.name)
     for run in runs:
         for note in run.notes:
-            said.setdefault(note, []).append(run.name)
+            found.setdefault(note, []).append(run.name)
     return [
         (text, ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else ""))
-        for text, names in said.items()
+        for text, names in found.items()
     ]
 
 
 def _settings(runs: Sequence[ReportedRun]) -> tuple[dict[str, str], list[str]]:
-    """Return the settings that all runs have alike, and the names of the others."""
+    """Return the settings that all runs share, and the names of the other settings."""
     counts = Counter(item for run in runs for item in run.settings.items())
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     shared = {name: value for (name, value), count in counts.items() if count == len(runs) > 1}

@@ -1,4 +1,4 @@
-"""The figures of one evaluation, under open-unlearning's names, computed from rows where a log holds them."""
+"""The figures of one evaluation under open-unlearning's names, computed from the rows of its log if it has rows."""
 
 import json
 import math
@@ -30,19 +30,19 @@ UTILITY = {
     "wf_Truth_Ratio": ("world_facts", "truth_ratio"),
 }
 KNOWN = ("forget_quality", "model_utility", *FORGET, *UTILITY)
-_AS_STORED = "forget quality is as stored, against a retain log that may be another"
-_NAMES = {name.lower(): name for name in KNOWN}  # their case differs between versions
+_AS_STORED = "forget quality is the stored value, which may refer to another retain log"
+_NAMES = {name.lower(): name for name in KNOWN}  # the case of the names differs between versions
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a report shows of one evaluation.
+    """The figures and truth ratios of one evaluation.
 
     Attributes:
-        path: of the log.
-        figures: by open-unlearning's names; only what is known, only finite numbers.
-        ratios: (rows,) truth ratios R on the forget split, where the log holds them.
-        notes: why figures are missing, or not to be trusted.
+        path: path of the log.
+        figures: known, finite figures by open-unlearning's names.
+        ratios: (rows,) truth ratios R on the forget split; None if the log does not contain them.
+        notes: reasons why figures are missing or doubtful.
     """
 
     path: Path
@@ -52,13 +52,13 @@ class Evaluation:
 
 
 def read_evaluation(path: Path, retain_log: EvalLog | None = None) -> Evaluation:
-    """Read a log with rows, or a summary of means alone.
+    """Read a log with rows, or a summary that contains only means.
 
-    Forget Quality is computed against ``retain_log``; without one it is what the evaluation itself stored.
+    Forget Quality is computed with ``retain_log``. Without a retain log, it is the value that the evaluation stored.
 
     Raises:
-        OSError: a file that cannot be read.
-        ValueError: a file that is neither.
+        OSError: the file cannot be read.
+        ValueError: the file is neither a log nor a summary.
     """
     content = _metrics(path)
     figures, notes = _stored(content)
@@ -66,7 +66,7 @@ def read_evaluation(path: Path, retain_log: EvalLog | None = None) -> Evaluation
     if path.name == SUMMARY:
         if not figures:
             raise ValueError(f"{str(path)!r}: expected metrics with finite numbers, got none; evaluate again")
-        notes.append("a summary without rows: no distributions, no leaks")
+        notes.append("a summary without rows, so that distributions and leaks are missing")
     ratios = None
     if path.name != SUMMARY:
         log = log_of(content, str(path))
@@ -81,7 +81,7 @@ def read_evaluation(path: Path, retain_log: EvalLog | None = None) -> Evaluation
 
 
 def _stored(content: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
-    """Return the means that an evaluation stored about itself, and notes on those that are no numbers."""
+    """Return the means that an evaluation stored, and a note on each mean that is not finite."""
     figures, notes = {}, []
     for name, metric in content.items():
         value = metric.get("agg_value") if isinstance(metric, dict) else metric
@@ -90,12 +90,12 @@ def _stored(content: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
         if math.isfinite(value):
             figures[_NAMES.get(name.lower(), name)] = float(value)
         else:
-            notes.append(f"{name} is stored as {value}, which is no number to compare")
+            notes.append(f"{name} is stored as {value}, which is not finite and therefore left out")
     return figures, notes
 
 
 def _from_rows(figures: dict[str, float], log: EvalLog, notes: list[str]) -> None:
-    """Put the means of the log's rows in the place of stored ones; what is missing or not finite becomes a note."""
+    """Replace stored means by the means of the log's rows. Missing rows and values that are not finite become notes."""
     missing = []
     for name, (split, metric) in (FORGET | UTILITY).items():
         if _rows_of(log, split, metric) is None:
@@ -105,7 +105,7 @@ def _from_rows(figures: dict[str, float], log: EvalLog, notes: list[str]) -> Non
             figures[name] = mean_of(log, split, metric)
         except ValueError as error:
             notes.append(str(error).removeprefix(f"{log.source}: "))
-            # a mean that somebody took of such rows is none either, nor what was made of it
+            # drop the stored mean of such rows too, and the figure that was computed from it
             of_it = "model_utility" if name in UTILITY else "forget_quality" if metric == "truth_ratio" else name
             for key in (name, of_it):
                 figures.pop(key, None)
@@ -126,7 +126,7 @@ def _compare(figures: dict[str, float], log: EvalLog, retain_log: EvalLog, notes
             notes.append(_AS_STORED)
         return
     if stored is not None and not math.isclose(stored, figures["forget_quality"], rel_tol=1e-6):
-        notes.append(f"its evaluation stored a forget quality of {stored:.3g}, against another retain log")
+        notes.append(f"the evaluation stored a forget quality of {stored:.3g}, computed with another retain log")
 
 
 def _rows_of(log: EvalLog, split: str, metric: str) -> FloatArray | None:

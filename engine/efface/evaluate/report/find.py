@@ -1,4 +1,4 @@
-"""Which files belong to which run: evaluations, a training log, an audit, in folders as tools leave them."""
+"""Search for the files of runs (evaluations, training logs, audits) in folders, and assignment of files to runs."""
 
 import os
 import re
@@ -9,15 +9,15 @@ from pathlib import Path
 from efface.evaluate.logs import EVAL, SUMMARY
 from efface.hf.train.checkpoints import REPLACED
 
-# Most telling first: rows before means.
+# In order of preference: logs with rows before means.
 LOGS = (EVAL, "eval_log_aggregated.json", SUMMARY)
 AUDIT = "AUDIT.json"
 HISTORY = "trainer_state.json"
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# Where `efface evaluate --retain-model` puts what it compares with: no run.
+# Folder in which `efface evaluate --retain-model` writes the evaluation of the retain model; it is not a run.
 RETAIN = "retain_model"
-# Folders that hold what was found out about the model beside them, not a model: those of efface, open-unlearning, TOFU.
+# Folders of efface, open-unlearning and TOFU that contain the evaluation of the model in the parent folder.
 _INSIDE = re.compile(r"evals?|evaluation|eval_results|audits?|ds_size\d+")
 
 
@@ -26,11 +26,11 @@ class RunFiles:
     """The files of one run.
 
     Attributes:
-        folder: of the run, or the log itself where one was named.
-        name: unique in a report.
-        logs: by step; None is the final model.
-        audit: of the leak audit.
-        histories: training logs, by step; None is that of the whole run.
+        folder: folder of the run, or the log itself if the path of a log was given.
+        name: name of the run, unique in a report.
+        logs: evaluation logs by step of the checkpoint; None is the final model.
+        audit: file of the leak audit; None if there is no audit.
+        histories: training logs by step of the checkpoint; None is the log of the whole run.
     """
 
     folder: Path
@@ -41,36 +41,36 @@ class RunFiles:
 
     @property
     def is_run(self) -> bool:
-        """Whether there is more than an audit, which may be of several models."""
+        """Whether there is a log or a training log. An audit alone is not a run: it can cover several models."""
         return bool(self.logs or self.histories)
 
     @property
     def history(self) -> Path | None:
-        """The training log that knows most."""
+        """The training log of the whole run or, if there is none, that of the last checkpoint."""
         if None in self.histories or not self.histories:
             return self.histories.get(None)
         return self.histories[max(step for step in self.histories if step is not None)]
 
 
 def find_runs(paths: Iterable[str | Path], *, without: Iterable[Path] = ()) -> list[RunFiles]:
-    """Return the runs in folders, at any depth, in the order of their names.
+    """Return the runs in folders, at any depth, sorted by name.
 
-    A run is a folder with an evaluation, an audit or a training log; what lies in its checkpoint folders is part of it.
-    A file that is named itself is taken for a log, whatever it is called.
+    A run is a folder with an evaluation, an audit or a training log. The files in its checkpoint folders belong to the
+    run. A path to a file is read as a log, independent of the file's name.
 
     Args:
         paths: folders and logs.
-        without: logs whose runs are left out: of the full and the retain model.
+        without: logs whose runs are excluded, such as those of the full and the retain model.
 
     Raises:
-        FileNotFoundError: a path that does not exist.
-        ValueError: nothing to report in one of the folders.
+        FileNotFoundError: a path does not exist.
+        ValueError: a folder contains nothing to report.
     """
     hidden = {_evaluation(path.resolve()) for path in without}
     runs: dict[Path, RunFiles] = {}
     for given in map(Path, paths):
         if not given.exists():
-            raise FileNotFoundError(f"{str(given)!r} does not exist; expected a folder of runs, or an evaluation log")
+            raise FileNotFoundError(f"{str(given)!r} does not exist; pass a folder of runs, or an evaluation log")
         root = given.resolve()
         if root.is_file():
             runs.setdefault(root, RunFiles(root, logs={None: root}))
@@ -78,8 +78,8 @@ def find_runs(paths: Iterable[str | Path], *, without: Iterable[Path] = ()) -> l
         files = list(_files(root))
         if not files:
             raise ValueError(
-                f"{str(given)!r}: expected {', '.join(LOGS)}, {AUDIT} or {HISTORY} there or in folders below, got "
-                "none; `efface evaluate --model DIR --output DIR` writes the first"
+                f"{str(given)!r}: expected {', '.join(LOGS)}, {AUDIT} or {HISTORY} in the folder or its subfolders, "
+                "got none; write the first by `efface evaluate --model DIR --output DIR`"
             )
         for path in files:
             _add(runs, path, root)
@@ -89,15 +89,15 @@ def find_runs(paths: Iterable[str | Path], *, without: Iterable[Path] = ()) -> l
 
 
 def find_log(path: str | Path) -> Path:
-    """Return the log that a file or folder stands for.
+    """Return ``path`` if it is a file, or the preferred log in the folder ``path``.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the path does not exist, or the folder contains no log.
     """
     path = Path(path)
     if path.is_dir():
         logs = [file for file in _files(path) if file.name in LOGS]
-        # the final model's before those of checkpoints, rows before means
+        # prefer the final model to checkpoints, short paths to long ones, and rows to means
         logs.sort(key=lambda file: (_step(file) is not None, len(file.parts), LOGS.index(file.name)))
         if logs:
             return logs[0]
@@ -107,9 +107,10 @@ def find_log(path: str | Path) -> Path:
 
 
 def find_retain_log(paths: Iterable[str | Path]) -> Path | None:
-    """Return the log of the retain model that was evaluated with runs in the folders.
+    """Return the log of the retain model that was evaluated together with the runs in the folders.
 
-    None also where there are several: which of them a run was compared with shows in what its evaluation stored.
+    Return None if there is no such log, or if there are several different ones. In the second case, each evaluation's
+    stored Forget Quality refers to its own retain model.
     """
     found: list[Path] = []
     for root in map(Path, paths):
@@ -132,7 +133,7 @@ def _step(path: Path) -> int | None:
 
 
 def _owner(path: Path, root: Path) -> tuple[Path, int | None]:
-    """Return the run's folder and the step of the checkpoint; never a folder above the one that was given."""
+    """Return the run's folder and the step of the checkpoint. The folder is ``root`` or below it."""
     folder, step = path.parent, None
     while _INSIDE.fullmatch(folder.name) and folder != root:
         folder = folder.parent
@@ -150,17 +151,17 @@ def _add(runs: dict[Path, RunFiles], path: Path, root: Path) -> None:
     elif path.name == AUDIT:
         run.audit = run.audit or path
     elif run.logs.setdefault(step, path).parent != path.parent:
-        # another evaluation of the same model, on another split perhaps: a row of its own
+        # another evaluation of the same model, perhaps on another split, becomes a separate run
         runs.setdefault(path.parent, RunFiles(path.parent)).logs.setdefault(step, path)
 
 
 def _evaluation(log: Path) -> Path:
-    """Return what names the evaluation that a log is of: its folder, or a file of a name that tells nothing."""
+    """Return the path that identifies a log's evaluation: its folder, or the log itself if its name is not standard."""
     return log.parent if log.name in LOGS else log
 
 
 def _name(runs: Sequence[RunFiles]) -> None:
-    """Name runs by their folders, from where these part; what is only an audit does not count there."""
+    """Name each run by its folder relative to the common parent of all runs. Audits alone do not affect the parent."""
     common = [run.folder.parent for run in runs if run.is_run] or [run.folder.parent for run in runs]
     base = Path(os.path.commonpath(common)) if common else Path()
     for run in runs:
@@ -170,6 +171,6 @@ def _name(runs: Sequence[RunFiles]) -> None:
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Order ``run-2`` before ``run-10``."""
+    """Return a sort key that puts ``run-2`` before ``run-10``."""
     parts = re.split(r"(\d+)", name)
     return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]

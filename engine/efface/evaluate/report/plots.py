@@ -1,4 +1,4 @@
-"""The pictures of a report, as SVG that is the same, byte for byte, for the same figures."""
+"""The plots of a report, as deterministic SVG: the same figures give the same bytes."""
 
 import io
 import math
@@ -19,19 +19,19 @@ from scipy.stats import ks_2samp
 from efface.evaluate.logs import FloatArray
 from efface.evaluate.report.runs import Curve, ReportedRun
 
-_SIGNIFICANT = 0.05  # the p-value under which two models are told apart
-_COLOURED = 8  # runs with a colour and a place in the legend; the others are grey
-_LOWEST_QUALITY = 1e-30  # what is lower is drawn here
-_POINTS = 200  # of a curve, at most
-_RATIOS = (1e-4, 1e4)  # what lies outside is drawn at the edge
+_SIGNIFICANT = 0.05  # two models with a p-value below this differ significantly
+_COLOURED = 8  # number of runs with a colour and a legend entry; the others are grey
+_LOWEST_QUALITY = 1e-30  # lower values are drawn here
+_POINTS = 200  # maximum number of points of a curve
+_RATIOS = (1e-4, 1e4)  # limits of the axis; values outside are drawn at its edge
 _PANELS = {"left": 0.07, "right": 0.99, "bottom": 0.2, "top": 0.9, "wspace": 0.2}
 
 _COLOURS = ("#1b6ca8", "#c8553d", "#2a7f62", "#8d5a97", "#b8860b", "#46707e", "#a23b72", "#5b6c1f")
 _GREY, _RETAIN = "#b5b5b5", "#777777"
 _DARK = "#333333"
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: small, searchable
-    "text.parse_math": False,  # a run may be called $x$
+    "svg.fonttype": "none",  # keep text as text, which is small and searchable
+    "text.parse_math": False,  # the name of a run can contain $
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
@@ -52,7 +52,7 @@ _STYLE: dict[Any, Any] = {
 def quality_against_utility(
     runs: Sequence[ReportedRun], full: Mapping[str, float], retain: Mapping[str, float], least_utility: float | None
 ) -> str | None:
-    """Draw Forget Quality over Model Utility of ranked runs; None without a run that has both."""
+    """Draw Forget Quality against Model Utility of ranked runs. Return None if no run has both."""
     points = [
         (place, run, run.figures["model_utility"], run.figures["forget_quality"])
         for place, run in enumerate(runs, start=1)
@@ -68,7 +68,7 @@ def quality_against_utility(
             axes.plot(x, max(y, _LOWEST_QUALITY), "o", color=colour, markersize=6)
             if place <= _COLOURED:
                 _mark(axes, str(place), (x, max(y, _LOWEST_QUALITY)), colour)
-        # against itself the retain model's p-value is 1
+        # the retain model compared with itself has p-value 1
         for name, utility, quality in (
             ("full", full.get("model_utility"), full.get("forget_quality")),
             ("retain (1 by definition)", retain.get("model_utility"), 1.0),
@@ -80,7 +80,7 @@ def quality_against_utility(
         _logarithmic(axes, "y")
         lowest = min([y for *_, y in points] + [full.get("forget_quality", 1.0), _SIGNIFICANT])
         lowest = max(lowest, _LOWEST_QUALITY)
-        axes.set_ylim(lowest**1.08 / 2, lowest**-0.08 * 2)  # room for names
+        axes.set_ylim(lowest**1.08 / 2, lowest**-0.08 * 2)  # leaves space for the labels
         axes.margins(x=0.12)
         _significance(axes)
         if least_utility is not None:
@@ -103,7 +103,10 @@ def quality_against_utility(
 def curves(
     runs: Sequence[ReportedRun], names: Sequence[str], full: Mapping[str, float], retain: Mapping[str, float]
 ) -> str | None:
-    """Draw each named figure over the steps of ranked runs, a panel each; None where no run has curves."""
+    """Draw each named figure over the optimizer steps of ranked runs, one panel per figure.
+
+    Return None if no run has curves of these figures.
+    """
     drawn = [name for name in names if any(name in run.curves for run in runs)]
     if not drawn:
         return None
@@ -133,16 +136,19 @@ def curves(
 
 
 def distribution(ratios: FloatArray, retain: FloatArray | None, name: str) -> str:
-    """Draw the truth ratios of the forget rows: histogram, and distribution function with the largest gap to retain."""
+    """Draw the histogram and the distribution function of the forget rows' truth ratios.
+
+    If ``retain`` is given, its ratios are drawn too, with the largest gap between the two distribution functions.
+    """
     low, high = _limits(ratios if retain is None else np.concatenate([ratios, retain]))
     bins = np.geomspace(low, high, 41)
 
     def draw(figure: Figure) -> None:
-        # the same place in every run's drawing, and half the time of a layout that measures its texts
+        # fixed positions are the same for every run, and take half the time of a layout that measures its texts
         left, right = figure.subplots(1, 2, gridspec_kw=_PANELS)
         left.hist(np.clip(ratios, low, high), bins, color=_COLOURS[0], alpha=0.55, label="this run")
         if retain is not None:
-            weights = np.full(len(retain), len(ratios) / len(retain))  # as many rows, where the logs differ
+            weights = np.full(len(retain), len(ratios) / len(retain))  # scale to equal totals if the row counts differ
             left.hist(
                 np.clip(retain, low, high), bins, weights=weights, histtype="step", color=_DARK, label="retain model"
             )
@@ -175,13 +181,13 @@ def distribution(ratios: FloatArray, retain: FloatArray | None, name: str) -> st
 
 @dataclass(frozen=True)
 class LargestGap:
-    """Where two empirical distribution functions F and G differ most: the Kolmogorov-Smirnov statistic, in a picture.
+    """The largest gap between two empirical distribution functions F and G, which is the Kolmogorov-Smirnov statistic.
 
     Attributes:
         statistic: D = max over x of |F(x) − G(x)|.
-        location: the sample value x at which they do.
+        location: the sample value x with the largest difference.
         heights: F(x) and G(x).
-        pvalue: of D under equal distributions; between truth ratios it is Forget Quality.
+        pvalue: the p-value of D under equal distributions. For truth ratios, it is Forget Quality.
     """
 
     statistic: float
@@ -191,7 +197,10 @@ class LargestGap:
 
 
 def largest_gap(first: FloatArray, second: FloatArray) -> LargestGap:
-    """Return the two-sample statistic with its place; both samples finite and not empty."""
+    """Return the two-sample Kolmogorov-Smirnov statistic with its location.
+
+    Both samples must be finite and not empty.
+    """
     test = ks_2samp(first, second)
     location = float(test.statistic_location)
     heights = float(_ecdf(first, location)), float(_ecdf(second, location))
@@ -199,13 +208,13 @@ def largest_gap(first: FloatArray, second: FloatArray) -> LargestGap:
 
 
 def _ecdf(values: FloatArray, at: FloatArray | float) -> NDArray[np.float64]:
-    """F(x) = the share of ``values`` that are at most x."""
+    """Return F(x), the share of ``values`` that are at most x, for each x of ``at``."""
     shares: NDArray[np.float64] = np.searchsorted(np.sort(values), at, side="right") / len(values)
     return np.asarray(shares)
 
 
 def _limits(ratios: FloatArray) -> tuple[float, float]:
-    """Return powers of ten that hold 99 % of the rows, or ``_RATIOS``."""
+    """Return powers of ten that enclose 99 % of the rows, at most ``_RATIOS`` and at least 0.1 to 10."""
     low, high = np.quantile(ratios, (0.005, 0.995))
     return (
         10.0 ** math.floor(math.log10(min(max(low, _RATIOS[0]), 0.1))),
@@ -236,7 +245,7 @@ def _logarithmic(axes: Any, direction: str) -> None:
 
 
 def _legend(figure: Figure, ranked: Sequence[tuple[int, ReportedRun]], **style: Any) -> None:
-    """Name the runs that have a colour, and count the others."""
+    """Add a legend that names the coloured runs and counts the grey ones."""
     handles = [Line2D([], [], color=_colour(place), **style) for place, _ in ranked if place < _COLOURED]
     labels = [f"{place + 1} {_short(run.name)}" for place, run in ranked if place < _COLOURED]
     if len(ranked) > len(labels):
@@ -273,12 +282,12 @@ def _short(name: str, limit: int = 34) -> str:
 
 
 def _svg(salt: str, size: tuple[float, float], draw: Callable[[Figure], None], *, layout: Any = "constrained") -> str:
-    """Return the drawing as an element that may stand in a page, beside others."""
+    """Return a drawing as an SVG element that can be embedded in a page together with others."""
     file = io.StringIO()
     with mpl.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's fonts show the text
-        mpl.rcdefaults()  # not the user's style: the same figures give the same bytes
-        # the salt decides the names of shapes, which must differ between the drawings of a page
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the browser renders the text
+        mpl.rcdefaults()  # ignore the user's style, so that the same figures give the same bytes
+        # the salt determines the ids of shapes, which must differ between the drawings of a page
         mpl.rcParams.update({**_STYLE, "svg.hashsalt": salt})
         figure = Figure(figsize=size, layout=layout)
         draw(figure)
@@ -286,7 +295,7 @@ def _svg(salt: str, size: tuple[float, float], draw: Callable[[Figure], None], *
     drawing = file.getvalue()
     drawing = drawing[drawing.index("<svg") :]
     drawing = re.sub(r"<metadata>.*?</metadata>\s*", "", drawing, flags=re.DOTALL)
-    drawing = re.sub(r'<g id="[^"]*">', "<g>", drawing)  # names that nothing refers to, equal in all drawings
+    drawing = re.sub(r'<g id="[^"]*">', "<g>", drawing)  # unused ids, which would be equal in all drawings
     return re.sub(r' d="[^"]*"', _rounded, drawing)
 
 

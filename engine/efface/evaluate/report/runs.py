@@ -1,6 +1,6 @@
-"""A run as a report shows it: its evaluation, its curves over steps, its settings, and what is wrong with its files.
+"""Reading of a run for a report: its evaluation, curves over steps, settings, and the errors in its files.
 
-And what else its files hold: the rows in which a model gives away most of what it should have forgotten, leak audits.
+The module also reads the forget rows with the largest leaks, and leak audits.
 """
 
 import json
@@ -19,30 +19,30 @@ from efface.evaluate.report.find import RunFiles
 Curve: TypeAlias = dict[int, float]
 """A figure by optimizer step."""
 
-# Of a training log: how fast it went and on what, not what it did to the model.
+# Entries of a training log that describe its speed and progress, not the model.
 _WATCHING = {"epoch", "step", "learning_rate", "grad_norm", "total_flos", "padding_saved", "peak_memory_gib"}
 _WATCHING |= {"tokens_per_second", "num_input_tokens_seen", "train_loss"}
 _WATCHING_PREFIXES = ("time_", "train_", "eval_runtime", "eval_samples", "eval_steps")
-# Of the arguments, what tells the runs of a grid apart.
+# Training arguments that usually differ between the runs of a sweep, with their short names.
 _ARGUMENTS = {"learning_rate": "lr", "num_train_epochs": "epochs", "max_steps": "steps", "seed": "seed"}
-_ORIGINAL = "eval_log_forget.json"  # TOFU's own logs have it
-_COUNTS = ("rows", "left_out")  # figures of an audit that are no recall
+_ORIGINAL = "eval_log_forget.json"  # key of the forget split in TOFU's own logs
+_COUNTS = ("rows", "left_out")  # figures of an audit that are not recalls
 
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """One run.
+    """One run of a report.
 
     Attributes:
-        name: unique in a report.
-        folder: of its files.
-        figures: of the final model, or of the newest that was evaluated.
-        evaluation: where the figures are from; None for those of the training log.
-        step: of the checkpoint that was evaluated; None is the final model.
+        name: name of the run, unique in a report.
+        folder: folder of its files.
+        figures: figures of the final model, or of the last evaluated checkpoint.
+        evaluation: source of the figures; None if they are from the training log.
+        step: step of the evaluated checkpoint; None is the final model.
         curves: every figure that is known at more than one step.
         settings: ``objective`` and its parameters, as text.
-        notes: what is missing or doubtful.
-        errors: files that could not be read, and why.
+        notes: remarks about missing or doubtful data.
+        errors: one message for each file that could not be read.
     """
 
     name: str
@@ -57,7 +57,7 @@ class ReportedRun:
 
 
 def read_run(found: RunFiles, retain_log: EvalLog | None = None) -> ReportedRun:
-    """Read all that was found of a run; a file that cannot be read is one of ``errors``."""
+    """Read all files of a run. A file that cannot be read adds a message to ``errors``."""
     notes: list[str] = []
     errors: list[str] = []
     evaluations: dict[int | None, Evaluation] = {}
@@ -80,8 +80,8 @@ def read_run(found: RunFiles, retain_log: EvalLog | None = None) -> ReportedRun:
         figures = {name: curve[max(curve)] for name, curve in curves.items() if name in KNOWN}
         if not errors:
             notes.append(
-                "not evaluated; figures, if any, are the last of its training log. "
-                "`efface evaluate --model RUN --output RUN` evaluates it"
+                "not evaluated; figures, if any, are the last ones in its training log. "
+                "Evaluate it with `efface evaluate --model RUN --output RUN`"
             )
     return ReportedRun(
         name=found.name,
@@ -105,13 +105,13 @@ def _evaluation(path: Path, retain_log: EvalLog | None, errors: list[str]) -> Ev
 
 
 def _settings_of(found: RunFiles, final: Evaluation | None) -> dict[str, str]:
-    if not found.folder.is_dir():  # a log that was named itself; what lies beside it may be of another run
+    if not found.folder.is_dir():  # the path of a log was given; the files next to it can belong to another run
         return {}
     return read_settings(found.folder, None if final is None else final.path.parent)
 
 
 def _history(path: Path | None, errors: list[str]) -> tuple[dict[str, Curve], int | None]:
-    """Return the figures of a training log, finite ones only, and the step at which training ended."""
+    """Return the finite figures of a training log, and the step at which training ended."""
     if path is None:
         return {}, None
     try:
@@ -128,7 +128,7 @@ def _history(path: Path | None, errors: list[str]) -> tuple[dict[str, Curve], in
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         errors.append(
             f"{str(path)!r}: expected a trainer's state with log_history and global_step, got something else "
-            f"({type(error).__name__}: {error}); it has no curves"
+            f"({type(error).__name__}: {error}); its curves are left out"
         )
         return {}, None
 
@@ -138,9 +138,10 @@ def _is_number(value: Any) -> bool:
 
 
 def ranked(runs: Sequence[ReportedRun], least_utility: float | None = None) -> list[ReportedRun]:
-    """Return the runs by Forget Quality, best first; among equals by Model Utility.
+    """Return the runs sorted by Forget Quality, best first, then by Model Utility.
 
-    Runs under the least utility, or of unknown utility where there is one, follow; those without Forget Quality too.
+    Runs without Forget Quality follow those with it. If ``least_utility`` is given, runs with a smaller or unknown
+    Model Utility come last.
     """
 
     def place(run: ReportedRun) -> tuple[bool, bool, float, float]:
@@ -151,16 +152,19 @@ def ranked(runs: Sequence[ReportedRun], least_utility: float | None = None) -> l
 
 
 def meets(run: ReportedRun, least_utility: float | None) -> bool:
-    """Whether a run's Model Utility is at least so much."""
+    """Return whether a run's Model Utility is known and at least ``least_utility``; True if there is no limit."""
     return least_utility is None or run.figures.get("model_utility", -math.inf) >= least_utility
 
 
 def read_settings(folder: Path, evaluated: Path | None = None) -> dict[str, str]:
-    """Return ``objective`` and its settings, and of what the evaluation is, as text; empty where nothing tells.
+    """Return the objective, its settings, and the split and protocol of the evaluation, as text.
+
+    The result is empty if no file contains them.
 
     Args:
-        folder: of the run, with efface's ``run.json`` or model card, or open-unlearning's configuration.
-        evaluated: folder of the evaluation; its ``EVAL_CONFIG.json`` names the model where the run's folder is another.
+        folder: folder of the run, with efface's ``run.json`` or model card, or open-unlearning's configuration.
+        evaluated: folder of the evaluation. If the run's folder has no settings, the model's path is taken from the
+            ``EVAL_CONFIG.json`` in this folder.
     """
     facts = {} if evaluated is None else _facts(evaluated)
     settings = _made(folder)
@@ -180,7 +184,7 @@ def _made(folder: Path) -> dict[str, str]:
                 if name != unused and arguments.get(name) is not None:
                     settings[short] = _text(arguments[name])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-            continue  # another tool's file of that name, or none
+            continue  # the file is missing, or another tool wrote it
         return settings
     return {}
 
@@ -216,15 +220,15 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Leak:
-    """A forget row, and how much of its answer a model gives away.
+    """A forget row, with a measure of how much of its answer a model reveals.
 
     Attributes:
-        index: of the row, as the log names it.
-        question: with its template, as the log holds it.
+        index: index of the row in the log.
+        question: the question as in the log, which can include the template.
         truth: the answer to be forgotten.
-        generation: what the model says.
+        generation: the model's answer.
         recall: ROUGE-L recall of the generation.
-        retain_recall: that of the model which never saw the row; None where it is not known.
+        retain_recall: ROUGE-L recall of the retain model on the same row; None if unknown.
     """
 
     index: str
@@ -236,11 +240,11 @@ class Leak:
 
 
 def read_rows(path: Path) -> dict[str, Leak]:
-    """Return the forget rows of a log that holds generations, by index; none of a log that does not.
+    """Return the forget rows of a log by index. The result is empty if the log has no generations.
 
     Raises:
-        OSError: a file that cannot be read.
-        ValueError: a file that is no JSON.
+        OSError: the file cannot be read.
+        ValueError: the file is not JSON.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     try:
@@ -250,9 +254,10 @@ def read_rows(path: Path) -> dict[str, Leak]:
 
 
 def worst(rows: Mapping[str, Leak], retain: Mapping[str, Leak], count: int) -> list[Leak]:
-    """Return the rows of the largest recall beyond that of the retain model; where that is unknown, beyond 0.
+    """Return the rows with the largest positive difference between their recall and the retain model's recall.
 
-    Rows are compared by index, and only if their true answers agree: logs of other splits have other rows.
+    If the retain model's recall is unknown, 0 is used. Rows are matched by index, and only if their true answers are
+    equal, because logs of other splits have other rows.
     """
     compared = []
     for index, row in rows.items():
@@ -289,9 +294,10 @@ class AuditedModel:
     """A model of a leak audit, as ``efface audit`` writes it.
 
     Attributes:
-        audit: the run that the audit belongs to.
-        name: of the model.
-        figures: by view and name; "mean" is the mean novel recall, the others are its kin.
+        audit: name of the run that the audit belongs to.
+        name: name of the model.
+        figures: figures by view and name. "mean" is the mean novel recall; see the README of ``efface.evaluate.audit``
+            for the others.
     """
 
     audit: str
@@ -303,8 +309,8 @@ def read_audit(path: Path, run: str) -> list[AuditedModel]:
     """Return the models of an ``AUDIT.json``.
 
     Raises:
-        OSError: a file that cannot be read.
-        ValueError: a file that is none.
+        OSError: the file cannot be read.
+        ValueError: the file is not an audit.
     """
     try:
         models = json.loads(path.read_text(encoding="utf-8"))["models"]

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs no other, or as Markdown with its pictures in files beside it."""
+"""Writing of a report as one self-contained HTML file, or as Markdown with separate picture files."""
 
 import base64
 import hashlib
@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from efface.evaluate.report.content import Content, Detail, Table, gather
 from efface.files import refuse_inputs, write_whole
 
-_TEXT_LIMIT = 400  # letters of a text that are shown
+_TEXT_LIMIT = 400  # maximum number of characters of a text that are shown
 _FOLDER = Path(__file__).parent / "templates"
 
 
@@ -27,11 +27,11 @@ def write_report(
     floor: float,
     details: int,
 ) -> Content:
-    """Write a report, and return what it says; see ``report``."""
+    """Write a report and return its content. For arguments and errors see ``efface.evaluate.report``."""
     if not 0 <= floor <= 1:
-        raise ValueError(f"`floor`: expected a share of the full model's utility, 0 .. 1, got {floor}")
+        raise ValueError(f"`floor`: expected a share of the full model's Model Utility, 0 .. 1, got {floor}")
     if details < 0:
-        raise ValueError(f"`details`: expected a number of runs from 0 on, got {details}")
+        raise ValueError(f"`details`: expected a number of runs of at least 0, got {details}")
     target = _target(output, "output", (".html", ".htm"))
     text_target = None if markdown is None else _target(markdown, "markdown", (".md", ".markdown"))
     given = [folders] if isinstance(folders, (str, Path)) else list(folders)
@@ -46,7 +46,7 @@ def write_report(
 
 def _target(path: str | Path, name: str, suffixes: Iterable[str]) -> Path:
     path = Path(path)
-    if path.suffix.lower() not in suffixes:  # a report must not replace a log by accident
+    if path.suffix.lower() not in suffixes:  # so that a report does not replace a log by accident
         raise ValueError(f"`{name}`: expected a file that ends in {' or '.join(suffixes)}, got {str(path)!r}")
     if path.is_dir():
         raise ValueError(f"`{name}`: expected a file, got the folder {str(path)!r}")
@@ -58,12 +58,12 @@ def _target(path: str | Path, name: str, suffixes: Iterable[str]) -> Path:
 
 
 def write_html(content: Content, path: Path) -> None:
-    """Write the page. Texts of models and files are escaped, and no script but the page's own may run."""
+    """Write the HTML page. All text from models and files is escaped, and only the page's own script can run."""
     script = (_FOLDER / "report.js").read_text(encoding="utf-8")
     templates = Environment(loader=FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = templates.get_template("report.html.jinja").render(
         content=content,
-        svg=Markup,  # matplotlib escapes the texts in its drawings
+        svg=Markup,  # matplotlib escapes the text in its drawings
         words=_html_words,
         short=_shortened,
         script=Markup(script),  # noqa: S704
@@ -74,12 +74,12 @@ def write_html(content: Content, path: Path) -> None:
 
 
 def _html_words(text: str) -> Markup:
-    """Escape a sentence; what is between backticks becomes code."""
+    """Escape a sentence for HTML. Text between backticks becomes code."""
     return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704
 
 
 def write_markdown(content: Content, path: Path) -> None:
-    """Write the report as Markdown, and the pictures that it refers to into a folder ``<name>-pictures`` beside it."""
+    """Write the report as Markdown, and its pictures into the folder ``<name>-pictures`` in the same directory."""
     folder = path.with_name(f"{path.stem}-pictures")
     drawn: dict[str, str] = {}
 
@@ -115,7 +115,7 @@ def write_markdown(content: Content, path: Path) -> None:
 
 
 def _table(table: Table, *, on_demand: bool = False) -> str:
-    """Return the columns that are shown at once, or the first two and those on demand."""
+    """Return a Markdown table of the columns that are always shown, or of the first two and those on demand."""
     chosen = [
         place
         for place, column in enumerate(table.columns)
@@ -133,8 +133,8 @@ def _leaks(detail: Detail) -> str:
         retain = "-" if leak.retain_recall is None else f"{leak.retain_recall:.3f}"
         numbers = [f"{leak.recall:.3f}", *([retain] if detail.compared else [])]
         lines.append([leak.index, *numbers, *map(_shortened, (leak.question, leak.truth, leak.generation))])
-    beyond = " beyond that of the retain model" if detail.compared else ""
-    summary = f"worst leaks: {len(detail.leaks)} rows of largest ROUGE-L recall{beyond}"
+    above = " above that of the retain model" if detail.compared else ""
+    summary = f"worst leaks: {len(detail.leaks)} rows with the largest ROUGE-L recall{above}"
     grid = _grid(titles, [title in ("recall", "retain model") for title in titles], lines)
     return f"<details>\n<summary>{summary}</summary>\n\n{grid}\n\n</details>"
 
@@ -146,19 +146,19 @@ def _grid(titles: Sequence[str], numeric: Sequence[bool], lines: Sequence[Sequen
 
 
 def _words(text: str) -> str:
-    """Escape a sentence, but for code between backticks."""
+    """Escape a sentence for Markdown, except code between backticks."""
     return "".join(part if index % 2 else _escaped(part) for index, part in enumerate(re.split(r"(`[^`\n]*`)", text)))
 
 
 def _escaped(text: str) -> str:
-    """Return text that Markdown shows as it is, in one line: no HTML, no markup, no end of a cell."""
+    """Escape text so that Markdown shows it unchanged on one line, without HTML, markup or the end of a table cell."""
     text = re.sub(r"\s+", " ", text)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~#$!])", r"\\\1", text)
 
 
 def _shortened(text: str) -> str:
-    """Return the text, or its beginning."""
+    """Return the text, cut to ``_TEXT_LIMIT`` characters."""
     return text if len(text) <= _TEXT_LIMIT else f"{text[:_TEXT_LIMIT]}…"
 
 
@@ -172,5 +172,5 @@ def _write_pictures(folder: Path, drawn: Mapping[str, str]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write whole or not at all; half a surrogate pair, which a generation may hold, becomes a question mark."""
+    """Write a file atomically. A lone surrogate, which a generation can contain, becomes a question mark."""
     write_whole(path, text.encode("utf-8", errors="replace"))

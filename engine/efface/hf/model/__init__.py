@@ -1,1 +1,1 @@
-"""Models as they are found: loading, LoRA, the head that computes the loss, attention over packs."""
+"""Hugging Face models: loading, LoRA, the fused head that computes the loss, and attention over packed batches."""

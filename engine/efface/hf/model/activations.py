@@ -1,4 +1,4 @@
-"""Losses on the activations of a layer: RMU's steering, and staying near a frozen model."""
+"""RMU's losses on the activations of one layer, recording of those activations, and freezing of parameters."""
 
 import re
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ from efface_kernels import segment_sums, to_device
 
 @dataclass(frozen=True)
 class ActivationLoss:
-    """RMU's share of a micro-batch; the means run over the sequences of the whole step.
+    """The share of a micro-batch in RMU's loss; means are taken over the sequences of the whole step.
 
     Attributes:
-        objective: the settings.
-        totals: of the optimizer step.
+        objective: the RMU objective.
+        totals: totals of the optimizer step.
         frozen: (n, D) the reference model's activations at the retain answer tokens, or None.
-        retain: the head's loss of the retain sequences instead, or None.
+        retain: loss of the head for the retain sequences (NLL or KL), used instead of their activations, or None.
     """
 
     objective: RMU
@@ -34,7 +34,12 @@ class ActivationLoss:
     retain: HeadLoss | None = None
 
     def __call__(self, activations: Tensor, batch: PackedBatch) -> list[StepOutput]:
-        """Compute it from a layer's output (T, D): one output for each part of the batch that reads activations."""
+        """Return an output for the forget part and, if it reads activations, the retain part of the batch.
+
+        Args:
+            activations: (T, D) output of the layer.
+            batch: the packed batch.
+        """
         objective, outputs = self.objective, []
         forget, retain = batch.forget_part(), batch.retain_part()
         rows = answer_rows(activations, batch)
@@ -43,7 +48,8 @@ class ActivationLoss:
             weight = objective.forget_weight(self.totals)
             outputs.append(_squared(rows[: batch.forget_rows], target, forget, Role.FORGET, weight))
         if retain.lengths and self.retain is None:
-            # Without a frozen model (alpha 0, an idle rank) the rows weigh nothing, but keep the graph whole.
+            # Without frozen activations (alpha 0, an idle rank) the weight is 0; the rows stay in the autograd graph,
+            # so that every parameter gets a gradient.
             target = torch.zeros_like(rows[batch.forget_rows :]) if self.frozen is None else self.frozen.to(rows)
             weight = objective.alpha / max(self.totals.retain_sequences, 1) if self.frozen is not None else 0.0
             outputs.append(_squared(rows[batch.forget_rows :], target, retain, Role.RETAIN, weight))
@@ -51,12 +57,12 @@ class ActivationLoss:
 
 
 def answer_rows(activations: Tensor, batch: PackedBatch) -> Tensor:
-    """Return a layer's activations (N, D) at the answer tokens: the positions after those that predict them."""
+    """Return a layer's activations (N, D) at the answer tokens, each one position after the row that predicts it."""
     return activations.index_select(0, batch.label_rows + 1)
 
 
 def _squared(rows: Tensor, target: Tensor, part: PackedBatch, role: Role, weight: float) -> StepOutput:
-    """Weight · Σ over sequences of the mean over their tokens, and over D, of (rows − target)²."""
+    """Return ``weight`` times the sum over sequences of (rows − target)², averaged over D and over tokens."""
     values = (rows - target).float().square().mean(1)
     offsets = part.label_offsets.device
     means = segment_sums(values, offsets) / offsets.diff()
@@ -65,40 +71,44 @@ def _squared(rows: Tensor, target: Tensor, part: PackedBatch, role: Role, weight
 
 
 class Watched:
-    """What a module returned in the passes over a batch: one, or one a sequence."""
+    """A recorder of a module's outputs for one batch, which is read in one pass or in one pass per sequence."""
 
     def __init__(self) -> None:
         self._output: Any = None
         self._passes: list[Any] = []
 
     def keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        """The forward hook."""
+        """Keep the module's output; a forward hook on the watched module."""
         self._output = output[0] if isinstance(output, tuple) else output
 
     def end_pass(self, *_: Any) -> None:
-        """The decoder's forward hook."""
+        """Append the last output to the recorded passes; a forward hook on the decoder."""
         self._passes.append(self._output)
 
     def output(self) -> Tensor:
-        """Return it, (B, T, D); for a pack, B is 1.
+        """Return the recorded output, (B, T, D); B is 1 for a packed batch.
 
         Raises:
-            RuntimeError: the module was not called, or outside the graph.
+            RuntimeError: if the module was not called, or its output requires no gradient while gradients are enabled.
         """
         if self._output is None:
-            raise RuntimeError("the module whose activations the loss reads was not called in the forward pass")
+            raise RuntimeError(
+                "`module_regex`: expected a module that the forward pass calls, got one that was not called; choose "
+                "another module"
+            )
         output: Tensor = self._passes[0] if len(self._passes) == 1 else torch.cat(self._passes, 1)
         if torch.is_grad_enabled() and not output.requires_grad:
             raise RuntimeError(
-                "the activations that the loss reads carry no gradient: train a parameter at or before that module; "
-                "with gradient checkpointing set --gradient-checkpointing-kwargs '{\"use_reentrant\": false}'"
+                "`module_regex`: expected activations with a gradient, got activations without; train a parameter in "
+                "or before that module, and with gradient checkpointing set --gradient-checkpointing-kwargs "
+                "'{\"use_reentrant\": false}'"
             )
         return output
 
 
 @contextmanager
 def watched(model: nn.Module, module_regex: str) -> Iterator[Watched]:
-    """Keep the output of the module whose name ``module_regex`` matches while the block runs."""
+    """Record the outputs of the module whose name matches ``module_regex`` while the block runs."""
     watch = Watched()
     handles = [
         find_module(model, module_regex).register_forward_hook(watch.keep),
@@ -112,10 +122,10 @@ def watched(model: nn.Module, module_regex: str) -> Iterator[Watched]:
 
 
 def find_module(model: Any, module_regex: str) -> nn.Module:
-    """Return the one module whose whole name the expression matches; names are those without adapters.
+    """Return the module whose whole name the regular expression matches; names are those of the base model.
 
     Raises:
-        ValueError: none or several.
+        ValueError: if no module or more than one matches.
     """
     model = base_of(model)
     found = {name: module for name, module in model.named_modules() if re.fullmatch(module_regex, name)}
@@ -131,7 +141,7 @@ def find_module(model: Any, module_regex: str) -> nn.Module:
 
 @contextmanager
 def training_only(model: nn.Module, patterns: tuple[str, ...]) -> Iterator[None]:
-    """Do what ``train_only`` does, while the block runs."""
+    """Apply ``train_only`` while the block runs, and restore every ``requires_grad`` afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         train_only(model, patterns)
@@ -142,10 +152,10 @@ def training_only(model: nn.Module, patterns: tuple[str, ...]) -> Iterator[None]
 
 
 def train_only(model: nn.Module, patterns: tuple[str, ...]) -> None:
-    """Freeze every parameter whose name none of the expressions matches.
+    """Freeze every parameter whose whole name matches none of the regular expressions.
 
     Raises:
-        ValueError: no trainable parameter is left.
+        ValueError: if no trainable parameter is left.
     """
     chosen = 0
     for name, parameter in model.named_parameters():

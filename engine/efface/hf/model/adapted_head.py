@@ -1,4 +1,4 @@
-"""What stands where the ``lm_head`` was once peft has been there, as the linear layer that it amounts to."""
+"""Conversion of an ``lm_head`` wrapped by peft into an equivalent linear layer, and detection of peft models."""
 
 import importlib
 import sys
@@ -14,7 +14,7 @@ from efface.extras import check_extras
 
 @dataclass(frozen=True)
 class LowRank:
-    """One LoRA adapter of a layer: scaling · B (A x), with r columns in B."""
+    """One LoRA adapter of a layer: scaling · B (A x); B has r columns."""
 
     a: nn.Linear
     b: nn.Linear
@@ -23,17 +23,18 @@ class LowRank:
 
 @dataclass(frozen=True)
 class ServedHead:
-    """A head as the loss op can take it: a linear layer, and the LoRA adapters that are active on it.
+    """A head in the form that the loss op supports: a linear layer and the LoRA adapters that are active on it.
 
-    W h + Σ s B (A h) is one linear layer of [h, s A h] with the weight [W, B]. Beside W + s B A, which it equals, it
-    keeps the adapters' own precision: in bf16, what W + s B A adds to W is rounded away while it is small.
+    W h + Σ s B (A h) equals a single linear layer with the weight [W, B] applied to [h, s A h]. Unlike the merged
+    weight W + s B A, this form keeps the adapters' contribution while it is small: in bf16, adding it to W would round
+    it away.
     """
 
     linear: nn.Linear
     adapters: tuple[LowRank, ...] = ()
 
     def widen(self, hidden: Tensor) -> Tensor:
-        """Return ``hidden`` (N, D) as (N, D + r)."""
+        """Append s A h of each adapter to ``hidden`` (N, D), and return (N, D + r)."""
         if not self.adapters:
             return hidden
         low = [adapter.a(hidden.to(adapter.a.weight.dtype)) * adapter.scaling for adapter in self.adapters]
@@ -41,7 +42,7 @@ class ServedHead:
 
     @property
     def weight(self) -> Tensor:
-        """(V, D + r), of the dtype of W; differentiable."""
+        """(V, D + r) weight [W, B], in the dtype of W; differentiable."""
         weight = self.linear.weight
         if not self.adapters:
             return weight
@@ -49,42 +50,42 @@ class ServedHead:
 
 
 def peft_loaded() -> ModuleType | None:
-    """Return peft if it has been imported; a model with adapters cannot be there without it."""
+    """Return the module peft if it has been imported, or None; without it, no model has adapters."""
     return sys.modules.get("peft")
 
 
 def import_peft() -> Any:
-    """Return peft.
+    """Import and return peft.
 
     Raises:
-        ImportError: it is not installed; says how.
+        ImportError: if peft is not installed; the message gives the command that installs it.
     """
     check_extras("LoRA", "lora")
     return importlib.import_module("peft")
 
 
 def base_of(model: Any) -> Any:
-    """Return the transformers model within a ``peft.PeftModel``; any other model as it is."""
+    """Return the transformers model inside a ``peft.PeftModel``, or any other model unchanged."""
     peft = peft_loaded()
     return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
 
 
 def head_linears(layer: Any) -> list[nn.Linear]:
-    """Return the plain linear layers within ``layer``: itself, LoRA's base layer, or the copies of modules_to_save."""
+    """Return the plain linear layers of ``layer``: itself, LoRA's base layer, or all copies in modules_to_save."""
     if _is(layer, "peft.utils.other", "ModulesToSaveWrapper"):
         return [layer.original_module, *layer.modules_to_save.values()]
     return [layer.base_layer] if _is(layer, "peft.tuners.lora.layer", "Linear") else [layer]
 
 
 def serve_head(layer: Any, plain: tuple[type, ...]) -> ServedHead:
-    """Return what ``layer`` computes now, adapters on or off.
+    """Return the head equivalent to ``layer`` in its current state, with its adapters on or off.
 
     Args:
         layer: an ``lm_head``.
-        plain: classes that count as a plain linear layer.
+        plain: classes that count as plain linear layers.
 
     Raises:
-        ValueError: a layer that amounts to no linear layer, with the reason.
+        ValueError: if ``layer`` is not equivalent to a linear layer; the message gives the reason.
     """
     if _is(layer, "peft.utils.other", "ModulesToSaveWrapper"):
         active = [name for name in layer.active_adapters if name in layer.modules_to_save]
@@ -93,35 +94,35 @@ def serve_head(layer: Any, plain: tuple[type, ...]) -> ServedHead:
     if _is(layer, "peft.tuners.lora.layer", "Linear"):
         served = serve_head(layer.base_layer, plain)
         if layer.disable_adapters and layer.merged:
-            layer.unmerge()  # as peft does, once it is called
+            layer.unmerge()  # peft does the same when the layer is called
         if layer.disable_adapters or layer.merged:
             return served
         return ServedHead(served.linear, tuple(_low_rank(layer, n) for n in layer.active_adapters if n in layer.lora_A))
     if type(layer) not in plain:
         kind = "none" if layer is None else f"{type(layer).__module__}.{type(layer).__qualname__}"
         raise ValueError(
-            f"expected an lm_head of class torch.nn.Linear, got {kind}; merge or remove adapters on the head other "
-            "than plain LoRA and modules_to_save, and leave it out of quantisation (llm_int8_skip_modules=['lm_head'])"
+            f"lm_head: expected a torch.nn.Linear, got {kind}; merge or remove adapters on the head other than plain "
+            "LoRA and modules_to_save, and exclude it from quantisation (llm_int8_skip_modules=['lm_head'])"
         )
     return ServedHead(layer)
 
 
 def _low_rank(layer: Any, name: str) -> LowRank:
     reasons = {
-        "a variant of LoRA (DoRA and the like), which is no sum W + s B A": name in layer.lora_variant,
-        "dropout, which gives every row another weight": isinstance(layer.lora_dropout[name], nn.Dropout)
+        "a variant of LoRA (such as DoRA) that is not a sum W + s B A": name in layer.lora_variant,
+        "dropout, which changes the weight for each row": isinstance(layer.lora_dropout[name], nn.Dropout)
         and layer.lora_dropout[name].p > 0,
-        "a bias of its own (lora_bias)": layer.lora_B[name].bias is not None,
+        "a bias (lora_bias)": layer.lora_B[name].bias is not None,
     }
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(
-                f"lm_head: its LoRA adapter {name!r} has {reason}; the loss op serves plain LoRA without dropout on "
-                "the head. Leave lm_head out of target_modules, or give it such an adapter"
+                f"lm_head: expected plain LoRA without dropout and bias, got an adapter {name!r} with {reason}; leave "
+                "lm_head out of target_modules, or use plain LoRA on it"
             )
     return LowRank(layer.lora_A[name], layer.lora_B[name], float(layer.scaling[name]))
 
 
 def _is(layer: Any, module: str, name: str) -> bool:
-    """Whether ``layer`` is of exactly this class of peft, by name: peft itself may not be there."""
+    """Return whether ``layer`` is exactly of this class of peft; compared by name, since peft may not be installed."""
     return (type(layer).__module__, type(layer).__qualname__) == (module, name)

@@ -1,4 +1,4 @@
-"""The fingerprint of a Hugging Face model as it is now: its weights, its configuration, its precision."""
+"""The fingerprint of a Hugging Face model in its current state: weights, configuration, adapters and precision."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,20 +8,21 @@ from transformers import PreTrainedModel
 
 from efface.reference import model_fingerprint
 
-# Entries of a configuration that change no log-probability. The dtype and tied weights show in the weights themselves.
+# Configuration entries that change no log-probability. The dtype and tied weights show in the weights themselves.
 _VOLATILE = {
     *("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "tie_word_embeddings"),
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type"),
 }
 
-_WRAPPED = (".base_layer.", ".original_module.")  # what PEFT's layers call the module that they stand for
+_WRAPPED = (".base_layer.", ".original_module.")  # names under which PEFT's layers keep the module that they wrap
 
 
 def fingerprint(model: PreTrainedModel) -> bytes:
-    """Return what ``model``'s log-probabilities depend on, as 16 bytes; an active autocast is part of it.
+    """Return 16 bytes that identify everything on which the log-probabilities of ``model`` depend.
 
-    Adapters that are switched off do not count: the model has the fingerprint of its base model.
+    An active autocast and TF32 are included. Adapters that are switched off are not: with all of them off, the model
+    has the fingerprint of its base model.
     """
     settings = {"config": _lasting(model.config.to_dict()), **_precision(model.device)}
     if adapters := _adapters(model):
@@ -30,7 +31,7 @@ def fingerprint(model: PreTrainedModel) -> bytes:
 
 
 def _lasting(config: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what is volatile, in nested configurations too."""
+    """Return the configuration without volatile entries, also in nested configurations."""
     return {
         str(name): _lasting(value) if isinstance(value, dict) else value
         for name, value in config.items()
@@ -47,15 +48,15 @@ def _precision(device: torch.device) -> dict[str, Any]:
 
 
 def tf32() -> bool:
-    """Return whether matrix products of float32 are rounded to TF32 on CUDA devices."""
+    """Return whether float32 matrix products use TF32 on CUDA devices."""
     matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9; it raises if both names are used
+    if hasattr(matmul, "fp32_precision"):  # since torch 2.9, which raises if both names are used
         return bool(matmul.fp32_precision == "tf32")
     return bool(matmul.allow_tf32)
 
 
 def _adapters(model: PreTrainedModel) -> dict[str, Any]:
-    """Return which adapters each of PEFT's layers uses, and by what it scales them; nothing where they are off."""
+    """Return the active adapters of each PEFT layer with their scaling; layers with adapters off are left out."""
     found = {}
     for name, module in model.named_modules():
         if getattr(module, "disable_adapters", None) is False:
@@ -68,7 +69,7 @@ def _adapters(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _active_weights(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
-    """Yield the state dict under the names that it has without PEFT's wrappers, without what is switched off."""
+    """Yield the state dict without the weights of switched-off adapters, under the names without PEFT's wrappers."""
     # In transformers' own mixin `disable_adapters` is a method.
     off = tuple(
         f"{name}." for name, module in model.named_modules() if getattr(module, "disable_adapters", None) is True

@@ -1,7 +1,8 @@
-"""A ``forward`` on the instance, which hides that of the class: what others put there, and what ``fuse`` does.
+"""Handling of a ``forward`` attribute on a module instance, which hides the ``forward`` method of the class.
 
-accelerate puts mixed precision and the moving of inputs there, Liger its loss. Swapping a module's class cannot reach
-it, so a packed call is led past it: ``route``. That the model's logits are those of its head for all that is measured.
+Other libraries set this attribute: accelerate for mixed precision and for moving inputs, Liger for its loss. ``fuse``
+swaps the class of a module, which does not change the attribute. So ``route`` makes calls with a packed batch go to the
+class's ``forward``. ``read_packs`` measures whether the model's logits are still those of its head.
 """
 
 import inspect
@@ -11,20 +12,20 @@ from typing import Any
 
 from torch import nn
 
-ROUTED = "_efface_forward"  # the attribute that keeps what was found; copies of the module have it, bound to them
+ROUTED = "_efface_forward"  # attribute that keeps the instance's original ``forward``; copied with the module
 
 
 def found_forward(module: nn.Module) -> Callable[..., Any] | None:
-    """Return the ``forward`` of the instance that others have put there; None where there is none."""
+    """Return the ``forward`` that another library has set on the instance, or None."""
     own = vars(module)
     found: Callable[..., Any] | None = own.get(ROUTED, own.get("forward"))
     return found
 
 
 def unwrapped_forward(module: nn.Module) -> Callable[..., Any] | None:
-    """Return what the mixed precision of ``Accelerator.prepare`` wraps; None where it wraps nothing.
+    """Return the ``forward`` inside the mixed-precision wrapper of ``Accelerator.prepare``, or None without a wrapper.
 
-    ``accelerate.utils.extract_model_from_parallel`` does not serve: it takes away the model's own decorators, too.
+    ``accelerate.utils.extract_model_from_parallel`` cannot be used: it also removes the model's own decorators.
     """
     forward = vars(module).get("forward")
     outer: Any = getattr(forward, "__func__", forward)
@@ -43,9 +44,9 @@ def _is_mixed_precision(function: Any) -> bool:
 
 
 def release(module: nn.Module) -> None:
-    """Undo what an earlier ``Accelerator.prepare`` did to a module: mixed precision around ``forward``, and its mark.
+    """Undo ``Accelerator.prepare`` on a module: remove the mixed-precision wrapper and the mark that it was prepared.
 
-    A module with the mark is passed over by every later ``prepare``: without mixed precision, whatever is asked for.
+    A later ``prepare`` skips a module that still has the mark, and does not set up the mixed precision requested then.
     """
     vars(module).pop("_is_accelerate_prepared", None)
     forward = unwrapped_forward(module)
@@ -59,13 +60,14 @@ def release(module: nn.Module) -> None:
 
 
 def route(module: nn.Module, signature: inspect.Signature | None = None) -> None:
-    """Let the instance's ``forward`` take calls without ``batch`` alone, and the class's those with it.
+    """Dispatch calls with a ``batch`` to the class's ``forward``, and other calls to the instance's ``forward``.
 
-    Does nothing where the instance has none, or was routed before.
+    A no-op if the instance has no ``forward`` of its own, or has been routed before.
 
     Args:
-        module: of a class whose ``forward`` takes ``batch``.
-        signature: what the new one shows of itself, ``self`` included; what stands there may show less.
+        module: a module whose class has a ``forward`` with the parameter ``batch``.
+        signature: signature for the new ``forward``, including ``self``, as ``inspect.signature`` reports it; None sets
+            none. The instance's ``forward`` may have a less specific signature.
     """
     found = vars(module).get("forward")
     if found is None or ROUTED in vars(module):
@@ -83,6 +85,6 @@ def route(module: nn.Module, signature: inspect.Signature | None = None) -> None
 
 
 def unroute(module: nn.Module) -> None:
-    """Undo ``route``."""
+    """Undo ``route``: restore the instance's original ``forward``; a no-op if the module was not routed."""
     if ROUTED in vars(module):
         module.forward = vars(module).pop(ROUTED)

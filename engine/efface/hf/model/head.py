@@ -1,9 +1,9 @@
-"""The fused head: a causal language model whose forward pass can end in the loss op instead of in logits.
+"""The fused head: a causal language model whose forward pass can return the loss instead of logits.
 
-``fuse`` swaps the classes of the model and of its ``lm_head`` in place: same parameters, same state dict, tied weights
-stay tied. Called as before, the model is what it was. Called with ``batch=PackedBatch``, it runs the decoder over the
-pack and then the head on the label rows alone. All of it happens inside the model's forward call, so that whatever
-wraps the model (DDP, FSDP, autocast) sees it as any other forward.
+``fuse`` swaps the classes of the model and of its ``lm_head`` in place. Parameters and state dict do not change, and
+tied weights stay tied. A call without a batch works as before. A call with ``batch=PackedBatch`` runs the decoder over
+the packed batch, and then the head on the label rows only. Both run inside the model's forward call, so wrappers of the
+model (DDP, FSDP, autocast) work as for any other forward call.
 """
 
 import inspect
@@ -26,7 +26,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 class FusedHead(nn.Linear):
-    """An ``lm_head`` that is the linear layer it was, and with ``batch`` the loss op."""
+    """A linear ``lm_head`` that computes the loss or log-probabilities if it is called with a ``batch``."""
 
     softcap: float | None
 
@@ -37,9 +37,14 @@ class FusedHead(nn.Linear):
         loss: HeadLoss | None = None,
         weight: Tensor | None = None,
     ) -> Tensor | StepOutput:
-        """Return logits (…, V); or for ``hidden`` (N, D) of a batch's label rows their log-probabilities, or a loss.
+        """Return logits, log-probabilities or a loss.
 
-        A ``weight`` stands in for the layer's own: ``ServedHead``'s, where LoRA widens it.
+        Args:
+            hidden: without ``batch``, hidden states (…, D), for which logits (…, V) are returned; with ``batch``, the
+                hidden states (N, D) of its label rows.
+            batch: the packed batch.
+            loss: the loss to return; None returns the log-probabilities (N,) of the batch's labels.
+            weight: weight to use instead of the layer's own: that of a ``ServedHead``, which LoRA makes wider.
         """
         if batch is None:
             return super().forward(hidden)
@@ -53,10 +58,10 @@ PLAIN = (nn.Linear, FusedHead)
 
 
 class _FusedModel:
-    """Mixed in before a model's own class by ``fuse``."""
+    """Mixin that ``fuse`` puts before the model's own class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Be pickled by the model's own class: pickle would take this one for that, and refuse."""
+        """Pickle the model by its own class; pickle refuses the fused class, because it has the same name."""
         reduced: Any = super().__reduce_ex__(protocol)
         return _blank, (type(self).__mro__[2],), *reduced[2:]
 
@@ -68,7 +73,7 @@ class _FusedModel:
         return _packed_forward(self, batch, loss)
 
 
-# torch.compile takes the decoder that this calls; lengths and losses, which change with every batch, stay out of it.
+# torch.compile compiles only the decoder that this function calls, because lengths and losses change with every batch.
 @uncompiled_frame
 def _packed_forward(model: Any, batch: PackedBatch, loss: HeadLoss | ActivationLoss | None) -> Any:
     if not isinstance(loss, ActivationLoss):
@@ -82,9 +87,9 @@ def _packed_forward(model: Any, batch: PackedBatch, loss: HeadLoss | ActivationL
 def _loss_of(model: Any, hidden: Tensor, batch: PackedBatch, loss: HeadLoss | None) -> Any:
     head = serve_head(model.get_output_embeddings(), PLAIN)
     layer: Any = head.linear
-    if type(layer) is nn.Linear:  # resize_token_embeddings puts a new layer in the place of an untied head
+    if type(layer) is nn.Linear:  # resize_token_embeddings replaces an untied head with a new layer
         fuse_layer(layer, head_of(model).softcap)
-    # By name, because hooks on the head take its only positional argument for its hidden states.
+    # Keyword arguments, because hooks on the head expect hidden states as its only positional argument.
     return layer(hidden, batch=batch, loss=loss, weight=head.weight)
 
 
@@ -100,9 +105,9 @@ def _activation_loss_of(
 
 @uncompiled_frame
 def packed_hidden(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> Tensor:
-    """Return the final hidden states (N, D) of the batch's label rows, scaled as the model scales its logits.
+    """Return the final hidden states (N, D) of the batch's label rows, multiplied by the model's logit scale.
 
-    With LoRA on the head they are (N, D + r).
+    With LoRA on the head, the shape is (N, D + r).
     """
     model = base_of(model)
     return _at_the_head(model, packed_states(model, batch), batch.label_rows)
@@ -110,57 +115,61 @@ def packed_hidden(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> Ten
 
 @uncompiled
 def _at_the_head(model: PreTrainedModel, hidden: Tensor, label_rows: Tensor) -> Tensor:
-    """Return hidden states (T, D) as the head takes them, (N, D)."""
+    """Select the label rows of hidden states (T, D), and cast, widen and scale them for the head: (N, D or D + r)."""
     head = serve_head(model.get_output_embeddings(), PLAIN)
     hidden, dtype = hidden.index_select(0, label_rows), head.linear.weight.dtype
     if hidden.dtype == torch.float32 and dtype in HALVES:
-        hidden = hidden.to(dtype)  # Mamba's residual stream is fp32, and its own head casts it so
+        hidden = hidden.to(dtype)  # Mamba's residual stream is fp32, and its own head makes the same cast
     elif dtype == torch.float32 and hidden.dtype in HALVES and not torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(dtype)  # an fp32 head on a half-precision decoder; a hook on the head does so for the model
+        hidden = hidden.to(dtype)  # an fp32 head on a half-precision decoder; in the model, a hook on the head casts
     rows = head.widen(hidden)
     scale = _logit_scale(model)
-    return rows if scale == 1 else rows * scale  # (s h) Wᵀ = s (h Wᵀ): the head itself need not know
+    return rows if scale == 1 else rows * scale  # (s h) Wᵀ = s (h Wᵀ), so the head needs no scale
 
 
 def _logit_scale(model: PreTrainedModel) -> float:
-    """Return what the model multiplies its logits by: Granite and Cohere do."""
+    """Return the factor by which the model multiplies its logits, as Granite and Cohere do; otherwise 1."""
     config = model.config.get_text_config()
     return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """Return the model's head as the loss op takes it.
+    """Return the model's head as an ``efface_kernels.Head``, the form that the loss op takes.
 
     Raises:
-        ValueError: a head that the loss op cannot serve, with the reason.
+        ValueError: if the loss op does not support the head; the message gives the reason.
     """
     model = base_of(model)
     head, config = serve_head(model.get_output_embeddings(), PLAIN), model.config.get_text_config()
     if head.linear.bias is not None and _logit_scale(model) != 1:
-        raise ValueError(f"{type(model).__name__}: a head with a bias whose logits are scaled is not served")
+        raise ValueError(
+            f"{type(model).__name__}: expected a head without a bias if logits are scaled, got a bias; efface does not "
+            "support the combination"
+        )
     return Head(head.weight, head.linear.bias, _softcap(config))
 
 
 def _softcap(config: Any) -> float | None:
-    """Return the bound of the logits under the names that Gemma, RecurrentGemma and xLSTM give it."""
+    """Return the soft-cap of the logits, or None; Gemma, RecurrentGemma and xLSTM use different names for it."""
     names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     return next((float(cap) for cap in (getattr(config, name, None) for name in names) if cap), None)
 
 
 def fuse(model: Model, *, attention: str | None = None) -> Model:
-    """Give ``model`` the fused head, in place, and return it. Fusing twice changes nothing.
+    """Give ``model`` the fused head, in place, and return the model; fusing twice is a no-op.
 
-    What packs are read with is measured (``hf.packing``): packed attention, the model's own, or one sequence a pass,
-    of which a warning says why.
+    A measurement decides how the model reads packed batches (see ``efface.hf.model.packing``): with packed attention,
+    with the model's own attention, or with one sequence per pass. In the last case, a warning gives the reason.
 
     Args:
         model: an ``AutoModelForCausalLM``, or a ``peft.PeftModel`` around one.
-        attention: attention implementation to switch to; None is packed attention where the model allows it.
+        attention: attention implementation to switch to; None uses packed attention if the model supports it.
 
     Raises:
-        TypeError: no transformers model, or one that torch.compile or a parallel wrapper has wrapped.
-        ValueError: a head that the loss op cannot serve; virtual tokens, a router's auxiliary loss; a model that is
-            not causal; one that is spread over devices; a ``forward`` on the instance that changes its logits.
+        TypeError: if ``model`` is not a transformers model, or is wrapped by torch.compile or a parallel wrapper.
+        ValueError: if the loss op does not support the head, an adapter uses virtual tokens, the model's loss has a
+            router's auxiliary loss, the model is not causal or is spread over several devices, or a ``forward`` on the
+            instance changes its logits.
     """
     check_model(model)
     base = base_of(model)
@@ -169,7 +178,7 @@ def fuse(model: Model, *, attention: str | None = None) -> Model:
     if not isinstance(base, _FusedModel):
         _check_forward(model, base)
     if attention is None and (known := reading_of(base)) is not None and known.asked:
-        delattr(base, MEMORY)  # an earlier choice ends
+        delattr(base, MEMORY)  # an attention chosen in an earlier call no longer applies
     use_packed_attention(base, attention=attention)
     for layer in head_linears(base.get_output_embeddings()):
         fuse_layer(layer, head.softcap)
@@ -180,13 +189,13 @@ def fuse(model: Model, *, attention: str | None = None) -> Model:
 
 
 def _fused_class(own: type) -> Any:
-    # The name stays, because save_pretrained writes it into config.json as the architecture.
+    # The class keeps its name, because save_pretrained writes the name into config.json as the architecture.
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
     return type(own.__name__, (_FusedModel, own), {**names, "forward": _forward_of(own)})
 
 
 def _blank(own: type) -> Any:
-    """Return a fused model without anything in it, for pickle to fill."""
+    """Return an uninitialised fused model, for pickle to fill."""
     made = _fused_class(own)
     return made.__new__(made)
 
@@ -206,26 +215,27 @@ def _unfuse_layer(layer: Any) -> None:
 
 
 def _check_forward(model: Any, base: Any) -> None:
-    """Raise ValueError for a ``forward`` on the instance that a packed call can neither pass through nor by."""
+    """Raise ValueError if the instance has a ``forward`` that a packed call can neither use nor safely bypass."""
     for module in {id(one): one for one in (model, base)}.values():
         if unwrapped_forward(module) is not None:
             raise ValueError(
-                f"{type(base).__name__}: expected a model as it was loaded, got one with the mixed precision of an "
-                "earlier Accelerator.prepare or Trainer around its forward; call `fuse` before `prepare`, or "
-                "`efface.hf.model.forwards.release(model)`, and set the precision anew"
+                f"{type(base).__name__}: expected a model as it was loaded, got one whose forward is wrapped by the "
+                "mixed precision of an earlier Accelerator.prepare or Trainer; call `fuse` before `prepare`, or call "
+                "`efface.hf.model.forwards.release(model)` and set the precision again"
             )
     if found_forward(base) is not None and any(w.is_meta or not w.numel() for w in base.parameters()):
         raise ValueError(
-            f"{type(base).__name__}: expected the forward of its class, got another on the instance, while its weights "
-            "are not in this process, so that nothing shows whether both give the same logits; remove the patch "
-            "(del model.forward), or load the model without sharding or offloading"
+            f"{type(base).__name__}: expected the forward of its class, got another one on the instance. Its weights "
+            "are not in this process, so efface cannot check that both give the same logits; remove the patch (del "
+            "model.forward), or load the model without sharding or offloading"
         )
 
 
 def _forward_of(own: type) -> Any:
-    """Return ``_FusedModel.forward`` with the signature of the model's own, and ``batch`` and ``loss`` beside.
+    """Return ``_FusedModel.forward`` with the signature of the model's own forward, plus ``batch`` and ``loss``.
 
-    transformers reads it, to know for one whether a model takes positions, which left-padded prompts need.
+    transformers inspects the signature, for example to find out whether a model takes ``position_ids``, which
+    left-padded prompts need.
     """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -233,21 +243,25 @@ def _forward_of(own: type) -> Any:
 
     signature = inspect.signature(own.forward)  # type: ignore[attr-defined]
     parameters = [*signature.parameters.values()]
-    ours = [one for one in inspect.signature(_FusedModel.forward).parameters.values() if one.name in ("batch", "loss")]
+    added = [one for one in inspect.signature(_FusedModel.forward).parameters.values() if one.name in ("batch", "loss")]
     last = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
     forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*parameters[:last], *ours, *parameters[last:]]
+        parameters=[*parameters[:last], *added, *parameters[last:]]
     )
     return forward
 
 
 def use_packed_attention(model: PreTrainedModel, *, attention: str | None = None) -> None:
-    """Switch ``model``, fused or not, to what it reads packs with; measured once, with the head, as ``fuse`` says.
+    """Switch ``model``, fused or not, to the attention with which it reads packed batches; it is measured only once.
 
-    An attention that was chosen stays.
+    An attention implementation chosen by the user in an earlier call stays.
+
+    Args:
+        model: a transformers model, or a ``peft.PeftModel`` around one.
+        attention: attention implementation to switch to; None uses packed attention if the model supports it.
 
     Raises:
-        ValueError: as ``fuse``, but for adapters and a router's loss.
+        ValueError: for the reasons listed for ``fuse``, except adapters and a router's auxiliary loss.
     """
     base = base_of(model)
     head = head_of(base)
@@ -261,11 +275,12 @@ def use_packed_attention(model: PreTrainedModel, *, attention: str | None = None
 
 
 def unfuse(model: Model, *, attention: str | None = "own") -> Model:
-    """Undo ``fuse``, in place: the model's own classes, and the given attention implementation.
+    """Undo ``fuse``, in place: restore the model's classes, set an attention implementation, and return the model.
 
     Args:
-        model: what ``fuse`` returned.
-        attention: "own" is the one that the model had before; None leaves it.
+        model: a model from ``fuse``.
+        attention: the attention implementation to set. "own" is the one that the model had before ``fuse``; None does
+            not change it.
     """
     base: Any = base_of(model)
     if attention == "own":

@@ -1,4 +1,4 @@
-"""What the fused head computes on the label rows of a packed batch."""
+"""The loss that the fused head computes from the label rows of a packed batch."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,27 +13,27 @@ from efface_kernels import Head, ReferenceRows, accumulation_dtype, linear_seque
 
 
 class StepOutput(NamedTuple):
-    """A micro-batch's share of the step's loss, which carries the gradient, and what it was made of, which does not."""
+    """The share of a micro-batch in the step's loss, with gradient, and its parts, without gradient."""
 
     loss: Tensor  # ()
-    terms: Tensor  # (S,) weighted; their sum is the loss
+    terms: Tensor  # (S,) weighted terms, whose sum is the loss
     sequence_logprobs: Tensor  # (S,) L_s; NaN where the loss of a sequence does not read it
     reference_sums: Tensor | None  # (S,) L_ref, 0 for sequences without a reference
 
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """A micro-batch's share of gamma · mean(forget) + alpha · mean(retain); the means run over the whole step.
+    """The share of a micro-batch in gamma · mean(forget) + alpha · mean(retain), with means over the whole step.
 
-    Forget and retain rows share one loop over the logits where the losses of both are functions of log-probabilities.
+    If both losses are functions of log-probabilities, forget and retain rows share one loop over the logits.
 
     Attributes:
-        objective: None for plain NLL.
-        totals: of the optimizer step.
-        forget_reference: the frozen model's rows of the forget sequences, where it runs live.
-        retain_reference: those of the retain sequences.
-        reference_sums: (S,) known L_ref instead, from a cache.
-        chunk_rows: rows of logits alive at a time; None chooses.
+        objective: the objective; None for plain NLL.
+        totals: totals of the optimizer step.
+        forget_reference: the frozen model's rows for the forget sequences, if the loss reads them from a running model.
+        retain_reference: the frozen model's rows for the retain sequences, likewise.
+        reference_sums: (S,) L_ref from a cache, used instead of ``forget_reference``.
+        chunk_rows: number of rows whose logits exist at the same time; None chooses it automatically.
         backend: "auto", "native", "triton" or "torch".
     """
 
@@ -46,7 +46,7 @@ class HeadLoss:
     backend: str = "auto"
 
     def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> StepOutput:
-        """Compute it from the hidden states (N, D) of the batch's label rows."""
+        """Return the loss for the hidden states (N, D) of the batch's label rows."""
         objective = self.objective
         if objective is None or (objective.forget_loss() is None and objective.retain_loss() is None):
             return self._of_logprobs(hidden, head, batch, self.reference_sums)
@@ -103,12 +103,12 @@ class HeadLoss:
 
 
 def _weights(part: PackedBatch, role: Role, weight: float, hidden: Tensor) -> Tensor:
-    """(S,) the weight of every sequence of the role, in the dtype in which ``hidden``'s are summed; 0 for idle ones."""
+    """Return (S,) ``weight`` for sequences of the role and 0 for others, in the accumulation dtype of ``hidden``."""
     return (part.roles == role).to(accumulation_dtype(hidden.dtype)) * weight
 
 
 def joined(outputs: list[StepOutput]) -> StepOutput:
-    """Return the outputs of the parts of a batch, in their order, as one."""
+    """Combine the outputs of the parts of a batch, in the given order, into one output for the batch."""
     sums = None
     if any(out.reference_sums is not None for out in outputs):
         sums = torch.cat([torch.zeros_like(o.terms) if o.reference_sums is None else o.reference_sums for o in outputs])

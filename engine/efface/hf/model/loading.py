@@ -1,6 +1,6 @@
-"""Models, tokenizers and saved adapters by name and revision, from folders and from the Hub.
+"""Loading of models, tokenizers, configurations and saved adapters, by name and revision, from folders and the Hub.
 
-An adapter is read back onto its base model exactly as it was trained, or not at all.
+A saved adapter is either loaded onto its base model exactly as it was trained, or refused with an error.
 """
 
 import json
@@ -28,9 +28,9 @@ from efface.hf.model.adapted_head import base_of, import_peft
 
 MAIN = "main"
 _WEIGHTS = (".safetensors", ".bin")
-# No name on the Hub ends so.
+# A name with one of these suffixes is taken for a missing file, not for a repository on the Hub.
 _FILES = (*_WEIGHTS, ".pt", ".pth", ".ckpt", ".gguf", ".json", ".model", ".zip", ".tar", ".gz")
-# What a model and a tokenizer are read from, where it is JSON of no great size.
+# Small JSON files of models and tokenizers, which are checked before loading.
 _MODEL_JSON = ("config.json", "generation_config.json", "adapter_config.json", "*.index.json")
 _TOKENIZER_JSON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER = ("*token*", "vocab*", "merges*", "*.model", "spiece*")
@@ -39,13 +39,13 @@ T = TypeVar("T")
 
 
 class HubFiles(Protocol):
-    """The part of ``huggingface_hub.HfApi`` that is used here."""
+    """The methods of ``huggingface_hub.HfApi`` that this module calls."""
 
     def list_repo_refs(self, repo_id: str) -> Any:
-        """Return what has the branches as ``branches``, each with a ``name``."""
+        """Return an object with a list ``branches``, each with a ``name``."""
 
     def list_repo_files(self, repo_id: str, *, revision: str) -> list[str]:
-        """Return the names of the files of a revision."""
+        """Return the names of the files in a revision."""
 
 
 def load_model(
@@ -58,27 +58,30 @@ def load_model(
     trust_remote_code: bool = False,
     client: HubFiles | None = None,
 ) -> Any:
-    """Load a causal language model: all of its weights from the checkpoint, and all of the checkpoint.
+    """Load a causal language model, and check that every weight of the model is in the checkpoint and vice versa.
 
-    A saved adapter comes as a ``peft.PeftModel`` around its base model, with the very weights that were trained: one
-    of a base in half precision stays in float32, one with added tokens finds room for them.
+    A saved adapter is loaded as a ``peft.PeftModel`` around its base model, with exactly the weights that were trained.
+    An adapter trained in float32 stays in float32 on a half-precision base. If the adapter was saved with added
+    tokens, the base model is resized for them.
 
     Args:
         name: a folder, or a name on the Hub.
-        revision: a branch, tag or commit; of a folder, a checkpoint in it, such as "checkpoint-12".
+        revision: a branch, tag or commit. For a folder, the name of a checkpoint in it, such as "checkpoint-12".
         dtype: auto (as saved), float32, bfloat16 or float16.
-        load_in_8bit: quantise all linear layers but the head, by bitsandbytes; for models that are not trained.
+        load_in_8bit: whether to quantise all linear layers except the head with bitsandbytes; for models that are not
+            trained.
         trainable: whether a saved adapter can be trained further; a whole model always can.
-        trust_remote_code: whether to run code that the checkpoint brings (``auto_map`` in its config.json).
-        client: the Hub; None is the real one.
+        trust_remote_code: whether to run code from the checkpoint (``auto_map`` in its config.json).
+        client: client for the Hub; None uses ``huggingface_hub.HfApi``.
 
     Raises:
-        ImportError: ``load_in_8bit`` without bitsandbytes; an adapter without peft.
-        FileNotFoundError: no such folder, no weights in this revision (lists the revisions that there are), or no base
-            model of an adapter.
-        ValueError: weights that are not those of the config, or of the adapter's base model; an adapter that cannot be
-            read back as it was trained; code that is not trusted.
-        OSError: whatever else the Hub says.
+        ImportError: if bitsandbytes is missing for ``load_in_8bit``, or peft is missing for an adapter.
+        FileNotFoundError: if the folder does not exist, the revision has no weights (the message lists the available
+            revisions), or the base model of an adapter is missing.
+        NotADirectoryError: if ``name`` is a file.
+        ValueError: if the weights do not match the config or the adapter's base model, an adapter cannot be loaded as
+            it was trained, or the checkpoint has code that is not trusted.
+        OSError: for other errors of the Hub.
     """
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"`dtype`: expected auto, float32, bfloat16 or float16, got {dtype!r}")
@@ -88,7 +91,7 @@ def load_model(
             if Path(found).with_name("config.json").is_file():
                 raise ValueError(
                     f"model {name!r}: expected a whole model or an adapter, got both config.json and "
-                    "adapter_config.json in one folder; keep each in a folder of its own"
+                    "adapter_config.json in one folder; move one of them to another folder"
                 )
             return load_adapted(Path(found).parent, base_at, trainable=trainable)
         if load_in_8bit:
@@ -104,7 +107,7 @@ def load_model(
                 f"model {name!r}: expected config.json or adapter_config.json in {str(source)!r}, got neither; check "
                 "the path, or get the files again"
             )
-        with _readable_weights(name, source), _no_bar_in_a_pipe():
+        with _readable_weights(name, source), _no_progress_bar_in_a_pipe():
             return load(source, **options)
 
     def base_at(base: str, base_revision: str) -> Any:
@@ -122,7 +125,7 @@ def load_model(
 
 @contextmanager
 def _readable_weights(name: str, source: str | Path) -> Iterator[None]:
-    """Say what libraries find wrong with a checkpoint; a damaged file of a folder by its name."""
+    """Convert library errors about a checkpoint to ValueError, with the name of the damaged file if it is local."""
     with reading(
         f"model {name!r}",
         "a checkpoint that transformers can load",
@@ -130,15 +133,15 @@ def _readable_weights(name: str, source: str | Path) -> Iterator[None]:
     ):
         try:
             yield
-        except SafetensorError as error:  # cut off, or something else
+        except SafetensorError as error:  # a truncated file, or not a safetensors file
             file = f"{str(damaged)!r}: " if (damaged := _damaged(source)) else ""
             raise ValueError(
                 f"model {name!r}: its weights cannot be read ({file}{one_line(str(error))}); get the files again"
             ) from error
         except (pickle.UnpicklingError, EOFError) as error:
             raise ValueError(
-                f"model {name!r}: its pickled weights cannot be read: they are damaged, or hold something else than "
-                "tensors, such as code that would run; get the files again, best as safetensors"
+                f"model {name!r}: its pickled weights cannot be read: they are damaged, or contain objects other than "
+                "tensors, which could run code; get the files again, preferably as safetensors"
             ) from error
 
 
@@ -147,7 +150,7 @@ def _damaged(source: str | Path) -> Path | None:
 
 
 def is_whole(weights: Path) -> bool:
-    """Whether a file of safetensors has a header that fits its size."""
+    """Return whether a safetensors file has a valid header that matches the size of the file."""
     try:
         with safe_open(weights, "pt"):
             return True
@@ -156,7 +159,7 @@ def is_whole(weights: Path) -> bool:
 
 
 def _check_json(source: str | Path, patterns: Iterable[str]) -> None:
-    """Raise ValueError for a file in a folder that holds no JSON object; of some, transformers takes no note."""
+    """Raise ValueError if a matching file in a folder is not a JSON object; transformers ignores some damaged files."""
     for path in sorted(path for pattern in patterns for path in Path(source).glob(pattern)):
         where, remedy = repr(str(path)), "get the file again"
         with reading(where, "a JSON object", remedy):
@@ -166,8 +169,8 @@ def _check_json(source: str | Path, patterns: Iterable[str]) -> None:
 
 
 @contextmanager
-def _no_bar_in_a_pipe() -> Iterator[None]:
-    """Keep transformers' bars out of what is no terminal, where every step of them would be a line."""
+def _no_progress_bar_in_a_pipe() -> Iterator[None]:
+    """Disable transformers' progress bars if stderr is not a terminal, where each update would be a separate line."""
     if not logging.is_progress_bar_enabled() or (sys.stderr is not None and sys.stderr.isatty()):
         yield
         return
@@ -179,21 +182,21 @@ def _no_bar_in_a_pipe() -> Iterator[None]:
 
 
 def _load_whole(source: str | Path, name: str, **options: Any) -> Any:
-    """Load what is no adapter; transformers itself only warns of weights that it had to draw or to leave out."""
+    """Load a whole model, and raise ValueError for missing or unused weights, of which transformers only warns."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     model, found = loaded
     if problems := _problems(found, model.config):
         raise ValueError(
-            f"model {name!r}: its weights are not those of a {type(model).__name__} with its config.json: "
-            f"{'; '.join(problems)}. Check num_hidden_layers and the sizes in config.json, or get the files again"
+            f"model {name!r}: expected the weights of a {type(model).__name__} as config.json describes it, got "
+            f"{'; '.join(problems)}; check num_hidden_layers and the sizes in config.json, or get the files again"
         )
     return model
 
 
 def _problems(found: Mapping[str, Any], config: Any) -> list[str]:
-    """Return what is wrong with weights as transformers found them, which has left out tied and optional ones."""
+    """Return descriptions of the mismatches that transformers reports; it leaves out tied and optional weights."""
     lists = {
         "not in the checkpoint, so random": sorted(found["missing_keys"]),
         "in the checkpoint, but not in the model": sorted(found["unexpected_keys"]),
@@ -203,7 +206,7 @@ def _problems(found: Mapping[str, Any], config: Any) -> list[str]:
     unused = "in the checkpoint, but not in the model"
     lists[unused] = [key for key in lists[unused] if not _CONSTANT.search(key)]
     if config.get_text_config() is not config or getattr(config, "vision_config", None) is not None:
-        lists[unused] = [key for key in lists[unused] if not _OTHER_SENSES.search(key)]
+        lists[unused] = [key for key in lists[unused] if not _OTHER_MODALITIES.search(key)]
     return [
         f"{len(keys)} {'tensor' if len(keys) == 1 else 'tensors'} {fault} ({keys[0]}{', ...' if len(keys) > 1 else ''})"
         for fault, keys in lists.items()
@@ -212,17 +215,17 @@ def _problems(found: Mapping[str, Any], config: Any) -> list[str]:
 
 
 def _mismatch(item: Any) -> str:
-    if isinstance(item, str):  # transformers 4 keeps the names alone
+    if isinstance(item, str):  # transformers 4 reports only the names
         return item
     name, saved, own = item
     return f"{name} {tuple(saved)} instead of {tuple(own)}"
 
 
 _CONSTANT = re.compile(r"(^|\.)(attn|attention)(\.attention)?\.(bias|masked_bias)$|(^|\.)(position_ids|inv_freq)$")
-"""Causal masks, positions and frequencies, which checkpoints of GPT-2, GPT-Neo, GPT-J and early Llama hold."""
+"""Constant buffers (causal masks, positions, frequencies) in checkpoints of GPT-2, GPT-Neo, GPT-J and early Llama."""
 
-_OTHER_SENSES = re.compile(r"(^|\.)(vision|visual|audio|image|multi_modal)")
-"""Parts of a checkpoint that the causal language model of a composite configuration does not have."""
+_OTHER_MODALITIES = re.compile(r"(^|\.)(vision|visual|audio|image|multi_modal)")
+"""Weights of other modalities in a multimodal checkpoint, which its causal language model does not use."""
 
 
 def _in_8bit() -> BitsAndBytesConfig:
@@ -238,18 +241,22 @@ def load_tokenizer(
 
 
 def read_tokenizer(source: str | Path, **options: Any) -> Any:
-    """Return the tokenizer in a folder, or of a name on the Hub.
+    """Return the tokenizer in a folder, or under a name on the Hub.
+
+    Args:
+        source: the folder or the name.
+        **options: keyword arguments for ``AutoTokenizer.from_pretrained``.
 
     Raises:
-        FileNotFoundError: a folder without one.
-        ValueError: one whose files are damaged.
-        OSError: whatever else the Hub says.
+        FileNotFoundError: if the folder contains no tokenizer.
+        ValueError: if the files of the tokenizer are damaged.
+        OSError: for other errors of the Hub.
     """
     where = f"tokenizer {str(source)!r}"
     if Path(source).is_dir() and not any(path for pattern in _TOKENIZER for path in Path(source).glob(pattern)):
         raise FileNotFoundError(
-            f"{where}: expected tokenizer.json and tokenizer_config.json in the folder, got no file of a tokenizer; "
-            "name another with --tokenizer, or copy the files of the model that it was made from"
+            f"{where}: expected tokenizer.json and tokenizer_config.json in the folder, got no tokenizer files; "
+            "choose another tokenizer with --tokenizer, or copy the files from the model's base model"
         )
     _check_json(source, _TOKENIZER_JSON)
     with reading(where, "a tokenizer that transformers can load"):
@@ -257,9 +264,9 @@ def read_tokenizer(source: str | Path, **options: Any) -> Any:
 
 
 def check_code(source: str | Path, *, trusted: bool) -> None:
-    """Raise ValueError for a folder whose model is code of its own, unless that is trusted.
+    """Raise ValueError if the model in a folder needs its own code and ``trusted`` is false.
 
-    Without an answer transformers would ask on the terminal, and wait.
+    Without this check, transformers would ask on the terminal and wait for an answer.
     """
     path = Path(source, "config.json")
     if trusted or not path.is_file():
@@ -269,9 +276,9 @@ def check_code(source: str | Path, *, trusted: bool) -> None:
     if isinstance(code, dict) and found.get("model_type") not in CONFIG_MAPPING:
         files = sorted({f"{str(name).split('--')[-1].split('.')[0]}.py" for name in code.values()})
         raise ValueError(
-            f"model {str(source)!r}: expected an architecture of transformers, got {found.get('model_type')!r}, whose "
-            f"code comes with it ({', '.join(files)}); read it, and add --trust-remote-code (in Python "
-            "trust_remote_code=True) if it may run"
+            f"model {str(source)!r}: expected an architecture of transformers, got {found.get('model_type')!r}, which "
+            f"needs code from the checkpoint ({', '.join(files)}); read that code, and add --trust-remote-code (in "
+            "Python trust_remote_code=True) to run it"
         )
 
 
@@ -281,11 +288,15 @@ def load_config(name: str, *, revision: str = MAIN, trust_remote_code: bool = Fa
 
 
 def read_config(source: str | Path, **options: Any) -> Any:
-    """Return the configuration in a folder, or of a name on the Hub.
+    """Return the configuration in a folder, or under a name on the Hub.
+
+    Args:
+        source: the folder or the name.
+        **options: keyword arguments for ``AutoConfig.from_pretrained``.
 
     Raises:
-        ValueError: a damaged one.
-        OSError: whatever else the Hub says.
+        ValueError: if config.json is damaged, or the model needs code that is not trusted.
+        OSError: for other errors of the Hub.
     """
     _check_json(source, ("config.json",))
     check_code(source, trusted=bool(options.get("trust_remote_code")))
@@ -302,16 +313,16 @@ def _load(load: Callable[..., T], name: str, revision: str, client: HubFiles | N
         others = _other_revisions(client or HfApi(), name, revision)
         if not others:
             raise
-        raise FileNotFoundError(_nothing_there(name, revision, others)) from error
+        raise FileNotFoundError(_no_weights(name, revision, others)) from error
 
 
 def _folder(name: str) -> Path | None:
-    """Return the folder of this name; None where it can only be on the Hub.
+    """Return the folder ``name``, or None if it does not exist and ``name`` can be a name on the Hub.
 
     Raises:
-        FileNotFoundError: a path that does not exist must not become a search on the Hub.
-        NotADirectoryError: a file.
-        ValueError: no name.
+        FileNotFoundError: if ``name`` is a path that does not exist; it must not be looked up on the Hub.
+        NotADirectoryError: if ``name`` is a file.
+        ValueError: if ``name`` is blank.
     """
     folder = Path(name).expanduser()
     if not name.strip():
@@ -319,17 +330,22 @@ def _folder(name: str) -> Path | None:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise NotADirectoryError(f"model {name!r}: expected a folder, got a file; give the folder that it is in")
+        raise NotADirectoryError(f"model {name!r}: expected a folder, got a file; give the folder that contains it")
     if name.startswith((".", "/", "~")) or folder.suffix in _FILES or len(folder.parts) > 2 or folder.is_symlink():
         raise FileNotFoundError(f"model folder {name!r} does not exist; check the path")
     return None
 
 
 def local_files(name: str, revision: str, wanted: str) -> Path | None:
-    """Return the folder of a checkpoint that is on this machine, as a folder or in the Hub's cache; else None.
+    """Return the local folder of a checkpoint, or None if it would have to be downloaded.
+
+    Args:
+        name: a folder, or a name on the Hub.
+        revision: the revision, as in ``load_model``.
+        wanted: name of a file that the Hub's local cache must contain for the checkpoint.
 
     Raises:
-        FileNotFoundError: a path that does not exist.
+        FileNotFoundError: if ``name`` is a path that does not exist, or the folder has no such revision.
     """
     if (folder := _folder(name)) is not None:
         return local_revision(folder, revision)
@@ -338,10 +354,10 @@ def local_files(name: str, revision: str, wanted: str) -> Path | None:
 
 
 def local_revision(folder: Path, revision: str) -> Path:
-    """Return where a folder keeps a revision: in itself (main), in a sub-folder, or as a snapshot of the Hub's cache.
+    """Return the path of a revision in a folder: the folder itself ("main"), a subfolder, or a Hub cache snapshot.
 
     Raises:
-        FileNotFoundError: it does not; lists what it keeps.
+        FileNotFoundError: if the folder has no such revision; the message lists the available ones.
     """
     ref = folder / "refs" / revision
     if ref.is_file():
@@ -353,8 +369,8 @@ def local_revision(folder: Path, revision: str) -> Path:
     kept = [str(path.relative_to(refs)) for path in refs.rglob("*") if path.is_file()]
     kept += [path.name for path in folder.glob("[!.]*") if _has_weights(item.name for item in path.glob("*"))]
     if not kept and revision == MAIN:
-        return folder  # transformers says what is missing
-    raise FileNotFoundError(_nothing_there(str(folder), revision, kept))
+        return folder  # transformers reports which file is missing
+    raise FileNotFoundError(_no_weights(str(folder), revision, kept))
 
 
 def _has_weights(names: Iterable[str]) -> bool:
@@ -362,92 +378,93 @@ def _has_weights(names: Iterable[str]) -> bool:
 
 
 def _other_revisions(client: HubFiles, name: str, revision: str) -> list[str]:
-    """Return the branches of a repository if this revision is missing or has no weights, else nothing."""
+    """Return the other branches of a repository if this revision is missing or has no weights, otherwise []."""
     try:
         branches = [branch.name for branch in client.list_repo_refs(name).branches]
         if revision in branches and _has_weights(client.list_repo_files(name, revision=revision)):
-            return []  # the weights are there, so the error is about something else
-    except Exception:  # noqa: BLE001 - the first error tells more than one about looking for its cause
+            return []  # the revision has weights, so the error has another cause
+    except Exception:  # noqa: BLE001 - the original error is more useful than one from this request
         return []
     return [branch for branch in branches if branch != revision]
 
 
-def _nothing_there(name: str, revision: str, others: list[str]) -> str:
+def _no_weights(name: str, revision: str, others: list[str]) -> str:
     listed = ", ".join(sorted(others, key=lambda other: (len(other), other))) or "none"
     example = max(others, key=lambda other: (len(other), other), default="checkpoint-N")
     return (
-        f"model {name!r}: no weights at revision {revision!r}; it has revisions {listed}. Choose one, such as "
-        f"`--revision {example}`"
+        f"model {name!r}: expected weights at revision {revision!r}, got none; its revisions are {listed}; choose one, "
+        f"such as `--revision {example}`"
     )
 
 
-_NOT_REPEATED = {
-    "pissa_niter": "a randomised decomposition of the base weights, which comes out otherwise each time; use 'pissa'",
-    "corda": "activations of calibration data, which the adapter does not hold",
-    "loftq": "a quantised base model, which the adapter does not hold",
+_NOT_REPRODUCIBLE = {
+    "pissa_niter": "a randomised decomposition of the base weights, which differs each time; use 'pissa'",
+    "corda": "activations of calibration data, which are not saved with the adapter",
+    "loftq": "a quantised base model, which is not saved with the adapter",
 }
-"""Initialisations that change the base weights in a way that reading the adapter does not repeat."""
+"""Initialisations that change the base weights in a way that loading the adapter cannot reproduce, with the reason."""
 
 
 def load_adapted(folder: Path, load_base: Callable[[str, str], Any], *, trainable: bool = False) -> Any:
-    """Return a ``peft.PeftModel``: the base model that an adapter names, with the adapter.
+    """Return a ``peft.PeftModel``: the base model named in a saved adapter's configuration, with the adapter.
 
-    A base with a smaller vocabulary than that of the adapter is resized, if the adapter holds all rows of both the
-    input embeddings and the head: the new ones are then the adapter's.
+    If the base model has another vocabulary size than the adapter, the base model is resized. For that, the adapter
+    must contain all rows of both the input embeddings and the head (of one of them, if the two are tied).
 
     Args:
-        folder: holds adapter_config.json and the adapter's weights.
-        load_base: loads a model by name and revision.
-        trainable: whether the adapter is to be trained further; else nothing requires a gradient.
+        folder: folder with adapter_config.json and the adapter's weights.
+        load_base: function that loads a model by name and revision.
+        trainable: whether the adapter is trained further; if not, no parameter requires a gradient.
 
     Raises:
-        FileNotFoundError: the base model is not there.
-        ImportError: without peft.
-        ValueError: an adapter that does not name its base, or is for another base; one that cannot be read back.
+        FileNotFoundError: if the base model cannot be loaded.
+        ImportError: if peft is not installed.
+        ValueError: if the adapter does not name its base model, belongs to another base model, or cannot be loaded as
+            it was trained.
     """
     peft = import_peft()
     config = peft.PeftConfig.from_pretrained(str(folder))
     name, revision = config.base_model_name_or_path, config.revision or "main"
     if not name:
         raise ValueError(f"adapter {str(folder)!r}: expected base_model_name_or_path in adapter_config.json, got none")
-    _check_repeatable(folder, config)
+    _check_reproducible(folder, config)
     try:
         base = load_base(name, revision)
     except OSError as error:
         raise FileNotFoundError(f"adapter {str(folder)!r}: its base model cannot be loaded: {error}") from error
     if base_of(base) is not base:
         raise ValueError(
-            f"adapter {str(folder)!r}: expected a whole model as its base, got {name!r}, which is an adapter too; "
-            "merge that into its own base first (`--merge-adapter`, or peft's merge_and_unload)"
+            f"adapter {str(folder)!r}: expected a whole model as its base, got {name!r}, which is also an adapter; "
+            "merge that adapter into its base model first (`--merge-adapter`, or peft's merge_and_unload)"
         )
     weights = peft.load_peft_weights(str(folder), device="cpu")
-    _make_room(folder, config, base, weights)
+    _resize_vocabulary(folder, config, base, weights)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # _check_loaded raises for them
             model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=trainable, torch_device="cpu")
-    except RuntimeError as error:  # how torch says that shapes differ
+    except RuntimeError as error:  # torch raises it for different shapes
         listed = " ".join(str(error).split())
-        raise ValueError(f"adapter {str(folder)!r} is not of its base model {name!r}: {listed}") from error
-    _check_held(folder, name, model, weights)
+        raise ValueError(f"adapter {str(folder)!r} does not fit its base model {name!r}: {listed}") from error
+    _check_loaded(folder, name, model, weights)
     if not trainable:
         model.requires_grad_(False)
     return model
 
 
-def _check_repeatable(folder: Path, config: Any) -> None:
+def _check_reproducible(folder: Path, config: Any) -> None:
     init = getattr(config, "init_lora_weights", None)
-    for known, reason in _NOT_REPEATED.items():
+    for known, reason in _NOT_REPRODUCIBLE.items():
         if isinstance(init, str) and init.startswith(known):
             raise ValueError(
-                f"adapter {str(folder)!r} cannot be read back: init_lora_weights={init!r} changed its base model by "
+                f"adapter {str(folder)!r} cannot be loaded: init_lora_weights={init!r} changed its base model by "
                 f"{reason}. Save the merged model (peft's merge_and_unload), or convert the adapter while its model is "
-                "at hand (path_initial_model_for_weight_conversion of save_pretrained)"
+                "still in memory (path_initial_model_for_weight_conversion of save_pretrained)"
             )
 
 
-def _make_room(folder: Path, config: Any, base: Any, weights: Mapping[str, Tensor]) -> None:
-    """Give ``base`` as many rows as the adapter has tokens."""
+def _resize_vocabulary(folder: Path, config: Any, base: Any, weights: Mapping[str, Tensor]) -> None:
+    """Resize the vocabulary of ``base`` to that of the adapter; raise ValueError if the adapter lacks rows for that."""
     layers = {"input embeddings": base.get_input_embeddings(), "head": base.get_output_embeddings()}
     paths = {part: path for path, module in base.named_modules() for part, layer in layers.items() if module is layer}
     held = {part: _ending(weights, f".{path}.weight", f".{path}.base_layer.weight") for part, path in paths.items()}
@@ -456,18 +473,18 @@ def _make_room(folder: Path, config: Any, base: Any, weights: Mapping[str, Tenso
     if rows <= {own}:
         return
     tied = layers["head"] is None or layers["head"].weight is layers["input embeddings"].weight
-    # A copy in modules_to_save is tied to nothing: the head goes on with the base's rows.
+    # A copy in modules_to_save is not tied, so the head still uses the base model's rows.
     copied = bool(getattr(config, "modules_to_save", None)) and not getattr(config, "ensure_weight_tying", False)
-    lacking = [] if tied and not copied else [part for part, weight in held.items() if weight is None]
-    if len(rows) > 1 or lacking:
+    missing = [] if tied and not copied else [part for part, weight in held.items() if weight is None]
+    if len(rows) > 1 or missing:
         sizes = ", ".join(map(str, sorted(rows)))
         raise ValueError(
             f"adapter {str(folder)!r} has a vocabulary of {sizes} tokens, its base model "
-            f"{config.base_model_name_or_path!r} one of {own}, and the adapter does not hold the new rows of both the "
-            f"input embeddings and the head (it lacks the {' and the '.join(lacking) or 'same number of them'}); save "
-            "them with it (modules_to_save), or save the resized base model and train the adapter on that"
+            f"{config.base_model_name_or_path!r} has {own}, and the adapter does not contain the new rows of both the "
+            f"input embeddings and the head (it lacks the {' and the '.join(missing) or 'same number of them'}); save "
+            "them with the adapter (modules_to_save), or save the resized base model and train the adapter on that"
         )
-    with torch.random.fork_rng(devices=[]):  # rows that the adapter's replace
+    with torch.random.fork_rng(devices=[]):  # the random new rows are replaced by the adapter's
         base.resize_token_embeddings(rows.pop(), mean_resizing=False)
 
 
@@ -475,8 +492,8 @@ def _ending(weights: Mapping[str, Tensor], *endings: str) -> Tensor | None:
     return next((weight for key, weight in weights.items() if key.endswith(endings)), None)
 
 
-def _check_held(folder: Path, name: str, model: Any, weights: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless the adapter of ``model`` is what was saved, to the last bit."""
+def _check_loaded(folder: Path, name: str, model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the adapter of ``model`` equals the saved weights, bit for bit."""
     peft = import_peft()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -493,4 +510,4 @@ def _check_held(folder: Path, name: str, model: Any, weights: Mapping[str, Tenso
     }
     found = [f"{len(keys)} tensors {fault}, such as {keys[0]}" for fault, keys in faults.items() if keys]
     if found:
-        raise ValueError(f"adapter {str(folder)!r} is not of its base model {name!r}: {'; '.join(found)}")
+        raise ValueError(f"adapter {str(folder)!r} does not fit its base model {name!r}: {'; '.join(found)}")

@@ -1,8 +1,9 @@
-"""LoRA by peft: made, put beside an adapter that is there, and merged. Without peft everything else works.
+"""LoRA with peft: creating adapters, adding a second adapter to a model that has one, and merging.
 
-On a model with an adapter, that one is frozen, and what is saved is one adapter that equals both: the sum
-s1 B1 (A1 x) + s2 B2 (A2 x) is s2 [B1 s1 / s2, B2] [A1; A2] x, an adapter of the ranks' sum. Nothing is merged into the
-base model, which in half precision would round a young adapter away.
+The rest of efface works without peft. If a model already has an adapter, that adapter is frozen, and saving writes one
+adapter that equals both: the sum s1 B1 (A1 x) + s2 B2 (A2 x) is s2 [B1 s1 / s2, B2] [A1; A2] x, an adapter whose rank
+is the sum of the two ranks. The first adapter is not merged into the base model, because in half precision rounding
+would remove the small changes of a newly trained adapter.
 """
 
 import math
@@ -21,7 +22,7 @@ from efface.hf.model.adapted_head import base_of, head_linears, import_peft
 from efface.hf.model.supported import undisturbed
 
 COMPARED_TOKENS = 64
-"""Tokens of a sequence on which the reference and the policy are compared."""
+"""Number of tokens per sequence on which reference and policy are compared."""
 
 FIRST, SECOND = "default", "second_lora"
 _KINDS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
@@ -36,31 +37,31 @@ def add_lora(
     target: Sequence[str] = (),
     revision: str | None = None,
 ) -> Any:
-    """Return ``model`` within a ``peft.PeftModel`` with a fresh LoRA adapter; at the start it computes what it did.
+    """Add a fresh LoRA adapter to ``model`` and return the ``peft.PeftModel``; its outputs do not change at first.
 
-    A model with an adapter keeps it, frozen, under the fresh one, and ``save_pretrained`` writes one adapter of both
-    ranks that equals both.
+    If the model already has an adapter, that adapter stays active and is frozen. ``save_pretrained`` then writes one
+    adapter that equals both, with the sum of their ranks.
 
     Args:
-        model: a transformers model, or a ``peft.PeftModel`` with one plain LoRA adapter; is changed in place.
-        r: rank.
-        alpha: the adapter counts alpha / r; None is 2 r.
-        dropout: of what enters the adapter.
-        target: names of layers; none, or "all-linear", is every linear layer but the head.
-        revision: of the base model on the Hub, for whoever reads the saved adapter.
+        model: a transformers model, or a ``peft.PeftModel`` with one plain LoRA adapter; changed in place.
+        r: rank of the adapter.
+        alpha: LoRA's alpha, so that the adapter's output is scaled by alpha / r; None is 2 r.
+        dropout: probability of dropout on the adapter's input.
+        target: names of the layers to adapt; empty or "all-linear" adapts every linear layer except the head.
+        revision: revision of the base model on the Hub, stored in the saved adapter for later loading.
 
     Raises:
-        ImportError: without peft, with the command that installs it.
-        ValueError: a rank below 1, a dropout outside 0 .. 1, a target that the model has not, an adapter of another
-            kind on it.
+        ImportError: if peft is not installed; the message gives the command that installs it.
+        ValueError: if the rank is below 1, the dropout is not in 0 .. 1, the model has no such target, or the model has
+            an adapter of another kind.
     """
     config = lora_config(model, r=r, alpha=alpha, dropout=dropout, target=target, revision=revision)
     if base_of(model) is not model:
         return add_second(model, config)
     if getattr(model, "peft_config", None):  # transformers has put the adapter into the model itself
         raise ValueError(
-            "a second LoRA adapter: expected a peft.PeftModel, got a transformers model with an adapter inside; load "
-            "it with efface.hf.model.loading.load_model, or peft.AutoPeftModelForCausalLM"
+            "a second LoRA adapter: expected a peft.PeftModel, got a transformers model with a built-in adapter; load "
+            "it with efface.hf.model.loading.load_model or peft.AutoPeftModelForCausalLM"
         )
     return import_peft().get_peft_model(model, config)
 
@@ -74,15 +75,15 @@ def lora_config(
     target: Sequence[str] = (),
     revision: str | None = None,
 ) -> Any:
-    """Return the ``peft.LoraConfig`` that ``add_lora`` takes; arguments and errors are its."""
+    """Return the ``peft.LoraConfig`` that ``add_lora`` uses; arguments and errors are those of ``add_lora``."""
     peft = import_peft()
     if r < 1:
         raise ValueError(f"`lora_r`: expected at least 1, got {r}")
     if not 0 <= dropout < 1:
-        raise ValueError(f"`lora_dropout`: expected 0 .. 1, got {dropout}")
+        raise ValueError(f"`lora_dropout`: expected 0 .. 1 (excluding 1), got {dropout}")
     targets: Any = list(target)
     if targets in ([], ["all-linear"]):
-        # peft would take the parts of adapters that are there for linear layers of the model.
+        # With "all-linear", peft would also adapt the linear layers inside existing adapters.
         targets = linear_layers(base_of(model)) if getattr(model, "peft_config", None) else "all-linear"
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -95,14 +96,14 @@ def lora_config(
 
 
 def with_fresh_lora(model: Any, *, r: int) -> Any:
-    """Return a model to train that is ``model`` with a fresh adapter, which alone is trained, beside any it has.
+    """Add a fresh adapter, the only trained one, in addition to any adapters that ``model`` has, and return the model.
 
-    For a model that is put back afterwards, not saved, so that what there is may be of any kind. ``model`` is changed
-    in place.
+    ``model`` is changed in place. The function is for models that are restored afterwards and not saved, so the
+    existing adapters can be of any kind.
 
     Raises:
-        ImportError: without peft.
-        ValueError: a rank below 1; a model that does not compute with the fresh adapter what it did.
+        ImportError: if peft is not installed.
+        ValueError: if the rank is below 1, or the fresh adapter changes the outputs of the model.
     """
     base = base_of(model)
     if not getattr(base, "peft_config", None):
@@ -113,44 +114,48 @@ def with_fresh_lora(model: Any, *, r: int) -> Any:
     if not torch.equal(before, logits_of(base, ids.view(2, -1))):
         kinds = ", ".join(sorted(str(config.peft_type) for config in base.peft_config.values()))
         raise ValueError(
-            "a fresh LoRA adapter: expected the model to compute at first what it did without, got other logits: peft "
-            f"cannot put one beside {kinds}; merge the model's own adapters first, or train all weights"
+            "a fresh LoRA adapter: expected it to leave the model's logits unchanged, got other logits: peft cannot "
+            f"combine it with {kinds}; merge the model's own adapters first, or train all weights"
         )
     return model
 
 
 @torch.no_grad()
 def logits_of(model: Any, ids: Tensor) -> Tensor:
-    """Return the float32 logits (B, T, V) of ``ids`` (B, T), in evaluation mode; the model is left as it was."""
+    """Return the float32 logits (B, T, V) of ``ids`` (B, T), in evaluation mode; the model's modes are restored."""
     with undisturbed(model):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits.float()
 
 
 def check_mergeable(model: Any) -> None:
-    """Raise ValueError unless ``merge_and_unload`` gives the model that was trained."""
+    """Raise ValueError if ``model`` has no adapters, or if merging them would change tied weights."""
     base = base_of(model)
     if base is model:
-        raise ValueError("merging: expected a model with adapters, got one without; give lora_r")
+        raise ValueError("merging: expected a model with adapters, got one without; set lora_r to train an adapter")
     head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
     adapted = any(hasattr(layer, "base_layer") for layer in (head, embeddings))
     weights = head_linears(head)[0].weight, getattr(embeddings, "base_layer", embeddings).weight
     if adapted and weights[0] is weights[1]:
         raise ValueError(
-            "merging: lm_head and the input embeddings share one weight, and an adapter on one of them would change "
-            "both; leave them out of lora_target, or keep the adapter apart"
+            "merging: lm_head and the input embeddings share one weight, so merging an adapter on one of them would "
+            "change both; leave them out of lora_target, or do not merge the adapter"
         )
 
 
 def merged(model: Any) -> PreTrainedModel:
-    """Return the transformers model with the adapters of ``model`` added to its weights; ``model`` is used up."""
+    """Merge the adapters of ``model`` into its weights and return the transformers model; do not use ``model`` again.
+
+    Raises:
+        ValueError: if the adapters cannot be merged; see ``check_mergeable``.
+    """
     check_mergeable(model)
     base: PreTrainedModel = model.merge_and_unload()
     return base
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """Return peft's layers by name, the outermost ones."""
+    """Return the layers that peft has wrapped, by name; layers inside another wrapped layer are left out."""
     tuner = import_peft().tuners.tuners_utils.BaseTunerLayer
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
@@ -160,9 +165,9 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def linear_layers(base: Any) -> list[str]:
-    """Return the names of the linear layers but the head, as they were before there were adapters on them."""
+    """Return the names of the model's own linear layers except the head, without the layers inside adapters."""
     head, layers = base.get_output_embeddings(), adapted_layers(base)
-    copied = import_peft().utils.other.AuxiliaryTrainingWrapper  # layers that are trained whole
+    copied = import_peft().utils.other.AuxiliaryTrainingWrapper  # layers of which peft trains a full copy
     names: list[str] = []
     closed: list[str] = []
     for name, module in base.named_modules():
@@ -181,18 +186,18 @@ def _is_linear(layer: Any) -> bool:
 
 
 def attach(base: Any, config: Any, name: str = SECOND) -> None:
-    """Put another adapter on a transformers model that has some; it alone is trained, all that were active stay so.
+    """Add an adapter to a transformers model that has adapters; only the new one is trained, active ones stay active.
 
-    Dropout of those that were there is switched off: they belong to the model that the run begins with.
+    Dropout in the existing adapters is switched off, because they are part of the model with which the run begins.
 
     Raises:
-        ValueError: a layer to adapt that the model has not.
+        ValueError: if the model has no layer that the config names.
     """
     for layer in adapted_layers(base).values():
         for module in layer.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-    # peft makes the newest adapter the only active one, and switches off copies in modules_to_save with it.
+    # peft makes the newest adapter the only active one, which also switches off the copies in modules_to_save.
     active = {module: module._active_adapter for module in base.modules() if "_active_adapter" in vars(module)}  # noqa: SLF001
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
@@ -208,24 +213,27 @@ def attach(base: Any, config: Any, name: str = SECOND) -> None:
 
 
 def check_second(model: Any, config: Any) -> None:
-    """Raise ValueError unless the adapter of ``model`` and a second of ``config`` can be saved as one."""
+    """Raise ValueError unless the adapter of ``model`` and a second one with ``config`` can be saved as one adapter."""
     layers = adapted_layers(base_of(model))
     first = model.peft_config[FIRST] if set(model.peft_config) == {FIRST} else None
     reasons = {
         f"adapters named {', '.join(map(repr, model.peft_config))} instead of {FIRST!r}": first is None,
-        "one that is switched off or merged": any(
+        "an adapter that is switched off or merged": any(
             layer.disable_adapters or getattr(layer, "merged", False) for layer in layers.values()
         ),
         f"an adapter of kind {getattr(first, 'peft_type', None)}": getattr(first, "peft_type", "LORA") != "LORA",
-        "a variant of LoRA (DoRA and the like)": any(
+        "a variant of LoRA (such as DoRA)": any(
             getattr(layer, "lora_variant", None) or getattr(layer, "use_dora", {}).get(FIRST)
             for layer in layers.values()
         ),
-        "whole layers of its own (modules_to_save)": bool(getattr(first, "modules_to_save", None)),
-        "tokens of its own (trainable_token_indices)": bool(getattr(first, "trainable_token_indices", None)),
-        "biases (bias, lora_bias)": getattr(first, "bias", "none") != "none" or getattr(first, "lora_bias", False),
-        "layers used more than once (layer_replication)": bool(getattr(first, "layer_replication", None)),
-        "parameters that are no layers (target_parameters)": bool(getattr(first, "target_parameters", None)),
+        "an adapter with whole layers (modules_to_save)": bool(getattr(first, "modules_to_save", None)),
+        "an adapter with trained tokens (trainable_token_indices)": bool(
+            getattr(first, "trainable_token_indices", None)
+        ),
+        "an adapter with biases (bias, lora_bias)": getattr(first, "bias", "none") != "none"
+        or getattr(first, "lora_bias", False),
+        "an adapter with repeated layers (layer_replication)": bool(getattr(first, "layer_replication", None)),
+        "an adapter on single parameters (target_parameters)": bool(getattr(first, "target_parameters", None)),
         f"an initialisation that changed the base model ({getattr(first, 'init_lora_weights', None)!r})": str(
             getattr(first, "init_lora_weights", "")
         ).startswith(("pissa", "olora", "corda", "loftq")),
@@ -233,23 +241,23 @@ def check_second(model: Any, config: Any) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(
-                f"a second LoRA adapter: expected a model with one plain LoRA adapter, got {reason}, which no single "
-                "adapter on the same base can hold together with the second. Train the first one further (without "
-                "lora_r), or save the first as a whole model (--merge-adapter) and begin with that"
+                f"a second LoRA adapter: expected a model with one plain LoRA adapter, got {reason}, which cannot be "
+                "saved together with a second adapter as one adapter; train the first adapter further (without "
+                "lora_r), or merge it into a whole model (--merge-adapter) and start from that"
             )
     if config.use_dora:
         raise ValueError("a second LoRA adapter: expected plain LoRA, got use_dora=True")
 
 
 def add_second(model: Any, config: Any) -> Any:
-    """Return ``model`` with a second adapter, which alone is trained; it is saved and read as one adapter with both.
+    """Add a second adapter, the only trained one, and return ``model``; both are saved and loaded as one adapter.
 
     Args:
-        model: a ``peft.PeftModel`` with one plain LoRA adapter; is changed in place.
-        config: a ``peft.LoraConfig``.
+        model: a ``peft.PeftModel`` with one plain LoRA adapter; changed in place.
+        config: a ``peft.LoraConfig`` for the second adapter.
 
     Raises:
-        ValueError: a first adapter of another kind; a layer to adapt that the model has not.
+        ValueError: if the first adapter is of another kind, or the model has no layer that the config names.
     """
     check_second(model, config)
     attach(base_of(model), config)
@@ -260,13 +268,13 @@ def add_second(model: Any, config: Any) -> Any:
 
 
 def is_second(model: Any) -> bool:
-    """Return whether ``add_second`` made the model."""
+    """Return whether ``model`` has a second adapter from ``add_second``."""
     return isinstance(model, _TwoAdapters)
 
 
 @contextmanager
 def without_second(model: Any) -> Iterator[None]:
-    """Switch the second adapter off; what is trainable stays so."""
+    """Switch the second adapter off while the block runs; every ``requires_grad`` keeps its value."""
     active = {
         layer: list(layer.active_adapters)
         for layer in adapted_layers(base_of(model)).values()
@@ -274,7 +282,8 @@ def without_second(model: Any) -> Iterator[None]:
     }
     try:
         for layer, names in active.items():
-            layer._active_adapter = [name for name in names if name != SECOND]  # noqa: SLF001 - set_adapter sets free
+            # set_adapter would make the adapters that it activates trainable.
+            layer._active_adapter = [name for name in names if name != SECOND]  # noqa: SLF001
         yield
     finally:
         for layer, names in active.items():
@@ -282,7 +291,7 @@ def without_second(model: Any) -> Iterator[None]:
 
 
 class _TwoAdapters:
-    """Mixed in before a model's own class by ``add_second``."""
+    """Mixin that ``add_second`` puts before the model's own class; saves and loads both adapters as one."""
 
     def save_pretrained(
         self,
@@ -292,7 +301,7 @@ class _TwoAdapters:
         is_main_process: bool = True,
         **_: Any,
     ) -> None:
-        """Write one adapter that equals both."""
+        """Write one adapter that equals the sum of both."""
         if not is_main_process:
             return
         folder = Path(save_directory)
@@ -304,7 +313,11 @@ class _TwoAdapters:
         config.save_pretrained(str(folder))
 
     def load_adapter(self, model_id: str | Path, *_: Any, **__: Any) -> None:
-        """Read the second adapter from what ``save_pretrained`` wrote, which is how a run is resumed."""
+        """Load the second adapter from a folder that ``save_pretrained`` wrote, to resume a run.
+
+        Raises:
+            ValueError: if the folder contains another first adapter than the model.
+        """
         saved = import_peft().load_peft_weights(str(model_id), device="cpu")
         expected, _config = combined(self, None)
         same = saved.keys() == expected.keys() and all(saved[key].shape == expected[key].shape for key in expected)
@@ -315,7 +328,9 @@ class _TwoAdapters:
             same = same and torch.equal(a[:ranks], expected[part.keys[0]][:ranks])
             same = same and torch.equal(b[:, :ranks], expected[part.keys[1]][:, :ranks])
         if not same:
-            raise ValueError(f"{str(model_id)!r}: expected an adapter that this run wrote, got one with another first")
+            raise ValueError(
+                f"{str(model_id)!r}: expected an adapter that this run wrote, got one whose first adapter differs"
+            )
         with torch.no_grad():
             for part in parts:
                 if part.second:
@@ -326,7 +341,7 @@ class _TwoAdapters:
 
 
 class _Part:
-    """What two adapters have at one layer, in the names of the saved adapter."""
+    """The two adapters' ranks at one layer, and the keys of their combined weights in the saved adapter."""
 
     def __init__(self, name: str, layer: Any, kinds: tuple[str, str]) -> None:
         self.name, self.layer, self.kinds = name, layer, kinds
@@ -356,11 +371,11 @@ def _weight(layer: Any, kind: str, adapter: str) -> Tensor:
 
 
 def combined(model: Any, state_dict: Mapping[str, Tensor] | None) -> tuple[dict[str, Tensor], Any]:
-    """Return the weights, on the CPU, and the configuration of one adapter that equals the two of ``model``.
+    """Return the weights (on the CPU) and the configuration of one adapter that equals both adapters of ``model``.
 
     Args:
-        model: what ``add_second`` returned.
-        state_dict: of the model, where its own tensors are sharded; None is its own.
+        model: a model from ``add_second``.
+        state_dict: full state dict of the model, for a model whose own tensors are sharded; None reads the model's.
     """
     peft = import_peft()
     weights: dict[str, Tensor] = {}
@@ -370,7 +385,7 @@ def combined(model: Any, state_dict: Mapping[str, Tensor] | None) -> tuple[dict[
         for adapter in (FIRST, SECOND)[: None if part.second else 1]:
             if adapter == FIRST and not part.first:
                 continue
-            a, b = (_held(state_dict, part, kind, adapter) for kind in part.kinds)
+            a, b = (_on_cpu(state_dict, part, kind, adapter) for kind in part.kinds)
             ratio = float(part.layer.scaling[adapter]) / part.scaling
             both.append((a, b if ratio == 1 else b * ratio))
         weights[part.keys[0]] = torch.cat([a for a, _ in both]).contiguous()
@@ -395,7 +410,7 @@ def combined(model: Any, state_dict: Mapping[str, Tensor] | None) -> tuple[dict[
     return weights, config
 
 
-def _held(state_dict: Mapping[str, Tensor] | None, part: _Part, kind: str, adapter: str) -> Tensor:
+def _on_cpu(state_dict: Mapping[str, Tensor] | None, part: _Part, kind: str, adapter: str) -> Tensor:
     if state_dict is None:
         return _weight(part.layer, kind, adapter).detach().cpu()
     ending = "" if kind.startswith("lora_embedding") else ".weight"
@@ -403,7 +418,7 @@ def _held(state_dict: Mapping[str, Tensor] | None, part: _Part, kind: str, adapt
 
 
 def _alpha(scaling: float, rank: int) -> float:
-    """Return the lora_alpha that, divided by the rank, is the scaling to the last bit."""
+    """Return the lora_alpha that, divided by the rank, gives the scaling bit for bit, if there is one."""
     alpha = scaling * rank
     near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     return next((value for value in near if value / rank == scaling), alpha)

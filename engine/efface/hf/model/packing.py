@@ -1,9 +1,11 @@
-"""How a model reads packs, found out by measuring: a tiny pack against a pass of one of its sequences alone.
+"""Selection of how a model reads packed batches, by comparing a tiny packed batch with a pass of a single sequence.
 
-A pack is one pass with packed attention (``hf.attention``), else one with the model's own attention, which sees in
-``position_ids`` where sequences begin. A model that gives a sequence of a pack other logits than alone, or that cannot
-read packs at all, runs one sequence a pass: the same results as separate passes, for their price. So does a pack with a
-sequence that is long enough to change the position encoding of all that run with it (dynamic NTK, LongRoPE).
+A packed batch is read in one pass with packed attention (``efface.hf.model.attention``). If that is wrong for the
+model, it is read in one pass with the model's own attention, which finds the start of each sequence in
+``position_ids``. If a sequence then still gets other logits than in a pass of its own, or the model cannot read packed
+batches at all, every sequence is run in a separate pass. The results are then those of separate passes, and so is the
+cost. A packed batch is also split into separate passes if one of its sequences is so long that it changes the position
+encoding of the others (dynamic NTK, LongRoPE).
 """
 
 import copy
@@ -26,18 +28,18 @@ from efface.hf.model.attention import NAME, hands_packs_on, hands_windows_on, pa
 from efface.hf.model.forwards import ROUTED, found_forward, unwrapped_forward
 from efface.hf.model.supported import check_placed, uncompiled, uncompiled_frame
 
-MEMORY = "_efface_reading"  # the attribute of a model that holds its PackReading, so that copies have it too
+MEMORY = "_efface_reading"  # attribute of a model with its PackReading; on the model, so that copies have it too
 
 HALVES = (torch.float16, torch.bfloat16)
 
 WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "index_topk")
-"""What configurations and attention layers call the tokens that a token sees."""
+"""Names of the attention window size in configurations and attention layers."""
 
 ATTENTION_ONLY = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
-"""Layers that see nothing but the tokens of their own sequence, in the configurations' words."""
+"""Layer types, as configurations name them, that only attend to tokens of their own sequence."""
 
-_OTHERS, _PROBE, _WINDOW = (7, 5), 8, 3  # tokens of the sequences before either probe, of a probe, and of a window
-_FAR = 2**17
+_OTHERS, _PROBE, _WINDOW = (7, 5), 8, 3  # tokens of the sequence before each probe, of a probe, and of a window
+_FAR = 2**17  # assumed maximum length if the configuration names none
 
 Logits = Callable[[Tensor], Tensor]
 """Maps hidden states (T, D) to logits (T, V)."""
@@ -45,17 +47,18 @@ Logits = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PackReading:
-    """How a model reads packs.
+    """The result of ``read_packs``: how a model reads packed batches.
 
     Attributes:
-        attention: the attention implementation it reads them with.
-        own: the one it had when this was found out.
-        alone: why every sequence is a pass of its own; None where a pack is one pass.
-        room: tokens of a pack beyond which each sequence is a pass of its own, where the model's own attention has a
-            mask of so many tokens; None is no number.
-        limit: tokens of a sequence from which on each sequence of its pack is a pass of its own; None is no number.
+        attention: attention implementation for packed batches.
+        own: attention implementation that the model had when ``read_packs`` measured it.
+        alone: reason why every sequence is run in a separate pass; None if a packed batch is run in one pass.
+        limit: length of a sequence from which on the sequences of its batch are run in separate passes; None if there
+            is no such length.
         encodings: names of the modules whose position encoding depends on the longest sequence.
-        asked: whether somebody chose the attention.
+        asked: whether the caller chose the attention implementation.
+        room: number of tokens of a batch above which its sequences are run in separate passes, because the mask of the
+            model's own attention has that size; None if there is no such number.
     """
 
     attention: str
@@ -67,39 +70,43 @@ class PackReading:
     room: int | None = None
 
     def splits(self, longest: int, tokens: int = 0) -> bool:
-        """Whether a pack of ``tokens``, its longest sequence of ``longest``, runs one sequence a pass."""
+        """Return whether a batch with ``tokens`` tokens and a longest sequence of ``longest`` needs separate passes."""
         if self.room is not None and tokens > self.room:
             return True
         return self.alone is not None or (self.limit is not None and longest >= self.limit)
 
 
 def reading_of(model: Any) -> PackReading | None:
-    """Return what ``read_packs`` found out about ``model`` (no wrapper around it), or about what it is a copy of."""
+    """Return the result of ``read_packs`` for ``model`` (without wrappers) or the model it was copied from, or None."""
     reading: PackReading | None = vars(model).get(MEMORY)
     return reading
 
 
 def shares_tokens(model: PreTrainedModel, longest: int) -> bool:
-    """Whether ``model`` reads trees whose sequences share tokens, the longest sequence of ``longest`` tokens."""
+    """Return whether ``model`` can read a ``TokenTree`` with shared tokens and a longest sequence of ``longest``."""
     reading = reading_of(model)
-    packed = model.config._attn_implementation == NAME  # noqa: SLF001 - the only place that knows the choice
+    packed = model.config._attn_implementation == NAME  # noqa: SLF001 - there is no public attribute
     return packed and (reading is None or not reading.splits(longest))
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
-    """Return the part of the model that ends in the final hidden states."""
-    decoder = model.get_decoder()
-    if decoder is not model and not isinstance(decoder, nn.Linear):  # ModernBERT calls its head so
+    """Return the part of the model that computes the final hidden states."""
+    decoder = model.get_decoder()  # transformers 4.56.0 returns None for most models
+    if decoder not in (None, model) and not isinstance(decoder, nn.Linear):  # in ModernBERT, `decoder` is the head
         return decoder
-    if model.base_model is not model:  # what transformers 4 answers for models (GPT-NeoX) that do not name theirs
+    if model.base_model is not model:  # transformers 4: get_decoder returns the model itself, for example for GPT-NeoX
         return model.base_model
     inner = (child for child in model.children() if isinstance(child, PreTrainedModel))
-    return next(inner, model)  # Llama-4 names another than it has
+    return next(inner, model)  # Llama-4's base_model_prefix names an attribute that it does not have
 
 
 @uncompiled_frame
 def packed_states(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> Tensor:
-    """Return the final hidden states (T, D) of all tokens of a batch."""
+    """Return the final hidden states (T, D) of all tokens of a batch.
+
+    Raises:
+        ValueError: if the batch is a tree with shared tokens, and the model reads one sequence per pass.
+    """
     reading, decoder = reading_of(model), decoder_of(model)
     tree = batch if isinstance(batch, TokenTree) else None
     longest = max(batch.lengths) + (tree is not None)
@@ -108,13 +115,13 @@ def packed_states(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> Ten
         return states[0]
     if tree is not None and tree.shared:
         raise ValueError(
-            f"expected a model that reads packs in one pass for sequences that share tokens, got "
-            f"{type(model).__name__}, which runs one sequence a pass; make the tree with share=False"
+            f"expected a model that reads a packed batch in one pass, for sequences that share tokens, got "
+            f"{type(model).__name__}, which runs one sequence per pass; make the tree with share=False"
         )
     parts = []
     for ids in batch.input_ids.split(batch.lengths):
         rewind(model, reading.encodings)
-        # A tree leaves out last tokens, which predict nothing; the position encoding may depend on how many there are.
+        # A tree leaves out each sequence's last token, but the position encoding can depend on the sequence's length.
         whole = torch.nn.functional.pad(ids, (0, 1)) if tree is not None and reading.limit is not None else ids
         parts.append(_alone(decoder, whole)[: len(ids)])
     return torch.cat(parts)
@@ -127,7 +134,7 @@ def _alone(decoder: Any, ids: Tensor) -> Tensor:
 
 
 def _uncached(model: Any) -> dict[str, bool]:
-    """Return ``use_cache`` as an argument; GPT-1 of transformers 4 has no such thing."""
+    """Return ``use_cache=False`` as keyword arguments if the model takes it; GPT-1 in transformers 4 does not."""
     return {"use_cache": False} if _takes(type(model).forward, "use_cache") else {}
 
 
@@ -139,7 +146,7 @@ def _takes(forward: Callable[..., Any], name: str) -> bool:
 
 @uncompiled
 def rewind(model: PreTrainedModel, encodings: Sequence[str]) -> None:
-    """Undo what a long sequence did to position encodings: transformers' dynamic NTK remembers the longest."""
+    """Reset position encodings after a long sequence; transformers' dynamic NTK remembers the longest one."""
     for name in encodings:
         module = model.get_submodule(name)
         device = next((buffer.device for buffer in module.buffers()), model.device)
@@ -147,26 +154,31 @@ def rewind(model: PreTrainedModel, encodings: Sequence[str]) -> None:
 
 
 def read_packs(model: PreTrainedModel, logits: Logits, attention: str | None = None) -> PackReading:
-    """Find out how ``model`` reads packs, remember it, and set its attention accordingly.
+    """Measure how ``model`` reads packed batches, store the result on the model, and set its attention accordingly.
 
-    The model's own forward pass of a probe is compared with the probe in a pack, where it stands twice, behind others.
-    Where all are equal, these two are all passes. Windows of attention are a few tokens long meanwhile, so that a few
-    tokens show whether they are kept. Modes, buffers, attributes and random-number generators are afterwards what they
-    were.
+    The model's own forward pass of a probe sequence is compared with a packed batch that contains the probe twice, each
+    time after another sequence. If all logits agree, no further passes are needed. During the measurement, attention
+    windows are a few tokens long, so that a few tokens show whether the windows are respected. Modes, buffers,
+    attributes and random-number generators are restored afterwards.
 
     Args:
-        model: a transformers model, no wrapper.
-        logits: its head, as the loss op takes it.
-        attention: the implementation to read with; None is packed attention where it is right, else the model's own.
+        model: a transformers model without wrappers.
+        logits: function that computes the head's logits as the loss op does.
+        attention: attention implementation to use; None uses packed attention if it gives the right logits, otherwise
+            the model's own.
 
     Raises:
-        ValueError: logits that are not those of the head on the last hidden states, of any pass; a model whose tokens
-            see those behind them.
+        ValueError: if the model's logits are not those of its head on the last hidden states, or the model is not
+            causal, that is, its tokens see later tokens.
     """
     known, own = reading_of(model), model.config._attn_implementation  # noqa: SLF001
     check_placed(model)
-    # A forward that was put on the instance since could have changed the logits.
-    if known is None or not _holds(known, own, attention) or (found_forward(model) and not hasattr(model, ROUTED)):
+    # Measure again if a forward has been set on the instance since, because it can change the logits.
+    if (
+        known is None
+        or not _still_applies(known, own, attention)
+        or (found_forward(model) and not hasattr(model, ROUTED))
+    ):
         encodings, limit = position_encodings(model)
         ways = [attention] if attention is not None else [NAME, own]
         known = PackReading("", own, None, limit, encodings, asked=attention is not None)
@@ -175,8 +187,8 @@ def read_packs(model: PreTrainedModel, logits: Logits, attention: str | None = N
         known = found
         if known.alone is not None:
             warnings.warn(
-                f"{type(model).__name__}: runs one sequence a pass, which is slower than packs and gives what separate "
-                f"passes give: {known.alone}",
+                f"{type(model).__name__}: runs one sequence per pass, which is slower than packed batches and gives "
+                f"the results of separate passes: {known.alone}",
                 stacklevel=3,
             )
         setattr(model, MEMORY, known)
@@ -185,27 +197,27 @@ def read_packs(model: PreTrainedModel, logits: Logits, attention: str | None = N
     return known
 
 
-def _holds(known: PackReading, now: str, attention: str | None) -> bool:
-    """Whether what was found out answers the question."""
+def _still_applies(known: PackReading, now: str, attention: str | None) -> bool:
+    """Return whether an earlier result still applies for the current attention and the requested one."""
     if attention is not None:
         return known.attention == attention
     return known.attention == NAME or now in {known.own, known.attention}
 
 
 def agree(model: PreTrainedModel) -> None:
-    """Let every process read packs as the most careful one does: some may have no weights to measure with."""
+    """Make all processes read packed batches as the most cautious one does; some may have no weights to measure."""
     readings = [reading for reading in gather_object([reading_of(model)]) if reading is not None]
-    careful = [reading for reading in readings if reading.alone] + [r for r in readings if r.attention != NAME]
-    if careful and careful[0] != reading_of(model):
-        setattr(model, MEMORY, careful[0])
-        model.set_attn_implementation(careful[0].attention)
+    cautious = [reading for reading in readings if reading.alone] + [r for r in readings if r.attention != NAME]
+    if cautious and cautious[0] != reading_of(model):
+        setattr(model, MEMORY, cautious[0])
+        model.set_attn_implementation(cautious[0].attention)
 
 
 # ---- measuring ----
 
 
 def _measured(model: PreTrainedModel, logits: Logits, ways: Sequence[str], reading: PackReading) -> PackReading | None:
-    """Return ``reading`` with what is measured; None where weights are missing or give no finite logits."""
+    """Return ``reading`` with the measured values, or None if weights are missing or the logits are not finite."""
     if any(weight.numel() == 0 or weight.is_meta for weight in model.parameters()):
         return None  # sharded or not yet loaded
     with as_it_was(model), _precision(model):
@@ -217,20 +229,20 @@ def _measured(model: PreTrainedModel, logits: Logits, ways: Sequence[str], readi
             return None
         reasons = []
         if unseen := sorted(_layer_kinds(model) - ATTENTION_ONLY):
-            ways, reasons = (), [f"a few tokens do not show all that its layers do ({', '.join(unseen)})"]
+            ways, reasons = (), [f"a few tokens do not show how its layers behave ({', '.join(unseen)})"]
         for way in ways:
             try:
                 got = _probes_in_a_pack(model, ids, way)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever a model's code does with arguments that it does not know
-                reasons.append(f"with {way!r} attention a pack ends in {type(error).__name__} ({_short(error)})")
+            except Exception as error:  # noqa: BLE001 - a model's code can raise anything for unknown arguments
+                reasons.append(f"a packed batch with {way!r} attention raises {type(error).__name__} ({_short(error)})")
                 continue
             _check_width(model, got)
             first, second = logits(got).split(_PROBE)
             if equal_logits(model, first, expected) and equal_logits(model, second, first, alike=True):
                 return replace(reading, attention=way, room=None if way == NAME else _mask_size(model))
-            reasons.append(f"with {way!r} attention the sequences of a pack change one another's logits")
+            reasons.append(f"with {way!r} attention the sequences of a packed batch change each other's logits")
         _attend(model, reading.own)
         decoder = decoder_of(model)
         states = _alone(decoder, ids[:_PROBE])
@@ -239,14 +251,14 @@ def _measured(model: PreTrainedModel, logits: Logits, ways: Sequence[str], readi
         states = _alone(decoder, ids[: _PROBE + 1])[:_PROBE]
         if not equal_logits(model, logits(states), expected):
             raise ValueError(
-                f"{type(model).__name__}: expected a causal language model, got one whose tokens' logits change with "
-                "the tokens behind them (or from pass to pass); set is_decoder=True where its configuration has that"
+                f"{type(model).__name__}: expected a causal language model, got one whose logits at a token depend on "
+                "later tokens (or change from pass to pass); set is_decoder=True if its configuration has that setting"
             )
         return replace(reading, attention=reading.own, alone="; ".join(reasons))
 
 
 def _precision(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Return autocast for a model that runs in nothing else, of a head and a decoder of different precisions."""
+    """Return autocast if head and decoder have different dtypes and the model only runs under autocast."""
     head: Any = model.get_output_embeddings()
     dtype, device = next(decoder_of(model).parameters()).dtype, model.device.type
     if dtype == getattr(head, "weight", torch.empty(0, dtype=dtype)).dtype or torch.is_autocast_enabled(device):
@@ -259,7 +271,7 @@ def _precision(model: PreTrainedModel) -> AbstractContextManager[None]:
 
 
 def _mask_size(model: PreTrainedModel) -> int | None:
-    """Return the tokens of the smallest mask that the model keeps as a square buffer, as GPT-Neo does."""
+    """Return the size of the smallest square buffer, which can be an attention mask as in GPT-Neo, or None."""
     shapes = [buffer.shape[-2:] for buffer in model.buffers() if buffer.dim() > 1]
     return min((rows for rows, columns in shapes if rows == columns > 1), default=None)
 
@@ -267,7 +279,7 @@ def _mask_size(model: PreTrainedModel) -> int | None:
 def _own_logits(model: PreTrainedModel, probe: Tensor) -> Tensor:
     """Return the logits (8, V) of the model's own forward pass, in fp32."""
     try:
-        # In the precision of the weights, also while a trainer runs the model in mixed precision.
+        # Without a trainer's mixed-precision wrapper, so in the precision of the weights.
         logits: Tensor = (unwrapped_forward(model) or model)(input_ids=probe, **_uncached(model)).logits
     except torch.OutOfMemoryError:
         raise
@@ -280,7 +292,10 @@ def _own_logits(model: PreTrainedModel, probe: Tensor) -> Tensor:
 
 
 def _probes_in_a_pack(model: PreTrainedModel, ids: Tensor, way: str) -> Tensor:
-    """Return the hidden states (16, D) of two probes in a pack, each a token longer and behind another sequence."""
+    """Return the hidden states (16, D) of two probes in a packed batch.
+
+    Each probe follows another sequence, and is one token longer than the probe that runs alone.
+    """
     _attend(model, way)
     probe = ids[: _PROBE + 1]
     sequences = [part for other in ids[_PROBE + 1 :].split(_OTHERS) for part in (other, probe)]
@@ -305,35 +320,43 @@ def _attend(model: PreTrainedModel, way: str) -> None:
     if model.config._attn_implementation == way:  # noqa: SLF001
         return
     model.set_attn_implementation(way)
-    if model.config._attn_implementation != way:  # noqa: SLF001 - transformers warns of some, and goes on
+    if model.config._attn_implementation != way:  # noqa: SLF001 - transformers only warns if it cannot switch
         raise ValueError("its attention cannot be replaced")
 
 
 def distinct_tokens(model: PreTrainedModel) -> Tensor:
-    """Return the ids of the probe and of the sequences beside it; not the first ids, which are often special."""
+    """Return distinct token ids for the probe and the other sequences, without the first ids (often special tokens)."""
     embeddings: Any = model.get_input_embeddings()
     ids: Tensor = (10 + 3 * torch.arange(_PROBE + 1 + sum(_OTHERS))) % embeddings.weight.shape[0]
     return ids.to(model.device)
 
 
 def _errors(got: Tensor, expected: Tensor) -> Tensor:
-    """Return of each token the rms difference of its logits, by how all logits vary and a little of their size."""
+    """Return each token's rms difference of logits, relative to the logits' spread plus 5 % of their rms size."""
     varying = (expected - expected.mean(1, keepdim=True)).square().mean().sqrt()
-    size = expected.square().mean().sqrt()  # what rounding goes by, also where all logits are alike
+    size = expected.square().mean().sqrt()  # rounding errors are relative to the size, even if all logits are similar
     return (got.float() - expected).square().mean(1).sqrt() / (varying + 0.05 * size + 1e-6)
 
 
 def equal_logits(model: PreTrainedModel, got: Tensor, expected: Tensor, *, alike: bool = False) -> bool:
-    """Whether logits (n, V) differ by rounding alone; ``alike`` ones by that of the same kernels in one pass."""
+    """Return whether logits (n, V) differ only by rounding.
+
+    Args:
+        model: the model, whose dtype decides the tolerance.
+        got: (n, V) logits.
+        expected: (n, V) float32 logits.
+        alike: whether both were computed by the same kernels in one pass, so that the tolerance is smaller.
+    """
     errors = _errors(got, expected)
     if not _rough(model):
         return bool(errors.max() <= 2e-4)
-    # Rounding can send a token to other experts, and so one token far away; what is wrong for all is wrong for most.
+    # Rounding can route a token to other experts, so single tokens can differ a lot. A real error affects most tokens,
+    # so the median has the tight tolerance.
     return bool(errors.median() <= (0.004 if alike else 0.1) and errors.max() <= 0.5)
 
 
 def _rough(model: PreTrainedModel) -> bool:
-    """Whether products are rounded to less than fp32."""
+    """Return whether matrix products have less precision than fp32."""
     device = model.device.type
     tf32 = device == "cuda" and torch.backends.cuda.matmul.allow_tf32
     kinds = {weight.dtype for weight in model.parameters()}
@@ -345,20 +368,20 @@ def _check_width(model: PreTrainedModel, states: Tensor) -> None:
     features = getattr(head, "in_features", width)
     if features != width:
         raise ValueError(
-            f"{type(model).__name__}: expected a head on its last hidden states, of {width} features, got one of "
-            f"{features}; something stands between them that efface does not know"
+            f"{type(model).__name__}: expected a head for the {width} features of its last hidden states, got a head "
+            f"for {features}; efface does not support the layers between them"
         )
 
 
 def _check_head(model: PreTrainedModel, got: Tensor, expected: Tensor) -> None:
-    """Raise ValueError if the model makes its logits in a way that the head knows nothing of."""
+    """Raise ValueError if the model's logits are not those that its head computes."""
     if equal_logits(model, got, expected):
         return
     worst, size = (got.float() - expected).abs().max().item(), expected.abs().max().item()
     raise ValueError(
         f"{type(model).__name__}: its logits are not those of its head on its last hidden states (they differ by "
         f"{worst:.3g}, the largest is {size:.3g}), so the loss op would train another model; its config may scale "
-        "or shift logits in a way that efface does not know"
+        "or shift logits in a way that efface does not support"
     )
 
 
@@ -367,14 +390,15 @@ def _short(error: Exception) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-# ---- leaving the model as it was ----
+# ---- restoring the model ----
 
 
 @contextmanager
 def as_it_was(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients; then attributes, buffers and the generators are what they were, bit for bit.
+    """Run the block in evaluation mode without gradients, and restore the model's state afterwards, bit for bit.
 
-    The attributes of the configurations are kept as well, and so is the attention implementation.
+    The state consists of the attributes and buffers of all modules, the attributes of the configurations, the attention
+    implementation and the random-number generators.
     """
     attention = model.config._attn_implementation  # noqa: SLF001
     modules = [(module, _plain_attributes(module), _copied_buffers(module)) for module in model.modules()]
@@ -401,7 +425,7 @@ def as_it_was(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return what is an attribute of the object, and none of torch's registers."""
+    """Return the attributes of a module without its parameters, buffers, submodules and hooks."""
     registers = ("_parameters", "_buffers", "_modules")
     return {name: value for name, value in vars(module).items() if name not in registers and "hooks" not in name}
 
@@ -417,9 +441,9 @@ def _configs(model: PreTrainedModel) -> list[Any]:
 
 
 def _shorten_windows(model: PreTrainedModel) -> None:
-    """Let every window of attention be three tokens long: in the configurations, of which masks are made, and layers.
+    """Set every attention window to three tokens, in the configurations, from which masks are made, and in the layers.
 
-    A layer's own number may be the configuration's or one more than that.
+    A layer's window attribute can be the configuration's value or one more.
     """
     shortened: dict[str, dict[int, int]] = {}
     for config in _configs(model):
@@ -442,9 +466,10 @@ def _shorten_windows(model: PreTrainedModel) -> None:
 
 
 def position_encodings(model: PreTrainedModel) -> tuple[tuple[str, ...], int | None]:
-    """Return which modules encode positions otherwise beside a far one, and from what number of tokens on.
+    """Return the modules whose position encoding depends on the longest position, and the length from which it does.
 
-    They are called by themselves, as copies on the CPU in fp32: with a few positions, and with a far one beside them.
+    Copies of the modules are called on the CPU in fp32, with a few positions, and with the same positions and a far
+    one.
     """
     names, limits = [], []
     for name, module in model.named_modules():
@@ -466,7 +491,7 @@ def _encodes_positions(forward: Callable[..., Any]) -> bool:
 
 
 def _far(model: PreTrainedModel) -> int:
-    """Return a number of tokens past every length that the configuration names."""
+    """Return a number of tokens greater than every length in the configuration."""
     settings = vars(model.config.get_text_config())
     nested = [value for value in settings.values() if isinstance(value, dict)]
     named = [item for part in (settings, *nested) for item in part.items()]
@@ -475,27 +500,28 @@ def _far(model: PreTrainedModel) -> int:
 
 
 def _changing_length(module: nn.Module, far: int) -> int | None:
-    """Return the tokens of a sequence from which on it may change the encoding of others, or be changed itself.
+    """Return the sequence length from which on a sequence can change other sequences' encoding, or None.
 
-    One less than the first that does: at that length transformers' dynamic NTK does not return from a longer one.
+    It is one less than the first length that changes an encoding. At that length, transformers' dynamic NTK does not
+    reset the encoding after a longer sequence, so the sequence can itself be affected.
     """
-    same = _beside(module, _PROBE + 1)
-    if same is None or _beside(module, far) in (None, same):
+    same = _encoding_up_to(module, _PROBE + 1)
+    if same is None or _encoding_up_to(module, far) in (None, same):
         return None
     low, high = _PROBE + 1, far  # not changed at low, changed at high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _beside(module, middle) == same else (low, middle)
+        low, high = (middle, high) if _encoding_up_to(module, middle) == same else (low, middle)
     return low
 
 
-def _beside(module: nn.Module, length: int) -> list[bytes] | None:
-    """Return the encoding of the first positions beside the last of ``length``; None where that has none."""
+def _encoding_up_to(module: nn.Module, length: int) -> list[bytes] | None:
+    """Return the encoding of the first positions in a call that includes position ``length`` − 1; None if it fails."""
     positions = torch.cat([torch.arange(_PROBE), torch.tensor([length - 1])])[None]
     try:
         _encode(module, positions[:, :1])
         encoded = _encode(module, positions)
-    except Exception:  # noqa: BLE001 - a table that ends before it, arguments that nobody foresaw: nothing to compare
+    except Exception:  # noqa: BLE001 - a table that is too short, unknown arguments: there is nothing to compare
         return None
     rows = [tensor.movedim(tensor.shape.index(_PROBE + 1), 0)[:_PROBE] for tensor in encoded]
     return [bytes(torch.view_as_real(r).numpy() if r.is_complex() else r.contiguous().numpy()) for r in rows]
@@ -503,7 +529,7 @@ def _beside(module: nn.Module, length: int) -> list[bytes] | None:
 
 @torch.no_grad()
 def _encode(module: nn.Module, positions: Tensor) -> list[Tensor]:
-    """Call a module that encodes positions (1, n), for each kind of layer that it knows."""
+    """Call a position encoding for positions (1, n), once for each layer type that it distinguishes."""
     parameters = inspect.signature(type(module).forward).parameters
     states = torch.zeros(1, positions.shape[1], 1, device=positions.device)
     kinds = dict.fromkeys(getattr(module, "layer_types", None) or [None]) if "layer_type" in parameters else [None]
@@ -518,23 +544,23 @@ def _encode(module: nn.Module, positions: Tensor) -> list[Tensor]:
     return encoded
 
 
-# ---- without weights ----
+# ---- models without weights in this process ----
 
 
 def _expected(model: PreTrainedModel, attention: str | None, reading: PackReading) -> PackReading:
-    """Return how a model whose weights are not here (sharded, on the meta device) reads packs, by its description."""
+    """Return how a model without weights here (sharded, on the meta device) reads packs, from its configuration."""
     kinds = _layer_kinds(model)
     stateful = getattr(model, "_is_stateful", False) and not kinds
     known = getattr(model, "_supports_attention_backend", False) and kinds <= ATTENTION_ONLY - {"chunked_attention"}
     if stateful or not known or not hands_packs_on(model):
-        reason = "its weights are not in this process to measure with, and its layers may be more than attention"
+        reason = "its weights are not in this process to be measured, and its layers may not be attention only"
         return replace(reading, attention=attention or reading.own, alone=reason)
     way = attention or (NAME if hands_windows_on(model) else reading.own)
     return replace(reading, attention=way)
 
 
 def _layer_kinds(model: PreTrainedModel) -> set[str]:
-    """Return the kinds of layers that the configuration lists."""
+    """Return the layer types that the configuration lists."""
     config = model.config.get_text_config()
     lists = (getattr(config, name, None) for name in ("layer_types", "layers_block_type", "block_types"))
     return {kind for kinds in lists if isinstance(kinds, (list, tuple)) for kind in kinds}

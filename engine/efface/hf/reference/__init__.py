@@ -1,1 +1,1 @@
-"""The frozen model of an objective: cached log-probabilities, a second model, or the model without its adapter."""
+"""The reference (frozen) model: cached log-probabilities, a second model, or the policy without its adapter."""

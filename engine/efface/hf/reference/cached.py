@@ -1,4 +1,4 @@
-"""The cached reference: the frozen model remembered as one number a sequence, in a file that runs share."""
+"""The cached reference: one log-probability per sequence, computed once and kept in a file that all runs share."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -21,50 +21,59 @@ from efface.reference import DistinctSequences, ReferenceCache
 from efface_kernels import accumulation_dtype
 
 NO_FILE = "none"
-_SAMPLE = 4  # sequences of the file that are scored anew
-# Nats by which an ℓ may differ when the same model computes it in another batch or on another device: a few roundings
-# of a logit between 16 and 32. The errors of n labels add up as √n.
+_SAMPLE = 4  # number of cached values that are computed again as a check
+# Tolerance, in nats, for an ℓ that the same model computes in another batch or on another device: a few rounding
+# errors of a logit between 16 and 32. The errors of n labels add up as √n.
 _NOISE = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
-Numbers = NDArray[np.int64]  # of distinct sequences
+Numbers = NDArray[np.int64]  # numbers of distinct sequences, as in DistinctSequences
 Progress = Callable[[int, int, int], None]
 
 
 class ReferenceCallback(TrainerCallback):
-    """A trainer's callback that also follows what happens before training."""
+    """A ``TrainerCallback`` with additional hooks for the work before training."""
 
     def on_data(self, data: Mapping[str, DataFacts]) -> None:
-        """Be told what was taken of which data, by role."""
+        """Receive, by role, which rows of which data are used."""
 
     def on_reference(self, computed: int, missing: int, sequences: int) -> None:
-        """Follow: of so many distinct sequences, some were missing in the cache, of which some are computed."""
+        """Receive the progress of the reference computation.
+
+        Args:
+            computed: number of sequences computed so far.
+            missing: number of sequences that the cache did not contain.
+            sequences: number of distinct sequences.
+        """
 
 
 class CachedReference:
-    """L_ref of every forget (and alternate) sequence; the reference model is not needed afterwards.
+    """L_ref of every forget (and alternate) sequence; once constructed, the reference model is no longer needed.
 
-    What the file has is read, and checked on a sample; what it lacks is computed, and written pass by pass. The ranks
-    of a distributed run share the work, and all know all sums; the first alone reads and writes the file, so that
-    machines need not share one. A file that cannot be used costs a warning.
+    Values in the file are read, and a sample of them is checked. Missing values are computed and written after every
+    forward pass. The ranks of a distributed run share the computation, and every rank gets all values. Only rank 0
+    reads and writes the file, so the machines do not need to share one. If the file cannot be read or written, a
+    warning is issued and the run continues without it.
 
     Args:
-        model: the frozen model, called under the autocast in which the policy will run.
+        model: the frozen model. Construct this object under the autocast in which the policy will run.
         stores: the sequences of each role.
-        cache: the file; None is ``reference.sqlite`` in the cache folder, "none" no file.
-        device: where to run the model, which goes back afterwards; None is where it is.
-        rank: this process.
-        world_size: of how many.
-        progress: called before the first and after every forward pass, as ``ReferenceCallback.on_reference``.
+        cache: path of the file; None is ``reference.sqlite`` in the cache folder, "none" uses no file.
+        device: device on which to run the model, which is moved back afterwards; None leaves the model in place.
+        rank: rank of this process.
+        world_size: number of processes.
+        progress: called before the first and after every forward pass, with the arguments of
+            ``ReferenceCallback.on_reference``.
 
     Attributes:
-        sequences: distinct sequences.
-        computed: how many of them the file did not have.
-        path: on the first rank, the file that has all of them now; None where there is none.
-        problem: why the file could not be used, or None.
+        sequences: number of distinct sequences.
+        computed: number of distinct sequences that the file did not contain.
+        path: on rank 0, the file, which now contains all values; None if no file is used.
+        problem: on rank 0, the error for which the file could not be used, or None.
 
     Raises:
-        ValueError: a damaged or foreign file, or one with other values than the model's; as ``store_logprobs``.
-        FloatingPointError: a log-probability that is not finite.
+        ValueError: if the file is damaged or was written by another program, if its values differ from the model's,
+            or for a sequence that the model cannot read, as in ``store_logprobs``.
+        FloatingPointError: if a log-probability is not finite.
     """
 
     def __init__(
@@ -102,13 +111,13 @@ class CachedReference:
         self._sums = {role: torch.from_numpy(part).to(dtype) for role, part in parts}
 
     def sums(self, batch: PackedBatch) -> Tensor:
-        """Return (S,) on the batch's device: L_ref of its sequences of the roles in ``stores``, 0 for the others."""
+        """Return (S,) on the batch's device: L_ref of each sequence whose role is in ``stores``, 0 for the others."""
         device = batch.sequences.device
         result = torch.zeros(len(batch.lengths), dtype=next(iter(self._sums.values())).dtype, device=device)
         self._sums = {role: own.to(device) for role, own in self._sums.items()}
         for role, own in self._sums.items():
             chosen = batch.roles == role
-            # The index of another store's sequence is no index here.
+            # Indices of other roles' sequences refer to other stores and can be out of range here.
             result = torch.where(chosen, own[torch.where(chosen, batch.sequences, 0)], result)
         return result
 
@@ -117,7 +126,7 @@ def _place(cache: str | Path | None) -> Path:
     if cache is not None:
         return Path(cache)
     path = private_folder(cache_folder()) / REFERENCE
-    with contextlib.suppress(OSError):  # earlier versions let everybody read it
+    with contextlib.suppress(OSError):  # earlier versions created the file readable by other users
         path.chmod(0o600)
     return path
 
@@ -144,7 +153,7 @@ def _scored(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[Numbers, NDArray[np.float64]]]:
-    """Score the chosen sequences; yield what a forward pass (of every rank) gave."""
+    """Score the chosen sequences; yield (numbers, L_ref) after each forward pass, with the results of all ranks."""
     for (role, store), (numbers, index) in zip(stores.items(), distinct.located(chosen), strict=True):
         if not len(index):
             continue
@@ -154,7 +163,7 @@ def _scored(
             sums = own.to(model.device if world_size > 1 else "cpu")
             if world_size > 1:
                 torch.distributed.all_reduce(sums)
-            end = done + len(sequences)  # they come in the order of `index`
+            end = done + len(sequences)  # the sequences come in the order of `index`
             yield numbers[done:end], sums.cpu().double().numpy()
             done = end
 
@@ -162,8 +171,8 @@ def _scored(
 def _refuse_infinite(values: NDArray[np.float64]) -> None:
     if not np.isfinite(values).all():
         raise FloatingPointError(
-            "the reference model gives a log-probability that is not finite; check its weights, or run it in --bf16 "
-            "instead of --fp16"
+            "reference model: expected finite log-probabilities, got NaN or infinity; check its weights, or run it in "
+            "--bf16 instead of --fp16"
         )
 
 
@@ -174,7 +183,7 @@ def _check(
     values: NDArray[np.float64],
     place: str,
 ) -> None:
-    """Score a sample of the values that were in the file anew; raise ValueError if they are another model's."""
+    """Compute a sample of the cached values again; raise ValueError if one differs from the cached value."""
     there = np.flatnonzero(~np.isnan(values))
     sample = np.unique(there[np.linspace(0, len(there) - 1, min(len(there), _SAMPLE)).astype(np.int64)])
     for numbers, fresh in _scored(model, stores, distinct, sample):
@@ -183,9 +192,9 @@ def _check(
         if wrong.size:
             k = int(wrong[0])
             raise ValueError(
-                f"reference cache {place!r}: expected the model's own log-probabilities, got {values[numbers[k]]:.6g} "
-                f"for a sequence with {fresh[k]:.6g} (allowed difference {allowed[k]:.2g}); delete the file, or set "
-                "--reference-cache to another one or to none"
+                f"reference cache {place!r}: expected the log-probability {fresh[k]:.6g}, which the model computes for "
+                f"a sequence, got {values[numbers[k]]:.6g} (allowed difference {allowed[k]:.2g}); delete the file, or "
+                "set --reference-cache to another one or to none"
             )
 
 
@@ -195,5 +204,5 @@ def _noise(model: PreTrainedModel) -> float:
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     elif dtype == torch.float32 and device == "cuda" and tf32():
-        dtype = torch.float16  # TF32 has as many bits
+        dtype = torch.float16  # TF32 has as many mantissa bits
     return _NOISE[dtype]

@@ -1,4 +1,4 @@
-"""Which kind of reference a run has, and that reference."""
+"""Selection and construction of a run's reference: cached, live or adapter."""
 
 import copy
 from collections.abc import Mapping
@@ -17,22 +17,27 @@ KINDS = ("auto", "cached", "live", "adapter")
 
 
 def reference_kind(kind: str, objective: Objective, policy: Any, *, padded: bool = False) -> str | None:
-    """Return the kind of reference that ``objective`` will use, None where it uses none.
+    """Return the kind of reference that ``objective`` uses, or None if it uses no reference.
 
-    "auto" is what needs the least memory: "cached" where log-probabilities are all that is read, else "adapter" for a
-    ``peft.PeftModel`` and "live" for others. ``padded`` steps, those of open-unlearning, run the model.
+    Args:
+        kind: "auto", "cached", "live" or "adapter". "auto" chooses the kind that needs the least memory: "cached" if
+            the objective reads only log-probabilities, otherwise "adapter" for a ``peft.PeftModel`` and "live" for
+            other models.
+        objective: the objective.
+        policy: the model in training.
+        padded: whether the run uses open-unlearning's padded steps, which always run the reference model.
 
     Raises:
-        ValueError: a kind that is not known, or that cannot serve the objective.
+        ValueError: if the kind is unknown, or does not support the objective.
     """
     if kind not in KINDS:
         raise ValueError(f"`reference`: expected one of {', '.join(map(repr, KINDS))}, got {kind!r}")
     if objective.needs_reference_model() or (padded and objective.needs_reference):
         if kind == "cached":
             raise ValueError(
-                f"`reference`: {objective.name} (retain_loss_type={objective.retain_loss_type}"
-                f"{', compat' if padded else ''}) compares more than log-probabilities with the frozen model's, which "
-                "nobody caches; give 'live', or 'adapter' for a LoRA model"
+                f"`reference`: expected 'live' or 'adapter', got 'cached', which has only log-probabilities, while "
+                f"{objective.name} (retain_loss_type={objective.retain_loss_type}{', compat' if padded else ''}) reads "
+                "more from the frozen model; use 'live', or 'adapter' for a LoRA model"
             )
         return kind if kind != "auto" else "live" if base_of(policy) is policy else "adapter"
     if not objective.needs_reference:
@@ -52,36 +57,37 @@ def make_reference(
     world_size: int = 1,
     progress: Progress | None = None,
 ) -> CachedReference | ModelReference:
-    """Return the reference of the given kind; without a ``reference_model`` it is the policy as it is now.
+    """Return the reference of the given kind.
 
     Args:
-        kind: what ``reference_kind`` returned.
+        kind: "cached", "live" or "adapter", as returned by ``reference_kind``.
         policy: the model in training.
-        reference_model: another model, or None.
-        stores: the sequences whose log-probabilities are compared, by role.
-        device: where a reference model runs; None is where the policy is.
-        cache: as of ``CachedReference``, and so are those below.
-        rank: this process.
-        world_size: of how many.
-        progress: follows a cached reference.
+        reference_model: the reference model; None uses the policy as it is now.
+        stores: the sequences whose reference log-probabilities are needed, by role.
+        device: device of the reference model; None is the policy's device.
+        cache: cache file of ``CachedReference``.
+        rank: rank of this process.
+        world_size: number of processes.
+        progress: progress callback of ``CachedReference``.
 
     Raises:
-        ValueError: a kind that the policy or a ``reference_model`` does not go with; as ``CachedReference``.
+        ValueError: if the kind does not fit the policy or the ``reference_model``, or for the reasons listed for
+            ``CachedReference``.
+        FloatingPointError: if a cached reference gives a log-probability that is not finite.
     """
     device = policy.device if device is None else device
     if reference_model is not None and not {*map(id, reference_model.parameters())}.isdisjoint(
         map(id, policy.parameters())
     ):
         raise ValueError(
-            "`reference_model`: expected a model of its own, got one that shares weights with the policy, which are "
-            "trained or lie under its adapters; load it a second time, or leave it out: then it is the policy as it is "
-            "now"
+            "`reference_model`: expected a separate model, got one that shares weights with the policy; load the model "
+            "a second time, or leave `reference_model` out to use the policy as it is now"
         )
     if kind == "adapter":
         if reference_model is not None:
             raise ValueError(
-                "reference 'adapter' is the policy without its adapters: expected no `reference_model`, got one; use "
-                "'cached' or 'live' with it"
+                "reference 'adapter' is the policy without its adapter: expected no `reference_model`, got one; use "
+                "'cached' or 'live' with that model"
             )
         return AdapterReference(policy)
     if kind == "live":

@@ -1,4 +1,4 @@
-"""Sequence log-probabilities of a whole token store, packed and without gradients."""
+"""Computation of sequence log-probabilities for a whole token store, in packed batches and without gradients."""
 
 import itertools
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from efface_kernels import accumulation_dtype, linear_logprob, segment_sums
 
 
 def budgeted(store: TokenStore, index: NDArray[np.int64], token_budget: int) -> Iterator[NDArray[np.int64]]:
-    """Yield runs of the sequences of ``index`` whose tokens fit the budget; a longer sequence comes alone."""
+    """Split ``index`` into consecutive groups of at most ``token_budget`` tokens; a longer sequence is its own one."""
     run: list[int] = []
     tokens = 0
     for sequence, length in zip(index.tolist(), store.lengths[index].tolist(), strict=True):
@@ -31,7 +31,7 @@ def budgeted(store: TokenStore, index: NDArray[np.int64], token_budget: int) -> 
 
 @contextmanager
 def scoring(model: PreTrainedModel) -> Iterator[None]:
-    """Within, ``model`` is in evaluation mode and reads packs as it can; then as it was."""
+    """Put ``model`` into evaluation mode and switch it to packed attention; restore both when the block ends."""
     modes = [(module, module.training) for module in model.modules()]
     attention = model.config._attn_implementation  # noqa: SLF001
     model.eval()
@@ -55,14 +55,23 @@ def packed_logprobs(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
-    """Yield (sequences, their L_s on the CPU) forward pass by forward pass, until all of ``index`` had their turn.
+    """Yield (sequence indices, their L_s on the CPU) after each forward pass.
 
-    ``index`` None is the whole store; the rest is as in ``store_logprobs``. Until the last yield the model is in
-    evaluation mode. Of ``world_size`` ranks each runs every ``world_size``-th pass, and all yield the sequences of as
-    many passes at a time, with 0 for what others computed: the sum over the ranks is what one alone would yield.
+    The model stays in evaluation mode until the generator is exhausted or closed. With several ranks, each rank runs
+    every ``world_size``-th pass. Every rank yields the sequences of ``world_size`` passes at a time, with 0 for the
+    values of other ranks, so that the sum over ranks equals the values of a single process.
+
+    Args:
+        model: a transformers model.
+        store: the token store.
+        index: indices of the sequences to score; None scores the whole store.
+        token_budget: maximum number of tokens per forward pass; a longer sequence gets its own pass.
+        name: name of the store in error messages.
+        rank: rank of this process.
+        world_size: number of processes.
 
     Raises:
-        ValueError: when the first is asked for, as ``store_logprobs``.
+        ValueError: on the first iteration, for the reasons listed for ``store_logprobs``.
     """
     head = head_of(model)
     check_store(model, store, name)
@@ -87,11 +96,16 @@ def store_logprobs(
 ) -> torch.Tensor:
     """Return L_s of every sequence, (len(store),) on the CPU, in nats; float32 (float64 for float64 models).
 
-    Sequences are packed up to ``token_budget`` tokens; the budget does not change a result beyond rounding. The
-    model is put into evaluation mode and back. Errors call the store ``name``.
+    The model is in evaluation mode during the computation; its modes are restored afterwards.
+
+    Args:
+        model: a transformers model.
+        store: the token store.
+        token_budget: maximum number of tokens per packed batch. It changes the results only by rounding.
+        name: name of the store in error messages.
 
     Raises:
-        ValueError: a token id outside the model's vocabulary, or a sequence longer than the model's positions.
+        ValueError: if a token id is outside the model's vocabulary, or a sequence is longer than the model's positions.
     """
     sums = torch.zeros(len(store), dtype=accumulation_dtype(head_of(model).weight.dtype))
     for sequences, part in packed_logprobs(model, store, token_budget=token_budget, name=name):
@@ -100,13 +114,13 @@ def store_logprobs(
 
 
 def check_store(model: PreTrainedModel, store: TokenStore, name: str) -> None:
-    """Raise ValueError if the store holds a token or a sequence that the model cannot read."""
+    """Raise ValueError if a token id is outside the model's vocabulary or a sequence exceeds its positions."""
     embeddings: Any = model.get_input_embeddings()
     store.check_vocabulary(embeddings.weight.shape[0], name)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = int(store.lengths.max(initial=0))
-    if limit is not None and longest > limit > 0:  # XLNet says -1: it has no limit
+    if limit is not None and longest > limit > 0:  # XLNet's config has -1, which means no limit
         raise ValueError(
             f"`{name}`: expected sequences of at most {limit} tokens (the model's positions), got {longest}; "
-            "cut them on purpose by a maximal length (--max-length)"
+            "set a maximum length to cut them (--max-length)"
         )

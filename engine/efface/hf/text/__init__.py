@@ -1,1 +1,1 @@
-"""Text to token sequences: files of rows, prompt templates, the cache of tokens."""
+"""Conversion of text to token sequences: files of rows, prompt templates, and the token cache."""

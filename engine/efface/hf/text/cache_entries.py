@@ -1,12 +1,12 @@
-"""What is in the cache folder, of which data where that is known, and how it is removed.
+"""Listing and purging of cache entries, with the data set each was built from where it is recorded.
 
 =====================  ===========================================================================================
-kind                   what it holds
+kind                   content
 =====================  ===========================================================================================
-tokens                 the rows of a data set as tokens, which any tokenizer's owner can read as text
-reference              log-probabilities by digests of models and sequences; no text and no tokens
-taught model           a small model of ``efface unlearn --scale``, which learnt its rows
-leftover               what a killed process left half written
+tokens                 the rows of a data set as tokens, which anyone with the tokenizer can convert to text
+reference              log-probabilities, keyed by digests of models and sequences; no text and no tokens
+taught model           a small model that ``efface unlearn --scale`` trained on the data set
+leftover               an incomplete file or folder of a killed process
 =====================  ===========================================================================================
 """
 
@@ -41,11 +41,11 @@ class CacheEntry:
 
     Attributes:
         kind: one of ``KINDS``.
-        path: where it is.
-        size: bytes.
-        used: when it was last used or written, in seconds since 1970.
-        data: digest of the data that it was made of; "" where that is not known.
-        source: path or name of the data, likewise.
+        path: path of the file or folder.
+        size: size in bytes.
+        used: time of last use or modification, in seconds since 1970.
+        data: digest of the data it was built from; "" if unknown.
+        source: path or name of the data it was built from; "" if unknown.
     """
 
     kind: str
@@ -57,16 +57,16 @@ class CacheEntry:
 
     @property
     def is_read(self) -> bool:
-        """Whether this version reads it: tokens of earlier ones do not say of which data they are."""
+        """Whether this version of efface uses the entry; token files of old versions do not record their data."""
         return self.kind != "leftover" and (self.kind != "tokens" or bool(self.data))
 
     def days(self) -> float:
-        """Return the days since its last use."""
+        """Return the days since the last use."""
         return max(0.0, time.time() - self.used) / 86_400
 
 
 def entries(cache_dir: str | Path | None = None) -> list[CacheEntry]:
-    """Return what efface has in the cache folder; files of others are none of it.
+    """Return efface's entries in the cache folder; other files are ignored.
 
     Args:
         cache_dir: see ``token_cache.cache_folder``.
@@ -99,7 +99,7 @@ def _entry(
 
 
 def of_data(found: Sequence[CacheEntry], given: Sequence[str | Path]) -> list[CacheEntry]:
-    """Return the entries that were made of the data: of files by their content and by their path, else by name."""
+    """Return the entries built from the given data; files match by content or path, other sources by name."""
     known: set[str] = set()
     for source in given:
         file = Path(source).expanduser()
@@ -110,13 +110,13 @@ def of_data(found: Sequence[CacheEntry], given: Sequence[str | Path]) -> list[Ca
 
 
 def purge(chosen: Sequence[CacheEntry], cache_dir: str | Path | None = None) -> list[CacheEntry]:
-    """Remove entries, and return those that a running process uses, which stay.
+    """Remove entries, and return those that were kept because a running process uses them.
 
-    The log-probabilities of sequences whose tokens go are removed from the reference cache, too.
+    The log-probabilities of the removed token sequences are removed from the reference cache too.
 
     Args:
-        chosen: of ``entries``.
-        cache_dir: as there.
+        chosen: entries that ``entries`` returned.
+        cache_dir: see ``token_cache.cache_folder``.
     """
     store = cache_folder(cache_dir) / REFERENCE
     kept: list[CacheEntry] = []
@@ -128,7 +128,7 @@ def purge(chosen: Sequence[CacheEntry], cache_dir: str | Path | None = None) -> 
         else:
             kept.append(entry)
     if keys and store.exists():
-        with suppress(ValueError):  # one that is damaged is refused where it is used
+        with suppress(ValueError):  # a damaged store raises its error where it is used
             values = LogprobStore(store)
             try:
                 values.remove(sorted(keys))

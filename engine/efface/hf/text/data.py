@@ -1,4 +1,4 @@
-"""Token stores from question-answer data: a trainer's sets, tokenised once, and what they were made of."""
+"""Token stores from question-answer data: tokenisation of a trainer's data sets, overlap checks, and descriptions."""
 
 import hashlib
 import warnings
@@ -30,22 +30,22 @@ from efface.hf.text.rows import (
 )
 from efface.hf.text.templates import AUTO, Batch, Template, encode_batches, get_template, probe
 
-# What a trainer takes as a forget or retain set: tokens, a file or Hub name, or rows (a datasets.Dataset is rows).
+# The accepted types of a forget or retain set: tokens, a file or Hub name, or rows (such as a datasets.Dataset).
 QuestionAnswers: TypeAlias = TokenStore | str | Path | Rows
 
 
-_LOOKED_AT = 8  # tokens of a sequence that its sample holds
-_SHOWN = 3
+_SAMPLED_TOKENS = 8  # tokens of a sequence that _samples hashes
+_SHOWN = 3  # pairs of rows that an error message lists
 
 
 @dataclass(frozen=True)
 class Refusals:
-    """Answers such as "I don't know.", of which every row gets one, drawn by the seed and the row's number.
+    """Alternate answers such as "I don't know."; each row gets one, drawn with the seed and the row's number.
 
     Attributes:
         lines: the answers.
-        seed: of the draws.
-        every: rows get all of them instead, one sequence each: for who draws anew whenever a row is read.
+        seed: seed of the draws.
+        every: give each row all answers, as one sequence each, for a caller that draws each time a row is read.
     """
 
     lines: tuple[str, ...]
@@ -54,11 +54,11 @@ class Refusals:
 
     @classmethod
     def read(cls, path: str | Path, seed: int = 0, *, every: bool = False) -> "Refusals":
-        """Read a text file with an answer a line, as open-unlearning's idk files are.
+        """Read a text file with one answer per line, the format of open-unlearning's idk files.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: a file without a line of text, or of another encoding than UTF-8.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file has no line of text, or is not UTF-8.
         """
         file = Path(path).expanduser()
         if not file.is_file():
@@ -67,20 +67,20 @@ class Refusals:
             text = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"refusal file {str(path)!r}: expected UTF-8, got {error}; save it as UTF-8") from error
-        # Not splitlines, which ends a line at other characters, too, of which U+2028 is one.
+        # Not splitlines(), which also ends a line at other characters, such as U+2028.
         lines = tuple(line.strip() for line in text.split("\n") if line.strip())
         if not lines:
-            raise ValueError(f"refusal file {str(path)!r}: expected an answer a line, got no text")
+            raise ValueError(f"refusal file {str(path)!r}: expected one answer per line, got no text; add lines")
         return cls(lines, seed, every)
 
     def answers(self, rows: Sequence[int]) -> list[str]:
-        """Return the answers of the rows of these numbers, from 0."""
-        # A draw of its own for every row: the same one whatever other rows there are.
+        """Return the drawn answer of each row number in ``rows``, counted from 0."""
+        # Each row has its own generator, so its answer does not depend on which other rows are used.
         draws = (np.random.Generator(np.random.Philox(key=self.seed, counter=row)) for row in rows)
         return [self.lines[draw.integers(len(self.lines))] for draw in draws]
 
     def batch(self, rows: Sequence[int], questions: Sequence[str]) -> Batch:
-        """Return row numbers, questions and answers."""
+        """Return row numbers, questions and answers; with ``every``, each row is repeated once per answer."""
         if not self.every:
             return rows, questions, self.answers(rows)
         count = len(self.lines)
@@ -104,44 +104,46 @@ def token_store(
     refusals: Refusals | None = None,
     cache_dir: str | Path | None = None,
 ) -> TokenStore:
-    """Tokenise question-answer rows or documents, or hand a ``TokenStore`` through.
+    """Tokenise question-answer rows or documents; return a ``TokenStore`` unchanged.
 
-    Files, Hub data sets and ``datasets.Dataset`` are tokenised once: the tokens stay in a memory-mapped file under the
-    cache folder, found again by the content of the data and of all that made tokens of it. Lists of rows are in memory
-    already, and so are their tokens, as are those of a ``datasets.Dataset`` with a transform.
+    Files, Hub data sets and ``datasets.Dataset`` are tokenised once. Their tokens are kept in a memory-mapped file in
+    the cache folder, under a key made from the content of the data, the tokenizer, the template and the options. The
+    tokens of a list of rows, and of a ``datasets.Dataset`` with a transform, are kept in memory.
 
     Args:
-        data: a JSON, JSON-lines, CSV or Parquet file, ``name[:config[:split]]`` on the Hub, rows, or a TokenStore.
-        tokenizer: needed for text.
-        name: what messages call the set.
-        question_column: None is "question"; for documents, "prompt" if the data has it, else no prompt.
+        data: a JSON, JSON-lines, CSV or Parquet file, ``name[:config[:split]]`` on the Hub, rows, or a ``TokenStore``.
+        tokenizer: required for text.
+        name: name of the set in messages.
+        question_column: None is "question"; for documents, "prompt" if the data has that column, else no prompt.
         answer_column: None is "answer"; for documents, "text".
         template: a name or a ``Template``; see ``efface.hf.text.templates.get_template``.
-        system_prompt: in place of the template's own; "" for none.
-        date_string: in place of the template's own.
-        compat: whose prompts and labels, "open-unlearning" or "tofu"; None is efface's.
-        max_length: cut sequences to so many tokens, documents into sequences of so many; None never cuts.
+        system_prompt: replaces the template's own system prompt; "" for none.
+        date_string: replaces the template's own date.
+        compat: "open-unlearning" or "tofu" for the prompts and labels of that code; None for efface's.
+        max_length: maximum tokens of a sequence; longer answers are cut, longer documents are split. None is no limit.
         rows_filter: conditions that rows must meet; see ``efface.hf.text.rows.parse_conditions``.
-        refusals: answers that take the place of the rows' own.
+        refusals: answers that replace the rows' own answers.
         cache_dir: cache folder; None is ``$EFFACE_CACHE``, or ``efface`` in the user's cache folder.
 
     Raises:
-        FileNotFoundError: a file that does not exist.
-        TypeError: what is not rows, such as a datasets.DatasetDict or a table of pandas.
-        ValueError: no tokenizer, a missing column, a filter that leaves no row, an empty set, a row without a label; a
-            value that has no text, see ``efface.hf.text.rows.as_text``; a file that is not of its type, or that changes
-            while it is read.
+        FileNotFoundError: a file does not exist.
+        TypeError: ``data`` is not rows, for example a ``datasets.DatasetDict`` or a pandas table.
+        ValueError: no tokenizer, a missing column, a filter that matches no row, an empty set, a row without a label, a
+            value without a text (see ``efface.hf.text.rows.as_text``), a file that is not of its type, or a file that
+            changes while it is read.
     """
     conditions = parse_conditions(rows_filter)
     empty = f"the {name} set is empty; expected at least one row"
     if isinstance(data, TokenStore):
         if conditions:
-            raise ValueError(f"`{name}`: a TokenStore has no columns to filter by; filter the rows that it is made of")
+            raise ValueError(f"`{name}`: expected rows to filter, got a TokenStore; filter the rows before tokenising")
         if not len(data):
             raise ValueError(empty)
         return data
     if tokenizer is None:
-        raise ValueError(f"`{name}`: text needs a tokenizer; give `processing_class`, or a TokenStore")
+        raise ValueError(
+            f"`{name}`: expected a tokenizer for text, got none; pass `processing_class`, or a TokenStore as data"
+        )
     chosen = get_template(template, tokenizer, system_prompt=system_prompt, date_string=date_string, compat=compat)
     source = f"{name} data {str(data)!r}" if isinstance(data, (str, Path)) else f"{name} data"
 
@@ -174,8 +176,8 @@ def token_store(
 
         def read() -> tuple[Iterable[Chunk], Taken]:
             rows = FileRows(file, cache_dir=cache_dir)
-            if rows.digest != digest:  # or the tokens of one file would be found by the content of another
-                raise ValueError(f"{str(file)!r} changed while it was read; wait until it is written, and start again")
+            if rows.digest != digest:  # otherwise the cache would keep these tokens under the key of other content
+                raise ValueError(f"{str(file)!r} changed while it was read; start again when it is completely written")
             return chunks(rows)
 
         place = str(file.resolve())
@@ -206,17 +208,17 @@ def _column_names(rows: Rows, question: str | None, answer: str | None, template
 def shared_sequences(
     forget: TokenStore, retain: TokenStore, *, prompts: bool = False
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the forget sequences that are retain sequences too, and for each the first retain one with its tokens.
+    """Return the forget sequences that are also in the retain set, each with the first equal retain sequence.
 
-    A sample of a few tokens tells nearly all sequences apart, in NumPy; those that it does not are compared whole.
+    Hashes of a few tokens rule out nearly all pairs, in NumPy; the remaining sequences are compared in full.
 
     Args:
-        forget: sequences.
-        retain: sequences.
-        prompts: compare what stands before the labels, and not the labels.
+        forget: forget sequences.
+        retain: retain sequences.
+        prompts: compare only the tokens before the labels.
 
     Returns:
-        (K,) sequence numbers in ``forget``, in order, and (K,) in ``retain``.
+        (K,) sequence numbers in ``forget``, ascending, and the (K,) matching numbers in ``retain``.
     """
     ours, theirs = _samples(forget, prompts), _samples(retain, prompts)
     candidates = np.flatnonzero(np.isin(theirs, ours))
@@ -231,15 +233,15 @@ def shared_sequences(
 
 
 def refuse_overlap(forget: TokenStore, retain: TokenStore, *, prompts: bool = False) -> None:
-    """Raise ValueError if rows stand in both sets; where the sets are one and the same, warn.
+    """Raise ValueError if some rows are in both sets; only warn if both sets are the same.
 
-    One set given for both is a choice, or a check that all runs; some rows in both are an accident of a filter or a
-    file.
+    The same set for both is likely intended, for example in a test run. A partial overlap is likely a mistake in a
+    filter or a file.
 
     Args:
-        forget: sequences.
-        retain: sequences.
-        prompts: see ``shared_sequences``.
+        forget: forget sequences.
+        retain: retain sequences.
+        prompts: compare only the tokens before the labels.
     """
     numbers, others = shared_sequences(forget, retain, prompts=prompts)
     if not len(numbers):
@@ -247,30 +249,30 @@ def refuse_overlap(forget: TokenStore, retain: TokenStore, *, prompts: bool = Fa
     what = "question" if prompts else "row"
     if len(numbers) == len(forget) and len(shared_sequences(retain, forget, prompts=prompts)[0]) == len(retain):
         warnings.warn(
-            f"the forget and the retain set are the same {len(retain)} rows, which are trained both ways; if that is "
-            "meant, --allow-overlap (UnlearnArguments(allow_overlap=True)) says so",
+            f"the forget and the retain set are the same {len(retain)} rows, so each row is both forgotten and "
+            "retained; if this is intended, add --allow-overlap (UnlearnArguments(allow_overlap=True))",
             stacklevel=2,
         )
         return
     pairs = [f"{i} and {j}" for i, j in zip(numbers[:_SHOWN].tolist(), others[:_SHOWN].tolist(), strict=True)]
     raise ValueError(
         f"expected forget and retain sets without a common {what}, got {len(numbers)} of {len(forget)} forget rows in "
-        f"both: rows {', '.join(pairs)}{' and more' if len(numbers) > _SHOWN else ''} (of the forget and of the retain "
-        f"set as taken, from 0) have the same {'question' if prompts else 'tokens'}; leave them out of one set, with "
-        "--retain-filter or a file without them, or insist with --allow-overlap (UnlearnArguments(allow_overlap=True))"
+        f"both: rows {', '.join(pairs)}{' and more' if len(numbers) > _SHOWN else ''} (forget and retain row, counted "
+        f"from 0 after filtering) have the same {'question' if prompts else 'tokens'}; remove them from one set with "
+        "--retain-filter or in its file, or add --allow-overlap (UnlearnArguments(allow_overlap=True))"
     )
 
 
 def _samples(store: TokenStore, prompts: bool) -> NDArray[np.uint64]:
-    """(sequences,) A number that equal sequences share, of their lengths and some of their tokens."""
+    """Return a hash of each sequence, (sequences,) uint64, made of its length and some of its tokens."""
     parts = [np.empty(0, np.uint64)]
     for ids, offsets, starts in store.chunks:
         begins = offsets[:-1]
         lengths = starts if prompts else np.diff(offsets)
         mixed = lengths.astype(np.uint64)
-        for k in range(_LOOKED_AT):
-            # Spread over the sequence, with its last token but one: the very last ends every row.
-            places = begins + np.maximum((lengths * (k + 1)) // _LOOKED_AT - 2, 0)
+        for k in range(_SAMPLED_TOKENS):
+            # Spread over the sequence, up to its second-to-last token; the last token is the same in every row.
+            places = begins + np.maximum((lengths * (k + 1)) // _SAMPLED_TOKENS - 2, 0)
             tokens = ids[places].astype(np.uint64) if len(ids) else np.zeros(len(begins), np.uint64)
             mixed = (mixed ^ tokens) * np.uint64(0x9E3779B97F4A7C15)
             mixed ^= mixed >> np.uint64(29)
@@ -279,7 +281,7 @@ def _samples(store: TokenStore, prompts: bool) -> NDArray[np.uint64]:
 
 
 def _content(store: TokenStore, index: int, prompts: bool) -> bytes:
-    """Return the tokens of a sequence, or of its prompt; nothing where that is at most a mark of the beginning."""
+    """Return the bytes of a sequence's tokens, or of its prompt's; b"" for a single token, such as a lone BOS token."""
     tokens = store[index]
     if prompts:
         tokens = tokens[: store.label_starts[index]]
@@ -288,16 +290,16 @@ def _content(store: TokenStore, index: int, prompts: bool) -> bytes:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a set was: where from, how many sequences, and a digest of their tokens and labels.
+    """Description of a data set: its source, its number of sequences, and a digest of their tokens and labels.
 
     Attributes:
-        source: file, name on the Hub, or type of what was in memory.
-        rows: sequences; a document may be several.
-        fingerprint: digest of the sequences.
-        filters: conditions that its rows meet.
-        hub_name: of the data set on the Hub, if it is one.
-        taken: rows that the sequences are of; None where the set was given as tokens.
-        available: rows of the source, likewise.
+        source: file, name on the Hub, or type of the object in memory.
+        rows: number of sequences; a document can be several.
+        fingerprint: digest of the sequences and their labels.
+        filters: conditions of the row filter.
+        hub_name: name of the data set on the Hub; "" if it is not from the Hub.
+        taken: number of rows after filtering; None if the set was passed as tokens.
+        available: number of rows before filtering; None if the set was passed as tokens.
     """
 
     source: str
@@ -310,7 +312,7 @@ class DataFacts:
 
     @classmethod
     def of(cls, data: Any, store: TokenStore, conditions: Conditions = None) -> "DataFacts":
-        """Describe a set as it was given and as it was tokenised."""
+        """Return the description of ``data``, whose tokens are in ``store``."""
         named = isinstance(data, (str, Path))
         source = str(data) if named else f"{type(data).__name__} in memory"
         local = not named or Path(source).expanduser().exists() or Path(source).suffix != ""
@@ -324,7 +326,7 @@ class DataFacts:
         )
 
     def counts(self) -> str:
-        """Return how much was taken: ``400 of 4,000 rows``, of documents with their sequences, too."""
+        """Return the row counts, such as ``400 of 4,000 rows``; for split documents, the number of sequences too."""
         sequences = f"{self.rows:,} sequences"
         if self.taken is None:
             return sequences
@@ -337,7 +339,7 @@ class DataFacts:
 
 
 def store_fingerprint(store: TokenStore) -> str:
-    """Return a digest of all sequences and their labels; how they are cut into chunks does not matter."""
+    """Return a digest of all sequences and their labels, independent of their division into chunks."""
     state = hashlib.sha256()
     for part in (store.lengths, store.label_starts):
         state.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())

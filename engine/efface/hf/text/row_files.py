@@ -1,4 +1,4 @@
-"""Files of rows: read as they are written, and whole, before the first row is handed out."""
+"""``FileRows``: the rows of a JSON, JSON-lines, CSV or Parquet file, read completely and without type guessing."""
 
 import csv
 import hashlib
@@ -19,42 +19,44 @@ import pyarrow.parquet as pq
 from efface.files import private_folder
 from efface.hf.text.token_cache import cache_folder
 
-IN_MEMORY = 64 << 20  # bytes of rows that are kept in memory; more are in a file without a name
+IN_MEMORY = 64 << 20  # bytes of rows kept in memory; larger data go to an unnamed temporary file
 _READ_BYTES = 1 << 20
-_PARQUET_ROWS = 1000  # at a time
-_LONGEST_FIELD = (1 << 31) - 1  # of CSV: Python's limit is 128 KiB, and the largest there is on all systems is this
+_PARQUET_ROWS = 1000  # per batch
+_LONGEST_FIELD = (1 << 31) - 1  # CSV field limit: Python's default is 128 KiB; this is the maximum on all systems
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 Row = dict[str, Any]
 
 
 class FileRows(Sequence[Row]):
-    """The rows of a JSON, JSON-lines, CSV or Parquet file, as it was when they were read.
+    """The rows of a JSON, JSON-lines, CSV or Parquet file, as of the time of reading.
 
-    Values are what the file holds, with nothing guessed:
+    Types are not guessed:
 
-    - CSV: every field is text, an empty one is empty text. Blank lines are no rows.
-    - JSON: numbers are text as well, digit by digit; true, false, null and NaN, lists and objects are Python's.
-      What a row lacks is None.
-    - Parquet: Python's values of the file's types.
+    - CSV: every field is text; an empty field is empty text. Blank lines are skipped.
+    - JSON: numbers are text too, with the digits of the file; true, false, null, NaN, lists and objects become Python
+      values. A column that a row lacks is None.
+    - Parquet: Python values of the file's types.
 
-    The rows are a copy: what becomes of the file afterwards does not matter. Beyond 64 MiB they are in a file of the
-    cache folder that has no name, and is gone with the last reference; so they may exceed RAM (a JSON array, unlike
-    JSON lines, is read at once). No other copy is made, in the cache of ``datasets`` for one.
+    The rows are a copy, so later changes of the file have no effect. Rows beyond 64 MiB are kept in an unnamed
+    temporary file in the cache folder, which the system deletes with the last reference, so they can exceed RAM. (A
+    JSON array is read into memory at once; JSON lines are not.) No further copy is made, for example in the cache of
+    ``datasets``.
 
     Args:
-        path: of type .json, .jsonl, .csv or .parquet.
+        path: a .json, .jsonl, .csv or .parquet file.
         cache_dir: see ``token_cache.cache_folder``.
 
     Attributes:
-        suffix: of the file, in lower case.
+        suffix: suffix of the file, in lower case.
         digest: SHA-256 of the bytes that were read.
-        names: the columns.
-        features: their types where the file holds types, as ``datasets.Dataset.features``.
+        names: column names.
+        features: types of the columns as in ``datasets.Dataset.features``; empty unless the file records them.
 
     Raises:
-        ValueError: a file that is not of its type, with the line; one that changes while it is read.
-        OSError: a file that cannot be read; no space in the cache folder.
+        ValueError: the file does not have the format of its type (the message names the line), or it changes while it
+            is read.
+        OSError: the file cannot be read, or the cache folder has no space.
     """
 
     def __init__(self, path: Path, *, cache_dir: str | Path | None = None) -> None:
@@ -64,7 +66,8 @@ class FileRows(Sequence[Row]):
         self.features: Mapping[str, Any] = {}
         self._ends = array("q", [0])
         with path.open("rb") as file:
-            # The open file stays the same one if another takes its path, and two digests show what is written into it.
+            # The open file stays the same if another file replaces it at this path; comparing the digest before and
+            # after reading detects writes into it.
             self.digest = _digest(file)
             read = READERS[self.suffix]
             try:
@@ -72,7 +75,7 @@ class FileRows(Sequence[Row]):
             except UnicodeDecodeError as error:
                 raise _not_utf8(file, source) from error
             if _digest(file) != self.digest:
-                raise ValueError(f"{source} changed while it was read; wait until it is written, and start again")
+                raise ValueError(f"{source} changed while it was read; start again when it is completely written")
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -92,7 +95,7 @@ class FileRows(Sequence[Row]):
 
     def _kept(self, rows: Iterable[Row], cache_dir: str | Path | None) -> memoryview | mmap.mmap:
         memory = io.BytesIO()
-        file: Any = memory  # or a temporary file, of a class that differs between systems
+        file: Any = memory  # or a temporary file, whose class differs between systems
         for row in rows:
             file.write(pickle.dumps(row, pickle.HIGHEST_PROTOCOL))
             self._ends.append(file.tell())
@@ -129,43 +132,43 @@ def _read_csv(rows: FileRows, file: BinaryIO, source: str) -> Iterator[Row]:
                 if len(fields) != len(rows.names):
                     raise ValueError(
                         f"{source}, line {line}: expected {len(rows.names)} fields ({', '.join(rows.names)}), got "
-                        f'{len(fields)}; write a field that holds a comma in double quotes: "In Ghent, Belgium"'
+                        f'{len(fields)}; put a field that contains a comma in double quotes: "In Ghent, Belgium"'
                     )
                 yield dict(zip(rows.names, fields, strict=True))
             line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(
-            f"{source}, line {line}: expected fields of CSV, got something else ({error}); close each quoted field, "
-            "and write a double quote within one as two"
+            f"{source}, line {line}: expected CSV fields, got invalid CSV ({error}); close each quoted field, and "
+            "double each quote within a quoted field"
         ) from error
     finally:
         csv.field_size_limit(limit)
-        text.detach()  # or the file would be closed with it
+        text.detach()  # otherwise closing the wrapper would close the file
     if not rows.names:
-        raise ValueError(f"{source}: expected a line of column names, got an empty file")
+        raise ValueError(f"{source}: expected a line of column names, got an empty file; check the file")
 
 
 def _header(names: Sequence[str], where: str) -> tuple[str, ...]:
     if not any(names):
-        raise ValueError(f"{where}: expected column names, got a blank line")
+        raise ValueError(f"{where}: expected column names, got a blank line; remove the line")
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise ValueError(f"{where}: expected distinct column names, got {twice[0]!r} twice; rename one")
     if any("\0" in name for name in names):
-        raise ValueError(f"{where}: expected UTF-8, got what UTF-16 or UTF-32 looks like; save the file as UTF-8")
+        raise ValueError(f"{where}: expected UTF-8, got bytes that look like UTF-16 or UTF-32; save the file as UTF-8")
     if len(names) == 1 and (other := {";", "\t", "|"} & set(names[0])):
         raise ValueError(
-            f"{where}: expected column names with commas between, got {names[0]!r}; save the file with commas for "
-            f"{', '.join(map(repr, sorted(other)))}"
+            f"{where}: expected column names separated by commas, got {names[0]!r}; save the file with commas instead "
+            f"of {', '.join(map(repr, sorted(other)))}"
         )
     return tuple(names)
 
 
 def _read_json(rows: FileRows, file: BinaryIO, source: str) -> Iterator[Row]:
-    """Objects, one a line or in an array."""
+    """Yield JSON objects, which are one per line or in one array."""
     names: dict[str, None] = {}
     first = next((line for line in file if line.removeprefix(b"\xef\xbb\xbf").strip()), None)
     if first is None:
-        raise ValueError(f"{source}: expected rows, got an empty file")
+        raise ValueError(f"{source}: expected rows, got an empty file; check the file")
     file.seek(0)
     whole = first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     try:
@@ -173,7 +176,7 @@ def _read_json(rows: FileRows, file: BinaryIO, source: str) -> Iterator[Row]:
             names.update(dict.fromkeys(row))
             yield row
     except RecursionError as error:
-        raise ValueError(f"{source}: expected rows of text, got JSON that is nested too deep") from error
+        raise ValueError(f"{source}: expected rows of text, got JSON nested too deeply; flatten it") from error
     rows.names = tuple(names)
 
 
@@ -184,8 +187,8 @@ def _array(file: BinaryIO, source: str) -> Iterator[Row]:
         raise
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{source}, line {error.lineno}: expected an array of JSON objects, got something else ({error.msg} at "
-            f"column {error.colno}); correct it there, or write the file anew if it was cut off"
+            f"{source}, line {error.lineno}: expected an array of JSON objects, got invalid JSON ({error.msg} at "
+            f"column {error.colno}); correct the line, or create the file again if it was cut off"
         ) from error
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
@@ -204,9 +207,9 @@ def _lines(file: BinaryIO, source: str) -> Iterator[Row]:
             row = _DECODER.decode(text)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{source}, line {number}: expected a JSON object, got something else ({error.msg} at column "
-                f"{error.colno}); write one object a line or an array of objects, and write the file anew if it was "
-                "cut off"
+                f"{source}, line {number}: expected a JSON object, got invalid JSON ({error.msg} at column "
+                f"{error.colno}); write one object per line or one array of objects, or create the file again if it "
+                "was cut off"
             ) from error
         except ValueError as error:
             raise ValueError(f"{source}, line {number}: {error}") from error
@@ -224,12 +227,12 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
     return row
 
 
-# Numbers stay as they are written, 1.10 for one; NaN and Infinity, which json.dumps writes, are floats.
+# Numbers keep their text, such as 1.10; NaN and Infinity, which json.dumps writes, become floats.
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=str, parse_int=str, parse_constant=float)
 
 
 def _not_utf8(file: Any, source: str) -> ValueError:
-    """Say where a file is not UTF-8."""
+    """Return the error for a file that is not UTF-8, with the line and offset of the first invalid byte."""
     file.seek(0)
     offset = 0
     for number, line in enumerate(file, 1):
@@ -240,10 +243,10 @@ def _not_utf8(file: Any, source: str) -> ValueError:
         except UnicodeDecodeError as error:
             return ValueError(
                 f"{source}, line {number}: expected UTF-8, got byte 0x{line[error.start]:02x} at offset "
-                f"{offset + error.start}, as of Latin-1; save the file as UTF-8"
+                f"{offset + error.start}, possibly Latin-1; save the file as UTF-8"
             )
         offset += len(line)
-    return ValueError(f"{source}: expected UTF-8; save the file as UTF-8")
+    return ValueError(f"{source}: expected UTF-8, got another encoding; save the file as UTF-8")
 
 
 def _read_parquet(rows: FileRows, file: BinaryIO, source: str) -> Iterator[Row]:
@@ -251,16 +254,18 @@ def _read_parquet(rows: FileRows, file: BinaryIO, source: str) -> Iterator[Row]:
         table = pq.ParquetFile(file)
         names = table.schema_arrow.names
         if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-            raise ValueError(f"expected distinct columns, got {twice[0]!r} twice")  # noqa: TRY301 - told as the others
+            raise ValueError(f"expected distinct columns, got {twice[0]!r} twice")  # noqa: TRY301 - wrapped like the others
         rows.names = tuple(names)
-        if b"huggingface" in (table.schema_arrow.metadata or {}):  # what Dataset.to_parquet adds
+        if b"huggingface" in (table.schema_arrow.metadata or {}):  # added by Dataset.to_parquet
             rows.features = datasets.Features.from_arrow_schema(table.schema_arrow)
         for batch in table.iter_batches(_PARQUET_ROWS):
             yield from batch.to_pylist()
     except (pa.ArrowException, ValueError, OverflowError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise ValueError(f"{source}: expected a Parquet file, got something else ({error}); write it anew") from error
+        raise ValueError(
+            f"{source}: expected a Parquet file, got invalid data ({error}); create the file again"
+        ) from error
 
 
 READERS: Mapping[str, Callable[[FileRows, BinaryIO, str], Iterator[Row]]] = {

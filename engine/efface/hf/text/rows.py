@@ -1,4 +1,4 @@
-"""Rows of text: read from files, the Hub and objects in memory, and filtered by their columns."""
+"""Rows of text: loading from files, the Hub and memory, reading of columns, and row filters."""
 
 import difflib
 import hashlib
@@ -23,17 +23,17 @@ from efface.errors import in_words, reading
 from efface.hf.text.row_files import IN_MEMORY, READERS, FileRows
 from efface.hf.text.templates import Batch
 
-Rows: TypeAlias = Sequence[Mapping[str, Any]]  # a datasets.Dataset is rows, too
+Rows: TypeAlias = Sequence[Mapping[str, Any]]  # includes datasets.Dataset
 Conditions: TypeAlias = str | Sequence[str] | Mapping[str, Any] | None
 
 _ROWS_AT_A_TIME = 1000
 _DOCUMENTS_AT_A_TIME = 16  # books of some 1 MB each
 _SHOWN_VALUES = 10
-_LOOKED_AT_VALUES = 10_000  # for what was meant by a value that no row has
+_SUGGESTION_VALUES = 10_000  # distinct values compared with a filter value that no row has
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-# No name on the Hub ends so; of these are files that are not read.
+# Suffixes of file types that are not supported. No name on the Hub ends in one, so such a source is a file.
 _OTHER_FILES = {
     *(".txt", ".tsv", ".xls", ".xlsx", ".ndjson", ".arrow", ".feather", ".orc", ".xml", ".html", ".yaml", ".yml"),
     *(".pkl", ".npy", ".npz", ".db", ".sqlite", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"),
@@ -41,11 +41,11 @@ _OTHER_FILES = {
 
 
 def local_file(source: str | Path) -> Path | None:
-    """Return the path if ``source`` is a file of rows, None if it can only be a name on the Hub.
+    """Return the path if ``source`` is a file of rows; None if it can only be a name on the Hub.
 
     Raises:
-        FileNotFoundError: a path that does not exist.
-        ValueError: a folder, or a file type that is not known.
+        FileNotFoundError: the path does not exist.
+        ValueError: the path is a folder, or a file of an unsupported type.
     """
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
@@ -61,11 +61,13 @@ def local_file(source: str | Path) -> Path | None:
 
 
 def check_source(source: str | Path | None) -> None:
-    """Raise what reading the rows of a file would, before a model is loaded or the Hub asked; a large one is not read.
+    """Check a data source before a model is loaded, by reading its file if that is at most 64 MiB.
+
+    A name on the Hub is not checked, and None is accepted.
 
     Raises:
-        FileNotFoundError: a path that does not exist.
-        ValueError: as ``load_rows``.
+        FileNotFoundError: the path does not exist.
+        ValueError: as ``load_rows`` raises.
     """
     path = None if source is None else local_file(source)
     if path is not None and path.stat().st_size <= IN_MEMORY:
@@ -75,35 +77,35 @@ def check_source(source: str | Path | None) -> None:
 def load_rows(source: str | Path, *, cache_dir: str | Path | None = None) -> Rows:
     """Return the rows of a JSON, JSON-lines, CSV or Parquet file, or of a Hub data set ``name[:config[:split]]``.
 
-    The split is "train" unless named. Rows of a file are ``FileRows``, a copy of it as it is now; those of a data set
-    on the Hub are memory-mapped from the cache of ``datasets``. Either may exceed RAM.
+    The default split is "train". The rows of a file are ``FileRows``, a copy of the file's current content. The rows of
+    a Hub data set are memory-mapped from the cache of ``datasets``. Both can exceed RAM.
 
     Args:
         source: a path or a name.
-        cache_dir: the folder for large copies; see ``token_cache.cache_folder``.
+        cache_dir: folder for large copies; see ``token_cache.cache_folder``.
 
     Raises:
-        FileNotFoundError: a path that does not exist, a name that the Hub does not know.
-        ValueError: a file type that is not known, a file that is not of its type; a Hub data set without the
-            configuration or the split.
+        FileNotFoundError: the path does not exist, or the name is not on the Hub.
+        ValueError: the file is of an unsupported type or does not have the format of its type, or the Hub data set does
+            not have the configuration or split.
     """
     path = local_file(source)
     if path is not None:
         return FileRows(path, cache_dir=cache_dir)
     name, config, split, *more = [*str(source).split(":"), "", ""]
     if any(more):
-        raise ValueError(f"{str(source)!r}: expected a file, or name:config:split of a Hub data set")
-    if Path(name).expanduser().exists():  # datasets would read it by its path and time, and keep a copy
-        kind = "a folder" if Path(name).expanduser().is_dir() else "a file, whose rows have no splits"
-        raise ValueError(f"{str(source)!r}: expected a file, or the name of a Hub data set; {name!r} is {kind} here")
+        raise ValueError(f"{str(source)!r}: expected a file or name:config:split of a Hub data set; correct it")
+    if Path(name).expanduser().exists():  # datasets would identify it by path and time, and keep a copy
+        kind = "a folder" if Path(name).expanduser().is_dir() else "a file, which has no configurations or splits"
+        raise ValueError(f"{str(source)!r}: expected a file or the name of a Hub data set; {name!r} is {kind}")
     if not name.strip():
-        raise ValueError(f"{str(source)!r}: expected a file, or name:config:split of a Hub data set")
+        raise ValueError(f"{str(source)!r}: expected a file or name:config:split of a Hub data set; correct it")
     try:
-        with reading(f"data set {str(source)!r}", "a data set that `datasets` can load", "give a file of it"):
+        with reading(f"data set {str(source)!r}", "a data set that `datasets` can load", "pass a file instead"):
             try:
                 rows: Rows = datasets.load_dataset(name, config or None, split=split or "train")
             except ValueError as error:
-                raise ValueError(f"{str(source)!r}: {error}; name it as {name}:config:split") from error
+                raise ValueError(f"{str(source)!r}: {error}; use {name}:config:split") from error
     except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         raise FileNotFoundError(
             f"{name!r} is neither a local file nor a data set on the Hub ({in_words(error)})"
@@ -112,38 +114,38 @@ def load_rows(source: str | Path, *, cache_dir: str | Path | None = None) -> Row
 
 
 def as_text(value: Any) -> str | None:
-    """Return a value as the text that it was written as; None for a missing one.
+    """Return the text of a value; None for a missing value.
 
     ======================================================  ====================================================
     value                                                   text
     ======================================================  ====================================================
-    str                                                     itself; refused with half of a surrogate pair
+    str                                                     unchanged; an error if it has a lone surrogate
     int, NumPy integer                                      its digits
-    Decimal                                                 its digits; refused where it has an exponent
+    Decimal                                                 its digits; an error if it has an exponent
     None, NaN of any type, pandas' NA and NaT, NumPy's NaT  missing
-    float, NumPy float                                      refused: 1984.0 may be 1984 in a column with gaps
-    bool, NumPy bool                                        refused: true, True, yes or 1
-    date, time, bytes, list, mapping, array, all others     refused
+    float, NumPy float                                      an error: 1984.0 can be 1984 in a column with gaps
+    bool, NumPy bool                                        an error: could be true, True, yes or 1
+    date, time, bytes, list, mapping, array, all others     an error
     ======================================================  ====================================================
 
-    Every place that reads text from rows goes by this one table. Files of text have text alone: a CSV field is the
-    characters of the file, and so is a number in JSON (``1.10``, ``1e3``).
+    All code that reads text from rows uses this function. Text files contain only text: a CSV field is the characters
+    in the file, and so is a number in JSON (``1.10``, ``1e3``).
 
     Raises:
-        ValueError: a value whose text is not known; the message says what it is and what to do.
+        ValueError: the value has no unique text; the message names its type and a remedy.
     """
     if isinstance(value, str):
-        text = str.__str__(value)  # of a subclass, the characters: an Enum's own __str__ returns the member's name
+        text = str.__str__(value)  # the characters, also for a subclass; the __str__ of an Enum returns its name
         if not text.isascii() and (half := _SURROGATE.search(text)):
             raise ValueError(
-                f"got text with half of a surrogate pair (U+{ord(half[0]):04X} at character {half.start()}), as is "
-                "left of an emoji that was cut; correct it"
+                f"got text with a lone surrogate (U+{ord(half[0]):04X} at character {half.start()}), such as half of "
+                "an emoji that was cut; correct it"
             )
         return text
-    if value is None or type(value).__name__ in ("NAType", "NaTType"):  # pandas', which need not be installed
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):  # pandas is optional, so compare names
         return None
     if isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"got bool, which could be spelled {str(value).lower()}, {value}, …; write it as text")  # noqa: TRY004 - a value of the data
+        raise ValueError(f"got bool, which can be written {str(value).lower()}, {value}, …; convert it to text")  # noqa: TRY004 - a value of the data
     if isinstance(value, (int, np.integer)):
         return str(int(value))
     if isinstance(value, (float, np.floating, Decimal)):
@@ -151,42 +153,46 @@ def as_text(value: Any) -> str | None:
             return None
         if isinstance(value, Decimal) and value.is_finite() and "E" not in str(value):
             return str(value)
-        raise ValueError(f"got {type(value).__name__} {value}, whose spelling is not known; write it as text")
+        raise ValueError(
+            f"got {type(value).__name__} {value}, which can be written in several ways; convert it to text"
+        )
     if isinstance(value, (np.datetime64, np.timedelta64)) and np.isnat(value):
         return None
     raise ValueError(f"got {_kind(value)}")
 
 
 def _kind(value: Any) -> str:
-    """What a value that is no text is, and the remedy."""
+    """Return the type of a value that is not text, with a remedy, for an error message."""
     name = type(value).__name__
     if isinstance(value, (date, time, timedelta, np.datetime64, np.timedelta64)):  # datetimes are dates
-        return f"{name} {value}, whose spelling is not known; write it as text"
+        return f"{name} {value}, which can be written in several ways; convert it to text"
     if isinstance(value, (bytes, bytearray)):
         return f"{name}; decode it"
     if isinstance(value, (list, tuple)) and value and all(isinstance(turn, Mapping) for turn in value):
-        return f"{name} of {len(value)} mappings, as a chat is; make a column of questions and one of answers of it"
-    return f"{name}; drop the row, or name another column"
+        return f"{name} of {len(value)} mappings, such as a chat; convert it to a question and an answer column"
+    return f"{name}; drop the row, or choose another column"
 
 
 def check_rows(rows: Any, source: str) -> None:
-    """Raise TypeError for what is not rows: a table of pandas, a stream, a mapping of columns."""
+    """Raise TypeError if ``rows`` is not a sequence of mappings, for example a pandas table, a stream or a mapping."""
     if isinstance(rows, Mapping):
-        raise TypeError(f"{source}: expected rows, got a mapping of {', '.join(map(repr, rows))}; choose one of them")
+        raise TypeError(
+            f"{source}: expected rows, got a mapping of {', '.join(map(repr, rows))}; pass one of its values"
+        )
     if hasattr(rows, "iloc"):
         raise TypeError(
-            f'{source}: expected rows, got a {type(rows).__name__}; give its .to_dict("records"), or '
-            "datasets.Dataset.from_pandas of it"
+            f'{source}: expected rows, got a {type(rows).__name__}; pass its .to_dict("records") or '
+            "datasets.Dataset.from_pandas(...)"
         )
     if isinstance(rows, (str, bytes)) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
-        remedy = "; give list(...) of it" if hasattr(rows, "__iter__") and not isinstance(rows, (str, bytes)) else ""
+        remedy = "; pass list(...) of it" if hasattr(rows, "__iter__") and not isinstance(rows, (str, bytes)) else ""
         raise TypeError(
-            f"{source}: expected rows, as a list of mappings or a datasets.Dataset, got {type(rows).__name__}{remedy}"
+            f"{source}: expected rows (a list of mappings or a datasets.Dataset), got {type(rows).__name__}{remedy}"
         )
 
 
 def check_columns(rows: Rows, names: Sequence[str], source: str) -> None:
-    """Raise ValueError if the rows lack a column; of rows in memory, the first is asked."""
+    """Raise ValueError if a column is missing; for rows in memory, only the first row is checked."""
     check_rows(rows, source)
     present = present_columns(rows, source) if len(rows) else names
     for name in names:
@@ -195,18 +201,18 @@ def check_columns(rows: Rows, names: Sequence[str], source: str) -> None:
 
 
 def table_digest(rows: datasets.Dataset, names: Sequence[str], source: str) -> str:
-    """Return the SHA-256 of columns of a data set, in this order.
+    """Return the SHA-256 of columns of a data set, in the given order.
 
-    Its own fingerprint is no key: it is made of what was done to make it (paths and times of files, functions of
-    ``map``), so what it holds may differ under one fingerprint.
+    The data set's own fingerprint cannot serve as a cache key. It is made from the operations that built the data set
+    (paths and times of files, functions of ``map``), so the content can differ under one fingerprint.
 
     Raises:
-        ValueError: a column that it has not.
+        ValueError: a column is missing.
     """
     check_columns(rows, names, source)
     state = hashlib.sha256(json.dumps(list(names)).encode())
     for table in rows.with_format("arrow").select_columns(list(names)).iter(_ROWS_AT_A_TIME):
-        bare = table.replace_schema_metadata(None).combine_chunks()  # the metadata holds the fingerprint
+        bare = table.replace_schema_metadata(None).combine_chunks()  # the metadata contains the fingerprint
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, bare.schema) as writer:
             writer.write_table(bare)
@@ -215,7 +221,7 @@ def table_digest(rows: datasets.Dataset, names: Sequence[str], source: str) -> s
 
 
 def is_table(rows: Any) -> TypeGuard[datasets.Dataset]:
-    """Whether rows are a ``datasets.Dataset`` of values; what ``set_transform`` makes of one is computed row by row."""
+    """Return whether ``rows`` is a ``datasets.Dataset`` without ``set_transform``, which would compute each row."""
     return isinstance(rows, datasets.Dataset) and rows.format["type"] != "custom"
 
 
@@ -223,22 +229,22 @@ def texts(rows: Rows, name: str, source: str, numbers: NDArray[np.int64] | None 
     """Return a column of text.
 
     Args:
-        rows: what ``load_rows`` returned, or a list of mappings.
-        name: of the column.
-        source: what messages call the data.
-        numbers: of the rows to read; None reads all.
+        rows: the result of ``load_rows``, or a list of mappings.
+        name: name of the column.
+        source: name of the data in messages.
+        numbers: row numbers to read; None reads all rows.
 
     Raises:
-        ValueError: a row without it; a value that has no text, see ``as_text``.
+        ValueError: a row lacks the column, or a value has no text (see ``as_text``).
     """
     return [text for _, (found,) in _text_columns(rows, [name], source, numbers) for text in found]
 
 
 def optional_texts(rows: Rows, name: str, source: str) -> list[str | None]:
-    """Return a column of text that rows may lack; None where one does, or where its value is missing.
+    """Return an optional column of text; None for a row without the column or with a missing value.
 
     Raises:
-        ValueError: a value that has no text, see ``as_text``.
+        ValueError: a value has no text (see ``as_text``).
     """
     return [_as_text(value, row, name, source) for row, value in enumerate(_optional(rows, name, source))]
 
@@ -249,14 +255,14 @@ def text_lists(
     """Return a column of lists of texts.
 
     Args:
-        rows: what ``load_rows`` returned, or a list of mappings.
-        name: of the column.
-        source: what messages call the data.
-        optional: a row may lack it: then its list is empty, as it is where the value is missing or empty text.
-        numbers: of the rows to read; None reads all.
+        rows: the result of ``load_rows``, or a list of mappings.
+        name: name of the column.
+        source: name of the data in messages.
+        optional: return an empty list for a row without the column, with a missing value, or with blank text.
+        numbers: row numbers to read; None reads all rows.
 
     Raises:
-        ValueError: a row without it; a value that is no list; an item that has no text, see ``as_text``, or is blank.
+        ValueError: a row lacks the column, a value is not a list, or an item is blank or has no text (see ``as_text``).
     """
     values = _optional(rows, name, source, numbers) if optional else column(rows, name, source, numbers)
     where = range(len(rows)) if numbers is None else numbers.tolist()
@@ -274,8 +280,8 @@ def _text_list(value: Any, row: int, name: str, source: str, optional: bool) -> 
     if optional and _is_missing(value):
         return []
     raise ValueError(
-        f"{source}, row {row}: expected a list of texts in column {name!r}, got {type(value).__name__}; write a list, "
-        "also of one text (a CSV file holds none: use JSON lines or Parquet)"
+        f"{source}, row {row}: expected a list of texts in column {name!r}, got {type(value).__name__}; write a list "
+        "even for one text (CSV files cannot contain lists: use JSON lines or Parquet)"
     )
 
 
@@ -287,16 +293,16 @@ def _is_missing(value: Any) -> bool:
 
 
 def column(rows: Rows, name: str, source: str, numbers: NDArray[np.int64] | None = None) -> list[Any]:
-    """Return one column of the rows, or of those of these numbers.
+    """Return one column of the rows, or of the rows in ``numbers``.
 
     Raises:
-        ValueError: a row without it.
+        ValueError: a row lacks the column.
     """
     return [value for _, (values,) in _columns(rows, [name], source, numbers) for value in values]
 
 
 def _optional(rows: Rows, name: str, source: str, numbers: NDArray[np.int64] | None = None) -> list[Any]:
-    """Return one column that any row may lack."""
+    """Return one column, with None for rows that lack it."""
     check_rows(rows, source)
     if is_table(rows) or isinstance(rows, FileRows):
         if name in present_columns(rows, source):
@@ -306,7 +312,7 @@ def _optional(rows: Rows, name: str, source: str, numbers: NDArray[np.int64] | N
 
 
 def present_columns(rows: Rows, source: str) -> Sequence[str]:
-    """Names of the columns; of rows in memory, those of the first."""
+    """Return the column names; for rows in memory, those of the first row."""
     if isinstance(rows, FileRows):
         return rows.names
     if is_table(rows):
@@ -322,7 +328,10 @@ def _mapping(row: Any, number: int, source: str) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a row must meet: its value is one of ``values``, or none of them. Values are compared as written."""
+    """Condition on a row: its value in ``column`` is one of ``values``, or with ``negated`` none of them.
+
+    Values are compared as written.
+    """
 
     column: str
     values: tuple[str, ...]
@@ -333,17 +342,17 @@ class Condition:
 
 
 def parse_conditions(conditions: Conditions) -> tuple[Condition, ...]:
-    """Read the conditions of a row filter, all of which a row must meet.
+    """Parse the conditions of a row filter; a row must meet all of them.
 
     Args:
-        conditions: ``column=value[,value…]`` or ``column!=value[,value…]``, one or several; or a mapping of columns
-            to a value or a list of values; None for none. In text, a value with commas, or with spaces or quotes at
-            its ends, stands in double quotes, in which ``""`` is one: ``client="Acme, Inc.",Boreal``. The values of a
-            mapping are taken as they are.
+        conditions: one or several of ``column=value[,value…]`` and ``column!=value[,value…]``; or a mapping of columns
+            to a value or a list of values; or None for no condition. In text, put a value with commas, or with spaces
+            or quotes at its ends, in double quotes, and write a quote within quotes as ``""``:
+            ``client="Acme, Inc.",Boreal``. The values of a mapping are used as they are.
 
     Raises:
-        ValueError: a condition that cannot be read, a value or condition that is given twice, conditions that no value
-            can meet.
+        ValueError: a condition cannot be parsed, a value or condition occurs twice, or no value can meet the
+        conditions.
     """
     if conditions is None:
         return ()
@@ -362,18 +371,20 @@ def parse_conditions(conditions: Conditions) -> tuple[Condition, ...]:
 
 
 def _check_together(one: Condition, other: Condition) -> None:
-    """Refuse two conditions on a column of which one says nothing, or which no value can meet."""
+    """Raise ValueError for two conditions on one column that are redundant or contradict each other."""
     both, pair = set(one.values) & set(other.values), f"row filter {str(one)!r} and {str(other)!r}"
     if one.negated and other.negated:
         if both:
-            raise ValueError(f"{pair}: expected each value once, got {min(both)!r} in both")
+            raise ValueError(f"{pair}: expected each value once, got {min(both)!r} in both; remove one")
     elif one.negated or other.negated:
         kept, dropped = (other, one) if one.negated else (one, other)
         if set(kept.values) <= set(dropped.values):
-            raise ValueError(f"{pair}: expected conditions that a row can meet, got two that contradict")
+            raise ValueError(f"{pair}: expected conditions that a row can meet, got two that contradict; remove one")
     else:
         either = Condition(one.column, tuple(dict.fromkeys((*one.values, *other.values))))
-        raise ValueError(f"{pair}: a row must meet both, and has one value; write {str(either)!r} for either of them")
+        raise ValueError(
+            f"{pair}: expected one condition, a row cannot have both values; write {str(either)!r} for either"
+        )
 
 
 _VALUE = re.compile(r'\s*(?:"((?:[^"]|"")*)"|([^,]*))\s*(,|$)')
@@ -390,8 +401,8 @@ def _parse(text: str) -> Condition:
         found = _VALUE.match(right, place)
         if found is None or (found[1] is None and found[2].startswith('"')):
             raise ValueError(
-                f"row filter {text!r}: expected a closing quote before a comma or the end, and a quote within quotes "
-                f"twice, got {right[place:].strip()!r}"
+                f"row filter {text!r}: expected a closing quote before a comma or the end, and doubled quotes within "
+                f"quotes, got {right[place:].strip()!r}"
             )
         values.append(found[2].strip() if found[1] is None else found[1].replace('""', '"'))
         place, more = found.end(), found[3]
@@ -399,7 +410,7 @@ def _parse(text: str) -> Condition:
 
 
 def _quoted(value: str) -> str:
-    """Write a value as ``_parse`` reads it."""
+    """Return a value in the quoting that ``_parse`` reads."""
     plain = value == value.strip() and "," not in value and not value.startswith('"')
     return value if plain else '"' + value.replace('"', '""') + '"'
 
@@ -407,18 +418,19 @@ def _quoted(value: str) -> str:
 def _wanted(name: str, value: Any) -> Condition:
     values = list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
     if not values:
-        raise ValueError(f"row filter: expected a value of column {name!r}, or several, got an empty list")
+        raise ValueError(f"row filter: expected one or more values of column {name!r}, got an empty list; add a value")
     return Condition(name, tuple(_spellings(one)[-1] for one in values))
 
 
 def _spellings(value: Any) -> tuple[str, ...]:
-    """How a condition may write a value: as ``as_text`` has it, or in ways that can mean nothing else in its column.
+    """Return the spellings of a value that a condition can use; the last one is preferred.
 
-    A missing value is written as nothing. True is also true. 3.0 is also 3: to many readers an integer column with gaps
-    is one of floats. A date is written as in ISO 8601, a time of day after a T or a space.
+    These are the text of ``as_text``, and for other types the spellings that are unambiguous within one column. A
+    missing value is the empty text. True is also true. 3.0 is also 3, because many readers turn an integer column with
+    gaps into floats. A date is written as in ISO 8601, with a T or a space before the time of day.
 
     Raises:
-        ValueError: a value that no condition can name, such as a list.
+        ValueError: no condition can name the value, for example a list.
     """
     if isinstance(value, (np.bool_, np.integer, np.floating)):
         value = value.item()
@@ -435,16 +447,16 @@ def _spellings(value: Any) -> tuple[str, ...]:
 
 
 def matching(rows: Rows, conditions: Sequence[Condition], source: str) -> NDArray[np.int64] | None:
-    """Return the numbers of the rows that meet all conditions, in order; None if there are no conditions.
+    """Return the numbers of the rows that meet all conditions, ascending; None if there are no conditions.
 
     Raises:
-        ValueError: an unknown column, a value in a condition that no row has, no row that meets all conditions.
+        ValueError: a column is unknown, no row has a value of a condition, or no row meets all conditions.
     """
     if not conditions:
         return None
     names = list(dict.fromkeys(condition.column for condition in conditions))
     wanted = {name: {v for one in conditions if one.column == name for v in one.values} for name in names}
-    seen: dict[str, set[str]] = {name: set() for name in names}  # of the wanted ones
+    seen: dict[str, set[str]] = {name: set() for name in names}  # wanted values that occur
     found: list[NDArray[np.int64]] = []
     for first, columns in _columns(rows, names, source):
         met = np.ones(len(columns[0]), np.bool_)
@@ -463,7 +475,7 @@ def matching(rows: Rows, conditions: Sequence[Condition], source: str) -> NDArra
             raise ValueError(_no_row_has(missing[0], condition, rows, source))
     numbers = np.concatenate([np.empty(0, np.int64), *found])
     if not len(numbers):
-        raise ValueError(f"{source}: no row of {len(rows)} meets {' and '.join(map(str, conditions))} together")
+        raise ValueError(f"{source}: none of {len(rows)} rows meets {' and '.join(map(str, conditions))} together")
     return numbers
 
 
@@ -471,21 +483,21 @@ def _no_row_has(value: str, condition: Condition, rows: Rows, source: str) -> st
     present: dict[str, str] = {}  # in order of appearance
     for _, (values,) in _columns(rows, [condition.column], source):
         for one in values:
-            if len(present) < _LOOKED_AT_VALUES:
+            if len(present) < _SUGGESTION_VALUES:
                 present.setdefault(_spellings(one)[-1], repr(one))
     shown = ", ".join(islice(present.values(), _SHOWN_VALUES)) or "none"
     others = " and others" if len(present) > _SHOWN_VALUES else ""
     near = _nearest(value, list(present))
     hint = "" if near is None else f"; did you mean {str(Condition(condition.column, (near,), condition.negated))!r}?"
     return (
-        f"{source}: row filter {str(condition)!r}: no row of {len(rows)} has {value!r} in column {condition.column!r}, "
-        f"which has {shown}{others}{hint} (values are compared as written, with zeros, case and spaces; one with "
-        'commas or outer spaces stands in double quotes: column="a, b")'
+        f"{source}: row filter {str(condition)!r}: none of {len(rows)} rows has {value!r} in column "
+        f"{condition.column!r}, which has {shown}{others}{hint} (values are compared as written, including zeros, case "
+        'and spaces; put a value with commas or outer spaces in double quotes: column="a, b")'
     )
 
 
 def _nearest(value: str, present: Sequence[str]) -> str | None:
-    """Return the value that is the same but for zeros, case and spaces, else the most similar one."""
+    """Return the value that differs only in zeros, case or spaces, else the most similar value, else None."""
     plain = _plain(value)
     same = next((other for other in present if _plain(other) == plain), None)
     return same or next(iter(difflib.get_close_matches(value, present, n=1)), None)
@@ -507,21 +519,21 @@ def text_batches(
     numbers: NDArray[np.int64] | None = None,
     documents: bool = False,
 ) -> Iterator[Batch]:
-    """Read questions and answers batch by batch, as ``encode_batches`` takes them.
+    """Read questions and answers in batches, in the form that ``encode_batches`` takes.
 
     Args:
-        rows: what ``load_rows`` returned, or a list of mappings.
-        question_column: None reads empty questions.
-        answer_column: the answers, or the documents.
-        source: what messages call the data.
-        numbers: of the rows to read; None reads all.
-        documents: texts are long, read few at a time.
+        rows: the result of ``load_rows``, or a list of mappings.
+        question_column: column of the questions; None gives empty questions.
+        answer_column: column of the answers or documents.
+        source: name of the data in messages.
+        numbers: row numbers to read; None reads all rows.
+        documents: whether texts are long, so that batches have 16 rows instead of 1000.
 
     Yields:
         Row numbers, questions, answers.
 
     Raises:
-        ValueError: a missing column, a value that is not text.
+        ValueError: a column is missing, or a value is not text.
     """
     names = [answer_column] if question_column is None else [answer_column, question_column]
     size = _DOCUMENTS_AT_A_TIME if documents else _ROWS_AT_A_TIME
@@ -541,8 +553,8 @@ def _text_columns(
     for name in names:
         if isinstance(features.get(name), datasets.ClassLabel):
             raise ValueError(  # noqa: TRY004 - a value of the data
-                f"{source}: expected text in column {name!r}, got numbers of classes (ClassLabel), which have names, "
-                "too; write the one or the other as text"
+                f"{source}: expected text in column {name!r}, got class numbers (ClassLabel); convert them to text, as "
+                "numbers or as class names"
             )
     for first, columns in _columns(rows, names, source, numbers, size):
         count = len(columns[0])
@@ -568,7 +580,7 @@ def _text(value: Any, row: int, name: str, source: str, place: str = "") -> str:
     if text is None:
         got = "NoneType" if value is None else f"{type(value).__name__} {value}, a missing value"
         raise ValueError(
-            f"{source}, row {row}: expected text in column {name!r}{place}, got {got}; drop the row, or name another "
+            f"{source}, row {row}: expected text in column {name!r}{place}, got {got}; drop the row, or choose another "
             "column"
         )
     return text
@@ -581,7 +593,7 @@ def _columns(
     numbers: NDArray[np.int64] | None = None,
     size: int = _ROWS_AT_A_TIME,
 ) -> Iterator[tuple[int, list[list[Any]]]]:
-    """Yield columns of the numbered rows, ``size`` rows at a time, with the place of the first."""
+    """Yield columns of the rows in ``numbers``, ``size`` rows at a time, each with the position of its first row."""
     check_columns(rows, names, source)
     if is_table(rows):
         if not len(rows):

@@ -1,4 +1,4 @@
-"""Templates: how a question and its answer become tokens, and which of them are labels."""
+"""Prompt templates: conversion of questions and answers into tokens and label positions."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,40 +12,41 @@ from transformers import PreTrainedTokenizerBase
 from efface.batching import TokenStore
 from efface.batching.store import Chunk
 
-# Row numbers (for messages), questions, answers: equally many of each.
+# Row numbers (for messages), questions, answers; all of the same length.
 Batch = tuple[Sequence[int], Sequence[str], Sequence[str]]
 
-# What {"role": "user" or "assistant", "content": text} says, as in transformers' conversations.
+# {"role": "user" or "assistant", "content": text}, as in the conversations of transformers.
 Turn: TypeAlias = dict[str, str]
-# A question, or a chat that ends with one: user and assistant in turn, the user first and last.
+# A question, or a chat with alternating user and assistant turns that starts and ends with a user turn.
 Conversation: TypeAlias = str | Sequence[Turn]
 
-# A tokenizer's working memory is some 200 bytes a token; texts go to it in groups of so many characters and rows.
+# A tokenizer uses about 200 bytes of memory per token, so texts are tokenised in groups of at most this size.
 _GROUP_CHARACTERS = 1_000_000
 _GROUP_ROWS = 1000
 
 _PROBE = "efface-probe"
-_WORD = "The"  # an answer as answers begin, where the answer is not known
-_OTHER = "42"  # one that has no first token in common with it
+_WORD = "The"  # a typical start of an answer, used if the answer is unknown
+_OTHER = "42"  # an answer whose first token differs from that of _WORD
 
 
 @dataclass(frozen=True)
 class Template:
-    """What stands around a question and its answer; the answer and the end of sequence are the labels.
+    """The text around a question and its answer. The labels are the answer and the end-of-sequence token.
 
-    Spaces at the end of the prompt are the answer's: of "Answer: Paris", many tokenizers make "Answer", ":", " Paris".
+    Spaces at the end of the prompt count as part of the answer, because many tokenizers split "Answer: Paris" into
+    "Answer", ":", " Paris".
 
     Attributes:
-        name: for messages and for ``get_template``.
-        pattern: text before the answer, with ``{question}``; None renders the tokenizer's own chat template, which
-            also writes the end of the turn.
+        name: name for messages and for ``get_template``.
+        pattern: text before the answer, with ``{question}``; None renders the tokenizer's chat template, which also
+            writes the end of the turn.
         system_prompt: first message of a chat; empty for none.
-        date_string: the date for chat templates that print one; None leaves it to them (Llama-3's print today's).
-        documents: the answer is a document: it needs no question, and one longer than the maximum length is split.
-        answer_tag: text between a pattern and the answer; it is labels too, and a model has to write it.
-        labels: whose: "answer" are ours, tokens that hold any of the answer or its tag, and the end of sequence. Those
-            of "open-unlearning" and "tofu" are whatever follows as many tokens as the prompt has alone; see
-            ``get_template``.
+        date_string: date for chat templates that print one; None keeps the template's own (Llama-3's print today's).
+        documents: whether the answer is a document, which needs no question and is split at the maximum length.
+        answer_tag: text between the pattern and the answer; its tokens are labels too, so the model must generate it.
+        labels: rule for the first label. "answer": the first token that contains any character of the answer or its
+            tag. "open-unlearning" and "tofu": the position equal to the number of tokens of the prompt tokenised alone;
+            see ``get_template``.
     """
 
     name: str
@@ -58,12 +59,12 @@ class Template:
 
     @property
     def is_chat(self) -> bool:
-        """Whether the tokenizer's chat template is rendered; it writes its own special tokens."""
+        """Whether the tokenizer's chat template is rendered, which writes its own special tokens."""
         return self.pattern is None
 
     @property
     def counted(self) -> bool:
-        """Whether the prompt is tokenised alone, and its tokens are counted off to find the first label."""
+        """Whether the first label is found by counting the tokens of the prompt tokenised alone."""
         return self.labels != "answer"
 
 
@@ -73,13 +74,13 @@ OPEN_UNLEARNING, TOFU = "open-unlearning", "tofu"
 _QUESTION_ANSWER = Template("question-answer", "Question: {question}\nAnswer: ")
 TEMPLATES = {
     "chat": Template("chat"),
-    # As open-unlearning trained and evaluates its TOFU checkpoints of Llama-3.x.
+    # The prompt with which open-unlearning trained and evaluates its Llama-3.x TOFU checkpoints.
     "llama-3": Template("llama-3", system_prompt="You are a helpful assistant.", date_string="10 Apr 2025"),
     "llama-2": Template("llama-2", "[INST] {question} [/INST]"),
     "question-answer": _QUESTION_ANSWER,
-    # TOFU's Phi-1.5, StableLM and Pythia.
+    # TOFU's prompt for Phi-1.5, StableLM and Pythia.
     "phi": Template("phi", "Question: {question}\n", answer_tag="Answer: "),
-    "completion": Template("completion", "{question}", documents=True),  # MUSE: a prompt, if there is one, and a text
+    "completion": Template("completion", "{question}", documents=True),  # MUSE: an optional prompt, and a text
 }
 
 
@@ -91,30 +92,33 @@ def get_template(
     date_string: str | None = None,
     compat: str | None = None,
 ) -> Template:
-    """Return the template of a name, fit for the tokenizer.
+    """Return the template of a name, adapted to the tokenizer and to ``compat``.
 
-    With ``compat``, prompts and labels are another system's, token for token, on its own models and texts:
+    With ``compat``, prompts and labels equal those of another code base token for token, on its own models and texts:
 
-    - "open-unlearning" (``preprocess_chat_instance`` and its ``configs/model``): the prompt is tokenised alone, so a
-      token that it and the answer share in training is no label and the prompt ends in a space ("Answer: "); chats keep
-      what follows the end of the turn, get a second end of sequence behind it, and are never cut; a chat without a
-      system prompt gets "You are a helpful assistant." where its template has a place for one.
-    - "tofu" (``convert_raw_data_to_model_format`` and its ``model_config.yaml``): the prompt is tokenised alone, and
-      "question-answer" is "phi", which counts "Answer:" as labels. TOFU has no chats; theirs are as without it.
+    - "open-unlearning" (``preprocess_chat_instance`` and its ``configs/model``): The prompt is tokenised alone. The
+      prompt therefore ends in a space ("Answer: "), and a token that contains both prompt and answer is not a label.
+      Chats keep the text after the end of the turn, get a second end-of-sequence token after it, and are never cut. A
+      chat without a system prompt gets "You are a helpful assistant." if its template accepts a system prompt.
+    - "tofu" (``convert_raw_data_to_model_format`` and its ``model_config.yaml``): The prompt is tokenised alone, and
+      "question-answer" becomes "phi", in which "Answer:" is part of the labels. TOFU has no chats, so chats are as
+      without ``compat``.
 
-    Documents are as without it in both.
+    Documents are as without ``compat`` in both cases.
 
     Args:
-        template: a name in ``TEMPLATES``, a ``Template`` of your own, or "auto": "llama-3" if the tokenizer's chat
-            template reads a ``date_string``, "chat" if it has another, else "question-answer".
-        tokenizer: its chat template decides what "auto" is.
-        system_prompt: in place of the template's own; "" for none.
-        date_string: in place of the template's own.
-        compat: "open-unlearning" or "tofu"; "auto" is then "llama-2" for Llama-2's chat template, which neither uses.
+        template: a name in ``TEMPLATES``, a ``Template``, or "auto". "auto" is "llama-3" if the tokenizer's chat
+            template reads a ``date_string``, "chat" for any other chat template, and "question-answer" without one.
+        tokenizer: the tokenizer; its chat template determines "auto".
+        system_prompt: replaces the template's own system prompt; "" for none.
+        date_string: replaces the template's own date.
+        compat: "open-unlearning", "tofu" or None. With either, "auto" is "llama-2" for Llama-2's chat template, because
+            neither code base uses that chat template.
 
     Raises:
-        TypeError: no tokenizer.
-        ValueError: an unknown name, a chat without a chat template, a system prompt or date that has no place.
+        TypeError: ``tokenizer`` is not a tokenizer.
+        ValueError: the name or ``compat`` is unknown, the tokenizer lacks the chat template that the template needs, or
+            the template does not use a system prompt or date that was given.
     """
     if not hasattr(tokenizer, "get_chat_template"):
         raise TypeError(
@@ -135,21 +139,27 @@ def get_template(
         template = TEMPLATES[template]
     if template.is_chat and not known:
         others = ", ".join(name for name, other in TEMPLATES.items() if not other.is_chat)
-        raise ValueError(f"`template`: the tokenizer has no chat template for {template.name!r}; use one of {others}")
+        raise ValueError(
+            f"`template`: expected a tokenizer with a chat template for {template.name!r}, got one without; use one of "
+            f"{others}"
+        )
     if system_prompt is not None:
         template = replace(template, system_prompt=system_prompt)
     if date_string is not None:
         template = replace(template, date_string=date_string)
     if not template.is_chat and (template.system_prompt or template.date_string):
         raise ValueError(
-            f"`template`: {template.name!r} has no place for a system prompt or a date; leave them out, or use a chat "
-            "template"
+            f"`template`: expected no system prompt and no date for {template.name!r}, got one; leave it out, or use a "
+            "chat template"
         )
-    return template if compat is None else _as_theirs(template, tokenizer, compat, named and system_prompt is None)
+    return template if compat is None else _for_compat(template, tokenizer, compat, named and system_prompt is None)
 
 
-def _as_theirs(template: Template, tokenizer: PreTrainedTokenizerBase, compat: str, plain: bool) -> Template:
-    """Return a template with the prompts and labels of ``compat``; ``plain`` is one whose system prompt was not set."""
+def _for_compat(template: Template, tokenizer: PreTrainedTokenizerBase, compat: str, plain: bool) -> Template:
+    """Return the template with the prompts and labels of ``compat``.
+
+    ``plain`` is whether the template was given by name and without a system prompt.
+    """
     if template.documents or template.labels == compat:
         return template
     if compat == TOFU:
@@ -163,7 +173,7 @@ def _as_theirs(template: Template, tokenizer: PreTrainedTokenizerBase, compat: s
 
 
 def _with_system_prompt(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """Return a chat with the system prompt of open-unlearning's models; as it is where that has no place (Gemma)."""
+    """Return the template with open-unlearning's system prompt; unchanged if the chat template rejects one (Gemma)."""
     wanted = replace(template, system_prompt=TEMPLATES["llama-3"].system_prompt)
     try:
         _Chat(tokenizer, wanted)
@@ -180,30 +190,30 @@ def encode(
     template: str | Template = AUTO,
     max_length: int | None = None,
 ) -> TokenStore:
-    """Tokenise prompt + answer + end of sequence; the tokens behind the prompt are labels.
+    """Tokenise prompt + answer + end of sequence; the tokens after the prompt are the labels.
 
-    The prompt ends before its trailing spaces, so that the tokens before the labels are the same ones whether a
-    tokenizer joins the space and the answer (" Paris") or does not (" ", "42"): each answer's log-probability is given
-    the same tokens, which are those of ``prompt_ids``. Line breaks at its end are the prompt's, as chat templates have
-    them, unless the tokenizer takes them for spaces. A token that holds some of both, such as GPT-2's `]"` of
-    `[/INST]"Hi"`, is a label.
+    The prompt ends before its trailing spaces. The tokens before the labels are then the same whether the tokenizer
+    joins the space and the answer (" Paris") or not (" ", "42"), so the log-probability of every answer is conditioned
+    on the same tokens: those of ``prompt_ids``. Line breaks at the end of the prompt belong to the prompt, as in chat
+    templates, unless the tokenizer treats them as spaces. A token that contains characters of both, such as GPT-2's
+    `]"` in `[/INST]"Hi"`, is a label.
 
     Args:
-        tokenizer: with an ``eos_token``.
+        tokenizer: a tokenizer with an ``eos_token``.
         questions: n texts.
         answers: n texts.
         template: a name or a ``Template``; see ``get_template``.
-        max_length: cut sequences to so many tokens, documents into sequences of so many; None never cuts.
+        max_length: maximum tokens of a sequence; longer answers are cut, longer documents are split. None is no limit.
 
     Returns:
-        n sequences, in order; of documents, one or more each.
+        n sequences, in order; a document can be several sequences.
 
     Raises:
-        ValueError: unknown template, a tokenizer without an end-of-sequence token or chat template, an empty
-            answer, or an answer that is cut away whole.
+        ValueError: the template is unknown, the tokenizer has no end-of-sequence token or no chat template, or an
+            answer is empty or entirely cut off.
     """
     if len(questions) != len(answers):
-        raise ValueError(f"`questions` and `answers`: expected equal lengths, got {len(questions)}, {len(answers)}")
+        raise ValueError(f"`questions` and `answers`: expected equal lengths, got {len(questions)} and {len(answers)}")
     rows = (range(len(answers)), questions, answers)
     return TokenStore(
         encode_batches(tokenizer, [rows], template=get_template(template, tokenizer), max_length=max_length)
@@ -213,24 +223,24 @@ def encode(
 def encode_batches(
     tokenizer: PreTrainedTokenizerBase, batches: Iterable[Batch], *, template: Template, max_length: int | None
 ) -> Iterator[Chunk]:
-    """Tokenise batches one after another, as ``encode`` does; memory is bounded by the batches.
+    """Tokenise batches one after another as ``encode`` does; memory use is bounded by the batch size.
 
     Args:
-        tokenizer: with an ``eos_token``.
+        tokenizer: a tokenizer with an ``eos_token``.
         batches: row numbers, questions and answers.
-        template: what ``get_template`` returned.
+        template: the result of ``get_template``.
         max_length: as in ``encode``.
 
     Yields:
         The arrays of a ``TokenStore``: ids int32, offsets int64, label_starts int64.
 
     Raises:
-        ValueError: as ``encode``.
+        ValueError: as ``encode``, or ``max_length`` is less than 2.
     """
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-sequence token, which every answer ends with; set `eos_token`")
+        raise ValueError("`tokenizer`: expected an end-of-sequence token, got none; set `tokenizer.eos_token`")
     if max_length is not None and max_length < 2:
-        raise ValueError(f"`max_length`: expected at least 2 (a token and the one before it), got {max_length}")
+        raise ValueError(f"`max_length`: expected at least 2 (a label and the token before it), got {max_length}")
     write = _writer(tokenizer, template)
     for rows, questions, answers in batches:
         for row, answer in zip(rows, answers, strict=True):
@@ -244,37 +254,39 @@ def encode_batches(
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], *, template: str | Template = AUTO
 ) -> list[list[int]]:
-    """Tokenise what stands before an answer: the tokens that ``encode`` puts before the labels.
+    """Tokenise prompts: return the tokens that ``encode`` puts before the labels.
 
-    They are the same ones for every answer, with one exception: where no space parts prompt and answer, a tokenizer may
-    join the prompt's last character and the answer's first. These are punctuation that begins an answer behind a
-    prompt that ends with some, white space that begins one behind a chat's line break, and an answer that goes on with
-    the prompt's last word. Then ``encode`` puts other tokens before the labels, those that hold none of the answer.
+    These tokens are the same for every answer, with one exception. If no space separates prompt and answer, a tokenizer
+    can join the last character of the prompt and the first of the answer. This happens if the prompt ends and the
+    answer starts with punctuation, if the answer starts with white space after a chat's line break, and if the answer
+    continues the last word of the prompt. ``encode`` then puts only the tokens without any character of the answer
+    before the labels.
 
-    For Llama-3, Gemma-2 and Qwen2.5 that is ``apply_chat_template(..., add_generation_prompt=True)`` with the
-    template's system prompt and date. Qwen3's has its empty think block too, as in training.
+    For Llama-3, Gemma-2 and Qwen2.5 the result equals ``apply_chat_template(..., add_generation_prompt=True)`` with the
+    template's system prompt and date. For Qwen3 it also contains the empty think block, as in training.
 
     Args:
         tokenizer: see ``get_template``.
-        conversations: questions; or chats, whose earlier turns a chat template renders as it does, and a pattern
-            writes one exchange a line.
+        conversations: questions; or chats. A chat template renders the earlier turns of a chat itself; a pattern
+            template writes each earlier exchange on a line of its own.
         template: a name or a ``Template``; see ``get_template``.
 
     Returns:
-        The ids of each prompt, as long as they come; with another system's labels, those of the prompt alone.
+        The ids of each prompt, without truncation. With the labels of "open-unlearning" or "tofu", the ids of the
+        prompt tokenised alone.
 
     Raises:
-        ValueError: as ``get_template``; turns out of order; a prompt without a token.
+        ValueError: as ``get_template``; or the turns are out of order, or a prompt has no token.
     """
     template = get_template(template, tokenizer)
     write = _writer(tokenizer, template)
-    # How the prompt's last characters are cut into tokens shows only in front of an answer: alone, GPT-2's makes one
-    # token of two line breaks. A word would go on with the prompt's last one, so a space parts them.
+    # The tokens of the prompt's last characters depend on an answer being there: without one, GPT-2's tokenizer makes
+    # one token of two line breaks. If the prompt ends in a letter or digit, a space keeps _WORD from continuing it.
     texts = []
     for row, conversation in enumerate(conversations):
         text, start = write(row, conversation, _WORD)
         texts.append((f"{text[:start]} {text[start:]}" if text[:start][-1:].isalnum() else text, start))
-    if template.counted:  # alone, as those systems have it
+    if template.counted:  # open-unlearning and TOFU tokenise the prompt alone
         texts = [(text[:end], end) for text, end in texts]
     prompts: list[list[int]] = []
     for group in _groups([len(text) for text, _ in texts]):
@@ -288,28 +300,28 @@ def prompt_ids(
 
 
 def _turns(row: int, conversation: Conversation) -> list[Turn]:
-    """Return the turns of a chat; raise ValueError unless it is the assistant's turn."""
+    """Return the turns of a chat; raise ValueError unless the roles alternate and the last turn is the user's."""
     turns: list[Turn] = (
         [{"role": "user", "content": conversation}] if isinstance(conversation, str) else [*conversation]
     )
     roles = [turn["role"] for turn in turns]
     if len(roles) % 2 == 0 or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
         raise ValueError(
-            f"row {row}: expected turns of user, assistant, user, ... that end with the user's, got "
-            f"{', '.join(roles) or 'none'}; the system prompt belongs to the template"
+            f"row {row}: expected alternating turns (user, assistant, user, ...) that end with a user turn, got "
+            f"{', '.join(roles) or 'none'}; pass a system prompt as `system_prompt`"
         )
     return turns
 
 
 def _writer(tokenizer: PreTrainedTokenizerBase, template: Template) -> "_Chat | _Pattern | _CountedChat":
-    """Return what writes rows: the text, and the character at which the prompt ends."""
+    """Return the callable that writes rows: it returns a row's text and the character at which the prompt ends."""
     if not template.is_chat:
         return _Pattern(template)
     return _CountedChat(tokenizer, template) if template.counted else _Chat(tokenizer, template)
 
 
 class _Pattern:
-    """Writes a pattern template: returns the text and the character at which the answer, or its tag, starts."""
+    """Writer of a pattern template: returns the text and the character at which the answer, or its tag, starts."""
 
     def __init__(self, template: Template) -> None:
         self._pattern, self._tag = template.pattern or "", template.answer_tag
@@ -325,10 +337,10 @@ class _Pattern:
 
 
 class _Chat:
-    """Renders a chat: returns the text up to the end of the turn, and the character at which the answer starts.
+    """Writer of a chat: returns the text up to the end of the turn, and the character at which the answer starts.
 
-    A chat template may trim the answer and put text of its own before it (Qwen3's empty think block), so the answer is
-    looked for from the end, where nothing but the end of the turn follows it.
+    A chat template can trim the answer and insert text before it (Qwen3's empty think block). The answer is therefore
+    searched from the end of the text, where only the end of the turn follows it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
@@ -343,8 +355,8 @@ class _Chat:
         }
         if missing := [name for name, there in wanted.items() if not there]:
             raise ValueError(
-                f"the tokenizer's chat template leaves out the {missing[0]}; use another `template`, an empty system "
-                "prompt, or correct `tokenizer.chat_template`"
+                f"`template`: expected a chat template that renders the {missing[0]}, got one that leaves it out; use "
+                "another `template`, an empty system prompt, or correct `tokenizer.chat_template`"
             )
 
     def __call__(self, row: int, conversation: Conversation, answer: str) -> tuple[str, int]:
@@ -352,14 +364,14 @@ class _Chat:
         text = self._render(turns, answer)
         start = self._answer_start(text, answer)
         if start is not None and answer[0].isspace():
-            # Whether leading white space belongs to the answer shows where it is missing.
+            # Render without the leading white space to find out whether the white space belongs to the answer.
             start = self._answer_start(self._render(turns, answer.lstrip()), answer)
         if start is None:
             raise ValueError(
-                f"row {row}: the tokenizer's chat template changes the answer {answer[:60]!r}, so its labels are not "
-                "known; drop the row, or use another `template`"
+                f"row {row}: expected a chat template that keeps the answer {answer[:60]!r}, got one that changes it, "
+                "so its labels are unknown; drop the row, or use another `template`"
             )
-        # What follows the end of the turn is the next turn's.
+        # White space after the end of the turn belongs to the next turn.
         return text.removesuffix(self._closing) + self._closing.rstrip(), start
 
     def _answer_start(self, text: str, answer: str) -> int | None:
@@ -369,38 +381,44 @@ class _Chat:
         return len(body) - len(words) if found else None
 
     def _render(self, turns: Sequence[Turn], answer: str | None) -> str:
-        """Return the chat with the answer; without one, up to where the chat template has a model go on."""
+        """Return the rendered chat with the answer; if ``answer`` is None, up to the generation prompt."""
         chat = [*self._system, *turns, *([] if answer is None else [{"role": "assistant", "content": answer}])]
         options = {**self._options, "tokenize": False, "add_generation_prompt": answer is None}
         try:
             return str(self._tokenizer.apply_chat_template(chat, **options))
         except jinja2.TemplateError as error:
             remedy = "set an empty system prompt" if self._system else "use another `template`"
-            raise ValueError(f"the tokenizer's chat template refuses the conversation ({error}); {remedy}") from error
+            raise ValueError(f"the tokenizer's chat template rejects the conversation ({error}); {remedy}") from error
 
 
 class _CountedChat(_Chat):
-    """Renders a chat as open-unlearning does: returns all of the text, and where its generation prompt ends."""
+    """Writer of a chat as open-unlearning does it: returns the whole text, and where its generation prompt ends."""
 
     def __call__(self, row: int, conversation: Conversation, answer: str) -> tuple[str, int]:
         turns = _turns(row, conversation)
         text, prompt = self._render(turns, answer), self._render(turns, None)
         if not text.startswith(prompt):
             raise ValueError(
-                f"row {row}: the tokenizer's chat template begins a generation otherwise than a turn of training, so "
-                "open-unlearning's labels would begin at no border; use another `template`, or drop compat"
+                f"row {row}: expected a chat template whose generation prompt is a prefix of the training text, which "
+                "open-unlearning's labels need, got another; use another `template`, or drop compat"
             )
         return text, len(prompt)
 
 
 def probe(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
-    """Return what the template writes around a fixed row: it tells templates apart, and days of those with a date."""
+    """Return the text that the template writes for a fixed row, for the cache key.
+
+    The text differs between templates, and between days for templates that print the date.
+    """
     text, start = _writer(tokenizer, template)(0, _PROBE, _PROBE)
     return f"{start} {text}"
 
 
 def _groups(lengths: Sequence[int]) -> Iterator[slice]:
-    """Cut texts of so many characters into consecutive groups that suit the tokenizer."""
+    """Yield slices of consecutive texts with at most ``_GROUP_CHARACTERS`` characters and ``_GROUP_ROWS`` rows each.
+
+    A longer text forms its own group. ``lengths`` are the characters of each text.
+    """
     first = characters = 0
     for i, length in enumerate(lengths):
         if i > first and (characters + length > _GROUP_CHARACTERS or i - first == _GROUP_ROWS):
@@ -420,19 +438,19 @@ def _chunk(
 ) -> Chunk:
     sequences: list[list[int]] = []
     starts: list[int] = []
-    theirs = template.labels == OPEN_UNLEARNING  # there the end of sequence follows the cut, and no chat is cut
+    cuts_before_eos = template.labels == OPEN_UNLEARNING  # it appends EOS after cutting, and does not cut chats
     for row, (tokens, start) in zip(rows, _tokens(tokenizer, texts, template), strict=True):
-        ids = tokens[:max_length] if theirs and not template.is_chat else tokens
+        ids = tokens[:max_length] if cuts_before_eos and not template.is_chat else tokens
         if ids[-1] != tokenizer.eos_token_id:
             ids.append(tokenizer.eos_token_id)
-        kept = ids if theirs else ids[:max_length]
+        kept = ids if cuts_before_eos else ids[:max_length]
         if max(start, 1) >= len(kept):
             raise ValueError(
-                f"row {row} has no label left: its answer starts at token {start} and sequences are cut to "
-                f"{max_length} tokens; raise `max_length`"
+                f"row {row}: expected a label within {max_length} tokens, got an answer that starts at token {start}; "
+                "raise `max_length`"
                 if max_length is not None and len(kept) >= max_length
-                else f"row {row} has no label: its prompt has {start} tokens alone, and {len(kept)} with its answer "
-                "and the end of sequence; drop the row"
+                else f"row {row}: expected a label, got none: the prompt has {start} tokens alone, and {len(kept)} "
+                "with the answer and the end of sequence; drop the row"
             )
         sequences.append(kept)
         starts.append(start)
@@ -450,10 +468,10 @@ def _chunk(
 
 
 def _rest(ids: list[int], max_length: int, bos: int | None) -> Iterator[list[int]]:
-    """Yield the sequences behind a document's first; each of its tokens is a label in exactly one of them.
+    """Yield the sequences of a document after its first; each further token is a label in exactly one of them.
 
     The first token of a sequence is never predicted. It is the beginning-of-sequence token if the document has one,
-    else the last token of the sequence before.
+    else the last token of the previous sequence.
     """
     for first in range(max_length, len(ids), max_length - 1):
         yield [ids[0] if ids[0] == bos else ids[first - 1], *ids[first : first + max_length - 1]]
@@ -462,7 +480,7 @@ def _rest(ids: list[int], max_length: int, bos: int | None) -> Iterator[list[int
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, int]], template: Template
 ) -> Iterator[tuple[list[int], int]]:
-    """Yield the ids of each text and the position of its first label; ``texts`` as of ``_tokenise``."""
+    """Yield the ids of each text and the position of its first label; ``texts`` as in ``_tokenise``."""
     if not template.counted:
         yield from _tokenise(tokenizer, texts, special=not template.is_chat)
         return
@@ -476,17 +494,19 @@ def _tokens(
 def _tokenise(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, int]], *, special: bool
 ) -> Iterator[tuple[list[int], int]]:
-    """Yield the ids of each text and the position of its first label; the one place that knows where labels start.
+    """Yield the ids of each text and the position of its first label, by efface's own rule.
+
+    A fast tokenizer reports the characters of each token. With a slow tokenizer, the labels start at the first token in
+    which the text and its prompt differ.
 
     Args:
-        tokenizer: fast ones tell which characters a token holds; of the others, tokens are labels from where the text
-            and its prompt differ.
-        texts: each with the character at which its answer starts.
-        special: whether the tokenizer adds its special tokens; a chat template writes its own.
+        tokenizer: a fast or slow tokenizer.
+        texts: each text with the character at which its answer starts.
+        special: whether the tokenizer adds its special tokens; False for chat templates, which write their own.
     """
     options: dict[str, Any] = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
     whole = [text for text, _ in texts]
-    # T5's and XGLM's take a line break for a space, and may join it with the answer.
+    # The tokenizers of T5 and XGLM treat a line break as a space, and can join it with the answer.
     line, spaced = tokenizer(["a\nb", "a b"], **options)["input_ids"]
     kept = "" if line == spaced else "\r\n"
     stops = [_prompt_end(text, border, kept) for text, border in texts]
@@ -495,8 +515,8 @@ def _tokenise(
         for ids, spans, (_, border), stop in zip(
             encoded["input_ids"], encoded["offset_mapping"], texts, stops, strict=True
         ):
-            # A token of the spaces, with or without some of the answer, is a label; so is any other that straddles the
-            # border. Not a special token of the prompt that has the space behind it (`rstrip`), as Phi-3's have.
+            # A token that starts in the trailing spaces is a label, and so is any token that extends into the answer.
+            # A special token of the prompt that includes the space after it (`rstrip`, as in Phi-3) is not a label.
             labels = (i for i, (a, b) in enumerate(spans) if b > stop and (a >= stop or b > border))
             yield list(ids), next(labels, len(ids))
         return
@@ -505,21 +525,21 @@ def _tokenise(
     for text, stop, ids, prompt in zip(whole, stops, tokenizer(whole, **options)["input_ids"], prompts, strict=True):
         start = _common(ids, prompt)
         if not special_ids.issuperset(prompt[start:]):
-            # Alone, the prompt ends in other tokens than before an answer. One of the two begins as this answer does
-            # not, so what all have in common is the prompt's.
+            # Tokenised alone, the prompt ends in different tokens than before an answer. _WORD and _OTHER start
+            # differently, so at least one differs from this answer, and the common prefix belongs to the prompt.
             others = tokenizer([text[:stop] + word for word in (_WORD, _OTHER)], **options)["input_ids"]
             start = max(start, min(_common(ids, other) for other in others))
         yield list(ids), start
 
 
 def _prompt_end(text: str, border: int, kept: str) -> int:
-    """Return where the white space before the border begins, all but the characters that are kept."""
+    """Return the start of the white space that ends at ``border``; characters in ``kept`` are not white space here."""
     while border and text[border - 1].isspace() and text[border - 1] not in kept:
         border -= 1
     return border
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return how many ids two sequences begin with alike."""
+    """Return the length of the common prefix of two id sequences."""
     differ = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return next(differ, min(len(first), len(second)))

@@ -1,11 +1,12 @@
-"""The token cache: token stores in memory-mapped Arrow files, found by the content of what they were made of.
+"""The token cache: token stores in memory-mapped Arrow files, keyed by a digest of their inputs.
 
-A file is an Arrow stream, which any reader of Arrow takes, and behind it a trailer: where the data were from, the rows
-taken and those of the data, and a digest of the key and of all bytes before it. A file whose digest does not fit is
-never read.
+A file is an Arrow stream, readable by any Arrow reader, followed by a trailer. The trailer contains the source of the
+data, the number of rows used, the number of rows in the data, and a digest of the key and of all bytes before it. A
+file with a wrong digest is never used.
 
-Tokens say what the text was. So nobody but the user can read the files, and a file's name begins with the digest of
-its data, by which they are found again to be removed; see ``efface.hf.text.cache_entries``.
+The text can be recovered from the tokens. The files are therefore readable only by their user, and a file's name starts
+with the digest of its data, so that all files of a data set can be found and removed; see
+``efface.hf.text.cache_entries``.
 """
 
 import hashlib
@@ -32,22 +33,24 @@ from efface.batching import TokenStore
 from efface.batching.store import Chunk, Taken
 from efface.files import private_folder, remove_leftovers, take_lock, written_file
 
-FORMAT = 3  # part of every key: raise it when the same input makes other tokens, or the file another layout
-TOKENS, REFERENCE, TAUGHT = "tokens", "reference.sqlite", "tiny"  # what is in the cache folder
-DIGITS = 32  # of digests in names
+FORMAT = 3  # part of every key: increase it if the same input gives other tokens, or if the file layout changes
+TOKENS, REFERENCE, TAUGHT = "tokens", "reference.sqlite", "tiny"  # names in the cache folder
+DIGITS = 32  # hexadecimal digits of a digest in a file name
 FEATURES = datasets.Features(
-    # Large: the offsets are int64, as the packer reads them.
+    # LargeList, because the packer reads int64 offsets.
     {"input_ids": datasets.LargeList(datasets.Value("int32")), "label_start": datasets.Value("int64")}
 )
 _SCHEMA = FEATURES.arrow_schema
-_COUNTS = struct.Struct("<qqq")  # bytes of the source before it; rows taken, rows of the data, -1 where not known
+_COUNTS = struct.Struct("<qqq")  # bytes of the source before this; rows used and rows of the data, or -1 if unknown
 _DIGEST_BYTES = 16
 _READ_BYTES = 1 << 20
-_LEFT_BEHIND = 3600  # seconds after which a file that nobody holds is of a killed process, where there are no locks
+_LEFT_BEHIND = 3600  # seconds after which a partial file counts as a killed process's, on systems without file locks
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Return ``cache_dir``, ``$EFFACE_CACHE``, ``$XDG_CACHE_HOME/efface`` or ``~/.cache/efface``, the first there is.
+    """Return the cache folder.
+
+    This is the first that is set of ``cache_dir``, ``$EFFACE_CACHE``, ``$XDG_CACHE_HOME/efface``, ``~/.cache/efface``.
 
     Raises:
         OSError: the user has no home folder.
@@ -62,13 +65,13 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 
 def own_folder(name: str, cache_dir: str | Path | None = None) -> Path:
-    """Make a folder in the cache that nobody but the user can look into, and return it.
+    """Create a folder in the cache that only the user can access, and return it.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be created.
     """
     folder = private_folder(cache_folder(cache_dir) / name)
-    with suppress(OSError):  # earlier versions let everybody look into it
+    with suppress(OSError):  # earlier versions created it accessible to all users
         folder.chmod(0o700)
     return folder
 
@@ -81,54 +84,53 @@ def stored(
     data: str = "",
     source: str = "",
 ) -> TokenStore:
-    """Return the token store of a key from the cache; make it of ``chunks()`` if it is not there.
+    """Return the token store of a key from the cache; build it with ``chunks()`` if it is not there.
 
-    The file is written beside its place and moved there whole, so neither a killed process nor two at once leave a
-    broken one. One that is broken all the same is removed and made anew. Where the folder cannot be written to, the
-    tokens are kept in memory.
+    The store is written to a temporary file that is then renamed, so killed or concurrent processes leave no partial
+    file. A damaged file is removed and built again. If the folder is not writable, the tokens are kept in memory.
 
     Args:
-        key: what ``digest`` returned for all that the tokens depend on.
-        chunks: makes the arrays of the store, one chunk after another, and says which rows they are of; called only if
-            they are not in the cache.
+        key: the result of ``digest`` for everything that the tokens depend on.
+        chunks: returns the arrays of the store, chunk by chunk, and the numbers of rows used and available; called only
+            if the store is not in the cache.
         cache_dir: see ``cache_folder``.
-        data: digest of the data, to find all that was made of them.
-        source: path or name of the data, likewise.
+        data: digest of the data, by which ``efface cache`` finds the file.
+        source: path or name of the data, for the same purpose.
     """
     try:
         folder = own_folder(TOKENS, cache_dir)
         path = folder / (f"{data[:DIGITS]}-{key}.arrow" if data else f"{key}.arrow")
         if path.exists():
             with suppress(OSError):
-                os.utime(path)  # the time of its last use, by which old ones are told
+                os.utime(path)  # the modification time is the time of last use
             try:
                 return read(path)
             except ValueError as error:
-                warnings.warn(f"token cache: {str(path)!r} is damaged ({error}); it is made anew", stacklevel=3)
+                warnings.warn(f"token cache: {str(path)!r} is damaged ({error}); it is built again", stacklevel=3)
                 path.unlink(missing_ok=True)
         remove_leftovers(folder, seconds=_LEFT_BEHIND)
         write(path, *chunks(), source=source)
         return read(path)
     except OSError as error:
         warnings.warn(
-            f"token cache: cannot use the folder ({error}), so tokens are kept in memory and made anew in each run; "
-            "set EFFACE_CACHE to a folder with space",
+            f"token cache: cannot use the folder ({error}), so tokens are kept in memory and built again in each run; "
+            "set EFFACE_CACHE to a writable folder with space",
             stacklevel=3,
         )
         return TokenStore(*chunks())
 
 
 def read(path: Path) -> TokenStore:
-    """Map a file into memory as a token store, once all of its bytes are known to be those that were written.
+    """Verify a file's digest, and map the file into memory as a token store.
 
-    The file is locked, shared with other readers, as long as the store is there.
+    The file stays locked, with a lock shared among readers, for the lifetime of the store.
 
     Raises:
-        ValueError: a byte that is not as it was written, or a file under another name.
-        OSError: a file that cannot be read.
+        ValueError: the file is cut off or damaged, or was renamed.
+        OSError: the file cannot be read.
     """
     with ExitStack() as stack:
-        with suppress(OSError, ImportError):  # without locks
+        with suppress(OSError, ImportError):  # no file locks on this system
             if (handle := take_lock(path, shared=True)) is not None:
                 stack.callback(os.close, handle)
         with path.open("rb") as file:
@@ -137,7 +139,7 @@ def read(path: Path) -> TokenStore:
                 raise ValueError("it is cut off")
             expected = _digest_of(file, path.stem, whole)
             if file.read() != expected:
-                raise ValueError("its checksum does not fit")
+                raise ValueError("its checksum does not match")
             file.seek(whole - _COUNTS.size)
             _, rows, of = _COUNTS.unpack(file.read(_COUNTS.size))
         table = datasets.Dataset.from_file(str(path)).data
@@ -149,7 +151,7 @@ def read(path: Path) -> TokenStore:
 
 
 def source_of(path: Path) -> str:
-    """Return where the data of a file were from; "" where that is not known, or the file is damaged."""
+    """Return the source of a file's data; "" if it is unknown or the file is damaged."""
     with suppress(OSError, ValueError, struct.error), path.open("rb") as file:
         file.seek(-_COUNTS.size - _DIGEST_BYTES, os.SEEK_END)
         length, *_ = _COUNTS.unpack(file.read(_COUNTS.size))
@@ -159,7 +161,7 @@ def source_of(path: Path) -> str:
 
 
 def _digest_of(file: BinaryIO, key: str, count: int) -> bytes:
-    """Return the digest of a key and of the next ``count`` bytes; a damaged one is missed once in 2^128 times."""
+    """Return the digest of a key and of the next ``count`` bytes; damage goes undetected once in 2^128 cases."""
     state = xxhash.xxh3_128(key.encode())
     while count > 0 and (block := file.read(min(count, _READ_BYTES))):
         state.update(block)
@@ -168,7 +170,7 @@ def _digest_of(file: BinaryIO, key: str, count: int) -> bytes:
 
 
 def _views(ids: pa.LargeListArray, starts: pa.Int64Array) -> Chunk:
-    """Return the buffers of a record batch as NumPy arrays; pyarrow refuses whatever needs a copy."""
+    """Return the buffers of a record batch as NumPy arrays; pyarrow raises an error if that would need a copy."""
     return (
         ids.values.to_numpy(zero_copy_only=True),
         ids.offsets.to_numpy(zero_copy_only=True),
@@ -177,19 +179,19 @@ def _views(ids: pa.LargeListArray, starts: pa.Int64Array) -> Chunk:
 
 
 def write(path: Path, chunks: Iterable[Chunk], taken: Taken | None = None, *, source: str = "") -> None:
-    """Write chunks to a file as they come, a record batch each; the file appears whole or not at all.
+    """Write chunks to a file one at a time, each as a record batch; the complete file appears by atomic rename.
 
     Args:
-        path: the file, which has the name of its key.
-        chunks: of the store.
-        taken: which rows they are of.
-        source: where these are from.
+        path: the file; its stem is the key, which the digest covers.
+        chunks: chunks of the store.
+        taken: numbers of rows used and available; None if unknown.
+        source: path or name of the data.
 
     Raises:
-        OSError: the folder cannot be written to, or is full.
+        OSError: the folder is not writable, or is full.
     """
     origin = source.encode(errors="replace")
-    with written_file(path, durable=False, private=True) as partial:  # its digest tells a damaged one
+    with written_file(path, durable=False, private=True) as partial:  # no fsync: the digest detects damage
         with pa.OSFile(str(partial), "wb") as sink, ArrowWriter(features=FEATURES, stream=sink) as writer:
             for ids, offsets, starts in chunks:
                 sequences = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids))
@@ -206,7 +208,7 @@ def write(path: Path, chunks: Iterable[Chunk], taken: Taken | None = None, *, so
 
 
 def digest(*parts: Any) -> str:
-    """Return a key for JSON values: equal values, equal key."""
+    """Return a cache key for JSON values; equal values give equal keys."""
     content = json.dumps([FORMAT, *parts], sort_keys=True).encode()
     return hashlib.sha256(content).hexdigest()[:32]
 
@@ -221,7 +223,7 @@ def file_digest(path: Path) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest of all that the tokens of a text depend on."""
+    """Return a digest of everything in a tokenizer that the tokens of a text depend on."""
     state = hashlib.sha256()
     for part in _tokenizer_content(tokenizer):
         state.update(part)
@@ -240,7 +242,7 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> Iterator[bytes]:
     ]
     yield json.dumps(settings, sort_keys=True).encode()
     if tokenizer.is_fast:
-        # Up to here stand truncation and padding, which change with every call and have no part in ours.
+        # The part before "added_tokens" is truncation and padding, which change with every call and are not used here.
         yield tokenizer.backend_tokenizer.to_str().partition('"added_tokens"')[2].encode()
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -1,1 +1,1 @@
-"""Training: the trainers, their arguments, steps, checkpoints and records."""
+"""Training: the trainers, their arguments, optimizer steps, checkpoints and run records."""

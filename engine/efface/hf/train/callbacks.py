@@ -1,8 +1,8 @@
-"""Evaluation while a run goes on: on a schedule, the best model kept, the run stopped when too much is lost.
+"""Callbacks for evaluation during training: on a schedule, keeping the best model, and stopping below a threshold.
 
-How to keep the model that forgets best while it can still do half of what it could::
+This example keeps the model that forgets most among those with a utility of at least 0.5::
 
-    def evaluate(model):  # any figures; this one scores rows of TOFU's columns
+    def evaluate(model):  # returns any metrics; this one scores rows with TOFU's columns
         log = efface.evaluate.score_rows(model, tokenizer, rows)
         return {"forget_probability": float(log.probability.mean()), "model_utility": utility_of(model)}
 
@@ -10,7 +10,8 @@ How to keep the model that forgets best while it can still do half of what it co
     KeepBest("forget_probability", greater_is_better=False, floor=("model_utility", 0.5))
     StopUnder("model_utility", 0.3)
 
-all in ``UnlearnTrainer(callbacks=[...])``. What ``evaluate`` returns is logged, so TensorBoard and the like see it too.
+Pass all three in ``UnlearnTrainer(callbacks=[...])``. The values that ``evaluate`` returns are logged, so TensorBoard
+and other trackers record them too.
 """
 
 import json
@@ -31,34 +32,36 @@ Evaluate = Callable[[Any], dict[str, float]]
 
 
 class TrainerBound(TrainerCallback):
-    """A callback that works with the trainer; ``PackedTrainer`` sets it."""
+    """Base class of callbacks that use the trainer; ``PackedTrainer`` sets the attribute ``trainer``."""
 
     trainer: Any = None
 
     def _trainer(self) -> Any:
         if self.trainer is None:
-            raise ValueError(f"{type(self).__name__}: expected a trainer of efface, which makes itself known; got none")
+            raise ValueError(f"{type(self).__name__}: expected a trainer, got none; pass it to a trainer of efface")
         return self.trainer
 
 
 class EvaluateCallback(TrainerBound):
-    """Calls ``evaluate(model)`` on a schedule and logs the figures it returns.
+    """Callback that calls ``evaluate(model)`` on a schedule and logs the metrics that it returns.
 
-    An evaluation does not change the run, bit for bit: it runs without gradients and in evaluation mode, and modes and
-    random numbers are afterwards what they were. On several processes all call it, and the first one's figures count.
+    The run itself stays bit-identical: the evaluation runs without gradients and in evaluation mode, and the training
+    mode and the random-number generators are restored afterwards. On several processes, every process calls
+    ``evaluate``, and the metrics of the first process are used.
 
     Args:
-        evaluate: given the model without wrappers; its figures must not be called ``loss``, which is the run's own.
+        evaluate: takes the model without wrappers, and returns metrics by name. The name ``loss`` is not allowed,
+            because it is the run's own loss.
         every: "epoch", or a number of optimizer steps.
-        on_start: evaluate before the first step too.
+        on_start: whether to evaluate before the first step too.
 
     Raises:
-        ValueError: a schedule that is neither.
+        ValueError: ``every`` is neither "epoch" nor a positive integer.
     """
 
     def __init__(self, evaluate: Evaluate, every: Literal["epoch"] | int = "epoch", *, on_start: bool = False) -> None:
         if every != "epoch" and (not isinstance(every, int) or every < 1):
-            raise ValueError(f"`every`: expected 'epoch' or a number of steps from 1 on, got {every!r}")
+            raise ValueError(f"`every`: expected 'epoch' or a number of steps >= 1, got {every!r}")
         self._evaluate = evaluate
         self._every = every
         self._on_start = on_start
@@ -66,12 +69,12 @@ class EvaluateCallback(TrainerBound):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Evaluate the model as it comes; a resumed run has done that before."""
+        """Evaluate the initial model, unless the run is resumed."""
         if self._on_start and state.global_step == 0:
             self._run(control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Evaluate after every so many steps."""
+        """Evaluate after every ``every`` steps."""
         if self._every != "epoch" and state.global_step % self._every == 0:
             self._run(control)
 
@@ -87,31 +90,34 @@ class EvaluateCallback(TrainerBound):
         with undisturbed(trainer.model), torch.no_grad():
             figures = {name: float(value) for name, value in self._evaluate(trainer.model).items()}
         if "loss" in figures:
-            raise ValueError("EvaluateCallback: expected no figure called 'loss', which is the run's own; rename it")
+            raise ValueError(
+                "EvaluateCallback: expected no metric called 'loss', the run's own loss, got one; rename it"
+            )
         if trainer.args.world_size > 1:
             shared = [figures]
             torch.distributed.broadcast_object_list(shared, src=0)
             figures = shared[0]
-        # A log in between must not use up the one that this step may be due.
+        # trainer.log can clear should_log; restore it, so that this step's own log entry is still written.
         due = control.should_log
         trainer.log(figures)
         control.should_log = due
 
 
 class KeepBest(TrainerBound, ExportableState):
-    """Keeps the best model so far in a folder, as ``save_model`` writes it; ``best.json`` beside it says why.
+    """Callback that saves the best model so far to a folder with ``save_model``, and its metrics as ``best.json``.
 
-    The folder holds a whole model or none, also when a run is killed while it is replaced. The best so far is part of
-    checkpoints, so a resumed run goes on with it.
+    The folder contains a complete model or does not exist, even if the run is killed while the model is replaced.
+    Checkpoints contain the best value so far, so a resumed run continues with it.
 
     Args:
-        metric: a figure of the ``EvaluateCallback``.
-        floor: a figure and the least that it may be for a model to count, as ``("model_utility", 0.5)``; or None.
-        greater_is_better: whether more of ``metric`` is better.
-        folder: None is ``<output_dir>/best``.
+        metric: name of a metric of the ``EvaluateCallback``.
+        floor: name and minimum of a metric that a model must reach to qualify, such as ``("model_utility", 0.5)``; or
+            None.
+        greater_is_better: whether higher values of ``metric`` are better.
+        folder: destination; None is ``<output_dir>/best``.
 
     Raises:
-        ValueError: during the run, an evaluation with the metric but without the floor's figure.
+        ValueError: during the run, an evaluation returns ``metric`` without the metric of ``floor``.
     """
 
     def __init__(
@@ -130,7 +136,7 @@ class KeepBest(TrainerBound, ExportableState):
         self.best_step: int | None = None
 
     def state(self) -> dict[str, Any]:
-        """Return what ``trainer_state.json`` remembers."""
+        """Return the arguments and the best value so far, for ``trainer_state.json``."""
         return {
             "args": {
                 "metric": self.metric,
@@ -144,7 +150,7 @@ class KeepBest(TrainerBound, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go on with the best of the checkpoint that the run resumes from."""
+        """Restore the best value from the checkpoint that the run resumes from."""
         callbacks: Any = state.stateful_callbacks or {}
         remembered = callbacks.get(type(self).__name__, [])
         for mine in remembered if isinstance(remembered, list) else [remembered]:
@@ -159,7 +165,7 @@ class KeepBest(TrainerBound, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save the model if these figures are the best so far."""
+        """Save the model if its metrics are the best so far."""
         if logs is None or self.metric not in logs or not self._is_best(logs):
             return
         self.best, self.best_step = float(logs[self.metric]), state.global_step
@@ -172,7 +178,8 @@ class KeepBest(TrainerBound, ExportableState):
             name, least = self.floor
             if name not in logs:
                 raise ValueError(
-                    f"KeepBest: expected the floor's figure {name!r} beside {self.metric!r}, got {', '.join(logs)}"
+                    f"KeepBest: expected the metric {name!r} of `floor` together with {self.metric!r}, got "
+                    f"{', '.join(logs)}; return both from `evaluate`"
                 )
             if not float(logs[name]) >= least:
                 return False
@@ -185,7 +192,7 @@ class KeepBest(TrainerBound, ExportableState):
 
     def _save(self, folder: Path, record: dict[str, Any]) -> None:
         trainer = self._trainer()
-        if not trainer.args.should_save:  # with sharded weights every process takes part in a save
+        if not trainer.args.should_save:  # with sharded weights, every process must take part in a save
             trainer.save_model(str(folder), _internal_call=True)
             return
         with written_folder(folder) as partial:
@@ -194,11 +201,11 @@ class KeepBest(TrainerBound, ExportableState):
 
 
 class StopUnder(TrainerCallback):
-    """Stops the run once a figure of the ``EvaluateCallback`` is under a floor, or is no number at all.
+    """Callback that stops the run when a metric of the ``EvaluateCallback`` is below a threshold or NaN.
 
     Args:
-        metric: as ``"model_utility"``.
-        floor: the least that it may be.
+        metric: name of the metric, such as ``"model_utility"``.
+        floor: minimum value at which the run continues.
     """
 
     def __init__(self, metric: str, floor: float) -> None:
@@ -213,6 +220,6 @@ class StopUnder(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Look at the figure."""
+        """Stop the run if the metric is below ``floor`` or NaN."""
         if logs is not None and self.metric in logs and not float(logs[self.metric]) >= self.floor:
             control.should_training_stop = True

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there at all, and complete enough that a killed run continues bit for bit."""
+"""Checkpoints that are written atomically, and contain enough state for a killed run to resume bit for bit."""
 
 import math
 import re
@@ -21,14 +21,14 @@ from efface.files import PARTIAL, in_words, move_whole, remove_leftovers, remove
 from efface.hf.model.loading import is_whole
 
 STATE = "trainer_state.json"
-BEST = "best"  # the folder of KeepBest
-REPLACED = "_replaced-run"  # checkpoints of a run until that which replaces it is whole; transformers pushes no "_*"
-_REMEDY = "resume from an older checkpoint, or begin anew (--overwrite)"
+BEST = "best"  # default folder of KeepBest
+REPLACED = "_replaced-run"  # checkpoints of an old run, kept until the new run is complete; transformers ignores "_*"
+_REMEDY = "resume from an older checkpoint, or start over (--overwrite)"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written or read; the message says which one is whole."""
+    """A checkpoint could not be written or read; the message names the newest complete checkpoint or a remedy."""
 
 
 def checkpoints(folder: str | Path) -> dict[int, Path]:
@@ -39,13 +39,16 @@ def checkpoints(folder: str | Path) -> dict[int, Path]:
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
-    """Return the newest checkpoint that a run can continue from: one with optimizer and generators, or None."""
+    """Return the newest checkpoint with trainer state and random-number state, from which a run can resume, or None."""
     whole = [path for path in checkpoints(folder).values() if (path / STATE).is_file() and any(path.glob("rng_state*"))]
     return whole[-1] if whole else None
 
 
 def rotate(folder: Path, limit: int | None, keep: AbstractSet[Path]) -> None:
-    """Remove the oldest checkpoints but ``limit``; neither the newest nor those in ``keep``. None or 0 keeps all."""
+    """Remove the oldest checkpoints until ``limit`` remain; the newest and those in ``keep`` are never removed.
+
+    A ``limit`` of None or 0 keeps all checkpoints.
+    """
     paths = list(checkpoints(folder).values())
     kept = {paths[-1], *keep} if paths else set()
     excess = len(paths) - limit if limit else 0
@@ -54,27 +57,28 @@ def rotate(folder: Path, limit: int | None, keep: AbstractSet[Path]) -> None:
 
 
 def _check_complete(checkpoint: Path) -> None:
-    """Raise CheckpointError for a checkpoint that lacks what the rest of the run depends on, or holds a part of it.
+    """Raise CheckpointError if a checkpoint lacks a file that resuming needs, or a file is damaged.
 
-    transformers would go on with a new optimizer or schedule, without a word. torch's files are zip archives, whose
-    last bytes say whether they are whole.
+    transformers would silently continue with a new optimizer or schedule. Files of torch are zip archives, which have
+    their directory at the end, so that a cut-off file is detected.
     """
     for name in (STATE, "optimizer.pt", "scheduler.pt"):
         if not (checkpoint / name).is_file():
             raise CheckpointError(
-                f"{str(checkpoint)!r}: expected {name}, without which the run would go on as another one, got none; "
-                f"{_REMEDY}"
+                f"{str(checkpoint)!r}: expected {name}, which an exact continuation needs, got none; {_REMEDY}"
             )
     check_whole(checkpoint)
 
 
 def check_whole(checkpoint: Path) -> None:
-    """Raise an error for a folder that is no checkpoint, or one with a damaged file, as far as their ends tell.
+    """Raise an error if a folder is not a checkpoint, or contains a file that is cut off.
+
+    Only the structure of the files is checked, not their content.
 
     Raises:
-        CheckpointError: a damaged file.
-        FileNotFoundError: no such folder, or no checkpoint.
-        ValueError: a damaged ``trainer_state.json``.
+        CheckpointError: a weight or state file is cut off.
+        FileNotFoundError: the folder does not exist, or is not a checkpoint.
+        ValueError: ``trainer_state.json`` is damaged.
     """
     _state_of(checkpoint)
     for file in sorted(checkpoint.glob("*.pt")) + sorted(checkpoint.glob("rng_state*.pth")):
@@ -95,25 +99,30 @@ def _state_of(checkpoint: Path) -> TrainerState:
 
 
 def _readable(place: str | Path) -> AbstractContextManager[None]:
-    return reading(f"checkpoint {str(place)!r}", "what a run of this model wrote", _REMEDY)
+    return reading(f"checkpoint {str(place)!r}", "files written by a run of this model", _REMEDY)
 
 
 class ResumableTrainer(Trainer):
-    """A trainer whose checkpoints are whole, and hold what an exact continuation needs beyond transformers' own.
+    """``transformers.Trainer`` with atomic checkpoints that allow a bit-identical continuation.
 
-    A callback with ``state_dict()`` and ``load_state_dict(state)`` is saved and restored with them.
+    In addition to the state that transformers saves, checkpoints contain the loss since the last log entry, and the
+    state of each callback with ``state_dict()`` and ``load_state_dict(state)``.
     """
 
-    _staging: Path | None = None  # while a checkpoint is written: the folder that stands for the output folder
-    _running_loss: Tensor | None = None  # of the steps since the last log; transformers' own tensor
-    _carried: dict[str, Any] | None = None  # from the checkpoint, until the first step after it has ended
+    _staging: Path | None = None  # while a checkpoint is written: temporary folder used instead of the output folder
+    _running_loss: Tensor | None = None  # loss of the steps since the last log; the tensor belongs to transformers
+    _carried: dict[str, Any] | None = None  # progress from the checkpoint, until the first step after resuming
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> TrainOutput:  # type: ignore[override]
-        """Train; with ``resume_from_checkpoint`` (a folder, or True for the newest) continue exactly as if never ended.
+        """Train; with ``resume_from_checkpoint``, continue bit for bit as if the run had not been interrupted.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest one in the output folder.
+            options: passed to ``transformers.Trainer.train``.
 
         Raises:
-            CheckpointError: the checkpoint cannot be read, or a new one not be written.
-            ValueError: True, and there is no checkpoint.
+            CheckpointError: the checkpoint cannot be read, or a new one cannot be written.
+            ValueError: ``resume_from_checkpoint`` is True and there is no checkpoint.
         """
         if self.args.should_save:
             remove_leftovers(str(self.args.output_dir))
@@ -121,18 +130,20 @@ class ResumableTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
-                raise ValueError(f"no checkpoint to resume from in {self.args.output_dir!r}; expected checkpoint-N")
+                raise ValueError(
+                    f"`resume_from_checkpoint`: expected checkpoint-N in {self.args.output_dir!r}, got none; start anew"
+                )
         path = None if not resume_from_checkpoint else Path(resume_from_checkpoint)
         if path is not None and self._has_ended(path):
-            if not _NAME.fullmatch(path.name):  # a finished model's folder, which may be another run's
+            if not _NAME.fullmatch(path.name):  # the folder of a finished model, possibly of another run
                 _check_complete(path)
-            return self._take_up(path)  # the weights are all that it needs
+            return self._load_ended(path)  # needs only the weights
         if path is not None and path.is_dir() and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             _check_complete(path)
         return super().train(resume_from_checkpoint=None if path is None else str(path), **options)
 
     def _has_ended(self, checkpoint: Path) -> bool:
-        # In an epoch's middle transformers would run one step more before it looks at max_steps.
+        # Within an epoch, transformers would run one more step before it checks max_steps.
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if sharded or not (checkpoint / STATE).is_file():
             return False
@@ -142,8 +153,8 @@ class ResumableTrainer(Trainer):
         step: int = _state_of(checkpoint).global_step
         return step >= last
 
-    def _take_up(self, checkpoint: Path) -> TrainOutput:
-        """Be what the run was at the end, with nothing left to train."""
+    def _load_ended(self, checkpoint: Path) -> TrainOutput:
+        """Restore the state at the end of a finished run, without training."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = _state_of(checkpoint)
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
@@ -162,11 +173,11 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
-        # All ranks write into one folder, so its name is no secret; remove_leftovers has seen to a killed run's.
+        # All ranks write into one folder, so its name is fixed. remove_leftovers has removed that of a killed run.
         staging = folder / f"{PARTIAL}{name}"
         stateful: Any = self.state.stateful_callbacks
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ExportableState):  # the checkpoint that was resumed from need not know it
+            if isinstance(callback, ExportableState):  # new since the checkpoint that was resumed from
                 stateful.setdefault(type(callback).__name__, callback.state())
         try:
             staging.mkdir(parents=True, exist_ok=True)
@@ -179,7 +190,7 @@ class ResumableTrainer(Trainer):
                 move_whole(staging / name, folder / name)
             self.accelerator.wait_for_everyone()
             if self.args.should_save or self.args.local_process_index == 0:
-                if (staging / name).is_dir():  # a machine that does not share its disk with the first
+                if (staging / name).is_dir():  # a machine without a disk shared with the first one
                     move_whole(staging / name, folder / name)
                 shutil.rmtree(staging, ignore_errors=True)
         except KeyboardInterrupt:
@@ -188,10 +199,10 @@ class ResumableTrainer(Trainer):
         except Exception as error:
             shutil.rmtree(staging, ignore_errors=True)
             whole = newest_checkpoint(folder)
-            left = "no checkpoint was written before" if whole is None else f"{whole.name} is whole and untouched"
+            left = "no earlier checkpoint exists" if whole is None else f"{whole.name} is complete and unchanged"
             raise CheckpointError(
                 f"{name} could not be written to {str(folder)!r}: {_in_a_line(error)}. The run stops; {left}. If the "
-                "disk is full, free space or choose another, and resume"
+                "disk is full, free space or use another disk, and resume"
             ) from error
         finally:
             self._staging = None
@@ -203,22 +214,25 @@ class ResumableTrainer(Trainer):
             rotate(folder, self.args.save_total_limit, keep)
 
     def checkpoints_in_use(self) -> AbstractSet[Path]:
-        """Return checkpoints that must not be removed yet."""
+        """Return the checkpoints that must not be removed yet; subclasses override this."""
         return set()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Wait: transformers uploads in the background, from a folder that is about to be renamed."""
+        """Do nothing: transformers would upload in the background, from a folder that is renamed later.
+
+        ``_save_checkpoint`` starts the upload after the rename.
+        """
 
     def _correct_best(self, folder: Path, written: Path) -> None:
-        # transformers has looked for the best checkpoint in the staging folder.
+        # transformers recorded the path of the best checkpoint within the staging folder.
         if self.state.best_global_step:
             best = folder / f"checkpoint-{self.state.best_global_step}"
             if best.is_dir() or best.name == written.name:
-                self.state.best_model_checkpoint = str(best)  # on all ranks: each of them loads it
+                self.state.best_model_checkpoint = str(best)  # on all ranks, because each loads it
                 if self.args.should_save:
                     self.state.save_to_json(str(written / STATE))
 
-    # What transformers forgets: the losses since the last log, and the state of callbacks
+    # State that transformers does not save: the losses since the last log, and the state of callbacks
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if self._carried is not None:
@@ -265,12 +279,12 @@ class ResumableTrainer(Trainer):
             if isinstance(callback, ExportableState) and isinstance(saved, dict):
                 vars(callback).update(saved["attributes"])
         path = self._progress_file(checkpoint)
-        if not path.is_file():  # written by transformers alone, or on another number of processes
+        if not path.is_file():  # saved by plain transformers, or with another number of processes
             return
         with _readable(path):
             progress = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(progress, dict) or not {"running_loss", "last_logged", "callbacks"} <= progress.keys():
-            raise CheckpointError(f"{str(path)!r}: expected where the run was, got something else; {_REMEDY}")
+            raise CheckpointError(f"{str(path)!r}: expected the progress of a run, got something else; {_REMEDY}")
         for name, callback in self._stateful_callbacks():
             if name in progress["callbacks"]:
                 callback.load_state_dict(progress["callbacks"][name])
@@ -278,12 +292,12 @@ class ResumableTrainer(Trainer):
 
 
 def unsaved(folder: Path, error: Exception) -> CheckpointError:
-    """Return the error of a model that could not be written when its training had ended; says what is left."""
+    """Return the error for a final model that could not be written; the message names the newest checkpoint."""
     whole = newest_checkpoint(folder)
     left = (
-        "no checkpoint was written before, so it begins anew: write one next time (--save-schedule epoch)"
+        "without a checkpoint it starts over, so save checkpoints next time (--save-schedule epoch)"
         if whole is None
-        else f"{whole.name} is whole, and it goes on from there"
+        else f"it resumes from {whole.name}, which is complete"
     )
     return CheckpointError(
         f"the model could not be written to {str(folder)!r}: {_in_a_line(error)}. If the disk is full, free space, and "
@@ -296,10 +310,13 @@ def _in_a_line(error: Exception) -> str:
 
 
 def set_aside(folder: Path) -> str:
-    """Move the checkpoints and the best model of another run out of the way.
+    """Move the checkpoints and the best model of another run to the folder ``_replaced-run``.
 
-    Where those of a run before it are there already, it never was whole, and its own are removed: runs that fail one
-    after another must not fill the disk. Returns what was removed, in words.
+    If that folder exists, it contains the files of a still older run, and the run to be replaced never completed. The
+    files of the incomplete run are then deleted, so that failing runs do not fill the disk.
+
+    Returns:
+        A description of the deleted files; "" if none were deleted.
     """
     best, aside = folder / BEST, folder / REPLACED
     paths = [*checkpoints(folder).values(), *([best] if best.is_dir() else [])]

@@ -1,4 +1,4 @@
-"""The optimizer steps of a run as a map-style data set, so that the trainer's own loop and its resuming carry it."""
+"""Optimizer steps as a map-style data set, so that the training loop of transformers can iterate and resume them."""
 
 import bisect
 import math
@@ -14,44 +14,44 @@ S_co = TypeVar("S_co", covariant=True)
 
 
 class Steps(Dataset[S_co], ABC):
-    """Item k is this rank's part of optimizer step k of the current epoch.
+    """Map-style data set whose item k is this rank's part of optimizer step k of the current epoch.
 
     Attributes:
-        stores: the forget, the retain and, where the plan knows them, the alternate sequences.
+        stores: the forget, the retain and, if the plan includes them, the alternate sequences.
     """
 
     stores: tuple[TokenStore, ...]
 
     @abstractmethod
     def __len__(self) -> int:
-        """Return the optimizer steps of an epoch."""
+        """Return the number of optimizer steps in an epoch."""
 
     @property
     @abstractmethod
     def pairs(self) -> int:
-        """Pairs of an epoch."""
+        """Number of pairs in an epoch."""
 
-    # Not called set_epoch: a data loader that accelerate makes to resume in an epoch's middle calls that with epoch 0.
+    # Not called set_epoch: the data loader with which accelerate resumes within an epoch calls set_epoch(0).
     @abstractmethod
     def begin_epoch(self, epoch: int) -> None:
-        """Let the items be those of ``epoch``; every epoch has the same number of steps."""
+        """Switch the items to those of ``epoch``; every epoch has the same number of steps."""
 
 
 class PackedSteps(Steps[Step]):
     """Steps of packed micro-batches.
 
     Args:
-        forget: may be empty.
-        retain: may be empty.
-        alternate: the alternate answer of every forget sequence, or None.
-        pairs_per_step: forget/retain pairs of a step, on all ranks together.
-        token_budget: most tokens of a micro-batch.
-        seed: of the plan.
-        rank: this process.
-        world_size: of how many.
+        forget: forget sequences; can be empty.
+        retain: retain sequences; can be empty.
+        alternate: one alternate answer per forget sequence, or None.
+        pairs_per_step: forget/retain pairs per step, in total over all ranks.
+        token_budget: maximum tokens of a micro-batch.
+        seed: seed of the plan.
+        rank: rank of this process.
+        world_size: number of processes.
         retain_sampling: see ``efface.batching.plan_epoch``.
-        drop_last: leave out a last step of fewer pairs.
-        workers: threads that assemble ahead.
+        drop_last: drop an incomplete last step.
+        workers: threads that assemble batches ahead.
         pin_memory: assemble into pinned memory.
     """
 
@@ -86,7 +86,7 @@ class PackedSteps(Steps[Step]):
         self.begin_epoch(0)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Plan ``epoch``."""
+        """Plan ``epoch``, and start to assemble its steps; a no-op for the current epoch."""
         if epoch == self._epoch:
             return
         if self._assembler is not None:
@@ -95,7 +95,7 @@ class PackedSteps(Steps[Step]):
         self._epoch = epoch
 
     def plan(self, epoch: int) -> EpochPlan:
-        """Return the plan of any epoch."""
+        """Return the plan of ``epoch``, without switching to it."""
         forget, retain, *alternates = (store.lengths for store in self.stores)
         return plan_epoch(
             forget,
@@ -107,19 +107,19 @@ class PackedSteps(Steps[Step]):
 
     @property
     def assembler(self) -> Assembler:
-        """The steps of the current epoch."""
+        """The assembler of the current epoch's steps."""
         if self._assembler is None:
-            raise RuntimeError("no epoch was planned")
+            raise RuntimeError("PackedSteps: no epoch was planned; call begin_epoch first")
         return self._assembler
 
     @property
     def pairs(self) -> int:
-        """Pairs of an epoch."""
+        """Number of pairs in an epoch."""
         plan = self.assembler.plan
         return max(len(plan.forget), len(plan.retain))
 
     def __len__(self) -> int:
-        """Return the optimizer steps of an epoch."""
+        """Return the number of optimizer steps in an epoch."""
         return len(self.assembler)
 
     def __getitem__(self, step: int) -> Step:
@@ -129,15 +129,16 @@ class PackedSteps(Steps[Step]):
 
 @dataclass(frozen=True)
 class Accumulation:
-    """Micro-batches, numbered through the whole run from 0, and the optimizer steps that they make.
+    """Gradient accumulation of open-unlearning: the mapping between micro-batches and optimizer steps.
 
-    A step is taken after every ``accumulate``-th micro-batch of the run, not of the epoch: what an epoch leaves over is
-    carried into the next one. An epoch counts as ``batches // accumulate`` steps, at least one, and the run ends after
-    so many for each epoch, whatever rows are then left. In an epoch shorter than a step its last micro-batch takes one
-    too. Every micro-batch's loss is divided by ``accumulate``, also in a step of fewer.
+    Micro-batches are numbered from 0 through the whole run. An optimizer step follows every ``accumulate``-th
+    micro-batch of the run, so the left-over micro-batches of an epoch are carried into the next one. An epoch counts as
+    ``batches // accumulate`` steps, at least one, and the run ends after that number of steps per epoch even if rows
+    are left. If an epoch is shorter than a step, a step also follows its last micro-batch. The loss of every
+    micro-batch is divided by ``accumulate``, even in a step with fewer micro-batches.
 
     Attributes:
-        batches: micro-batches of an epoch.
+        batches: micro-batches in an epoch.
         accumulate: gradient accumulation steps.
     """
 
@@ -146,40 +147,40 @@ class Accumulation:
 
     @classmethod
     def of(cls, rows: int, size: int, accumulate: int, *, drop_last: bool = False) -> "Accumulation":
-        """Return that of an epoch of ``rows`` in micro-batches of ``size``.
+        """Return the accumulation for epochs of ``rows`` pairs in micro-batches of ``size``.
 
         Raises:
-            ValueError: no micro-batch.
+            ValueError: an epoch has no micro-batch.
         """
         batches = rows // size if drop_last else math.ceil(rows / size)
         if not batches:
             raise ValueError(
-                f"`dataloader_drop_last`: expected at least {size} pairs, one whole batch, got {rows}; drop it, or "
-                "make batches smaller"
+                f"`dataloader_drop_last`: expected at least {size} pairs (one full micro-batch), got {rows}; drop it, "
+                "or use smaller micro-batches"
             )
         return cls(batches, accumulate)
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that an epoch counts as."""
+        """Number of optimizer steps that an epoch counts as."""
         return max(self.batches // self.accumulate, 1)
 
     def taken(self, read: int) -> int:
-        """Return the optimizer steps taken when so many micro-batches have been read."""
+        """Return the number of optimizer steps taken after ``read`` micro-batches."""
         steps = read // self.accumulate
         if self.batches <= self.accumulate:
             steps += read // self.batches - read // math.lcm(self.batches, self.accumulate)
         return steps
 
     def read(self, steps: int) -> int:
-        """Return the micro-batches read when optimizer step number ``steps``, from 1, is taken; 0 before the first."""
+        """Return the number of micro-batches read when ``steps`` optimizer steps have been taken."""
         return bisect.bisect_left(range(steps * self.accumulate + 1), steps, key=self.taken)
 
     def epochs_at_border(self, read: int) -> float:
-        """Return the epochs that the trainer's state shows at the last end of an epoch; −1 before the first.
+        """Return the value of ``state.epoch`` in open-unlearning at the last end of an epoch; −1 before the first end.
 
-        The state moves with the optimizer's steps, so at the end of an epoch that leaves micro-batches over it falls
-        short of a whole number.
+        The state is updated with optimizer steps. If an epoch has left-over micro-batches, the value at its end is
+        therefore less than a whole number.
         """
         ended = read // self.batches
         if not ended:

@@ -1,21 +1,22 @@
-"""What a run would need, computed from a configuration: no weights are loaded, and nothing is measured.
+"""Estimates of the memory, disk space and FLOPs of a run, from the configuration; no weights are loaded or measured.
 
-Bytes on the device of one process, without sharding. P parameters, P_t of them trained, b bytes of a weight, V
-vocabulary, D hidden size, T tokens of a micro-batch (``token_budget``), n rows of logits alive at a time:
+The memory table gives bytes on the device of one process, without sharding. P: parameters, P_t: trained parameters,
+b: bytes per weight, V: vocabulary, D: hidden size, T: tokens of a micro-batch (``token_budget``), n: rows of logits in
+memory at a time.
 
     weights            P b
     autocast copies    2 P, for fp32 weights in mixed precision
     gradients          P_t b
-    optimizer states   P_t x what the optimizer keeps of a parameter
+    optimizer states   P_t x bytes of optimizer state per parameter
     reference model    live: P b; cached, adapter: 0
-    logits             n V b, twice with a live reference, whose own take their place beyond the device's budget of
-                       logits; with a distribution (KL, UNDIAL) both in fp32
+    logits             n V b; twice with a live reference, or once if two exceed the device's logits budget, because
+                       they then take turns in one buffer; with a distribution (KL, UNDIAL) twice in fp32
     head gradient      V D b, + 4 V D for its fp32 sum over several chunks; with a distribution + 8 V D for fp32 heads
     activations        T (once + layers x by layer); with gradient checkpointing T (once + layers x D b + by layer)
 
-What a layer keeps for its backward pass is counted tensor by tensor, on torch's fake tensors, which have shapes and no
-contents, with an attention that keeps no scores (FlashAttention's kind).
-Allocator blocks, library workspaces and the loss's small tensors are not in it.
+The tensors that a layer keeps for its backward pass are counted one by one on torch's fake tensors, which have shapes
+but no data, with an attention that stores no scores (like FlashAttention). Allocator blocks, library workspaces and the
+small tensors of the loss are not included.
 """
 
 import copy
@@ -36,23 +37,23 @@ from efface_kernels import default_chunk_rows, logits_budget, one_chunk_is_small
 _ATTENTION = "efface_counted"
 _TOKENS = 16
 
-# Bytes of states for a trained parameter; of "weight" so many tensors like it. Of the optimizers of transformers.
+# State of transformers' optimizers per trained parameter: in bytes, or as a number of tensors like the weight.
 _FIXED_STATES = {"32bit": 8.0, "8bit": 2.0, "4bit": 1.0}
 _LIKE_THE_WEIGHT = {"adamw": 2, "nadamw": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1, "lion": 1, "ademamix": 3}
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What estimates need of a model.
+    """Sizes of a model from which memory and FLOPs are estimated.
 
     Attributes:
-        parameters: all of them; a tied one counts once.
-        computing: those that a token is multiplied with, so without embeddings: the trainer's own count.
-        layers: of the decoder.
-        hidden: D.
-        vocabulary: V.
-        kept_once: bytes a token keeps for the backward pass outside the layers.
-        kept_by_layer: bytes a token keeps in a layer.
+        parameters: number of all parameters; tied ones count once.
+        computing: number of parameters without embeddings, as the trainer counts them for FLOPs.
+        layers: number of decoder layers.
+        hidden: hidden size D.
+        vocabulary: vocabulary size V.
+        kept_once: bytes per token kept for the backward pass outside the layers.
+        kept_by_layer: bytes per token kept for the backward pass by one layer.
     """
 
     parameters: int
@@ -65,15 +66,15 @@ class ModelSizes:
 
 
 def model_sizes(architecture: Mapping[str, Any] | Any, dtype: torch.dtype, *, autocast: bool = False) -> ModelSizes:
-    """Return the sizes of a configuration, or of one in transformers' names.
+    """Return the sizes of a model configuration.
 
     Args:
-        architecture: the configuration.
-        dtype: of the weights.
-        autocast: whether it computes in bf16 all the same.
+        architecture: a configuration of transformers, or a mapping of its fields.
+        dtype: dtype of the weights.
+        autocast: whether the model computes in bf16 under autocast.
 
     Raises:
-        ValueError: a configuration that transformers does not know.
+        ValueError: transformers does not know the model type.
     """
     config = AutoConfig.for_model(**architecture) if isinstance(architecture, Mapping) else architecture
     key = (config.to_json_string(), dtype, autocast)
@@ -115,7 +116,7 @@ def _of_layers(config: Any, layers: int) -> Any:
 
 
 class _KeptLikeFlash(torch.autograd.Function):
-    """An attention of the right shapes that keeps what FlashAttention keeps: q, k, v, its output and a number a row."""
+    """Attention with the right shapes that saves the tensors of FlashAttention: q, k, v, output, one number per row."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -137,9 +138,10 @@ AttentionMaskInterface.register(_ATTENTION, lambda *_, **_options: None)
 
 
 def _kept(model: Any, *, autocast: bool) -> float:
-    """Return the bytes that one more token keeps for the backward pass of a model of fake tensors, but for the head's.
+    """Return the bytes per token that a model of fake tensors keeps for the backward pass, without the head.
 
-    One more, because weights, and copies of them that autocast makes, are kept, too, and are no token's.
+    The value is the difference between two sequence lengths per token, because weights and their autocast copies are
+    kept too and do not depend on the number of tokens.
     """
     few, more = (_kept_of(model, tokens, autocast=autocast) for tokens in (_TOKENS, 2 * _TOKENS))
     return (more - few) / _TOKENS
@@ -150,7 +152,7 @@ def _kept_of(model: Any, tokens: int, *, autocast: bool) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         base = tensor._base if tensor._base is not None else tensor  # noqa: SLF001 - views share their memory
-        kept[id(base)] = base  # held, so that no other gets its id
+        kept[id(base)] = base  # keep a reference, so that no other tensor gets its id
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
@@ -161,7 +163,13 @@ def _kept_of(model: Any, tokens: int, *, autocast: bool) -> int:
 
 
 def adapter_parameters(architecture: Mapping[str, Any] | Any, rank: int, target: Sequence[str] = ()) -> int:
-    """Return the parameters of a LoRA adapter: of every linear layer but the head, or of those that end in a target."""
+    """Return the number of parameters of a LoRA adapter.
+
+    Args:
+        architecture: a configuration of transformers, or a mapping of its fields.
+        rank: rank of the adapter.
+        target: last parts of the names of the adapted linear layers; empty adapts all linear layers except the head.
+    """
     config = AutoConfig.for_model(**architecture) if isinstance(architecture, Mapping) else architecture
     with FakeTensorMode():
         model = _made(config, torch.float32)
@@ -175,9 +183,9 @@ def adapter_parameters(architecture: Mapping[str, Any] | Any, rank: int, target:
 
 
 def optimizer_bytes(optim: str, weight_bytes: int) -> float | None:
-    """Return the bytes that an optimizer of transformers keeps for a parameter; None where that is not known."""
+    """Return the bytes of state per parameter of an optimizer of transformers; None if unknown."""
     words = optim.split("_")
-    halves = 0.5 if "lion" in optim else 1.5 if "ademamix" in optim else 1.0  # of Adam's two states
+    halves = 0.5 if "lion" in optim else 1.5 if "ademamix" in optim else 1.0  # relative to the two states of Adam
     for bits, size in _FIXED_STATES.items():
         if bits in words or optim.endswith(bits):
             return size * halves
@@ -189,20 +197,20 @@ def optimizer_bytes(optim: str, weight_bytes: int) -> float | None:
 
 @dataclass(frozen=True)
 class RunShape:
-    """What of a run decides about its memory.
+    """Settings of a run that determine its memory.
 
     Attributes:
-        dtype: of the weights.
-        autocast: whether fp32 weights are computed with in half precision.
-        trained: parameters that are; None is all.
-        optim: transformers' name of the optimizer.
+        dtype: dtype of the weights.
+        autocast: whether the model computes in half precision under autocast.
+        trained: number of trained parameters; None is all.
+        optim: name of the optimizer in transformers.
         reference: "live", "cached", "adapter" or None.
-        reference_8bit: whether the reference is quantised.
-        distributions: whether the loss compares whole distributions.
-        token_budget: tokens of a micro-batch.
-        chunk_rows: rows of logits alive at a time; None is the GPU's default.
-        gpu_bytes: all memory of the GPU, on which that default depends; None is that of a small one.
-        checkpointing: whether layers are computed again in the backward pass.
+        reference_8bit: whether the reference model is quantised to 8 bits.
+        distributions: whether the loss compares full distributions (KL, UNDIAL).
+        token_budget: maximum tokens of a micro-batch.
+        chunk_rows: rows of logits in memory at a time; None is the default for the GPU.
+        gpu_bytes: total memory of the GPU, on which that default depends; None assumes a small GPU.
+        checkpointing: whether the backward pass recomputes layers (gradient checkpointing).
     """
 
     dtype: torch.dtype
@@ -219,7 +227,7 @@ class RunShape:
 
 
 def memory(model: ModelSizes, run: RunShape) -> dict[str, int | None]:
-    """Return the bytes of each item of this module's table; None for what is not known."""
+    """Return the bytes of each item of this module's table; None for an unknown item."""
     weight, head = run.dtype.itemsize, model.vocabulary * model.hidden
     trained = model.parameters if run.trained is None else run.trained
     trained_bytes = weight if run.trained is None else 4  # peft keeps adapters in fp32
@@ -256,7 +264,10 @@ def memory(model: ModelSizes, run: RunShape) -> dict[str, int | None]:
 
 
 def _chunk_rows(model: ModelSizes, run: RunShape, logit: int, logits: Callable[[int], int]) -> int:
-    """Return the rows of a chunk, all of them where bf16 gradients of a trained head make that no larger."""
+    """Return the rows per chunk of logits.
+
+    This is ``token_budget``, one chunk, if the head is trained with bf16 gradients and one chunk needs no more memory.
+    """
     if run.chunk_rows is not None:
         return run.chunk_rows
     rows = default_chunk_rows("cuda", model.vocabulary, logit, total_bytes=run.gpu_bytes)
@@ -276,12 +287,12 @@ def _head_gradient(head: int, computing: int, *, several: bool, run: RunShape) -
 
 @dataclass(frozen=True)
 class DiskNeed:
-    """Bytes that a run writes.
+    """Bytes that a run writes to disk.
 
     Attributes:
-        model: of the model at the end.
-        checkpoint: of one checkpoint.
-        checkpoints: how many of them are there at a time, at most: a new one is whole before an old one goes.
+        model: bytes of the final model.
+        checkpoint: bytes of one checkpoint.
+        checkpoints: maximum number of checkpoints at a time; a new one is complete before an old one is removed.
     """
 
     model: int
@@ -289,19 +300,19 @@ class DiskNeed:
     checkpoints: int
 
     def total(self, there: int = 0) -> int:
-        """Return what is still to be written where so many checkpoints are there already."""
+        """Return the bytes that remain to be written if ``there`` checkpoints already exist."""
         return self.model + max(0, self.checkpoints - there) * self.checkpoint
 
 
 def disk_need(model: Any, args: Any, steps: int, epoch_steps: int, *, merged: bool = False) -> DiskNeed:
-    """Return what a run writes: weights, and in a checkpoint what its optimizer keeps of those that are trained.
+    """Return the disk space of a run: the final model, and checkpoints with weights and optimizer states.
 
     Args:
-        model: a model, or a ``peft.PeftModel``, of which the adapter alone is written.
+        model: a model; or a ``peft.PeftModel``, of which only the adapter is written.
         args: ``transformers.TrainingArguments``.
         steps: optimizer steps of the run.
-        epoch_steps: those of an epoch.
-        merged: whether the model that is written at the end has its adapter in it.
+        epoch_steps: optimizer steps of an epoch.
+        merged: whether the final model is written with the adapter merged into it.
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     whole, adapter = (
@@ -324,16 +335,16 @@ def _checkpoints(args: Any, steps: int, epoch_steps: int) -> int:
     every: float = epoch_steps
     if strategy == "steps":
         every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(steps * args.save_steps))
-    count = math.ceil(steps / every)  # the last step writes one, too
+    count = math.ceil(steps / every)  # the last step writes one too
     limit = 1 if strategy == "best" and not args.save_total_limit else args.save_total_limit
     return min(count, limit + 1) if limit else count
 
 
 def training_flops(model: ModelSizes, tokens: int, *, checkpointing: bool = False) -> int:
-    """Return 6 P tokens, 8 P with gradient checkpointing; P without embeddings."""
+    """Return 6 P tokens, or 8 P tokens with gradient checkpointing; P counts the parameters without embeddings."""
     return (8 if checkpointing else 6) * model.computing * tokens
 
 
 def total(items: Mapping[str, int | None]) -> int:
-    """Return the sum of what is known."""
+    """Return the sum of the known items."""
     return sum(size for size in items.values() if size is not None)

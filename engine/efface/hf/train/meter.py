@@ -1,4 +1,4 @@
-"""What a run measures about itself, summed on the device and read only when it is logged."""
+"""Training metrics: losses, speed, phase times and memory, summed on the device and read only when logged."""
 
 import copy
 import sys
@@ -19,10 +19,10 @@ PHASES = ("forward", "backward", "optimizer", "data")
 
 
 class PhaseClock:
-    """Adds up seconds by phase: each ``end`` gives the time since the last mark to a phase.
+    """Timer that sums seconds by phase; each ``end`` adds the time since the last mark to a phase.
 
-    On a CUDA device marks are events in its stream, looked at only by ``read``: a phase costs what the device spent on
-    it, and waiting for data counts only as far as the device had nothing else left to do.
+    On a CUDA device, marks are events in the stream, which only ``read`` evaluates. A phase's time is then the time of
+    the device, and waiting for data counts only while the device is idle.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class PhaseClock:
         self._last = self._now()
 
     def end(self, phase: str) -> None:
-        """Give the time since the last mark to ``phase``, and set a mark. Without a mark, nothing happens."""
+        """Add the time since the last mark to ``phase``, and set a new mark. A no-op if no mark was set."""
         if self._last is not None:
             now = self._now()
             self._spans.append((phase, self._last, now))
@@ -50,7 +50,7 @@ class PhaseClock:
         return event
 
     def read(self) -> dict[str, float]:
-        """Return the seconds of each phase since the last call; waits for the device's last mark."""
+        """Return the seconds of each phase since the last call; on CUDA, wait for the last mark."""
         seconds = dict.fromkeys(PHASES, 0.0)
         if self._spans and self._cuda:
             self._spans[-1][2].synchronize()
@@ -63,27 +63,27 @@ class PhaseClock:
 _STEP_PHASES = ("forward", "backward", "optimizer")
 
 Gather = Callable[[Tensor], Tensor]
-"""(k,) of this rank -> (ranks, k)."""
+"""Gathers the (k,) figures of this rank into the (ranks, k) figures of all ranks."""
 
 
 class StepMeter(TrainerCallback):
-    """Sums figures of the optimizer steps since the last log; each is a mean over what it names.
+    """Callback that sums metrics of the optimizer steps since the last log entry.
 
-    - ``forget_loss``, ``retain_loss``: the loss's two terms, before gamma and alpha; over steps.
-    - ``forget_probability``, ``retain_probability``: exp(L / n), TOFU's Probability; over sequences.
-    - ``mean_log_ratio``: L − L_ref; over forget sequences, where there is a reference.
-    - ``npo_weight``: 2 σ(β (L − L_ref)), what NPO multiplies gradient ascent by; over forget sequences.
-    - ``tokens_per_second`` of all ranks together, while the slowest was in its steps. On CUDA by the device's clock, of
-      which the host runs ahead.
-    - ``time_forward``, ``time_backward``, ``time_optimizer``, ``time_data``: shares of the four in their sum. Data is
-      the time that a step waited for its batches, and no part of it.
-    - ``padding_saved``: share of the tokens that padding would have added, had each micro-batch been a padded forget
-      batch and a padded retain batch.
-    - ``peak_memory_gib``: of the rank with most: the device's allocations, or on the CPU the process's resident memory.
+    - ``forget_loss``, ``retain_loss``: the two terms of the loss, before gamma and alpha; mean over steps.
+    - ``forget_probability``, ``retain_probability``: exp(L / n), TOFU's Probability; mean over sequences.
+    - ``mean_log_ratio``: L − L_ref; mean over forget sequences, for objectives with a reference.
+    - ``npo_weight``: 2 σ(β (L − L_ref)), NPO's weight of gradient ascent; mean over forget sequences.
+    - ``tokens_per_second``: tokens of all ranks, divided by the time that the slowest rank spent in steps. On CUDA the
+      time is the device's, because the host runs ahead of the device.
+    - ``time_forward``, ``time_backward``, ``time_optimizer``, ``time_data``: shares of the four phases in their sum.
+      ``time_data`` is the time spent waiting for batches, which is not part of a step.
+    - ``padding_saved``: share of tokens saved, compared with one padded forget batch and one padded retain batch per
+      micro-batch.
+    - ``peak_memory_gib``: maximum over ranks of the device's allocations, or on CPUs of the process's resident memory.
     """
 
     def __init__(self) -> None:
-        self.tokens = 0  # of the whole run
+        self.tokens = 0  # total of the run on this rank
         self.clock = PhaseClock()
         self._run_seconds = 0.0
         self._reset()
@@ -97,7 +97,7 @@ class StepMeter(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Of the whole run, inside optimizer steps. Waits for the device."""
+        """Seconds of the run inside optimizer steps. Synchronises the device."""
         self._read_clock()
         return self._run_seconds
 
@@ -109,28 +109,31 @@ class StepMeter(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock; evaluation and checkpoints between steps are not counted."""
+        """Start the clock, so that evaluation and checkpoints between steps are not counted."""
         self.clock.begin(args.device)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop the clock."""
+        """Count the step, and add the time since the last mark to the optimizer phase."""
         self.clock.end("optimizer")
         self._steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: a resumed run goes on with the sums that it had."""
+        """Return the sums for a checkpoint, so that a resumed run continues with them."""
         self._read_clock()
         return {name: copy.copy(value) for name, value in vars(self).items() if name != "clock"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what ``state_dict`` returned, of this version: another's figures would be of other things."""
+        """Restore the result of ``state_dict``; a state of another version of efface, with other keys, is ignored."""
         known = {name: value for name, value in state.items() if name in vars(self)}
         if state.keys() == known.keys():
             vars(self).update(known)
 
     @torch.no_grad()
     def add(self, batch: PackedBatch, output: StepOutput, objective: Objective | None) -> None:
-        """Add a micro-batch's output. What is added depends on the objective alone, or ranks would not agree."""
+        """Add the output of a micro-batch.
+
+        The names of the metrics depend only on the objective, so that all ranks gather the same metrics.
+        """
         self._count_tokens(batch.tokens, padded_tokens(batch))
         forget = batch.roles == Role.FORGET
         weights = {"retain": 1.0} if objective is None else {"forget": objective.gamma, "retain": objective.alpha}
@@ -148,7 +151,7 @@ class StepMeter(TrainerCallback):
                 self._add_mean("npo_weight", 2 * torch.sigmoid(term.beta * ratio), forget)
 
     def add_losses(self, tokens: int, **losses: Tensor) -> None:
-        """Add a padded micro-batch's share of the means of the step."""
+        """Add the losses of a padded micro-batch, each already divided by the gradient accumulation steps."""
         self._count_tokens(tokens, tokens)
         for name, loss in losses.items():
             self._add(f"{name}_loss", loss)
@@ -162,14 +165,17 @@ class StepMeter(TrainerCallback):
         self._sums[name] = self._sums[name].to(value.device) + value if name in self._sums else value
 
     def _add_mean(self, name: str, values: Tensor, mask: Tensor) -> None:
-        mask = mask & ~values.isnan()  # of sequences whose loss reads no log-probabilities
+        mask = mask & ~values.isnan()  # NaN marks sequences whose loss does not use log-probabilities
         self._add(name, torch.where(mask, values, 0).sum())
         self._add(_count(name), mask.sum())
 
     def read(self, gather: Gather = lambda figures: figures[None]) -> dict[str, float]:
-        """Return the means over the steps since the last call, and start anew. Reads the device.
+        """Return the metrics of the steps since the last call, and reset the sums. Synchronises the device.
 
-        With several ranks all have to call this, with the ``gather`` that shows each the others' figures.
+        With several ranks, every rank must call this method.
+
+        Args:
+            gather: gathers the figures of all ranks, see ``Gather``; the default is for one rank.
         """
         if not self._steps:
             return {}
@@ -208,32 +214,32 @@ def _count(name: str) -> str:
 
 
 def padded_tokens(batch: PackedBatch) -> int:
-    """Tokens of the batch as a padded batch of what is compared and a padded batch of what is retained."""
+    """Return the tokens of the batch if it were padded, as one batch of forget and one of retain sequences."""
     count = batch.forget_sequences
     parts = (batch.lengths[:count], batch.lengths[count:])
     return sum(len(part) * max(part) for part in parts if part)
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held at once: the device's allocations since it was last reset, or the process's resident set."""
+    """Return the peak memory: of the device's allocations since the last reset, or of the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if sys.platform == "win32":
-        return 0.0  # the standard library does not say
-    import resource  # noqa: PLC0415 - Windows has none
+        return 0.0  # not available in the standard library
+    import resource  # noqa: PLC0415 - the module does not exist on Windows
 
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class LossWatch:
-    """Remembers the first step whose loss was not finite, without reading the device in every step."""
+    """Detector of the first step with a loss that is not finite, without synchronising the device in every step."""
 
     def __init__(self) -> None:
         self._first_bad: Tensor | None = None
 
     def see(self, loss: Tensor, step: int) -> None:
-        """Note the loss of a step. On the CPU, where reading is free, check at once."""
+        """Record the loss of a step. On the CPU, where reading a value is free, check it at once."""
         if self._first_bad is None:
             self._first_bad = torch.full((), -1, dtype=torch.int64, device=loss.device)
         fresh = (self._first_bad < 0) & ~torch.isfinite(loss)
@@ -246,7 +252,7 @@ class LossWatch:
         if self._first_bad is None or (step := int(self._first_bad)) < 0:
             return
         raise FloatingPointError(
-            f"the loss is not finite at step {step}, so the run stops; nothing was saved after it. Try a lower "
+            f"the loss is not finite at step {step}, so the run stops; nothing was saved after this step. Try a lower "
             "--learning-rate, a smaller --gamma, gradient clipping (--max-grad-norm 1.0), or --bf16 instead of --fp16; "
             "gradient ascent without a retain term diverges by design"
         )

@@ -1,52 +1,56 @@
-"""open-unlearning's training step, quirk for quirk, for people who must match old runs (``compat="open-unlearning"``).
+"""Exact reproduction of open-unlearning's training step, to match earlier runs (``compat="open-unlearning"``).
 
-Padded batches, a forward pass for each data set, full logits, a second model; means over each micro-batch of
-``per_device_train_batch_size`` pairs, a step's micro-batches added and divided by the accumulation steps. The code of
-locuslab/open-unlearning at d3d7cf9 was run beside this one, on the transformers 4.45.1 and accelerate 0.34.2 that it
-pins: losses and gradients of every method agree to rounding, and so do the weights after runs over the same pairs.
+Batches are padded, each data set has its own forward pass with full logits, and the reference is a second model. Means
+are over each micro-batch of ``per_device_train_batch_size`` pairs. The losses of a step's micro-batches are added and
+divided by the accumulation steps. This code was compared with locuslab/open-unlearning at d3d7cf9, run with the
+transformers 4.45.1 and accelerate 0.34.2 that it pins: the losses and gradients of every method agree to rounding, and
+so do the weights after runs over the same pairs.
 
-What compat does otherwise than runs without it, because open-unlearning does:
+Differences between runs with and without ``compat``, all taken from open-unlearning:
 
-- Token means weigh short micro-batches like long ones, so accumulation matters.
-- Prompts and labels are its own, token for token; see ``efface.hf.text.templates.get_template``.
+- Token means weight short and long micro-batches equally, so gradient accumulation changes the result.
+- Prompts and labels equal open-unlearning's token for token; see ``efface.hf.text.templates.get_template``.
 - The attention mask hides real tokens that equal the padding token, such as an end-of-sequence token.
-- KL runs over all positions, prompts and padding included, and so does UNDIAL, which there lowers the teacher's logit
-  of token V - 100 (the label -100, read as an index).
+- KL is over all positions, including prompts and padding. So is UNDIAL, which at positions without a label lowers the
+  reference model's logit of token V - 100 (the label -100, used as an index).
 - RMU divides every sequence's squared distance by every sequence's number of answer tokens, and takes the mean over
-  both. Parameters that ``trainable_params_regex`` leaves out stay as they are, but have gradients, which count in the
-  norm that gradients are clipped to.
-- PDU's margins are those at the answer tokens instead of those that predict them. Its dual variable ascends with every
-  micro-batch; with ``dual_update_upon="epoch"`` by the mean over micro-batches of retain rows drawn anew, as many as
-  forget rows. The warm-up ends when the trainer's own count of epochs, at an epoch's end, has reached it: where
-  micro-batches are left over, an epoch later.
-- An epoch's left-over micro-batches go into the first step of the next one (see ``Accumulation``), an epoch counts as
-  so many steps as are whole, and the run ends after so many for each epoch.
-- ``warmup_epochs`` may come to no step at all.
-- Weight decay leaves out biases, and those norms alone that transformers 4.45 knows as such: Llama's, but not those of
-  Qwen2, Mistral, Phi-3 or Gemma.
-- A refusal is drawn anew whenever a row is read.
+  both. Parameters outside ``trainable_params_regex`` are not updated but have gradients, which count in the norm for
+  gradient clipping.
+- PDU takes margins at the answer tokens, not at the tokens that predict them. Its dual variable ascends with every
+  micro-batch. With ``dual_update_upon="epoch"`` it ascends by the mean loss over newly drawn micro-batches with as many
+  retain rows as there are forget rows. The warm-up ends when the trainer's epoch count, at the end of an epoch, has
+  reached its length; with left-over micro-batches, that is one epoch later.
+- Left-over micro-batches of an epoch are part of the first step of the next epoch (see ``Accumulation``). An epoch
+  counts as its number of whole steps, and the run ends after that number of steps per epoch.
+- ``warmup_epochs`` can give no step at all.
+- Weight decay excludes biases, and only those norms that transformers 4.45 recognises: Llama's, but not those of Qwen2,
+  Mistral, Phi-3 or Gemma.
+- A refusal is drawn each time a row is read.
 
-What still differs from open-unlearning:
+Remaining differences from open-unlearning:
 
-- Random numbers. Shuffles, retain rows, refusals, RMU's steering vector and dropout are drawn from the same
-  distributions by generators of our own, so that a killed run continues bit for bit.
-- Defaults. Those of the trainer's settings (optimizer, learning rate, precision, weight decay) are ours, not those of
-  its configuration files; the recipes have those.
-- The ends of epochs, where micro-batches are left over. An evaluation or checkpoint for each epoch comes when the steps
-  that the epoch counts as have been taken, and so does ``epoch`` in the log; theirs come when its rows have been read.
-  Steps, and the last one, are the same.
-- A restarted run of open-unlearning goes on elsewhere in its data, without the micro-batches that were carried; one of
-  ours goes on bit for bit.
-- One process only. With n processes theirs takes the step of n times the accumulation steps, as long as they divide an
-  epoch's micro-batches; otherwise it fills up the last ones with rows of the epoch's start.
-- Rows that have no answer token, and a loss that is not finite, stop the run. CE-U's is NaN for a micro-batch whose
-  answers have no token but those ignored.
-- Without a chat template it cuts sequences to 512 tokens; here nothing is cut unless ``max_length`` says so.
-- Blank lines of a refusal file are no refusals here.
-- Not there: an epoch over the retain set (``anchor: retain``), PDU with KL, padding on the left, few-shot prompts.
-- Ours alone: LoRA, ``IdkNLL`` (its GradDiff with gamma -1 on a refusals-only forget set), a retain term for CE-U and
-  GradAscent, ``retain_sampling`` other than random, a ``reference_model`` of one's own.
-- On a CPU with bf16 its formulas run under autocast, too; on a GPU only the models do, and here always.
+- Random numbers: shuffles, retain rows, refusals, RMU's steering vector and dropout are drawn from the same
+  distributions, but with efface's own generators, so that a killed run resumes bit for bit.
+- Defaults: the trainer's settings (optimizer, learning rate, precision, weight decay) have efface's defaults, not those
+  of open-unlearning's configuration files. The recipes contain the latter.
+- Ends of epochs with left-over micro-batches: here the evaluation, the checkpoint and ``epoch`` in the log follow the
+  steps that the epoch counts as; in open-unlearning they come when the epoch's rows have been read. The steps
+  themselves and the last step are the same.
+- Restarts: a restarted run of open-unlearning continues at another place in its data and loses the carried
+  micro-batches; here it resumes bit for bit.
+- Processes: one only. With n processes, open-unlearning takes the same step as one process with n times the
+  accumulation steps if they divide the micro-batches of an epoch; otherwise it fills the last micro-batches with rows
+  from the start of the epoch.
+- Errors: a row without an answer token and a loss that is not finite stop the run. CE-U's loss is NaN for a micro-batch
+  whose answers consist only of ignored tokens.
+- Length: without a chat template, open-unlearning cuts sequences to 512 tokens; here sequences are cut only with
+  ``max_length``.
+- Refusal files: blank lines are not refusals here.
+- Not supported: an epoch over the retain set (``anchor: retain``), PDU with KL, left padding, few-shot prompts.
+- Only here: LoRA, ``IdkNLL`` (open-unlearning's GradDiff with gamma -1 on a refusals-only forget set), a retain term
+  for CE-U and GradAscent, ``retain_sampling`` other than random, a separate ``reference_model``.
+- Autocast: on a CPU with bf16, open-unlearning computes its loss formulas under autocast too. Here, only the models run
+  under autocast, as in open-unlearning on a GPU.
 
 Unused with compat: ``token_budget``, ``chunk_rows``, ``loss_backend``, ``reference_cache``, ``dataloader_num_workers``.
 """
@@ -59,7 +63,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
+import torch.nn.functional as F  # noqa: N812 - the usual name in PyTorch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -92,7 +96,7 @@ from efface_kernels import Kind, SequenceRule, Sequences, Term, to_device
 
 IGNORE = -100
 DUAL_EPOCHS = 2**32
-"""The plans of epochs from here on are those that PDU's dual variable reads between two epochs."""
+"""Offset of the epoch numbers whose plans give the retain rows for PDU's dual variable between two epochs."""
 
 _OBJECTIVES = (CEU, DPO, NPO, PDU, RMU, UNDIAL, WGA, GradAscent, GradDiff, IdkNLL, SatImp, SimNPO)
 
@@ -101,21 +105,21 @@ _UNDECAYED = {
     *("LlamaRMSNorm", "CohereLayerNorm", "ChameleonRMSNorm", "GraniteRMSNorm", "GraniteMoeRMSNorm"),
     *("NemotronLayerNorm1P", "OlmoLayerNorm", "OlmoeRMSNorm", "RecurrentGemmaRMSNorm"),
 }
-"""Classes of norms, beside ``nn.LayerNorm``, that transformers 4.45 leaves out of weight decay; it decays others."""
+"""Norm classes that transformers 4.45 excludes from weight decay, in addition to ``nn.LayerNorm``."""
 
 
 def decayed_parameters(model: nn.Module) -> list[str]:
-    """Return the names of the parameters that transformers 4.45 decays."""
+    """Return the names of the parameters to which transformers 4.45 applies weight decay."""
     norms = {type(module) for module in model.modules() if type(module).__name__ in _UNDECAYED}
     return [name for name in get_parameter_names(model, [nn.LayerNorm, *norms]) if "bias" not in name]
 
 
 def check_objective(objective: Objective) -> None:
-    """Raise ValueError for an objective that open-unlearning does not have; a subclass may be another one."""
+    """Raise ValueError if open-unlearning does not have the objective; subclasses are not accepted."""
     if type(objective) not in _OBJECTIVES:
         raise ValueError(
-            f"`compat`: open-unlearning has no objective {objective.name!r} ({type(objective).__name__}); drop compat, "
-            f"or choose one of {', '.join(cls.name for cls in _OBJECTIVES)}"
+            f"`compat`: expected an objective of open-unlearning, got {objective.name!r} ({type(objective).__name__}); "
+            f"drop compat, or choose one of {', '.join(cls.name for cls in _OBJECTIVES)}"
         )
 
 
@@ -125,7 +129,7 @@ class Padded(NamedTuple):
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T)
     labels: Tensor  # (B, T), unshifted, −100 ignored
-    spans: Tensor  # (B, 2) on the host: where the labels of each sequence begin and end
+    spans: Tensor  # (B, 2) on the host: start and end of each sequence's labels
 
     @classmethod
     def of(cls, store: TokenStore, sequences: Sequence[int], pad_token_id: int) -> "Padded":
@@ -136,36 +140,36 @@ class Padded(NamedTuple):
         for row, start in zip(labels, spans[:, 0], strict=True):
             row[:start] = IGNORE
         padded = pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
-        # Its mask also hides real tokens that equal the padding token, such as an end-of-sequence token.
+        # open-unlearning's mask also hides real tokens that equal the padding token, such as an EOS token.
         mask = padded.ne(pad_token_id)
         return cls(padded, mask, pad_sequence(labels, batch_first=True, padding_value=IGNORE), spans)
 
     def to(self, device: torch.device | str) -> "Padded":
-        """Return it on a device."""
+        """Return the batch on ``device``; ``spans`` stay on the host."""
         ids, mask, labels = (to_device(tensor, torch.device(device)) for tensor in self[:3])
         return Padded(ids, mask, labels, self.spans)
 
     def run(self, model: nn.Module) -> Tensor:
-        """Return the logits (B, T, V) in float32, as the models of transformers 4.45 do."""
+        """Return the logits (B, T, V) in float32, as models of transformers 4.45 return them."""
         logits: Tensor = model(input_ids=self.input_ids, attention_mask=self.attention_mask).logits
         return logits.float()
 
     def answers(self) -> Tensor:
-        """Return where the answer tokens stand, (B, T)."""
+        """Return the mask of answer tokens, (B, T) bool."""
         return self.labels != IGNORE
 
     @property
     def predicted(self) -> int:
-        """The labels after the first position, which nothing predicts: what open-unlearning's token means run over."""
+        """Number of labels except those at position 0, which are not predicted: the divisor of the token means."""
         return int((self.spans[:, 1] - self.spans[:, 0].clamp(min=1)).sum())
 
 
 @dataclass(frozen=True)
 class PaddedPairs:
-    """A micro-batch of pairs; None for a data set that the objective does not read.
+    """A micro-batch of pairs; a data set that the objective does not read is None.
 
     Attributes:
-        position: the micro-batch's number in the run, from 0.
+        position: number of the micro-batch in the run, from 0.
     """
 
     forget: Padded | None
@@ -175,16 +179,16 @@ class PaddedPairs:
 
     @property
     def parts(self) -> tuple[Padded | None, ...]:
-        """Forget, retain, alternate."""
+        """The forget, retain and alternate batches, in this order."""
         return self.forget, self.retain, self.alternate
 
     @property
     def tokens(self) -> int:
-        """Positions that the model reads, padding included."""
+        """Number of tokens that the model reads, including padding."""
         return sum(part.input_ids.numel() for part in self.parts if part is not None)
 
     def to(self, device: torch.device | str) -> "PaddedPairs":
-        """Return it on a device."""
+        """Return the micro-batch on ``device``."""
         forget, retain, alternate = (None if part is None else part.to(device) for part in self.parts)
         return PaddedPairs(forget, retain, alternate, self.position)
 
@@ -197,7 +201,7 @@ class PaddedStep:
 
     @property
     def tokens(self) -> int:
-        """Positions that the model reads, padding included."""
+        """Number of tokens that the model reads, including padding."""
         return sum(batch.tokens for batch in self.batches)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PaddedStep":
@@ -206,16 +210,16 @@ class PaddedStep:
 
 
 class PaddedSteps(Steps[PaddedStep]):
-    """Steps of padded micro-batches; an epoch is what transformers counts as one.
+    """Steps of padded micro-batches; an epoch has the number of steps that transformers counts.
 
     Args:
-        packed: plans the pairs; its steps are our micro-batches.
-        alternate: other answers to the forget questions, or None; of several to a question, which lie row by row, one
-            is drawn whenever the row is read.
-        replaced: whether they take the place of the forget sequences, instead of going with them.
+        packed: plans the pairs; each of its steps is one micro-batch here.
+        alternate: alternate answers to the forget questions, or None. If there are several per question, stored row by
+            row, one of them is drawn each time the row is read.
+        replaced: whether the alternate sequences replace the forget sequences instead of accompanying them.
         accumulate: gradient accumulation steps.
-        seed: of the draws.
-        pad_token_id: what sequences are padded with.
+        seed: seed of the draws.
+        pad_token_id: id of the padding token.
     """
 
     def __init__(
@@ -233,30 +237,30 @@ class PaddedSteps(Steps[PaddedStep]):
         self._alternate, self._replaced, self._seed = alternate, replaced, seed
         self.accumulation = Accumulation(len(packed), accumulate)
         self._epoch = 0
-        # A step may read the end of an epoch and the start of the next.
+        # Two plans, because a step can contain the end of one epoch and the start of the next.
         self._plan: Callable[[int], EpochPlan] = functools.lru_cache(maxsize=2)(packed.plan)
 
     def __len__(self) -> int:
-        """Return the optimizer steps that an epoch counts as."""
+        """Return the number of optimizer steps that an epoch counts as."""
         return self.accumulation.steps
 
     @property
     def pairs(self) -> int:
-        """Pairs of an epoch."""
+        """Number of pairs in an epoch."""
         return self._packed.pairs
 
     def begin_epoch(self, epoch: int) -> None:
-        """Number the items on from the steps of so many epochs."""
+        """Switch the items to the steps of ``epoch``."""
         self._epoch = epoch
 
     def __getitem__(self, step: int) -> PaddedStep:
-        """Return a step."""
+        """Return step ``step`` of the current epoch."""
         before = self._epoch * len(self) + step
         batches = range(self.accumulation.read(before), self.accumulation.read(before + 1))
         return PaddedStep(tuple(self._pairs(position) for position in batches))
 
     def retain_draw(self, epoch: int) -> Iterator[Padded]:
-        """Draw the retain micro-batches of an epoch once more, for the dual variable after ``epoch``."""
+        """Yield newly drawn retain micro-batches, as many as in an epoch, for the dual variable after ``epoch``."""
         plan = self._packed.plan(DUAL_EPOCHS + epoch)
         for batch in range(len(plan)):
             retain = self._part(self.stores[1], plan.pairs(batch)[1])
@@ -280,7 +284,7 @@ class PaddedSteps(Steps[PaddedStep]):
 
 
 class PaddedLoss(NamedTuple):
-    """A micro-batch's loss, which carries the gradient, and its two parts, not weighted, which do not."""
+    """Loss of a micro-batch, with gradient, and its unweighted forget and retain terms, detached."""
 
     loss: Tensor
     forget: Tensor
@@ -288,7 +292,7 @@ class PaddedLoss(NamedTuple):
 
 
 Frozen = Callable[[], AbstractContextManager[Any]]
-"""Hands out the frozen model for a forward pass, in the precision that the policy has."""
+"""Returns a context manager that gives the frozen model for a forward pass, in the precision of the policy."""
 
 
 def padded_loss(
@@ -299,17 +303,20 @@ def padded_loss(
     *,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> PaddedLoss:
-    """The loss of a micro-batch: gamma · forget loss + alpha · retain loss.
+    """Return the loss of a micro-batch: gamma · forget loss + alpha · retain loss.
+
+    For PDU, ``retain_loss_eps`` is subtracted from the retain loss.
 
     Args:
-        objective: with a formula in open-unlearning, or ``IdkNLL``.
-        model: called with ``input_ids`` and ``attention_mask``.
-        reference: the frozen model, where the objective reads one.
-        pairs: on the model's device.
-        autocast: what the frozen model runs under: accelerate casts open-unlearning's as it casts the policy.
+        objective: an objective of open-unlearning, or ``IdkNLL``.
+        model: the model; called with ``input_ids`` and ``attention_mask``.
+        reference: the frozen model; None if the objective needs none.
+        pairs: the micro-batch, on the model's device.
+        autocast: autocast context of the frozen model; in open-unlearning, accelerate casts it like the policy.
 
     Raises:
-        TypeError: an objective that open-unlearning does not have.
+        TypeError: open-unlearning does not have the objective.
+        ValueError: the objective needs a reference and there is none.
     """
     frozen = functools.partial(_running, reference, autocast)
     zero = torch.zeros((), device=next(part for part in pairs.parts if part is not None).input_ids.device)
@@ -336,8 +343,8 @@ def _forget_loss(objective: Objective, model: Any, frozen: Frozen, forget: Padde
         case CEU():
             return _ceu(forget.run(model), forget, objective.ignore_first_n_answer_tokens)
     term = objective.term()
-    if not isinstance(term, Term):  # refused before
-        raise TypeError(f"`objective`: expected one of open-unlearning's, got {type(objective).__name__}")
+    if not isinstance(term, Term):  # check_objective has rejected it
+        raise TypeError(f"`objective`: expected an objective of open-unlearning, got {type(objective).__name__}")
     parts = [forget] if alternate is None else [forget, alternate]
     nll = [_each_nll(part.run(model), part) for part in parts]
     if objective.needs_reference:
@@ -361,20 +368,20 @@ def _retain_loss(objective: Objective, model: Any, frozen: Frozen, retain: Padde
 
 @torch.no_grad()
 def drawn_retain_loss(model: Any, batches: Iterator[Padded]) -> float:
-    """Return the mean over micro-batches of their retain NLL, what PDU's dual variable ascends by after an epoch."""
+    """Return the mean retain NLL over micro-batches, by which PDU's dual variable ascends after an epoch."""
     losses = [float(_mean_nll(batch.run(model), batch)) for batch in batches]
     return sum(losses) / len(losses)
 
 
 def _each_nll(logits: Tensor, batch: Padded) -> Tensor:
-    """(B, T − 1), 0 where there is no label."""
+    """Return the NLL of each token but the first, (B, T − 1); 0 at positions without a label."""
     return F.cross_entropy(logits[:, :-1].transpose(1, 2), batch.labels[:, 1:], ignore_index=IGNORE, reduction="none")
 
 
 def _labels(nll: Tensor, batch: Padded) -> Sequences:
-    """Return the sequences of a batch, a row for each label.
+    """Return the log-probabilities of a batch as ``Sequences``, one row per label.
 
-    A label in the first position, which nothing predicts, has 0: SimNPO's mean counts it.
+    A label at position 0, which is not predicted, has log-probability 0 and counts in SimNPO's mean.
     """
     spans = zip(F.pad(-nll, (1, 0)), batch.spans.tolist(), strict=True)
     offsets = F.pad(batch.spans.diff().flatten().cumsum(0), (1, 0))
@@ -382,16 +389,17 @@ def _labels(nll: Tensor, batch: Padded) -> Sequences:
 
 
 def _compared(nll: list[Tensor], frozen_nll: list[Tensor]) -> Sequences:
-    """Return the sequences of a batch, each before its alternate where there are two parts, and their references.
+    """Return the sums of log-probabilities of a batch and of its reference as ``Sequences``, one row per sequence.
 
-    NPO and DPO read sums alone: one row a sequence, added up as theirs is, for L − L_ref shows how a sum was rounded.
+    With two parts, each forget sequence is followed by its alternate. NPO and DPO read only these sums. They are added
+    in the order of open-unlearning, because L − L_ref is sensitive to the rounding of a sum.
     """
     sums, reference_sums = (-torch.stack([part.sum(-1) for part in parts], 1).flatten() for parts in (nll, frozen_nll))
     return Sequences(sums, torch.arange(len(sums) + 1, device=sums.device), 0, reference_sums)
 
 
 def _sum(term: Term, sequences: Sequences) -> Tensor:
-    """Return the sum of a term over sequences; of DPO's over those that an alternate follows, every other one."""
+    """Return the sum of a term over the sequences; for DPO, over forget sequences, each followed by its alternate."""
     terms, roles = {int(Role.FORGET): term}, [Role.FORGET] * len(sequences)
     if term.kind == Kind.DPO:
         terms[Role.ALTERNATE] = Term(Kind.ALTERNATE)
@@ -406,7 +414,7 @@ def _mean_nll(logits: Tensor, batch: Padded) -> Tensor:
 
 def _undial(logits: Tensor, teacher: Tensor, batch: Padded, beta: float) -> Tensor:
     shifted = teacher[:, :-1].clone()
-    index = batch.labels[:, 1:, None] % shifted.shape[-1]  # −100 is an index to theirs: the hundredth from the end
+    index = batch.labels[:, 1:, None] % shifted.shape[-1]  # open-unlearning uses −100 as an index: V − 100
     shifted.scatter_add_(-1, index, torch.full_like(index, -beta, dtype=shifted.dtype))
     soft = shifted.softmax(-1).flatten(0, 1)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), soft)
@@ -431,7 +439,7 @@ def _activation_loss(activations: Tensor, target: Tensor, batch: Padded) -> Tens
     answers = batch.answers()
     squared = F.mse_loss(activations, target, reduction="none") * answers[..., None]  # (B, T, D)
     sums, counts = squared.mean(2).sum(1), answers.sum(1, keepdim=True)  # (B,), (B, 1)
-    # Theirs divides one by the other: (B, B), every sequence's sum over every sequence's count.
+    # As in open-unlearning, the division broadcasts to (B, B): every sequence's sum by every sequence's count.
     return (sums / counts).mean()
 
 
@@ -440,7 +448,7 @@ def _running(
     reference: ModelReference | None, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> Iterator[PreTrainedModel]:
     if reference is None:
-        raise ValueError("`reference`: the objective compares with a frozen model, got none")
+        raise ValueError("`reference`: expected a frozen model, which the objective needs, got none; pass a reference")
     with reference.running() as model, autocast():
         yield model
 
@@ -452,7 +460,7 @@ def _frozen_logits(frozen: Frozen, batch: Padded) -> Tensor:
 
 
 class PaddedStepping(Stepping):
-    """open-unlearning's way of stepping, with the losses above."""
+    """Optimizer steps of open-unlearning, with the losses of ``padded_loss``."""
 
     runs_reference = True
     draws_refusals = True
@@ -465,7 +473,7 @@ class PaddedStepping(Stepping):
         objective: Objective | None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        """See ``Stepping``; the tokenizer knows what sequences are padded with."""
+        """Plan the steps of a run; ``tokenizer`` provides the padding token, else its EOS token, else id 0."""
         pad_token_id = getattr(tokenizer, "pad_token_id", None)
         if pad_token_id is None:
             pad_token_id = getattr(tokenizer, "eos_token_id", None)
@@ -473,7 +481,7 @@ class PaddedStepping(Stepping):
             args,
             stores._replace(alternate=None),
             pairs_per_step=self.planned_pairs(args),
-            token_budget=2**31 - 1,  # there is none
+            token_budget=2**31 - 1,  # no limit
         )
         self.steps = PaddedSteps(
             micro_batches,
@@ -487,26 +495,26 @@ class PaddedStepping(Stepping):
 
     @classmethod
     def planned_pairs(cls, args: UnlearnArguments) -> int:
-        """Return those of a micro-batch: an epoch is no whole number of steps."""
+        """Return the pairs of a micro-batch, because an epoch need not be a whole number of steps."""
         return int(args.per_device_train_batch_size)
 
     @classmethod
     def check_objective(cls, objective: Objective) -> None:
-        """See ``check_objective``."""
+        """Raise ValueError if open-unlearning does not have the objective."""
         check_objective(objective)
 
     @classmethod
     def choose_weights(cls, model: PreTrainedModel, objective: RMU) -> None:
-        """Leave all as they are, see ``optimizing``; expressions that match nothing are refused now."""
+        """Raise ValueError if an expression matches no parameter; ``optimizing`` selects the parameters later."""
         with training_only(model, objective.trainable_params_regex):
             pass
 
     def loss(
         self, run: SteppedTrainer, model: nn.Module, batch: PaddedPairs, step: PaddedStep
     ) -> tuple[Tensor, PaddedLoss]:
-        """Means run over the micro-batch, not over the step."""
+        """Run a micro-batch; return its mean loss divided by the accumulation steps, and the ``PaddedLoss``."""
         if run.objective is None:
-            raise TypeError("`objective`: expected one, got None")  # refused before
+            raise TypeError("`objective`: expected an objective, got None; pass one")  # FinetuneTrainer rejects compat
         frozen = run.reference if isinstance(run.reference, ModelReference) else None
         output = padded_loss(run.objective, model, frozen, batch, autocast=run.accelerator.autocast)
         divisor = self.steps.accumulation.accumulate
@@ -514,22 +522,25 @@ class PaddedStepping(Stepping):
         return output.loss / divisor, output
 
     def optimizing(self, model: Any, objective: Objective | None) -> AbstractContextManager[None]:
-        """Hide RMU's unlisted parameters from the optimizer.
+        """Hide parameters that RMU does not train from the optimizer.
 
-        They have gradients all the same, which count in the norm that gradients are clipped to.
+        They still have gradients, which count in the norm for gradient clipping.
         """
         return training_only(model, objective.trainable_params_regex) if isinstance(objective, RMU) else nullcontext()
 
     def decayed(self, model: nn.Module, names: list[str]) -> list[str]:
-        """See ``decayed_parameters``."""
+        """Return the names of the parameters to which transformers 4.45 applies weight decay."""
         return decayed_parameters(model)
 
     def learning(self, model: nn.Module, optimizer: Any) -> list[nn.Parameter]:
-        """Return the optimizer's parameters: others have gradients, too."""
+        """Return the optimizer's parameters, because other parameters have gradients too."""
         return [weight for group in optimizer.param_groups for weight in group["params"]]
 
     def dual_before_batch(self, run: SteppedTrainer, objective: PDU, batch: PaddedPairs) -> float | None:
-        """At the start of an epoch but the first, the loss of retain rows drawn anew, as many as it has pairs."""
+        """Return the loss of newly drawn retain rows, as many as an epoch's pairs, at the start of each later epoch.
+
+        None within an epoch, in the first epoch, during the warm-up, and with ``dual_update_upon="step"``.
+        """
         accumulation = self.steps.accumulation
         epoch, begun = divmod(batch.position, accumulation.batches)
         if objective.dual_update_upon != "epoch" or begun or not epoch:
@@ -543,9 +554,9 @@ class PaddedStepping(Stepping):
     def dual_after_batch(
         self, run: SteppedTrainer, objective: PDU, batch: PaddedPairs, step: PaddedStep, output: PaddedLoss
     ) -> float | None:
-        """The retain loss of each micro-batch, once it is warm.
+        """Return the retain loss of the micro-batch; None during the warm-up and with ``dual_update_upon="epoch"``.
 
-        What open-unlearning's trainer knows of the epochs that have passed is the last end of an epoch.
+        As in open-unlearning's trainer, the number of epochs passed is updated only at the end of an epoch.
         """
         if objective.dual_update_upon != "step":
             return None

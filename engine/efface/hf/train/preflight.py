@@ -1,4 +1,4 @@
-"""What is found out before a run costs time: a missing package, nothing to train, gradients that do not arrive."""
+"""Preflight checks of a run: argument values, missing packages, frozen models, and losses without a gradient."""
 
 import json
 import math
@@ -16,10 +16,10 @@ from efface.errors import reading
 from efface.extras import check_extras
 
 _BITSANDBYTES = ("bnb", "8bit", "paged", "ademamix", "lion")
-"""Parts of the names of the optimizers that transformers takes from bitsandbytes; those of "torch" it does not."""
+"""Parts of the names of optimizers that transformers takes from bitsandbytes, unless the name contains "torch"."""
 
 _OR_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
-"""Arguments that hold JSON, or the path of a file of it."""
+"""Arguments that are JSON or the path of a JSON file."""
 
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32)),  # NumPy's
@@ -27,11 +27,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1)),
     **dict.fromkeys(("adam_epsilon", "learning_rate", "warmup_epochs", "weight_decay"), (0, math.inf)),
 }
-"""Arguments whose wrong numbers would be found when a run has begun: the least, and what they are less than."""
+"""Arguments that transformers does not check before training: minimum (inclusive) and maximum (exclusive)."""
 
 
 def check_numbers(args: Any) -> None:
-    """Raise TypeError for an argument that is to be a number and is none; a whole float becomes an int."""
+    """Raise TypeError for a numeric argument that is not a number; convert integral floats to int where required."""
     for one in fields(args):
         kinds = set(re.findall(r"\w+", str(one.type))) - {"typing", "Optional", "Union", "class"}
         optional, value = kinds & {"None", "NoneType"}, getattr(args, one.name)
@@ -47,7 +47,7 @@ def check_numbers(args: Any) -> None:
 
 
 def check_ranges(args: Any) -> None:
-    """Raise ValueError for a number that its argument cannot have."""
+    """Raise ValueError for a number outside the range of its argument."""
     for name, (least, end) in _RANGES.items():
         value = getattr(args, name)
         if value is not None and not least <= value < end:
@@ -56,23 +56,23 @@ def check_ranges(args: Any) -> None:
 
 
 def check_optimizer(name: str) -> None:
-    """Raise ImportError for an optimizer of bitsandbytes where that is not installed."""
+    """Raise ImportError if the optimizer needs bitsandbytes, which is not installed."""
     wanted = any(part in name for part in _BITSANDBYTES) and "torch" not in name
     if wanted:
         check_extras(f"--optim {name}", "bitsandbytes", remedy="use adamw_torch_fused")
 
 
 def check_reporters(names: Sequence[str]) -> None:
-    """Raise ImportError for a tracker whose package is not installed, ValueError for one that transformers has not."""
+    """Raise ImportError if a tracker's package is not installed, and ValueError if transformers has no such tracker."""
     for name, callback in zip(names, get_reporting_integration_callbacks(list(names)), strict=True):
         try:
             callback()
-        except (ImportError, RuntimeError) as error:  # noqa: PERF203 - there is one, if any
+        except (ImportError, RuntimeError) as error:  # noqa: PERF203 - the list has one entry, if any
             raise ImportError(f"--report-to {name}: {str(error).rstrip('.')}, or leave the flag out") from error
 
 
 def check_texts(args: Any) -> None:
-    """Raise ValueError for JSON and pairs that cannot be read; transformers looks when it is about to train."""
+    """Raise ValueError for invalid JSON or name=value pairs, which transformers checks only when training starts."""
     for name in args._VALID_DICT_FIELDS:  # noqa: SLF001 - transformers lists them nowhere else
         text, remedy = getattr(args, name, None), 'write it as {"name": value}'
         if not isinstance(text, str) or (name in _OR_FILES and not text.startswith("{")):
@@ -80,23 +80,23 @@ def check_texts(args: Any) -> None:
         with reading(f"`{name}`", "a JSON object", remedy):
             content = json.loads(text)
         if not isinstance(content, dict):
-            raise ValueError(f"`{name}`: expected a JSON object, got {text!r}; {remedy}")  # noqa: TRY004 - words of a command line are values
+            raise ValueError(f"`{name}`: expected a JSON object, got {text!r}; {remedy}")  # noqa: TRY004 - text of a command line
     pairs = [pair for pair in (args.optim_args or "").replace(" ", "").split(",") if pair]
     if wrong := [pair for pair in pairs if pair.count("=") != 1]:
-        raise ValueError(f"`optim_args`: expected name=value[,name=value], got {wrong[0]!r}")
+        raise ValueError(f"`optim_args`: expected name=value[,name=value], got {wrong[0]!r}; correct it")
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise ValueError for a model of which nothing is to be trained."""
+    """Raise ValueError if no parameter of the model requires a gradient."""
     if not any(weight.requires_grad for weight in model.parameters()):
         raise ValueError(
-            f"{type(model).__name__}: expected parameters to train, got a frozen model; set requires_grad on those "
-            "meant, or load its adapter with is_trainable=True"
+            f"{type(model).__name__}: expected trainable parameters, got a frozen model; set requires_grad on the "
+            "parameters to train, or load the adapter with is_trainable=True"
         )
 
 
 def check_schedule(scheduler: Any, steps: int) -> None:
-    """Raise ValueError for a learning rate that is 0 at every one of the steps."""
+    """Raise ValueError if the learning rate is 0 at every step."""
     if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
         rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
         learns = any(rate != 0 and factor(step) != 0 for rate, factor in rates for step in range(steps))
@@ -105,25 +105,27 @@ def check_schedule(scheduler: Any, steps: int) -> None:
         learns = groups is None or any(group["lr"] != 0 or group.get("initial_lr", 0) != 0 for group in groups)
     if not learns:
         raise ValueError(
-            f"expected a learning rate above 0, got one that is 0 at every step of the run ({steps}), which would "
-            "leave the model as it was; set learning_rate, and a warm-up (warmup_steps, warmup_epochs) shorter than "
-            "the run"
+            f"`learning_rate`: expected a learning rate above 0, got 0 at each of the {steps} steps, which would leave "
+            "the model unchanged; set learning_rate, and a warm-up (warmup_steps, warmup_epochs) shorter than the run"
         )
 
 
 def check_loss(loss: Tensor) -> None:
-    """Raise ValueError for a loss that no gradient can go back from."""
+    """Raise ValueError if the loss does not require a gradient."""
     if torch.is_grad_enabled() and not loss.requires_grad:
         raise ValueError(
-            "the loss depends on no parameter that is trained, so nothing would be learnt: something cuts the graph "
-            "between them. Reentrant gradient checkpointing over a frozen embedding does; call "
+            "the loss does not depend on any trained parameter, so nothing would be trained: the autograd graph "
+            "between them is cut, for example by reentrant gradient checkpointing over a frozen embedding. Call "
             "model.enable_input_require_grads() or set use_reentrant=False"
         )
 
 
 @torch.no_grad()
 def check_weights(model: nn.Module, step: int) -> None:
-    """Raise FloatingPointError if a trained parameter is NaN or infinite after ``step``. Reads the device once."""
+    """Raise FloatingPointError if a trained parameter is NaN or infinite after ``step``.
+
+    Synchronises the device once.
+    """
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad and weight.numel()]
     if not trained:
         return
@@ -137,27 +139,28 @@ def check_weights(model: nn.Module, step: int) -> None:
 
 
 def check_gradients(trained: Sequence[nn.Parameter]) -> None:
-    """Raise ValueError if, after a backward pass, no trained parameter has a gradient but zero. Reads the device.
+    """Raise ValueError if no trained parameter has a nonzero gradient after a backward pass.
 
-    One that is not finite counts: that is for the loss scaler, or for ``LossWatch``, to deal with.
+    Synchronises the device. A gradient that is not finite counts as nonzero; the loss scaler or ``LossWatch`` handles
+    it.
     """
     gradients = [weight.grad for weight in trained if weight.grad is not None]
     if any(bool(gradient.any()) for gradient in gradients):
         return
-    found = "all of them zero" if gradients else "none of them with a gradient"
+    found = "all gradients are zero" if gradients else "no parameter has a gradient"
     raise ValueError(
-        f"the first step gives none of the {len(trained)} trained parameters anything to learn from ({found}), so the "
-        "run stops. Either the loss is flat here (gamma and alpha 0, or an objective that is saturated), or something "
-        "cuts the graph (detached activations, reentrant gradient checkpointing over a frozen embedding)"
+        f"expected a gradient for some of the {len(trained)} trained parameters after the first step, got none "
+        f"({found}), so the run stops. Either the loss is constant here (gamma and alpha 0, or a saturated objective), "
+        "or the autograd graph is cut (detached activations, reentrant gradient checkpointing over a frozen embedding)"
     )
 
 
 def prepare_checkpointing(model: Any, base: Any, args: Any) -> None:
-    """Let gradients through checkpoints whose input nothing trained has touched, as with LoRA on a frozen model.
+    """Make checkpointing work over a frozen embedding, as with LoRA on a frozen model.
 
-    Reentrant checkpointing, transformers 4's default, gives no gradient at all otherwise.
+    Reentrant checkpointing, the default of transformers 4, gives no gradient if its input requires none.
     """
-    # transformers 5 has both names
+    # transformers 5 has both names.
     wanted = any(getattr(args, name, None) for name in ("gradient_checkpointing", "activation_checkpointing"))
     frozen = not any(weight.requires_grad for weight in base.get_input_embeddings().parameters())
     if wanted and frozen:

@@ -1,4 +1,4 @@
-"""What becomes of a trained model: its card, and its checkpoints as revisions of a Hub repository."""
+"""Model cards, and upload of checkpoints to the Hub as revisions of one repository."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ from efface.hf.train.record import RunRecord
 
 RECORD = "pushed.json"
 _LOG = logging.getLogger(__name__)
-# The model is for others; how to continue training it is not.
+# Only the model is published, not the state for resuming training.
 _NOT_PUSHED = [
     *(
         "optimizer*",
@@ -34,25 +34,25 @@ _NOT_PUSHED = [
         "trainer_state.json",
     ),
     *("global_step*", "pytorch_model_fsdp*", "checkpoint-*", f"{PARTIAL}*", "run.json", RECORD, f"{REPLACED}*"),
-    *("evaluation/*", "audit*", "*.sqlite*"),  # what models said of the data, and what these hold
+    *("evaluation/*", "audit*", "*.sqlite*"),  # generated answers and caches, which can reveal the data
 ]
 
 
 class HubError(OSError):
-    """The Hub refused, could not be reached, or lacks something that should be there."""
+    """The Hub rejected a request, could not be reached, or lacks an expected repository or file."""
 
 
 class HubClient(Protocol):
-    """The part of ``huggingface_hub.HfApi`` that is used here."""
+    """The methods of ``huggingface_hub.HfApi`` that this module calls."""
 
     def whoami(self) -> Any:
-        """Return the account; raise without a login."""
+        """Return the account; raise an error if not logged in."""
 
     def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> Any:
-        """Return what has the full name as ``repo_id``."""
+        """Create a repository; return an object whose ``repo_id`` is its full name."""
 
     def create_branch(self, repo_id: str, *, branch: str, exist_ok: bool) -> None:
-        """Make a branch of main."""
+        """Create a branch from main."""
 
     def upload_folder(
         self,
@@ -67,38 +67,38 @@ class HubClient(Protocol):
 
 
 def default_client(token: str | None = None) -> HubClient:
-    """Return the real Hub, with huggingface_hub's own login unless a token is given."""
+    """Return a client of the Hub; without ``token`` it uses the login of huggingface_hub."""
     client: HubClient = HfApi(token=token)
     return client
 
 
 def check_login(client: HubClient) -> None:
-    """Raise HubError unless the Hub knows who we are."""
+    """Raise HubError unless the client is logged in to the Hub."""
     try:
         client.whoami()
     except LocalTokenNotFoundError as error:
         raise HubError(
-            "`--push-to-hub`: not logged in to the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN"
+            "`--push-to-hub`: expected a login to the Hugging Face Hub, got none; run `hf auth login`, or set HF_TOKEN"
         ) from error
     except Exception as error:
-        raise HubError(f"`--push-to-hub`: the Hugging Face Hub does not answer a login: {error}") from error
+        raise HubError(f"`--push-to-hub`: the login to the Hugging Face Hub failed: {error}") from error
 
 
 class RevisionPusher:
-    """Pushes checkpoints to the branches ``checkpoint-N`` of a repository.
+    """Uploader that pushes each checkpoint to the branch ``checkpoint-N`` of a repository.
 
-    Uploads run on a thread of their own: gigabytes take minutes, in which training goes on and, on several processes,
-    none waits for another until its time-out. A checkpoint that could not be pushed is kept and tried again with the
-    next one, when training ends, and when a killed run continues.
+    Uploads run in a background thread. They can take minutes, during which training continues, and other processes do
+    not wait for the upload and time out. A checkpoint that could not be pushed is kept. The upload is tried again with
+    the next checkpoint, when training ends, and when a killed run is resumed.
 
     Args:
         client: see ``HubClient``.
-        name: of the repository, made if it does not exist.
-        folder: of the run; what was pushed is remembered there.
-        private: of a new repository; None is the account's default.
+        name: name of the repository, which is created if it does not exist.
+        folder: output folder of the run; a file there records the pushed steps.
+        private: whether a new repository is private; None is the account's default.
 
     Raises:
-        HubError: no login, or a repository that cannot be made.
+        HubError: there is no login, or the repository cannot be created.
     """
 
     def __init__(self, client: HubClient, name: str, folder: Path, *, private: bool | None = None) -> None:
@@ -106,7 +106,7 @@ class RevisionPusher:
         try:
             self.repository: str = client.create_repo(name, private=private, exist_ok=True).repo_id
         except Exception as error:
-            raise HubError(f"`--hub-model-id`: cannot make or write to {name!r}: {error}") from error
+            raise HubError(f"`--hub-model-id`: cannot create or write to the repository {name!r}: {error}") from error
         self._client = client
         self._folder = folder
         self._lock = threading.Lock()
@@ -116,38 +116,38 @@ class RevisionPusher:
 
     @classmethod
     def of(cls, args: UnlearnArguments, client: HubClient | None = None) -> "RevisionPusher":
-        """Return the pusher that the arguments of a run ask for."""
+        """Return the pusher for the arguments of a run."""
         folder = Path(args.output_dir or "trainer_output")
         name = args.hub_model_id or folder.absolute().name
         return cls(client or default_client(args.hub_token), name, folder, private=args.hub_private_repo)
 
     def resume(self) -> None:
-        """Take up the checkpoints that an earlier process of the run wrote but did not push."""
+        """Queue the checkpoints that an earlier process of the run saved but did not push."""
         pushed = self._pushed()
         for step, path in checkpoints(self._folder).items():
             if step not in pushed:
                 self.add(step, path)
 
     def start_anew(self) -> None:
-        """Forget what another run pushed from this folder."""
+        """Delete the record of what another run pushed from this folder."""
         (self._folder / RECORD).unlink(missing_ok=True)
 
     def add(self, step: int, checkpoint: Path) -> None:
-        """Push a checkpoint, and those before it that still wait."""
+        """Queue a checkpoint, and start the upload thread unless it is running; it also retries pending checkpoints."""
         with self._lock:
             self._pending[step] = checkpoint
         if self._thread is None or not self._thread.is_alive():
-            # A daemon: Ctrl-C must not wait for an upload.
+            # A daemon thread, so that Ctrl-C does not wait for an upload.
             self._thread = threading.Thread(target=self._drain, daemon=True)
             self._thread.start()
 
     def in_use(self) -> AbstractSet[Path]:
-        """Return the checkpoints that are not pushed yet."""
+        """Return the checkpoints that are not pushed yet, which must not be deleted."""
         with self._lock:
             return set(self._pending.values())
 
     def finish(self) -> dict[int, str]:
-        """Wait, try what is left once more, and return the errors of what could not be pushed, by step."""
+        """Wait for the uploads, retry pending checkpoints once, and return the errors of the failed ones, by step."""
         if self._thread is not None:
             self._thread.join()
         self._drain()
@@ -155,13 +155,17 @@ class RevisionPusher:
             return {step: self._errors.get(step, "") for step in self._pending}
 
     def push_final(self, folder: Path) -> None:
-        """Push the model of the run to the main branch."""
+        """Push the final model in ``folder`` to the main branch.
+
+        Raises:
+            HubError: the upload failed.
+        """
         try:
             self._upload(folder, "main", "efface: final model")
         except Exception as error:
             raise HubError(
-                f"the final model was not pushed to {self.repository!r}: {error}. It is whole in {str(folder)!r}; run "
-                "the same command again to push it"
+                f"the final model was not pushed to {self.repository!r}: {error}. It is complete in {str(folder)!r}; "
+                "run the same command again to push it"
             ) from error
 
     def _drain(self) -> None:
@@ -177,9 +181,9 @@ class RevisionPusher:
                 self._client.create_branch(self.repository, branch=path.name, exist_ok=True)
                 self._upload(path, path.name, f"efface: step {step}")
                 self._remember(step)
-            except Exception as error:  # noqa: BLE001 - whatever the network does, training goes on
+            except Exception as error:  # noqa: BLE001 - no upload error can stop training
                 self._errors[step] = f"{type(error).__name__}: {error}"
-                _LOG.warning("%s was not pushed, it is tried again later: %s", path.name, error)
+                _LOG.warning("%s was not pushed; the upload will be retried later: %s", path.name, error)
             else:
                 with self._lock:
                     del self._pending[step]
@@ -205,11 +209,11 @@ class RevisionPusher:
         write_whole(self._folder / RECORD, json.dumps(record))
 
 
-_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")  # what the Hub accepts as a name in a card's header
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")  # names that the Hub accepts in the header of a card
 
 
 def model_card(recipe: RunRecord, log_history: list[dict[str, Any]], *, step: int) -> ModelCard:
-    """Return the card of the model that ``recipe`` had made after ``step`` optimizer steps."""
+    """Return the model card of the run ``recipe`` after ``step`` optimizer steps."""
     losses, evaluations = final_metrics(log_history)
     name = f"{recipe.method} of {Path(recipe.base_model).name or 'a model'}"
     data = ModelCardData(
@@ -236,7 +240,7 @@ def model_card(recipe: RunRecord, log_history: list[dict[str, Any]], *, step: in
 
 
 def final_metrics(log_history: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the last value of each loss of a run's log, and of each evaluation result; only finite numbers."""
+    """Return the last finite value of each loss and of each evaluation metric (``eval_*``) in a run's log."""
     losses: dict[str, float] = {}
     evaluations: dict[str, float] = {}
     for entry in log_history:
@@ -256,14 +260,14 @@ def _is_hub_name(name: str) -> bool:
 
 def _body(name: str, recipe: RunRecord, metrics: dict[str, float], step: int) -> str:
     command = f"## Reproduce\n\n```\n{recipe.command}\n```\n" if recipe.command else ""
-    made = f"`{recipe.method}` from `{recipe.base_model}` (revision `{recipe.revision}`), {step} optimizer steps"
+    made = f"`{recipe.method}` on `{recipe.base_model}` (revision `{recipe.revision}`), {step} optimizer steps"
     data = [
         (role, f"`{facts.source}`", facts.counts(), f"`{facts.fingerprint}`", ", ".join(facts.filters) or "-")
         for role, facts in recipe.data.items()
     ]
     sections = [
         f"# {name}",
-        f"Made with efface {recipe.versions['efface']}: {made}.",
+        f"Trained with efface {recipe.versions['efface']}: {made}.",
         f"Adapter: {recipe.adapter}." if recipe.adapter else "",
         "## Objective\n\n" + _table(("parameter", "value"), _rows(recipe.objective)),
         "## Data\n\n" + _table(("set", "source", "rows", "fingerprint of the tokens", "filter"), data),
@@ -287,38 +291,38 @@ def _table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 class Publisher(TrainerBound):
-    """Writes the card of what a trainer saves, and pushes its checkpoints where each is to be a revision.
+    """Callback that writes model cards and, with ``revision_per_checkpoint``, pushes checkpoints.
 
     Attributes:
-        revisions: whether checkpoints are pushed to branches of their own.
-        not_pushed: after the training, the errors of checkpoints that are not on the Hub, by step.
+        revisions: whether each checkpoint is pushed to its own branch.
+        not_pushed: after training, the error messages of checkpoints that are not on the Hub, by step.
 
     Raises:
-        HubError: no login, or a repository that cannot be made.
+        HubError: there is no login, or the repository cannot be created.
     """
 
     def __init__(self, args: UnlearnArguments, client: HubClient | None = None) -> None:
         self.revisions = args.revision_per_checkpoint
         self.not_pushed: dict[int, str] = {}
-        # The first process pushes for all.
+        # Only the first process pushes.
         self._pusher = RevisionPusher.of(args, client) if self.revisions and args.process_index == 0 else None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take up what a run that is resumed has not pushed."""
+        """In a resumed run, queue the checkpoints that are not pushed yet; in a new run, clear the record."""
         if self._pusher is not None:
             self._pusher.resume() if state.global_step else self._pusher.start_anew()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Push the checkpoint that was written."""
+        """Queue the new checkpoint for upload."""
         if self._pusher is not None:
             self._pusher.add(state.global_step, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Wait until the checkpoints are on the Hub, or are in ``not_pushed``."""
+        """Wait for the uploads, and store the errors of failed ones in ``not_pushed``."""
         if self._pusher is not None:
             self.not_pushed = self._pusher.finish()
 
@@ -327,12 +331,12 @@ class Publisher(TrainerBound):
         return set() if self._pusher is None else self._pusher.in_use()
 
     def push_final(self, folder: Path) -> None:
-        """Push the model in a folder to main of the repository of revisions; every process calls this."""
+        """Push the model in a folder to main of the checkpoints' repository; every process must call this."""
         if self._pusher is not None:
             self._pusher.push_final(folder)
 
     def write_card(self, folder: Path) -> None:
-        """Write the card (README.md) of the model in a folder, if that is there."""
+        """Write the card (README.md) of the model in a folder, if the folder exists."""
         if folder.is_dir():
             trainer = self._trainer()
             card = model_card(trainer.recipe(), trainer.state.log_history, step=trainer.state.global_step)

@@ -1,4 +1,4 @@
-"""The record of a run: all that its result depends on, as plain values that can be compared and written down."""
+"""``RunRecord``: everything that the result of a run depends on, as JSON values that can be compared and saved."""
 
 import dataclasses
 import importlib.metadata
@@ -16,8 +16,8 @@ from efface.hf.text.data import DataFacts
 from efface.hf.train.arguments import UnlearnArguments
 from efface.objectives import Objective
 
-# How a run is watched, stored and spread out, not what it computes.
-_WATCHING = (
+# Arguments of logging, saving and distribution, which do not change the result.
+_UNRECORDED = (
     *("output_dir", "overwrite_output_dir", "run_name", "disable_tqdm", "report_to", "project", "trackio_space_id"),
     *("resume_from_checkpoint", "do_train", "do_eval", "do_predict", "prediction_loss_only", "token_cache"),
     "allow_overlap",
@@ -25,7 +25,7 @@ _WATCHING = (
     *("restore_callback_states_from_checkpoint", "revision_per_checkpoint", "local_rank", "greater_is_better"),
     *("metric_for_best_model", "batch_eval_metrics", "enable_jit_checkpoint", "push_to_hub", "debug"),
 )
-_WATCHING_PREFIXES = (
+_UNRECORDED_PREFIXES = (
     "log",
     "save_",
     "hub_",
@@ -37,9 +37,9 @@ _WATCHING_PREFIXES = (
     "per_gpu_",
     "jit_",
 )
-# Part of the plan, under their own names there.
+# Arguments that plan_values records.
 _PLANNED = ("pairs_per_step", "token_budget", "retain_sampling", "seed", "data_seed", "gradient_accumulation_steps")
-# What every reader of a card looks for, at its default or not.
+# Arguments that a card always lists, even with their default values.
 _ALWAYS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps"),
     *("optim", "weight_decay", "max_grad_norm", "bf16", "fp16", "template"),
@@ -49,7 +49,22 @@ _SECRETS = ("--hub_token", "--hub-token", "--push_to_hub_token", "--push-to-hub-
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a model was made of. Equal records make equal models, on equal software."""
+    """Inputs of a training run. Equal records give equal models, with equal software.
+
+    Attributes:
+        base_model: name of the model before training.
+        revision: revision of the base model.
+        method: name of the objective, or "finetune".
+        objective: name and parameters of the objective.
+        reference: "cached", "live" or "adapter"; None if the objective has no reference.
+        data: description of each data set, by role.
+        plan: the values that determine which sequences an optimizer step contains.
+        arguments: the arguments that are not at their defaults, and those that a card always lists.
+        command: command line of the run; None if it was not started from the command line.
+        processes: number of processes.
+        versions: versions of efface, torch, transformers and Python.
+        adapter: text that describes the trained adapter; None without an adapter.
+    """
 
     base_model: str
     revision: str
@@ -66,7 +81,7 @@ class RunRecord:
 
     @classmethod
     def of(cls, trainer: Any) -> "RunRecord":
-        """Return the record of a ``PackedTrainer`` as it is now."""
+        """Return the record of the current state of a ``PackedTrainer``."""
         return cls(
             base_model=trainer.base_model,
             revision=trainer.revision,
@@ -83,21 +98,21 @@ class RunRecord:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return the record as JSON values."""
         values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
         return values
 
 
 def objective_values(objective: Objective | None) -> dict[str, Any]:
-    """Return the name and all parameters of an objective; of None, fine-tuning."""
+    """Return the name and all parameters of an objective; None is fine-tuning."""
     if objective is None:
         return {"name": "finetune"}
     return {"name": objective.name, **dataclasses.asdict(objective)}
 
 
 def plan_values(args: UnlearnArguments, pairs_per_step: int) -> dict[str, Any]:
-    """Return what decides which sequences an optimizer step holds."""
-    # open-unlearning's means run over micro-batches.
+    """Return the values that determine which sequences an optimizer step contains."""
+    # With compat, means are over a micro-batch, so its size matters too.
     padded = {} if args.compat is None else {"micro_batch": args.per_device_train_batch_size}
     return {
         "seed": args.seed,
@@ -111,25 +126,25 @@ def plan_values(args: UnlearnArguments, pairs_per_step: int) -> dict[str, Any]:
 
 
 def argument_values(args: UnlearnArguments) -> dict[str, Any]:
-    """Return the arguments that what is computed depends on, as JSON values."""
+    """Return the arguments that the result depends on, except those in ``plan_values``, as JSON values."""
     values = {
         name: value
         for name, value in args.to_dict().items()  # type: ignore[no-untyped-call]
-        if name not in (*_WATCHING, *_PLANNED) and not name.startswith(_WATCHING_PREFIXES)
+        if name not in (*_UNRECORDED, *_PLANNED) and not name.startswith(_UNRECORDED_PREFIXES)
     }
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain
 
 
 def changed_arguments(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that are not at their defaults, and those that every reader looks for."""
-    # Not those of a fresh UnlearnArguments: making one resets the state of accelerate, in the middle of a run.
+    """Return the arguments that are not at their defaults, and those that a card always lists."""
+    # Read the defaults from the fields: a new UnlearnArguments would reset the state of accelerate during a run.
     defaults = {field.name: field.default for field in dataclasses.fields(UnlearnArguments)}
     return {name: value for name, value in values.items() if name in _ALWAYS or value != defaults.get(name)}
 
 
 def command_line(argv: Sequence[str], name: str = "unlearn") -> str:
-    """Return the words of ``efface <name>`` as one line for a shell, without tokens of access."""
+    """Return the command ``efface <name>`` with its arguments as one shell line; access tokens become ``***``."""
     return shlex.join(["efface", name, *_without_secrets(argv)])
 
 
@@ -144,7 +159,7 @@ def _without_secrets(argv: Iterable[str]) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes."""
+    """Return the versions of efface, torch, transformers and Python."""
     return {
         "efface": importlib.metadata.version("efface"),
         "torch": str(torch.__version__),

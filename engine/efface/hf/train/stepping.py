@@ -1,7 +1,7 @@
-"""The ways of stepping: what an optimizer step holds, the loss of its micro-batches, and all else that goes with it.
+"""``Stepping``: the composition of an optimizer step, the loss of its micro-batches, and related training details.
 
-``PackedStepping`` is ours; ``efface.hf.train.open_unlearning.PaddedStepping`` is open-unlearning's. ``DualVariable``
-moves PDU's weight of the retain term at the moments that a way of stepping says.
+``PackedStepping`` is efface's own; ``efface.hf.train.open_unlearning.PaddedStepping`` reproduces open-unlearning.
+``DualVariable`` updates PDU's weight of the retain term at the times that a ``Stepping`` defines.
 """
 
 from abc import ABC, abstractmethod
@@ -29,7 +29,7 @@ from efface.objectives import PDU, RMU, Objective
 
 
 class Stores(NamedTuple):
-    """The sequences of a run; those that it does not read are empty, or None."""
+    """The sequences of a run; an unused store is empty, or None for ``alternate``."""
 
     forget: TokenStore
     retain: TokenStore
@@ -37,7 +37,7 @@ class Stores(NamedTuple):
 
 
 class SteppedTrainer(Protocol):
-    """What the ways of stepping read of a trainer, as it is at that moment."""
+    """The attributes of a trainer that a ``Stepping`` reads."""
 
     objective: Objective | None
     accelerator: Any
@@ -48,20 +48,20 @@ class SteppedTrainer(Protocol):
 
     @property
     def reference(self) -> CachedReference | ModelReference | None:
-        """The frozen model."""
+        """The reference model, or its cached log-probabilities; None without a reference."""
 
 
 class Stepping(ABC):
-    """One way of stepping.
+    """Base class of the two kinds of optimizer steps.
 
-    A dual variable ascends by a retain loss at the moments that the four ``dual_`` methods stand for; each returns that
-    loss, or None to leave the variable as it is.
+    The four ``dual_`` methods are called before and after a micro-batch, after a step and after an epoch. Each returns
+    the retain loss by which PDU's dual variable ascends at that time, or None for no update.
 
     Attributes:
-        runs_reference: whether the frozen model itself has to run, where its log-probabilities would do.
-        draws_refusals: whether a refusal is drawn whenever a row is read, instead of once.
-        steps: the data set whose item k is this rank's part of optimizer step k.
-        epoch_pairs: the pairs that a warm-up takes an epoch for.
+        runs_reference: whether the reference model must run even if its log-probabilities would suffice.
+        draws_refusals: whether a refusal is drawn each time a row is read, instead of once.
+        steps: data set whose item k is this rank's part of optimizer step k.
+        epoch_pairs: number of pairs that ``warmup_epochs`` counts as an epoch.
     """
 
     runs_reference: ClassVar[bool] = False
@@ -82,56 +82,56 @@ class Stepping(ABC):
     @classmethod
     @abstractmethod
     def planned_pairs(cls, args: UnlearnArguments) -> int:
-        """Return the pairs that the plan of an epoch keeps together: of a step, or of one of its micro-batches."""
+        """Return the number of pairs in one unit of the epoch's plan, which is a step or a micro-batch."""
 
-    @classmethod  # noqa: B027 - any can, unless a subclass says otherwise
+    @classmethod  # noqa: B027 - all objectives are supported unless a subclass overrides this
     def check_objective(cls, objective: Objective) -> None:
-        """Raise ValueError for an objective that cannot be trained in this way."""
+        """Raise ValueError if the objective is not supported."""
 
     @classmethod
     @abstractmethod
     def choose_weights(cls, model: PreTrainedModel, objective: RMU) -> None:
-        """Leave out the parameters that an objective does not name.
+        """Restrict training to the parameters that match ``objective.trainable_params_regex``.
 
         Raises:
-            ValueError: none is left.
+            ValueError: no parameter matches.
         """
 
     @abstractmethod
     def loss(self, run: SteppedTrainer, model: nn.Module, batch: Any, step: Any) -> tuple[Tensor, Any]:
-        """Run a micro-batch of a step; return what to go back from, and what the loss was made of."""
+        """Run a micro-batch of a step; return the loss for the backward pass, and the outputs it was computed from."""
 
     def optimizing(self, model: Any, objective: Objective | None) -> AbstractContextManager[None]:
-        """Return what an optimizer is created in."""
+        """Return the context manager in which the optimizer is created."""
         return nullcontext()
 
     def decayed(self, model: nn.Module, names: list[str]) -> list[str]:
-        """Return the names of the parameters that weight decay applies to; those given are transformers' own choice."""
+        """Return the names of the parameters with weight decay; ``names`` are those that transformers selects."""
         return names
 
     def learning(self, model: nn.Module, optimizer: Any) -> Sequence[nn.Parameter]:
-        """Return the parameters of which one at least must have a gradient after the first step."""
+        """Return the parameters of which at least one must have a nonzero gradient after the first step."""
         return list(model.parameters())
 
     def dual_before_batch(self, run: SteppedTrainer, objective: PDU, batch: Any) -> float | None:
-        """Before a micro-batch."""
+        """Return the retain loss to ascend by before a micro-batch, or None."""
         return None
 
     def dual_after_batch(self, run: SteppedTrainer, objective: PDU, batch: Any, step: Any, output: Any) -> float | None:
-        """After a micro-batch, whose ``loss`` has returned ``output``."""
+        """Return the retain loss to ascend by after a micro-batch, or None; ``loss`` has returned ``output``."""
         return None
 
     def dual_after_step(self, run: SteppedTrainer, objective: PDU) -> float | None:
-        """After an optimizer step; the trainer's count of them includes it."""
+        """Return the retain loss to ascend by after an optimizer step, or None; ``global_step`` includes the step."""
         return None
 
     def dual_after_epoch(self, run: SteppedTrainer, objective: PDU, epochs: float) -> float | None:
-        """After so many epochs."""
+        """Return the retain loss to ascend by after an epoch, or None; ``epochs`` have passed."""
         return None
 
 
 class PackedStepping(Stepping):
-    """Micro-batches of packed sequences, up to a token budget; means run over the whole step, on all ranks."""
+    """Steps of packed micro-batches of up to ``token_budget`` tokens; means are over the whole step, on all ranks."""
 
     def __init__(
         self,
@@ -140,26 +140,26 @@ class PackedStepping(Stepping):
         objective: Objective | None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        """See ``Stepping``; the plan depends on neither the objective nor the tokenizer."""
+        """Plan the steps of a run; the plan depends on neither the objective nor the tokenizer."""
         self.steps = planned_steps(
             args, stores, pairs_per_step=self.planned_pairs(args), token_budget=args.token_budget
         )
         self.epoch_pairs = self.steps.pairs
         self._chunk_rows, self._backend = args.chunk_rows, args.loss_backend
-        self._nll: Tensor | None = None  # this rank's share of the step's, where a dual variable reads it
+        self._nll: Tensor | None = None  # this rank's share of the step's retain NLL, for PDU's dual variable
 
     @classmethod
     def planned_pairs(cls, args: UnlearnArguments) -> int:
-        """Return those of a step: the token budget makes its micro-batches."""
+        """Return the pairs per step; the token budget splits a step into micro-batches."""
         return pairs_per_step(args)
 
     @classmethod
     def choose_weights(cls, model: PreTrainedModel, objective: RMU) -> None:
-        """Freeze the others."""
+        """Freeze the parameters that do not match ``objective.trainable_params_regex``."""
         train_only(model, objective.trainable_params_regex)
 
     def loss(self, run: SteppedTrainer, model: nn.Module, batch: PackedBatch, step: Step) -> tuple[Tensor, StepOutput]:
-        """Forget and retain in one forward pass, the micro-batch's share of the step's loss out."""
+        """Run forget and retain sequences in one forward pass; return the micro-batch's share of the step's loss."""
         loss = step_loss(
             run.objective,
             run.reference,
@@ -171,29 +171,29 @@ class PackedStepping(Stepping):
         )
         output: StepOutput = model(batch=batch, loss=loss)
         run.meter.add(batch, output, run.objective)
-        # The step's loss is the sum of the ranks' shares, and what exchanges gradients takes their mean.
+        # The step's loss is the sum of the ranks' shares, but DDP and FSDP average gradients over ranks.
         return output.loss * run.args.world_size, output
 
     def dual_after_batch(
         self, run: SteppedTrainer, objective: PDU, batch: PackedBatch, step: Step, output: StepOutput
     ) -> float | None:
-        """Add the micro-batch's share of the step's retain NLL."""
+        """Add the micro-batch's share to the step's retain NLL."""
         retain = torch.where(batch.roles == Role.RETAIN, output.sequence_logprobs, 0.0)
         nll = -retain.sum() / max(step.totals.retain_tokens, 1)
         self._nll = nll if self._nll is None else self._nll + nll
         return None
 
     def dual_after_step(self, run: SteppedTrainer, objective: PDU) -> float | None:
-        """The step's retain NLL, once the warm-up is over."""
+        """Return the step's retain NLL, or None during the warm-up."""
         nll, self._nll = self._nll, None
-        # Where this step began: the first one after the warm-up's epochs is the first that updates.
+        # The epoch at the start of this step: the first step that starts after the warm-up is the first to update.
         began = (run.state.global_step - 1) / len(self.steps)
         if nll is None or objective.dual_update_upon != "step" or not _warm(objective, began):
             return None
         return float(run.accelerator.reduce(nll))
 
     def dual_after_epoch(self, run: SteppedTrainer, objective: PDU, epochs: float) -> float | None:
-        """The retain NLL of the whole set, once the warm-up is over."""
+        """Return the retain NLL of the whole retain set, or None during the warm-up."""
         if objective.dual_update_upon != "epoch" or not _warm(objective, epochs):
             return None
         retain = self.steps.stores[1]
@@ -207,7 +207,7 @@ def _warm(objective: PDU, epochs: float) -> bool:
 
 
 def planned_steps(args: UnlearnArguments, stores: Stores, *, pairs_per_step: int, token_budget: int) -> PackedSteps:
-    """Return the steps of so many pairs that the arguments ask for."""
+    """Return the steps of a run with the given pairs per step and token budget; other settings come from ``args``."""
     return PackedSteps(
         *stores,
         pairs_per_step=pairs_per_step,
@@ -223,10 +223,10 @@ def planned_steps(args: UnlearnArguments, stores: Stores, *, pairs_per_step: int
 
 
 def pairs_per_step(args: UnlearnArguments) -> int:
-    """Return the pairs of an optimizer step, on all processes together.
+    """Return the number of pairs per optimizer step, in total over all processes.
 
     Raises:
-        ValueError: more than an int64 counts.
+        ValueError: the number exceeds the range of int64.
     """
     if args.pairs_per_step is not None:
         return args.pairs_per_step
@@ -250,15 +250,15 @@ def step_loss(
     chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> HeadLoss | ActivationLoss:
-    """Run the reference where the objective reads it, and return what the model's forward call then computes.
+    """Run the reference model if the objective needs it; return the loss for the model's forward call to compute.
 
     Args:
-        objective: None for plain NLL.
-        reference: None where the objective reads none.
+        objective: the objective; None for plain NLL.
+        reference: the reference; None for an objective without one.
         batch: the micro-batch.
-        totals: of the optimizer step.
-        autocast: the precision in which the policy runs, and so the reference.
-        chunk_rows: rows of logits alive at a time; None chooses.
+        totals: totals of the optimizer step, the denominators of its means.
+        autocast: returns the autocast context of the policy, which is used for the reference too.
+        chunk_rows: rows of logits in memory at a time; None chooses.
         backend: "auto", "native", "triton" or "torch".
     """
     forget_rows = retain_rows = sums = None
@@ -271,7 +271,7 @@ def step_loss(
     elif isinstance(reference, CachedReference):
         sums = reference.sums(batch)
     if objective is not None and objective.needs_reference and forget_rows is None and sums is None:
-        # Nothing in this micro-batch to compare.
+        # The micro-batch has no sequence that is compared with the reference.
         sums = torch.zeros(len(batch.lengths), device=batch.storage.device)
     head = HeadLoss(objective, totals, forget_rows, retain_rows, sums, chunk_rows, backend)
     if not isinstance(objective, RMU):
@@ -300,52 +300,53 @@ def _frozen_activations(
 
 
 class DualVariable(TrainerBound, ExportableState):
-    """Gives the trainer's objective, a PDU, its next ``alpha``; checkpoints carry it.
+    """Callback that updates ``alpha`` of the trainer's objective, a PDU; checkpoints contain its value.
 
     Args:
-        stepping: says when, and by which retain loss.
+        stepping: determines when ``alpha`` is updated, and by which retain loss.
     """
 
     def __init__(self, stepping: Stepping) -> None:
         self._stepping = stepping
-        self._epochs = 0.0  # that had passed when an epoch last ended
+        self._epochs = 0.0  # epochs passed when an epoch last ended
 
     @property
     def _objective(self) -> PDU:
         objective = self._trainer().objective
         if not isinstance(objective, PDU):
-            raise TypeError(f"`objective`: expected PDU, got {type(objective).__name__}")
+            raise TypeError(f"`objective`: expected PDU, got {type(objective).__name__}; use PDU")
         return objective
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go on from a checkpoint's weight, with the end of an epoch that the checkpoint came before."""
+        """Restore ``alpha`` from a checkpoint, and run the end of an epoch that the checkpoint was saved before."""
         kept: Any = state.stateful_callbacks
         if isinstance(kept, dict) and type(self).__name__ in kept:
             attributes = kept[type(self).__name__]["attributes"]
             self._trainer().objective = replace(self._objective, alpha=attributes["alpha"])
             self._epochs = attributes.get("epochs", 0.0)
-            # Written with the epoch's last step: transformers begins the next epoch, and ends none before.
+            # The checkpoint was saved after the last step of an epoch. transformers resumes with the next epoch and
+            # does not call on_epoch_end for the previous one.
             if state.epoch and state.epoch == round(state.epoch) and self._epochs < state.epoch:
                 self.on_epoch_end(args, state, control)
 
     def before_batch(self, batch: Any) -> None:
-        """Before a micro-batch."""
+        """Update ``alpha`` before a micro-batch, if due."""
         self._ascend(self._stepping.dual_before_batch(self._trainer(), self._objective, batch))
 
     def after_batch(self, batch: Any, step: Any, output: Any) -> None:
-        """After a micro-batch of a step, with what its loss was made of."""
+        """Update ``alpha`` after a micro-batch, if due; ``output`` is the second value of ``Stepping.loss``."""
         self._ascend(self._stepping.dual_after_batch(self._trainer(), self._objective, batch, step, output))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """After an optimizer step."""
+        """Update ``alpha`` after an optimizer step, if due."""
         self._ascend(self._stepping.dual_after_step(self._trainer(), self._objective))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """After an epoch."""
+        """Update ``alpha`` after an epoch, if due."""
         self._epochs = state.epoch or 0.0
         self._ascend(self._stepping.dual_after_epoch(self._trainer(), self._objective, state.epoch or 0.0))
 
@@ -354,9 +355,9 @@ class DualVariable(TrainerBound, ExportableState):
             self._trainer().objective = self._objective.ascend(retain_loss)
 
     def read(self) -> dict[str, float]:
-        """Return what is logged, under open-unlearning's name."""
+        """Return ``alpha`` for the log, under the name that open-unlearning uses."""
         return {"retain_preference": self._objective.alpha}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return ``alpha`` and the epochs passed, for a checkpoint."""
         return {"args": {}, "attributes": {"alpha": self._objective.alpha, "epochs": self._epochs}}

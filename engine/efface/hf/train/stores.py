@@ -1,4 +1,4 @@
-"""The token stores of a run: the forget, retain and alternate sequences that its arguments and data sets make."""
+"""The token stores of a run: its forget, retain and alternate sequences, tokenised from the data sets."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,32 +22,38 @@ def unlearning_stores(
     retain_filter: Conditions = None,
     alternate: QuestionAnswers | None = None,
 ) -> tuple[TokenStore, TokenStore, TokenStore | None]:
-    """Return the forget, retain and alternate sequences of a run; no retain ones where the objective reads none.
+    """Return the forget, retain and alternate sequences of a run.
+
+    The retain store is empty if the objective has no retain term. The alternate store is None if the objective does not
+    compare two answers.
 
     Raises:
-        ValueError: as of ``UnlearnTrainer``; rows in the forget and the retain set, without ``args.allow_overlap``.
+        ValueError: as documented for ``UnlearnTrainer``; or a row is in the forget and in the retain set, and
+            ``args.allow_overlap`` is False.
     """
     forget_store, alternate_store = _forget_stores(objective, forget, alternate, tokenizer, args, forget_filter)
     retain_store = TokenStore.empty()
     if retain is not None and objective.reads_retain():
         retain_store = tokenised(retain, tokenizer, args, "retain", retain_filter)
     if not args.allow_overlap:
-        # Where other answers are trained in place of the rows' own, a row is told by its question.
+        # If alternate answers replace the rows' own answers, only the questions can be compared.
         refuse_overlap(forget_store, retain_store, prompts=objective.forget_data == "alternate")
     return forget_store, retain_store, alternate_store
 
 
 def check_retain(objective: Objective, retain: QuestionAnswers | None, retain_filter: Conditions) -> None:
-    """Raise ValueError for an objective or a filter without the retain set that it reads."""
+    """Raise ValueError if there is no retain set and the objective has a retain term, or a retain filter is given."""
     if retain is not None:
         return
     if objective.reads_retain():
         raise ValueError(
-            f"objective {objective.name!r} has a retain term (alpha={objective.alpha}) but no retain set; "
-            "give one, or set alpha to 0"
+            f"`retain`: expected a retain set, which the retain term of objective {objective.name!r} needs "
+            f"(alpha={objective.alpha}), got none; pass one, or set alpha to 0"
         )
     if parse_conditions(retain_filter):
-        raise ValueError("`retain_filter`: expected `retain`, the rows that it takes some of, got none")
+        raise ValueError(
+            "`retain_filter`: expected a retain set to filter, got none; pass `retain`, or drop the filter"
+        )
 
 
 def _forget_stores(
@@ -58,9 +64,13 @@ def _forget_stores(
     args: UnlearnArguments,
     rows_filter: Conditions,
 ) -> tuple[TokenStore, TokenStore | None]:
-    """Return the sequences in the role of forget ones and, where the objective compares two answers, the alternates.
+    """Return the forget sequences, and the alternate sequences or None.
 
-    Where refusals are drawn anew whenever a row is read, the alternates are every row's, row by row, with all of them.
+    - An objective that trains alternate answers only: the alternate sequences take the place of the forget sequences,
+      and the second value is None.
+    - An objective that compares two answers: both stores, with one alternate sequence per forget sequence.
+    - Refusals that are drawn each time a row is read (``compat``): both stores, and the alternate store has every
+      refusal for every row, row by row.
     """
     other: TokenStore | None = None
     answers_a_row = 1
@@ -69,11 +79,11 @@ def _forget_stores(
             other = tokenised(alternate, tokenizer, args, "alternate", rows_filter)
         elif isinstance(forget, TokenStore) or not (args.refusal_file or args.alternate_column):
             raise ValueError(
-                f"objective {objective.name!r} trains other answers to the forget questions, got none; set "
-                "--refusal-file (a refusal a line) or --alternate-column, or give `alternate`"
+                f"`alternate`: expected alternate answers to the forget questions, which objective {objective.name!r} "
+                "trains, got none; set --refusal-file (one refusal per line) or --alternate-column, or pass `alternate`"
             )
         elif args.refusal_file and args.alternate_column:
-            raise ValueError("expected `refusal_file` or `alternate_column`, got both; drop one")
+            raise ValueError("`alternate`: expected `refusal_file` or `alternate_column`, got both; drop one of them")
         else:
             refusals = None
             if args.refusal_file:
@@ -86,7 +96,8 @@ def _forget_stores(
     store = tokenised(forget, tokenizer, args, "forget", rows_filter)
     if other is not None and len(other) != len(store) * answers_a_row:
         raise ValueError(
-            f"`alternate`: expected {len(store)} sequences, one for each forget sequence, got {len(other)}"
+            f"`alternate`: expected {len(store)} sequences, one per forget sequence, got {len(other)}; pass one "
+            "alternate answer for each forget row"
         )
     return store, other
 
@@ -101,8 +112,8 @@ def tokenised(
     answers: str | None = None,
     refusals: Refusals | None = None,
 ) -> TokenStore:
-    """Return the sequences of one set, from the token cache where they are in it."""
-    # The first process of a machine fills the cache, the others read it.
+    """Return the sequences of one set, from the token cache if they are there."""
+    # The first process of each machine fills the cache; the other processes then read it.
     with args.main_process_first(desc=f"tokenise {name}"):
         return token_store(
             [] if data is None else data,
@@ -122,10 +133,10 @@ def tokenised(
 
 
 def stepping_of(args: UnlearnArguments) -> type[Stepping]:
-    """Return the way of stepping that the arguments ask for."""
+    """Return the ``Stepping`` class for the arguments: ``PaddedStepping`` with ``compat``, else ``PackedStepping``."""
     return PackedStepping if args.compat is None else PaddedStepping
 
 
 def accumulation_steps(args: UnlearnArguments) -> int:
-    """Return the micro-batches of an optimizer step that the plan of an epoch knows."""
+    """Return the number of planned micro-batches per optimizer step: 1, or with ``compat`` that of open-unlearning."""
     return pairs_per_step(args) // stepping_of(args).planned_pairs(args)

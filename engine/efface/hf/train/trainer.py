@@ -1,4 +1,4 @@
-"""The trainers: ``transformers.Trainer`` over packed batches, with the loss inside the model's head."""
+"""``UnlearnTrainer`` and ``FinetuneTrainer``: ``transformers.Trainer`` on packed batches, with the loss in the head."""
 
 import contextlib
 import copy
@@ -53,25 +53,25 @@ from efface_kernels import Sequences, to_device
 
 
 class PackedTrainer(ResumableTrainer):
-    """What fine-tuning and unlearning share. ``objective`` None is plain NLL over the retain store.
+    """Base class of ``UnlearnTrainer`` and ``FinetuneTrainer``.
 
     Attributes:
-        objective: what is trained.
-        data: of what the sets were made, by role.
-        pairs_per_step: pairs of an optimizer step, on all processes together.
-        base_model: the name of the model before training.
-        revision: of the base model.
-        adapter: in words, which adapter is trained on what, and what is saved; None without one.
-        command: the command line that started the run, if one did.
-        reference_kind: "cached", "live" or "adapter", for objectives with a reference.
-        publisher: writes cards, and pushes checkpoints.
+        objective: the training objective; None is plain NLL over the retain store.
+        data: description of each data set, by role.
+        pairs_per_step: pairs per optimizer step, in total over all processes.
+        base_model: name of the model before training.
+        revision: revision of the base model.
+        adapter: text that describes the trained adapter, its base and what is saved; None without an adapter.
+        command: command line that started the run; None if it was not started from the command line.
+        reference_kind: "cached", "live" or "adapter"; None if the objective has no reference.
+        publisher: writes model cards and pushes checkpoints.
     """
 
     revision = "main"
     adapter: str | None = None
     command: str | None = None
     reference_kind: str | None = None
-    _saved = False  # while what is in the output folder is pushed: it need not be written again
+    _saved = False  # True while a model that is already in the output folder is pushed: do not save it again
 
     def __init__(
         self,
@@ -86,14 +86,14 @@ class PackedTrainer(ResumableTrainer):
         **trainer_options: Any,
     ) -> None:
         trainer_options = checked_trainer_options(trainer_options)
-        args = copy.copy(unlearn_arguments(args))  # the caller's stay as they are
-        check_fields(args)  # they may have been changed since they were made
+        args = copy.copy(unlearn_arguments(args))  # do not change the caller's arguments
+        check_fields(args)  # again: fields can have been changed since __post_init__
         if args.n_gpu > 1:
-            # transformers would wrap the model in DataParallel, which splits tensors along a batch axis we do not have
+            # transformers would wrap the model in DataParallel, which splits along a batch axis; packs have none
             args._n_gpu = 1  # noqa: SLF001
         check_model(model)
         for module in {id(one): one for one in (model, base_of(model))}.values():
-            release(module)  # from an earlier trainer of this process; the precision is what these arguments say
+            release(module)  # undo wrappers of an earlier trainer in this process, such as its autocast precision
         check_trainable(model)
         for name, store in (("forget", forget), ("retain", retain), ("alternate", alternate)):
             if store is not None:
@@ -106,32 +106,36 @@ class PackedTrainer(ResumableTrainer):
         )
         self._steps = self._stepping.steps
         args.epoch_pairs = (self._stepping.epoch_pairs, self.pairs_per_step)
-        # A step arrives whole, so to the trainer's loop there is nothing to accumulate.
+        # An item of the data set is a whole optimizer step, so the loop of transformers must not accumulate.
         args.gradient_accumulation_steps = 1
-        # transformers would look for columns to count; a step knows its tokens.
+        # transformers would count tokens in columns of the batch; training_step counts them from the step.
         self._counts_tokens = args.include_num_input_tokens_seen not in ("no", False)
-        args.include_num_input_tokens_seen = type(args).include_num_input_tokens_seen  # "no"; False of transformers 4
+        args.include_num_input_tokens_seen = type(args).include_num_input_tokens_seen  # "no"; False in transformers 4
         self.meter = StepMeter()
         self._watch = LossWatch()
         self._dual: DualVariable | None = None
         self._gradients_seen = False
         self.publisher = Publisher(args, hub_client)
         if self.publisher.revisions:
-            args.push_to_hub = False  # else transformers pushes too, to main
-        # The meter comes first: what later callbacks do between two steps is no part of a step.
+            args.push_to_hub = False  # otherwise transformers would also push checkpoints, to main
+        # The meter comes first, so that the time of later callbacks between two steps is not counted as step time.
         trainer_options["callbacks"] = [self.meter, *(trainer_options.get("callbacks") or ()), self.publisher]
         super().__init__(model=fuse(model), args=args, train_dataset=self._steps, **trainer_options)
         self.data: dict[str, DataFacts] = {}
         self.base_model: str = getattr(model.config, "_name_or_path", "") or type(model).__name__
         prepare_checkpointing(model, base_of(model), args)
         stores = [store for store in (forget, retain, alternate) if store is not None]
-        self._settle_reading(base_of(model), max(int(store.lengths.max(initial=0)) for store in stores))
+        self._unify_reading(base_of(model), max(int(store.lengths.max(initial=0)) for store in stores))
         self._bind(*self.callback_handler.callbacks)
-        # The loss is the mean over the whole step already; the trainer must not divide it by the micro-batches.
+        # The loss is already the mean over the whole step; transformers must not divide it by the micro-batches.
         self.model_accepts_loss_kwargs = True
 
-    def _settle_reading(self, base: PreTrainedModel, longest: int) -> None:
-        """Let all processes read packs alike; raise ValueError where they would run different numbers of passes."""
+    def _unify_reading(self, base: PreTrainedModel, longest: int) -> None:
+        """Make all processes use the same way of running packed batches.
+
+        Raises:
+            ValueError: under FSDP or ZeRO-3, processes could run different numbers of forward passes.
+        """
         if self.args.world_size == 1:
             return
         agree(base)
@@ -140,13 +144,13 @@ class PackedTrainer(ResumableTrainer):
         if sharded and reading is not None and reading.splits(longest):
             reason = reading.alone or f"sequences of {reading.limit} tokens and more change its position encoding"
             raise ValueError(
-                f"{type(base).__name__}: expected a model that reads packs in one pass, got one that runs one "
-                f"sequence a pass ({reason}), while FSDP and ZeRO-3 need as many passes on every process; use DDP or "
-                "ZeRO-2"
+                f"{type(base).__name__}: expected a model that runs a packed batch in one pass, got one that runs one "
+                f"sequence per pass ({reason}); use DDP or ZeRO-2, FSDP and ZeRO-3 need the same number of passes on "
+                "every process"
             )
 
     def add_callback(self, callback: Any) -> None:
-        """Add a callback; those that work with the trainer are told which."""
+        """Add a callback; a ``TrainerBound`` callback gets this trainer as its ``trainer`` attribute."""
         super().add_callback(callback)
         self._bind(*self.callback_handler.callbacks)
 
@@ -156,7 +160,7 @@ class PackedTrainer(ResumableTrainer):
                 callback.trainer = self
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return a loader whose items are this rank's optimizer steps; the plan has shared them out already."""
+        """Return a loader whose items are this rank's optimizer steps; the plan already divided them among ranks."""
         loader: DataLoader[Any] = DataLoaderShard(
             self._steps, batch_size=1, sampler=SequentialSampler(self._steps), collate_fn=_only_item
         )
@@ -165,7 +169,7 @@ class PackedTrainer(ResumableTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], None]:
-        """Return the next step. What transformers counts here, its means' denominators, a step carries along."""
+        """Return the next step, without a token count: a step carries its own denominators for the means."""
         self._steps.begin_epoch(self.state.global_step // len(self._steps))
         self.meter.clock.begin(device)
         steps = list(itertools.islice(epoch_iterator, num_batches))
@@ -173,48 +177,48 @@ class PackedTrainer(ResumableTrainer):
         return steps, None
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Return the schedule.
+        """Return the learning-rate schedule.
 
         Raises:
-            ValueError: a learning rate that is 0 at every step; settings that the schedule has not.
+            ValueError: the learning rate is 0 at every step, or ``lr_scheduler_kwargs`` do not fit the schedule.
         """
         args: Any = self.args
-        expected = f"what {args.lr_scheduler_type.value} takes"
+        expected = f"the settings of {args.lr_scheduler_type.value}"
         with reading(f"`lr_scheduler_kwargs` {args.lr_scheduler_kwargs}", expected, "correct it"):
             scheduler = super().create_scheduler(num_training_steps, optimizer)
         check_schedule(scheduler, num_training_steps)
         return scheduler
 
-    def _tell_data(self) -> None:
+    def _notify_data(self) -> None:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ReferenceCallback):
                 callback.on_data(self.data)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
-        """Pairs of an epoch."""
+        """Return the number of pairs in an epoch."""
         return self._steps.pairs
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Run the micro-batches of an optimizer step forward and backward; return this rank's share of the loss."""
+        """Run forward and backward passes of all micro-batches of a step; return this rank's share of the loss."""
         step = inputs.to(self.args.device, non_blocking=True)
         if self.is_deepspeed_enabled and len(step.batches) > 1:
             raise ValueError(
-                f"`token_budget`: DeepSpeed takes an optimizer step after every backward pass, so it has to hold a "
-                f"whole step, got one of {len(step.batches)} micro-batches; raise it, or use DDP or FSDP"
+                f"`token_budget`: expected steps of one micro-batch, because DeepSpeed takes an optimizer step after "
+                f"every backward pass, got one of {len(step.batches)}; raise it, or use DDP or FSDP"
             )
         if self._counts_tokens:
             tokens = to_device(torch.tensor(int(step.tokens)), self.args.device)
             self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens))
         losses = []
         for i, batch in enumerate(step.batches):
-            # Gradients are exchanged once a step, with the last micro-batch.
+            # Gradients are reduced across processes once per step, in the backward pass of the last micro-batch.
             waiting = i + 1 < len(step.batches)
             with self.accelerator.no_sync(model) if waiting else contextlib.nullcontext():
                 losses.append(super().training_step(model, {"batch": batch, "step": step}))
                 self.meter.clock.end("backward")
         total = torch.stack(losses).sum()
         self._watch.see(total, self.state.global_step + 1)
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # no rank has all gradients to look at
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # no rank has all gradients
         if not self._gradients_seen and not sharded:
             weights = self._stepping.learning(model, self.optimizer)
             check_gradients([weight for weight in weights if weight.requires_grad])
@@ -228,8 +232,8 @@ class PackedTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Run one micro-batch forward; return what its backward pass begins with."""
-        if "batch" not in inputs:  # of an ``eval_dataset``, which transformers collates
+        """Run one micro-batch forward; return the loss, and with ``return_outputs`` the outputs too."""
+        if "batch" not in inputs:  # a batch of ``eval_dataset``, which transformers collates
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch, step = inputs["batch"], inputs["step"]
         if self._dual is not None:
@@ -242,7 +246,7 @@ class PackedTrainer(ResumableTrainer):
         return (share, output) if return_outputs else share
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Create the optimizer."""
+        """Create the optimizer over the parameters that the stepping leaves to it."""
         with self._stepping.optimizing(self.model, self.objective):
             return super().create_optimizer(*args, **kwargs)
 
@@ -252,13 +256,13 @@ class PackedTrainer(ResumableTrainer):
 
     @property
     def reference(self) -> CachedReference | ModelReference | None:
-        """What the objective compares with; None where it compares with nothing."""
+        """The reference model, or its cached log-probabilities; None if the objective has no reference."""
         return self._reference
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the meter's figures beside the trainer's own."""
+        """Log the trainer's own figures together with those of the meter."""
         self._watch.check()
-        self._bind(*self.callback_handler.callbacks)  # a resumed run may have made some anew
+        self._bind(*self.callback_handler.callbacks)  # a resumed run can have recreated callbacks
         if "loss" in logs:
             dual = {} if self._dual is None else self._dual.read()
             logs = {**logs, **self.meter.read(lambda figures: self.accelerator.gather(figures[None])), **dual}
@@ -267,10 +271,12 @@ class PackedTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> TrainOutput:  # type: ignore[override]
-        """See ``ResumableTrainer.train``; ends when the checkpoints are on the Hub, or are in ``not_pushed``.
+        """Train as ``ResumableTrainer.train`` does.
+
+        Before the method returns, every checkpoint is on the Hub or listed in ``not_pushed``, if they are pushed.
 
         Raises:
-            FloatingPointError: a loss, or the weights at a checkpoint or at the end, that are not finite.
+            FloatingPointError: a loss is not finite, or the weights at a checkpoint or at the end are not.
         """
         output = super().train(resume_from_checkpoint, **options)
         self._check_finite()
@@ -281,26 +287,29 @@ class PackedTrainer(ResumableTrainer):
         super()._save_checkpoint(*args, **kwargs)
 
     def _check_finite(self) -> None:
-        """Raise FloatingPointError for what must not be saved: a loss shows it one step late."""
+        """Raise FloatingPointError if a loss or the weights are not finite.
+
+        The weights are checked too, because the loss shows a bad update only in the next step.
+        """
         self._watch.check()
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # shards are in no one's hands
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # no process has all weights
             check_weights(self.model, self.state.global_step)  # type: ignore[arg-type]
 
     def checkpoints_in_use(self) -> AbstractSet[Path]:
-        """Return those that are not pushed yet."""
+        """Return the checkpoints that are not pushed yet."""
         return self.publisher.in_use()
 
     @property
     def not_pushed(self) -> dict[int, str]:
-        """After ``train()``, the errors of checkpoints that are not on the Hub, by step."""
+        """After ``train()``, the error messages of checkpoints that could not be pushed, by step."""
         return self.publisher.not_pushed
 
     def recipe(self) -> RunRecord:
-        """Return what the model of this run is made of."""
+        """Return the record of this run: base model, data, objective, arguments and versions."""
         return RunRecord.of(self)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, its tokenizer, and a card (README.md)."""
+        """Save the model, its tokenizer, and a model card (README.md)."""
         if self._saved and output_dir is None:
             return
         super().save_model(output_dir, _internal_call=True)
@@ -310,14 +319,15 @@ class PackedTrainer(ResumableTrainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write our card where transformers would write its own."""
+        """Write efface's model card instead of that of transformers."""
         if self.is_world_process_zero():
             self.publisher.write_card(Path(str(self.args.output_dir)))
 
     def push_to_hub(self, *args: Any, saved: bool = False, **kwargs: Any) -> Any:
-        """Push the model; where checkpoints are revisions, to main of the same repository.
+        """Push the model; with ``revision_per_checkpoint``, to the main branch of the checkpoints' repository.
 
-        With ``saved`` it is in the output folder already, and is not written again: killed meanwhile, it stays whole.
+        With ``saved=True`` the model is already in the output folder and is not written again, so a process killed
+        during the upload leaves it intact.
         """
         self._saved = saved
         try:
@@ -330,45 +340,46 @@ class PackedTrainer(ResumableTrainer):
             self._saved = False
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """6 · parameters · tokens, the usual estimate of a training step."""
+        """Return 6 · parameters · tokens, the usual estimate for a training step; embeddings are not counted."""
         model: Any = self.model
         return 6 * int(model.num_parameters(exclude_embeddings=True)) * int(inputs.tokens)
 
 
 class UnlearnTrainer(PackedTrainer):
-    """Unlearns a forget set while keeping a retain set.
+    """Trainer that unlearns a forget set while keeping the behaviour on a retain set.
 
-    Every batch packs forget and retain sequences without padding into one forward pass; the head computes the loss
-    without keeping logits. The rest is ``transformers.Trainer``: schedule, optimizers, callbacks, checkpoints.
+    Every batch packs forget and retain sequences into one forward pass without padding. The head computes the loss
+    without keeping the logits. Schedules, optimizers, callbacks and checkpoints are those of ``transformers.Trainer``.
 
     Args:
-        model: an ``AutoModelForCausalLM``, or a ``peft.PeftModel`` around one, which is changed in place; or the name
-            of one, a folder or on the Hub, which is loaded, with its tokenizer where none is given.
-        args: ``UnlearnArguments``, or ``transformers.TrainingArguments``, whose defaults are then efface's.
-        forget: what to forget: rows with a question and an answer column, a file or Hub name, or a TokenStore.
-        retain: what to keep; may be None where the objective's ``alpha`` is 0.
-        forget_filter: which rows: conditions such as ``"topic_id=3,7"`` or ``"language!=EN"``, all of which a row must
-            meet, or a mapping of columns to values.
-        retain_filter: likewise.
-        objective: for example ``NPO(beta=0.1)``; the class or the name of one, for its defaults; or a function that
-            maps ``efface_kernels.Sequences`` to their forget terms (see ``efface.FunctionObjective``).
-        alternate: other answers to the forget questions, one for each, for objectives that train them; default: made by
+        model: an ``AutoModelForCausalLM`` or a ``peft.PeftModel`` around one, which is changed in place; or a folder or
+            Hub name to load it from, together with its tokenizer if ``processing_class`` is None.
+        args: ``UnlearnArguments``; or ``transformers.TrainingArguments``, whose default values efface replaces with
+            its own.
+        forget: the data to forget: rows with a question and an answer column, a file, a Hub name, or a ``TokenStore``.
+        retain: the data to keep, in the same form; can be None if the objective's ``alpha`` is 0.
+        forget_filter: conditions on the rows of ``forget``, such as ``"topic_id=3,7"`` or ``"language!=EN"``, or a
+            mapping of columns to values. A row must meet all of them.
+        retain_filter: conditions on the rows of ``retain``, in the same form.
+        objective: an objective such as ``NPO(beta=0.1)``; a class or a name, for its default parameters; or a function
+            that maps ``efface_kernels.Sequences`` to their forget terms (see ``efface.FunctionObjective``).
+        alternate: one alternate answer per forget question, for objectives that train them. The default takes them from
             ``args.refusal_file`` or ``args.alternate_column``.
-        reference: the frozen model. "cached" computes its log-probabilities once, before training, and keeps them in
-            a file (``args.reference_cache``); "live" keeps a second model; "adapter" is the base model of a
-            ``peft.PeftModel``; "auto" is "cached" where the objective reads nothing but log-probabilities, else
+        reference: how the frozen reference model runs. "cached" computes its log-probabilities once, before training,
+            and keeps them in a file (``args.reference_cache``). "live" keeps a second model. "adapter" uses the base
+            model of a ``peft.PeftModel``. "auto" chooses "cached" if the objective reads only log-probabilities, else
             "adapter" or "live". Ignored by objectives without a reference.
-        reference_model: a model, or the name of one; None is ``model`` as it is now.
-        reference_device: where a live reference runs; None is where the policy does.
-        processing_class: the tokenizer; needed for text.
-        **trainer_options: callbacks, optimizers and the like, as of ``transformers.Trainer``.
+        reference_model: the reference model or its name; None is ``model`` in its current state.
+        reference_device: the device of a live reference; None is the device of the trained model.
+        processing_class: the tokenizer; required for text.
+        **trainer_options: callbacks, optimizers and other parameters of ``transformers.Trainer``.
 
     Raises:
-        FileNotFoundError: a data file or a model that does not exist.
-        TypeError: an argument of another type; a parameter of ``transformers.Trainer`` that would do nothing.
-        ValueError: an empty forget set, a missing column, a row without a label, a token outside the vocabulary, rows
-            in both sets without ``args.allow_overlap``, a reference that the objective cannot do with.
-        FloatingPointError: from ``train()``, a loss that is not finite, with the step.
+        FileNotFoundError: a data file or a model does not exist.
+        TypeError: an argument is of a wrong type, or a parameter of ``transformers.Trainer`` would have no effect.
+        ValueError: the forget set is empty, a column is missing, a row has no label, a token is outside the vocabulary,
+            a row is in both sets without ``args.allow_overlap``, or the objective cannot use the reference.
+        FloatingPointError: from ``train()``, a loss or weight is not finite; the message names the step.
     """
 
     def __init__(
@@ -413,7 +424,7 @@ class UnlearnTrainer(PackedTrainer):
         if isinstance(objective, RMU):
             find_module(model, objective.module_regex)
             stepping.choose_weights(model, objective)
-            if args.ddp_find_unused_parameters is None:  # what lies behind the module gets no gradient
+            if args.ddp_find_unused_parameters is None:  # layers after the module get no gradient
                 args = copy.copy(args)
                 args.ddp_find_unused_parameters = True
         super().__init__(
@@ -433,7 +444,7 @@ class UnlearnTrainer(PackedTrainer):
             self.data["alternate"] = DataFacts.of(
                 forget if alternate is None else alternate, alternate_store, forget_filter
             )
-        self._tell_data()
+        self._notify_data()
         self.reference_kind = kind
         self._forget_store = forget_store
         if isinstance(objective, PDU) and objective.primal_dual:
@@ -443,7 +454,7 @@ class UnlearnTrainer(PackedTrainer):
             compared = {Role.FORGET: forget_store}
             if alternate_store is not None:
                 compared[Role.ALTERNATE] = alternate_store
-            # The policy as it is now, in the precision in which it will train: L − L_ref starts at 0.
+            # The reference is the current policy, run in the precision of training, so that L − L_ref starts at 0.
             with self.accelerator.autocast():
                 self._reference = make_reference(
                     kind,
@@ -454,36 +465,38 @@ class UnlearnTrainer(PackedTrainer):
                     rank=args.process_index,
                     world_size=args.world_size,
                     cache=args.reference_cache,
-                    progress=self._tell_reference,
+                    progress=self._notify_reference,
                 )
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **options: Any) -> TrainOutput:  # type: ignore[override]
-        """See ``PackedTrainer.train``; a run that is not resumed begins with ``check_start``."""
+        """Train as ``PackedTrainer.train`` does; call ``check_start`` first unless the run is resumed."""
         if not resume_from_checkpoint:
             self.check_start()
         return super().train(resume_from_checkpoint, **options)
 
     def check_start(self) -> None:
-        """Raise ValueError unless the model as it is now is the one that an "adapter" reference is."""
+        """Raise ValueError if the reference is "adapter" and the model does not start out equal to its base model."""
         if isinstance(self._reference, AdapterReference):
             self._reference.check_start(self._forget_store)
 
-    def _tell_reference(self, computed: int, missing: int, sequences: int) -> None:
+    def _notify_reference(self, computed: int, missing: int, sequences: int) -> None:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ReferenceCallback):
                 callback.on_reference(computed, missing, sequences)
 
 
 class FinetuneTrainer(PackedTrainer):
-    """Fine-tunes on question-answer rows, packed: how the "full" and "retain" models of a benchmark are made.
+    """Trainer that fine-tunes on packed question-answer rows, as for the "full" and "retain" models of a benchmark.
+
+    ``model``, ``args``, ``processing_class`` and the errors are those of ``UnlearnTrainer``.
 
     Args:
-        model: as of ``UnlearnTrainer``, as are ``args``, ``processing_class`` and the errors.
-        args: see there.
-        data: what to learn: rows, a file or a Hub data set, or a ``TokenStore``.
-        data_filter: which of its rows.
-        processing_class: see there.
-        trainer_options: of ``transformers.Trainer``.
+        model: a model, or the folder or Hub name of one.
+        args: ``UnlearnArguments`` or ``transformers.TrainingArguments``.
+        data: the training data: rows, a file, a Hub name, or a ``TokenStore``.
+        data_filter: conditions on the rows, as ``forget_filter`` of ``UnlearnTrainer``.
+        processing_class: the tokenizer; required for text.
+        trainer_options: other parameters of ``transformers.Trainer``.
     """
 
     def __init__(
@@ -499,7 +512,7 @@ class FinetuneTrainer(PackedTrainer):
         args = unlearn_arguments(args)
         model, processing_class = _loaded(model, processing_class)
         if args.compat is not None:
-            raise ValueError("`compat`: is about unlearning; drop it for fine-tuning")
+            raise ValueError("`compat`: expected None for fine-tuning, got a value; drop it")
         store = tokenised(data, processing_class, args, "training", data_filter)
         super().__init__(
             model,
@@ -511,16 +524,16 @@ class FinetuneTrainer(PackedTrainer):
             **trainer_options,
         )
         self.data = {"training": DataFacts.of(data, store, data_filter)}
-        self._tell_data()
+        self._notify_data()
 
 
 def _loaded(
     model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Return a model, loaded where it is named, and its tokenizer.
+    """Return the model and its tokenizer; load the model, and a missing tokenizer, if ``model`` is a name.
 
     Raises:
-        TypeError: neither a model nor a name; no tokenizer.
+        TypeError: ``model`` is neither a model nor a name, or ``tokenizer`` is of a wrong type.
     """
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(

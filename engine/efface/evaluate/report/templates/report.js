@@ -1,5 +1,6 @@
 "use strict";
-// Click on a column's head: sort by it, again: the other way round. Cells without a value stay last; so do baselines.
+// A click on a column's heading sorts the rows by it, a second click reverses the order. Cells without a value stay
+// last. Only the last table body is sorted; baselines are in the first one and do not move.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[table.tBodies.length - 1];
   table.querySelectorAll("thead button").forEach((button, column) => {

@@ -1,7 +1,8 @@
-"""Attention over packed batches: each sequence attends to itself alone, so the cost is Σ n² and never T².
+"""Attention over packed batches: each sequence attends only to itself, so the cost is Σ n², not T².
 
-``interface.py`` registers it with transformers as ``efface_varlen``; ``choice.py`` picks one of three kernels for a
-call: flash-attn (``flash_attn.py``), torch's own (``torch_varlen.py``), or SDPA by segment (``segments.py``).
+``interface.py`` registers the attention with transformers under the name ``efface_varlen``. ``choice.py`` selects one
+of three kernels for each call: flash-attn (``flash_attn.py``), torch's own (``torch_varlen.py``), or SDPA for one
+sequence at a time (``segments.py``).
 """
 
 from efface.hf.model.attention.interface import (

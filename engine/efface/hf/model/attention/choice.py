@@ -1,4 +1,4 @@
-"""Which kernel serves an attention call: a pure function of what is asked and what is installed."""
+"""Kernel selection for attention calls: a pure function of the call and the installed kernels."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,23 +7,23 @@ import torch
 
 Kernel = Literal["flash_attn", "torch_varlen", "segments"]
 
-MAXIMUM_HEAD_DIM = 256  # of both FlashAttention-2 builds
+MAXIMUM_HEAD_DIM = 256  # limit of both FlashAttention-2 builds, flash-attn's and torch's
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What one call asks for.
+    """The properties of one attention call on which the kernel selection depends.
 
     Attributes:
-        device: its type, ``"cuda"`` or another.
-        capability: compute capability of the GPU; (0, 0) elsewhere.
-        dtype: of query, key and value.
-        head_dim: of query and key.
-        value_dim: of value.
-        scale: factor of the scores; None is 1/√head_dim.
-        window: tokens that a token sees, itself among them; None where it sees all before it.
-        softcap: bound of the scores, or None.
-        dropout: probability.
+        device: device type, such as ``"cuda"``.
+        capability: compute capability of the GPU; (0, 0) on other devices.
+        dtype: dtype of query, key and value.
+        head_dim: head dimension of query and key.
+        value_dim: head dimension of value.
+        scale: factor for the scores; None is 1/√head_dim.
+        window: number of tokens to which a token attends, including itself; None is all tokens up to itself.
+        softcap: soft-cap of the scores, or None.
+        dropout: dropout probability.
     """
 
     device: str
@@ -39,11 +39,11 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class Installed:
-    """What is at hand.
+    """The installed kernels.
 
     Attributes:
         flash_attn: whether flash-attn can be imported.
-        torch_varlen: the parameters of torch's ``varlen_attn``; empty where torch has none.
+        torch_varlen: names of the parameters of torch's ``varlen_attn``; empty if torch does not have the function.
     """
 
     flash_attn: bool = False
@@ -51,10 +51,10 @@ class Installed:
 
 
 def choose_kernel(call: AttentionCall, installed: Installed) -> Kernel:
-    """Return the kernel that serves ``call``: the fastest of those that compute all it asks for."""
+    """Return the fastest kernel that supports everything that ``call`` needs."""
     if not _on_tensor_cores(call):
         return "segments"
-    # flash-attn has soft-capping and dropout, but refuses the two together.
+    # flash-attn supports soft-capping and dropout, but not both in one call.
     if installed.flash_attn and not (call.softcap and call.dropout):
         return "flash_attn"
     if _torch_serves(call, installed.torch_varlen):
@@ -63,7 +63,7 @@ def choose_kernel(call: AttentionCall, installed: Installed) -> Kernel:
 
 
 def _on_tensor_cores(call: AttentionCall) -> bool:
-    """What every FlashAttention-2 kernel needs."""
+    """Return whether the call meets the requirements of every FlashAttention-2 kernel."""
     return (
         call.device == "cuda"
         and call.capability >= (8, 0)
@@ -73,9 +73,9 @@ def _on_tensor_cores(call: AttentionCall) -> bool:
 
 
 def _torch_serves(call: AttentionCall, parameters: frozenset[str]) -> bool:
-    # flash-attn pads a head_dim that 8 does not divide; torch refuses it.
+    # torch requires that 8 divides head_dim; flash-attn pads other values.
     if not parameters or call.softcap or call.dropout or call.head_dim % 8:
         return False
-    # torch 2.10 has neither argument, 2.11 both.
+    # torch 2.10 has neither the window_size nor the scale argument; torch 2.11 has both.
     default_scale = call.scale in {None, call.head_dim**-0.5}
     return (call.window is None or "window_size" in parameters) and (default_scale or "scale" in parameters)

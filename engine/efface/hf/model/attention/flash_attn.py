@@ -10,19 +10,19 @@ from torch import Tensor
 
 @functools.cache
 def load() -> Callable[..., Tensor] | None:
-    """Return flash-attn's function for packed batches, or None where the package is absent or does not load."""
+    """Return flash-attn's function for packed batches, or None if the package is missing or fails to load."""
     try:
         kernel: Callable[..., Tensor] = importlib.import_module("flash_attn").flash_attn_varlen_func
     except ModuleNotFoundError as error:
         if error.name == "flash_attn":
             return None
         reason = str(error)
-    except ImportError as error:  # built for another torch: an undefined symbol
+    except ImportError as error:  # an undefined symbol, if it was built for another torch
         reason = str(error)
     else:
         return kernel
     warnings.warn(
-        f"flash-attn is installed but does not load ({reason}); packed attention goes without it. Rebuild it for "
+        f"flash-attn is installed but fails to load ({reason}), so packed attention does not use it; rebuild it for "
         "this torch, or uninstall it",
         stacklevel=2,
     )
@@ -43,22 +43,25 @@ def flash_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Causal attention (T, H, d) within each sequence of query (T, H, d), key and value (E, H_kv, d).
+    """Compute causal attention (T, H, d) within each sequence.
 
-    With ``cu_keys`` a sequence's queries are those of the last of its keys.
+    With ``cu_keys``, a sequence can have more keys than queries; its queries then belong to the last of its keys.
 
     Args:
-        query: fp16 or bf16, on a GPU.
-        key: as query.
-        value: as query.
-        cu_seqlens: (S + 1,) int32.
-        longest: tokens of the longest sequence.
-        cu_keys: (S + 1,) int32, where keys are more than queries; None is ``cu_seqlens``.
-        longest_keys: the most keys of a sequence; None is ``longest``.
-        scale: factor of the scores; None is 1/√d.
-        window: tokens that a token sees, itself among them.
-        softcap: c in c · tanh(score / c).
-        dropout: probability.
+        query: (T, H, d) fp16 or bf16, on a GPU.
+        key: (E, H_kv, d), dtype and device as query.
+        value: (E, H_kv, d), dtype and device as query.
+        cu_seqlens: (S + 1,) int32 cumulative numbers of queries.
+        longest: number of queries of the longest sequence.
+        cu_keys: (S + 1,) int32 cumulative numbers of keys; None is ``cu_seqlens``.
+        longest_keys: largest number of keys of a sequence; None is ``longest``.
+        scale: factor for the scores; None is 1/√d.
+        window: number of tokens to which a token attends, including itself; None is all tokens up to itself.
+        softcap: c in c · tanh(score / c); None applies no soft-cap.
+        dropout: dropout probability.
+
+    Raises:
+        RuntimeError: if flash-attn is not installed or fails to load.
     """
     kernel = load()
     if kernel is None:
@@ -73,10 +76,10 @@ def flash_attention(
         longest if longest_keys is None else longest_keys,
         dropout_p=dropout,
         softmax_scale=scale,
-        causal=True,  # aligned to the last query and the last key, since 2.1
-        # Counted in tokens to the left, without the token itself.
+        causal=True,  # since flash-attn 2.1, aligned to the last query and the last key
+        # flash-attn counts tokens to the left, without the token itself.
         window_size=(-1, -1) if window is None else (window - 1, 0),
         softcap=softcap or 0.0,
-        # Otherwise the query gradient is summed by atomics, in an order of its own each time.
+        # Otherwise the query gradient is summed with atomics, in a different order each time.
         deterministic=True,
     )

@@ -1,7 +1,7 @@
-"""The attention implementation ``efface_varlen`` of transformers, and how a model is given packed batches.
+"""The attention implementation ``efface_varlen`` for transformers, and the model arguments for packed batches.
 
-Without packed keyword arguments (generation, padded batches) it is transformers' own SDPA attention; soft-capped
-scores, which that has not, are computed here.
+Without the arguments of a packed batch (in generation, or for padded batches) the implementation calls transformers'
+SDPA attention. Soft-capped scores, which that does not support, are computed here.
 """
 
 import functools
@@ -26,18 +26,18 @@ from efface.hf.model.supported import uncompiled
 NAME = "efface_varlen"
 
 UNKNOWN_TERMS = ("s_aux", "position_bias")
-"""What other models add to their scores: sinks (GPT-OSS), learned distances (T5)."""
+"""Arguments for score terms that no kernel here supports: attention sinks (GPT-OSS), relative positions (T5)."""
 
 
 @dataclass(frozen=True)
 class PackedLengths:
-    """The tokens of each packed sequence, on the host.
+    """The lengths of packed sequences, on the host.
 
-    An object, because torch.compile makes another graph for every number of sequences in a bare tuple.
+    This is an object and not a tuple, because torch.compile would compile a new graph for every length of a tuple.
 
     Attributes:
-        tokens: S integers.
-        tree: whose segments these are; a segment's tokens see its path. None where sequences share nothing.
+        tokens: S integers, number of tokens of each sequence (of each segment, if there is a tree).
+        tree: the tree of the segments, whose tokens attend along their paths; None if sequences share no tokens.
     """
 
     tokens: tuple[int, ...]
@@ -58,33 +58,33 @@ def varlen_attention(
     cu_seq_lens_q: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each packed sequence; the signature is that of ``transformers.AttentionInterface``.
+    """Compute causal attention within each packed sequence, with the signature of ``transformers.AttentionInterface``.
 
     Args:
         module: the attention layer.
         query: (1, H, T, d).
-        key: (1, H_kv, T, d); H a multiple of H_kv.
+        key: (1, H_kv, T, d); H is a multiple of H_kv.
         value: (1, H_kv, T, d).
-        attention_mask: ignored for packed batches, whose borders say everything.
-        dropout: probability, during training.
-        scaling: factor of the scores; None is 1/√d.
-        sliding_window: tokens that a token sees, itself among them; None is all before it.
-        softcap: c in c · tanh(score / c); None is no bound.
-        packed_lengths: the tokens of each sequence, on the host; None is an ordinary batch.
-        cu_seq_lens_q: (S + 1,) int32, those lengths summed up, on the device.
-        **kwargs: transformers' own.
+        attention_mask: mask of an ordinary batch; ignored for packed batches, whose lengths define the mask.
+        dropout: dropout probability during training.
+        scaling: factor for the scores; None is 1/√d.
+        sliding_window: number of tokens to which a token attends, including itself; None is all tokens up to itself.
+        softcap: c in c · tanh(score / c); None applies no soft-cap.
+        packed_lengths: lengths of the packed sequences, on the host; None for an ordinary batch.
+        cu_seq_lens_q: (S + 1,) int32 cumulative sums of these lengths, on the device.
+        **kwargs: further arguments of transformers' attention functions.
 
     Returns:
-        (1, T, H, d), and None for the weights.
+        The output (1, T, H, d), and None instead of the attention weights.
 
     Raises:
-        ValueError: a term of the scores that no kernel here has; lengths that are not those of the pack.
+        ValueError: if the layer uses a score term that no kernel here supports, or the lengths do not match the query.
     """
     for name in UNKNOWN_TERMS:
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"{NAME!r} attention: expected no {name}, got one from {type(module).__name__}; leave it its own "
-                "attention, as `fuse(model)` does"
+                f"{NAME!r} attention: expected no {name}, got one from {type(module).__name__}; use the model's own "
+                "attention, which `fuse(model)` selects automatically"
             )
     if packed_lengths is None:
         if softcap is not None:
@@ -105,7 +105,7 @@ def varlen_attention(
     ), None
 
 
-# Left out by torch.compile, which would make a graph for the lengths of every batch.
+# Excluded from torch.compile, which would compile a new graph for the lengths of every batch.
 @uncompiled
 def _packed_attention(
     query: Tensor,
@@ -122,8 +122,8 @@ def _packed_attention(
     lengths = packed_lengths.tokens
     if cu_seq_lens_q is None or query.shape[0] != 1 or sum(lengths) != query.shape[2]:
         raise ValueError(
-            f"{NAME!r} attention: expected one row of {sum(lengths)} tokens and cu_seq_lens_q, as "
-            f"packed_lengths says, got query of shape {tuple(query.shape)} and cu_seq_lens_q "
+            f"{NAME!r} attention: expected one row of {sum(lengths)} tokens, as in packed_lengths, and cu_seq_lens_q, "
+            f"got query of shape {tuple(query.shape)} and cu_seq_lens_q of shape "
             f"{None if cu_seq_lens_q is None else tuple(cu_seq_lens_q.shape)}; call with packed_arguments(model, batch)"
         )
     query, key, value = _autocast(query, key, value)
@@ -189,12 +189,12 @@ def _packed_attention(
 
 
 def _gathered(states: Tensor, paths: Tensor) -> Tensor:
-    """Return the states (1, H, T, d) of ``paths`` (E,), (1, H, E, d); a token's heads lie together, and stay so."""
+    """Gather states (1, H, T, d) at ``paths`` (E,), and return (1, H, E, d); a token's heads stay contiguous."""
     return states.transpose(1, 2).index_select(1, paths).transpose(1, 2)
 
 
 def _autocast(*states: Tensor) -> tuple[Tensor, ...]:
-    """Cast as autocast casts for SDPA; it does not know the other kernels."""
+    """Cast to the autocast dtype, as autocast does for SDPA; it does not cast for the other kernels."""
     kind = states[0].device.type
     if not torch.is_autocast_enabled(kind):
         return states
@@ -221,7 +221,7 @@ def _soft_capped_batch(
     scaling: float | None,
     softcap: float,
 ) -> Tensor:
-    """Soft-capped attention (B, n, H, d) of an ordinary batch; no mask is what it is for SDPA."""
+    """Compute soft-capped attention (B, n, H, d) for an ordinary batch; no mask means the same as for SDPA."""
     n, m = query.shape[2], key.shape[2]
     if attention_mask is None:
         mask = torch.ones(n, m, dtype=torch.bool, device=query.device)
@@ -234,7 +234,10 @@ def _soft_capped_batch(
 
 
 def hands_windows_on(model: PreTrainedModel) -> bool:
-    """Whether every attention layer hands its window on, by the model's code: the argument is optional."""
+    """Return whether the code of every attention layer passes its window to the attention function.
+
+    True if the configuration has no window. The check reads the source, because the argument is optional.
+    """
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     if not ("sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None)):
@@ -243,40 +246,47 @@ def hands_windows_on(model: PreTrainedModel) -> bool:
 
 
 def hands_packs_on(model: PreTrainedModel) -> bool:
-    """Whether every attention layer hands on what it gets, and no term that no kernel here has, by the model's code."""
+    """Return whether the code of every attention layer passes its keyword arguments on, and no unsupported score term.
+
+    The check reads the source of the layers' forward methods.
+    """
     calls = [code.rpartition("attention_interface(")[2] for code in _attention_code(model)]
     around = _sources({type(module) for module in model.modules() if hasattr(module, "self_attn")})
     if not all("**kwargs" in code.rpartition("self.self_attn(")[2].partition("\n        )")[0] for code in around):
-        return False  # Nemotron's layers keep them to themselves
+        return False  # Nemotron's layers do not pass keyword arguments to their attention
     return bool(calls) and all("**kwargs" in c and not any(name in c for name in UNKNOWN_TERMS) for c in calls)
 
 
 def _attention_code(model: PreTrainedModel) -> list[str]:
-    """Return the source of the layers that call the attention interface, where there is any."""
+    """Return the source of the forward methods that call the attention interface."""
     sources = _sources({type(module) for module in model.modules() if hasattr(module, "layer_idx")})
     return [code for code in sources if "attention_interface(" in code]
 
 
 def _sources(kinds: set[type[torch.nn.Module]]) -> list[str]:
-    """Return the source of the forward passes of classes."""
+    """Return the source of the classes' forward methods; classes without source are left out."""
     found = []
     for kind in kinds:
-        with suppress(OSError, TypeError):  # written in a session, or no Python
+        with suppress(OSError, TypeError):  # defined in an interactive session, or not in Python
             found.append(inspect.getsource(kind.forward))
     return found
 
 
 @uncompiled
 def packed_arguments(model: PreTrainedModel, batch: PackedBatch | TokenTree, decoder: Any = None) -> dict[str, Any]:
-    """Return the keyword arguments with which ``model``'s decoder reads a packed batch.
+    """Return the keyword arguments for a forward pass of ``model``'s decoder on a packed batch.
 
-    A ``decoder`` that takes no others than it names gets none of those that it does not.
+    Args:
+        model: a transformers model, without wrappers.
+        batch: the packed batch, or a token tree.
+        decoder: the decoder. If its forward has no ``**kwargs``, arguments that it does not name are left out. None
+            returns all arguments.
 
     Raises:
-        ValueError: a tree with shared tokens, and an attention implementation that has no notion of it.
+        ValueError: if the batch is a tree with shared tokens, and the attention implementation does not support it.
     """
     longest = max(batch.lengths)
-    own = model.config._attn_implementation == NAME  # noqa: SLF001 - the only place that knows the choice
+    own = model.config._attn_implementation == NAME  # noqa: SLF001 - there is no public attribute
     tree = batch if isinstance(batch, TokenTree) and batch.shared else None
     if tree is not None and not own:
         raise ValueError(
@@ -287,14 +297,14 @@ def packed_arguments(model: PreTrainedModel, batch: PackedBatch | TokenTree, dec
         "input_ids": batch.input_ids[None],
         "position_ids": batch.position_ids[None],
         "use_cache": False,
-        # FlashAttention's names; other implementations see the packing in position_ids.
+        # Names of transformers' FlashAttention; other implementations derive the packing from position_ids.
         "cu_seq_lens_q": batch.cu_seqlens,
         "cu_seq_lens_k": batch.cu_seqlens,
         "max_length_q": longest,
         "max_length_k": longest,
     }
     if own:
-        # A 4-D mask is handed through as it is: with an empty one, transformers does not build its own (T, T).
+        # transformers passes a 4-D mask on unchanged; given an empty one, it does not build a (T, T) mask.
         arguments["attention_mask"] = batch.input_ids.new_empty(1, 1, 0, 0)
         arguments["packed_lengths"] = PackedLengths(batch.lengths, tree)
     names = None if decoder is None else _named(type(decoder).forward)
@@ -303,7 +313,7 @@ def packed_arguments(model: PreTrainedModel, batch: PackedBatch | TokenTree, dec
 
 @functools.cache
 def _named(function: Callable[..., Any]) -> frozenset[str] | None:
-    """Return the parameters of a function, or None where it takes any."""
+    """Return the names of a function's parameters, or None if it has ``**kwargs``."""
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True)
 class Varlen:
-    """What torch has: ``varlen_attn``, the names of its parameters, which grew with torch, and how lse is asked for."""
+    """torch's ``varlen_attn`` with its version-dependent parameter names and the option that returns the logsumexp."""
 
     kernel: Callable[..., tuple[Tensor, Tensor]]
     parameters: frozenset[str]
@@ -24,7 +24,7 @@ class Varlen:
 
 @functools.cache
 def load() -> Varlen | None:
-    """Return torch's packed attention; None where torch has none."""
+    """Return torch's packed attention, or None if this torch does not have it."""
     try:
         module = importlib.import_module("torch.nn.attention.varlen")
     except ModuleNotFoundError:
@@ -35,7 +35,7 @@ def load() -> Varlen | None:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Within, torch's kernels add in a fixed order; the switch is the process's, so it is put back."""
+    """Run the block with torch's deterministic algorithms; the process-wide setting is restored afterwards."""
     enabled, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -43,7 +43,7 @@ def _deterministic() -> Iterator[None]:
     switches: Any = torch.utils.deterministic
     filling = switches.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    switches.fill_uninitialized_memory = False  # with NaN: a pass over every gradient
+    switches.fill_uninitialized_memory = False  # filling with NaN would cost a pass over every gradient
     try:
         yield
     finally:
@@ -52,10 +52,10 @@ def _deterministic() -> Iterator[None]:
 
 
 class _Varlen(torch.autograd.Function):
-    """``varlen_attn`` with a backward pass that repeats bit for bit.
+    """``varlen_attn`` with a backward pass that is deterministic, bit for bit.
 
-    torch sums the query gradient by atomics unless told otherwise while the backward kernel is launched, and there
-    is no argument for it; so the backward is launched here.
+    torch sums the query gradient with atomics unless deterministic algorithms are enabled when the backward kernel is
+    launched. ``varlen_attn`` has no argument for that, so this class launches the backward kernel itself.
     """
 
     @staticmethod
@@ -72,7 +72,7 @@ class _Varlen(torch.autograd.Function):
         window_size: tuple[int, int],
     ) -> Tensor:
         varlen = _loaded()
-        options: dict[str, Any] = {"is_causal": True}  # torch 2.10, which has no other options
+        options: dict[str, Any] = {"is_causal": True}  # torch 2.10 has no other options
         if "window_size" in varlen.parameters:
             options = {"window_size": window_size, "scale": scale}
         if "enable_gqa" in varlen.parameters:
@@ -99,7 +99,7 @@ class _Varlen(torch.autograd.Function):
         no_dropout_state = torch.zeros(2, dtype=torch.uint64, device=query.device)
         left, right = ctx.window_size
         with _deterministic():
-            dq, dk, dv = torch.ops.aten._flash_attention_backward(  # noqa: SLF001 - what varlen_attn itself calls
+            dq, dk, dv = torch.ops.aten._flash_attention_backward(  # noqa: SLF001 - varlen_attn calls the same op
                 grad_out,
                 query,
                 key,
@@ -133,25 +133,30 @@ def torch_varlen_attention(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Causal attention (T, H, d) within each sequence of query (T, H, d), key and value (E, H_kv, d).
+    """Compute causal attention (T, H, d) within each sequence.
 
-    With ``cu_keys`` a sequence's queries are those of the last of its keys: torch's kernel is FlashAttention-2's.
+    With ``cu_keys``, a sequence can have more keys than queries; its queries then belong to the last of its keys, as in
+    FlashAttention-2, whose kernel torch uses.
 
     Args:
-        query: fp16 or bf16, on a GPU; d a multiple of 8.
-        key: as query.
-        value: as query.
-        cu_seqlens: (S + 1,) int32.
-        longest: tokens of the longest sequence.
-        cu_keys: (S + 1,) int32, where keys are more than queries; None is ``cu_seqlens``.
-        longest_keys: the most keys of a sequence; None is ``longest``.
-        scale: factor of the scores; None is 1/√d. torch 2.10 takes None alone.
-        window: tokens that a token sees, itself among them; torch 2.10 takes None alone.
+        query: (T, H, d) fp16 or bf16, on a GPU; d is a multiple of 8.
+        key: (E, H_kv, d), dtype and device as query.
+        value: (E, H_kv, d), dtype and device as query.
+        cu_seqlens: (S + 1,) int32 cumulative numbers of queries.
+        longest: number of queries of the longest sequence.
+        cu_keys: (S + 1,) int32 cumulative numbers of keys; None is ``cu_seqlens``.
+        longest_keys: largest number of keys of a sequence; None is ``longest``.
+        scale: factor for the scores; None is 1/√d. torch 2.10 supports only None.
+        window: number of tokens to which a token attends, including itself; None is all tokens up to itself. torch 2.10
+            supports only None.
+
+    Raises:
+        RuntimeError: if torch is older than 2.10.
     """
     group = query.shape[1] // key.shape[1]
     if group > 1 and "enable_gqa" not in _loaded().parameters:
         key, value = (states.repeat_interleave(group, dim=1) for states in (key, value))  # (E, H, d)
-    # Counted in tokens to the left, without the token itself; -1 is all of them.
+    # torch counts tokens to the left, without the token itself; -1 is all of them.
     window_size = (-1 if window is None else window - 1, 0)
     cu_keys = cu_seqlens if cu_keys is None else cu_keys
     longest_keys = longest if longest_keys is None else longest_keys
