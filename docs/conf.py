@@ -1,7 +1,8 @@
-"""Sphinx: MyST pages, furo, the API from docstrings; pictures and the commands' help are made when it starts."""
+"""Sphinx configuration: MyST pages, the furo theme, the API from docstrings. It also makes what the pages include."""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -11,12 +12,13 @@ import made  # noqa: E402 - beside this file
 import efface  # noqa: E402 - installed
 
 project = "efface"
-author = "the efface authors"
+author = copyright = "the efface authors"
 version = release = efface.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+smartquotes = False  # or --flag in a docstring would be –flag
 exclude_patterns = ["_made/*"]
 
 autodoc_member_order = "bysource"
@@ -29,11 +31,19 @@ html_title = f"efface {release}"
 html_show_sourcelink = False
 html_static_path = ["_static"]
 html_css_files = ["code.css"]
-nitpicky = False
+nitpicky = True  # a role that names nothing is an error; types of other packages are not looked up
+nitpick_ignore_regex = [("py:(class|exc)", r"(collections|numpy|pathlib|torch|transformers)\..*")]
+nitpick_ignore = [("py:exc", "NotFiniteError")]  # of autograd's checks, in a docstring that Sphinx includes
 
 
-def setup(_app: object) -> None:
-    """Make what pages include."""
+def _is_noise(_app: object, _what: str, _name: str, member: object, _skip: bool, _options: object) -> bool | None:
+    """Leave out the fields of named tuples that only say their number; the signature has their names."""
+    return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
+def setup(app: Any) -> None:
+    """Make the pictures, the commands' help and the tables of arguments before Sphinx reads the pages."""
+    app.connect("autodoc-skip-member", _is_noise)
     made.pictures(HERE / "_made")
     made.command_help(HERE / "_made")
     made.argument_tables(HERE / "_made")

@@ -10,6 +10,8 @@ import sysconfig
 import venv
 import zipfile
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -20,53 +22,129 @@ PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_made" not in 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return [code for name, code in BLOCK.findall(page.read_text(encoding="utf-8")) if name == language]
+def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
+    """Language and code of the blocks in these languages, in the order of the page."""
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    return [(language, code) for language, code in found if language in languages]
 
 
-def commands(page: Path) -> list[list[str]]:
-    """Return the words of every command line, without a process launcher such as torchrun."""
-    lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
-    words = [shlex.split(line, comments=True) for line in lines]
-    return [line[line.index("efface") + 1 :] for line in words if "efface" in line]
+def command_lines(code: str) -> list[str]:
+    return [line for line in code.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def words(line: str) -> list[str]:
+    """The words behind ``efface`` in a command line, without a launcher of processes."""
+    parts = shlex.split(line, comments=True)
+    return parts[parts.index("efface") + 1 :]
 
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if commands(page) or blocks(page, "python")],
+    [page for page in PAGES if blocks(page, "sh", "python")],
     ids=lambda page: str(page.relative_to(ROOT / "docs")),
 )
 def test_the_code_of_a_page_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the page's commands first, then its Python code, which may use the files that the commands wrote."""
+    """Every block in the order of the page; the Python of a page shares its names."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    for words in commands(page):
-        assert main(words) == 0, words
-    # in this process, because importing torch and transformers in a new one takes seconds
-    exec(compile("\n".join(blocks(page, "python")), str(page), "exec"), {"__name__": "__main__"})
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for language, code in blocks(page, "sh", "python"):
+        if language == "python":  # in this process, because a new one would spend seconds on imports
+            exec(compile(code, str(page), "exec"), names)
+            continue
+        for line in command_lines(code):
+            assert main(words(line)) == 0, line
 
 
 def test_every_sh_line_is_a_command_of_efface() -> None:
     for page in PAGES:
-        lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
-        for line in filter(str.strip, lines):
-            assert "efface " in line, f"{page}: {line}"
+        for _, code in blocks(page, "sh"):
+            for line in command_lines(code):
+                assert "efface " in line, f"{page}: {line}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT / "docs")))
 def test_code_is_narrower_than_its_column(page: Path) -> None:
-    for language in ("sh", "python", "text", "yaml", "json"):
-        lines = "".join(blocks(page, language)).splitlines()
-        assert [line for line in lines if len(line) > 88] == []
+    lines = "".join(code for _, code in blocks(page, "sh", "python", "text", "yaml", "json")).splitlines()
+    assert [line for line in lines if len(line) > 88] == []
 
 
 def test_the_index_leads_to_every_page() -> None:
-    """The index lists the pages by the questions that they answer; it does not repeat the sidebar."""
+    """Its table names every page of the sidebar, by the question that it answers; the decisions have an index."""
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     table, sidebar = index.split("```{toctree}", 1)
-    listed = set(re.findall(r"^(\w[\w/]*)$", sidebar, flags=re.MULTILINE))
-    assert set(re.findall(r"{doc}`([\w/]+)`", table)) == listed
+    listed = set(re.findall(r"^(\w[\w/-]*)$", sidebar, flags=re.MULTILINE))
+    assert set(re.findall(r"{doc}`([\w/-]+)`", table)) == listed
     assert sidebar.count(":hidden:") == sidebar.count(":maxdepth:")
-    assert {str(page.relative_to(ROOT / "docs").with_suffix("")) for page in PAGES} <= listed | {"index"}
+    pages = {str(page.relative_to(ROOT / "docs").with_suffix("")) for page in PAGES}
+    assert {page for page in pages if not page.startswith("decisions/")} <= listed | {"index"}
+
+
+# ---- links
+
+
+@pytest.fixture(scope="module")
+def links() -> ModuleType:
+    """``docs/links.py``, which ``make docs`` runs."""
+    spec = importlib.util.spec_from_file_location("links", ROOT / "docs" / "links.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_link_resolves(links: ModuleType) -> None:
+    assert links.dead_links() == []
+
+
+def test_pages_with_links_are_found(links: ModuleType) -> None:
+    names = {str(page.relative_to(ROOT)) for page in links.pages()}
+    assert {"README.md", "docs/index.md", "engine/efface/objectives/README.md", "benchmarks/gpu/README.md"} <= names
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("[a](b.md)", None),
+        ("[a](b.md#a-heading-with-code-twice)", None),
+        ("[a](b.md#a-heading-with-code-twice-1)", None),
+        ("[a](#here)", None),
+        ("[a](b.md#a-label)", None),
+        ('[a](../README.md "title") and ![picture](_made/memory.svg)', None),
+        ("[a](https://arxiv.org/abs/2401.06121) and <https://example.org/a_(b)>", None),
+        ("{doc}`b`, {doc}`text <b>`, {doc}`/b`, {ref}`a-label`", None),
+        ("`[a](gone.md)` and ``x` [a](gone.md)``", None),
+        ("```text\n[a](gone.md)\n```", None),
+        ("[a](gone.md)", "got nothing at docs/gone.md"),
+        ("[a](b.md#gone)", "expected a heading or label in docs/b.md"),
+        ("[a](#gone)", "expected a heading or label in docs/a.md"),
+        ("![picture](gone.png)", "got nothing at docs/gone.png"),
+        ("[a]: gone.md", "got nothing at docs/gone.md"),
+        ('<img src="gone.png">', "got nothing at docs/gone.png"),
+        ("[a](../../elsewhere.md)", "expected a path inside the checkout"),
+        ("[a](http:/example.org)", "expected https://host/path"),
+        ("[a](https://localhost)", "expected https://host/path"),
+        ("[a](ftp://example.org)", "expected https://host/path"),
+        ("[a]()", "expected a target, got none"),
+        ("{doc}`gone`", "got no file docs/gone.md"),
+        ("{doc}`text <../gone>`", "got no file gone.md"),
+        ("{ref}`gone`", "expected a label of docs/"),
+    ],
+)
+def test_dead_links_are_found(links: ModuleType, tmp_path: Path, text: str, fault: str | None) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("# Title\n")
+    heading = "## A heading, with `code`: *twice*\n"
+    (tmp_path / "docs" / "b.md").write_text(f"# B\n\n{heading}\n{heading}\n(a-label)=\n\n## [C](b.md)\n")
+    (tmp_path / "docs" / "a.md").write_text(f"# Here\n\n{text}\n")
+    found = links.dead_links(tmp_path)
+    if fault is None:
+        assert found == []
+    else:
+        (message,) = found
+        assert message.startswith("docs/a.md:3: ")
+        assert message.endswith(fault) or fault in message
 
 
 @pytest.mark.slow
