@@ -1,6 +1,7 @@
 # make demo       fine-tune small models, unlearn part of the data and evaluate the result
 # make test       run all tests
 # make docs       build the pages of docs/ into build/docs
+# make oldest     run the fast tests on the oldest supported versions
 # make lint       check formatting, lints and types
 # make format     fix formatting and lints
 # make sanitize   run the native tests under AddressSanitizer and UndefinedBehaviorSanitizer, then `make fuzz`
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.inl bindings/*.cpp csrc/fuzz/*.cpp csrc/fuzz/*.hpp)
 
-.PHONY: demo test docs lint format sanitize fuzz clean
+.PHONY: demo test docs oldest lint format sanitize fuzz clean
 
 demo: $(READY)
 	$(BIN)/efface demo --output $(OUT) --overwrite
@@ -29,6 +30,13 @@ docs: $(READY)
 	$(BIN)/python docs/links.py
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo build/docs/index.html
+
+# Run the fast tests on the oldest supported versions, with the extension that .venv built.
+OLDEST := .venv-oldest
+OLDEST_TORCH ?= 2.13.0
+OLDEST_TESTS := tests/batching tests/objectives tests/reference tests/native tests/hf/test_options.py tests/hf/test_forwards.py
+oldest: $(OLDEST)/.ready
+	PYTHONPATH=engine:kernels:. OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist worksteal -m "not slow" $(OLDEST_TESTS)
 
 # stubtest has a separate cache, because its settings differ from mypy's: in a shared cache, each run of one would
 # invalidate the results of the other.
@@ -83,5 +91,11 @@ $(READY): pyproject.toml setup.py constraints/cpu.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints/cpu.txt --editable '.[dev]'
 	touch $@
 
+$(OLDEST)/.ready: $(READY) constraints/oldest.txt
+	$(BIN)/python -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(OLDEST_TORCH) \
+		--requirement constraints/oldest.txt hypothesis pybind11 pytest pytest-benchmark pytest-xdist 'setuptools>=77'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist engine/*.egg-info *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist engine/*.egg-info *.egg-info .pytest_cache .mypy_cache .ruff_cache

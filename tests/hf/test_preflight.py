@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from pathlib import Path
 from typing import Any
 

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from efface.cli.main import COMMANDS
 from efface.extras import EXTRAS, check_extras
@@ -42,6 +44,23 @@ def test_the_table_is_that_of_pyproject() -> None:
     core = {requirement.split(">=")[0].replace("-", "_") for requirement in project["dependencies"]}
     assert not core & set(OPTIONAL)
     assert "PyYAML" in core
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="needs Python >= 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    needed = [
+        *project["dependencies"],
+        *(each for extra in ("cli", "evaluate", "report", "lora", "sweep") for each in extras[extra]),
+    ]
+    bounds = {
+        each.name: Version(specifier.version) for each in map(Requirement, needed) for specifier in each.specifier
+    }
+    lines = (ROOT / "constraints" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = (line.split("==") for line in lines if not line.startswith("#"))
+    assert bounds.pop("torch") == Version("2.8")
+    assert {name: Version(version) for name, version in pinned} == bounds
 
 
 def test_the_core_imports_and_trains_without_any_extra(tmp_path: Path) -> None:
