@@ -274,7 +274,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(tmp_path: Path) -
     ("change", "message"),
     [
         ({"forget": []}, "the forget set is empty"),
-        ({"retain": None}, "has a retain term"),
+        ({"retain": None}, "`retain`: expected a retain set"),
         ({"retain": []}, "the retain set is empty"),
         ({"reference": "remembered"}, "`reference`: expected one of 'auto', 'cached', 'live'"),
         ({"forget": random_store(3, vocabulary=500)}, r"`forget`: expected token ids in 0 .. 299 .*tokenizer"),

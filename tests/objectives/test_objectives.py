@@ -386,7 +386,7 @@ def test_the_dual_variable_ascends_and_is_resumed(upon: str, save: dict[str, Any
 def test_pdu_reads_the_retain_set_before_it_weighs_anything(tmp_path: Path) -> None:
     store = random_store(8, seed=1)
     objective = PDU(alpha=0.0, dual_warmup_epochs=0)
-    with pytest.raises(ValueError, match="has a retain term"):
+    with pytest.raises(ValueError, match="`retain`: expected a retain set"):
         UnlearnTrainer(tiny_llama(), arguments(tmp_path), forget=store, retain=None, objective=objective)
     trainer = UnlearnTrainer(tiny_llama(), arguments(tmp_path), forget=store, retain=store, objective=objective)
     trainer.train()
