@@ -45,8 +45,8 @@ def test_the_demo_from_training_to_evaluation(
         (["--authors", "100"], "expected 1 .. 42 fictitious authors"),
         (["--authors", "3", "--forget-authors", "3"], "expected 1 .. 2 (fewer than --authors), got 3"),
         (["--data", "missing"], "data file 'missing/forget01_perturbed.json' does not exist"),
-        (["--data", "missing", "--forget-authors", "3"], "TOFU has forget splits of 2 (forget01)"),
-        (["--data", "missing", "--authors", "40"], "expected 3 .. 22, of whom 2 are forgotten"),
+        (["--data", "missing", "--forget-authors", "3"], "expected 2 (forget01)"),
+        (["--data", "missing", "--authors", "40"], "expected 3 .. 22, including 2 to forget"),
     ],
 )
 def test_wrong_use_is_explained(

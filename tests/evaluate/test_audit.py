@@ -306,7 +306,7 @@ def test_the_command(
 
 MISTAKES = [
     (["--views", "direct,riddle"], "expected some of direct, cloze"),
-    (["--split", "forget11"], "which has splits forget10"),
+    (["--split", "forget11"], "got splits forget10"),
     (["--group-column", "identity_id", "--views", "clues"], "expected a column 'identity_id'"),
     (["--views", "clues"], "number of rows, 16, must be a multiple of the group size"),
     (["--relearn-share", "2"], "`share`: expected between 0 and 1"),

@@ -445,4 +445,4 @@ def test_a_filter_of_nothing_is_refused(
 ) -> None:
     forget = ["--forget", str(folder / "rows.csv")] if words[0] in ("unlearn", "plan") else []
     assert main([*words, *([] if words[0] == "unlearn" else [str(folder / "model")]), *forget]) == 2
-    assert "rows that it takes some of, got none" in capsys.readouterr().err
+    assert "rows to filter, got none" in capsys.readouterr().err

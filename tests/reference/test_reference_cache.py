@@ -401,10 +401,10 @@ def test_cache_reference_fills_the_cache_for_unlearn(
     words = ["cache-reference", *flags, *precision]
     file = tmp_path / "efface-cache" / "reference.sqlite"
     assert main(words) == 0
-    assert f"5 sequences computed, 0 were there: {file}" in capsys.readouterr().err
+    assert f"5 sequences computed, 0 already cached: {file}" in capsys.readouterr().err
     assert set(tmp_path.iterdir()) - before == {tmp_path / "efface-cache"}  # and no output folder
     assert main(words) == 0
-    assert f"0 sequences computed, 5 were there: {file}" in capsys.readouterr().err
+    assert f"0 sequences computed, 5 already cached: {file}" in capsys.readouterr().err
     assert "0 of 5" in unlearn(*precision)
 
 
@@ -463,10 +463,10 @@ def test_two_processes_share_the_work_and_one_writes(flags: list[str], tmp_path:
     ranks = [str(RANKS / "command_rank.py"), *words]
     first = launch(2, ranks)
     assert first.returncode == 0, first.stderr[-4000:]
-    assert first.stderr.count("5 sequences computed, 0 were there") == 1
+    assert first.stderr.count("5 sequences computed, 0 already cached") == 1
     assert main(words) == 0  # on one process
     again = launch(2, ranks)
-    assert "0 sequences computed, 5 were there" in again.stderr
+    assert "0 sequences computed, 5 already cached" in again.stderr
     (tmp_path / "efface-cache" / "reference.sqlite").write_text("mine")
     refused = launch(2, ranks)
     assert refused.returncode != 0

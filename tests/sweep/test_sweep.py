@@ -92,7 +92,7 @@ class Filled:
 
     def __call__(self, words: Sequence[str], log: Path) -> int:
         self.calls.append(list(words))
-        log.write_text("2 sequences computed, 0 were there\n")
+        log.write_text("2 sequences computed, 0 already cached\n")
         return 0
 
 
