@@ -279,7 +279,11 @@ WRONG_TYPES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "objective, a dict": ({"objective": {"name": "npo"}}, TypeError, "`objective`: expected .* got dict"),
     "objective, another class": ({"objective": int}, TypeError, "`objective`: expected .* got int"),
     "objective, an unknown name": ({"objective": "nop"}, ValueError, "objective: expected one of .*npo.* got 'nop'"),
-    "objective, a class without defaults": ({"objective": FunctionObjective}, TypeError, "expected FunctionObjective"),
+    "objective, a class without defaults": (
+        {"objective": FunctionObjective},
+        TypeError,
+        "expected an instance FunctionObjective",
+    ),
     "processing_class": ({"processing_class": "gpt2"}, TypeError, "`processing_class`: expected a tokenizer of"),
     "forget, a stream": (
         {"forget": datasets.Dataset.from_list(TEXTS).to_iterable_dataset(), "processing_class": tiny_tokenizer()},

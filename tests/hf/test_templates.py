@@ -228,7 +228,7 @@ def test_bad_templates_and_tokenizers() -> None:
         encode(tokenizer, ["a"], ["b"], template="chat")
     with pytest.raises(ValueError, match="expected no system prompt and no date for 'llama-2'"):
         get_template("llama-2", tokenizer, system_prompt="Be brief.")
-    with pytest.raises(ValueError, match="expected equal lengths, got 1, 2"):
+    with pytest.raises(ValueError, match="expected equal lengths, got 1 and 2"):
         encode(tokenizer, ["a"], ["b", "c"])
     with pytest.raises(ValueError, match="row 1: expected an answer, got ' '; drop the row"):
         encode(tokenizer, ["a", "b"], ["c", " "])

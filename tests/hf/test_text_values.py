@@ -398,7 +398,7 @@ def test_class_labels_are_not_text(tmp_path: Path) -> None:
 NO_ROWS: dict[str, tuple[Any, str]] = {
     "a data frame": (pd.DataFrame([GOOD]), r'expected rows, got a DataFrame; pass its .to_dict\("records"\)'),
     "a mapping": ({"question": ["a"]}, "expected rows, got a mapping of 'question'; pass one"),
-    "a stream": (datasets.Dataset.from_list([GOOD]).to_iterable_dataset(), "expected rows, .*, got IterableDataset"),
+    "a stream": (datasets.Dataset.from_list([GOOD]).to_iterable_dataset(), "expected rows .*, got IterableDataset"),
     "a generator": ((row for row in [GOOD]), "expected rows \\(a list of mappings or .*, got generator"),
     "texts": (["question", "answer"], "row 0: expected a mapping of columns to values, got str"),
     "lists": ([["question", "answer"]], "row 0: expected a mapping of columns to values, got list"),
