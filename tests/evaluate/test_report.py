@@ -509,4 +509,4 @@ def test_evaluating_loads_no_plots() -> None:
     for node in ast.parse(source).body:
         assert not isinstance(node, ast.Import)
         if isinstance(node, ast.ImportFrom):
-            assert node.module in ("collections.abc", "pathlib")
+            assert node.module in ("collections.abc", "pathlib", "efface.extras")

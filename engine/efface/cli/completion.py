@@ -27,7 +27,7 @@ def parser() -> FlagParser:
         "Prints a shell script that completes the commands of efface, their flags and the values of flags.",
         _EXAMPLES,
     )
-    flags.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
+    flags.add_argument("shell", choices=list(shtab.SUPPORTED_SHELLS))
     return flags
 
 
@@ -50,6 +50,8 @@ def _completing(flags: argparse.ArgumentParser) -> argparse.ArgumentParser:
     for action in flags._actions:  # noqa: SLF001 - argparse has no public list of actions
         if action.dest == "recipe":
             action.choices = list(known_recipes())
+        elif action.choices is not None:
+            action.choices = list(action.choices)  # shtab reads choices[0]; in transformers 4 some are dict keys
         elif action.dest in _FOLDERS:
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
         elif action.dest in _FILES or action.type is Path:

@@ -284,7 +284,7 @@ def parser() -> FlagParser:
     )
     flags.add_argument(
         "--protocol",
-        choices=PROTOCOLS,
+        choices=sorted(PROTOCOLS),
         default="open-unlearning",
         help="source of rows, lengths and formulas; tofu also sets labels and prompts (default: %(default)s)",
     )
