@@ -16,9 +16,11 @@ def step_block(result: Result) -> str:
     """Return README's table: the first shape of the step suite, with the conditions of the run."""
     machine, shape = result.machine, result.rows[0]["shape"]
     rows = [row for row in result.rows if row["shape"] == shape]
-    cpu = f"a CPU ({machine['threads']} threads, {machine['processor']}); no GPU has run it yet"
+    cpu = f"a CPU ({machine['threads']} threads, {machine['processor']}); not measured on a GPU yet"
     return (
         f"{tables.step_table(rows)}\n\n"
+        "live: the reference model runs in the step. cached: its log-probabilities are read from a file. rows: cross "
+        "entropy over flattened rows. LoRA rows are compared with the first LoRA row. "
         f"NPO on TOFU's rows, {shape}. Measured on {machine.get('gpu') or cpu}. torch {machine['torch']}, "
         f"transformers {machine['rivals']['transformers']}, {machine['date']}: `{machine['command']}`, "
         f"{len(rows[0]['rounds_ms'])} interleaved rounds ([result file](benchmarks/results/{result.file}))."

@@ -68,8 +68,8 @@ def test_results_of_a_gpu_take_the_place_of_those_of_a_cpu() -> None:
     gpu = tables.Result("h100-2020-01-01-step.json", "step", record)
     text = publish.filled("<!-- benchmarks:step -->\n\n<!-- end -->", [gpu, cpu])
     assert "Measured on NVIDIA H100. torch" in text
-    assert "no GPU" not in text
-    assert "no GPU has run it yet" in publish.filled("<!-- benchmarks:step -->\n\n<!-- end -->", [cpu])
+    assert "not measured on a GPU" not in text
+    assert "not measured on a GPU yet" in publish.filled("<!-- benchmarks:step -->\n\n<!-- end -->", [cpu])
 
 
 def test_the_command_writes_all_of_it(tmp_path: Path) -> None:
