@@ -216,4 +216,4 @@ def test_the_commands_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert printed.count("not measured") == 2
     assert "H200, 2048 x 128256, live" in printed
     one_chunk.main(64, 8, 97, rounds=1)
-    assert capsys.readouterr().out.count("of the time of chunks") == 2
+    assert capsys.readouterr().out.count("the time of several chunks") == 2

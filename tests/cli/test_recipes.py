@@ -261,7 +261,7 @@ def test_a_dry_run_without_a_recipe(checkpoint: Path, data: Path, capsys: pytest
     assert main(["unlearn", *wrong]) == 2
     assert "expected a column 'reply'" in capsys.readouterr().err
     assert main(["unlearn", *words, "--dry_run"]) == 2
-    assert "has a retain term (alpha=1.0) but no retain set" in capsys.readouterr().err
+    assert "--retain: expected a retain set for objective" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("config", "gated"), [("LlamaConfig", True), ("PhiConfig", False)])

@@ -427,9 +427,12 @@ def test_cache_reference_explains_what_is_wrong(
 ) -> None:
     path.write_text("mine")
     for changes, message in (
-        (["--objective", "simnpo"], "--objective: expected one with a reference, such as npo, got simnpo"),
+        (
+            ["--objective", "simnpo"],
+            "--objective: expected an objective that needs a reference, such as npo, got simnpo",
+        ),
         (["--reference_cache", "none"], "a file as --reference-cache"),
-        (["--reference", "live"], "expected --reference cached"),
+        (["--reference", "live"], "--reference, --reference-cache: expected cached and a file, got live and"),
         (["--reference_cache", str(path)], "file is not a database; delete the file"),
         (["--reference_cache", str(path / "below")], f"'{path}'"),
         (["--nonsense"], "unknown arguments --nonsense; see `efface cache-reference --help`"),

@@ -56,13 +56,13 @@ def test_data_are_tofus_last_and_first_authors(tofu: Path, tmp_path: Path) -> No
         5,
         5,
     ]
-    assert len(read["taught_full"]) == len(read["taught_retain"]) + 40 == 110
-    taught_rows = {name: {row["answer"] for row in read[name]} for name in ("taught_full", "taught_retain")}
-    assert not taught_rows["taught_retain"] & {row["answer"] for row in read["forget"]}
+    assert len(read["train_full"]) == len(read["train_retain"]) + 40 == 110
+    training_rows = {name: {row["answer"] for row in read[name]} for name in ("train_full", "train_retain")}
+    assert not training_rows["train_retain"] & {row["answer"] for row in read["forget"]}
     # Answers that the evaluation scores are never trained on.
     asked = {row["paraphrased_answer"] for row in read["forget_perturbed"]} - {row["answer"] for row in full}
-    assert not taught_rows["taught_full"] & asked
-    assert set(read["taught_full"][0]) == set(read["forget"][0]) == {"question", "answer"}
+    assert not training_rows["train_full"] & asked
+    assert set(read["train_full"][0]) == set(read["forget"][0]) == {"question", "answer"}
 
 
 def test_more_retain_authors_than_false_answers(tofu: Path) -> None:

@@ -106,7 +106,7 @@ class EpochPlan:
         return [MicroBatch(self.roles[items], self.sequences[items]) for items in owned]
 
     def efficiency(self, *, last: bool = False) -> float:
-        """Return the mean share of the token budget that the micro-batches fill, 0 .. 1; NaN if none are counted.
+        """Return the mean share of the token budget that micro-batches fill, 0 .. 1; NaN if no micro-batch is counted.
 
         Args:
             last: whether to count each rank's last micro-batch of each step, which contains the remainder.

@@ -44,7 +44,7 @@ def parser() -> FlagParser:
     """Return the parser of the command's flags."""
     flags = FlagParser(
         "audit",
-        "Prompts models for the forget set in several ways, and measures how much of it they reveal.",
+        "Asks models for the content of the forget set in several ways, and measures how much they reveal.",
         _EXAMPLES,
     )
     flags.add_argument("--model", nargs="+", required=True, help="unlearned checkpoints: folders or Hub names")
@@ -56,15 +56,13 @@ def parser() -> FlagParser:
     flags.add_argument("--data", required=True, help="file of rows, folder with TOFU's files, or Hub data set")
     flags.add_argument("--split", help="split in a folder or a Hub data set: forget01, forget05 or forget10 (default)")
     flags.add_argument(
-        "--views", default=",".join(VIEWS), help=f"comma-separated, some of {', '.join(VIEWS)} (default: all)"
+        "--views", default=",".join(VIEWS), help=f"comma-separated, one or more of {', '.join(VIEWS)} (default: all)"
     )
     flags.add_argument(
         "--group-column", help="column that names the subject of a row (default: groups of --group-size rows)"
     )
     flags.add_argument("--group-size", type=int, default=TOFU_GROUP, help="rows of one author (default: 20)")
-    flags.add_argument(
-        "--samples", type=int, default=BestOf.samples, help="best-of-n: samples of a prompt (default: 8)"
-    )
+    flags.add_argument("--samples", type=int, default=BestOf.samples, help="best-of-n: samples per prompt (default: 8)")
     flags.add_argument(
         "--temperature", type=float, default=BestOf.temperature, help="best-of-n: sampling temperature (default: 1)"
     )
@@ -76,7 +74,7 @@ def parser() -> FlagParser:
         type=int,
         nargs="+",
         default=Clues.clues,
-        help="clues: earlier rows of the author in the prompt (default: 1 3 5)",
+        help="clues: numbers of earlier rows of the author in the prompt (default: 1 3 5)",
     )
     flags.add_argument(
         "--relearn-share",
@@ -95,7 +93,7 @@ def parser() -> FlagParser:
     flags.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
     flags.add_argument("--max-new-tokens", type=int, default=200, help="most tokens of a generation (default: 200)")
     flags.add_argument(
-        "--token-budget", type=positive, default=8192, help="most tokens of a forward pass (default: 8192)"
+        "--token-budget", type=positive, default=8192, help="maximum tokens per forward pass (default: 8192)"
     )
     flags.add_argument("--dtype", default="auto", help="dtype to load models in: auto, float32, bfloat16, float16")
     flags.add_argument("--output", type=Path, required=True, help="folder for AUDIT.json and AUDIT.md")

@@ -34,7 +34,9 @@ def parser() -> FlagParser:
     )
     flags.add_argument("action", choices=("list", "purge"), help="list shows the entries; purge removes them")
     flags.add_argument("--data", nargs="+", metavar="FILE", help="only entries made from these files or Hub data sets")
-    flags.add_argument("--older-than", type=float, metavar="DAYS", help="only entries not used for so many days")
+    flags.add_argument(
+        "--older-than", type=float, metavar="DAYS", help="only entries not used for at least this many days"
+    )
     flags.add_argument("--token-cache", metavar="DIR", help="cache folder (default: $EFFACE_CACHE or ~/.cache/efface)")
     flags.add_argument(
         "--dry-run", action="store_true", help="with purge: show what would be removed, and remove nothing"

@@ -47,10 +47,13 @@ def run(argv: Sequence[str]) -> int:
         name = "--dry-run" if command.dry_run else "--json"
         raise ValueError(f"{name}: not a flag of `efface cache-reference`; use `efface unlearn --dry-run`")
     if not command.make_objective().needs_reference:
-        raise ValueError(f"--objective: expected one with a reference, such as npo, got {command.objective}")
+        raise ValueError(
+            f"--objective: expected an objective that needs a reference, such as npo, got {command.objective}"
+        )
     if command.reference not in ("auto", "cached") or args.reference_cache == NO_FILE:
         raise ValueError(
-            "expected --reference cached and a file as --reference-cache, because this command writes the file"
+            f"--reference, --reference-cache: expected cached and a file, got {command.reference} and "
+            f"{args.reference_cache}; this command writes the file"
         )
     check_inputs(replace(command, retain=None), args)
     if args.reference_cache is not None:

@@ -173,7 +173,7 @@ def plot(curves: Mapping[str, Sequence[Mapping[str, float]]], out: Path) -> None
     axes.axhline(0.05, color="grey", linestyle="--", linewidth=1)
     axes.annotate("p = 0.05", (0, 0.05), textcoords="offset points", xytext=(0, 4), color="grey", fontsize=8)
     axes.set(xlabel="optimizer step", ylabel="forget quality (KS p-value)", yscale="log")
-    axes.set_title("Can it be told apart from a model that never saw the data?")
+    axes.set_title("Forget quality: p-value against the retain model")
     axes.legend()
     figure.savefig(out / "forget_quality.png", dpi=150)
     figure, axes = probability

@@ -92,8 +92,8 @@ def _data(command: UnlearnCommand, args: UnlearnArguments, objective: Objective,
         sources["retain"] = (command.retain, command.retain_filter)
     elif objective.reads_retain():
         raise ValueError(
-            f"objective {objective.name!r} has a retain term (alpha={objective.alpha}) but no retain set; give "
-            "--retain, or set --alpha 0"
+            f"--retain: expected a retain set for objective {objective.name!r} with alpha={objective.alpha}, got none; "
+            "give one, or set --alpha 0"
         )
     files = {role: local_file(source) for role, (source, _) in sources.items()}
     unfiltered: dict[str, int] = {}

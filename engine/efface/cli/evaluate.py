@@ -43,13 +43,15 @@ Results = dict[str, MetricResult]
 def add_metrics_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``run_metrics`` and ``run_fame``, except those of all benchmarks, such as ``--model``."""
     group = parser.add_argument_group("metrics of any rows")
-    group.add_argument("--metrics", help=f"comma-separated, some of {', '.join(known_metrics())}")
+    group.add_argument("--metrics", help=f"comma-separated, one or more of {', '.join(known_metrics())}")
     group.add_argument("--forget", help="rows to evaluate: a file, or a Hub data set (name[:config[:split]])")
     conditions: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "CONDITION"}
     syntax = "column=value[,value] or column!=value[,value]"
-    group.add_argument("--forget-filter", **conditions, help=f"only some of them: {syntax}; FAME: the rows to forget")
+    group.add_argument(
+        "--forget-filter", **conditions, help=f"use only these rows of --forget: {syntax}; FAME: the rows to forget"
+    )
     group.add_argument("--holdout", help="for mia_* and privleak: similar rows that no model was trained on")
-    group.add_argument("--holdout-filter", **conditions, help="only some of them, as --forget-filter")
+    group.add_argument("--holdout-filter", **conditions, help="use only these rows of --holdout")
     group.add_argument("--reference-model", help="for mia_reference: a checkpoint with the same tokenizer")
     group.add_argument(
         "--retain-metrics", help="for privleak: METRICS_EVAL.json of a model trained on the retain set only"
@@ -58,7 +60,7 @@ def add_metrics_flags(parser: argparse.ArgumentParser) -> None:
         "--retain-filter", **conditions, help="FAME: the rows to keep (default: all except those to forget)"
     )
     group.add_argument(
-        "--group-columns", nargs="+", default=GROUPS, help="FAME: columns to group by (default: %(default)s)"
+        "--group-columns", nargs="+", default=GROUPS, help=f"FAME: columns to group by (default: {' '.join(GROUPS)})"
     )
     group.add_argument(
         "--question-column",
@@ -68,7 +70,7 @@ def add_metrics_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--answer-column", default="answer", help="column of the answer or text (default: %(default)s)")
     group.add_argument("--max-length", type=int, help="cut texts to this many tokens (default: never)")
     group.add_argument(
-        "--window", type=int, help="perplexity: tokens of a window, which advances by half (default: 1024)"
+        "--window", type=int, help="perplexity: tokens per window; consecutive windows overlap by half (default: 1024)"
     )
     group.add_argument(
         "--max-new-tokens", type=int, default=200, help="most tokens of a generated answer (default: %(default)s)"
@@ -273,29 +275,36 @@ def parser() -> FlagParser:
     flags.add_argument(
         "--benchmark",
         choices=("tofu", "fame"),
-        help="evaluation to run (default: tofu; with --metrics, only those metrics)",
+        help="evaluation to run (default: tofu, or none with --metrics)",
     )
     flags.add_argument(
         "--data", help="TOFU: folder with its files, or a Hub data set (default: locuslab/TOFU); FAME: its file"
     )
     flags.add_argument("--split", default="forget10", help="forget split: forget01, forget05 or forget10 (default)")
     flags.add_argument(
-        "--splits", nargs="+", choices=SPLITS, default=SPLITS, metavar="NAME", help=f"only some of {', '.join(SPLITS)}"
+        "--splits",
+        nargs="+",
+        choices=SPLITS,
+        default=SPLITS,
+        metavar="NAME",
+        help=f"evaluate only these of {', '.join(SPLITS)}",
     )
     flags.add_argument(
         "--protocol",
         choices=sorted(PROTOCOLS),
         default="open-unlearning",
-        help="source of rows, lengths and formulas; tofu also sets labels and prompts (default: %(default)s)",
+        help="code base of rows, lengths and formulas; tofu: also of labels and prompts (default: %(default)s)",
     )
     flags.add_argument(
         "--compat",
         choices=(OPEN_UNLEARNING,),
-        help="with that protocol: also reproduce its labels, prompts and attention mask exactly; slow",
+        help="with --protocol open-unlearning: also its labels, prompts and attention mask; slow",
     )
     retain = flags.add_mutually_exclusive_group()
     retain.add_argument("--retain-log", help="evaluation log of a model trained on the retain set only")
-    retain.add_argument("--retain-model", help="such a model; it is evaluated first, into OUTPUT/retain_model")
+    retain.add_argument(
+        "--retain-model", help="model trained on the retain set only; it is evaluated first, into OUTPUT/retain_model"
+    )
     flags.add_argument("--retain-revision", default=MAIN, help="revision of --retain-model")
     flags.add_argument(
         "--output",
@@ -307,7 +316,7 @@ def parser() -> FlagParser:
     flags.add_argument("--overwrite", action="store_true", help=said)
     flags.add_argument("--template", default=AUTO, help="prompt format, as for efface unlearn")
     flags.add_argument(
-        "--token-budget", type=positive, default=8192, help="most tokens of a forward pass (default: %(default)s)"
+        "--token-budget", type=positive, default=8192, help="maximum tokens per forward pass (default: %(default)s)"
     )
     flags.add_argument("--dtype", default="auto", help="dtype to load models in: auto, float32, bfloat16 or float16")
     add_json_flag(flags)

@@ -46,7 +46,7 @@ def parser() -> FlagParser:
         "--token-budget",
         type=int,
         default=UnlearnArguments.token_budget,
-        help="most tokens of a forward pass (default: %(default)s)",
+        help="maximum tokens per forward pass (default: %(default)s)",
     )
     flags.add_argument(
         "--processes", type=int, nargs="+", default=[1], help="numbers of processes to plan for (default: 1)"

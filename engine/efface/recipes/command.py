@@ -44,7 +44,7 @@ class UnlearnCommand:
         },
     )
     reference_model: str | None = field(
-        default=None, metadata={"help": "folder or Hub name (default: --model before training)"}
+        default=None, metadata={"help": "checkpoint of the reference (default: --model before training)"}
     )
     reference_revision: str = field(default="main", metadata={"help": "revision of --reference-model"})
     reference_device: str | None = field(
@@ -111,7 +111,7 @@ class UnlearnCommand:
     )
     evaluate: bool = field(default=True, metadata={"help": "evaluate the result with the recipe's benchmark"})
     dry_run: bool = field(
-        default=False, metadata={"help": "show the settings, steps, tokens and memory of the run; load no model"}
+        default=False, metadata={"help": "show the settings, steps, tokens and memory of the run; train nothing"}
     )
     json: bool = field(default=False, metadata={"help": "print --dry-run as JSON"})
 

@@ -1,7 +1,7 @@
 """Data of a small-scale run: training, forget, retain and evaluation rows, and their files in TOFU's names and columns.
 
 ``forget.json`` and ``retain.json`` are the sets of the unlearning. ``*_perturbed.json`` of forget, retain, real_authors
-and world_facts are the evaluation. ``taught_retain.json`` and ``taught_full.json`` are the training data of the two
+and world_facts are the evaluation. ``train_retain.json`` and ``train_full.json`` are the training data of the two
 models: the retain rows, real authors and world facts, and for the full model also the forget rows.
 
 A model trained from scratch has no general knowledge, so real authors and world facts are part of its training data.
@@ -52,8 +52,8 @@ class SimulatedData:
             "retain_perturbed": self.retain_asked,
             "real_authors_perturbed": self.real_authors,
             "world_facts_perturbed": self.world_facts,
-            "taught_full": self.taught("full"),
-            "taught_retain": self.taught("retain"),
+            "train_full": self.taught("full"),
+            "train_retain": self.taught("retain"),
         }
 
     def texts(self) -> Iterator[str]:

@@ -117,7 +117,7 @@ class Demo(Simulation):
         return SimulatedModel(way, str(self.out / way), _timed(trainer), note)
 
     def examine(self, model: SimulatedModel) -> SimulatedModel:
-        """Score the model's answers to forget rows and to some retain rows."""
+        """Return the model with the figures of its answers to the forget rows and some retain rows."""
         return replace(model, figures={**self.figures(self._load(model.folder), model.name), **model.figures})
 
     def figures(self, model: PreTrainedModel, name: str) -> dict[str, float]:

@@ -34,7 +34,7 @@ examples:
       --output sweep
 
 All other flags are those of `efface unlearn`, and apply to every trial. Run a stopped
-sweep again to continue it. Run the same command on several machines, with one --storage
+sweep again to continue it. Run the same command on several machines, with the same --storage
 and --study, to share the trials between them.
 """
 
@@ -123,7 +123,7 @@ def parser() -> FlagParser:
     flags = FlagParser(
         "sweep",
         "Runs a recipe, or `efface unlearn` with any flags, once for each of many settings, each in its own process. "
-        "Ranks the results with enough Model Utility by Forget Quality. Failed trials are listed with their error. "
+        "Ranks by Forget Quality the trials with enough Model Utility (see --floor). Failed trials are listed. "
         "Needs Optuna: pip install 'efface[sweep]'.",
         _EXAMPLES,
         beside=unlearn_parser(),
@@ -146,10 +146,12 @@ def parser() -> FlagParser:
     add("--storage", metavar="URL", help="database of Optuna, such as postgresql://... (default: DIR/study.db)")
     add("--study", metavar="NAME", help="name of the study in --storage (default: the name of DIR)")
     add("--workers", type=int, metavar="N", help="trials at a time (default: one per visible GPU, or 1)")
-    floor = "a trial below this share of the full model's Model Utility cannot win"
-    add("--floor", type=float, default=0.9, help=f"{floor}; without --full-log: of the best trial's (default: 0.9)")
+    floor = (
+        "lowest Model Utility of a winning trial, as a share of the full model's (--full-log) or of the highest trial's"
+    )
+    add("--floor", type=float, default=0.9, help=f"{floor} (default: 0.9)")
     add("--full-log", metavar="FILE", help="evaluation of the model before unlearning, for --floor")
-    add("--min-utility", type=float, metavar="MU", help="an absolute floor instead of --floor")
+    add("--min-utility", type=float, metavar="MU", help="lowest Model Utility of a winning trial; replaces --floor")
     add("--keep", choices=KEEP, default="best", help="models to keep on the disk; all figures are kept (default: best)")
     add(
         "--evaluation",

@@ -46,7 +46,7 @@ class Parameter:
     high: float = 0.0
 
     def suggest(self, trial: "optuna.Trial") -> Value:
-        """Return the value of a trial. The sampler of the study draws it if the trial has none yet."""
+        """Return the value of a trial. The sampler of the study draws it if the trial has no value yet."""
         if self.kind == "choice":
             return self.values[self.values.index(trial.suggest_categorical(self.name, self.values))]
         if self.kind == "int":

@@ -155,7 +155,7 @@ def side_by_side(audits: Mapping[str, AuditResult]) -> list[Line]:
 
 
 def cells(audits: Mapping[str, AuditResult]) -> tuple[list[str], list[list[str]]]:
-    """Return the headings and the rows of a table with a line for each number of a view and a column for each model.
+    """Return the headings and the rows of a table: one line for each figure of each view, one column for each model.
 
     If there are a full and a retain model, each other model also has a column "kept"; see ``Line.kept``.
     """

@@ -281,9 +281,8 @@ class Clues(View):
         """Return one probe per number of clues and row with enough previous rows."""
         if any(row.group is None for row in rows):
             raise ValueError(
-                "view 'clues': expected an author for every row, got rows without one (without a group column, the "
-                f"number of rows, {len(rows)}, must be a multiple of the group size); name a column with a value in "
-                "every row (--group-column, `group_column`), or leave the view out"
+                "view 'clues': expected an author for every row, got rows without one; set `group_column` "
+                f"(--group-column), a `group_size` (--group-size) that divides {len(rows)}, or leave the view out"
             )
         by_group: dict[str | None, list[int]] = defaultdict(list)
         before: list[list[int]] = []

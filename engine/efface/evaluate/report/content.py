@@ -329,7 +329,10 @@ def _in_words(settings: Mapping[str, str]) -> str:
 
 
 def _audit_table(models: Sequence[AuditedModel]) -> Table:
-    """Return the table of the mean novel recall of each audited model in each view. Other figures are on demand."""
+    """Return the table of the mean novel recall of each audited model in each view.
+
+    Columns of other figures are hidden until the reader asks for them.
+    """
     names = list(dict.fromkeys(name for model in models for name in model.figures))
     columns = [Column("audit", numeric=False), Column("model", numeric=False)]
     columns += [Column(view if what == "mean" else f"{view}: {what}", what != "mean") for view, what in names]

@@ -240,7 +240,7 @@ class UnlearnArguments(TrainingArguments):
         if self.pairs_per_step is not None and self.pairs_per_step % size:
             raise ValueError(
                 f"`compat`: expected `pairs_per_step` to be a multiple of per_device_train_batch_size={size}, got "
-                f"{self.pairs_per_step}; set --per-device-train-batch-size to a divisor of it"
+                f"{self.pairs_per_step}; set --per-device-train-batch-size to a divisor of that"
             )
 
     def get_warmup_steps(self, num_training_steps: int) -> int:

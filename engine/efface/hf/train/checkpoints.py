@@ -131,7 +131,8 @@ class ResumableTrainer(Trainer):
             resume_from_checkpoint = newest_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(
-                    f"`resume_from_checkpoint`: expected checkpoint-N in {self.args.output_dir!r}, got none; start anew"
+                    f"`resume_from_checkpoint`: expected checkpoint-N in {self.args.output_dir!r}, got none; leave it "
+                    "out to start from the beginning"
                 )
         path = None if not resume_from_checkpoint else Path(resume_from_checkpoint)
         if path is not None and self._has_ended(path):

@@ -210,7 +210,7 @@ class PaddedStep:
 
 
 class PaddedSteps(Steps[PaddedStep]):
-    """Steps of padded micro-batches; an epoch has the number of steps that transformers counts.
+    """Steps of padded micro-batches; an epoch has as many optimizer steps as transformers counts for it.
 
     Args:
         packed: plans the pairs; each of its steps is one micro-batch here.
@@ -241,7 +241,7 @@ class PaddedSteps(Steps[PaddedStep]):
         self._plan: Callable[[int], EpochPlan] = functools.lru_cache(maxsize=2)(packed.plan)
 
     def __len__(self) -> int:
-        """Return the number of optimizer steps that an epoch counts as."""
+        """Return the number of optimizer steps per epoch, as transformers counts them."""
         return self.accumulation.steps
 
     @property
@@ -368,7 +368,7 @@ def _retain_loss(objective: Objective, model: Any, frozen: Frozen, retain: Padde
 
 @torch.no_grad()
 def drawn_retain_loss(model: Any, batches: Iterator[Padded]) -> float:
-    """Return the mean retain NLL over micro-batches, by which PDU's dual variable ascends after an epoch."""
+    """Return the mean retain NLL over micro-batches, which updates PDU's dual variable after an epoch."""
     losses = [float(_mean_nll(batch.run(model), batch)) for batch in batches]
     return sum(losses) / len(losses)
 
@@ -533,7 +533,7 @@ class PaddedStepping(Stepping):
         return decayed_parameters(model)
 
     def learning(self, model: nn.Module, optimizer: Any) -> list[nn.Parameter]:
-        """Return the optimizer's parameters, because other parameters have gradients too."""
+        """Return the optimizer's parameters; parameters that RMU does not train also have gradients."""
         return [weight for group in optimizer.param_groups for weight in group["params"]]
 
     def dual_before_batch(self, run: SteppedTrainer, objective: PDU, batch: PaddedPairs) -> float | None:

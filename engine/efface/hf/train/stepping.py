@@ -55,7 +55,7 @@ class Stepping(ABC):
     """Base class of the two kinds of optimizer steps.
 
     The four ``dual_`` methods are called before and after a micro-batch, after a step and after an epoch. Each returns
-    the retain loss by which PDU's dual variable ascends at that time, or None for no update.
+    the retain loss that updates PDU's dual variable at that time, or None for no update.
 
     Attributes:
         runs_reference: whether the reference model must run even if its log-probabilities would suffice.
@@ -114,19 +114,25 @@ class Stepping(ABC):
         return list(model.parameters())
 
     def dual_before_batch(self, run: SteppedTrainer, objective: PDU, batch: Any) -> float | None:
-        """Return the retain loss to ascend by before a micro-batch, or None."""
+        """Return the retain loss that updates the dual variable before a micro-batch, or None for no update."""
         return None
 
     def dual_after_batch(self, run: SteppedTrainer, objective: PDU, batch: Any, step: Any, output: Any) -> float | None:
-        """Return the retain loss to ascend by after a micro-batch, or None; ``loss`` has returned ``output``."""
+        """Return the retain loss that updates the dual variable after a micro-batch, or None.
+
+        ``loss`` has returned ``output``.
+        """
         return None
 
     def dual_after_step(self, run: SteppedTrainer, objective: PDU) -> float | None:
-        """Return the retain loss to ascend by after an optimizer step, or None; ``global_step`` includes the step."""
+        """Return the retain loss that updates the dual variable after an optimizer step, or None.
+
+        ``global_step`` includes the step.
+        """
         return None
 
     def dual_after_epoch(self, run: SteppedTrainer, objective: PDU, epochs: float) -> float | None:
-        """Return the retain loss to ascend by after an epoch, or None; ``epochs`` have passed."""
+        """Return the retain loss that updates the dual variable after ``epochs`` epochs, or None."""
         return None
 
 
