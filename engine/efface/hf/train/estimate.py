@@ -116,7 +116,7 @@ def _of_layers(config: Any, layers: int) -> Any:
 
 
 class _KeptLikeFlash(torch.autograd.Function):
-    """Stand-in for attention with its output shape. It saves what FlashAttention saves: q, k, v, output, one number per row."""
+    """Stand-in for attention with the output shape and saved tensors of FlashAttention: q, k, v, output, row sums."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
