@@ -251,7 +251,7 @@ def test_views_are_checked_before_anything_is_asked(tokenizer: PreTrainedTokeniz
     plain = [{name: row[name] for name in ("question", "answer")} for row in forget]
     with pytest.raises(ValueError, match="view 'choice': expected false answers in column 'perturbed_answer'"):
         audit(nobody, tokenizer, plain, views=["direct", "choice"])
-    with pytest.raises(ValueError, match="view 'clues': expected an author for every row, .* 32, must be a multiple"):
+    with pytest.raises(ValueError, match="view 'clues': expected an author for every row, .* that divides 32"):
         audit(nobody, tokenizer, forget, views=["direct", "clues"])
 
 
@@ -308,7 +308,7 @@ MISTAKES = [
     (["--views", "direct,riddle"], "expected some of direct, cloze"),
     (["--split", "forget11"], "got splits forget10"),
     (["--group-column", "identity_id", "--views", "clues"], "expected a column 'identity_id'"),
-    (["--views", "clues"], "number of rows, 16, must be a multiple of the group size"),
+    (["--views", "clues"], "got rows without one; set `group_column`"),
     (["--relearn-share", "2"], "`share`: expected between 0 and 1"),
     (["--relearn-lr", "-1"], "`learning_rate`: expected a positive number, got -1.0"),
     (["--relearn-lr", "inf"], "`learning_rate`: expected a positive number, got inf"),

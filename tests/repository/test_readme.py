@@ -91,5 +91,5 @@ def test_commands_and_targets_exist() -> None:
     assert {"demo", "test"} <= set(targets)
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-    for command in re.findall(r"^efface ([\w-]+)", README, flags=re.MULTILINE):
+    for command in re.findall(r"^efface ([\w-]+)", "".join(SHELL), flags=re.MULTILINE):
         assert command in COMMANDS

@@ -34,8 +34,8 @@ examples:
       --output sweep
 
 All other flags are those of `efface unlearn`, and apply to every trial. Run a stopped
-sweep again to continue it. Run the same command on several machines, with the same --storage
-and --study, to share the trials between them.
+sweep again to continue it. Run the same command on several machines, with the same
+--storage and --study, to share the trials between them.
 """
 
 # Flags of `efface unlearn` that a sweep refuses, with the reason.
