@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from efface.cli.run_folder import RunFolder
 from efface.cli.sweep import csv_cell
 from efface.cli.training import config_of, model_inputs
 from efface.evaluate.logs import check_results, read_json, write_results
+from efface.evaluate.report import find
 from efface.files import check_output, in_words, locked_folder, private_folder, refuse_inputs, take_lock, written_file
-from efface.hf.train.checkpoints import REPLACED, checkpoints
+from efface.hf.train.checkpoints import REPLACED, RESULTS, checkpoints
 from support.helpers import written_rows
 
 # Every command that writes an output, with an input that the output would replace: (words, existing file, flag).
@@ -199,6 +201,31 @@ def test_overwriting_keeps_the_old_checkpoints_until_the_new_model_is_whole(tmp_
     again.settle()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "notes.txt", "run.json"]
     assert in_words([tmp_path / "notes.txt"]) == "1 file, 4 bytes: notes.txt"
+
+
+def test_overwriting_replaces_the_results_of_the_old_model(tmp_path: Path) -> None:
+    """Otherwise a report would show the old model's evaluation and audit for the new model."""
+    old = (
+        "METRICS_EVAL.json",
+        "evaluation/TOFU_EVAL.json",
+        "evaluation/retain_model/TOFU_EVAL.json",
+        "leaks/AUDIT.json",
+    )
+    kept = ("model.safetensors", "notes/a.txt", "other-run/config.json", "other-run/TOFU_EVAL.json")
+    for name in (*old, *kept):
+        put(tmp_path / name)
+    folder = RunFolder(tmp_path, overwrite=True)
+    folder.begin({"objective": "npo"})
+    assert not [name for name in old if (tmp_path / name).exists()]
+    assert all((tmp_path / name).exists() for name in kept)
+    assert folder.replaced_in_words() == "4 files, 8 bytes: METRICS_EVAL.json, evaluation, leaks"
+    folder.settle()
+    assert not (tmp_path / REPLACED).exists()
+
+
+def test_every_results_file_is_known() -> None:
+    names = (find.EVAL, find.SUMMARY, find.AUDIT, *find.LOGS, "METRICS_EVAL.json", "FAME_EVAL.json")
+    assert [name for name in names if not any(fnmatch(name, pattern) for pattern in RESULTS)] == []
 
 
 def test_results_are_not_pushed_along(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -192,7 +192,9 @@ def _report(name: str, command: str, error: BaseException, interrupted: bool) ->
         return EXIT_DIVERGED
     meant = isinstance(error, (ValueError, TypeError, ImportError)) and on_purpose(error)
     if isinstance(error, ModuleNotFoundError):  # the user can install a missing package
-        meant = not str(error.name).startswith("efface")
+        if error.name == "efface_native":
+            error = ImportError("the extension efface_native is not built; run `pip install -e .` in the checkout")
+        meant = not str(error.name).startswith("efface.")
     if meant or isinstance(error, OSError):
         _say(f"{command}: error: {in_words(error)}")
         return EXIT_USAGE

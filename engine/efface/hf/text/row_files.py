@@ -130,9 +130,14 @@ def _read_csv(rows: FileRows, file: BinaryIO, source: str) -> Iterator[Row]:
                 rows.names = _header(fields, f"{source}, line {line}")
             elif fields:
                 if len(fields) != len(rows.names):
+                    remedy = (
+                        "add the missing fields"
+                        if len(fields) < len(rows.names)
+                        else 'put a field that contains a comma in double quotes: "In Ghent, Belgium"'
+                    )
                     raise ValueError(
                         f"{source}, line {line}: expected {len(rows.names)} fields ({', '.join(rows.names)}), got "
-                        f'{len(fields)}; put a field that contains a comma in double quotes: "In Ghent, Belgium"'
+                        f"{len(fields)}; {remedy}"
                     )
                 yield dict(zip(rows.names, fields, strict=True))
             line = reader.line_num + 1

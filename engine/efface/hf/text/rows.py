@@ -197,7 +197,10 @@ def check_columns(rows: Rows, names: Sequence[str], source: str) -> None:
     present = present_columns(rows, source) if len(rows) else names
     for name in names:
         if name not in present:
-            raise ValueError(f"{source}: expected a column {name!r}, got {', '.join(map(repr, present))}")
+            raise ValueError(
+                f"{source}: expected a column {name!r}, got {', '.join(map(repr, present))}; rename the column, or "
+                "name another (such as --question-column, --answer-column)"
+            )
 
 
 def table_digest(rows: datasets.Dataset, names: Sequence[str], source: str) -> str:

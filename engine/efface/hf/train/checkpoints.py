@@ -22,6 +22,7 @@ from efface.hf.model.loading import is_whole
 
 STATE = "trainer_state.json"
 BEST = "best"  # default folder of KeepBest
+RESULTS = ("*_EVAL.json", "*_SUMMARY.json", "eval_log_aggregated.json", "METRICS_CONFIG.json", "AUDIT.json", "AUDIT.md")
 REPLACED = "_replaced-run"  # checkpoints of an old run, kept until the new run is complete; transformers ignores "_*"
 _REMEDY = "resume from an older checkpoint, or start over (--overwrite)"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -310,8 +311,20 @@ def _in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
+def _results(folder: Path) -> list[Path]:
+    def found(place: Path) -> list[Path]:
+        return [path for pattern in RESULTS for path in place.glob(pattern)]
+
+    others = (path for path in folder.iterdir() if path.is_dir() and not _NAME.fullmatch(path.name))
+    apart = [path for path in others if path.name not in (BEST, REPLACED) and not (path / "config.json").exists()]
+    return sorted([*found(folder), *(path for path in apart if found(path))])
+
+
 def set_aside(folder: Path) -> str:
-    """Move the checkpoints and the best model of another run to the folder ``_replaced-run``.
+    """Move the checkpoints, the best model and the results of another run to the folder ``_replaced-run``.
+
+    Results are files that match ``RESULTS``, and folders in ``folder`` that contain such files and no model. They
+    describe the model that is being replaced; left in place, a report would show them for the new one.
 
     If that folder exists, it contains the files of a still older run, and the run to be replaced never completed. The
     files of the incomplete run are then deleted, so that failing runs do not fill the disk.
@@ -320,12 +333,17 @@ def set_aside(folder: Path) -> str:
         A description of the deleted files; "" if none were deleted.
     """
     best, aside = folder / BEST, folder / REPLACED
-    paths = [*checkpoints(folder).values(), *([best] if best.is_dir() else [])]
+    paths = [*checkpoints(folder).values(), *([best] if best.is_dir() else []), *_results(folder)]
     removed = in_words(paths) if paths and aside.is_dir() else ""
     if paths and not removed:
         aside.mkdir()
     for path in paths:
-        remove_whole(path) if removed else path.rename(aside / path.name)
+        if not removed:
+            path.rename(aside / path.name)
+        elif path.is_dir():
+            remove_whole(path)
+        else:
+            path.unlink()
     return removed
 
 
