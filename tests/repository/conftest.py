@@ -11,9 +11,9 @@ from support.helpers import TEXTS, tiny_llama, tiny_tokenizer
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Create the files that the pages assume: a model, a retain model, the TOFU splits and files of rows."""
+    """Create the files that the pages assume: a model, a retain model, a base model, the TOFU splits and files of rows."""
     tokenizer = tiny_tokenizer()
-    for seed, name in enumerate(("llama", "retain90")):
+    for seed, name in enumerate(("llama", "retain90", "base")):
         model = tiny_llama(seed=seed, vocab_size=len(tokenizer), max_position_embeddings=1024)
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.save_pretrained(tmp_path / name)
