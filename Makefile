@@ -36,7 +36,7 @@ OLDEST := .venv-oldest
 OLDEST_TORCH ?= 2.13.0
 OLDEST_TESTS := tests/batching tests/objectives tests/reference tests/native tests/hf/test_options.py tests/hf/test_forwards.py
 oldest: $(OLDEST)/.ready
-	PYTHONPATH=engine:kernels:. OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist worksteal -m "not slow" $(OLDEST_TESTS)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --dist worksteal -m "not slow" $(OLDEST_TESTS)
 
 # stubtest has a separate cache, because its settings differ from mypy's: in a shared cache, each run of one would
 # invalidate the results of the other.
@@ -94,7 +94,8 @@ $(READY): pyproject.toml setup.py constraints/cpu.txt $(NATIVE)
 $(OLDEST)/.ready: $(READY) constraints/oldest.txt
 	$(BIN)/python -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(OLDEST_TORCH) \
-		--requirement constraints/oldest.txt hypothesis pybind11 pytest pytest-benchmark pytest-xdist 'setuptools>=77'
+		--requirement constraints/oldest.txt hypothesis pytest pytest-xdist
+	printf '%s\n' $(CURDIR) $(CURDIR)/engine $(CURDIR)/kernels > "$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/efface.pth"
 	touch $@
 
 clean:

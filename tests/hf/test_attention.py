@@ -647,7 +647,7 @@ def test_errors_name_what_was_expected() -> None:
         interface.varlen_attention(
             torch.nn.Identity(), *states, None, packed_lengths=interface.PackedLengths((5,)), cu_seq_lens_q=cu_seqlens
         )
-    with pytest.raises(ValueError, match=r"cu_seq_lens_q None; call with packed_arguments"):
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q of shape None; call with packed_arguments"):
         interface.varlen_attention(torch.nn.Identity(), *states, None, packed_lengths=interface.PackedLengths(LENGTHS))
 
 

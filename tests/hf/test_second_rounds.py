@@ -384,7 +384,7 @@ def test_the_audit_relearns_from_the_unlearned_model(
     before, expected = everything(model), logits(model)
     exam, rows = Exam(model, load_tokenizer(str(rounds / "base"))), audit_rows(TEXTS)[:2]
     for rate in (1e-12, 1e-2):
-        with Relearn(steps=1, learning_rate=rate, lora_r=lora_r)._taught(exam, rows) as taught:
+        with Relearn(steps=1, learning_rate=rate, lora_r=lora_r)._fine_tuned(exam, rows) as taught:
             moved = (logits(taught.model) - expected).abs().max()
         assert (moved > 1e-4) if rate == 1e-2 else (moved < 1e-6)
         assert everything(model) == before

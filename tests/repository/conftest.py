@@ -11,7 +11,7 @@ from support.helpers import TEXTS, tiny_llama, tiny_tokenizer
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Create the files that the pages assume: a model, a retain model, a base model, the TOFU splits and files of rows."""
+    """Create the files that the pages assume: full, retain and base model, the TOFU splits, files of rows."""
     tokenizer = tiny_tokenizer()
     for seed, name in enumerate(("llama", "retain90", "base")):
         model = tiny_llama(seed=seed, vocab_size=len(tokenizer), max_position_embeddings=1024)
