@@ -431,7 +431,7 @@ def test_cache_reference_explains_what_is_wrong(
             ["--objective", "simnpo"],
             "--objective: expected an objective that needs a reference, such as npo, got simnpo",
         ),
-        (["--reference_cache", "none"], "a file as --reference-cache"),
+        (["--reference_cache", "none"], "expected cached and a file, got auto and none"),
         (["--reference", "live"], "--reference, --reference-cache: expected cached and a file, got live and"),
         (["--reference_cache", str(path)], "file is not a database; delete the file"),
         (["--reference_cache", str(path / "below")], f"'{path}'"),
