@@ -142,7 +142,7 @@ def test_clues_by_a_column() -> None:
     assert [probe.turns for probe in probes] == [("Q0?", "Answer 0.", "Q2?"), ("Q1?", "Answer 1.", "Q3?")]
     with pytest.raises(ValueError, match="expected a column 'identity_id'"):
         audit_rows(rows, group_column="identity_id")
-    with pytest.raises(ValueError, match=r"number of rows, 4, must be a multiple of the group size.*--group-column"):
+    with pytest.raises(ValueError, match=r"got rows without one; set .group_column.*that divides 4"):
         Clues().probes(audit_rows(rows))
     with pytest.raises(ValueError, match="expected a row with at least 1 previous rows"):
         Clues().probes(audit_rows(rows, group_column="question"))

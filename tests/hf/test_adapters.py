@@ -315,6 +315,7 @@ def test_a_head_whose_adapter_has_a_bias_is_refused() -> None:
         fuse(model)
 
 
+@pytest.mark.skipif(not hasattr(peft.LoraConfig, "alora_invocation_tokens"), reason="needs peft >= 0.18")
 def test_an_activated_lora_is_refused() -> None:
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=BODY, alora_invocation_tokens=[1, 2])
     with pytest.raises(ValueError, match="expected plain LoRA, got an activated LoRA"):
