@@ -14,6 +14,7 @@ from efface.cli.main import main
 from efface.cli.run_folder import RunFolder
 from efface.cli.sweep import csv_cell
 from efface.cli.training import config_of, model_inputs
+from efface.evaluate import logs
 from efface.evaluate.logs import check_results, read_json, write_results
 from efface.evaluate.report import find
 from efface.files import check_output, in_words, locked_folder, private_folder, refuse_inputs, take_lock, written_file
@@ -204,27 +205,27 @@ def test_overwriting_keeps_the_old_checkpoints_until_the_new_model_is_whole(tmp_
 
 
 def test_overwriting_replaces_the_results_of_the_old_model(tmp_path: Path) -> None:
-    """Otherwise a report would show the old model's evaluation and audit for the new model."""
-    old = (
-        "METRICS_EVAL.json",
-        "evaluation/TOFU_EVAL.json",
-        "evaluation/retain_model/TOFU_EVAL.json",
-        "leaks/AUDIT.json",
-    )
-    kept = ("model.safetensors", "notes/a.txt", "other-run/config.json", "other-run/TOFU_EVAL.json")
-    for name in (*old, *kept):
+    """Otherwise a report would show the old model's results for the new model. Files of the user stay."""
+    old = ("METRICS_EVAL.json", "evaluation/TOFU_EVAL.json", "evaluation/EVAL_CONFIG.json", "leaks/AUDIT.json")
+    kept = ("model.safetensors", "leaks/notes.txt", "MY_EVAL.json", "evaluation/retain_model/TOFU_EVAL.json")
+    runs = ("other-run/config.json", "other-run/TOFU_EVAL.json")
+    for name in (*old, *kept, *runs):
         put(tmp_path / name)
     folder = RunFolder(tmp_path, overwrite=True)
     folder.begin({"objective": "npo"})
     assert not [name for name in old if (tmp_path / name).exists()]
-    assert all((tmp_path / name).exists() for name in kept)
     assert folder.replaced_in_words() == "4 files, 8 bytes: METRICS_EVAL.json, evaluation, leaks"
-    folder.settle()
+    put(tmp_path / "leaks" / "AUDIT.json")  # of an incomplete run, which another one replaces
+    again = RunFolder(tmp_path, overwrite=True)
+    again.begin({"objective": "simnpo"})
+    assert again.removed == "1 file, 2 bytes: AUDIT.json"
+    again.settle()
     assert not (tmp_path / REPLACED).exists()
+    assert all((tmp_path / name).exists() for name in (*kept, *runs))
 
 
 def test_every_results_file_is_known() -> None:
-    names = (find.EVAL, find.SUMMARY, find.AUDIT, *find.LOGS, "METRICS_EVAL.json", "FAME_EVAL.json")
+    names = (logs.CONFIG, find.AUDIT, *find.LOGS, "METRICS_EVAL.json", "FAME_EVAL.json")
     assert [name for name in names if not any(fnmatch(name, pattern) for pattern in RESULTS)] == []
 
 

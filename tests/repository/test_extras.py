@@ -114,3 +114,11 @@ def test_every_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ImportError, match=r"matplotlib, nltk, rouge_score, scipy.*'efface\[evaluate,report\]', or stop$"
     ):
         check_extras("this", "evaluate", "report", remedy="stop")
+
+
+def test_an_extension_that_is_not_built_is_one_line(tmp_path: Path) -> None:
+    code = "import efface.cli.main as cli\nassert cli.main(['plan', '--tokenizer', 'x', '--forget', 'y']) == 2\n"
+    said = python(code, without=["efface_native"], cwd=tmp_path)
+    assert (
+        said == "efface plan: error: the extension efface_native is not built; run `pip install -e .` in the checkout\n"
+    )

@@ -192,9 +192,10 @@ def _report(name: str, command: str, error: BaseException, interrupted: bool) ->
         return EXIT_DIVERGED
     meant = isinstance(error, (ValueError, TypeError, ImportError)) and on_purpose(error)
     if isinstance(error, ModuleNotFoundError):  # the user can install a missing package
+        meant = not str(error.name).startswith("efface")
         if error.name == "efface_native":
             error = ImportError("the extension efface_native is not built; run `pip install -e .` in the checkout")
-        meant = not str(error.name).startswith("efface.")
+            meant = True
     if meant or isinstance(error, OSError):
         _say(f"{command}: error: {in_words(error)}")
         return EXIT_USAGE
@@ -271,10 +272,8 @@ class _Signals:
         before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only in it
             for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) not in (
-                    signal.SIG_IGN,
-                    None,
-                ):  # ignored, as by nohup, or not from Python
+                # leave a signal alone that is ignored, as by nohup, or handled outside Python
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     before[number] = signal.signal(number, self._interrupt)
         hook = sys.unraisablehook
         sys.unraisablehook = lambda lost: (

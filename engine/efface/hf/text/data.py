@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -88,17 +88,6 @@ class Refusals:
         return [row for row, _ in spread], [question for _, question in spread], list(self.lines) * len(rows)
 
 
-def _answered(batches: Iterable[Batch], source: str, column: str) -> Iterator[Batch]:
-    """Yield the batches. Raise ValueError for a row without an answer."""
-    for rows, questions, answers in batches:
-        for row, answer in zip(rows, answers, strict=True):
-            if not answer.strip():
-                raise ValueError(
-                    f"{source}, row {row}: expected an answer in column {column!r}, got {answer!r}; drop the row"
-                )
-        yield rows, questions, answers
-
-
 def token_store(
     data: QuestionAnswers,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -167,12 +156,11 @@ def token_store(
         question, answer = names(rows)
         numbers = matching(rows, conditions, source)
         batches = text_batches(rows, question, answer, source=source, numbers=numbers, documents=chosen.documents)
-        if refusals is None:
-            batches = _answered(batches, source, answer)
-        else:
+        if refusals is not None:
             batches = (refusals.batch(where, questions) for where, questions, _ in batches)
         taken = Taken(len(rows) if numbers is None else len(numbers), len(rows))
-        return encode_batches(tokenizer, batches, template=chosen, max_length=max_length), taken
+        place = f"{source}, column {answer!r}, "
+        return encode_batches(tokenizer, batches, template=chosen, max_length=max_length, where=place), taken
 
     def key(identity: Sequence[str]) -> str:
         return token_cache.digest(

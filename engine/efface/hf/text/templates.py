@@ -221,7 +221,12 @@ def encode(
 
 
 def encode_batches(
-    tokenizer: PreTrainedTokenizerBase, batches: Iterable[Batch], *, template: Template, max_length: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Iterable[Batch],
+    *,
+    template: Template,
+    max_length: int | None,
+    where: str = "",
 ) -> Iterator[Chunk]:
     """Tokenise batches one after another as ``encode`` does; memory use is bounded by the batch size.
 
@@ -230,6 +235,7 @@ def encode_batches(
         batches: row numbers, questions and answers.
         template: the result of ``get_template``.
         max_length: as in ``encode``.
+        where: the start of the message about a row without an answer, such as ``forget data, column 'answer', ``.
 
     Yields:
         The arrays of a ``TokenStore``: ids int32, offsets int64, label_starts int64.
@@ -245,7 +251,7 @@ def encode_batches(
     for rows, questions, answers in batches:
         for row, answer in zip(rows, answers, strict=True):
             if not answer.strip():
-                raise ValueError(f"row {row}: expected an answer, got {answer!r}; drop the row")
+                raise ValueError(f"{where}row {row}: expected an answer, got {answer!r}; drop the row")
         texts = [write(row, question, answer) for row, question, answer in zip(rows, questions, answers, strict=True)]
         for group in _groups([len(text) for text, _ in texts]):
             yield _chunk(tokenizer, rows[group], texts[group], template, max_length)

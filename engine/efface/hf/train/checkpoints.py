@@ -22,7 +22,7 @@ from efface.hf.model.loading import is_whole
 
 STATE = "trainer_state.json"
 BEST = "best"  # default folder of KeepBest
-RESULTS = ("*_EVAL.json", "*_SUMMARY.json", "eval_log_aggregated.json", "METRICS_CONFIG.json", "AUDIT.json", "AUDIT.md")
+RESULTS = ("TOFU_*.json", "FAME_*.json", "METRICS_*.json", "EVAL_CONFIG.json", "eval_log_aggregated.json", "AUDIT.*")
 REPLACED = "_replaced-run"  # checkpoints of an old run, kept until the new run is complete; transformers ignores "_*"
 _REMEDY = "resume from an older checkpoint, or start over (--overwrite)"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -312,19 +312,17 @@ def _in_a_line(error: Exception) -> str:
 
 
 def _results(folder: Path) -> list[Path]:
-    def found(place: Path) -> list[Path]:
-        return [path for pattern in RESULTS for path in place.glob(pattern)]
-
-    others = (path for path in folder.iterdir() if path.is_dir() and not _NAME.fullmatch(path.name))
-    apart = [path for path in others if path.name not in (BEST, REPLACED) and not (path / "config.json").exists()]
-    return sorted([*found(folder), *(path for path in apart if found(path))])
+    """Return the results of the model in ``folder``: in the folder itself, or in a folder in it that is not a run."""
+    others = [path for path in folder.iterdir() if path.is_dir() and path.name not in (BEST, REPLACED)]
+    apart = [path for path in others if not _NAME.fullmatch(path.name) and not (path / "config.json").exists()]
+    return sorted(path for place in (folder, *apart) for pattern in RESULTS for path in place.glob(pattern))
 
 
 def set_aside(folder: Path) -> str:
     """Move the checkpoints, the best model and the results of another run to the folder ``_replaced-run``.
 
-    Results are files that match ``RESULTS``, and folders in ``folder`` that contain such files and no model. They
-    describe the model that is being replaced; left in place, a report would show them for the new one.
+    Results are files that match ``RESULTS``. They describe the model that is being replaced; left in place, a report
+    would show them for the new one. Other files are not touched.
 
     If that folder exists, it contains the files of a still older run, and the run to be replaced never completed. The
     files of the incomplete run are then deleted, so that failing runs do not fill the disk.
@@ -339,7 +337,8 @@ def set_aside(folder: Path) -> str:
         aside.mkdir()
     for path in paths:
         if not removed:
-            path.rename(aside / path.name)
+            (aside / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+            path.rename(aside / path.relative_to(folder))
         elif path.is_dir():
             remove_whole(path)
         else:
