@@ -261,7 +261,7 @@ class PaddedSteps(Steps[PaddedStep]):
 
     def retain_draw(self, epoch: int) -> Iterator[Padded]:
         """Yield newly drawn retain micro-batches, as many as in an epoch, for the dual variable after ``epoch``."""
-        plan = self._packed.plan(DUAL_EPOCHS + epoch)
+        plan = self._packed.planner.plan(DUAL_EPOCHS + epoch)
         for batch in range(len(plan)):
             retain = self._part(self.stores[1], plan.pairs(batch)[1])
             if retain is not None:
