@@ -29,11 +29,22 @@ class Logits(metaclass=_Class):
     ) -> None: ...
 
 def measure(
-    stores: Sequence[TokenStore], roles: NDArray[np.int8], sequences: NDArray[np.int64]
-) -> tuple[int, int, int, int]: ...
+    stores: Sequence[TokenStore],
+    roles: NDArray[np.int8],
+    sequences: NDArray[np.int64],
+    *,
+    share: bool = False,
+    last_tokens: bool = True,
+) -> tuple[int, int, int, int, int]: ...
 def pack(
-    stores: Sequence[TokenStore], roles: NDArray[np.int8], sequences: NDArray[np.int64], storage: NDArray[np.int64]
-) -> tuple[tuple[int, ...], tuple[int, ...], int]: ...
+    stores: Sequence[TokenStore],
+    roles: NDArray[np.int8],
+    sequences: NDArray[np.int64],
+    storage: NDArray[np.int64],
+    *,
+    share: bool = False,
+    last_tokens: bool = True,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]: ...
 def plan_epoch(
     forget_lengths: NDArray[np.int64],
     retain_lengths: NDArray[np.int64],

@@ -51,30 +51,38 @@ def storage_of(words: int) -> np.ndarray:
     return np.full(words, -77)
 
 
-def parts(storage: np.ndarray, sequences: int, tokens: int, rows: int) -> dict[str, np.ndarray]:
+def parts(storage: np.ndarray, sequences: int, tokens: int, rows: int, path_tokens: int) -> dict[str, np.ndarray]:
     """Split the storage into its parts, as documented."""
-    sizes = {"input_ids": tokens, "position_ids": tokens, "label_rows": rows, "targets": rows, "sequences": sequences}
+    layout = [
+        ("input_ids", np.int64, tokens),
+        ("position_ids", np.int64, tokens),
+        ("label_rows", np.int64, rows),
+        ("targets", np.int64, rows),
+        ("sequences", np.int64, sequences),
+        ("cu_seqlens", np.int32, sequences + 1),
+        ("roles", np.int8, sequences),
+    ]
+    if path_tokens:
+        layout += [("paths", np.int32, path_tokens), ("cu_paths", np.int32, sequences + 1)]
     out, at = {}, 0
-    for name, size in sizes.items():
-        out[name] = storage[at : at + size]
-        at += size
-    words = (sequences + 2) // 2
-    out["cu_seqlens"] = storage[at : at + words].view(np.int32)[: sequences + 1]
-    out["roles"] = storage[at + words :].view(np.int8)[:sequences]
-    assert len(storage) == at + words + (sequences + 7) // 8
+    for name, dtype, size in layout:
+        words = -(-size * np.dtype(dtype).itemsize // 8)
+        out[name] = storage[at : at + words].view(dtype)[:size]
+        at += words
+    assert len(storage) == at
     return out
 
 
-def run_choice(choice: Choice) -> dict[str, np.ndarray]:
-    *size, words = efface_native.measure(*choice)
+def run_choice(choice: Choice, **settings: bool) -> dict[str, np.ndarray]:
+    *size, words = efface_native.measure(*choice, **settings)
     storage = storage_of(words)
-    lengths, row_offsets, forget_sequences = efface_native.pack(*choice, storage)
+    lengths, segment_lengths, row_offsets, forget_sequences = efface_native.pack(*choice, storage, **settings)
     assert forget_sequences == sum(role != 1 for role in choice[1])
     got = parts(storage, *size)
     assert got.pop("roles").tolist() == choice[1].tolist()
     assert got.pop("sequences").tolist() == choice[2].tolist()
-    assert np.diff(got["cu_seqlens"]).tolist() == list(lengths)
-    return {**got, "row_offsets": np.array(row_offsets)}
+    assert np.diff(got["cu_seqlens"]).tolist() == list(segment_lengths)
+    return {**got, "row_offsets": np.array(row_offsets), "lengths": np.array(lengths)}
 
 
 def run(forget: Store, retain: Store, roles: np.ndarray, sequences: np.ndarray) -> dict[str, np.ndarray]:
@@ -103,6 +111,8 @@ def test_equals_the_naive_packer(
     expected = naive([stores[role][index] for role, index in chosen])
     for name in NAMES:
         assert got[name].tolist() == expected[name], name
+    assert got["lengths"].tolist() == np.diff(got["cu_seqlens"]).tolist()
+    assert "paths" not in got
 
 
 def small() -> tuple[Store, Store, np.ndarray, np.ndarray]:
@@ -256,6 +266,195 @@ def test_two_gibitokens_are_refused_without_being_allocated() -> None:
     with pytest.raises(ValueError, match=r"fewer than 2\^31 tokens, got at least 2148000000"):
         efface_native.measure(stores, roles, sequences)
     assert efface_native.measure(stores, roles[:2147], sequences[:2147])[1] == 2_147_000_000
+
+
+# ---- shared beginnings: against a tree of nested dicts
+
+
+Labelled = tuple[list[int], int]  # tokens, first label
+
+
+def naive_tree(chosen: list[Labelled], *, share: bool, last_tokens: bool) -> dict[str, list[int]]:
+    """Build the batch token by token; a node is [stored index, {next token: node}]."""
+    root: list[Any] = [None, {}]
+    out: dict[str, list[int]] = {name: [] for name in (*NAMES, "paths", "lengths")}
+    out["cu_seqlens"], out["row_offsets"], out["cu_paths"] = [0], [0], [0]
+    for sequence, start in chosen:
+        run = sequence if last_tokens else sequence[:-1]
+        node, path = root, []
+        for position, token in enumerate(run):
+            known = share and token in node[1]
+            has_own = len(out["input_ids"]) > out["cu_seqlens"][-1]
+            if not known or (position == len(run) - 1 and not has_own):
+                path.append(len(out["input_ids"]))
+                out["input_ids"].append(token)
+                out["position_ids"].append(position)
+                if not known:
+                    node[1][token] = [path[-1], {}]
+            else:
+                path.append(node[1][token][0])
+            node = node[1][token]
+        first_label = max(start, 1)
+        out["label_rows"] += path[first_label - 1 : len(sequence) - 1]
+        out["targets"] += sequence[first_label:]
+        out["paths"] += path
+        out["cu_paths"].append(len(out["paths"]))
+        out["cu_seqlens"].append(len(out["input_ids"]))
+        out["row_offsets"].append(len(out["targets"]))
+        out["lengths"].append(len(sequence))
+    if len(out["paths"]) == len(out["input_ids"]):
+        del out["paths"], out["cu_paths"]
+    return out
+
+
+def check_tree(stores: list[list[Labelled]], picks: list[tuple[int, int]]) -> dict[str, np.ndarray]:
+    """Compare all settings with the naive tree; return the batch with sharing and without last tokens."""
+    lent = [
+        efface_native.TokenStore(name, [make_store([s for s, _ in store], [start for _, start in store])])
+        for name, store in zip(("forget", "retain", "alternate"), stores, strict=False)
+    ]
+    choice = (lent, np.array([role for role, _ in picks], np.int8), np.array([i for _, i in picks], np.int64))
+    chosen = [stores[role][index] for role, index in picks]
+    got: dict[str, np.ndarray] = {}
+    for share, last_tokens in itertools.product((False, True), (True, False)):
+        got = run_choice(choice, share=share, last_tokens=last_tokens)
+        expected = naive_tree(chosen, share=share, last_tokens=last_tokens)
+        assert {name: part.tolist() for name, part in got.items()} == expected
+        check_paths(got, chosen, last_tokens=last_tokens)
+    return got
+
+
+def check_paths(batch: dict[str, np.ndarray], chosen: list[Labelled], *, last_tokens: bool) -> None:
+    """Check what attention and loss rely on, from the batch alone: paths read the sequences, segments end them."""
+    tokens = np.arange(len(batch["input_ids"]))
+    paths, cu_paths = batch.get("paths", tokens), batch.get("cu_paths", batch["cu_seqlens"])
+    assert len(paths) > len(tokens) or "paths" not in batch
+    for s, (sequence, _) in enumerate(chosen):
+        path = paths[cu_paths[s] : cu_paths[s + 1]]
+        assert batch["input_ids"][path].tolist() == (sequence if last_tokens else sequence[:-1])
+        assert batch["position_ids"][path].tolist() == list(range(len(path)))
+        segment = tokens[batch["cu_seqlens"][s] : batch["cu_seqlens"][s + 1]]
+        assert len(segment) > 0
+        assert path[len(path) - len(segment) :].tolist() == segment.tolist()
+        assert (path[: len(path) - len(segment)] < segment[0]).all()  # stored by earlier sequences
+
+
+def labelled(*sequences: list[int]) -> list[Labelled]:
+    return [(sequence, 1) for sequence in sequences]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "segments", "paths"),
+    [
+        pytest.param([[1, 2, 9], [3, 4, 9]], [2, 2], None, id="nothing"),
+        pytest.param([[1, 2, 3, 9], [1, 2, 4, 9]], [3, 1], [0, 1, 2, 0, 1, 3], id="two-of-three"),
+        pytest.param([[1, 2, 3, 9]] * 3, [3, 1, 1], [0, 1, 2, 0, 1, 3, 0, 1, 4], id="identical"),
+        pytest.param([[1, 2, 9], [1, 2, 8]], [2, 1], [0, 1, 0, 2], id="identical-but-for-the-last-token"),
+        pytest.param([[1, 9], [1, 9]], [1, 1], None, id="one-token-each"),
+        pytest.param([[1, 2, 3, 4, 9], [1, 2, 9]], [4, 1], [0, 1, 2, 3, 0, 4], id="prefix-after"),
+        pytest.param([[1, 2, 9], [1, 2, 3, 4, 9]], [2, 2], [0, 1, 0, 1, 2, 3], id="prefix-before"),
+        # the third sequence goes on from the first one's token 2, not from the copy that the second one stores
+        pytest.param([[1, 2, 9], [1, 2, 9], [1, 2, 3, 9]], [2, 1, 1], [0, 1, 0, 2, 0, 1, 3], id="after-a-copy"),
+        pytest.param(
+            [[1, 2, 3, 4, 9], [1, 5, 6, 7, 9], [1, 5, 6, 8, 9], [1, 5, 6, 8, 2, 9], [1, 2, 9]],
+            [4, 3, 1, 1, 1],
+            [0, 1, 2, 3, 0, 4, 5, 6, 0, 4, 5, 7, 0, 4, 5, 7, 8, 0, 9],
+            id="depth-4",
+        ),
+        # a common token after a difference is no common beginning
+        pytest.param([[1, 2, 3, 9], [4, 2, 3, 9]], [3, 3], None, id="equal-ends"),
+    ],
+)
+def test_shared_beginnings_by_hand(sequences: list[list[int]], segments: list[int], paths: list[int] | None) -> None:
+    got = check_tree([labelled(*sequences)], [(0, i) for i in range(len(sequences))])
+    assert np.diff(got["cu_seqlens"]).tolist() == segments
+    assert (got["paths"].tolist() if "paths" in got else None) == paths
+
+
+def test_a_question_and_two_answers_share_their_label_row() -> None:
+    """The last prompt token predicts the first token of both answers, so it is two label rows, with two targets."""
+    got = check_tree([[([1, 2, 5, 9], 2)], [([1, 3, 9], 1)], [([1, 2, 6, 9], 2)]], [(0, 0), (2, 0), (1, 0)])
+    assert got["input_ids"].tolist() == [1, 2, 5, 6, 3]
+    assert got["label_rows"].tolist() == [1, 2, 1, 3, 0, 4]
+    assert got["targets"].tolist() == [5, 9, 6, 9, 3, 9]
+
+
+# Three of four tokens are 0, so that sequences share, repeat and contain one another.
+few_tokens = st.integers(2, 9).flatmap(
+    lambda n: st.tuples(st.lists(st.sampled_from([0, 0, 0, 1]), min_size=n, max_size=n), st.integers(0, n - 1))
+)
+
+
+@given(st.lists(st.lists(few_tokens, min_size=1, max_size=6), min_size=1, max_size=3), st.data())
+def test_equals_the_naive_tree(stores: list[list[Labelled]], data: st.DataObject) -> None:
+    roles = data.draw(st.lists(st.integers(0, len(stores) - 1), max_size=12))
+    check_tree(stores, [(role, data.draw(st.integers(0, len(stores[role]) - 1))) for role in roles])
+
+
+@given(st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_ragged_trees(depth: int, seed: int) -> None:
+    """Branches of different lengths at every level, in an order that does not follow the tree."""
+    rng = np.random.default_rng(seed)
+    sequences: list[list[int]] = [[]]
+    for _ in range(depth):
+        children = [(s, child) for s in sequences for child in range(rng.integers(1, 4))]
+        sequences = [[*s, child, *rng.integers(9, size=rng.integers(1, 20)).tolist()] for s, child in children]
+    rng.shuffle(sequences)
+    check_tree([labelled(*sequences)], [(0, int(i)) for i in rng.integers(len(sequences), size=2 * len(sequences))])
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 31, 32, 33, 48, 100])
+def test_every_length_of_a_common_beginning(length: int) -> None:
+    """Tokens are compared in blocks of 16; each position of the first difference, and each end of a sequence."""
+    whole = list(range(100, 101 + length))
+    sequences = [whole] + [[*whole[:at], -1, *whole[at + 1 :]] for at in range(length)]
+    sequences += [whole[:end] for end in range(2, length)]
+    check_tree([labelled(*sequences)], [(0, i) for i in range(len(sequences))])
+
+
+def test_two_thousand_branches_at_one_token() -> None:
+    sequences = [[7, 7, i, j, 9] for i in range(2000) for j in range(2)]
+    got = check_tree([labelled(*sequences)], [(0, i) for i in range(len(sequences))])
+    assert len(got["input_ids"]) == 2 + 2000 * 3
+
+
+@pytest.mark.parametrize("by", [-1, 1])
+def test_storage_without_or_with_too_many_paths_is_refused_before_anything_is_written(by: int) -> None:
+    store = efface_native.TokenStore("forget", [make_store([[1, 2, 3], [1, 2, 4]], [1, 1])])
+    choice = ([store], np.zeros(2, np.int8), np.arange(2))
+    words = efface_native.measure(*choice, share=True)[-1]
+    unshared = efface_native.measure(*choice)[-1]
+    for size in (words + by, unshared):
+        storage = storage_of(size)
+        with pytest.raises(ValueError, match=f"`storage`: expected {words} words, got {size}"):
+            efface_native.pack(*choice, storage, share=True)
+        assert (storage == -77).all()
+
+
+@pytest.mark.parametrize(("roles", "sequences"), [([0, 2], [0, 0]), ([0, 1], [0, 9]), ([0], [0, 0])])
+def test_a_refused_choice_leaves_the_storage_as_it_was(roles: list[int], sequences: list[int]) -> None:
+    stores, _, _ = small_choice()
+    storage = storage_of(100)
+    for share in (False, True):
+        with pytest.raises(ValueError, match="expected"):
+            efface_native.pack(stores, np.array(roles, np.int8), np.array(sequences), storage, share=share)
+        assert (storage == -77).all()
+
+
+def test_paths_of_two_gibitokens_are_refused() -> None:
+    """cu_paths is int32 too, so shared tokens count in each sequence."""
+    stores = [efface_native.TokenStore("forget", [make_store([[1] * 1_000_000], [1])])]
+    choice = (stores, np.zeros(2148, np.int8), np.zeros(2148, np.int64))
+    with pytest.raises(ValueError, match=r"fewer than 2\^31 tokens, got at least 2148000000"):
+        efface_native.measure(*choice, share=True)
+
+
+def test_settings_are_keyword_only() -> None:
+    stores, roles, sequences = small_choice()
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        efface_native.measure(stores, roles, sequences, True)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        efface_native.pack(stores, roles, sequences, storage_of(50), True)
 
 
 def test_the_gil_is_released() -> None:

@@ -1,0 +1,37 @@
+// Beginnings that token sequences have in common.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "token_store.hpp"
+
+namespace efface {
+
+using Tokens = std::span<const std::int32_t>;
+
+// Returns the number of tokens that are equal in both from the first token on.
+inline std::size_t common_prefix(Tokens one, Tokens other) {
+    constexpr std::size_t block = 16;
+    const std::size_t limit = std::min(one.size(), other.size());
+    std::size_t at = 0;
+    const auto differ = [&] {  // in the next block; without a branch, so that compilers vectorise the loop
+        std::uint32_t different = 0;
+        for (std::size_t i = at; i < at + block; ++i) {
+            different |= static_cast<std::uint32_t>(one[i] ^ other[i]);
+        }
+        return different != 0;
+    };
+    while (at + block <= limit && !differ()) {
+        at += block;
+    }
+    while (at < limit && one[at] == other[at]) {
+        ++at;
+    }
+    return at;
+}
+
+}  // namespace efface
