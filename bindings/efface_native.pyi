@@ -45,6 +45,8 @@ def pack(
     share: bool = False,
     last_tokens: bool = True,
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]: ...
+def prefix_lengths(store: TokenStore, prefix: NDArray[np.int32]) -> NDArray[np.int64]: ...
+def pair_prefix_lengths(one: TokenStore, other: TokenStore) -> NDArray[np.int64]: ...
 def plan_epoch(
     forget_lengths: NDArray[np.int64],
     retain_lengths: NDArray[np.int64],
@@ -52,6 +54,7 @@ def plan_epoch(
     *,
     pairs_per_step: int,
     token_budget: int,
+    shared_tokens: int,
     world_size: int,
     seed: int,
     epoch: int,

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "common_prefix.hpp"
 #include "packer.hpp"
 #include "planner.hpp"
 #include "refuse.hpp"
@@ -180,14 +181,35 @@ py::array given_away(std::vector<T>&& values) {
     return py::array_t<T>(static_cast<py::ssize_t>(kept.size()), kept.data(), free);
 }
 
+py::array prefix_lengths(const LentStore& store, const py::array& prefix) {
+    const auto tokens = view<std::int32_t>(prefix, "prefix");
+    std::vector<std::int64_t> lengths;
+    {
+        py::gil_scoped_release release;
+        lengths = efface::prefix_lengths(store.store, tokens);
+    }
+    return given_away(std::move(lengths));
+}
+
+py::array pair_prefix_lengths(const LentStore& one, const LentStore& other) {
+    std::vector<std::int64_t> lengths;
+    {
+        py::gil_scoped_release release;
+        lengths = efface::pair_prefix_lengths(one.store, other.store);
+    }
+    return given_away(std::move(lengths));
+}
+
 py::dict plan_epoch(const py::array& forget_lengths, const py::array& retain_lengths, const py::array& alternates,
-                    std::int64_t pairs_per_step, std::int64_t token_budget, std::int64_t world_size, std::uint64_t seed,
-                    std::uint64_t epoch, const std::string& retain_sampling, bool drop_last) {
+                    std::int64_t pairs_per_step, std::int64_t token_budget, std::int64_t shared_tokens,
+                    std::int64_t world_size, std::uint64_t seed, std::uint64_t epoch,
+                    const std::string& retain_sampling, bool drop_last) {
     const auto forget = view<std::int64_t>(forget_lengths, "forget_lengths");
     const auto retain = view<std::int64_t>(retain_lengths, "retain_lengths");
     const auto alternate = view<std::int64_t>(alternates, "alternates");
     const efface::EpochSettings settings{.pairs_per_step = pairs_per_step,
                                          .token_budget = token_budget,
+                                         .shared_tokens = shared_tokens,
                                          .world_size = world_size,
                                          .seed = seed,
                                          .epoch = epoch,
@@ -336,15 +358,24 @@ storage: int64, with the number of words that `measure` returns for the same arg
 new word, are input_ids, position_ids int64 (T), label_rows, targets int64 (N), sequences int64 (S), cu_seqlens
 int32 (S + 1), roles int8 (S) and, if tokens are shared, paths int32 (E) and cu_paths int32 (S + 1).
 Raises the errors of `measure`, and ValueError for a storage of another size. After an error nothing was written.)");
+    m.def("prefix_lengths", &prefix_lengths, py::arg("store"), py::arg("prefix"),
+          R"(Return the length of the longest common prefix of each sequence with `prefix`: int64 (sequences).
+
+prefix: int32. Only the common beginnings are read. Raises ValueError for an inconsistent store.)");
+    m.def("pair_prefix_lengths", &pair_prefix_lengths, py::arg("one"), py::arg("other"),
+          R"(Return the length of the longest common prefix of sequence i of both stores, for each i: int64 (sequences).
+
+Only the common beginnings are read. Raises ValueError for stores of different sizes, or an inconsistent store.)");
     m.def("plan_epoch", &plan_epoch, py::arg("forget_lengths"), py::arg("retain_lengths"), py::arg("alternates"),
-          py::kw_only(), py::arg("pairs_per_step"), py::arg("token_budget"), py::arg("world_size"), py::arg("seed"),
-          py::arg("epoch"), py::arg("retain_sampling"), py::arg("drop_last"),
+          py::kw_only(), py::arg("pairs_per_step"), py::arg("token_budget"), py::arg("shared_tokens"),
+          py::arg("world_size"), py::arg("seed"), py::arg("epoch"), py::arg("retain_sampling"), py::arg("drop_last"),
           R"(Return the plan of an epoch as a dict of int64 arrays (roles: int8) and the count `over_budget`.
 
 forget, retain: the sequences of the pairs, in order. Micro-batch b consists of roles and sequences
 batch_offsets[b]:batch_offsets[b + 1] and has batch_tokens[b] tokens. Step k consists of the micro-batches
 step_offsets[k]:step_offsets[k + 1]; rank r processes every world_size-th of them, starting with r.
 Arguments are those of efface.batching.plan_epoch; all lengths are int64, and `alternates` is empty if there are none.
+shared_tokens: tokens that each micro-batch with sequences has once. Lengths do not include them, batch_tokens do.
 Raises ValueError for lengths, counts or sets from which no plan can be made.)");
     m.def("row_pass", &row_pass, py::arg("logits"), py::arg("targets"), py::kw_only(), py::arg("gradient"),
           py::arg("logprobs"), py::arg("reference_logits") = py::none(), py::arg("reference_logprobs") = py::none(),

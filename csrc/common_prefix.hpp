@@ -1,17 +1,14 @@
-// Beginnings that token sequences have in common.
+// Beginnings that token sequences have in common. Only these beginnings are read, up to the first difference.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <span>
 #include <vector>
 
 #include "token_store.hpp"
 
 namespace efface {
-
-using Tokens = std::span<const std::int32_t>;
 
 // Returns the number of tokens that are equal in both from the first token on.
 inline std::size_t common_prefix(Tokens one, Tokens other) {
@@ -33,5 +30,13 @@ inline std::size_t common_prefix(Tokens one, Tokens other) {
     }
     return at;
 }
+
+// Returns the length of the longest common prefix of each sequence of the store with `prefix`.
+// Throws std::invalid_argument for offsets outside their chunk. Sequences need no labels.
+std::vector<std::int64_t> prefix_lengths(const TokenStore& store, Tokens prefix);
+
+// Returns the length of the longest common prefix of sequence i of both stores, for each i.
+// Throws std::invalid_argument for stores of different sizes, and for offsets outside their chunk.
+std::vector<std::int64_t> pair_prefix_lengths(const TokenStore& one, const TokenStore& other);
 
 }  // namespace efface

@@ -449,6 +449,51 @@ def test_paths_of_two_gibitokens_are_refused() -> None:
         efface_native.measure(*choice, share=True)
 
 
+# ---- common prefixes of stores
+
+
+def naive_prefix(one: list[int], other: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+any_tokens = st.lists(st.sampled_from([0, 0, 0, 0, 0, 1, -1]), max_size=40)
+
+
+@given(st.lists(st.tuples(any_tokens, any_tokens), max_size=9), any_tokens, st.integers(0, 9))
+def test_common_prefixes(pairs: list[tuple[list[int], list[int]]], prefix: list[int], cut: int) -> None:
+    """Sequences can be empty and need no labels; chunks are one store."""
+
+    def store(sequences: list[list[int]], cut: int) -> efface_native.TokenStore:
+        chunks = [make_store(own, [9] * len(own)) for own in (sequences[:cut], sequences[cut:])]
+        return efface_native.TokenStore("store", chunks)
+
+    ones, others = [one for one, _ in pairs], [other for _, other in pairs]
+    got = efface_native.prefix_lengths(store(ones, cut), np.array(prefix, np.int32))
+    assert got.dtype == np.int64
+    assert got.tolist() == [naive_prefix(one, prefix) for one in ones]
+    got = efface_native.pair_prefix_lengths(store(ones, cut), store(others, 3))
+    assert got.dtype == np.int64
+    assert got.tolist() == [naive_prefix(one, other) for one, other in pairs]
+
+
+def test_common_prefixes_of_invalid_stores_are_refused() -> None:
+    good = efface_native.TokenStore("retain", [make_store([[1, 2, 3], [4, 5]], [1, 1])])
+    bad = efface_native.TokenStore(
+        "forget", [(np.zeros(5, np.int32), np.array([0, 3, 9], np.int64), np.array([1, 1], np.int64))]
+    )
+    with pytest.raises(ValueError, match="`forget` offsets: sequence 1 spans 3 .. 9"):
+        efface_native.prefix_lengths(bad, np.zeros(2, np.int32))
+    for stores in ((good, bad), (bad, good)):
+        with pytest.raises(ValueError, match="`forget` offsets: sequence 1 spans 3 .. 9"):
+            efface_native.pair_prefix_lengths(*stores)
+    with pytest.raises(TypeError, match="`prefix`: expected dtype int32, got int64"):
+        efface_native.prefix_lengths(good, np.zeros(2, np.int64))
+    one = efface_native.TokenStore("retain", [make_store([[1, 2]], [1])])
+    message = "`one`, `other`: expected stores with equal numbers of sequences, got 2 and 1"
+    with pytest.raises(ValueError, match=message):
+        efface_native.pair_prefix_lengths(good, one)
+
+
 def test_settings_are_keyword_only() -> None:
     stores, roles, sequences = small_choice()
     with pytest.raises(TypeError, match="incompatible function arguments"):
@@ -506,6 +551,7 @@ def plan(forget: Any, retain: Any, alternates: Any = NONE, **changes: Any) -> di
     settings = {
         "pairs_per_step": 4,
         "token_budget": 64,
+        "shared_tokens": 0,
         "world_size": 1,
         "seed": 0,
         "epoch": 0,
@@ -571,6 +617,7 @@ cases = st.fixed_dictionaries(
         "with_alternates": st.booleans(),
         "pairs_per_step": st.integers(1, 50),
         "token_budget": st.integers(1, 200),
+        "shared_tokens": st.sampled_from([0, 0, 1, 24, 44, 199, 200, 201]),
         "world_size": st.sampled_from([1, 2, 3, 4, 8]),
         "retain_sampling": st.sampled_from(SAMPLINGS),
         "drop_last": st.booleans(),
@@ -597,6 +644,7 @@ def test_guarantees(case: dict[str, Any]) -> None:
         return
     made = plan(forget, retain, alternates, **case)
     per_step, budget, world = case["pairs_per_step"], case["token_budget"], case["world_size"]
+    shared = case["shared_tokens"]
     tokens = [forget, retain, alternates]
 
     # every forget sequence exactly once, except those of a dropped last step
@@ -623,9 +671,10 @@ def test_guarantees(case: dict[str, Any]) -> None:
         assert max(sums) - min(sums) <= longest
         for batch, items in zip(range(first, last), micro_batches, strict=True):
             total = sum(tokens[role][i] for role, i in items)
-            assert made["batch_tokens"][batch] == total
-            # within the budget, or a single sequence (with its alternate)
-            assert total <= budget or len({i for _, i in items}) == 1
+            assert made["batch_tokens"][batch] == (total + shared if items else 0)
+            # within the budget with the shared tokens, or a single sequence (with its alternate)
+            assert not items or total + shared <= budget or len({role for role, _ in items} - {ALTERNATE}) == 1
+            assert not items or total + shared <= budget or len({i for _, i in items}) == 1
             # forget sequences, each followed by its alternate, then retain sequences
             forgotten = [i for role, i in items if role == FORGET]
             pair = [FORGET, ALTERNATE] if alternates else [FORGET]
@@ -633,7 +682,7 @@ def test_guarantees(case: dict[str, Any]) -> None:
             assert items[: len(ahead)] == ahead
             assert all(role == RETAIN for role, _ in items[len(ahead) :])
     over = [units[i] for i in made["forget"]] + [retain[i] for i in made["retain"]]
-    assert made["over_budget"] == sum(n > budget for n in over)
+    assert made["over_budget"] == sum(n + shared > budget for n in over)
 
 
 @given(cases)
@@ -642,14 +691,39 @@ def test_the_pairs_of_a_step_depend_on_neither_ranks_nor_budget(case: dict[str, 
     case.pop("with_alternates")
     case.update(drop_last=False, retain_sampling="random")
     first = plan(forget, retain, **case)
-    for world, budget in itertools.product((1, 2, 4, 8), (1, 37, 10_000)):
-        made = plan(forget, retain, **{**case, "world_size": world, "token_budget": budget})
+    for world, budget, shared in itertools.product((1, 2, 4, 8), (1, 37, 10_000), (0, 30)):
+        made = plan(forget, retain, **{**case, "world_size": world, "token_budget": budget, "shared_tokens": shared})
         assert made["forget"].tolist() == first["forget"].tolist()
         assert made["retain"].tolist() == first["retain"].tolist()
 
 
 def lower_bound(tokens: int, budget: int) -> int:
     return -(-tokens // budget)
+
+
+def test_shared_tokens_are_counted_once_per_micro_batch() -> None:
+    """Ten units of 10 tokens, budget 64: 44 shared tokens leave room for two units, as a budget of 20 does."""
+    made = plan([10] * 5, [10] * 5, pairs_per_step=5, shared_tokens=44)
+    assert made["batch_tokens"].tolist() == [64] * 5
+    alone = plan([10] * 5, [10] * 5, pairs_per_step=5, token_budget=20)
+    for name in ("forget", "retain", "roles", "sequences", "batch_offsets", "step_offsets"):
+        assert made[name].tolist() == alone[name].tolist(), name
+    assert alone["batch_tokens"].tolist() == [20] * 5
+
+
+@pytest.mark.parametrize("shared", [55, 63, 64, 65, 2**31 - 1])
+def test_a_budget_without_room_beside_the_shared_tokens(shared: int) -> None:
+    """Each sequence, with its alternate, gets its own micro-batch."""
+    made = plan([5] * 4, [10] * 4, [5] * 4, shared_tokens=shared)
+    assert made["over_budget"] == 8
+    assert made["batch_tokens"].tolist() == [10 + shared] * 8
+    # an empty micro-batch has no shared tokens
+    assert plan([5], [10], world_size=4, shared_tokens=shared)["batch_tokens"].tolist() == [
+        10 + shared,
+        5 + shared,
+        0,
+        0,
+    ]
 
 
 def test_few_micro_batches() -> None:
@@ -707,6 +781,8 @@ def test_more_ranks_than_sequences_leaves_empty_micro_batches() -> None:
         ([], [3], [3], {}, "`alternates`: expected 0 lengths"),
         ([3], [3], [], {"pairs_per_step": 0}, "`pairs_per_step`: expected 1 .. 2147483647, got 0"),
         ([3], [3], [], {"token_budget": -1}, "`token_budget`: expected 1 .. 2147483647, got -1"),
+        ([3], [3], [], {"shared_tokens": -1}, "`shared_tokens`: expected 0 .. 2147483647, got -1"),
+        ([3], [3], [], {"shared_tokens": 2**31}, "`shared_tokens`: expected 0 .. 2147483647, got 2147483648"),
         ([3], [3], [], {"world_size": 0}, "`world_size`: expected 1 .. 65536, got 0"),
         ([3], [3], [], {"world_size": INT64.max}, "`world_size`"),
         ([3], [3, 3], [], {"retain_sampling": "paired"}, "expected as many retain as forget sequences, got 2 and 1"),
@@ -727,3 +803,5 @@ def test_extreme_settings() -> None:
     made = plan([top] * 3, [top] * 3, [top] * 3, token_budget=top, pairs_per_step=top, seed=2**64 - 1, epoch=2**64 - 1)
     assert made["batch_tokens"].tolist() == [2 * top] * 3 + [top] * 3
     assert made["over_budget"] == 3
+    made = plan([top], [top], [top], token_budget=1, shared_tokens=top)
+    assert made["batch_tokens"].tolist() == [3 * top, 2 * top]
