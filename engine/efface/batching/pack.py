@@ -207,9 +207,10 @@ class PackedBatch:
         batch = self._on_host()
         ends = torch.tensor(batch.lengths).cumsum(0)
         starts = ends - torch.tensor(batch.lengths)
-        ids, inner = torch.empty(batch.sequence_tokens, dtype=torch.int64), slice(None)
+        ids = torch.empty(batch.sequence_tokens, dtype=torch.int64)
+        inner = torch.ones(batch.sequence_tokens, dtype=torch.bool)
         if not batch.last_tokens:
-            inner = torch.ones(batch.sequence_tokens, dtype=torch.bool).index_fill_(0, ends - 1, False)
+            inner[ends - 1] = False
             ids[ends - 1] = batch.targets[batch.label_offsets.host[1:] - 1]  # the last label is the last token
         ids[inner] = batch.input_ids[batch.paths.long()] if batch.shared else batch.input_ids
         of_rows = starts.repeat_interleave(batch.label_offsets.host.diff())

@@ -74,7 +74,7 @@ def common_prefix(store: TokenStore) -> NDArray[np.int32]:
     sample = [store[i] for i in np.unique(np.linspace(0, len(store) - 1, min(len(store), _SAMPLE)).astype(np.int64))]
     if len(sample) < 2:
         return np.empty(0, np.int32)
-    part = TokenStore.from_sequences(sample, [0] * len(sample))
+    part = TokenStore.from_sequences([ids.tolist() for ids in sample], [0] * len(sample))
     shared = np.stack([efface_native.prefix_lengths(part.native("sample"), ids) for ids in sample])
     np.fill_diagonal(shared, 0)
     shared = -np.sort(-shared, axis=1)  # row i: lengths of the prefixes that sequence i shares, longest first

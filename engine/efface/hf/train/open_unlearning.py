@@ -238,7 +238,7 @@ class PaddedSteps(Steps[PaddedStep]):
         self.accumulation = Accumulation(len(packed), accumulate)
         self._epoch = 0
         # Two plans, because a step can contain the end of one epoch and the start of the next.
-        self._plan: Callable[[int], EpochPlan] = functools.lru_cache(maxsize=2)(packed.plan)
+        self._plan: Callable[[int], EpochPlan] = functools.lru_cache(maxsize=2)(packed.planner.plan)
 
     def __len__(self) -> int:
         """Return the number of optimizer steps per epoch, as transformers counts them."""
