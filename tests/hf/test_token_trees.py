@@ -117,8 +117,12 @@ def gold_of(model: Any, batch: PackedBatch) -> Results:
 
 
 def check_fp32(model: Any, batch: PackedBatch) -> None:
-    """Assert that logits and gradients have a relative rms error of at most 1e-5."""
-    gold = gold_of(model, batch)
+    """Assert that logits and gradients have a relative rms error of at most 1e-5, or twice that of separate passes.
+
+    Of 405 pairs of a family and a tree, one needs the second rule: gradients of Granite, which multiplies embeddings,
+    have an error of 1.07e-5 in separate passes and 1.35e-5 here.
+    """
+    gold, plain = gold_of(model, batch), copy.deepcopy(model)
     use_packed_attention(model)
     assert model.config._attn_implementation == NAME
     reading = reading_of(model)
@@ -126,8 +130,11 @@ def check_fp32(model: Any, batch: PackedBatch) -> None:
     assert reading.shares
     got = results(model, batch, tree_rows, direction(batch))
     assert got.keys() == gold.keys()
-    for name, scale in scales(gold).items():
-        assert rms(got[name] - gold[name]) <= RELATIVE * scale, name
+    errors = {name: rms(got[name] - gold[name]) / scale for name, scale in scales(gold).items()}
+    if max(errors.values()) > RELATIVE:
+        passes = results(plain, batch, separate_rows, direction(batch))
+        for name, scale in scales(gold).items():
+            assert errors[name] <= max(RELATIVE, 2 * rms(passes[name] - gold[name]) / scale), name
 
 
 Errors = dict[str, list[float]]
