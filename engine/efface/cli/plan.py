@@ -52,6 +52,8 @@ def parser() -> FlagParser:
     flags.add_argument(
         "--share-prefixes",
         type=string_to_bool,
+        nargs="?",
+        const=True,
         default=UnlearnArguments.share_prefixes,
         metavar="BOOL",
         help="run shared prefixes once, as for efface unlearn (default: true)",
