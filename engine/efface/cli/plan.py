@@ -107,6 +107,8 @@ def summary(planner: EpochPlanner, epoch: int) -> dict[str, Any]:
     """
     plan = planner.plan(epoch)
     tokens, unshared = planner.tokens(plan)
+    stores = enumerate(planner.stores)  # in the order of the roles
+    length = sum(int(store.lengths[plan.sequences[plan.roles == role]].sum()) for role, store in stores)
     filled = plan.efficiency()
     micro_batches = np.diff(plan.step_offsets) // plan.world_size
     return {
@@ -115,7 +117,7 @@ def summary(planner: EpochPlanner, epoch: int) -> dict[str, Any]:
         "micro_batches_per_step": float(micro_batches.mean()),
         "tokens": tokens,
         "prefixes_saved": 1 - tokens / unshared,
-        "padding_saved": 1 - unshared / padded_tokens(plan, *planner.stores),
+        "padding_saved": 1 - length / padded_tokens(plan, *planner.stores),
         "efficiency": None if np.isnan(filled) else filled,
         "efficiency_with_last": plan.efficiency(last=True),
     }
