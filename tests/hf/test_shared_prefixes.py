@@ -18,7 +18,7 @@ from efface import NPO, RMU, UnlearnTrainer
 from efface.batching import PackedBatch, Role, TokenStore, pack_items, plan_epoch
 from efface.hf.model.head import fuse
 from efface.hf.model.packing import MEMORY, reading_of
-from support.helpers import LONG, arguments, saved_llama, tiny_decoder, tiny_llama, written_rows
+from support.helpers import CHAT_TEXTS, LONG, arguments, saved_llama, tiny_decoder, tiny_llama, written_rows
 from support.processes import RANKS, launch
 from support.ranks.shared_run import CASES, Case, chat_rows, chat_stores, recorded, stored, trainer_of
 
@@ -100,27 +100,12 @@ def test_a_resumed_run_has_the_same_bits(step: int, tmp_path: Path) -> None:
     assert [log["prefixes_saved"] > 0.2 for log in logs[1]] == [True] * 8
 
 
-SYSTEM = "You answer questions about authors who do not exist, and you answer them in one short sentence."
-
-
-def chat_like(path: Path) -> Path:
-    """Write rows whose questions all begin with the same 95 characters."""
-    rows = [
-        {"question": f"{SYSTEM} Where was {name} born?", "answer": f"{name} was born in {city}."}
-        for name, city in [
-            ("Aiko", "Ghent"),
-            ("Bram", "Porto"),
-            ("Dagny", "Cusco"),
-            ("Emre", "Tartu"),
-            ("Hana", "Galway"),
-        ]
-    ]
-    return written_rows(path, rows)
-
-
 @LONG
 def test_a_killed_run_with_shared_prefixes_ends_with_the_same_bits(tmp_path: Path) -> None:
-    model, data = saved_llama(tmp_path / "model"), chat_like(tmp_path / "rows.json")
+    model, data = (
+        saved_llama(tmp_path / "model", max_position_embeddings=256),
+        written_rows(tmp_path / "rows.json", CHAT_TEXTS),
+    )
     words = ["unlearn", "--model", str(model), "--forget", str(data), "--retain", str(data), "--allow-overlap"]
     words += ["--use_cpu", "True", "--pairs_per_step", "2", "--num_train_epochs", "4", "--learning_rate", "1e-3"]
     words += ["--token_budget", "128", "--logging_steps", "3", "--save-schedule", "2"]

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from efface.batching import PackedBatch, TokenStore
 
@@ -50,26 +51,37 @@ def naive_tree(chosen: Sequence[Labelled], *, share: bool, last_tokens: bool) ->
 
 
 def check_batch(batch: PackedBatch, chosen: Sequence[Labelled], *, share: bool, last_tokens: bool) -> None:
-    """Assert that ``batch`` is the naive tree, and that its paths and labels read as the sequences."""
+    """Assert that ``batch`` is the naive tree, and that it reads as the sequences."""
     tree = naive_tree(chosen, share=share, last_tokens=last_tokens)
     for name, part in tree.items():
         got = getattr(batch, name)
         assert (list(got) if isinstance(got, tuple) else got.tolist()) == part, name
-    assert batch.segment_lengths == tuple(np.diff(tree["cu_seqlens"]).tolist())
-    assert batch.shared == bool(tree["paths"])
     assert batch.last_tokens == last_tokens
-    assert batch.tokens == len(tree["input_ids"])
-    assert batch.sequence_tokens == sum(len(ids) for ids, _ in chosen)
-    paths = tree["paths"] or list(range(batch.tokens))
-    borders = itertools.pairwise(tree["cu_paths"] or tree["cu_seqlens"])
-    rows = itertools.pairwise(tree["row_offsets"])
-    for (ids, start), path, labels in zip(chosen, borders, rows, strict=True):
-        own = paths[slice(*path)]
-        assert batch.input_ids[own].tolist() == (ids if last_tokens else ids[:-1])
-        assert batch.position_ids[own].tolist() == list(range(len(own)))
+    check_reading(batch, chosen)
+
+
+def check_reading(batch: PackedBatch, chosen: Sequence[Labelled]) -> None:
+    """Assert what attention and loss rely on: paths read as the sequences, and end with their segments."""
+    assert batch.lengths == tuple(len(ids) for ids, _ in chosen)
+    assert batch.tokens == len(batch.input_ids) == len(batch.position_ids) == sum(batch.segment_lengths)
+    assert batch.sequence_tokens == sum(batch.lengths)
+    assert batch.cu_seqlens.tolist() == [0, *itertools.accumulate(batch.segment_lengths)]
+    tokens, e = torch.arange(batch.tokens), sum(batch.path_lengths)
+    assert batch.shared == (e > batch.tokens)
+    assert (len(batch.paths), len(batch.cu_paths)) == ((e, len(chosen) + 1) if batch.shared else (0, 0))
+    paths, cu_paths = (batch.paths.long(), batch.cu_paths) if batch.shared else (tokens, batch.cu_seqlens)
+    assert cu_paths.tolist() == [0, *itertools.accumulate(batch.path_lengths)]
+    segments = tokens.split(batch.segment_lengths)
+    rows = itertools.pairwise(batch.row_offsets)
+    for (ids, start), path, segment, own in zip(chosen, paths.split(batch.path_lengths), segments, rows, strict=True):
+        assert len(segment) > 0
+        assert path[-len(segment) :].tolist() == segment.tolist()
+        assert (path[: -len(segment)] < segment[0]).all()  # stored by earlier sequences
+        assert batch.input_ids[path].tolist() == (ids if batch.last_tokens else ids[:-1])
+        assert batch.position_ids[path].tolist() == list(range(len(path)))
         first = max(start, 1)
-        assert batch.label_rows[slice(*labels)].tolist() == own[first - 1 : len(ids) - 1]
-        assert batch.targets[slice(*labels)].tolist() == ids[first:]
+        assert batch.label_rows[slice(*own)].tolist() == path[first - 1 : len(ids) - 1].tolist()
+        assert batch.targets[slice(*own)].tolist() == ids[first:]
 
 
 def ragged(depth: int, *, seed: int = 0, low: int = 3, high: int = 90, longest: int = 6) -> TokenStore:

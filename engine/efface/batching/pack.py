@@ -137,12 +137,12 @@ class PackedBatch:
     @cached_property
     def paths(self) -> Tensor:
         """(E,) int32 indices of the tokens on each sequence's path, for each sequence in turn; (0,) without sharing."""
-        return self._part(7, torch.int32)[: sum(self.path_lengths) if self.layout.paths else 0]
+        return self._part(7, torch.int32)[: sum(self.path_lengths) if self.shared else 0]
 
     @cached_property
     def cu_paths(self) -> Tensor:
         """(S + 1,) int32; the path of sequence s is ``paths[cu_paths[s]:cu_paths[s + 1]]``; (0,) without sharing."""
-        return self._part(8, torch.int32)[: len(self.lengths) + 1 if self.layout.paths else 0]
+        return self._part(8, torch.int32)[: len(self.lengths) + 1 if self.shared else 0]
 
     def _part(self, part: int, dtype: torch.dtype) -> Tensor:
         return self.storage[self._starts[part] : self._starts[part + 1]].view(dtype)
@@ -283,7 +283,11 @@ def _retain_sequences(batch: PackedBatch) -> dict[str, Any]:
 
 
 def _retain_tree(batch: PackedBatch) -> PackedBatch:
-    """Return the retain part of a batch on the CPU whose sequences share tokens."""
+    """Return the retain part of a batch on the CPU whose sequences share tokens.
+
+    If a retain sequence keeps a copy of a token of a forget sequence, because all its tokens begin that sequence, later
+    retain sequences do not share the copy. So the part can have more tokens than a batch of only these sequences.
+    """
     first = batch.forget_sequences
     paths = batch.paths[int(batch.cu_paths[first]) :].numpy()
     # A token is stored where it first occurs on a path. A token has the same tokens before it on every path, so those

@@ -107,8 +107,7 @@ def summary(planner: EpochPlanner, epoch: int) -> dict[str, Any]:
     """
     plan = planner.plan(epoch)
     tokens, unshared = planner.tokens(plan)
-    stores = enumerate(planner.stores)  # in the order of the roles
-    length = sum(int(store.lengths[plan.sequences[plan.roles == role]].sum()) for role, store in stores)
+    whole = sum(int(each.lengths[plan.sequences[plan.roles == role]].sum()) for role, each in enumerate(planner.stores))
     filled = plan.efficiency()
     micro_batches = np.diff(plan.step_offsets) // plan.world_size
     return {
@@ -117,7 +116,7 @@ def summary(planner: EpochPlanner, epoch: int) -> dict[str, Any]:
         "micro_batches_per_step": float(micro_batches.mean()),
         "tokens": tokens,
         "prefixes_saved": 1 - tokens / unshared,
-        "padding_saved": 1 - length / padded_tokens(plan, *planner.stores),
+        "padding_saved": 1 - whole / padded_tokens(plan, *planner.stores),
         "efficiency": None if np.isnan(filled) else filled,
         "efficiency_with_last": plan.efficiency(last=True),
     }
@@ -184,7 +183,7 @@ def _stores(options: argparse.Namespace) -> tuple[TokenStore, TokenStore]:
 
 def _table(rows: Sequence[dict[str, Any]], forget: int, retain: int) -> Table:
     title = f"an epoch over {forget:,} forget and {retain:,} retain sequences"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     headings = (
         "processes",
         "steps",
@@ -194,7 +193,7 @@ def _table(rows: Sequence[dict[str, Any]], forget: int, retain: int) -> Table:
         "no padding",
         "filled",
         "with last",
-    )  # the table fits 80 columns
+    )  # with 9 digits of tokens and 5 of steps the table has 79 columns
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
