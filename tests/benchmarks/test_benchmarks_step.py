@@ -311,7 +311,7 @@ def test_a_second_block_warms_up_on_the_largest_steps(providers: Any) -> None:
 def test_without_the_package_that_reads_rows_data_are_made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """TOFU's files exist, but a borrowed machine may lack ``datasets``."""
     from benchmarks.harness import shared
-    from benchmarks.step.inputs import FORGET, RETAIN, stores
+    from benchmarks.step.data import FORGET, RETAIN, stores
 
     monkeypatch.setattr(shared, "FOLDER", tmp_path)
     for name in (FORGET, RETAIN):
