@@ -23,15 +23,18 @@ TokenStore::TokenStore(std::string name, std::vector<TokenChunk> chunks)
     }
 }
 
-Sequence TokenStore::find(std::int64_t index) const {
+TokenStore::Place TokenStore::place_of(std::int64_t index) const {
     if (index < 0 || index >= size()) {
         refuse(quoted(name_) + " sequence: expected an index in 0 .. " + std::to_string(size() - 1) + ", got " +
                std::to_string(index));
     }
     const auto after = std::ranges::upper_bound(firsts_, index);
     const auto c = static_cast<std::size_t>(std::distance(firsts_.begin(), after)) - 1;
-    const TokenChunk& chunk = chunks_[c];
-    const auto i = static_cast<std::size_t>(index - firsts_[c]);
+    return {chunks_[c], static_cast<std::size_t>(index - firsts_[c])};
+}
+
+Tokens TokenStore::tokens_at(const Place& place, std::int64_t index) const {
+    const auto& [chunk, i] = place;
     const std::int64_t begin = chunk.offsets[i];
     const std::int64_t end = chunk.offsets[i + 1];
     if (begin < 0 || end < begin || end > static_cast<std::int64_t>(chunk.ids.size())) {
@@ -39,8 +42,16 @@ Sequence TokenStore::find(std::int64_t index) const {
                " .. " + std::to_string(end) + ", expected an ascending range within 0 .. " +
                std::to_string(chunk.ids.size()));
     }
-    const std::int64_t length = end - begin;
-    const std::int64_t start = chunk.label_starts[i];
+    return chunk.ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
+}
+
+Tokens TokenStore::tokens(std::int64_t index) const { return tokens_at(place_of(index), index); }
+
+Sequence TokenStore::find(std::int64_t index) const {
+    const Place place = place_of(index);
+    const Tokens ids = tokens_at(place, index);
+    const auto length = static_cast<std::int64_t>(ids.size());
+    const std::int64_t start = place.chunk.label_starts[place.i];
     if (start < 0) {
         refuse(quoted(name_) + " label_starts: sequence " + std::to_string(index) + " has " + std::to_string(start) +
                ", expected a position in 0 .. " + std::to_string(length));
@@ -52,8 +63,7 @@ Sequence TokenStore::find(std::int64_t index) const {
                " tokens end before its first label at position " + std::to_string(first_label) +
                "; drop the row or raise the maximum length");
     }
-    return {chunk.ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(length)),
-            static_cast<std::size_t>(first_label)};
+    return {ids, static_cast<std::size_t>(first_label)};
 }
 
 }  // namespace efface
