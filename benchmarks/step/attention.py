@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.timing import Clock
-from benchmarks.step.inputs import StepShape, packed, planned
+from benchmarks.step.inputs import StepShape, assembled
 from efface.batching import PackedBatch
 from efface.hf.model.attention.interface import PackedLengths, varlen_attention
 from efface.hf.model.attention.paths import Paths
@@ -41,13 +41,8 @@ class AttentionRow:
 def measure(name: str, shape: StepShape, device: str, rounds: int) -> list[AttentionRow]:
     """Time the attention of one layer over each step in turn, interleaved, on random queries, keys and values."""
     data = shape.stores()
-    plan = planned(data, shape.pairs)
-    steps = [
-        (whole.to(device), shared.to(device))
-        for whole, shared in zip(
-            *(packed(data, plan, shape.steps, share=share) for share in (False, True)), strict=True
-        )
-    ]
+    whole, once = (assembled(data, pairs=shape.pairs, share=share) for share in (False, True))
+    steps = [(whole[i].batches[0].to(device), once[i].batches[0].to(device)) for i in range(shape.steps)]
     calls = [_calls(shape, *step, device) for step in steps]
     clock = Clock(device)
     spans: dict[str, list[list[object]]] = {part: [] for part in (WHOLE, SHARED, GATHER)}

@@ -15,7 +15,7 @@ from benchmarks.harness.report import processor
 from benchmarks.harness.shared import LLAMA, LLAMA_MID, LLAMA_SMOKE
 from benchmarks.step.data import Stores, chat_stores, stores
 from efface import DPO, NPO, Objective
-from efface.batching import Assembler, EpochPlan, PackedBatch, Role, StepTotals, TokenStore, plan_epoch
+from efface.batching import Assembler, EpochPlanner, PackedBatch, Role, StepTotals, TokenStore
 from efface.hf.model.lora import add_lora
 from efface.hf.reference.score import store_logprobs
 
@@ -190,50 +190,33 @@ def padded(store: TokenStore, index: list[int], sums: Tensor | None = None) -> P
     )
 
 
-def planned(data: Stores, pairs: int) -> EpochPlan:
-    """Return the trainer's plan with seed 0."""
-    return plan_epoch(
-        data.forget.lengths,
-        data.retain.lengths,
-        alternates=None if data.alternate is None else data.alternate.lengths,
-        pairs_per_step=pairs,
-        token_budget=8192,
-        seed=0,
-        epoch=0,
-    )
-
-
-def packed(data: Stores, plan: EpochPlan, count: int, *, share: bool) -> list[PackedBatch]:
-    """Return the batches of the first ``count`` steps, each with all sequences of its step."""
-    assembler = Assembler(plan, data.all, share=share, last_tokens=False, ahead=0)
-    batches = []
-    for number in range(count):
-        (batch,) = assembler[number].batches
-        batches.append(batch)
-    return batches
+def assembled(data: Stores, *, pairs: int, share: bool) -> Assembler:
+    """Return the trainer's steps with seed 0, each in one micro-batch, whose assembler also has their plan."""
+    planner = EpochPlanner(data.all, share=share, last_tokens=False, pairs_per_step=pairs, token_budget=8192, seed=0)
+    return Assembler(planner.plan(0), data.all, ahead=0, **planner.packing)
 
 
 def make_steps(
     data: Stores, reference: PreTrainedModel, *, pairs: int, count: int, objective: Objective = OBJECTIVE
 ) -> list[Step]:
     """Return the trainer's first ``count`` steps with seed 0, on the reference's device."""
-    plan, device = planned(data, pairs), reference.device
-    totals = Assembler(plan, data.all, ahead=0).totals
+    device = reference.device
+    whole, once = (assembled(data, pairs=pairs, share=share) for share in (False, True))
     sums = {Role.FORGET: store_logprobs(reference, data.forget)}
     if data.alternate is not None:
         sums[Role.ALTERNATE] = store_logprobs(reference, data.alternate)
     steps = []
-    for number, (batch, shared) in enumerate(
-        zip(*(packed(data, plan, count, share=share) for share in (False, True)), strict=True)
-    ):
-        forget, retain = (index.tolist() for index in plan.pairs(number))
+    for number in range(count):
+        (batch,), (shared,) = whole[number].batches, once[number].batches
+        assert torch.equal(batch.sequences, shared.sequences)
+        forget, retain = (index.tolist() for index in whole.plan.pairs(number))
         alternate = None
         if data.alternate is not None:
             alternate = padded(data.alternate, forget, sums[Role.ALTERNATE]).to(device)
         steps.append(
             Step(
                 objective,
-                totals(number),
+                whole.totals(number),
                 batch.to(device),
                 shared.to(device),
                 _reference_sums(sums, batch).to(device),
