@@ -36,6 +36,9 @@ class ReferenceCallback(TrainerCallback):
     def on_data(self, data: Mapping[str, DataFacts]) -> None:
         """Receive, by role, which rows of which data are used."""
 
+    def on_sharing(self, saved: float) -> None:
+        """Receive the share of the tokens that training saves because sequences share them, 0 .. 1."""
+
     def on_reference(self, computed: int, missing: int, sequences: int) -> None:
         """Receive the progress of the reference computation.
 
