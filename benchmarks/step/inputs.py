@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -17,7 +18,7 @@ from benchmarks.step.data import Stores, chat_stores, stores
 from efface import DPO, NPO, Objective
 from efface.batching import Assembler, EpochPlanner, PackedBatch, Role, StepTotals, TokenStore
 from efface.hf.model.lora import add_lora
-from efface.hf.reference.score import store_logprobs
+from efface.hf.reference.score import packed_logprobs
 
 OBJECTIVE = NPO(beta=0.1, alpha=1.0)
 
@@ -202,9 +203,10 @@ def make_steps(
     """Return the trainer's first ``count`` steps with seed 0, on the reference's device."""
     device = reference.device
     whole, once = (assembled(data, pairs=pairs, share=share) for share in (False, True))
-    sums = {Role.FORGET: store_logprobs(reference, data.forget)}
+    used = np.unique(np.concatenate([whole.plan.pairs(number)[0] for number in range(count)]))
+    sums = {Role.FORGET: _sums(reference, data.forget, used)}
     if data.alternate is not None:
-        sums[Role.ALTERNATE] = store_logprobs(reference, data.alternate)
+        sums[Role.ALTERNATE] = _sums(reference, data.alternate, used)
     steps = []
     for number in range(count):
         (batch,), (shared,) = whole[number].batches, once[number].batches
@@ -226,6 +228,14 @@ def make_steps(
             )
         )
     return steps
+
+
+def _sums(reference: PreTrainedModel, store: TokenStore, used: NDArray[np.int64]) -> Tensor:
+    """Return (len(store),) log-probabilities of the sequences ``used``, and NaN for the others."""
+    sums = torch.full((len(store),), torch.nan)
+    for sequences, part in packed_logprobs(reference, store, used):
+        sums[torch.from_numpy(sequences)] = part.to(sums.dtype)
+    return sums
 
 
 def _reference_sums(sums: Mapping[Role, Tensor], batch: PackedBatch) -> Tensor:
