@@ -202,7 +202,8 @@ def measure(
 
 
 def default_shapes(options: argparse.Namespace) -> list[str]:
-    return timed_on(options.device)
+    shapes = timed_on(options.device)
+    return [name for name in shapes if not SHAPES[name].chat] if options.quick else shapes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -211,6 +212,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--blocks", action="store_true", help="run one provider after another; always the case on a GPU"
     )
     add_without(parser)
+    parser.add_argument("--quick", action="store_true", help="leave out the shapes with a chat template by default")
 
 
 def run(options: argparse.Namespace, report: Report) -> None:

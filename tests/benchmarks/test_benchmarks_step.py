@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 import weakref
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -148,13 +149,15 @@ def test_refusals_of_tofu_become_alternates(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_a_cpu_without_bf16_instructions_is_timed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.step import inputs
+    from benchmarks.step import inputs, suite
 
     dtypes = {}
     for flags in ("fma avx2", "fma avx512_bf16", "fma amx_bf16"):
         monkeypatch.setattr(inputs, "processor", lambda flags=flags: {"flags": flags})
         dtypes[flags] = {inputs.SHAPES[name].dtype for name in inputs.timed_on("cpu")}
         assert len(inputs.timed_on("cpu")) == 3
+        (quick,) = suite.default_shapes(Namespace(device="cpu", quick=True))
+        assert quick.startswith("Llama 8 layers")
     assert dtypes == {
         "fma avx2": {torch.float32},
         "fma avx512_bf16": {torch.bfloat16},
