@@ -14,9 +14,9 @@ import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efface.batching import TokenTree
 from efface.hf.model.attention import NAME, flash_attn, interface, packed_arguments, torch_varlen
 from efface.hf.model.attention.choice import AttentionCall, Installed, choose_kernel
+from efface.hf.model.attention.paths import Paths
 from efface.hf.model.attention.segments import segment_attention
 from efface.hf.model.head import fuse, use_packed_attention
 from support.helpers import VOCABULARY, separate, tiny_llama, tiny_model, unlabelled
@@ -486,24 +486,10 @@ def _varlen_by_segments(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
 SEGMENTS, PATHS = (4, 3, 1), ((0, 1, 2, 3), (0, 1, 2, 4, 5, 6), (0, 1, 2, 4, 7))
 
 
-def tree() -> TokenTree:
-    nothing = torch.empty(0, dtype=torch.int64)
-    cu_seqlens, cu_paths = (
-        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) for lengths in (SEGMENTS, map(len, PATHS))
-    )
-    return TokenTree(
-        input_ids=nothing,
-        position_ids=nothing,
-        lengths=SEGMENTS,
-        cu_seqlens=cu_seqlens,
-        paths=torch.tensor([token for path in PATHS for token in path]),
-        path_lengths=tuple(map(len, PATHS)),
-        cu_paths=cu_paths,
-        label_rows=nothing,
-        targets=nothing,
-        labels=np.empty(0, np.int64),
-        label_offsets=np.zeros(1, np.int64),
-    )
+def paths() -> Paths:
+    cu_paths = torch.tensor([0, *itertools.accumulate(map(len, PATHS))], dtype=torch.int32)
+    indices = torch.tensor([token for path in PATHS for token in path], dtype=torch.int32)
+    return Paths(indices, cu_paths, tuple(map(len, PATHS)), sum(SEGMENTS))
 
 
 def _flash_of_paths(
@@ -536,11 +522,11 @@ def test_tokens_see_their_path(name: str, kernel: str, heads: tuple[int, int], m
     found = torch_varlen.Varlen(_varlen_of_paths, frozenset(PARAMETERS["2.12"]), "lse")
     monkeypatch.setattr(torch_varlen, "load", lambda: found)
     states = attention_inputs((8,), heads=heads[0], key_heads=heads[1])
-    made = tree()
-    lengths = interface.PackedLengths(made.lengths, made)
+    lengths = interface.PackedLengths(SEGMENTS, paths())
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(SEGMENTS)], dtype=torch.int32)
     with torch.no_grad():
         got, _ = interface.varlen_attention(
-            torch.nn.Identity(), *states, None, packed_lengths=lengths, cu_seq_lens_q=made.cu_seqlens, **call
+            torch.nn.Identity(), *states, None, packed_lengths=lengths, cu_seq_lens_q=cu_seqlens, **call
         )
         rows: dict[int, Tensor] = {}  # each path alone
         for path in PATHS:

@@ -200,9 +200,9 @@ def _gathered(run: Run) -> list[str]:
     64 sequences of TOFU's lengths share 39 tokens. The time is to be compared with that of attention over the paths.
     """
     count, shared = (6, 5) if run.smoke else (64, 39)
-    own = [max(1, int(n) - shared // 2) for n in tofu_lengths(np.random.default_rng(0), count)]
-    lengths, starts = tuple(shared + n for n in own), itertools.accumulate(own, initial=shared)
-    indices = torch.cat([torch.cat([torch.arange(shared), start + torch.arange(n)]) for start, n in zip(starts, own)])
+    own = [int(n) for n in tofu_lengths(np.random.default_rng(0), count)]
+    lengths, parts = tuple(shared + n for n in own), torch.arange(shared + sum(own)).split([shared, *own])
+    indices = torch.cat([torch.cat([parts[0], part]) for part in parts[1:]])
     paths = Paths(indices.int().to(run.device), _borders(lengths, run.device), lengths, shared + sum(own))
     dtype = torch.float32 if run.smoke else torch.bfloat16
     case = AttentionCase("a shared prefix, grouped heads of 64", 32, 8, 64, tuple(own), key_lengths=lengths)
@@ -228,8 +228,8 @@ def _gathered(run: Run) -> list[str]:
     medians = {name: sorted(times)[len(times) // 2] for name, times in timed.items()}
     error, repeats = _distance(first, gold), torch.equal(first, second)
     run.row(
-        f"{case.name}: {len(indices)} keys of {paths.tokens} tokens gathered with gradient in {medians['gather']:.3f} ms "
-        f"(needed for keys and for values), attention {medians['attention']:.3f} ms; error {error:.1e}, "
+        f"{case.name}: {len(indices)} keys of {paths.tokens} tokens gathered with gradient in {medians['gather']:.3f} "
+        f"ms (needed for keys and for values), attention {medians['attention']:.3f} ms; error {error:.1e}, "
         f"{'repeats' if repeats else 'does not repeat'} bitwise",
         case=case.name,
         tokens=paths.tokens,

@@ -137,12 +137,12 @@ class PackedBatch:
     @cached_property
     def paths(self) -> Tensor:
         """(E,) int32 indices of the tokens on each sequence's path, for each sequence in turn; (0,) without sharing."""
-        return self._part(7, torch.int32)[: sum(self.path_lengths) if self.layout.paths else 0]
+        return self._part(7, torch.int32)[: sum(self.path_lengths) if self.shared else 0]
 
     @cached_property
     def cu_paths(self) -> Tensor:
         """(S + 1,) int32; the path of sequence s is ``paths[cu_paths[s]:cu_paths[s + 1]]``; (0,) without sharing."""
-        return self._part(8, torch.int32)[: len(self.lengths) + 1 if self.layout.paths else 0]
+        return self._part(8, torch.int32)[: len(self.lengths) + 1 if self.shared else 0]
 
     def _part(self, part: int, dtype: torch.dtype) -> Tensor:
         return self.storage[self._starts[part] : self._starts[part + 1]].view(dtype)
@@ -157,6 +157,11 @@ class PackedBatch:
     def _on_host(self) -> "PackedBatch":
         """Return the batch on the CPU, without a copy from the device if the batch was made on the CPU."""
         return self.to("cpu") if self.host is None else self.host
+
+    def _moved_here(self, batch: "PackedBatch") -> "PackedBatch":
+        """Return a batch from the CPU on this batch's device, without waiting for the device."""
+        storage = to_device(batch.storage, self.storage.device)
+        return batch if storage is batch.storage else replace(batch, storage=storage, host=batch)
 
     @cached_property
     def label_offsets(self) -> RowOffsets:
@@ -188,7 +193,7 @@ class PackedBatch:
     def _retain_part(self) -> "PackedBatch":
         first, rows = self.forget_sequences, self.forget_rows
         if self.shared:
-            return _retain_tree(self._on_host()).to(self.storage.device)
+            return self._moved_here(_retain_tree(self._on_host()))
         tokens = sum(self.segment_lengths[:first])
         return PackedBatch.of(
             input_ids=self.input_ids[tokens:],
@@ -214,7 +219,7 @@ class PackedBatch:
             ids[ends - 1] = batch.targets[batch.label_offsets.host[1:] - 1]  # the last label is the last token
         ids[inner] = batch.input_ids[batch.paths.long()] if batch.shared else batch.input_ids
         of_rows = starts.repeat_interleave(batch.label_offsets.host.diff())
-        return PackedBatch.of(
+        unshared = PackedBatch.of(
             input_ids=ids,
             position_ids=torch.cat([torch.arange(length) for length in batch.lengths]),
             label_rows=of_rows + batch.position_ids[batch.label_rows],
@@ -225,7 +230,8 @@ class PackedBatch:
             lengths=batch.lengths,
             row_offsets=batch.row_offsets,
             forget_sequences=batch.forget_sequences,
-        ).to(self.storage.device)
+        )
+        return self._moved_here(unshared)
 
     @classmethod
     def of(
@@ -277,7 +283,11 @@ def _retain_sequences(batch: PackedBatch) -> dict[str, Any]:
 
 
 def _retain_tree(batch: PackedBatch) -> PackedBatch:
-    """Return the retain part of a batch on the CPU whose sequences share tokens."""
+    """Return the retain part of a batch on the CPU whose sequences share tokens.
+
+    If a retain sequence keeps a copy of a token of a forget sequence, because all its tokens begin that sequence, later
+    retain sequences do not share the copy. So the part can have more tokens than a batch of only these sequences.
+    """
     first = batch.forget_sequences
     paths = batch.paths[int(batch.cu_paths[first]) :].numpy()
     # A token is stored where it first occurs on a path. A token has the same tokens before it on every path, so those

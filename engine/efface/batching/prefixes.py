@@ -66,7 +66,7 @@ def _shorter(shared: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[n
 
 
 def common_prefix(store: TokenStore) -> NDArray[np.int32]:
-    """Return the prefix that saves most tokens if it is stored once: its length times the sequences that begin with it.
+    """Return the prefix that saves most tokens if it is stored once: its length times the sequences that repeat it.
 
     It is found in a sample of evenly spaced sequences, so that one sequence with another beginning does not matter. It
     is empty if no two sequences of the sample begin with the same token.

@@ -163,7 +163,7 @@ def padded_logprobs(
 
 @dataclass(frozen=True, eq=False)
 class ScoredLabels:
-    """The labels of some sequences; a label that sequences share, with all tokens before it, occurs once.
+    """The labels of some sequences; a label that a shared token predicts for several sequences occurs once.
 
     Attributes:
         hidden: (M, D) hidden states that predict the labels.

@@ -130,11 +130,20 @@ def decoder_of(model: PreTrainedModel) -> Any:
 
 @uncompiled_frame
 def packed_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Return the final hidden states (T, D) of all stored tokens of a batch that is ``readable`` for the model."""
+    """Return the final hidden states (T, D) of all stored tokens of a batch that is ``readable`` for the model.
+
+    Raises:
+        ValueError: if the batch has shared tokens and the model does not support them.
+    """
     reading, decoder = reading_of(model), decoder_of(model)
     if reading is None or not reading.splits(max(batch.lengths), batch.tokens):
         states: Tensor = decoder(**packed_arguments(model, batch, decoder)).last_hidden_state  # (1, T, D)
         return states[0]
+    if batch.shared:
+        raise ValueError(
+            f"`batch`: expected one without shared tokens, got one with; {type(model).__name__} runs one sequence per "
+            "pass; use batch.unshared()"
+        )
     parts = []
     for ids in batch.input_ids.split(batch.segment_lengths):
         rewind(model, reading.encodings)
