@@ -21,7 +21,7 @@ Indices = Sequence[int] | NDArray[np.int64]
 _STORES = ("forget", "retain", "alternate")  # in the order of Role
 
 
-class Layout(NamedTuple):
+class PackedLayout(NamedTuple):
     """Sizes of the parts of a batch's storage, see csrc/packer.hpp, ``PackedParts``."""
 
     sequences: int  # S
@@ -60,7 +60,7 @@ class PackedBatch:
     """
 
     storage: Tensor
-    layout: Layout
+    layout: PackedLayout
     lengths: tuple[int, ...]
     segment_lengths: tuple[int, ...]
     row_offsets: tuple[int, ...]
@@ -258,7 +258,7 @@ class PackedBatch:
         """
         words = [_words(part) for part in (cu_seqlens, roles, paths, cu_paths) if part is not None]
         storage = torch.cat([input_ids, position_ids, label_rows, targets, sequences, *words])
-        layout = Layout(len(lengths), len(input_ids), len(targets), 0 if paths is None else len(paths))
+        layout = PackedLayout(len(lengths), len(input_ids), len(targets), 0 if paths is None else len(paths))
         own = segment_lengths or (lengths if last_tokens else tuple(length - 1 for length in lengths))
         return cls(storage, layout, lengths, own, row_offsets, forget_sequences, last_tokens)
 
@@ -338,7 +338,7 @@ def pack_items(
     *layout, words = efface_native.measure(native, roles, sequences, **options)
     storage = torch.empty(words, dtype=torch.int64, pin_memory=pin_memory)
     packed = efface_native.pack(native, roles, sequences, storage.numpy(), **options)
-    return PackedBatch(storage, Layout(*layout), *packed, last_tokens=last_tokens)
+    return PackedBatch(storage, PackedLayout(*layout), *packed, last_tokens=last_tokens)
 
 
 def packed_tokens(
