@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from transformers import TrainerCallback
 from transformers.utils.logging import warning_once
 
 from efface import NPO, RMU, UnlearnTrainer
@@ -55,21 +57,31 @@ def check_equal(got: dict[str, Any], want: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in SHORT else LONG) for name in CASES])
 def test_a_run_with_shared_prefixes_is_the_run_without(name: str, tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, CASES[name], share=True, max_steps=STEPS)
-    many = name != "NPO, one pass a step" and "UNDIAL" not in name  # UNDIAL has no retain sequences by default
-    assert (max(len(step.batches) for step in map(trainer._steps.__getitem__, range(3))) > 1) == many
+    several = max(len(trainer._steps[step].batches) for step in range(3)) > 1
+    assert several == (name != "NPO, one pass a step")
     check_equal(recorded(trainer), unshared(name))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [TOGETHER, pytest.param([*CASES], marks=LONG)], ids=["some", "all"])
-def test_two_processes_with_shared_prefixes_follow_one_without(names: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("processes", "names"),
+    [
+        pytest.param(2, TOGETHER, id="two"),
+        pytest.param(2, [*CASES], marks=LONG, id="two, all"),
+        # Step 13 has 2 pairs, that is, 4 sequences.
+        pytest.param(5, TOGETHER[:2], marks=LONG, id="five, of which one has no share of a step"),
+    ],
+)
+def test_several_processes_with_shared_prefixes_follow_one_without(
+    processes: int, names: list[str], tmp_path: Path
+) -> None:
     words = [str(RANKS / "shared_run.py"), str(tmp_path), str(STEPS), *names]
-    done = launch(2, words, limit=1200)
+    done = launch(processes, words, limit=1200)
     assert done.returncode == 0, done.stderr[-4000:]
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(processes)]
     for name in names:
-        check_equal(first[name], unshared(name))
-        assert first[name]["weights"] == second[name]["weights"]
+        check_equal(ranks[0][name], unshared(name))
+        assert all(rank[name]["weights"] == ranks[0][name]["weights"] for rank in ranks)
 
 
 # ---- resumed runs
@@ -258,3 +270,37 @@ def test_an_objective_without_retain_sequences_shares_too(tmp_path: Path) -> Non
     assert batch.shared
     assert {Role(role) for role in batch.roles.tolist()} == {Role.FORGET}
     trainer.train()
+
+
+# ---- torch.compile
+
+
+@pytest.fixture
+def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Any:
+    # transformers configures accelerate through the environment, which must not affect the next test
+    for name in ("BACKEND", "MODE"):
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")
+        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@LONG
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler reads .grad
+@pytest.mark.parametrize("name", ["NPO, cached", "LoRA, NPO, adapter"])
+def test_a_compiled_run_makes_no_graph_for_every_tree(name: str, tmp_path: Path) -> None:
+    graphs: list[int] = []
+
+    class Counted(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            graphs.append(counters["stats"]["unique_graphs"])
+
+    # traces and breaks graphs like the default, without a C++ compiler
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    trainer = trainer_of(tmp_path, CASES[name], share=True, max_steps=STEPS, **compiled)
+    trainer.add_callback(Counted())
+    check_equal(recorded(trainer), unshared(name))
+    assert 0 < graphs[4] == graphs[-1]  # after five steps the compiler knows which sizes vary

@@ -73,7 +73,7 @@ class Case:
 
 
 _NPO, _DPO, _KL = NPO(beta=0.1), DPO(beta=0.2), NPO(beta=0.5, retain_loss_type="KL", alpha=2.0)
-_SIMNPO, _UNDIAL = SimNPO(beta=0.3, delta=0.5), UNDIAL(beta=3.0)
+_SIMNPO, _UNDIAL = SimNPO(beta=0.3, delta=0.5), UNDIAL(beta=3.0, alpha=0.5)
 _PDU = PDU(retain_loss_eps=4.0, dual_step_size=0.2, dual_warmup_epochs=1)
 _RMU = RMU(module_regex=r"model\.layers\.0")
 _ACCUMULATED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
