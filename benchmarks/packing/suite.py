@@ -211,8 +211,9 @@ def _rows(shape: str, task: str, times: dict[str, list[float]]) -> list[PackRow]
 def check_packers(stores: Sequence[TokenStore], chosen: MicroBatch, *, share: bool = False) -> None:
     """Raise ArithmeticError if NumPy packs a batch differently from efface."""
     batch = pack_items(stores, chosen.roles, chosen.sequences, share=share, last_tokens=not share)
-    names = ("input_ids", "position_ids", "cu_seqlens", "label_rows", "targets", "row_offsets", "roles")
-    names += ("paths", "cu_paths") if share else ()
+    names = ["input_ids", "position_ids", "cu_seqlens", "label_rows", "targets", "row_offsets", "roles"]
+    if share:
+        names += ["paths", "cu_paths"]
     for name, expected in zip(names, (numpy_tree if share else numpy_pack)(stores, chosen), strict=True):
         if not np.array_equal(np.asarray(getattr(batch, name)), np.asarray(expected)):
             raise ArithmeticError(f"the packers differ in {name}")

@@ -312,7 +312,7 @@ class EffaceLive(StepProvider):
 
     name = "efface, live"
     reference = "live"
-    objectives = ("npo", "dpo")
+    objectives: ClassVar[tuple[str, ...]] = ("npo", "dpo")
     ours = True
 
     def __init__(self, policy: Any, reference: Any = None) -> None:
@@ -331,7 +331,7 @@ class EffaceCached(StepProvider):
 
     name = "efface, cached"
     reference = "cached"
-    objectives = ("npo", "dpo")
+    objectives: ClassVar[tuple[str, ...]] = ("npo", "dpo")
     ours = True
 
     def __init__(self, policy: Any, reference: Any = None) -> None:
