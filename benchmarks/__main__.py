@@ -35,7 +35,7 @@ CUT_SHORT: dict[str, list[str]] = {
     "evaluate": ["--quick", "--shape", "Llama 4 layers, d 128, V 8192, fp32"],
     "loss": ["--shape", "Llama-2 head, D 1024, bf16", "--rounds", "3"],
     "start": ["--rounds", "2"],
-    "step": ["--rounds", "3"],
+    "step": ["--quick", "--rounds", "3"],
 }
 
 

@@ -23,18 +23,16 @@ TokenStore::TokenStore(std::string name, std::vector<TokenChunk> chunks)
     }
 }
 
-TokenStore::Place TokenStore::place_of(std::int64_t index) const {
+template <bool labelled>
+Sequence TokenStore::look_up(std::int64_t index) const {
     if (index < 0 || index >= size()) {
         refuse(quoted(name_) + " sequence: expected an index in 0 .. " + std::to_string(size() - 1) + ", got " +
                std::to_string(index));
     }
     const auto after = std::ranges::upper_bound(firsts_, index);
     const auto c = static_cast<std::size_t>(std::distance(firsts_.begin(), after)) - 1;
-    return {chunks_[c], static_cast<std::size_t>(index - firsts_[c])};
-}
-
-Tokens TokenStore::tokens_at(const Place& place, std::int64_t index) const {
-    const auto& [chunk, i] = place;
+    const TokenChunk& chunk = chunks_[c];
+    const auto i = static_cast<std::size_t>(index - firsts_[c]);
     const std::int64_t begin = chunk.offsets[i];
     const std::int64_t end = chunk.offsets[i + 1];
     if (begin < 0 || end < begin || end > static_cast<std::int64_t>(chunk.ids.size())) {
@@ -42,16 +40,12 @@ Tokens TokenStore::tokens_at(const Place& place, std::int64_t index) const {
                " .. " + std::to_string(end) + ", expected an ascending range within 0 .. " +
                std::to_string(chunk.ids.size()));
     }
-    return chunk.ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
-}
-
-Tokens TokenStore::tokens(std::int64_t index) const { return tokens_at(place_of(index), index); }
-
-Sequence TokenStore::find(std::int64_t index) const {
-    const Place place = place_of(index);
-    const Tokens ids = tokens_at(place, index);
-    const auto length = static_cast<std::int64_t>(ids.size());
-    const std::int64_t start = place.chunk.label_starts[place.i];
+    const std::int64_t length = end - begin;
+    const Tokens ids = chunk.ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(length));
+    if constexpr (!labelled) {
+        return {ids, 0};
+    }
+    const std::int64_t start = chunk.label_starts[i];
     if (start < 0) {
         refuse(quoted(name_) + " label_starts: sequence " + std::to_string(index) + " has " + std::to_string(start) +
                ", expected a position in 0 .. " + std::to_string(length));
@@ -65,5 +59,9 @@ Sequence TokenStore::find(std::int64_t index) const {
     }
     return {ids, static_cast<std::size_t>(first_label)};
 }
+
+Sequence TokenStore::find(std::int64_t index) const { return look_up<true>(index); }
+
+Tokens TokenStore::tokens(std::int64_t index) const { return look_up<false>(index).ids; }
 
 }  // namespace efface

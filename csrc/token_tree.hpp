@@ -46,8 +46,8 @@ class TokenTree {
             const std::size_t common = common_prefix(tokens.subspan(branch.shared), other.tokens);
             branch = {branch.shared + common, slot.sequence};
             if (branch.shared == tokens.size()) {
-                --branch
-                      .shared;  // Its last token is stored once more, but is never found: the earlier one comes first.
+                // The last token is stored once more. This copy is never found, because the table has the earlier one.
+                --branch.shared;
                 break;
             }
             after = other.first + common;

@@ -21,7 +21,7 @@ Indices = Sequence[int] | NDArray[np.int64]
 _STORES = ("forget", "retain", "alternate")  # in the order of Role
 
 
-class Layout(NamedTuple):
+class PackedLayout(NamedTuple):
     """Sizes of the parts of a batch's storage, see csrc/packer.hpp, ``PackedParts``."""
 
     sequences: int  # S
@@ -60,7 +60,7 @@ class PackedBatch:
     """
 
     storage: Tensor
-    layout: Layout
+    layout: PackedLayout
     lengths: tuple[int, ...]
     segment_lengths: tuple[int, ...]
     row_offsets: tuple[int, ...]
@@ -158,6 +158,11 @@ class PackedBatch:
         """Return the batch on the CPU, without a copy from the device if the batch was made on the CPU."""
         return self.to("cpu") if self.host is None else self.host
 
+    def _moved_here(self, batch: "PackedBatch") -> "PackedBatch":
+        """Return a batch from the CPU on this batch's device, without waiting for the device."""
+        storage = to_device(batch.storage, self.storage.device)
+        return batch if storage is batch.storage else replace(batch, storage=storage, host=batch)
+
     @cached_property
     def label_offsets(self) -> RowOffsets:
         """``row_offsets`` on the host and on the device, copied once for all sums over sequences."""
@@ -188,7 +193,7 @@ class PackedBatch:
     def _retain_part(self) -> "PackedBatch":
         first, rows = self.forget_sequences, self.forget_rows
         if self.shared:
-            return _retain_tree(self._on_host()).to(self.storage.device)
+            return self._moved_here(_retain_tree(self._on_host()))
         tokens = sum(self.segment_lengths[:first])
         return PackedBatch.of(
             input_ids=self.input_ids[tokens:],
@@ -214,7 +219,7 @@ class PackedBatch:
             ids[ends - 1] = batch.targets[batch.label_offsets.host[1:] - 1]  # the last label is the last token
         ids[inner] = batch.input_ids[batch.paths.long()] if batch.shared else batch.input_ids
         of_rows = starts.repeat_interleave(batch.label_offsets.host.diff())
-        return PackedBatch.of(
+        unshared = PackedBatch.of(
             input_ids=ids,
             position_ids=torch.cat([torch.arange(length) for length in batch.lengths]),
             label_rows=of_rows + batch.position_ids[batch.label_rows],
@@ -225,7 +230,8 @@ class PackedBatch:
             lengths=batch.lengths,
             row_offsets=batch.row_offsets,
             forget_sequences=batch.forget_sequences,
-        ).to(self.storage.device)
+        )
+        return self._moved_here(unshared)
 
     @classmethod
     def of(
@@ -252,7 +258,7 @@ class PackedBatch:
         """
         words = [_words(part) for part in (cu_seqlens, roles, paths, cu_paths) if part is not None]
         storage = torch.cat([input_ids, position_ids, label_rows, targets, sequences, *words])
-        layout = Layout(len(lengths), len(input_ids), len(targets), 0 if paths is None else len(paths))
+        layout = PackedLayout(len(lengths), len(input_ids), len(targets), 0 if paths is None else len(paths))
         own = segment_lengths or (lengths if last_tokens else tuple(length - 1 for length in lengths))
         return cls(storage, layout, lengths, own, row_offsets, forget_sequences, last_tokens)
 
@@ -332,7 +338,7 @@ def pack_items(
     *layout, words = efface_native.measure(native, roles, sequences, **options)
     storage = torch.empty(words, dtype=torch.int64, pin_memory=pin_memory)
     packed = efface_native.pack(native, roles, sequences, storage.numpy(), **options)
-    return PackedBatch(storage, Layout(*layout), *packed, last_tokens=last_tokens)
+    return PackedBatch(storage, PackedLayout(*layout), *packed, last_tokens=last_tokens)
 
 
 def packed_tokens(

@@ -52,6 +52,8 @@ def parser() -> FlagParser:
     flags.add_argument(
         "--share-prefixes",
         type=string_to_bool,
+        nargs="?",
+        const=True,
         default=UnlearnArguments.share_prefixes,
         metavar="BOOL",
         help="run shared prefixes once, as for efface unlearn (default: true)",
@@ -105,6 +107,7 @@ def summary(planner: EpochPlanner, epoch: int) -> dict[str, Any]:
     """
     plan = planner.plan(epoch)
     tokens, unshared = planner.tokens(plan)
+    whole = sum(int(each.lengths[plan.sequences[plan.roles == role]].sum()) for role, each in enumerate(planner.stores))
     filled = plan.efficiency()
     micro_batches = np.diff(plan.step_offsets) // plan.world_size
     return {
@@ -113,7 +116,7 @@ def summary(planner: EpochPlanner, epoch: int) -> dict[str, Any]:
         "micro_batches_per_step": float(micro_batches.mean()),
         "tokens": tokens,
         "prefixes_saved": 1 - tokens / unshared,
-        "padding_saved": 1 - unshared / padded_tokens(plan, *planner.stores),
+        "padding_saved": 1 - whole / padded_tokens(plan, *planner.stores),
         "efficiency": None if np.isnan(filled) else filled,
         "efficiency_with_last": plan.efficiency(last=True),
     }
@@ -180,7 +183,7 @@ def _stores(options: argparse.Namespace) -> tuple[TokenStore, TokenStore]:
 
 def _table(rows: Sequence[dict[str, Any]], forget: int, retain: int) -> Table:
     title = f"an epoch over {forget:,} forget and {retain:,} retain sequences"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     headings = (
         "processes",
         "steps",
@@ -190,7 +193,7 @@ def _table(rows: Sequence[dict[str, Any]], forget: int, retain: int) -> Table:
         "no padding",
         "filled",
         "with last",
-    )  # the table fits 80 columns
+    )  # with 9 digits of tokens and 5 of steps the table has 79 columns
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:

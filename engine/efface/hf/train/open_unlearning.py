@@ -52,7 +52,8 @@ Remaining differences from open-unlearning:
 - Autocast: on a CPU with bf16, open-unlearning computes its loss formulas under autocast too. Here, only the models run
   under autocast, as in open-unlearning on a GPU.
 
-Unused with compat: ``token_budget``, ``chunk_rows``, ``loss_backend``, ``reference_cache``, ``dataloader_num_workers``.
+Unused with compat: ``token_budget``, ``share_prefixes``, ``chunk_rows``, ``loss_backend``, ``reference_cache`` and
+``dataloader_num_workers``.
 """
 
 import functools

@@ -131,7 +131,8 @@ class PackedTrainer(ResumableTrainer):
         longest = max(int(store.lengths.max(initial=0)) for store in stores)
         self._unify_reading(base_of(model), longest)
         if self._steps.prefixes_saved and (reason := why_unshared(base_of(model), longest)) is not None:
-            logger.warning_once(f"{type(base_of(model)).__name__}: shared prefixes are not run only once: {reason}")
+            if self.is_world_process_zero():
+                logger.warning_once(f"{type(base_of(model)).__name__}: shared prefixes are not run only once: {reason}")
             self._steps.stop_sharing()
         self._bind(*self.callback_handler.callbacks)
         # The loss is already the mean over the whole step; transformers must not divide it by the micro-batches.
