@@ -16,7 +16,7 @@ from efface.batching import PackedBatch, Role, StepTotals, TokenStore, pack_item
 from efface.hf.model import packing
 from efface.hf.model.activations import ActivationLoss, answer_rows
 from efface.hf.model.attention import NAME, interface, packed_arguments
-from efface.hf.model.attention.paths import Paths
+from efface.hf.model.attention.paths import Paths, add_by_token, add_in_order
 from efface.hf.model.head import fuse, packed_hidden, use_packed_attention
 from efface.hf.model.head_loss import HeadLoss
 from efface.hf.model.packing import MEMORY, PackReading, decoder_of, readable, reading_of, shares_tokens, why_unshared
@@ -283,19 +283,18 @@ def test_gradients_of_a_shared_token_are_summed_in_fp32() -> None:
 
 @pytest.mark.parametrize("tree", TREES)
 def test_the_order_of_sums_on_a_gpu_lists_every_place_of_a_token(tree: str) -> None:
-    """``segment_reduce`` over this order, as on a GPU, gives the sums of the CPU."""
     batch = tree_of(TREES[tree], last_tokens=True)
-    paths = (
-        Paths.of(batch) if batch.shared else Paths(torch.arange(batch.tokens).int(), batch.cu_seqlens, (), batch.tokens)
-    )
+    whole = torch.arange(batch.tokens, dtype=torch.int32)
+    paths = Paths.of(batch) if batch.shared else Paths(whole, batch.cu_seqlens, batch.lengths, batch.tokens)
     order, offsets = paths.by_token
     places: list[list[int]] = [[] for _ in range(batch.tokens)]
     for place, token in enumerate(paths.indices.tolist()):
         places[token].append(place)
     assert [part.tolist() for part in order.tensor_split(offsets[1:-1])] == places
-    rows = torch.randn(len(paths.indices), 6, generator=torch.Generator().manual_seed(0)).double()
-    sums = torch.segment_reduce(rows.index_select(0, order), "sum", offsets=offsets, axis=0, unsafe=True)
-    torch.testing.assert_close(sums, torch.zeros(batch.tokens, 6).double().index_add_(0, paths.indices, rows))
+    rows = torch.randn(len(paths.indices), 6, generator=torch.Generator().manual_seed(0))
+    sums = torch.stack([sum(rows[place] for place in own) for own in places])
+    assert torch.equal(add_in_order(rows, paths), sums)
+    assert torch.equal(add_by_token(rows, paths), sums)
 
 
 # ---- training features
