@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from efface import NPO, RMU, GradDiff
-from efface.batching import PackedBatch, Role, StepTotals, TokenStore, pack_items, pack_store
+from efface.batching import PackedBatch, Role, StepTotals, TokenStore, pack_items, pack_store, packed_tokens
 from efface.hf.model import packing
 from efface.hf.model.activations import ActivationLoss, answer_rows
 from efface.hf.model.attention import NAME, interface, packed_arguments
@@ -21,8 +21,9 @@ from efface.hf.model.head import fuse, packed_hidden, use_packed_attention
 from efface.hf.model.head_loss import HeadLoss
 from efface.hf.model.packing import MEMORY, PackReading, decoder_of, readable, reading_of, shares_tokens, why_unshared
 from efface.hf.reference.live import LiveReference
+from efface.hf.reference.score import budgeted, packed_logprobs, store_logprobs
 from efface.hf.train.stepping import step_loss
-from support.helpers import FAMILIES, LONG, VOCABULARY, tiny_llama, tiny_model
+from support.helpers import FAMILIES, LONG, VOCABULARY, sequence, tiny_llama, tiny_model
 from support.trees import chosen_from, naive_tree, ragged
 
 WEIGHTS = 0.3  # large weights: with the default of 0.02 a wrong mask has no visible effect
@@ -615,3 +616,47 @@ def test_packed_hidden_of_parts_are_those_of_the_batch() -> None:
         rows = packed_hidden(model, batch)
         parts = [packed_hidden(model, part) for part in (batch.forget_part(), batch.retain_part())]
     torch.testing.assert_close(torch.cat(parts), rows, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 12, 40, 10**6])
+@pytest.mark.parametrize("way", ["as usual", "one sequence per pass", "measured wrong"])
+def test_scores_of_a_store_share_tokens_within_the_budget(way: str, budget: int) -> None:
+    """Budgets below the common beginning, of one or two sequences, of a few, and of all."""
+    rng = np.random.default_rng(0)
+    rows = [[*range(3, 12), *rng.integers(20, 90, n).tolist()] for n in rng.integers(2, 12, 15)]
+    store = TokenStore.from_sequences([[90, 91], *rows, rows[0]], [1, *(9 + n % 2 for n in range(15)), 9])
+    model = tiny_llama(initializer_range=WEIGHTS).eval()
+    with torch.no_grad():
+        expected = torch.stack([_sum_of_labels(model, store, i) for i in range(len(store))])
+    WAYS[way][0](model)
+    with passes(model) as seen:
+        got = store_logprobs(model, store, token_budget=budget)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    if way == "one sequence per pass":
+        assert seen == store.lengths.tolist()
+    else:
+        shared = way == "as usual"
+        groups = list(budgeted(store, np.arange(len(store)), budget, share=shared))
+        assert np.concatenate(groups).tolist() == list(range(len(store)))
+        runs = [
+            packed_tokens(
+                (TokenStore.empty(), store),
+                np.full(len(group), Role.RETAIN, np.int8),
+                group,
+                share=shared,
+                last_tokens=not shared,
+            )
+            for group in groups
+        ]
+        assert seen == runs
+        assert all(run <= budget or len(group) == 1 for run, group in zip(runs, groups, strict=True))
+    ranks = [list(packed_logprobs(model, store, token_budget=budget, rank=rank, world_size=3)) for rank in range(3)]
+    for turn in zip(*ranks, strict=True):
+        assert len({tuple(sequences.tolist()) for sequences, _ in turn}) == 1
+        torch.testing.assert_close(sum(part for _, part in turn), expected[torch.from_numpy(turn[0][0])])
+
+
+def _sum_of_labels(model: Any, store: TokenStore, index: int) -> Tensor:
+    ids, labels = sequence(store, index)
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+    return -torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
