@@ -100,9 +100,9 @@ def test_figures_of_two_ranks_are_one_mean() -> None:
     names = ["forget_loss", "forget_probability", "forget_probability count", "mean_log_ratio", "mean_log_ratio count"]
 
     def gather(figures: torch.Tensor) -> torch.Tensor:
-        assert figures.shape == (4 + len(PHASES) + len(names),)
+        assert figures.shape == (5 + len(PHASES) + len(names),)
         other = figures.clone()
-        other[3] = 1e6
+        other[4] = 1e6
         other[-5:] = torch.tensor([3.0, 1.5, 3.0, -30.0, 3.0])
         return torch.stack([figures, other])
 
@@ -134,8 +134,8 @@ def test_prefixes_saved_is_the_share_of_the_tokens_that_are_not_run(last_tokens:
     meter.on_step_end(None, None, None)  # type: ignore[arg-type]
     state = meter.state_dict()
     figures = meter.read()
-    saved = 3 if last_tokens else 2  # without last tokens, the second sequence is 1, 2, 3, and keeps its 3
-    assert figures["prefixes_saved"] == pytest.approx(saved / 13, abs=1e-4)
+    # Without last tokens, the second sequence is 1, 2, 3, and keeps its 3.
+    assert figures["prefixes_saved"] == pytest.approx(3 / 13 if last_tokens else 2 / 9, abs=1e-4)
     assert figures["padding_saved"] == pytest.approx(1 - 13 / 17, abs=1e-4)  # a token that is shared counts as usual
     assert meter.tokens == 13
     resumed = StepMeter()
@@ -209,7 +209,7 @@ def test_tokens_per_second_are_by_the_clock_of_the_phases(monkeypatch: pytest.Mo
 
     def gather(figures: torch.Tensor) -> torch.Tensor:
         slower = figures.clone()
-        slower[4 + PHASES.index("forward")] = 4.0
+        slower[5 + PHASES.index("forward")] = 4.0
         return torch.stack([figures, slower])
 
     for each in (meter, resumed):

@@ -59,6 +59,7 @@ def packed_logprobs(
     index: NDArray[np.int64] | None = None,
     *,
     token_budget: int = 8192,
+    share: bool = True,
     name: str = "store",
     rank: int = 0,
     world_size: int = 1,
@@ -74,6 +75,7 @@ def packed_logprobs(
         store: the token store.
         index: indices of the sequences to score; None scores the whole store.
         token_budget: maximum number of tokens per forward pass; a longer sequence gets its own pass.
+        share: run tokens that sequences of a pass share only once, if the model supports it.
         name: name of the store in error messages.
         rank: rank of this process.
         world_size: number of processes.
@@ -85,7 +87,7 @@ def packed_logprobs(
     check_store(model, store, name)
     index = np.arange(len(store)) if index is None else index
     with scoring(model):
-        share = shares_tokens(base_of(model), int(store.lengths.max(initial=0)))
+        share = share and shares_tokens(base_of(model), int(store.lengths.max(initial=0)))
         packs = budgeted(store, index, token_budget, share=share)
         while turn := list(itertools.islice(packs, world_size)):
             sums = [torch.zeros(len(pack), dtype=accumulation_dtype(head.weight.dtype)) for pack in turn]
@@ -101,7 +103,12 @@ def packed_logprobs(
 
 
 def store_logprobs(
-    model: PreTrainedModel, store: TokenStore, *, token_budget: int = 8192, name: str = "store"
+    model: PreTrainedModel,
+    store: TokenStore,
+    *,
+    token_budget: int = 8192,
+    share: bool = True,
+    name: str = "store",
 ) -> torch.Tensor:
     """Return L_s of every sequence, (len(store),) on the CPU, in nats; float32 (float64 for float64 models).
 
@@ -111,13 +118,14 @@ def store_logprobs(
         model: a transformers model.
         store: the token store.
         token_budget: maximum number of tokens per packed batch. It changes the results only by rounding.
+        share: see ``packed_logprobs``. It changes the results only by rounding.
         name: name of the store in error messages.
 
     Raises:
         ValueError: if a token id is outside the model's vocabulary, or a sequence is longer than the model's positions.
     """
     sums = torch.zeros(len(store), dtype=accumulation_dtype(head_of(model).weight.dtype))
-    for sequences, part in packed_logprobs(model, store, token_budget=token_budget, name=name):
+    for sequences, part in packed_logprobs(model, store, token_budget=token_budget, share=share, name=name):
         sums[torch.from_numpy(sequences)] = part
     return sums
 

@@ -210,7 +210,8 @@ class PackedStepping(Stepping):
             return None
         retain = self.steps.stores[1]
         with run.accelerator.autocast():
-            sums = store_logprobs(run.accelerator.unwrap_model(run.model), retain, name="retain")
+            model = run.accelerator.unwrap_model(run.model)
+            sums = store_logprobs(model, retain, share=run.args.share_prefixes, name="retain")
         return -float(sums.sum()) / int(retain.label_counts.sum())
 
 

@@ -474,6 +474,7 @@ class UnlearnTrainer(PackedTrainer):
                     rank=args.process_index,
                     world_size=args.world_size,
                     cache=args.reference_cache,
+                    share=args.share_prefixes,
                     progress=self._notify_reference,
                 )
 
