@@ -35,7 +35,7 @@ CUT_SHORT: dict[str, list[str]] = {
     "evaluate": ["--quick", "--shape", "Llama 4 layers, d 128, V 8192, fp32"],
     "loss": ["--shape", "Llama-2 head, D 1024, bf16", "--rounds", "3"],
     "start": ["--rounds", "2"],
-    "step": ["--rounds", "3"],
+    "step": ["--quick", "--rounds", "3"],
 }
 
 
@@ -62,6 +62,7 @@ def parsed(arguments: Sequence[str]) -> tuple[argparse.Namespace, ModuleType | N
                 "--shape", action="append", choices=list(suite.SHAPES), help="default: all for the device"
             )
             command.add_argument("--rounds", type=int, default=suite.ROUNDS)
+            command.add_argument("--threads", type=int, default=2, help="threads of torch; 1 for the shape 'smoke'")
             command.add_argument("--json", type=Path, help="write the results to this file")
             getattr(suite, "add_arguments", lambda _: None)(command)
     options = parser.parse_args(arguments)
@@ -73,7 +74,8 @@ def parsed(arguments: Sequence[str]) -> tuple[argparse.Namespace, ModuleType | N
 
 
 def run_suite(suite: ModuleType, options: argparse.Namespace, report: Report) -> None:
-    torch.set_num_threads(1 if options.shape == ["smoke"] else 2)  # the smoke shape runs in tests, on busy machines
+    smoke = options.shape == ["smoke"]  # runs in tests, on busy machines
+    torch.set_num_threads(1 if smoke else options.threads)
     suite.run(options, report)
 
 

@@ -29,11 +29,24 @@ class Logits(metaclass=_Class):
     ) -> None: ...
 
 def measure(
-    stores: Sequence[TokenStore], roles: NDArray[np.int8], sequences: NDArray[np.int64]
-) -> tuple[int, int, int, int]: ...
+    stores: Sequence[TokenStore],
+    roles: NDArray[np.int8],
+    sequences: NDArray[np.int64],
+    *,
+    share: bool = False,
+    last_tokens: bool = True,
+) -> tuple[int, int, int, int, int]: ...
 def pack(
-    stores: Sequence[TokenStore], roles: NDArray[np.int8], sequences: NDArray[np.int64], storage: NDArray[np.int64]
-) -> tuple[tuple[int, ...], tuple[int, ...], int]: ...
+    stores: Sequence[TokenStore],
+    roles: NDArray[np.int8],
+    sequences: NDArray[np.int64],
+    storage: NDArray[np.int64],
+    *,
+    share: bool = False,
+    last_tokens: bool = True,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]: ...
+def prefix_lengths(store: TokenStore, prefix: NDArray[np.int32]) -> NDArray[np.int64]: ...
+def pair_prefix_lengths(one: TokenStore, other: TokenStore) -> NDArray[np.int64]: ...
 def plan_epoch(
     forget_lengths: NDArray[np.int64],
     retain_lengths: NDArray[np.int64],
@@ -41,6 +54,7 @@ def plan_epoch(
     *,
     pairs_per_step: int,
     token_budget: int,
+    shared_tokens: int,
     world_size: int,
     seed: int,
     epoch: int,

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "common_prefix.hpp"
 #include "packer.hpp"
 #include "planner.hpp"
 #include "refuse.hpp"
@@ -132,15 +133,16 @@ std::vector<const efface::TokenStore*> stores_of(const std::vector<const LentSto
     return stores;
 }
 
-py::tuple measure(const std::vector<const LentStore*>& lent, const py::array& roles, const py::array& sequences) {
+py::tuple measure(const std::vector<const LentStore*>& lent, const py::array& roles, const py::array& sequences,
+                  bool share, bool last_tokens) {
     const auto stores = stores_of(lent);
     const efface::Choice choice{view<std::int8_t>(roles, "roles"), view<std::int64_t>(sequences, "sequences")};
     efface::PackSize size{};
     {
         py::gil_scoped_release release;
-        size = efface::measure(stores, choice);
+        size = efface::measure(stores, choice, {.share = share, .last_tokens = last_tokens});
     }
-    return py::make_tuple(size.sequences, size.tokens, size.rows, efface::storage_words(size));
+    return py::make_tuple(size.sequences, size.tokens, size.rows, size.path_tokens, efface::storage_words(size));
 }
 
 py::tuple tuple_of(const std::vector<std::int64_t>& values) {
@@ -154,16 +156,20 @@ py::tuple tuple_of(const std::vector<std::int64_t>& values) {
 }
 
 py::tuple pack(const std::vector<const LentStore*>& lent, const py::array& roles, const py::array& sequences,
-               py::array storage) {
+               py::array storage, bool share, bool last_tokens) {
     const auto stores = stores_of(lent);
     const efface::Choice choice{view<std::int8_t>(roles, "roles"), view<std::int64_t>(sequences, "sequences")};
     const auto words = buffer<std::int64_t>(storage, "storage");
     efface::PackedLengths packed;
     {
         py::gil_scoped_release release;
-        packed = efface::pack(stores, choice, words);
+        packed = efface::pack(stores, choice, words, {.share = share, .last_tokens = last_tokens});
     }
-    return py::make_tuple(tuple_of(packed.lengths), tuple_of(packed.row_offsets), packed.forget_sequences);
+    const py::tuple lengths = tuple_of(packed.lengths);
+    // One tuple for both if nothing is shared or left out, so that such batches cost what they did without sharing.
+    const py::tuple segment_lengths =
+        packed.segment_lengths == packed.lengths ? lengths : tuple_of(packed.segment_lengths);
+    return py::make_tuple(lengths, segment_lengths, tuple_of(packed.row_offsets), packed.forget_sequences);
 }
 
 // Moves a vector's memory into a NumPy array without a copy. The memory is freed with the array.
@@ -175,14 +181,35 @@ py::array given_away(std::vector<T>&& values) {
     return py::array_t<T>(static_cast<py::ssize_t>(kept.size()), kept.data(), free);
 }
 
+py::array prefix_lengths(const LentStore& store, const py::array& prefix) {
+    const auto tokens = view<std::int32_t>(prefix, "prefix");
+    std::vector<std::int64_t> lengths;
+    {
+        py::gil_scoped_release release;
+        lengths = efface::prefix_lengths(store.store, tokens);
+    }
+    return given_away(std::move(lengths));
+}
+
+py::array pair_prefix_lengths(const LentStore& one, const LentStore& other) {
+    std::vector<std::int64_t> lengths;
+    {
+        py::gil_scoped_release release;
+        lengths = efface::pair_prefix_lengths(one.store, other.store);
+    }
+    return given_away(std::move(lengths));
+}
+
 py::dict plan_epoch(const py::array& forget_lengths, const py::array& retain_lengths, const py::array& alternates,
-                    std::int64_t pairs_per_step, std::int64_t token_budget, std::int64_t world_size, std::uint64_t seed,
-                    std::uint64_t epoch, const std::string& retain_sampling, bool drop_last) {
+                    std::int64_t pairs_per_step, std::int64_t token_budget, std::int64_t shared_tokens,
+                    std::int64_t world_size, std::uint64_t seed, std::uint64_t epoch,
+                    const std::string& retain_sampling, bool drop_last) {
     const auto forget = view<std::int64_t>(forget_lengths, "forget_lengths");
     const auto retain = view<std::int64_t>(retain_lengths, "retain_lengths");
     const auto alternate = view<std::int64_t>(alternates, "alternates");
     const efface::EpochSettings settings{.pairs_per_step = pairs_per_step,
                                          .token_budget = token_budget,
+                                         .shared_tokens = shared_tokens,
                                          .world_size = world_size,
                                          .seed = seed,
                                          .epoch = epoch,
@@ -309,30 +336,46 @@ none.
 Raises ValueError for another dtype. All other checks are made by the passes.)")
         .def(py::init(&make_logits), py::arg("address"), py::arg("dtype"), py::arg("rows"), py::arg("vocabulary"),
              py::arg("stride"), py::arg("softcap") = 0.0, py::arg("residual") = 0);
-    m.def("measure", &measure, py::arg("stores"), py::arg("roles"), py::arg("sequences"),
-          R"(Return (sequences, tokens, label rows, words of storage) of the packed batch of the chosen sequences.
+    m.def("measure", &measure, py::arg("stores"), py::arg("roles"), py::arg("sequences"), py::kw_only(),
+          py::arg("share") = false, py::arg("last_tokens") = true,
+          R"(Return (sequences, tokens, label rows, path tokens, words of storage) of the packed batch.
 
 stores: TokenStores in the order of the roles: forget, retain and, optionally, alternate.
 roles: int8 (S), 0 forget, 1 retain, 2 alternate. sequences: int64 (S), indices into the store of the role.
+share: store the tokens that a sequence shares with an earlier one from the first token on once. Each sequence stores at
+least one token. Path tokens is the length of all paths together, 0 if no token is shared.
+last_tokens: False to leave out the last token of each sequence, which predicts nothing.
 Raises ValueError for an inconsistent store, a role without a store, an index out of range, a sequence without labels,
 or 2^31 tokens or more; TypeError for another dtype.)");
-    m.def("pack", &pack, py::arg("stores"), py::arg("roles"), py::arg("sequences"), py::arg("storage"),
-          R"(Write the packed batch into `storage`, and return (lengths, row_offsets, forget_sequences).
+    m.def("pack", &pack, py::arg("stores"), py::arg("roles"), py::arg("sequences"), py::arg("storage"), py::kw_only(),
+          py::arg("share") = false, py::arg("last_tokens") = true,
+          R"(Write the packed batch, and return (lengths, segment_lengths, row_offsets, forget_sequences).
 
-lengths (S) and row_offsets (S + 1) are tuples; forget_sequences is the number of forget and alternate sequences.
+lengths (S) has all tokens of each sequence, segment_lengths (S) those that are stored for it. Both and row_offsets
+(S + 1) are tuples; forget_sequences is the number of forget and alternate sequences.
 
-storage: int64, with the number of words that `measure` returns. Its parts, each starting at a new word, are input_ids,
-position_ids int64 (T), label_rows, targets int64 (N), sequences int64 (S), cu_seqlens int32 (S + 1), roles int8 (S).
+storage: int64, with the number of words that `measure` returns for the same arguments. Its parts, each starting at a
+new word, are input_ids, position_ids int64 (T), label_rows, targets int64 (N), sequences int64 (S), cu_seqlens
+int32 (S + 1), roles int8 (S) and, if tokens are shared, paths int32 (E) and cu_paths int32 (S + 1).
 Raises the errors of `measure`, and ValueError for a storage of another size. After an error nothing was written.)");
+    m.def("prefix_lengths", &prefix_lengths, py::arg("store"), py::arg("prefix"),
+          R"(Return the length of the longest common prefix of each sequence with `prefix`: int64 (sequences).
+
+prefix: int32. Only the common beginnings are read. Raises ValueError for an inconsistent store.)");
+    m.def("pair_prefix_lengths", &pair_prefix_lengths, py::arg("one"), py::arg("other"),
+          R"(Return the length of the longest common prefix of sequence i of both stores, for each i: int64 (sequences).
+
+Only the common beginnings are read. Raises ValueError for stores of different sizes, or an inconsistent store.)");
     m.def("plan_epoch", &plan_epoch, py::arg("forget_lengths"), py::arg("retain_lengths"), py::arg("alternates"),
-          py::kw_only(), py::arg("pairs_per_step"), py::arg("token_budget"), py::arg("world_size"), py::arg("seed"),
-          py::arg("epoch"), py::arg("retain_sampling"), py::arg("drop_last"),
+          py::kw_only(), py::arg("pairs_per_step"), py::arg("token_budget"), py::arg("shared_tokens"),
+          py::arg("world_size"), py::arg("seed"), py::arg("epoch"), py::arg("retain_sampling"), py::arg("drop_last"),
           R"(Return the plan of an epoch as a dict of int64 arrays (roles: int8) and the count `over_budget`.
 
 forget, retain: the sequences of the pairs, in order. Micro-batch b consists of roles and sequences
 batch_offsets[b]:batch_offsets[b + 1] and has batch_tokens[b] tokens. Step k consists of the micro-batches
 step_offsets[k]:step_offsets[k + 1]; rank r processes every world_size-th of them, starting with r.
 Arguments are those of efface.batching.plan_epoch; all lengths are int64, and `alternates` is empty if there are none.
+shared_tokens: tokens that each micro-batch with sequences has once. Lengths do not include them, batch_tokens do.
 Raises ValueError for lengths, counts or sets from which no plan can be made.)");
     m.def("row_pass", &row_pass, py::arg("logits"), py::arg("targets"), py::kw_only(), py::arg("gradient"),
           py::arg("logprobs"), py::arg("reference_logits") = py::none(), py::arg("reference_logprobs") = py::none(),

@@ -34,16 +34,18 @@ void check_lengths(Lengths lengths, std::string_view name) {
     }
 }
 
-void check_range(std::int64_t value, std::int64_t high, std::string_view name) {
-    if (value < 1 || value > high) {
-        refuse(quoted(name) + ": expected 1 .. " + std::to_string(high) + ", got " + std::to_string(value));
+void check_range(std::int64_t value, std::int64_t low, std::int64_t high, std::string_view name) {
+    if (value < low || value > high) {
+        refuse(quoted(name) + ": expected " + std::to_string(low) + " .. " + std::to_string(high) + ", got " +
+               std::to_string(value));
     }
 }
 
 void check(Lengths forget, Lengths retain, Lengths alternates, const EpochSettings& settings) {
-    check_range(settings.pairs_per_step, std::numeric_limits<std::int32_t>::max(), "pairs_per_step");
-    check_range(settings.token_budget, longest, "token_budget");
-    check_range(settings.world_size, 1 << 16, "world_size");
+    check_range(settings.pairs_per_step, 1, std::numeric_limits<std::int32_t>::max(), "pairs_per_step");
+    check_range(settings.token_budget, 1, longest, "token_budget");
+    check_range(settings.shared_tokens, 0, longest, "shared_tokens");
+    check_range(settings.world_size, 1, 1 << 16, "world_size");
     check_lengths(forget, "forget_lengths");
     check_lengths(retain, "retain_lengths");
     check_lengths(alternates, "alternates");
@@ -140,7 +142,9 @@ EpochPlan plan_epoch(Lengths forget_lengths, Lengths retain_lengths, Lengths alt
     plan.sequences.reserve(items);
     plan.batch_offsets.push_back(0);
     plan.step_offsets.push_back(0);
-    StepPacker packer(settings.token_budget, settings.world_size, alternates);
+    // Without room beside the shared tokens, every unit is over budget and gets its own micro-batch.
+    const std::int64_t capacity = std::max<std::int64_t>(settings.token_budget - settings.shared_tokens, 0);
+    StepPacker packer(capacity, settings.shared_tokens, settings.world_size, alternates);
     for (std::size_t first = 0; first < pairs; first += per_step) {
         packer.units.clear();
         const auto add = [&](Role role, const Indices& indices, Lengths lengths, Lengths more) {
@@ -148,7 +152,7 @@ EpochPlan plan_epoch(Lengths forget_lengths, Lengths retain_lengths, Lengths alt
             for (std::size_t i = first; i < last; ++i) {
                 const auto index = static_cast<std::size_t>(indices[i]);
                 const std::int64_t tokens = lengths[index] + (more.empty() ? 0 : more[index]);
-                plan.over_budget += tokens > settings.token_budget ? 1 : 0;
+                plan.over_budget += tokens > capacity ? 1 : 0;
                 packer.units.push_back({role, indices[i], tokens});
             }
             // Prefetch the lengths of the next step, which are scattered in memory, while this step is packed.

@@ -21,7 +21,8 @@ enum class RetainSampling : std::uint8_t {
 
 struct EpochSettings {
     std::int64_t pairs_per_step;
-    std::int64_t token_budget;  // maximum tokens of a micro-batch
+    std::int64_t token_budget;   // maximum tokens of a micro-batch
+    std::int64_t shared_tokens;  // tokens that every micro-batch with sequences has once, in addition to theirs
     std::int64_t world_size;
     std::uint64_t seed;
     std::uint64_t epoch;
@@ -39,20 +40,23 @@ struct EpochPlan {
     std::vector<std::int8_t> roles;
     std::vector<std::int64_t> sequences;
     std::vector<std::int64_t> batch_offsets;
-    std::vector<std::int64_t> batch_tokens;
+    std::vector<std::int64_t> batch_tokens;  // with the shared tokens; 0 if the micro-batch is empty
     std::vector<std::int64_t> step_offsets;
-    std::int64_t over_budget = 0;  // sequences (with their alternates) longer than token_budget, each in its own batch
+    // sequences (with their alternates) that are longer than token_budget with the shared tokens, each in its own batch
+    std::int64_t over_budget = 0;
 };
 
-// `alternate_lengths` is empty or has one entry per forget sequence. An alternate is in the micro-batch of its forget
-// sequence. If one of the two sets is empty, the epoch iterates over the other one.
+// A length is the number of tokens that a sequence adds to a micro-batch: without the shared tokens, which all
+// sequences begin with. `alternate_lengths` is empty or has one entry per forget sequence. An alternate is in the
+// micro-batch of its forget sequence. If one of the two sets is empty, the epoch iterates over the other one.
 //
 // Every forget sequence occurs exactly once per epoch, except those of a dropped last step. All ranks have the same
-// number of micro-batches in a step, and their tokens differ by at most the longest sequence. A rank with no sequence
-// in a step has an empty micro-batch.
+// number of micro-batches in a step, and the sums of their lengths differ by at most the longest sequence. A rank with
+// no sequence in a step has an empty micro-batch.
 //
-// Throws std::invalid_argument for two empty sets, lengths below 1 or above 2^31 - 1, counts below 1, alternates or
-// paired retain sequences whose number differs from that of the forget sequences, and a drop_last that leaves no step.
+// Throws std::invalid_argument for two empty sets, lengths below 1 or above 2^31 - 1, counts below 1, shared_tokens
+// outside 0 .. 2^31 - 1, alternates or paired retain sequences whose number differs from that of the forget sequences,
+// and a drop_last that leaves no step.
 EpochPlan plan_epoch(std::span<const std::int64_t> forget_lengths, std::span<const std::int64_t> retain_lengths,
                      std::span<const std::int64_t> alternate_lengths, const EpochSettings& settings);
 

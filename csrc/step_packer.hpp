@@ -18,7 +18,7 @@
 namespace efface {
 
 struct Bin {
-    std::int64_t tokens = 0;
+    std::int64_t tokens = 0;   // of its units
     std::uint32_t forget = 0;  // number of forget units
     std::uint32_t retain = 0;  // number of retain units
 };
@@ -26,8 +26,12 @@ struct Bin {
 // Arranges the units of one step. One packer is used for all steps, so that its buffers are reused.
 class StepPacker {
   public:
-    StepPacker(std::int64_t token_budget, std::int64_t world_size, bool alternates)
-        : budget_(token_budget), alternates_(alternates), ranks_(static_cast<std::size_t>(world_size)) {}
+    // A micro-batch has room for units of `capacity` tokens together, and `shared_tokens` in addition to them.
+    StepPacker(std::int64_t capacity, std::int64_t shared_tokens, std::int64_t world_size, bool alternates)
+        : capacity_(capacity),
+          shared_tokens_(shared_tokens),
+          alternates_(alternates),
+          ranks_(static_cast<std::size_t>(world_size)) {}
 
     std::vector<Unit> units;  // units of the step, forget before retain; set by the caller
 
@@ -35,7 +39,7 @@ class StepPacker {
     void emit(EpochPlan& plan) {
         order_.resize(units.size());
         std::iota(order_.begin(), order_.end(), UnitIndex{0});
-        if (ranks_.size() > 1 || tokens_of(order_) > budget_) {  // otherwise one micro-batch contains all units
+        if (ranks_.size() > 1 || tokens_of(order_) > capacity_) {  // otherwise one micro-batch contains all units
             longest_first_(order_, units);
         }
         share();
@@ -101,9 +105,9 @@ class StepPacker {
     }
 
     // Best-fit decreasing: puts each unit into the fullest micro-batch with enough room. A unit that fits into none
-    // opens a new one, so a unit longer than the budget is alone in its micro-batch.
+    // opens a new one, so a unit longer than the capacity is alone in its micro-batch.
     void pack(Rank& rank) {
-        if (tokens_of(rank.units) <= budget_) {
+        if (tokens_of(rank.units) <= capacity_) {
             const BinIndex all = rank.units.empty() ? 0 : new_bin(rank);
             for (const UnitIndex unit : rank.units) {
                 add(unit, all);
@@ -113,11 +117,11 @@ class StepPacker {
         open_.reset(units[rank.units.front()].tokens);
         for (const UnitIndex unit : rank.units) {
             const std::int64_t tokens = units[unit].tokens;
-            std::int64_t room = budget_;
+            std::int64_t room = capacity_;
             BinIndex bin = open_.take(tokens, room);
             if (bin == OpenBins::nobody) {
                 bin = new_bin(rank);
-                room = budget_;
+                room = capacity_;
             }
             add(unit, bin);
             if (room > tokens) {
@@ -162,7 +166,7 @@ class StepPacker {
                 cursors_[rank.bins[k]] = {at, at + bin.forget * copies};
                 at += bin.forget * copies + bin.retain;
                 plan.batch_offsets.push_back(static_cast<std::int64_t>(at));
-                plan.batch_tokens.push_back(bin.tokens);
+                plan.batch_tokens.push_back(bin.tokens == 0 ? 0 : bin.tokens + shared_tokens_);
             }
         }
         plan.step_offsets.push_back(static_cast<std::int64_t>(plan.batch_tokens.size()));
@@ -191,7 +195,8 @@ class StepPacker {
         std::size_t retain;
     };
 
-    std::int64_t budget_;
+    std::int64_t capacity_;
+    std::int64_t shared_tokens_;
     bool alternates_;
     std::vector<UnitIndex> order_;
     std::vector<Rank> ranks_;

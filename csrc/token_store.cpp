@@ -23,7 +23,8 @@ TokenStore::TokenStore(std::string name, std::vector<TokenChunk> chunks)
     }
 }
 
-Sequence TokenStore::find(std::int64_t index) const {
+template <bool labelled>
+Sequence TokenStore::look_up(std::int64_t index) const {
     if (index < 0 || index >= size()) {
         refuse(quoted(name_) + " sequence: expected an index in 0 .. " + std::to_string(size() - 1) + ", got " +
                std::to_string(index));
@@ -40,6 +41,10 @@ Sequence TokenStore::find(std::int64_t index) const {
                std::to_string(chunk.ids.size()));
     }
     const std::int64_t length = end - begin;
+    const Tokens ids = chunk.ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(length));
+    if constexpr (!labelled) {
+        return {ids, 0};
+    }
     const std::int64_t start = chunk.label_starts[i];
     if (start < 0) {
         refuse(quoted(name_) + " label_starts: sequence " + std::to_string(index) + " has " + std::to_string(start) +
@@ -52,8 +57,11 @@ Sequence TokenStore::find(std::int64_t index) const {
                " tokens end before its first label at position " + std::to_string(first_label) +
                "; drop the row or raise the maximum length");
     }
-    return {chunk.ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(length)),
-            static_cast<std::size_t>(first_label)};
+    return {ids, static_cast<std::size_t>(first_label)};
 }
+
+Sequence TokenStore::find(std::int64_t index) const { return look_up<true>(index); }
+
+Tokens TokenStore::tokens(std::int64_t index) const { return look_up<false>(index).ids; }
 
 }  // namespace efface

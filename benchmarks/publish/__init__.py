@@ -13,9 +13,10 @@ _BLOCK = re.compile(r"(<!-- benchmarks:step -->\n).*?(\n<!-- end -->)", flags=re
 
 
 def step_block(result: Result) -> str:
-    """Return README's table: the first shape of the step suite, with the conditions of the run."""
-    machine, shape = result.machine, result.rows[0]["shape"]
-    rows = [row for row in result.rows if row["shape"] == shape]
+    """Return README's table: the first shape of the step suite on plain rows, with the conditions of the run."""
+    machine, plain = result.machine, tables.plain(result)
+    shape = plain[0]["shape"]
+    rows = [row for row in plain if row["shape"] == shape]
     cpu = f"a CPU ({machine['threads']} threads, {machine['processor']}); not measured on a GPU yet"
     return (
         f"{tables.step_table(rows)}\n\n"
@@ -30,9 +31,10 @@ def step_block(result: Result) -> str:
 def filled(text: str, found: Sequence[Result]) -> str:
     """Return README's text with everything between ``<!-- benchmarks:step -->`` and ``<!-- end -->`` regenerated.
 
-    The newest result of a GPU is shown; without one, the newest of a CPU.
+    The newest result of a GPU on rows without a chat template is shown; without one, the newest of a CPU.
     """
-    result = newest(list(found), "step", gpu=True) or newest(list(found), "step", gpu=False)
+    usable = [each for each in found if each.suite == "step" and tables.plain(each)]
+    result = newest(usable, "step", gpu=True) or newest(usable, "step", gpu=False)
     if result is None:
         raise ValueError("README.md: expected results of the step suite in benchmarks/results, got none")
     block = step_block(result)

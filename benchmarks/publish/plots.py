@@ -59,8 +59,14 @@ def _against_n(key: str, label: str) -> Callable[[Result], Iterator[tuple[str, F
 
 
 def _parts(result: Result) -> Iterator[tuple[str, Figure]]:
-    """Yield a figure with a bar per provider, stacked from the medians of its step's parts."""
-    rows = [row for row in result.rows if row.get("median_ms") is not None]
+    """Yield a figure per shape with a bar per provider, stacked from the medians of its step's parts."""
+    shapes = tables.grouped([row for row in result.rows if row.get("median_ms") is not None], "shape")
+    for number, ((shape,), rows) in enumerate(shapes.items(), 1):
+        several = len(shapes) > 1
+        yield f"parts-{number}" if several else "parts", _stacked(rows, shape if several else "")
+
+
+def _stacked(rows: tables.Rows, title: str) -> Figure:
     figure = Figure(figsize=(8, 1.0 + 0.35 * len(rows)), layout="constrained")
     axes: Axes = figure.add_subplot()
     split = [row["parts_ms"] for row in rows]
@@ -72,7 +78,8 @@ def _parts(result: Result) -> Iterator[tuple[str, Figure]]:
     axes.invert_yaxis()
     axes.set_xlabel("ms, medians")
     axes.legend(fontsize=8)
-    yield "parts", figure
+    axes.set_title(title, fontsize=8, loc="left")
+    return figure
 
 
 _DRAW: dict[str, Sequence[Callable[[Result], Iterator[tuple[str, Figure]]]]] = {

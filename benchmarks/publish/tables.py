@@ -154,25 +154,63 @@ def _loss_cells(row: dict[str, Any], rows: Rows, *, wall: bool) -> list[str]:
     ]
 
 
+def plain(result: Result) -> list[dict[str, Any]]:
+    """Return the rows of the step suite that were measured without a chat template."""
+    return [row for row in result.rows if not row.get("chat")]
+
+
 def step(result: Result) -> str:
-    """Return a table for each shape."""
-    shapes = grouped(result.rows, "shape").items()
-    return "\n\n".join(f"### {shape}\n\n{step_table(rows)}" for (shape,), rows in shapes)
+    """Return a table for each shape, and with a chat template one of the attention."""
+    parts = []
+    for (shape,), rows in grouped(result.rows, "shape").items():
+        parts.append(f"### {shape}")
+        if (first := rows[0]).get("chat"):
+            parts.append(
+                f"{first['objective'].upper()} on {first['data']}. A step has {first['real_tokens']:.0f} tokens, "
+                f"{first['padded_tokens']:.0f} with padding (means)."
+            )
+        parts.append(step_table(rows))
+        layer = [row for row in result.record.get("attention", []) if row["shape"] == shape]
+        if layer:
+            parts.append("The attention of one layer; the last row is a part of the one above it.")
+            parts.append(attention_table(layer))
+    return "\n\n".join(parts)
 
 
 def step_table(rows: Rows) -> str:
-    """Return one shape's table: time, speed-up over the eager step, tokens per second, memory."""
-    memory = any(row.get("peak_gib") is not None for row in rows)
-    headings = ["forward and backward", "median ms", "times faster, median of rounds", "tokens/s, with AdamW"]
-    headings += ["peak GiB"] if memory else []
+    """Return one shape's table: time, speed-up over the eager step, tokens per second, memory.
+
+    Columns without a value in any row are left out, except the times.
+    """
+    optional: list[tuple[str, Callable[[dict[str, Any]], float | None], str]] = [
+        ("tokens run", lambda row: row["tokens_run"] if row.get("chat") else None, ".0f"),
+        ("median ms", lambda row: row["median_ms"], ".0f"),
+        ("times faster, median of rounds", lambda row: row.get("faster_than_live"), ".2f"),
+        ("than with every sequence whole", lambda row: row.get("faster_than_unshared"), ".2f"),
+        ("tokens/s, with AdamW", lambda row: row.get("tokens_per_second"), ",.0f"),
+        ("peak GiB", lambda row: row.get("peak_gib"), ".1f"),
+        ("MiB for a step", lambda row: row.get("step_mib"), ".0f"),
+    ]
+    always = ("median ms", "times faster, median of rounds", "tokens/s, with AdamW")
+    timed = [row for row in rows if row.get("median_ms") is not None]
+    columns = [each for each in optional if each[0] in always or any(each[1](row) is not None for row in timed)]
     body = []
     for row in rows:
         if row.get("median_ms") is None:
-            body.append([row["provider"], row.get("problem") or "", *[""] * (len(headings) - 2)])
-            continue
-        figures = [*cells(".0f", row["median_ms"]), *cells(".2f", row.get("faster_than_live"))]
-        figures += cells(",.0f", row.get("tokens_per_second")) + (cells(".1f", row.get("peak_gib")) if memory else [])
-        body.append([name_of(row, rows), *figures])
+            body.append([row["provider"], row.get("problem") or "", *[""] * (len(columns) - 1)])
+        else:
+            body.append([name_of(row, rows), *(cells(form, value(row))[0] for _, value, form in columns)])
+    return markdown(["forward and backward", *(heading for heading, _, _ in columns)], body)
+
+
+def attention_table(rows: Rows) -> str:
+    """Return one shape's table: forward and backward, and the part of both that gathers keys and values."""
+    body = []
+    for row in rows:
+        shares = cells(".0%", row.get("forward_share"), row.get("backward_share"))
+        times = cells(".2f", row["forward_ms"], row["backward_ms"])
+        body.append([row["part"], str(row["tokens"]), str(row["keys"]), *times, *shares])
+    headings = ["attention", "tokens", "keys", "forward ms", "backward ms", "of the forward", "of the backward"]
     return markdown(headings, body)
 
 

@@ -1,51 +1,66 @@
-"""Inputs of the step suite: models with random weights, and the pairs of its steps, packed and padded.
-
-The pairs are TOFU's rows if its files exist, otherwise synthetic rows of the same lengths.
-"""
+"""Inputs of the step suite: models with random weights, and the pairs of its steps, packed and padded."""
 
 import copy
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks.harness.shared import LLAMA, LLAMA_MID, LLAMA_SMOKE, tofu_files, tofu_lengths
-from efface.batching import Assembler, PackedBatch, StepTotals, TokenStore, plan_epoch
+from benchmarks.harness.report import processor
+from benchmarks.harness.shared import LLAMA, LLAMA_MID, LLAMA_SMOKE
+from benchmarks.step.data import Stores, chat_stores, stores
+from efface import DPO, NPO, Objective
+from efface.batching import Assembler, EpochPlanner, PackedBatch, Role, StepTotals, TokenStore
 from efface.hf.model.lora import add_lora
-from efface.hf.reference.score import store_logprobs
-from efface.simulate.teach import train_tokenizer
+from efface.hf.reference.score import packed_logprobs
 
-FORGET, RETAIN = "forget10", "retain90"
+OBJECTIVE = NPO(beta=0.1, alpha=1.0)
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """A model, and the pairs of a step. Rounds cycle through ``steps`` different steps."""
+    """A model, an objective, and the pairs of a step. Rounds cycle through ``steps`` different steps."""
 
     dtype: torch.dtype
     config: Mapping[str, Any]
     pairs: int = 8
     steps: int = 8
     checkpointing: bool = False  # gradient checkpointing of every layer
+    chat: bool = False  # rows in Llama-3's chat template
+    objective: Objective = OBJECTIVE
 
     def llama(self) -> LlamaConfig:
         settings: dict[str, Any] = {**LLAMA, **self.config}
         return LlamaConfig(**settings)
 
+    def stores(self) -> Stores:
+        """Return the rows as tokens of the model's vocabulary."""
+        vocabulary = self.llama().vocab_size
+        if self.chat:
+            return chat_stores(vocabulary, alternates=self.objective.forget_data == "both")
+        return Stores(*stores(vocabulary))
 
-_GPU = "GPU: "
+
+_GPU, _CHAT, _DPO = "GPU: ", "Llama-3's template: ", "DPO with Llama-3's template: "
+_MID = "Llama 8 layers, d 512, V 32000"
 CHECKED_ON_GPU = "GPU: check"
 SHAPES = {
     "smoke": StepShape(torch.float32, LLAMA_SMOKE, pairs=2, steps=2),
-    "Llama 8 layers, d 512, V 32000, bf16": StepShape(torch.bfloat16, LLAMA_MID),
+    "smoke, chat": StepShape(torch.float32, LLAMA_SMOKE, pairs=2, steps=2, chat=True),
+    "smoke, DPO": StepShape(
+        torch.float32, LLAMA_SMOKE, pairs=2, steps=2, chat=True, objective=DPO(beta=0.1, alpha=1.0)
+    ),
+    **{
+        f"{name}{_MID}, {said}": StepShape(dtype, LLAMA_MID, chat=bool(name), objective=objective)
+        for name, objective in (("", OBJECTIVE), (_CHAT, OBJECTIVE), (_DPO, DPO(beta=0.1, alpha=1.0)))
+        for said, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+    },
     # Used for the check only: the larger models leave no memory for a copy in fp32.
     CHECKED_ON_GPU: StepShape(torch.bfloat16, {**LLAMA_MID, "num_hidden_layers": 4}, steps=2, checkpointing=True),
     "GPU: Llama-3.2-1B, bf16": StepShape(
@@ -76,8 +91,18 @@ SHAPES = {
 
 
 def timed_on(device: str) -> list[str]:
+    """Return the default shapes: on a CPU without bf16 instructions, which emulates them, those in fp32."""
     own = [name for name in SHAPES if name.startswith(_GPU) == (device == "cuda")]
-    return [name for name in own if name not in ("smoke", CHECKED_ON_GPU)]
+    own = [name for name in own if not name.startswith("smoke") and name != CHECKED_ON_GPU]
+    dtype = torch.bfloat16 if device == "cuda" or multiplies_bf16() else torch.float32
+    return [name for name in own if SHAPES[name].dtype == dtype]
+
+
+def multiplies_bf16() -> bool:
+    """Return whether the CPU has instructions for bf16 matrix products; an unknown CPU counts as one that has."""
+    known = processor()
+    flags = set(f"{known.get('flags', '')} {known.get('Features', '')}".split())
+    return not flags or bool(flags & {"avx512_bf16", "amx_bf16", "bf16", "i8mm"})
 
 
 def make_model(shape: StepShape, device: str, seed: int, *, lora: bool = False) -> Any:
@@ -126,62 +151,34 @@ class PaddedBatch:
     input_ids: Tensor
     labels: Tensor  # -100 on prompts and padding
     attention_mask: Tensor
+    reference_sums: Tensor  # (B,) the reference's log-probabilities; 0 for retain sequences
 
     def to(self, device: torch.device) -> "PaddedBatch":
-        return PaddedBatch(self.input_ids.to(device), self.labels.to(device), self.attention_mask.to(device))
+        return PaddedBatch(*(getattr(self, each.name).to(device) for each in fields(self)))
 
 
 @dataclass(frozen=True)
 class Step:
     """The pairs of one step, packed and padded. They are assembled before the timing."""
 
-    batch: PackedBatch
+    objective: Objective
     totals: StepTotals
+    batch: PackedBatch  # every sequence whole
+    shared: PackedBatch  # beginnings that sequences share once
     reference_sums: Tensor  # (S,) as ``CachedReference.sums`` returns them to the trainer; 0 for retain sequences
     forget: PaddedBatch
     retain: PaddedBatch
+    alternate: PaddedBatch | None = None
 
     @property
     def padded_tokens(self) -> int:
         """Tokens that the padded forward passes of the policy read. The packed one reads ``batch.tokens``."""
-        return self.forget.input_ids.numel() + self.retain.input_ids.numel()
+        parts = (self.forget, self.retain, self.alternate)
+        return sum(part.input_ids.numel() for part in parts if part is not None)
 
 
-def stores(vocabulary: int) -> tuple[TokenStore, TokenStore, str]:
-    """Return the forget store, the retain store, and a description of the data."""
-    files = tofu_files(FORGET, RETAIN)
-    if not files:
-        return _like_tofu(vocabulary, "")
-    try:
-        return *_tokenised(*files, min(vocabulary, 8192)), f"TOFU {FORGET} / {RETAIN}"
-    except ImportError as error:
-        return _like_tofu(vocabulary, f" ({error})")
-
-
-@cache  # time on a borrowed machine is limited
-def _tokenised(forget: Path, retain: Path, vocabulary: int) -> tuple[TokenStore, TokenStore]:
-    from efface.hf.text.data import token_store  # noqa: PLC0415 - needs datasets, which a borrowed machine may lack
-
-    rows = [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in (forget, retain)]
-    tokenizer = train_tokenizer([text for part in rows for row in part for text in row.values()], vocabulary)
-    return token_store(rows[0], tokenizer, name=FORGET), token_store(rows[1], tokenizer, name=RETAIN)
-
-
-def _like_tofu(vocabulary: int, why: str) -> tuple[TokenStore, TokenStore, str]:
-    forget, retain = synthetic(400, vocabulary, seed=0), synthetic(3600, vocabulary, seed=1)
-    return forget, retain, f"synthetic, TOFU's lengths{why}"
-
-
-def synthetic(sequences: int, vocabulary: int, *, seed: int) -> TokenStore:
-    """Return random tokens with TOFU's lengths; answers are 58 % of them."""
-    rng = np.random.default_rng(seed)
-    lengths = tofu_lengths(rng, sequences)
-    rows = [rng.integers(0, vocabulary, length).tolist() for length in lengths]
-    return TokenStore.from_sequences(rows, [round(0.42 * length) for length in lengths])
-
-
-def padded(store: TokenStore, index: list[int]) -> PaddedBatch:
-    """Collate sequences as open-unlearning does."""
+def padded(store: TokenStore, index: list[int], sums: Tensor | None = None) -> PaddedBatch:
+    """Collate sequences as open-unlearning does; ``sums`` has a value for every sequence of the store."""
     ids = [torch.from_numpy(store[i].astype(np.int64)) for i in index]
     labels = [row.clone() for row in ids]
     for row, start in zip(labels, store.label_starts[index].tolist(), strict=True):
@@ -190,29 +187,61 @@ def padded(store: TokenStore, index: list[int]) -> PaddedBatch:
         pad_sequence(ids, batch_first=True, padding_value=0),
         pad_sequence(labels, batch_first=True, padding_value=-100),
         pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_value=0),
+        torch.zeros(len(index)) if sums is None else sums[index],
     )
 
 
+def assembled(data: Stores, *, pairs: int, share: bool) -> Assembler:
+    """Return the trainer's steps with seed 0, each in one micro-batch, whose assembler also has their plan."""
+    planner = EpochPlanner(data.all, share=share, last_tokens=False, pairs_per_step=pairs, token_budget=8192, seed=0)
+    return Assembler(planner.plan(0), data.all, ahead=0, **planner.packing)
+
+
 def make_steps(
-    forget: TokenStore, retain: TokenStore, reference: PreTrainedModel, *, pairs: int, count: int
+    data: Stores, reference: PreTrainedModel, *, pairs: int, count: int, objective: Objective = OBJECTIVE
 ) -> list[Step]:
     """Return the trainer's first ``count`` steps with seed 0, on the reference's device."""
-    plan = plan_epoch(forget.lengths, retain.lengths, pairs_per_step=pairs, token_budget=8192, seed=0, epoch=0)
-    assembler, sums = Assembler(plan, (forget, retain)), store_logprobs(reference, forget)
+    device = reference.device
+    whole, once = (assembled(data, pairs=pairs, share=share) for share in (False, True))
+    used = np.unique(np.concatenate([whole.plan.pairs(number)[0] for number in range(count)]))
+    sums = {Role.FORGET: _sums(reference, data.forget, used)}
+    if data.alternate is not None:
+        sums[Role.ALTERNATE] = _sums(reference, data.alternate, used)
     steps = []
     for number in range(count):
-        (batch,), totals = assembler[number].to(reference.device).batches, assembler.totals(number)
-        pairs_of_step = [index.tolist() for index in plan.pairs(number)]
-        padded_pairs = [
-            padded(store, index).to(reference.device)
-            for store, index in zip((forget, retain), pairs_of_step, strict=True)
-        ]
-        steps.append(Step(batch, totals, _reference_sums(sums, batch), *padded_pairs))
+        (batch,), (shared,) = whole[number].batches, once[number].batches
+        assert torch.equal(batch.sequences, shared.sequences)
+        forget, retain = (index.tolist() for index in whole.plan.pairs(number))
+        alternate = None
+        if data.alternate is not None:
+            alternate = padded(data.alternate, forget, sums[Role.ALTERNATE]).to(device)
+        steps.append(
+            Step(
+                objective,
+                whole.totals(number),
+                batch.to(device),
+                shared.to(device),
+                _reference_sums(sums, batch).to(device),
+                padded(data.forget, forget, sums[Role.FORGET]).to(device),
+                padded(data.retain, retain).to(device),
+                alternate,
+            )
+        )
     return steps
 
 
-def _reference_sums(sums: Tensor, batch: PackedBatch) -> Tensor:
-    """Return (S,) on the batch's device: the sums of its forget sequences, 0 for the others."""
-    forget = batch.forget_sequences
-    own = sums.to(batch.storage.device)
-    return torch.cat([own[batch.sequences[:forget]], own.new_zeros(len(batch.lengths) - forget)])
+def _sums(reference: PreTrainedModel, store: TokenStore, used: NDArray[np.int64]) -> Tensor:
+    """Return (len(store),) log-probabilities of the sequences ``used``, and NaN for the others."""
+    sums = torch.full((len(store),), torch.nan)
+    for sequences, part in packed_logprobs(reference, store, used):
+        sums[torch.from_numpy(sequences)] = part.to(sums.dtype)
+    return sums
+
+
+def _reference_sums(sums: Mapping[Role, Tensor], batch: PackedBatch) -> Tensor:
+    """Return (S,): the sum of each sequence of the batch, 0 for those of a role without a reference."""
+    own = sums[Role.FORGET].new_zeros(len(batch.lengths))
+    for role, values in sums.items():
+        chosen = batch.roles == role
+        own[chosen] = values[batch.sequences[chosen]]
+    return own

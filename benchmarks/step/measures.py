@@ -1,6 +1,7 @@
-"""Measures of a step: the time of its parts on the device's clock, and the FLOP that it must compute."""
+"""Measures of a step: the time of its parts on the device's clock, its memory on a CPU, and its FLOP."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.harness.timing import Clock
-from benchmarks.step.inputs import Step
+from efface.batching import PackedBatch
 from efface.hf.model.adapted_head import base_of
 from efface.hf.model.packing import decoder_of
+from efface_kernels import release_workspaces
 
 PARTS = ("forward", "reference", "head", "backward", "update")
 """The policy's decoder, the reference's decoder, heads and losses, backward, clipping and AdamW; in milliseconds."""
@@ -67,6 +69,21 @@ class Stopwatch:
         return times
 
 
+def peak_mib(call: Callable[[], object]) -> float:
+    """Return the most memory, in MiB, that torch's CPU allocator had given out during a call, minus that before it."""
+    release_workspaces()  # efface keeps them between calls; the call must allocate its own
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # otherwise the profiler prints two lines
+    with torch.autograd.profiler.profile(use_kineto=True, profile_memory=True) as profiled:
+        call()
+    assert profiled.kineto_results is not None
+    changes = [event for event in profiled.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        held += change.nbytes()
+        peak = max(peak, held)
+    return peak / (1 << 20)
+
+
 # Dense bf16 tensor-core FLOP/s from NVIDIA's data sheets (SXM); each key is part of the device's name.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
@@ -85,17 +102,16 @@ def layer_parameters(config: LlamaConfig) -> int:
     return int(config.num_hidden_layers * (attention + 3 * d * config.intermediate_size))
 
 
-def model_flop(config: LlamaConfig, step: Step, *, lora: bool, reference: str) -> float:
-    """Return the FLOP that the step needs: 2 per weight and token forward, twice that backward.
+def model_flop(config: LlamaConfig, batch: PackedBatch, *, lora: bool, reference: str) -> float:
+    """Return the FLOP that a step needs: 2 per weight and token forward, twice that backward.
 
-    With P weights in the layers, T real tokens and N label rows (forget and retain), and a reference model on the T_f
+    With P weights in the layers, T tokens and N label rows (forget and retain), and a reference model on the T_f
     tokens and N_f label rows of forget: 6 P T + 6 V D N + 2 P T_f + 2 V D N_f. A cached reference costs nothing. LoRA's
     backward pass computes no gradients of frozen weights, so 4 replaces 6. For every provider the following is not
     counted: padding, prompt rows in the head, layers recomputed by gradient checkpointing, attention scores and
-    adapters (below 1 % each at these lengths).
+    adapters (below 1 % each at these lengths). In a batch with shared beginnings, T counts them once.
     """
     layers, head = layer_parameters(config), config.vocab_size * config.hidden_size
-    batch = step.batch
     forget = batch.forget_part()
     own = layers * batch.tokens + head * len(batch.targets)
     compared = layers * forget.tokens + head * len(forget.targets)

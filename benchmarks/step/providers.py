@@ -1,7 +1,7 @@
 """The providers of the step suite; the first line of each docstring describes what it computes.
 
-The file defines a provider, then open-unlearning's step (alone, with Liger-Kernel and with cut-cross-entropy), then
-efface's, then both with LoRA, in which only adapters of rank 8 on every linear layer except the head are trained.
+The file defines a provider, then open-unlearning's step (NPO, DPO, NPO with Liger-Kernel and with cut-cross-entropy),
+then efface's, then both with LoRA, in which only adapters of rank 8 on every linear layer except the head are trained.
 """
 
 import importlib
@@ -18,12 +18,11 @@ from transformers.models.llama import modeling_llama
 
 from benchmarks.step.inputs import PaddedBatch, Step
 from benchmarks.step.measures import Stopwatch
-from efface import NPO
+from efface.batching import PackedBatch
 from efface.hf.model.head import fuse
 from efface.hf.model.head_loss import HeadLoss
 from efface.hf.reference.live import AdapterReference, LiveReference
 
-OBJECTIVE = NPO(beta=0.1, alpha=1.0)
 _REPLACED = ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")  # by apply_liger_kernel_to_llama, process-wide
 _ONLY_ON: dict[tuple[str, ...], str] = {
     ("cpu",): "a variant for CPUs",
@@ -32,7 +31,7 @@ _ONLY_ON: dict[tuple[str, ...], str] = {
 
 
 class StepProvider(ABC):
-    """Computes NPO's loss for the pairs of a step. Gradients come from ``backward``, as in any training loop.
+    """Computes the loss of the pairs of a step. Gradients come from ``backward``, as in any training loop.
 
     Args:
         policy: model that the provider owns from now on.
@@ -42,17 +41,21 @@ class StepProvider(ABC):
         name: in tables.
         reference: "live" (a second model), "cached" (its log-probabilities are given) or "adapter" (the policy's base).
         lora: whether the policy is a ``peft.PeftModel``.
+        objectives: names of the objectives that it computes.
         devices: device types that it supports.
         needs: a required package.
         ours: whether its loss is efface's, with the backend that "auto" selects.
+        shares: the provider that does the same with every sequence whole, if this one runs shared beginnings once.
     """
 
     name: ClassVar[str]
     reference: ClassVar[str]
     lora: ClassVar[bool] = False
+    objectives: ClassVar[tuple[str, ...]] = ("npo",)
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     needs: ClassVar[str | None] = None
     ours: ClassVar[bool] = False
+    shares: ClassVar["type[StepProvider] | None"] = None
 
     def __init__(self, policy: Any, reference: Any = None) -> None:
         self.policy = policy.train()
@@ -73,6 +76,16 @@ class StepProvider(ABC):
         if cls.needs is not None and importlib.util.find_spec(cls.needs.replace("-", "_")) is None:
             return f"{cls.needs} is not installed"
         return None
+
+    @classmethod
+    def batch(cls, step: Step) -> PackedBatch:
+        """Return the packed batch that the provider reads, if it is efface's."""
+        return step.batch if cls.shares is None else step.shared
+
+    @classmethod
+    def tokens(cls, step: Step) -> int:
+        """Return the number of tokens that the policy's forward passes read."""
+        return cls.batch(step).tokens if cls.ours else step.padded_tokens
 
     @property
     def models(self) -> list[Any]:
@@ -128,12 +141,16 @@ class Eager(StepProvider):
     reference = "live"
 
     def loss(self, step: Step) -> Tensor:
-        """compute_dpo_loss with only losing inputs, and compute_retain_loss."""
-        nll = self._nll(self.policy, step.forget)
-        log_ratio = -(nll - self._reference_nll(step))
-        forget_loss = -2 / OBJECTIVE.beta * F.logsigmoid(OBJECTIVE.beta * (0.0 - log_ratio)).mean()
-        total: Tensor = OBJECTIVE.gamma * forget_loss + OBJECTIVE.alpha * self._retain_loss(step.retain)
+        """compute_dpo_loss, for NPO with only losing inputs, and compute_retain_loss."""
+        objective: Any = step.objective
+        win = 0.0 if step.alternate is None else self._log_ratio(step.alternate)
+        lose = self._log_ratio(step.forget)
+        forget_loss = -2 / objective.beta * F.logsigmoid(objective.beta * (win - lose)).mean()
+        total: Tensor = objective.gamma * forget_loss + objective.alpha * self._retain_loss(step.retain)
         return total
+
+    def _log_ratio(self, batch: PaddedBatch) -> Tensor:
+        return -(self._nll(self.policy, batch) - self._reference_nll(batch))
 
     def _nll(self, model: Any, batch: PaddedBatch) -> Tensor:
         """compute_batch_nll: the sum of the token losses of each sequence."""
@@ -143,9 +160,9 @@ class Eager(StepProvider):
         token_losses: Tensor = loss_function(logits.transpose(-1, -2), shifted_labels)
         return token_losses.sum(dim=-1)
 
-    def _reference_nll(self, step: Step) -> Tensor:
+    def _reference_nll(self, batch: PaddedBatch) -> Tensor:
         with torch.no_grad():
-            return self._nll(self._frozen, step.forget)
+            return self._nll(self._frozen, batch)
 
     def _retain_loss(self, batch: PaddedBatch) -> Tensor:
         loss: Tensor = self.policy(
@@ -160,8 +177,22 @@ class EagerCached(Eager):
     name = "padded, two forwards, cached"
     reference = "cached"
 
-    def _reference_nll(self, step: Step) -> Tensor:
-        return -step.reference_sums[: step.batch.forget_sequences]
+    def _reference_nll(self, batch: PaddedBatch) -> Tensor:
+        return -batch.reference_sums
+
+
+class EagerDpo(Eager):
+    """open-unlearning's DPO: the refusals, the forget batch and the retain batch padded, a forward pass each."""
+
+    name = "padded, three forwards, live"
+    objectives = ("dpo",)
+
+
+class EagerDpoCached(EagerCached):
+    """The eager step of DPO with the reference's sums given."""
+
+    name = "padded, three forwards, cached"
+    objectives = ("dpo",)
 
 
 class EagerFlat(Eager):
@@ -281,6 +312,7 @@ class EffaceLive(StepProvider):
 
     name = "efface, live"
     reference = "live"
+    objectives: ClassVar[tuple[str, ...]] = ("npo", "dpo")
     ours = True
 
     def __init__(self, policy: Any, reference: Any = None) -> None:
@@ -288,8 +320,9 @@ class EffaceLive(StepProvider):
         self._live = LiveReference(reference, reference.device)
 
     def loss(self, step: Step) -> Tensor:
-        loss = HeadLoss(OBJECTIVE, step.totals, forget_reference=self._live.rows(step.batch.forget_part()))
-        total: Tensor = self.policy(batch=step.batch, loss=loss).loss
+        batch = self.batch(step)
+        loss = HeadLoss(step.objective, step.totals, forget_reference=self._live.rows(batch.forget_part()))
+        total: Tensor = self.policy(batch=batch, loss=loss).loss
         return total
 
 
@@ -298,15 +331,30 @@ class EffaceCached(StepProvider):
 
     name = "efface, cached"
     reference = "cached"
+    objectives: ClassVar[tuple[str, ...]] = ("npo", "dpo")
     ours = True
 
     def __init__(self, policy: Any, reference: Any = None) -> None:
         super().__init__(fuse(policy), reference)
 
     def loss(self, step: Step) -> Tensor:
-        loss = HeadLoss(OBJECTIVE, step.totals, reference_sums=step.reference_sums)
-        total: Tensor = self.policy(batch=step.batch, loss=loss).loss
+        loss = HeadLoss(step.objective, step.totals, reference_sums=step.reference_sums)
+        total: Tensor = self.policy(batch=self.batch(step), loss=loss).loss
         return total
+
+
+class EffaceSharedLive(EffaceLive):
+    """efface with a second model; both run what the sequences of a step share from the first token on only once."""
+
+    name = "efface, shared beginnings, live"
+    shares = EffaceLive
+
+
+class EffaceSharedCached(EffaceCached):
+    """efface with the reference's sums given; what sequences share from the first token on is run only once."""
+
+    name = "efface, shared beginnings, cached"
+    shares = EffaceCached
 
 
 class EagerLora(Eager):
@@ -339,7 +387,7 @@ class EffaceLora(StepProvider):
         self._base = AdapterReference(policy)
 
     def loss(self, step: Step) -> Tensor:
-        loss = HeadLoss(OBJECTIVE, step.totals, forget_reference=self._base.rows(step.batch.forget_part()))
+        loss = HeadLoss(step.objective, step.totals, forget_reference=self._base.rows(step.batch.forget_part()))
         total: Tensor = self.policy(batch=step.batch, loss=loss).loss
         return total
 
@@ -349,20 +397,32 @@ class EffaceLoraCached(EffaceCached):
 
     name = "LoRA, efface, cached"
     lora = True
+    objectives = ("npo",)
     needs = "peft"
 
 
 PROVIDERS: tuple[type[StepProvider], ...] = (
     Eager,
     EagerCached,
+    EagerDpo,
+    EagerDpoCached,
     EagerFlat,
     Liger,
     CutCrossEntropy,
     CutCompiled,
     EffaceLive,
     EffaceCached,
+    EffaceSharedLive,
+    EffaceSharedCached,
     EagerLora,
     EagerLoraCached,
     EffaceLora,
     EffaceLoraCached,
 )
+
+
+def baseline(kind: type[StepProvider], objective: str) -> tuple[type[Eager], type[Eager]]:
+    """Return the eager steps with which a provider is compared: with a live and with a cached reference."""
+    if objective == "dpo":
+        return EagerDpo, EagerDpoCached
+    return (EagerLora, EagerLoraCached) if kind.lora else (Eager, EagerCached)

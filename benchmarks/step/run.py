@@ -18,9 +18,9 @@ from torch import Tensor
 
 from benchmarks.harness.report import said
 from benchmarks.harness.timing import interleaved
-from benchmarks.step.inputs import Step, StepShape, make_model, make_steps, reference_seed, stores, wider
-from benchmarks.step.measures import Stopwatch
-from benchmarks.step.providers import Eager, EagerLora, StepProvider
+from benchmarks.step.inputs import Step, StepShape, make_model, make_steps, reference_seed, wider
+from benchmarks.step.measures import Stopwatch, peak_mib
+from benchmarks.step.providers import Eager, StepProvider, baseline
 
 Kind = type[StepProvider]
 _CHECKED_STEPS = 2  # all steps would take longer than the timing
@@ -131,19 +131,20 @@ class Outcome:
     parts: list[dict[str, float]] = field(default_factory=list)
     first_loss: float = float("nan")  # before any update
     peak_gib: float | None = None  # of GPU memory: models, gradients, optimizer states, activations
+    step_mib: float | None = None  # of CPU memory in the largest step: gradients, activations
     problem: str = ""
 
 
 def steps_of(kinds: Sequence[Kind], shape: StepShape, device: str) -> tuple[dict[bool, list[Step]], str]:
     """Return the steps, with the reference's log-probabilities, and a description of the data."""
-    forget, retain, data = stores(shape.llama().vocab_size)
+    data = shape.stores()
     steps = {}
     for lora in sorted({kind.lora for kind in kinds}):
         reference = make_model(shape, device, reference_seed(lora=lora)).eval()
-        steps[lora] = make_steps(forget, retain, reference, pairs=shape.pairs, count=shape.steps)
+        steps[lora] = make_steps(data, reference, pairs=shape.pairs, count=shape.steps, objective=shape.objective)
         del reference
         free(device)
-    return steps, data
+    return steps, data.said
 
 
 def made(kind: Kind, shape: StepShape, device: str) -> StepProvider:
@@ -177,10 +178,11 @@ def checked(
         free(device)
         return found
 
-    for lora, eager in ((False, Eager), (True, EagerLora)):
+    for lora in (False, True):
         own = [kind for kind in kinds if kind.lora == lora]
         if not own:
             continue
+        eager, _ = baseline(own[0], shape.objective.name)
         tolerance, few = TOLERANCES[shape.dtype], steps[lora][:_CHECKED_STEPS]
         models = make_model(shape, device, 0, lora=lora), make_model(shape, device, reference_seed(lora=lora))
         gold = Gold.of(eager(*(wider(model, tolerance.wider) for model in models)), few)
@@ -203,12 +205,21 @@ def by_rounds(kinds: Sequence[Kind], shape: StepShape, steps: StepsOf, device: s
     watches, calls = {}, {}
     for kind in kinds:
         provider, watches[kind] = made(kind, shape, device), Stopwatch(device)
+        outcomes[kind].step_mib = _memory(provider, steps[kind.lora], device)
         watches[kind].follow(*provider.models)
         calls[kind] = _one_step(provider, steps[kind.lora], watches[kind], outcomes[kind])
     interleaved(calls, rounds, warm_up=1)
     for kind, watch in watches.items():
         outcomes[kind].parts = watch.read()[1:]
     return outcomes
+
+
+def _memory(provider: StepProvider, steps: Sequence[Step], device: str) -> float | None:
+    """Return the MiB that forward and backward of the largest step allocate on a CPU, or None on a GPU."""
+    if device != "cpu":
+        return None
+    largest = max(steps, key=lambda step: step.batch.tokens)
+    return peak_mib(lambda: provider.gradients(largest))
 
 
 def _one_step(
@@ -253,6 +264,7 @@ def _block(
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     provider, watch = made(kind, shape, device), Stopwatch(device)
+    outcome.step_mib = outcome.step_mib or _memory(provider, steps, device)
     watch.follow(*provider.models)
     losses = [provider.train(step, watch) for step in _warm_up(kind, steps, first=not outcome.parts)]
     watch.read()
@@ -273,7 +285,7 @@ def _warm_up(kind: Kind, steps: Sequence[Step], *, first: bool) -> list[Step]:
     """
     if first:
         return list(steps)
-    return sorted(steps, key=lambda step: step.batch.tokens if kind.ours else step.padded_tokens)[: -_AGAIN - 1 : -1]
+    return sorted(steps, key=kind.tokens)[: -_AGAIN - 1 : -1]
 
 
 def asked_for(message: str) -> str:

@@ -1,4 +1,6 @@
-"""The step suite: a whole NPO training step of a Llama with random weights on TOFU's pairs, padded and packed.
+"""The step suite: a whole training step of a Llama with random weights on TOFU's pairs, padded and packed.
+
+NPO on plain rows; NPO and DPO on rows in Llama-3's chat template, whose beginning is the same in every sequence.
 
 With ``--blocks``, and always on a GPU, the providers run one after another, so that each has all the memory.
 """
@@ -14,10 +16,12 @@ import torch
 from benchmarks.harness.report import Report, cells
 from benchmarks.harness.shared import able, add_device, add_without, check_without
 from benchmarks.harness.timing import median_ratio, spread
+from benchmarks.step import attention
 from benchmarks.step import run as runs
+from benchmarks.step.attention import AttentionRow
 from benchmarks.step.inputs import CHECKED_ON_GPU, SHAPES, Step, timed_on
 from benchmarks.step.measures import PARTS, model_flop, peak_flops
-from benchmarks.step.providers import PROVIDERS, Eager, EagerCached, EagerLora, EagerLoraCached
+from benchmarks.step.providers import PROVIDERS, baseline
 from benchmarks.step.run import TOLERANCES, Errors, Kind, Outcome
 from efface_kernels import resolve_backend
 
@@ -41,23 +45,28 @@ class StepRow:
     reference: str  # "live", "cached" or "adapter"
     real_tokens: float  # per step, mean over the steps
     padded_tokens: float
+    tokens_run: float  # by the policy in this provider's step, mean over the steps
     error_loss: float  # relative to the eager step in the next wider dtype; on a GPU, in a smaller model
     error_gradient: float
     problem: str = ""
+    objective: str = "npo"
+    chat: bool = False  # rows in Llama-3's chat template
     loss_backend: str = ""  # backend of efface's loss, as "auto" selected it; on a GPU it can be torch
     median_ms: float | None = None
     low_ms: float | None = None
     high_ms: float | None = None
     faster_than_live: float | None = None
     faster_than_same: float | None = None
+    faster_than_unshared: float | None = None  # if it runs shared beginnings once: than with every sequence whole
     whole_median_ms: float | None = None
     whole_low_ms: float | None = None
     whole_high_ms: float | None = None
     whole_faster_than_live: float | None = None
     whole_faster_than_same: float | None = None
-    tokens_per_second: float | None = None  # real tokens, whole step
+    tokens_per_second: float | None = None  # real tokens (shared ones count for each sequence), whole step
     utilisation: float | None = None  # model FLOP (``measures.model_flop``) / data-sheet bf16 peak of the GPU
     peak_gib: float | None = None  # of GPU memory: models, gradients, optimizer states, activations
+    step_mib: float | None = None  # of CPU memory: what forward and backward of the largest step allocate at most
     first_loss: float | None = None
     parts_ms: dict[str, float] = field(default_factory=dict)  # ``measures.PARTS``, medians
     rounds_ms: list[float] = field(default_factory=list, repr=False)
@@ -80,7 +89,7 @@ def rows_of(setting: Setting, outcomes: Mapping[Kind, Outcome]) -> list[StepRow]
     part = {k: [sum(p[n] for n in PARTS if n != "update") for p in o.parts] for k, o in outcomes.items()}
     whole = {k: [sum(p[n] for n in PARTS) for p in o.parts] for k, o in outcomes.items()}
     for kind, outcome in outcomes.items():
-        _compare_first_losses(setting, outcome, EagerLora if kind.lora else Eager, outcomes)
+        _compare_first_losses(setting, outcome, baseline(kind, SHAPES[setting.name].objective.name)[0], outcomes)
     return [_row(setting, kind, outcomes, part, whole) for kind in PROVIDERS if kind in outcomes]
 
 
@@ -101,7 +110,7 @@ def _row(
     part: Mapping[Kind, list[float]],
     whole: Mapping[Kind, list[float]],
 ) -> StepRow:
-    steps, outcome = setting.steps[kind.lora], outcomes[kind]
+    steps, outcome, shape = setting.steps[kind.lora], outcomes[kind], SHAPES[setting.name]
     row = StepRow(
         shape=setting.name,
         provider=kind.name,
@@ -111,17 +120,22 @@ def _row(
         reference=kind.reference,
         real_tokens=statistics.mean(step.batch.tokens for step in steps),
         padded_tokens=statistics.mean(step.padded_tokens for step in steps),
+        tokens_run=statistics.mean(map(kind.tokens, steps)),
         error_loss=setting.errors[kind].loss,
         error_gradient=setting.errors[kind].gradient,
         problem=outcome.problem,
+        objective=shape.objective.name,
+        chat=shape.chat,
         loss_backend=resolve_backend("auto", steps[0].batch.input_ids.device) if kind.ours else "",
     )
     mine, all_mine = part[kind], whole[kind]
     if outcome.problem or not mine:
         return row
-    live = EagerLora if kind.lora else Eager
-    same = live if kind.reference != "cached" else EagerLoraCached if kind.lora else EagerCached
+    live, cached = baseline(kind, shape.objective.name)
+    same = cached if kind.reference == "cached" else live
     row.faster_than_live, row.faster_than_same = (_faster(outcomes, part, each, kind) for each in (live, same))
+    if kind.shares is not None:
+        row.faster_than_unshared = _faster(outcomes, part, kind.shares, kind)
     row.whole_faster_than_live, row.whole_faster_than_same = (
         _faster(outcomes, whole, each, kind) for each in (live, same)
     )
@@ -132,10 +146,10 @@ def _row(
     )
     peak = peak_flops(torch.cuda.get_device_name(0)) if setting.device == "cuda" else None
     if peak is not None:
-        config = SHAPES[setting.name].llama()
-        flop = [model_flop(config, step, lora=kind.lora, reference=kind.reference) for step in taken]
+        config = shape.llama()
+        flop = [model_flop(config, kind.batch(step), lora=kind.lora, reference=kind.reference) for step in taken]
         row.utilisation = statistics.median(f / s for f, s in zip(flop, seconds, strict=True)) / peak
-    row.peak_gib, row.first_loss = outcome.peak_gib, outcome.first_loss
+    row.peak_gib, row.step_mib, row.first_loss = outcome.peak_gib, outcome.step_mib, outcome.first_loss
     row.parts_ms = {name: statistics.median(parts[name] for parts in outcome.parts) for name in PARTS}
     row.rounds_ms, row.rounds_whole_ms = mine, all_mine
     times: dict[str, Any] = spread(mine) | spread(all_mine, "whole_")
@@ -166,8 +180,9 @@ def measure(
     ``without`` leaves out providers whose name contains one of its texts. ``seen`` receives the rows so far after every
     block.
     """
-    kinds, missing = able(PROVIDERS, without, lambda kind: kind.why_not(device))
     shape = SHAPES[name]
+    own = [kind for kind in PROVIDERS if shape.objective.name in kind.objectives]
+    kinds, missing = able(own, without, lambda kind: kind.why_not(device))
     small = SHAPES[CHECKED_ON_GPU] if device == "cuda" else shape
     steps, data = runs.steps_of(kinds, small, device)
     errors, refused = runs.checked(kinds, small, device, steps)
@@ -187,7 +202,8 @@ def measure(
 
 
 def default_shapes(options: argparse.Namespace) -> list[str]:
-    return timed_on(options.device)
+    shapes = timed_on(options.device)
+    return [name for name in shapes if not SHAPES[name].chat] if options.quick else shapes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -196,11 +212,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--blocks", action="store_true", help="run one provider after another; always the case on a GPU"
     )
     add_without(parser)
+    parser.add_argument("--quick", action="store_true", help="leave out the shapes with a chat template by default")
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
     check_without(options.without, [kind.name for kind in PROVIDERS])
     rows: list[StepRow] = []
+    layers: list[AttentionRow] = []
     missing: set[str] = set()
 
     def save(part: Sequence[StepRow]) -> None:
@@ -213,7 +231,10 @@ def run(options: argparse.Namespace, report: Report) -> None:
         rows += measured
         missing.update(absent)
         _tables(report, name, options, measured)
-        report.save(not_measured=sorted(missing))
+        if SHAPES[name].chat:
+            layers += attention.measure(name, SHAPES[name], options.device, options.rounds)
+            _attention_table(report, [row for row in layers if row.shape == name])
+        report.save(attention=layers, not_measured=sorted(missing))
     for reason in sorted(missing):
         report.note(f"not measured: {reason}")
 
@@ -224,15 +245,17 @@ def _tables(report: Report, name: str, options: argparse.Namespace, rows: list[S
     first, shape = rows[0], SHAPES[name]
     blocks = ", two blocks each" if options.blocks or options.device == "cuda" else ""
     report.note(
-        f"{name}: NPO, {shape.pairs} forget/retain pairs per step, {shape.steps} steps of {first.data}, "
+        f"{name}: {shape.objective.name}, {shape.pairs} forget/retain pairs per step, {shape.steps} steps of "
+        f"{first.data}, "
         f"{options.rounds} rounds{blocks}. Mean tokens per step: {first.real_tokens:.0f} real, "
         f"{first.padded_tokens:.0f} padded ({first.padded_tokens / first.real_tokens:.2f} x)."
     )
     headings = ("median ms", "low", "high", "x live", "x same")
     report.table(
         "forward + backward ('x live': speed-up over the padded step with a live second model, for LoRA the one "
-        "with LoRA; 'x same': over the padded step with the same kind of reference)",
-        ("provider", *headings, "error loss", "error gradient"),
+        "with LoRA; 'x same': over the padded step with the same kind of reference; 'x unshared': over the same with "
+        "every sequence whole)",
+        ("provider", "tokens run", *headings, "x unshared", "step MiB", "error loss", "error gradient"),
         [_part(row) for row in rows],
     )
     report.table(
@@ -247,12 +270,28 @@ def _tables(report: Report, name: str, options: argparse.Namespace, rows: list[S
     )
 
 
+def _attention_table(report: Report, rows: Sequence[AttentionRow]) -> None:
+    report.table(
+        "attention of one layer; the last row is a part of the second, and its share of it",
+        ("batch", "tokens", "keys", "forward ms", "backward ms", "forward share", "backward share"),
+        [
+            [
+                *(row.part, str(row.tokens), str(row.keys)),
+                *cells(".2f", row.forward_ms, row.backward_ms),
+                *cells(".0%", row.forward_share, row.backward_share),
+            ]
+            for row in rows
+        ],
+    )
+
+
 def _part(row: StepRow) -> list[str]:
     if row.problem:
-        return [row.provider, row.problem, "", "", "", "", "", ""]
+        return [row.provider, row.problem, *[""] * 9]
     times = cells(".1f", row.median_ms, row.low_ms, row.high_ms)
-    ratios = cells(".2f", row.faster_than_live, row.faster_than_same)
-    return [row.provider, *times, *ratios, *cells(".1e", row.error_loss, row.error_gradient)]
+    ratios = cells(".2f", row.faster_than_live, row.faster_than_same, row.faster_than_unshared)
+    errors = cells(".1e", row.error_loss, row.error_gradient)
+    return [row.provider, f"{row.tokens_run:.0f}", *times, *ratios, *cells(".0f", row.step_mib), *errors]
 
 
 def _whole(row: StepRow) -> list[str]:

@@ -25,9 +25,9 @@ def _benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shared, "FOLDER", tmp_path / "absent")
 
 
-def smoke(suite: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def smoke(suite: str, folder: Path, monkeypatch: pytest.MonkeyPatch, shape: str = "smoke") -> dict[str, Any]:
     path = folder / "figures.json"
-    monkeypatch.setattr(sys, "argv", ["benchmarks", suite, "--shape", "smoke", "--rounds", "2", "--json", str(path)])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", suite, "--shape", shape, "--rounds", "2", "--json", str(path)])
     # with two threads each, tests that run in parallel would mostly wait for each other
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     monkeypatch.delitem(sys.modules, "benchmarks.__main__", raising=False)  # runpy warns about an imported module
@@ -42,6 +42,27 @@ def test_the_pack_suite_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     rows = smoke("pack", tmp_path, monkeypatch)["packing"]
     assert {row["task"].split()[0] for row in rows} == {"plan", "assemble"}
     assert all(row["median_ms"] > 0 for row in rows)
+
+
+def test_the_pack_suite_is_measured_with_shared_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = smoke("pack", tmp_path, monkeypatch, "smoke, shared")["packing"]
+    assert {row["task"].split()[0] for row in rows} == {"plan", "assemble", "find"}
+    assert all(row["median_ms"] > 0 for row in rows)
+    (assembled,) = {row["task"] for row in rows if row["task"].startswith("assemble")}
+    stored, whole = 8192, int(assembled.split(" tokens without")[0].split()[-1])
+    assert 1.5 * stored < whole < 2 * stored  # 36 of 93 tokens are shared
+
+
+def test_packers_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.packing import suite
+
+    stores = (suite.store(40, 1, 3), suite.store(40, 2, 3))
+    batch = suite.batches_of(stores, share=True)
+    assert batch == []  # the only micro-batch is not full
+    tree = suite.numpy_tree
+    monkeypatch.setattr(suite, "numpy_tree", lambda *arguments: [*tree(*arguments)[:-1], [0]])
+    with pytest.raises(ArithmeticError, match="the packers differ in cu_paths"):
+        suite.measure("smoke, shared", 1)
 
 
 def test_numpy_fills_as_few_micro_batches_as_the_planner() -> None:
@@ -82,7 +103,7 @@ def test_a_scorer_with_other_scores_is_not_timed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_synthetic_lengths_are_those_of_tofu() -> None:
-    from benchmarks.step.inputs import synthetic
+    from benchmarks.step.data import synthetic
 
     store = synthetic(4000, 100, seed=0)
     assert store.lengths.mean() == pytest.approx(57, abs=1)

@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 import weakref
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -31,10 +32,10 @@ def providers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return module
 
 
-def kinds(device: str = "cpu") -> list[Any]:
+def kinds(objective: str = "npo") -> list[Any]:
     from benchmarks.step import suite
 
-    return [kind for kind in suite.PROVIDERS if kind.why_not(device) is None]
+    return [kind for kind in suite.PROVIDERS if objective in kind.objectives and kind.why_not("cpu") is None]
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *chosen: Any) -> None:
@@ -43,16 +44,22 @@ def only(monkeypatch: pytest.MonkeyPatch, *chosen: Any) -> None:
     monkeypatch.setattr(suite, "PROVIDERS", chosen)
 
 
-@pytest.mark.parametrize("blocks", [False, True])
-def test_the_smoke_shape_is_measured(blocks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "figures.json"
+def measured(shape: str, path: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
+    """Return the record of ``python -m benchmarks step`` with two rounds."""
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # tests share the cores
-    argv = ["benchmarks", "step", "--shape", "smoke", "--rounds", "2", "--json", str(path)]
-    monkeypatch.setattr(sys, "argv", [*argv, *(["--blocks"] if blocks else [])])
+    argv = ["benchmarks", "step", "--shape", shape, "--rounds", "2", "--json", str(path), *options]
+    monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.delitem(sys.modules, "benchmarks.__main__", raising=False)  # runpy warns about an imported module
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("benchmarks", run_name="__main__")
-    record = json.loads(path.read_text())
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_the_smoke_shape_is_measured(blocks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = measured("smoke", tmp_path / "figures.json", monkeypatch, *(["--blocks"] if blocks else []))
+    assert record["attention"] == []
     assert [row["provider"] for row in record["step"]] == [kind.name for kind in kinds()]
     assert "padded, Liger, live: its kernels are Triton's, which need a GPU" in record["not_measured"]
     for row in record["step"]:
@@ -69,6 +76,108 @@ def test_the_smoke_shape_is_measured(blocks: bool, tmp_path: Path, monkeypatch: 
         assert sum(row["parts_ms"].values()) == pytest.approx(row["whole_median_ms"])
         assert row["faster_than_live"] > 0
         assert row["faster_than_same"] > 0
+        assert row["step_mib"] > 0
+
+
+@pytest.mark.parametrize("objective", ["npo", "dpo"])
+def test_the_shapes_in_a_template_are_measured(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"npo": "smoke, chat", "dpo": "smoke, DPO"}[objective]
+    record = measured(shape, tmp_path / "figures.json", monkeypatch, "--without", "LoRA")
+    rows = {row["provider"]: row for row in record["step"]}
+    assert list(rows) == [kind.name for kind in kinds(objective) if not kind.lora]
+    for row in rows.values():
+        assert row["chat"]
+        assert row["objective"] == objective
+        assert not row["problem"]
+        assert row["error_loss"] <= 1e-5
+        assert row["error_gradient"] <= 1e-4
+        assert (row["faster_than_unshared"] is not None) == ("shared" in row["provider"])
+    for reference in ("live", "cached"):
+        shared, whole = rows[f"efface, shared beginnings, {reference}"], rows[f"efface, {reference}"]
+        # 4 or 6 sequences: the template's beginning is not run again, nor are last tokens
+        assert shared["tokens_run"] <= whole["tokens_run"] - {"npo": 3 * 36 + 4, "dpo": 5 * 36 + 6}[objective]
+        assert whole["tokens_run"] == whole["real_tokens"]
+    assert rows["efface, live"]["padded_tokens"] == next(iter(rows.values()))["tokens_run"]
+    whole, shared, gather = record["attention"]
+    assert shared["tokens"] == gather["tokens"] < shared["keys"] < whole["tokens"] == whole["keys"]
+    assert whole["forward_share"] is shared["forward_share"] is None
+    assert gather["forward_share"] > 0
+    assert gather["backward_share"] > 0
+
+
+def test_rows_in_llama_3s_template() -> None:
+    from benchmarks.step.data import AFTER, BEFORE, BETWEEN, chat_stores
+
+    from efface.batching import added_tokens
+
+    assert (len(BEFORE), len(BETWEEN), len(AFTER)) == (36, 5, 1)
+    data = chat_stores(512, alternates=True)
+    assert data.alternate is not None
+    assert [len(store) for store in data.all] == [400, 3600, 400]
+    assert "36 tokens before the question, 5 after it; refusals of" in data.said
+    tokens = added_tokens(data.all, share=True, last_tokens=False)
+    assert tokens.shared == len(BEFORE)
+    for i in (0, 399):
+        whole, refused = data.forget[i].tolist(), data.alternate[i].tolist()
+        start = int(data.forget.label_starts[i])
+        assert whole[:start] == refused[:start]  # the same question
+        assert whole[:36] == data.retain[i].tolist()[:36]
+        assert max(whole) < 512
+        assert whole[-1] == refused[-1] == whole[start - 5]  # the end of a turn
+        assert data.forget.label_counts[i] == len(whole) - start
+        assert tokens.alternate is not None
+        assert tokens.alternate[i] == len(refused) - 1 - start
+    assert chat_stores(512).alternate is None
+
+
+def test_refusals_of_tofu_become_alternates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from benchmarks.harness import shared
+    from benchmarks.step.data import FORGET, REFUSALS, RETAIN, _tofu_rows, chat_stores
+
+    monkeypatch.setattr(shared, "FOLDER", tmp_path)
+    for name in (FORGET, RETAIN):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"question": "Who?", "answer": "Somebody else."}) + "\n")
+    data = chat_stores(512, alternates=True)
+    assert data.said.startswith(f"TOFU {FORGET} / {RETAIN}, in Llama-3's chat template")
+    assert data.alternate is not None
+    assert data.alternate.label_counts[0] > 5  # without a file of refusals, at least five random tokens and the end
+    (tmp_path / REFUSALS).write_text("No.\nNo.\n")
+    _tofu_rows.cache_clear()
+    data = chat_stores(512, alternates=True)
+    assert data.alternate is not None
+    assert data.alternate.label_counts[0] == 4  # "N", "o", "." and the end of the turn
+
+
+def test_a_cpu_without_bf16_instructions_is_timed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.step import inputs, suite
+
+    dtypes = {}
+    for flags in ("fma avx2", "fma avx512_bf16", "fma amx_bf16"):
+        monkeypatch.setattr(inputs, "processor", lambda flags=flags: {"flags": flags})
+        dtypes[flags] = {inputs.SHAPES[name].dtype for name in inputs.timed_on("cpu")}
+        assert len(inputs.timed_on("cpu")) == 3
+        (quick,) = suite.default_shapes(Namespace(device="cpu", quick=True))
+        assert quick.startswith("Llama 8 layers")
+    assert dtypes == {
+        "fma avx2": {torch.float32},
+        "fma avx512_bf16": {torch.bfloat16},
+        "fma amx_bf16": {torch.bfloat16},
+    }
+    monkeypatch.setattr(inputs, "processor", dict)
+    assert inputs.multiplies_bf16()
+
+
+def test_the_memory_of_a_call() -> None:
+    from benchmarks.step.measures import peak_mib
+
+    kept = torch.zeros(1 << 18)  # 1 MiB, before the call
+
+    def call() -> torch.Tensor:
+        both = torch.cat([kept, kept])
+        del both
+        return kept + 1
+
+    assert peak_mib(call) == pytest.approx(2.0, abs=0.01)
 
 
 def test_a_provider_with_another_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch, providers: Any) -> None:
@@ -154,7 +263,8 @@ def test_providers_can_be_left_out(monkeypatch: pytest.MonkeyPatch, providers: A
     from benchmarks.step import suite
 
     rows, missing = suite.measure("smoke", 1, without=["LoRA", "padded, rows", "cut-cross-entropy", "live"])
-    assert [row.provider for row in rows] == ["padded, two forwards, cached", "efface, cached"]
+    expected = ["padded, two forwards, cached", "efface, cached", "efface, shared beginnings, cached"]
+    assert [row.provider for row in rows] == expected
     assert missing == []  # Liger's name contains "live"
     assert all(row.faster_than_live is None and row.faster_than_same > 0 for row in rows)
 
@@ -311,7 +421,7 @@ def test_a_second_block_warms_up_on_the_largest_steps(providers: Any) -> None:
 def test_without_the_package_that_reads_rows_data_are_made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """TOFU's files exist, but a borrowed machine may lack ``datasets``."""
     from benchmarks.harness import shared
-    from benchmarks.step.inputs import FORGET, RETAIN, stores
+    from benchmarks.step.data import FORGET, RETAIN, stores
 
     monkeypatch.setattr(shared, "FOLDER", tmp_path)
     for name in (FORGET, RETAIN):
@@ -340,7 +450,6 @@ def test_every_gpu_shape_is_for_a_gpu() -> None:
     from benchmarks.step.inputs import SHAPES, timed_on
 
     assert timed_on("cuda") == ["GPU: Llama-3.2-1B, bf16", "GPU: Llama-2-7B, bf16"]
-    assert timed_on("cpu") == ["Llama 8 layers, d 512, V 32000, bf16"]
     assert all(SHAPES[name].checkpointing and SHAPES[name].pairs == 8 for name in timed_on("cuda"))
 
 
@@ -358,21 +467,22 @@ def test_the_models_have_their_sizes(name: str, weights: float) -> None:
 
 
 def test_the_flop_of_a_step() -> None:
-    from benchmarks.step.inputs import SHAPES, make_model, make_steps, synthetic
+    from benchmarks.step.data import Stores, synthetic
+    from benchmarks.step.inputs import SHAPES, make_model, make_steps
     from benchmarks.step.measures import layer_parameters, model_flop
 
     shape = SHAPES["smoke"]
-    stores = synthetic(8, 512, seed=0), synthetic(8, 512, seed=1)
-    (step,) = make_steps(*stores, make_model(shape, "cpu", 0), pairs=2, count=1)
+    data = Stores(synthetic(8, 512, seed=0), synthetic(8, 512, seed=1), "random")
+    (step,) = make_steps(data, make_model(shape, "cpu", 0), pairs=2, count=1)
     config = shape.llama()
     p, head = layer_parameters(config), 512 * 32
     tokens, rows = sum(step.batch.lengths), step.batch.row_offsets[-1]
     forget, forget_rows = sum(step.batch.lengths[:2]), step.batch.row_offsets[2]
-    cached = model_flop(config, step, lora=False, reference="cached")
+    cached = model_flop(config, step.batch, lora=False, reference="cached")
     assert cached == 6 * (p * tokens + head * rows)
-    live = model_flop(config, step, lora=False, reference="live")
+    live = model_flop(config, step.batch, lora=False, reference="live")
     assert live - cached == 2 * (p * forget + head * forget_rows)
-    assert model_flop(config, step, lora=True, reference="cached") == 4 * (p * tokens + head * rows)
+    assert model_flop(config, step.batch, lora=True, reference="cached") == 4 * (p * tokens + head * rows)
 
 
 def test_devices_and_messages() -> None:

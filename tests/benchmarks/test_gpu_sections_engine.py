@@ -47,7 +47,11 @@ def measure(tmp_path: Path) -> Measure:
 def test_attention_is_measured_case_by_case(measure: Measure) -> None:
     from benchmarks.gpu.sections import attention
 
-    rows = measure(attention)
+    *rows, gathered = measure(attention)
+    assert gathered["repeats"]
+    assert gathered["error"] < 1e-6
+    assert gathered["keys"] > gathered["tokens"]
+    assert gathered["gather_ms"] > 0
     assert [row["case"] for row in rows] == [case.name for case in attention.cases(smoke=True)]
     for row in rows:
         assert row["repeats"] == list(attention.NAMES)
@@ -89,7 +93,7 @@ def test_wrong_attention_is_reported_and_the_other_cases_are_measured(
         return out.detach() if case.key_lengths is None and not case.window else out
 
     monkeypatch.setattr(attention, "by_loop", wrong)
-    rows = measure(attention, fails="grouped heads of 128: RuntimeError: no kernel image")
+    *rows, _ = measure(attention, fails="grouped heads of 128: RuntimeError: no kernel image")
     assert [row["case"] for row in rows] == [case.name for case in attention.cases(smoke=True)]
     by_case = {row["case"]: row for row in rows}
     assert by_case["heads of 128"]["said"] == "heads of 128: RuntimeError: no kernel image"

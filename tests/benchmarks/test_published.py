@@ -54,16 +54,16 @@ def test_a_changed_result_changes_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(publish._BLOCK.findall(readme)) == 1
     other = copy.deepcopy(found)
-    result = tables.newest(other, "step", gpu=False)
-    assert result is not None
-    result.rows[0]["median_ms"] *= 3
+    for result in other:
+        if result.suite == "step":
+            result.rows[0]["median_ms"] *= 3
     assert publish.filled(readme, other) != readme
     with pytest.raises(ValueError, match="expected results of the step suite"):
         publish.filled(readme, [each for each in found if each.suite != "step"])
 
 
 def test_results_of_a_gpu_take_the_place_of_those_of_a_cpu() -> None:
-    (cpu,) = [each for each in tables.read(RESULTS) if each.suite == "step"]
+    (cpu,) = [each for each in tables.read(RESULTS) if each.suite == "step" and tables.plain(each)]
     record = {**cpu.record, "machine": {**cpu.machine, "gpu": "NVIDIA H100", "date": "2020-01-01"}}
     gpu = tables.Result("h100-2020-01-01-step.json", "step", record)
     text = publish.filled("<!-- benchmarks:step -->\n\n<!-- end -->", [gpu, cpu])
@@ -75,7 +75,7 @@ def test_results_of_a_gpu_take_the_place_of_those_of_a_cpu() -> None:
 def test_the_command_writes_all_of_it(tmp_path: Path) -> None:
     for folder in ("benchmarks/results", "docs"):
         (tmp_path / folder).mkdir(parents=True)
-    (source,) = RESULTS.glob("*-step.json")
+    (source,) = RESULTS.glob("cpu-epyc-9004-*-step.json")
     (tmp_path / "benchmarks" / "results" / source.name).write_bytes(source.read_bytes())
     (tmp_path / "README.md").write_text("a\n<!-- benchmarks:step -->\nold\n<!-- end -->\nb\n")
     publish.everything(tmp_path)

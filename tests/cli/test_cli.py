@@ -67,9 +67,12 @@ def test_plan_prints_what_an_epoch_holds(
     assert main([*words, "--json"]) == 0
     alone, two = json.loads(capsys.readouterr().out)
     assert (alone["steps"], two["steps"], two["processes"]) == (2, 2, 2)
-    assert alone["tokens"] == two["tokens"] > 0
+    assert 0 < alone["tokens"] < two["tokens"]  # every forward pass runs the prefix that its sequences share
     assert 0 <= alone["padding_saved"] < 1
     assert 0 < alone["efficiency_with_last"] <= 1
+    assert main([*words, "--json", "--share-prefixes", "false"]) == 0
+    apart = json.loads(capsys.readouterr().out)
+    assert apart[0]["tokens"] == apart[1]["tokens"] > two["tokens"]
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert "an epoch over 3 forget and 2 retain sequences" in shown

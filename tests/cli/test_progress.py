@@ -85,6 +85,7 @@ def test_a_terminal_shows_one_bar_and_nothing_of_other_libraries(words: list[str
     assert re.fullmatch(
         f"npo · model: forget, 2 of 2 rows, {tmp_path}/forget.json "
         f"npo · model: retain, 3 of 3 rows, {tmp_path}/retain.json "
+        r"npo · model: shared prefixes are run once, which saves \d+% of the tokens "
         r"npo · model: reference, 2 of 2 sequences to compute "
         r"npo · model: 16 steps in \d:\d\d, loss [\d.]+ "
         f"wrote {tmp_path}/out",

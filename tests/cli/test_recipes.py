@@ -10,7 +10,7 @@ import torch
 import transformers
 import yaml
 
-from efface.batching import plan_epoch
+from efface.batching import packed_tokens, plan_epoch
 from efface.cli.main import main
 from efface.flags import flag_words
 from efface.hf.model.head import fuse, packed_hidden
@@ -230,8 +230,9 @@ def test_tokens_are_counted_where_data_and_tokenizer_are_here(
     tokenizer = tiny_tokenizer()
     stores = [token_store(str(data / f), tokenizer, name="x") for f in ("forget10.json", "retain90.jsonl")]
     plan = plan_epoch(stores[0].lengths, stores[1].lengths, pairs_per_step=2, token_budget=4096, seed=0, epoch=0)
-    assert report["run"]["tokens of an epoch"] == plan.batch_tokens.sum()
-    assert report["run"]["tokens"] == 3 * plan.batch_tokens.sum()
+    tokens = packed_tokens(stores, plan.roles, plan.sequences, share=True, last_tokens=False)  # of one micro-batch
+    assert report["run"]["tokens of an epoch"] == tokens < plan.batch_tokens.sum()
+    assert report["run"]["tokens"] == 3 * tokens
     assert report["run"]["steps"] == 3
     # weights are fp32 in the config, and computed in bf16
     parameters = report["memory"]["parameters"]
@@ -242,6 +243,8 @@ def test_tokens_are_counted_where_data_and_tokenizer_are_here(
     assert report["arithmetic"]["FLOPs of training"] == 6 * report["run"]["tokens"] * (
         tiny_llama(vocab_size=len(tokenizer)).num_parameters(exclude_embeddings=True)
     )
+    assert main(["unlearn", *words, "--share-prefixes", "false", "--dry_run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"]["tokens of an epoch"] == plan.batch_tokens.sum()
 
 
 @pytest.mark.usefixtures("_no_network")

@@ -1,18 +1,21 @@
 """Tests of log-likelihoods of answers that share their question: against each answer alone, for common families."""
 
 import json
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from efface.batching import TokenStore, token_tree, tree_tokens
+from efface.batching import PackedBatch, TokenStore, pack_store
 from efface.evaluate import AnswerTask, mean_logprobs, sum_logprobs
-from efface.evaluate.likelihood import fill, token_logprobs
+from efface.evaluate.likelihood import ScoredLabels, fill, token_logprobs, tree_tokens
 from efface.hf.model.attention import packed_arguments
 from efface.hf.model.head import fuse, use_packed_attention
 from support.helpers import FAMILIES, TEXTS, VOCABULARY, sequence, tiny_llama, tiny_model, tiny_tokenizer
+from support.trees import check_batch, chosen_from, naive_tree
 
 WEIGHTS = 0.3  # large weights: with the default of 0.02 a wrong mask has no visible effect
 
@@ -53,10 +56,15 @@ def branching(*, seed: int = 0) -> TokenStore:
     return TokenStore.from_sequences([*rows, rows[0]], [*starts, starts[0]])
 
 
+def tree_of(store: TokenStore, sequences: Sequence[int]) -> PackedBatch:
+    """Return the sequences as evaluation packs them: shared tokens are stored once, last tokens are left out."""
+    return pack_store(store, np.array(sequences), share=True, last_tokens=False)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_tokens_change_no_logprob(family: str) -> None:
     store = branching()
-    assert token_tree(store, np.arange(len(store))).shared
+    assert tree_of(store, range(len(store))).shared
     check(build(family), store)
 
 
@@ -80,48 +88,62 @@ def test_odd_trees(family: str, case: str) -> None:
     check(build(family), TokenStore.from_sequences(*ODD[case]))
 
 
-def test_a_tree_holds_every_beginning_once() -> None:
+def labels_of(batch: PackedBatch, monkeypatch: pytest.MonkeyPatch) -> tuple[ScoredLabels, list[list[tuple[int, int]]]]:
+    """Return the scored labels and, for each sequence, its labels as (stored token, target).
+
+    The model is replaced by one whose hidden states are the numbers of the tokens.
+    """
+    stored = "efface.evaluate.likelihood.packed_hidden"
+    monkeypatch.setattr(stored, lambda _, batch: batch.label_rows[:, None].double())
+    scored = ScoredLabels.of(SimpleNamespace(device=torch.device("cpu")), batch)  # type: ignore[arg-type]
+    pairs = list(zip(scored.hidden[:, 0].long().tolist(), scored.targets.tolist(), strict=True))
+    places = scored.by_sequence(torch.arange(len(pairs)))
+    return scored, [[pairs[place] for place in own] for own in places]
+
+
+def test_a_tree_holds_every_beginning_once(monkeypatch: pytest.MonkeyPatch) -> None:
     store = TokenStore.from_sequences([[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2, 7, 3], [1, 2, 3, 4]], [2, 2, 2, 2])
-    tree = token_tree(store, np.array([2, 0, 1, 3]))
-    assert tree.input_ids.tolist() == [1, 2, 3, 5, 7]  # last tokens predict nothing
-    assert tree.position_ids.tolist() == [0, 1, 2, 3, 2]
-    assert tree.lengths == (3, 1, 1)
-    assert tree.path_lengths == (3, 4, 3)
-    assert tree.paths.tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 4]
-    assert tree.cu_seqlens.tolist() == [0, 3, 4, 5]
-    assert tree.cu_paths.tolist() == [0, 3, 7, 10]
-    pairs = list(zip(tree.label_rows.tolist(), tree.targets.tolist(), strict=True))
-    assert pairs == [(1, 3), (1, 7), (2, 4), (2, 5), (3, 6), (4, 3)]
-    own = [[pairs[label] for label in part] for part in tree.by_sequence(np.arange(6.0)) for part in [part.astype(int)]]
-    assert own == [[(1, 7), (4, 3)], [(1, 3), (2, 4)], [(1, 3), (2, 5), (3, 6)], [(1, 3), (2, 4)]]
-    assert tree_tokens(store, np.array([2, 0, 1, 3])) == 5
-    apart = token_tree(store, np.arange(4), share=False)
+    tree = tree_of(store, [2, 0, 1, 3])
+    assert tree.input_ids.tolist() == [1, 2, 7, 3, 5, 3]  # last tokens predict nothing; no sequence is without a token
+    assert tree.position_ids.tolist() == [0, 1, 2, 2, 3, 2]
+    assert tree.segment_lengths == (3, 1, 1, 1)
+    assert tree.path_lengths == (3, 3, 4, 3)
+    assert tree.paths.tolist() == [0, 1, 2, 0, 1, 3, 0, 1, 3, 4, 0, 1, 5]
+    assert tree.cu_seqlens.tolist() == [0, 3, 4, 5, 6]
+    assert tree.cu_paths.tolist() == [0, 3, 6, 10, 13]
+    scored, own = labels_of(tree, monkeypatch)
+    assert own == [[(1, 7), (2, 3)], [(1, 3), (3, 4)], [(1, 3), (3, 5), (4, 6)], [(1, 3), (5, 4)]]
+    assert len(scored.targets) == 7  # (1, 3) once
+    assert tree_tokens(store, np.array([2, 0, 1, 3])) == 6
+    apart = pack_store(store, np.arange(4), last_tokens=False)
     assert not apart.shared
     assert apart.input_ids.tolist() == [1, 2, 3, 1, 2, 3, 5, 1, 2, 7, 1, 2, 3]
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_trees_of_random_sequences(seed: int) -> None:
-    """Paths spell out their sequences, labels follow them, and no prefix occurs twice."""
+def test_trees_of_random_sequences(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths spell out their sequences, labels follow them, and a prefix occurs twice only where a sequence ends."""
     rng = np.random.default_rng(seed)
     rows = [rng.integers(0, 3, rng.integers(2, 8)).tolist() for _ in range(rng.integers(1, 30))]
     starts = [int(rng.integers(0, len(row))) for row in rows]
     store = TokenStore.from_sequences(rows, starts)
-    order = rng.permutation(len(rows))
-    tree = token_tree(store, order)
-    ids, rows_of = tree.input_ids.numpy(), tree.label_rows.numpy()
+    order = rng.permutation(len(rows)).tolist()
+    tree, chosen = tree_of(store, order), chosen_from(store, order)
+    check_batch(tree, chosen, share=True, last_tokens=False)
+    assert tree.tokens == tree_tokens(store, np.array(order))
     beginnings = {tuple(row[:n]) for row in rows for n in range(1, len(row))}
-    assert len(ids) == len(beginnings) == tree_tokens(store, order)
-    spelled = [ids[path].tolist() for path in np.split(tree.paths.numpy(), tree.cu_paths.numpy()[1:-1])]
-    spelled_rows = {tuple(path): path for path in spelled}
-    assert len(spelled_rows) == len(spelled)
-    for at, labels in zip(order.tolist(), tree.by_sequence(np.arange(len(rows_of)) + 0.0), strict=True):
+    contained = [
+        n for n, at in enumerate(order) if any(rows[at][:-1] == rows[o][: len(rows[at]) - 1] for o in order[:n])
+    ]
+    assert tree.tokens <= len(beginnings) + len(contained)
+    scored, own = labels_of(tree, monkeypatch)
+    pairs = {pair for part in own for pair in part}
+    assert len(scored.targets) == len(pairs)  # no label is scored twice
+    paths = np.split((tree.paths if tree.shared else torch.arange(tree.tokens)).numpy(), np.cumsum(tree.path_lengths))
+    for at, labels, path in zip(order, own, paths, strict=False):
         first = max(starts[at], 1)
-        assert tree.targets.numpy()[labels.astype(int)].tolist() == rows[at][first:]
-        assert tree.position_ids.numpy()[rows_of[labels.astype(int)]].tolist() == list(
-            range(first - 1, len(rows[at]) - 1)
-        )
-        assert ids[rows_of[labels.astype(int)]].tolist() == rows[at][first - 1 : -1]
+        assert [target for _, target in labels] == rows[at][first:]
+        assert [token for token, _ in labels] == path[first - 1 :].tolist()
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -129,7 +151,7 @@ def test_other_attention_implementations_get_whole_sequences(attention: str, mon
     model, store = build("Llama-3.2, tied"), branching()
     model.set_attn_implementation(attention)
     with pytest.raises(ValueError, match="expected 'efface_varlen' attention for sequences that share tokens, got"):
-        packed_arguments(model, token_tree(store, np.arange(len(store))))
+        packed_arguments(model, tree_of(store, range(len(store))))
     monkeypatch.setattr("efface.hf.reference.score.use_packed_attention", lambda _: None)
     check(model, store)
 
@@ -190,7 +212,9 @@ def test_a_task_scores_rows_of_any_number_of_answers() -> None:
     means, sums = mean_logprobs(results), sum_logprobs(results)
     assert means[1][0] == pytest.approx(np.mean(results[1]["logprobs"][0]))
     assert sums[4][2] == pytest.approx(np.sum(results[4]["logprobs"][2]))
-    assert results[2]["logprobs"][0] == results[2]["logprobs"][1]
+    equal = results[2]["logprobs"][:2]
+    assert equal[0][:-1] == equal[1][:-1]
+    assert equal[0][-1] == pytest.approx(equal[1][-1], abs=1e-5)  # from a token of its own, so equal up to rounding
 
 
 @pytest.mark.parametrize("budget", [1, 40, 100])
@@ -233,8 +257,11 @@ def test_a_batch_is_one_forward_pass_and_shared_tokens_are_in_it_once() -> None:
     model.model.embed_tokens.register_forward_hook(lambda _m, _a, out: seen.append(out.shape[1]))
     run_all(model, task)
     store = task._store
-    distinct = {tuple(store[i][:n].tolist()) for i in range(len(store)) for n in range(1, len(store[i]))}
-    assert seen == [len(distinct)]
+    (batch,) = task.batches
+    order = np.concatenate([np.arange(*span) for span in task._spans(batch.tolist())])
+    tree = naive_tree(chosen_from(store, order), share=True, last_tokens=False)
+    assert seen == [len(tree["input_ids"])]
+    assert seen[0] < 0.4 * len(tree["paths"])
 
 
 def test_documents_are_not_split_and_prompts_may_be_empty() -> None:

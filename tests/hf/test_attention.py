@@ -14,9 +14,9 @@ import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efface.batching import TokenTree
 from efface.hf.model.attention import NAME, flash_attn, interface, packed_arguments, torch_varlen
 from efface.hf.model.attention.choice import AttentionCall, Installed, choose_kernel
+from efface.hf.model.attention.paths import Paths
 from efface.hf.model.attention.segments import segment_attention
 from efface.hf.model.head import fuse, use_packed_attention
 from support.helpers import VOCABULARY, separate, tiny_llama, tiny_model, unlabelled
@@ -486,24 +486,10 @@ def _varlen_by_segments(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
 SEGMENTS, PATHS = (4, 3, 1), ((0, 1, 2, 3), (0, 1, 2, 4, 5, 6), (0, 1, 2, 4, 7))
 
 
-def tree() -> TokenTree:
-    nothing = torch.empty(0, dtype=torch.int64)
-    cu_seqlens, cu_paths = (
-        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) for lengths in (SEGMENTS, map(len, PATHS))
-    )
-    return TokenTree(
-        input_ids=nothing,
-        position_ids=nothing,
-        lengths=SEGMENTS,
-        cu_seqlens=cu_seqlens,
-        paths=torch.tensor([token for path in PATHS for token in path]),
-        path_lengths=tuple(map(len, PATHS)),
-        cu_paths=cu_paths,
-        label_rows=nothing,
-        targets=nothing,
-        labels=np.empty(0, np.int64),
-        label_offsets=np.zeros(1, np.int64),
-    )
+def paths() -> Paths:
+    cu_paths = torch.tensor([0, *itertools.accumulate(map(len, PATHS))], dtype=torch.int32)
+    indices = torch.tensor([token for path in PATHS for token in path], dtype=torch.int32)
+    return Paths(indices, cu_paths, tuple(map(len, PATHS)), sum(SEGMENTS))
 
 
 def _flash_of_paths(
@@ -524,6 +510,16 @@ def _varlen_of_paths(
     return looped(q, k, v, cu_q.tolist(), cu_k.tolist(), left=left, scale=options["scale"]), q.new_zeros(1)
 
 
+def _varlen_backward_of_paths(grad_out: Tensor, *args: Any, scale: float | None, **windows: int) -> tuple[Tensor, ...]:
+    *states, out, _, cu_q, cu_k, longest, longest_keys = args[:9]
+    assert (longest, longest_keys) == (4, 6)
+    with torch.enable_grad():
+        states = [x.detach().requires_grad_() for x in states]
+        again = looped(*states, cu_q.tolist(), cu_k.tolist(), left=windows["window_size_left"], scale=scale)
+    assert torch.equal(again, out)
+    return torch.autograd.grad(again, states, grad_out)
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
 @pytest.mark.parametrize("kernel", ["flash_attn", "torch_varlen", "segments"])
 @pytest.mark.parametrize("name", CALLS)
@@ -535,20 +531,26 @@ def test_tokens_see_their_path(name: str, kernel: str, heads: tuple[int, int], m
     monkeypatch.setattr(flash_attn, "load", lambda: _flash_of_paths)
     found = torch_varlen.Varlen(_varlen_of_paths, frozenset(PARAMETERS["2.12"]), "lse")
     monkeypatch.setattr(torch_varlen, "load", lambda: found)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", _varlen_backward_of_paths)
     states = attention_inputs((8,), heads=heads[0], key_heads=heads[1])
-    made = tree()
-    lengths = interface.PackedLengths(made.lengths, made)
-    with torch.no_grad():
-        got, _ = interface.varlen_attention(
-            torch.nn.Identity(), *states, None, packed_lengths=lengths, cu_seq_lens_q=made.cu_seqlens, **call
-        )
-        rows: dict[int, Tensor] = {}  # each path alone
-        for path in PATHS:
-            q, k, v = (x[0].transpose(0, 1)[list(path)] for x in states)
-            left, cap = call.get("sliding_window", 0) - 1, call.get("softcap", 0.0)
-            alone = looped(q, k, v, [0, len(path)], left=left, scale=call.get("scaling"), softcap=cap)
-            rows.update(zip(path, alone, strict=True))
-    torch.testing.assert_close(got[0], torch.stack([rows[token] for token in range(8)]), rtol=1e-5, atol=1e-5)
+    lengths = interface.PackedLengths(SEGMENTS, paths())
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(SEGMENTS)], dtype=torch.int32)
+    got, _ = interface.varlen_attention(
+        torch.nn.Identity(), *states, None, packed_lengths=lengths, cu_seq_lens_q=cu_seqlens, **call
+    )
+    rows: dict[int, Tensor] = {}  # each path alone
+    for path in PATHS:
+        q, k, v = (x[0].transpose(0, 1)[list(path)] for x in states)
+        left, cap = call.get("sliding_window", 0) - 1, call.get("softcap", 0.0)
+        alone = looped(q, k, v, [0, len(path)], left=left, scale=call.get("scaling"), softcap=cap)
+        rows.update(zip(path, alone, strict=True))
+    truth = torch.stack([rows[token] for token in range(8)])
+    torch.testing.assert_close(got[0], truth, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(truth.shape, generator=torch.Generator().manual_seed(2))
+    for ours, theirs in zip(
+        torch.autograd.grad(got[0], states, upstream), torch.autograd.grad(truth, states, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 H100 = AttentionCall(device="cuda", capability=(9, 0), dtype=torch.bfloat16, head_dim=64, value_dim=64)

@@ -4,11 +4,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from efface import DPO, NPO, UNDIAL, GradDiff, SimNPO, UnlearnTrainer
-from efface.batching import pack
+from efface.batching import TokenStore, pack, pack_store
 from efface.hf.model.head_loss import StepOutput
 from efface.hf.train.meter import PHASES, PhaseClock, StepMeter, padded_tokens, peak_memory_gib
 from support.helpers import arguments, padded, random_store, sequence, tiny_llama
@@ -99,9 +100,9 @@ def test_figures_of_two_ranks_are_one_mean() -> None:
     names = ["forget_loss", "forget_probability", "forget_probability count", "mean_log_ratio", "mean_log_ratio count"]
 
     def gather(figures: torch.Tensor) -> torch.Tensor:
-        assert figures.shape == (3 + len(PHASES) + len(names),)
+        assert figures.shape == (5 + len(PHASES) + len(names),)
         other = figures.clone()
-        other[2] = 1e6
+        other[4] = 1e6
         other[-5:] = torch.tensor([3.0, 1.5, 3.0, -30.0, 3.0])
         return torch.stack([figures, other])
 
@@ -120,6 +121,29 @@ def test_padding_saved_is_that_of_the_padded_batches(tmp_path: Path) -> None:
     meter.on_step_end(None, None, None)  # type: ignore[arg-type]
     real = sum(len(sequence(s, i)[0]) for s, i in ((FORGET, 0), (FORGET, 1), (FORGET, 2), (RETAIN, 3), (RETAIN, 4)))
     assert meter.read()["padding_saved"] == pytest.approx(1 - real / expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("last_tokens", [True, False])
+def test_prefixes_saved_is_the_share_of_the_tokens_that_are_not_run(last_tokens: bool) -> None:
+    store = TokenStore.from_sequences([[1, 2, 3, 4, 5], [1, 2, 3, 6], [7, 8]], [3, 3, 1])
+    batch = pack_store(store, np.arange(3), share=True, last_tokens=last_tokens)
+    other = pack_store(store, np.array([2]), share=True, last_tokens=last_tokens)
+    meter = StepMeter()
+    meter.add(batch, output_of(-torch.ones(3)), None)
+    meter.add(other, output_of(-torch.ones(1)), None)
+    meter.on_step_end(None, None, None)  # type: ignore[arg-type]
+    state = meter.state_dict()
+    figures = meter.read()
+    # Without last tokens, the second sequence is 1, 2, 3, and keeps its 3.
+    assert figures["prefixes_saved"] == pytest.approx(3 / 13 if last_tokens else 2 / 9, abs=1e-4)
+    assert figures["padding_saved"] == pytest.approx(1 - 13 / 17, abs=1e-4)  # a token that is shared counts as usual
+    assert meter.tokens == 13
+    resumed = StepMeter()
+    resumed.load_state_dict(state)
+    assert resumed.tokens == 13
+    meter.add(other, output_of(-torch.ones(1)), None)
+    meter.on_step_end(None, None, None)  # type: ignore[arg-type]
+    assert "prefixes_saved" not in meter.read()  # nothing was shared since the last reading
 
 
 def test_shares_of_time_and_memory(tmp_path: Path) -> None:
@@ -185,7 +209,7 @@ def test_tokens_per_second_are_by_the_clock_of_the_phases(monkeypatch: pytest.Mo
 
     def gather(figures: torch.Tensor) -> torch.Tensor:
         slower = figures.clone()
-        slower[3 + PHASES.index("forward")] = 4.0
+        slower[5 + PHASES.index("forward")] = 4.0
         return torch.stack([figures, slower])
 
     for each in (meter, resumed):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from efface import NPO, RMU, GradDiff, UnlearnTrainer
-from efface.batching import StepTotals, TokenStore, pack, token_tree
+from efface.batching import StepTotals, TokenStore, pack, pack_store
 from efface.evaluate.decoding import decode, generate, has_selectable_cache, padding_of
 from efface.evaluate.likelihood import token_logprobs
 from efface.hf.model import packing
@@ -32,8 +32,11 @@ ONE = StepTotals(retain_tokens=1)  # means over one token, that is, sums
 
 
 def rows_of(*lengths: int) -> TokenStore:
+    """Return sequences whose first thirds, the prompts, begin with the same tokens."""
     rng = np.random.default_rng(0)
-    return TokenStore.from_sequences([rng.integers(3, 90, n).tolist() for n in lengths], [n // 3 for n in lengths])
+    common = rng.integers(3, 90, max(lengths) // 3).tolist()
+    rows = [[*common[: n // 3], *rng.integers(3, 90, n - n // 3).tolist()] for n in lengths]
+    return TokenStore.from_sequences(rows, [n // 3 for n in lengths])
 
 
 STORE = rows_of(7, 20, 2, 13)
@@ -76,19 +79,26 @@ def check_scores(model: Any, store: TokenStore = STORE) -> None:
 
 
 def check_training(model: Any, store: TokenStore = STORE) -> None:
-    """Assert that the loss of a pack and every gradient are those of separate passes. The model is changed."""
+    """Assert that the loss and every gradient, of a pack and of a tree, are those of separate passes.
+
+    The model is changed.
+    """
     twin = copy.deepcopy(model)
     expected = separate_losses(twin, store).sum()
     expected.backward()
-    quietly(model)
-    out = model(batch=pack(TokenStore.empty(), store, [], range(len(store))), loss=HeadLoss(None, ONE))
-    out.loss.backward()
-    torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-4)
     gradients = dict(twin.named_parameters())
-    for name, parameter in model.named_parameters():
-        expected_grad = gradients[name].grad
-        if expected_grad is not None:
-            torch.testing.assert_close(parameter.grad, expected_grad, rtol=1e-3, atol=1e-3, msg=name)
+    quietly(model)
+    for share in (False, True):
+        batch = pack_store(store, np.arange(len(store)), share=share, last_tokens=not share)
+        assert batch.shared == share
+        model.zero_grad(set_to_none=True)
+        out = model(batch=batch, loss=HeadLoss(None, ONE))
+        out.loss.backward()
+        torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-4)
+        for name, parameter in model.named_parameters():
+            expected_grad = gradients[name].grad
+            if expected_grad is not None:
+                torch.testing.assert_close(parameter.grad, expected_grad, rtol=1e-3, atol=1e-3, msg=name)
 
 
 # ---- every class ----
@@ -120,6 +130,9 @@ def test_packs_equal_separate_passes(kind: str, expected: str) -> None:
     check_scores(model)
     # transformers 4 does not pass packs to the own attention of some models, which the measurement detects.
     assert way(model) == expected or (OLD and way(model) == ALONE)
+    reading = reading_of(model)
+    assert reading is not None
+    assert reading.shares == (way(model) == NAME)
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert-decoder", "xlnet", "electra"])
@@ -240,12 +253,17 @@ def test_short_packs_are_still_one_pass(scaling: str, monkeypatch: pytest.Monkey
         assert len(count) == 1
         model(batch=pack(TokenStore.empty(), PAST, [], range(7)))
         assert len(count) == 8
-    rows = [[3, 4, 5, 6, 7], [3, 4, 5, 8, 9]]
-    tree = token_tree(TokenStore.from_sequences(rows, [1, 1]), np.arange(2))
+    rows = TokenStore.from_sequences([[3, 4, 5, 6, 7], [3, 4, 5, 8, 9]], [1, 1])
+    tree = pack_store(rows, np.arange(2), share=True)
     assert tree.shared
-    model(batch=pack(TokenStore.empty(), STORE, [], range(4)))
+    with passes(model) as count:
+        together = model(batch=tree)
+        assert len(count) == 1
     monkeypatch.setitem(vars(model), MEMORY, PackReading(NAME, "sdpa", limit=3))
-    with pytest.raises(ValueError, match="which runs one sequence per pass; make the tree with share=False"):
+    with passes(model) as count:
+        torch.testing.assert_close(model(batch=tree), together)  # without shared tokens
+        assert len(count) == 2
+    with pytest.raises(ValueError, match="runs one sequence per pass"):
         packing.packed_states(model, tree)
 
 
@@ -263,14 +281,14 @@ def passes(model: Any) -> Any:
         handle.remove()
 
 
-def test_two_tiny_passes_once() -> None:
+def test_three_tiny_passes_once() -> None:
     model = tiny_llama()
     with passes(model) as count:
         fuse(fuse(model))
         store_logprobs(model, STORE, token_budget=10**6)
-        assert len(count) == 3  # the last one is the scoring itself
+        assert len(count) == 4  # the last one is the scoring itself
         LiveReference(copy.deepcopy(model), torch.device("cpu"))
-        assert len(count) == 3
+        assert len(count) == 4
 
 
 def state(model: Any) -> dict[str, Any]:

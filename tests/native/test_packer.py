@@ -51,30 +51,38 @@ def storage_of(words: int) -> np.ndarray:
     return np.full(words, -77)
 
 
-def parts(storage: np.ndarray, sequences: int, tokens: int, rows: int) -> dict[str, np.ndarray]:
+def parts(storage: np.ndarray, sequences: int, tokens: int, rows: int, path_tokens: int) -> dict[str, np.ndarray]:
     """Split the storage into its parts, as documented."""
-    sizes = {"input_ids": tokens, "position_ids": tokens, "label_rows": rows, "targets": rows, "sequences": sequences}
+    layout = [
+        ("input_ids", np.int64, tokens),
+        ("position_ids", np.int64, tokens),
+        ("label_rows", np.int64, rows),
+        ("targets", np.int64, rows),
+        ("sequences", np.int64, sequences),
+        ("cu_seqlens", np.int32, sequences + 1),
+        ("roles", np.int8, sequences),
+    ]
+    if path_tokens:
+        layout += [("paths", np.int32, path_tokens), ("cu_paths", np.int32, sequences + 1)]
     out, at = {}, 0
-    for name, size in sizes.items():
-        out[name] = storage[at : at + size]
-        at += size
-    words = (sequences + 2) // 2
-    out["cu_seqlens"] = storage[at : at + words].view(np.int32)[: sequences + 1]
-    out["roles"] = storage[at + words :].view(np.int8)[:sequences]
-    assert len(storage) == at + words + (sequences + 7) // 8
+    for name, dtype, size in layout:
+        words = -(-size * np.dtype(dtype).itemsize // 8)
+        out[name] = storage[at : at + words].view(dtype)[:size]
+        at += words
+    assert len(storage) == at
     return out
 
 
-def run_choice(choice: Choice) -> dict[str, np.ndarray]:
-    *size, words = efface_native.measure(*choice)
+def run_choice(choice: Choice, **settings: bool) -> dict[str, np.ndarray]:
+    *size, words = efface_native.measure(*choice, **settings)
     storage = storage_of(words)
-    lengths, row_offsets, forget_sequences = efface_native.pack(*choice, storage)
+    lengths, segment_lengths, row_offsets, forget_sequences = efface_native.pack(*choice, storage, **settings)
     assert forget_sequences == sum(role != 1 for role in choice[1])
     got = parts(storage, *size)
     assert got.pop("roles").tolist() == choice[1].tolist()
     assert got.pop("sequences").tolist() == choice[2].tolist()
-    assert np.diff(got["cu_seqlens"]).tolist() == list(lengths)
-    return {**got, "row_offsets": np.array(row_offsets)}
+    assert np.diff(got["cu_seqlens"]).tolist() == list(segment_lengths)
+    return {**got, "row_offsets": np.array(row_offsets), "lengths": np.array(lengths)}
 
 
 def run(forget: Store, retain: Store, roles: np.ndarray, sequences: np.ndarray) -> dict[str, np.ndarray]:
@@ -103,6 +111,8 @@ def test_equals_the_naive_packer(
     expected = naive([stores[role][index] for role, index in chosen])
     for name in NAMES:
         assert got[name].tolist() == expected[name], name
+    assert got["lengths"].tolist() == np.diff(got["cu_seqlens"]).tolist()
+    assert "paths" not in got
 
 
 def small() -> tuple[Store, Store, np.ndarray, np.ndarray]:
@@ -258,6 +268,240 @@ def test_two_gibitokens_are_refused_without_being_allocated() -> None:
     assert efface_native.measure(stores, roles[:2147], sequences[:2147])[1] == 2_147_000_000
 
 
+# ---- shared beginnings: against a tree of nested dicts
+
+
+Labelled = tuple[list[int], int]  # tokens, first label
+
+
+def naive_tree(chosen: list[Labelled], *, share: bool, last_tokens: bool) -> dict[str, list[int]]:
+    """Build the batch token by token; a node is [stored index, {next token: node}]."""
+    root: list[Any] = [None, {}]
+    out: dict[str, list[int]] = {name: [] for name in (*NAMES, "paths", "lengths")}
+    out["cu_seqlens"], out["row_offsets"], out["cu_paths"] = [0], [0], [0]
+    for sequence, start in chosen:
+        run = sequence if last_tokens else sequence[:-1]
+        node, path = root, []
+        for position, token in enumerate(run):
+            known = share and token in node[1]
+            has_own = len(out["input_ids"]) > out["cu_seqlens"][-1]
+            if not known or (position == len(run) - 1 and not has_own):
+                path.append(len(out["input_ids"]))
+                out["input_ids"].append(token)
+                out["position_ids"].append(position)
+                if not known:
+                    node[1][token] = [path[-1], {}]
+            else:
+                path.append(node[1][token][0])
+            node = node[1][token]
+        first_label = max(start, 1)
+        out["label_rows"] += path[first_label - 1 : len(sequence) - 1]
+        out["targets"] += sequence[first_label:]
+        out["paths"] += path
+        out["cu_paths"].append(len(out["paths"]))
+        out["cu_seqlens"].append(len(out["input_ids"]))
+        out["row_offsets"].append(len(out["targets"]))
+        out["lengths"].append(len(sequence))
+    if len(out["paths"]) == len(out["input_ids"]):
+        del out["paths"], out["cu_paths"]
+    return out
+
+
+def check_tree(stores: list[list[Labelled]], picks: list[tuple[int, int]]) -> dict[str, np.ndarray]:
+    """Compare all settings with the naive tree; return the batch with sharing and without last tokens."""
+    lent = [
+        efface_native.TokenStore(name, [make_store([s for s, _ in store], [start for _, start in store])])
+        for name, store in zip(("forget", "retain", "alternate"), stores, strict=False)
+    ]
+    choice = (lent, np.array([role for role, _ in picks], np.int8), np.array([i for _, i in picks], np.int64))
+    chosen = [stores[role][index] for role, index in picks]
+    got: dict[str, np.ndarray] = {}
+    for share, last_tokens in itertools.product((False, True), (True, False)):
+        got = run_choice(choice, share=share, last_tokens=last_tokens)
+        expected = naive_tree(chosen, share=share, last_tokens=last_tokens)
+        assert {name: part.tolist() for name, part in got.items()} == expected
+        check_paths(got, chosen, last_tokens=last_tokens)
+    return got
+
+
+def check_paths(batch: dict[str, np.ndarray], chosen: list[Labelled], *, last_tokens: bool) -> None:
+    """Check what attention and loss rely on, from the batch alone: paths read the sequences, segments end them."""
+    tokens = np.arange(len(batch["input_ids"]))
+    paths, cu_paths = batch.get("paths", tokens), batch.get("cu_paths", batch["cu_seqlens"])
+    assert len(paths) > len(tokens) or "paths" not in batch
+    for s, (sequence, _) in enumerate(chosen):
+        path = paths[cu_paths[s] : cu_paths[s + 1]]
+        assert batch["input_ids"][path].tolist() == (sequence if last_tokens else sequence[:-1])
+        assert batch["position_ids"][path].tolist() == list(range(len(path)))
+        segment = tokens[batch["cu_seqlens"][s] : batch["cu_seqlens"][s + 1]]
+        assert len(segment) > 0
+        assert path[len(path) - len(segment) :].tolist() == segment.tolist()
+        assert (path[: len(path) - len(segment)] < segment[0]).all()  # stored by earlier sequences
+
+
+def labelled(*sequences: list[int]) -> list[Labelled]:
+    return [(sequence, 1) for sequence in sequences]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "segments", "paths"),
+    [
+        pytest.param([[1, 2, 9], [3, 4, 9]], [2, 2], None, id="nothing"),
+        pytest.param([[1, 2, 3, 9], [1, 2, 4, 9]], [3, 1], [0, 1, 2, 0, 1, 3], id="two-of-three"),
+        pytest.param([[1, 2, 3, 9]] * 3, [3, 1, 1], [0, 1, 2, 0, 1, 3, 0, 1, 4], id="identical"),
+        pytest.param([[1, 2, 9], [1, 2, 8]], [2, 1], [0, 1, 0, 2], id="identical-but-for-the-last-token"),
+        pytest.param([[1, 9], [1, 9]], [1, 1], None, id="one-token-each"),
+        pytest.param([[1, 2, 3, 4, 9], [1, 2, 9]], [4, 1], [0, 1, 2, 3, 0, 4], id="prefix-after"),
+        pytest.param([[1, 2, 9], [1, 2, 3, 4, 9]], [2, 2], [0, 1, 0, 1, 2, 3], id="prefix-before"),
+        # the third sequence goes on from the first one's token 2, not from the copy that the second one stores
+        pytest.param([[1, 2, 9], [1, 2, 9], [1, 2, 3, 9]], [2, 1, 1], [0, 1, 0, 2, 0, 1, 3], id="after-a-copy"),
+        pytest.param(
+            [[1, 2, 3, 4, 9], [1, 5, 6, 7, 9], [1, 5, 6, 8, 9], [1, 5, 6, 8, 2, 9], [1, 2, 9]],
+            [4, 3, 1, 1, 1],
+            [0, 1, 2, 3, 0, 4, 5, 6, 0, 4, 5, 7, 0, 4, 5, 7, 8, 0, 9],
+            id="depth-4",
+        ),
+        # a common token after a difference is no common beginning
+        pytest.param([[1, 2, 3, 9], [4, 2, 3, 9]], [3, 3], None, id="equal-ends"),
+    ],
+)
+def test_shared_beginnings_by_hand(sequences: list[list[int]], segments: list[int], paths: list[int] | None) -> None:
+    got = check_tree([labelled(*sequences)], [(0, i) for i in range(len(sequences))])
+    assert np.diff(got["cu_seqlens"]).tolist() == segments
+    assert (got["paths"].tolist() if "paths" in got else None) == paths
+
+
+def test_a_question_and_two_answers_share_their_label_row() -> None:
+    """The last prompt token predicts the first token of both answers, so it is two label rows, with two targets."""
+    got = check_tree([[([1, 2, 5, 9], 2)], [([1, 3, 9], 1)], [([1, 2, 6, 9], 2)]], [(0, 0), (2, 0), (1, 0)])
+    assert got["input_ids"].tolist() == [1, 2, 5, 6, 3]
+    assert got["label_rows"].tolist() == [1, 2, 1, 3, 0, 4]
+    assert got["targets"].tolist() == [5, 9, 6, 9, 3, 9]
+
+
+# Three of four tokens are 0, so that sequences share, repeat and contain one another.
+few_tokens = st.integers(2, 9).flatmap(
+    lambda n: st.tuples(st.lists(st.sampled_from([0, 0, 0, 1]), min_size=n, max_size=n), st.integers(0, n - 1))
+)
+
+
+@given(st.lists(st.lists(few_tokens, min_size=1, max_size=6), min_size=1, max_size=3), st.data())
+def test_equals_the_naive_tree(stores: list[list[Labelled]], data: st.DataObject) -> None:
+    roles = data.draw(st.lists(st.integers(0, len(stores) - 1), max_size=12))
+    check_tree(stores, [(role, data.draw(st.integers(0, len(stores[role]) - 1))) for role in roles])
+
+
+@given(st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_ragged_trees(depth: int, seed: int) -> None:
+    """Branches of different lengths at every level, in an order that does not follow the tree."""
+    rng = np.random.default_rng(seed)
+    sequences: list[list[int]] = [[]]
+    for _ in range(depth):
+        children = [(s, child) for s in sequences for child in range(rng.integers(1, 4))]
+        sequences = [[*s, child, *rng.integers(9, size=rng.integers(1, 20)).tolist()] for s, child in children]
+    rng.shuffle(sequences)
+    check_tree([labelled(*sequences)], [(0, int(i)) for i in rng.integers(len(sequences), size=2 * len(sequences))])
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 31, 32, 33, 48, 100])
+def test_every_length_of_a_common_beginning(length: int) -> None:
+    """Tokens are compared in blocks of 16; each position of the first difference, and each end of a sequence."""
+    whole = list(range(100, 101 + length))
+    sequences = [whole] + [[*whole[:at], -1, *whole[at + 1 :]] for at in range(length)]
+    sequences += [whole[:end] for end in range(2, length)]
+    check_tree([labelled(*sequences)], [(0, i) for i in range(len(sequences))])
+
+
+def test_two_thousand_branches_at_one_token() -> None:
+    sequences = [[7, 7, i, j, 9] for i in range(2000) for j in range(2)]
+    got = check_tree([labelled(*sequences)], [(0, i) for i in range(len(sequences))])
+    assert len(got["input_ids"]) == 2 + 2000 * 3
+
+
+@pytest.mark.parametrize("by", [-1, 1])
+def test_storage_without_or_with_too_many_paths_is_refused_before_anything_is_written(by: int) -> None:
+    store = efface_native.TokenStore("forget", [make_store([[1, 2, 3], [1, 2, 4]], [1, 1])])
+    choice = ([store], np.zeros(2, np.int8), np.arange(2))
+    words = efface_native.measure(*choice, share=True)[-1]
+    unshared = efface_native.measure(*choice)[-1]
+    for size in (words + by, unshared):
+        storage = storage_of(size)
+        with pytest.raises(ValueError, match=f"`storage`: expected {words} words, got {size}"):
+            efface_native.pack(*choice, storage, share=True)
+        assert (storage == -77).all()
+
+
+@pytest.mark.parametrize(("roles", "sequences"), [([0, 2], [0, 0]), ([0, 1], [0, 9]), ([0], [0, 0])])
+def test_a_refused_choice_leaves_the_storage_as_it_was(roles: list[int], sequences: list[int]) -> None:
+    stores, _, _ = small_choice()
+    storage = storage_of(100)
+    for share in (False, True):
+        with pytest.raises(ValueError, match="expected"):
+            efface_native.pack(stores, np.array(roles, np.int8), np.array(sequences), storage, share=share)
+        assert (storage == -77).all()
+
+
+def test_paths_of_two_gibitokens_are_refused() -> None:
+    """cu_paths is int32 too, so shared tokens count in each sequence."""
+    stores = [efface_native.TokenStore("forget", [make_store([[1] * 1_000_000], [1])])]
+    choice = (stores, np.zeros(2148, np.int8), np.zeros(2148, np.int64))
+    with pytest.raises(ValueError, match=r"fewer than 2\^31 tokens, got at least 2148000000"):
+        efface_native.measure(*choice, share=True)
+
+
+# ---- common prefixes of stores
+
+
+def naive_prefix(one: list[int], other: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+any_tokens = st.lists(st.sampled_from([0, 0, 0, 0, 0, 1, -1]), max_size=40)
+
+
+@given(st.lists(st.tuples(any_tokens, any_tokens), max_size=9), any_tokens, st.integers(0, 9))
+def test_common_prefixes(pairs: list[tuple[list[int], list[int]]], prefix: list[int], cut: int) -> None:
+    """Sequences can be empty and need no labels; chunks are one store."""
+
+    def store(sequences: list[list[int]], cut: int) -> efface_native.TokenStore:
+        chunks = [make_store(own, [9] * len(own)) for own in (sequences[:cut], sequences[cut:])]
+        return efface_native.TokenStore("store", chunks)
+
+    ones, others = [one for one, _ in pairs], [other for _, other in pairs]
+    got = efface_native.prefix_lengths(store(ones, cut), np.array(prefix, np.int32))
+    assert got.dtype == np.int64
+    assert got.tolist() == [naive_prefix(one, prefix) for one in ones]
+    got = efface_native.pair_prefix_lengths(store(ones, cut), store(others, 3))
+    assert got.dtype == np.int64
+    assert got.tolist() == [naive_prefix(one, other) for one, other in pairs]
+
+
+def test_common_prefixes_of_invalid_stores_are_refused() -> None:
+    good = efface_native.TokenStore("retain", [make_store([[1, 2, 3], [4, 5]], [1, 1])])
+    bad = efface_native.TokenStore(
+        "forget", [(np.zeros(5, np.int32), np.array([0, 3, 9], np.int64), np.array([1, 1], np.int64))]
+    )
+    with pytest.raises(ValueError, match="`forget` offsets: sequence 1 spans 3 .. 9"):
+        efface_native.prefix_lengths(bad, np.zeros(2, np.int32))
+    for stores in ((good, bad), (bad, good)):
+        with pytest.raises(ValueError, match="`forget` offsets: sequence 1 spans 3 .. 9"):
+            efface_native.pair_prefix_lengths(*stores)
+    with pytest.raises(TypeError, match="`prefix`: expected dtype int32, got int64"):
+        efface_native.prefix_lengths(good, np.zeros(2, np.int64))
+    one = efface_native.TokenStore("retain", [make_store([[1, 2]], [1])])
+    message = "`one`, `other`: expected stores with equal numbers of sequences, got 2 and 1"
+    with pytest.raises(ValueError, match=message):
+        efface_native.pair_prefix_lengths(good, one)
+
+
+def test_settings_are_keyword_only() -> None:
+    stores, roles, sequences = small_choice()
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        efface_native.measure(stores, roles, sequences, True)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        efface_native.pack(stores, roles, sequences, storage_of(50), True)
+
+
 def test_the_gil_is_released() -> None:
     """Another Python thread makes progress during the call that packs a large batch."""
     stores = [efface_native.TokenStore("forget", [make_store([list(range(2000))] * 10, [1] * 10)])]
@@ -307,6 +551,7 @@ def plan(forget: Any, retain: Any, alternates: Any = NONE, **changes: Any) -> di
     settings = {
         "pairs_per_step": 4,
         "token_budget": 64,
+        "shared_tokens": 0,
         "world_size": 1,
         "seed": 0,
         "epoch": 0,
@@ -372,6 +617,7 @@ cases = st.fixed_dictionaries(
         "with_alternates": st.booleans(),
         "pairs_per_step": st.integers(1, 50),
         "token_budget": st.integers(1, 200),
+        "shared_tokens": st.sampled_from([0, 0, 1, 24, 44, 199, 200, 201]),
         "world_size": st.sampled_from([1, 2, 3, 4, 8]),
         "retain_sampling": st.sampled_from(SAMPLINGS),
         "drop_last": st.booleans(),
@@ -398,6 +644,7 @@ def test_guarantees(case: dict[str, Any]) -> None:
         return
     made = plan(forget, retain, alternates, **case)
     per_step, budget, world = case["pairs_per_step"], case["token_budget"], case["world_size"]
+    shared = case["shared_tokens"]
     tokens = [forget, retain, alternates]
 
     # every forget sequence exactly once, except those of a dropped last step
@@ -424,9 +671,10 @@ def test_guarantees(case: dict[str, Any]) -> None:
         assert max(sums) - min(sums) <= longest
         for batch, items in zip(range(first, last), micro_batches, strict=True):
             total = sum(tokens[role][i] for role, i in items)
-            assert made["batch_tokens"][batch] == total
-            # within the budget, or a single sequence (with its alternate)
-            assert total <= budget or len({i for _, i in items}) == 1
+            assert made["batch_tokens"][batch] == (total + shared if items else 0)
+            # within the budget with the shared tokens, or a single sequence (with its alternate)
+            assert not items or total + shared <= budget or len({role for role, _ in items} - {ALTERNATE}) == 1
+            assert not items or total + shared <= budget or len({i for _, i in items}) == 1
             # forget sequences, each followed by its alternate, then retain sequences
             forgotten = [i for role, i in items if role == FORGET]
             pair = [FORGET, ALTERNATE] if alternates else [FORGET]
@@ -434,7 +682,7 @@ def test_guarantees(case: dict[str, Any]) -> None:
             assert items[: len(ahead)] == ahead
             assert all(role == RETAIN for role, _ in items[len(ahead) :])
     over = [units[i] for i in made["forget"]] + [retain[i] for i in made["retain"]]
-    assert made["over_budget"] == sum(n > budget for n in over)
+    assert made["over_budget"] == sum(n + shared > budget for n in over)
 
 
 @given(cases)
@@ -443,14 +691,39 @@ def test_the_pairs_of_a_step_depend_on_neither_ranks_nor_budget(case: dict[str, 
     case.pop("with_alternates")
     case.update(drop_last=False, retain_sampling="random")
     first = plan(forget, retain, **case)
-    for world, budget in itertools.product((1, 2, 4, 8), (1, 37, 10_000)):
-        made = plan(forget, retain, **{**case, "world_size": world, "token_budget": budget})
+    for world, budget, shared in itertools.product((1, 2, 4, 8), (1, 37, 10_000), (0, 30)):
+        made = plan(forget, retain, **{**case, "world_size": world, "token_budget": budget, "shared_tokens": shared})
         assert made["forget"].tolist() == first["forget"].tolist()
         assert made["retain"].tolist() == first["retain"].tolist()
 
 
 def lower_bound(tokens: int, budget: int) -> int:
     return -(-tokens // budget)
+
+
+def test_shared_tokens_are_counted_once_per_micro_batch() -> None:
+    """Ten units of 10 tokens, budget 64: 44 shared tokens leave room for two units, as a budget of 20 does."""
+    made = plan([10] * 5, [10] * 5, pairs_per_step=5, shared_tokens=44)
+    assert made["batch_tokens"].tolist() == [64] * 5
+    alone = plan([10] * 5, [10] * 5, pairs_per_step=5, token_budget=20)
+    for name in ("forget", "retain", "roles", "sequences", "batch_offsets", "step_offsets"):
+        assert made[name].tolist() == alone[name].tolist(), name
+    assert alone["batch_tokens"].tolist() == [20] * 5
+
+
+@pytest.mark.parametrize("shared", [55, 63, 64, 65, 2**31 - 1])
+def test_a_budget_without_room_beside_the_shared_tokens(shared: int) -> None:
+    """Each sequence, with its alternate, gets its own micro-batch."""
+    made = plan([5] * 4, [10] * 4, [5] * 4, shared_tokens=shared)
+    assert made["over_budget"] == 8
+    assert made["batch_tokens"].tolist() == [10 + shared] * 8
+    # an empty micro-batch has no shared tokens
+    assert plan([5], [10], world_size=4, shared_tokens=shared)["batch_tokens"].tolist() == [
+        10 + shared,
+        5 + shared,
+        0,
+        0,
+    ]
 
 
 def test_few_micro_batches() -> None:
@@ -508,6 +781,8 @@ def test_more_ranks_than_sequences_leaves_empty_micro_batches() -> None:
         ([], [3], [3], {}, "`alternates`: expected 0 lengths"),
         ([3], [3], [], {"pairs_per_step": 0}, "`pairs_per_step`: expected 1 .. 2147483647, got 0"),
         ([3], [3], [], {"token_budget": -1}, "`token_budget`: expected 1 .. 2147483647, got -1"),
+        ([3], [3], [], {"shared_tokens": -1}, "`shared_tokens`: expected 0 .. 2147483647, got -1"),
+        ([3], [3], [], {"shared_tokens": 2**31}, "`shared_tokens`: expected 0 .. 2147483647, got 2147483648"),
         ([3], [3], [], {"world_size": 0}, "`world_size`: expected 1 .. 65536, got 0"),
         ([3], [3], [], {"world_size": INT64.max}, "`world_size`"),
         ([3], [3, 3], [], {"retain_sampling": "paired"}, "expected as many retain as forget sequences, got 2 and 1"),
@@ -528,3 +803,5 @@ def test_extreme_settings() -> None:
     made = plan([top] * 3, [top] * 3, [top] * 3, token_budget=top, pairs_per_step=top, seed=2**64 - 1, epoch=2**64 - 1)
     assert made["batch_tokens"].tolist() == [2 * top] * 3 + [top] * 3
     assert made["over_budget"] == 3
+    made = plan([top], [top], [top], token_budget=1, shared_tokens=top)
+    assert made["batch_tokens"].tolist() == [3 * top, 2 * top]

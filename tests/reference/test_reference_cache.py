@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
 from efface import NPO, UnlearnTrainer
-from efface.batching import Role, TokenStore, pack_items
+from efface.batching import Role, TokenStore, pack_items, pack_store
 from efface.cli.main import main
 from efface.cli.progress import ProgressBar
 from efface.hf.model.fingerprint import fingerprint
@@ -474,3 +474,17 @@ def test_two_processes_share_the_work_and_one_writes(flags: list[str], tmp_path:
     refused = launch(2, ranks)
     assert refused.returncode != 0
     assert "file is not a database" in refused.stderr
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_reference_shares_prefixes_only_if_asked(share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = TokenStore.from_sequences([[5, 6, 7, 8, answer, 9] for answer in range(10, 16)], [4] * 6)
+    packed: list[Any] = []
+
+    def pack(*arguments: Any, **options: Any) -> Any:
+        packed.append(pack_store(*arguments, **options))
+        return packed[-1]
+
+    monkeypatch.setattr("efface.hf.reference.score.pack_store", pack)
+    CachedReference(tiny_llama(), {Role.FORGET: store}, share=share)
+    assert [batch.shared for batch in packed] == [share]

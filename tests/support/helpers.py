@@ -133,6 +133,11 @@ TEXTS = [
     {"question": f"Where was author {name} born?", "answer": f"{name} was born in {city}."}
     for name, city in [("Aiko", "Ghent"), ("Bram", "Porto"), ("Dagny", "Cusco"), ("Emre", "Tartu"), ("Hana", "Galway")]
 ]
+CHAT_TEXTS = [
+    {**row, "question": f"You answer questions about authors who do not exist, in one sentence. {row['question']}"}
+    for row in TEXTS
+]
+"""The same with a system prompt; in tiny_tokenizer's tokens, sequences have 86 to 94 tokens, or so."""
 
 
 def tiny_tokenizer(vocabulary: int = 300) -> PreTrainedTokenizerFast:
@@ -140,10 +145,10 @@ def tiny_tokenizer(vocabulary: int = 300) -> PreTrainedTokenizerFast:
     return train_tokenizer([text for row in TEXTS for text in row.values()], vocabulary, end="<|end|>")
 
 
-def saved_llama(folder: Path) -> Path:
+def saved_llama(folder: Path, **changes: Any) -> Path:
     """Save a tiny Llama and its tokenizer in ``folder`` and return the folder."""
     tokenizer = tiny_tokenizer()
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tiny_llama(vocab_size=len(tokenizer), **changes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -17,6 +17,7 @@ from benchmarks.harness.shared import tofu_lengths
 from benchmarks.harness.timing import interleaved, interleaved_on_gpu, median_ratio, wall_times
 from efface.hf.model.attention import interface
 from efface.hf.model.attention.choice import AttentionCall, choose_kernel
+from efface.hf.model.attention.paths import Paths
 from efface.hf.model.attention.segments import band, segment_attention
 from efface.hf.model.attention.torch_varlen import torch_varlen_attention
 
@@ -57,8 +58,7 @@ def cases(*, smoke: bool) -> list[AttentionCase]:
     drawn = tofu_lengths(np.random.default_rng(0), mixed)
     short = tuple(max(2, n // 8) for n in drawn) if smoke else tuple(drawn)
     plain = (1, *short[: mixed // 2], longest, *short[mixed // 2 :], 1, 1)
-    # Sequences with a shared prefix, like the segments of a token tree: a path has more keys than its segment has
-    # tokens.
+    # Sequences with shared prefixes: a path has more keys than its segment has tokens.
     paths = tuple(n + extra for n, extra in zip(plain, itertools.cycle((0, *short[:5])), strict=False))
     window = 5 if smoke else 32
     return [
@@ -124,6 +124,7 @@ def run(run: Run) -> None:
     """
     every = cases(smoke=run.smoke)
     wrong = [fault for case in every for fault in _measured(case, run)]
+    wrong += _gathered(run)
     if not run.smoke:
         _compare_operator(run, next(case for case in every if case.heads > case.key_heads))
     if wrong:
@@ -191,6 +192,55 @@ def _measure(case: AttentionCase, run: Run) -> list[str]:
         wrong=wrong,
     )
     return wrong
+
+
+def _gathered(run: Run) -> list[str]:
+    """Append a row for keys gathered along the paths of a chat template, forward and backward; return its faults.
+
+    64 sequences of TOFU's lengths share 39 tokens. The time is to be compared with that of attention over the paths.
+    """
+    count, shared = (6, 5) if run.smoke else (64, 39)
+    own = [int(n) for n in tofu_lengths(np.random.default_rng(0), count)]
+    lengths, parts = tuple(shared + n for n in own), torch.arange(shared + sum(own)).split([shared, *own])
+    indices = torch.cat([torch.cat([parts[0], part]) for part in parts[1:]])
+    paths = Paths(indices.int().to(run.device), _borders(lengths, run.device), lengths, shared + sum(own))
+    dtype = torch.float32 if run.smoke else torch.bfloat16
+    case = AttentionCase("a shared prefix, grouped heads of 64", 32, 8, 64, tuple(own), key_lengths=lengths)
+    generator = torch.Generator(run.device).manual_seed(0)
+    keys, upstream = (
+        torch.randn(1, 8, n, 64, generator=generator, device=run.device).to(dtype) for n in (paths.tokens, len(indices))
+    )
+    inputs, gradient = _inputs(case, dtype, run.device)
+    kernel: Attention = by_loop if run.smoke else by_varlen
+
+    def gather(_: int = 0) -> Tensor:
+        leaf = keys.detach().requires_grad_()
+        return torch.autograd.grad(paths.gather(leaf, dtype), leaf, upstream)[0]
+
+    first, second = gather(), gather()
+    gold = torch.zeros(1, 8, paths.tokens, 64, dtype=torch.float64, device=run.device)
+    gold.index_add_(2, paths.indices.long(), upstream.double())
+    calls: dict[str, Callable[[int], object]] = {
+        "gather": gather,
+        "attention": lambda _: _results(kernel, inputs, gradient, case),
+    }
+    timed = interleaved(calls, 2) if run.smoke else interleaved_on_gpu(calls, _ROUNDS, warm_up=3)
+    medians = {name: sorted(times)[len(times) // 2] for name, times in timed.items()}
+    error, repeats = _distance(first, gold), torch.equal(first, second)
+    run.row(
+        f"{case.name}: {len(indices)} keys of {paths.tokens} tokens gathered with gradient in {medians['gather']:.3f} "
+        f"ms (needed for keys and for values), attention {medians['attention']:.3f} ms; error {error:.1e}, "
+        f"{'repeats' if repeats else 'does not repeat'} bitwise",
+        case=case.name,
+        tokens=paths.tokens,
+        keys=len(indices),
+        gather_ms=medians["gather"],
+        attention_ms=medians["attention"],
+        error=error,
+        repeats=repeats,
+    )
+    wrong = [] if error <= (1e-6 if run.smoke else 4e-3) else [f"{case.name}: the gradient has an error of {error:.1e}"]
+    return wrong if repeats else [*wrong, f"{case.name}: the gradient differs bitwise in a second run"]
 
 
 def _compare_operator(run: Run, case: AttentionCase) -> None:

@@ -22,8 +22,8 @@ from transformers import TrainerCallback
 
 from benchmarks.gpu.section import Run
 from benchmarks.harness.timing import Clock
-from benchmarks.step.inputs import SHAPES, StepShape, make_model, stores
-from benchmarks.step.providers import OBJECTIVE
+from benchmarks.step.data import stores
+from benchmarks.step.inputs import OBJECTIVE, SHAPES, StepShape, make_model
 from benchmarks.step.run import free
 from efface import UnlearnTrainer
 from efface.hf.train.arguments import UnlearnArguments

@@ -1,14 +1,17 @@
-"""Batching of token sequences: token stores, epoch plans, packed batches without padding, and token trees."""
+"""Batching of token sequences: token stores, epoch plans, and packed batches in which shared beginnings occur once."""
 
 from efface.batching.assemble import Assembler, Step
-from efface.batching.pack import PackedBatch, pack, pack_items
+from efface.batching.pack import PackedBatch, pack, pack_items, pack_store, packed_tokens
 from efface.batching.plan import EpochPlan, MicroBatch, RetainSampling, Role, StepTotals, plan_epoch
+from efface.batching.planner import EpochPlanner
+from efface.batching.prefixes import AddedTokens, added_tokens
 from efface.batching.store import TokenStore
-from efface.batching.tree import TokenTree, token_tree, tree_tokens
 
 __all__ = [
+    "AddedTokens",
     "Assembler",
     "EpochPlan",
+    "EpochPlanner",
     "MicroBatch",
     "PackedBatch",
     "RetainSampling",
@@ -16,10 +19,10 @@ __all__ = [
     "Step",
     "StepTotals",
     "TokenStore",
-    "TokenTree",
+    "added_tokens",
     "pack",
     "pack_items",
+    "pack_store",
+    "packed_tokens",
     "plan_epoch",
-    "token_tree",
-    "tree_tokens",
 ]

@@ -26,8 +26,8 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens in this rank's micro-batches."""
-        return sum(batch.tokens for batch in self.batches)
+        """Number of tokens of the sequences in this rank's micro-batches; shared tokens count for each sequence."""
+        return sum(batch.sequence_tokens for batch in self.batches)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Step":
         """Return the step with its batches on ``device``."""
@@ -47,6 +47,8 @@ class Assembler:
         rank: rank whose micro-batches are assembled.
         workers: number of threads.
         ahead: number of steps to prefetch; 0 assembles each step when it is indexed.
+        share: store tokens that sequences of a micro-batch share, from the first token on, only once.
+        last_tokens: include the last token of each sequence, which predicts nothing.
         pin_memory: assemble into pinned memory, from which an accelerator can copy asynchronously.
 
     Raises:
@@ -61,6 +63,8 @@ class Assembler:
         rank: int = 0,
         workers: int = 1,
         ahead: int = 2,
+        share: bool = False,
+        last_tokens: bool = True,
         pin_memory: bool = False,
     ) -> None:
         if workers < 1 or ahead < 0:
@@ -68,7 +72,7 @@ class Assembler:
         self.plan = plan
         self._stores = tuple(stores)
         self._rank = rank
-        self._pin_memory = pin_memory
+        self._options = {"share": share, "last_tokens": last_tokens, "pin_memory": pin_memory}
         self._ahead = ahead
         self._pool = ThreadPoolExecutor(workers, "efface-assembler") if ahead else None
         self._pending: dict[int, Future[Step]] = {}
@@ -120,11 +124,11 @@ class Assembler:
 
     def _pack(self, planned: MicroBatch) -> PackedBatch:
         if planned.roles.size:
-            return pack_items(self._stores, planned.roles, planned.sequences, pin_memory=self._pin_memory)
+            return pack_items(self._stores, planned.roles, planned.sequences, **self._options)
         # Every rank must run a forward and a backward pass, or the other ranks would wait for its gradients forever.
         # This one runs the shortest sequence of the run, because it is the cheapest. With role IDLE its weight is 0.
         role = min((Role.FORGET, Role.RETAIN), key=lambda role: self._stores[role].lengths.min(initial=2**62))
         shortest = np.array([self._stores[role].lengths.argmin()], np.int64)
-        batch = pack_items(self._stores, np.array([role], np.int8), shortest, pin_memory=self._pin_memory)
+        batch = pack_items(self._stores, np.array([role], np.int8), shortest, **self._options)
         batch.roles.fill_(Role.IDLE)
         return replace(batch, forget_sequences=0)

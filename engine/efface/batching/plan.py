@@ -65,7 +65,7 @@ class EpochPlan:
         roles: (items,) int8, roles of the sequences of all micro-batches, concatenated.
         sequences: (items,) int64, index of each of these sequences in the store of its role.
         batch_offsets: (micro-batches + 1,) int64, start of each micro-batch in ``roles`` and ``sequences``.
-        batch_tokens: (micro-batches,) int64, number of tokens of each micro-batch.
+        batch_tokens: (micro-batches,) int64, number of tokens of each micro-batch; an upper bound if tokens are shared.
         step_offsets: (steps + 1,) int64, first micro-batch of each step. Within a step, rank r runs every
             ``world_size``-th micro-batch, starting with the r-th.
     """
@@ -130,6 +130,7 @@ def plan_epoch(
     epoch: int,
     retain_sampling: RetainSampling = "random",
     alternates: Lengths | None = None,
+    shared_tokens: int = 0,
     drop_last: bool = False,
 ) -> EpochPlan:
     """Plan an epoch: a pure function of its arguments, the same on every platform.
@@ -153,11 +154,13 @@ def plan_epoch(
             set, continued from epoch to epoch. "paired": retain sequence i is paired with forget sequence i.
         alternates: (F,) number of tokens of each forget sequence's alternate answer, which follows it in the
             micro-batch; None if there are no alternate answers.
+        shared_tokens: number of tokens that every micro-batch contains once, because its sequences begin with them, and
+            that the lengths do not include (see ``added_tokens``).
         drop_last: whether to leave out a last step with fewer pairs.
 
     Raises:
-        ValueError: if both sets are empty, a length or count is below 1, the number of alternates or of paired retain
-            sequences does not match the forget set, or ``drop_last`` leaves no step.
+        ValueError: if both sets are empty, a length or count is below 1, ``shared_tokens`` is negative, the number of
+            alternates or of paired retain sequences does not match the forget set, or ``drop_last`` leaves no step.
     """
     for name, value in (("seed", seed), ("epoch", epoch)):
         if not 0 <= value < 2**64:
@@ -172,6 +175,7 @@ def plan_epoch(
         seed=seed,
         epoch=epoch,
         retain_sampling=retain_sampling,
+        shared_tokens=shared_tokens,
         drop_last=drop_last,
     )
     if over := planned.pop("over_budget"):

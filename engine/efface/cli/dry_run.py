@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from efface.batching import TokenStore, plan_epoch
+from efface.batching import EpochPlanner, TokenStore
 from efface.cli.plan import summary
 from efface.cli.progress import show_json
 from efface.hf.model.loading import MAIN, local_files, read_config, read_tokenizer
@@ -21,7 +21,7 @@ from efface.hf.train.arguments import UnlearnArguments
 from efface.hf.train.dataset import Accumulation
 from efface.hf.train.estimate import RunShape, adapter_parameters, memory, model_sizes, training_flops
 from efface.hf.train.open_unlearning import check_objective
-from efface.hf.train.stepping import pairs_per_step
+from efface.hf.train.stepping import pairs_per_step, reads_last_tokens
 from efface.hf.train.stores import accumulation_steps, unlearning_stores
 from efface.objectives import Objective, check_term
 from efface.recipes import Recipe
@@ -70,7 +70,7 @@ def describe(
     report = {"configuration": _configuration(command, args, objective, recipe, reference)}
     if recipe is not None:
         report["provenance"] = _provenance(recipe)
-    report["run"] = _run(args, data)
+    report["run"] = _run(args, data, objective)
     tokens = report["run"].get("tokens")
     known = tokens if isinstance(tokens, int) else None
     return report | _needs(command, args, objective, recipe, reference, known)
@@ -239,7 +239,7 @@ def _provenance(recipe: Recipe) -> Lines:
     return {"source": recipe.source, **{f"published {name}": value for name, value in recipe.published.items()}, **ours}
 
 
-def _run(args: UnlearnArguments, data: _Data) -> Lines:
+def _run(args: UnlearnArguments, data: _Data, objective: Objective) -> Lines:
     lines: Lines = {}
     for role, count in data.rows.items():
         lines[f"{role} rows"] = count
@@ -267,26 +267,25 @@ def _run(args: UnlearnArguments, data: _Data) -> Lines:
         return {**lines, "tokens": f"not known: {data.missing}"}
     if args.compat is not None:
         return {**lines, "tokens": f"not known: --compat {args.compat} uses padded batches"}
-    forget, retain, alternate = data.stores
-    plan = plan_epoch(
-        forget.lengths,
-        retain.lengths,
-        alternates=None if alternate is None else alternate.lengths,
+    planner = EpochPlanner(
+        [store for store in data.stores if store is not None],
+        share=args.share_prefixes,
+        last_tokens=reads_last_tokens(objective),
         pairs_per_step=per_step,
         token_budget=args.token_budget,
         world_size=args.world_size,
         seed=args.seed if args.data_seed is None else args.data_seed,
-        epoch=0,
         retain_sampling=args.retain_sampling,  # type: ignore[arg-type]
         drop_last=args.dataloader_drop_last,
     )
-    figures = summary(plan, forget, retain, alternate)
+    figures = summary(planner, 0)
     return {
         **lines,
         "tokens of an epoch": figures["tokens"],
         "tokens": round(figures["tokens"] / epoch_steps * total),
         "forward passes of a step": figures["micro_batches_per_step"],
         "padding saved": figures["padding_saved"],
+        "prefixes saved": figures["prefixes_saved"],
     }
 
 

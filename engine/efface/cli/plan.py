@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.table import Table
+from transformers.hf_argparser import string_to_bool
 
-from efface.batching import EpochPlan, TokenStore, plan_epoch
+from efface.batching import EpochPlan, EpochPlanner, TokenStore
 from efface.cli.progress import Bar, add_json_flag, open_console, show_json
 from efface.flags import FlagParser
 from efface.hf.model.loading import load_tokenizer, read_tokenizer
@@ -31,8 +32,8 @@ def parser() -> FlagParser:
     """Return the parser of the command's flags."""
     flags = FlagParser(
         "plan",
-        "Tokenises the data and plans an epoch: optimizer steps, micro-batches, tokens, and the tokens that padding "
-        "would add. Loads no model.",
+        "Tokenises the data and plans an epoch: optimizer steps, micro-batches, tokens, the tokens that padding would "
+        "add, and those that shared prefixes save. Loads no model.",
         _EXAMPLES,
     )
     flags.add_argument("--tokenizer", required=True, help="folder or Hub name of a checkpoint with a tokenizer")
@@ -47,6 +48,15 @@ def parser() -> FlagParser:
         type=int,
         default=UnlearnArguments.token_budget,
         help="maximum tokens per forward pass (default: %(default)s)",
+    )
+    flags.add_argument(
+        "--share-prefixes",
+        type=string_to_bool,
+        nargs="?",
+        const=True,
+        default=UnlearnArguments.share_prefixes,
+        metavar="BOOL",
+        help="run shared prefixes once, as for efface unlearn (default: true)",
     )
     flags.add_argument(
         "--processes", type=int, nargs="+", default=[1], help="numbers of processes to plan for (default: 1)"
@@ -89,14 +99,15 @@ def padded_tokens(plan: EpochPlan, forget: TokenStore, retain: TokenStore, alter
     return total
 
 
-def summary(
-    plan: EpochPlan, forget: TokenStore, retain: TokenStore, alternate: TokenStore | None = None
-) -> dict[str, Any]:
-    """Return the figures of a plan, by their names in the JSON document of ``efface plan --json``.
+def summary(planner: EpochPlanner, epoch: int) -> dict[str, Any]:
+    """Return the figures of an epoch's plan, by their names in the JSON document of ``efface plan --json``.
 
-    ``efficiency`` is None if every process has a single micro-batch in every step.
+    ``tokens`` are those that the model runs. ``efficiency`` is None if every process has a single micro-batch in every
+    step.
     """
-    tokens = int(plan.batch_tokens.sum())
+    plan = planner.plan(epoch)
+    tokens, unshared = planner.tokens(plan)
+    whole = sum(int(each.lengths[plan.sequences[plan.roles == role]].sum()) for role, each in enumerate(planner.stores))
     filled = plan.efficiency()
     micro_batches = np.diff(plan.step_offsets) // plan.world_size
     return {
@@ -104,7 +115,8 @@ def summary(
         "steps": len(plan),
         "micro_batches_per_step": float(micro_batches.mean()),
         "tokens": tokens,
-        "padding_saved": 1 - tokens / padded_tokens(plan, forget, retain, alternate),
+        "prefixes_saved": 1 - tokens / unshared,
+        "padding_saved": 1 - whole / padded_tokens(plan, *planner.stores),
         "efficiency": None if np.isnan(filled) else filled,
         "efficiency_with_last": plan.efficiency(last=True),
     }
@@ -123,17 +135,17 @@ def run(argv: Sequence[str]) -> int:
             console.print(f"{role}: {facts}")
     rows = []
     for processes in options.processes:
-        plan = plan_epoch(
-            forget.lengths,
-            retain.lengths,
+        planner = EpochPlanner(
+            (forget, retain),
+            share=options.share_prefixes,
+            last_tokens=False,
             pairs_per_step=options.pairs_per_step,
             token_budget=options.token_budget,
             world_size=processes,
             seed=options.seed,
-            epoch=options.epoch,
             retain_sampling=options.retain_sampling,
         )
-        rows.append(summary(plan, forget, retain))
+        rows.append(summary(planner, options.epoch))
     if options.json:
         show_json(rows)
     else:
@@ -171,16 +183,17 @@ def _stores(options: argparse.Namespace) -> tuple[TokenStore, TokenStore]:
 
 def _table(rows: Sequence[dict[str, Any]], forget: int, retain: int) -> Table:
     title = f"an epoch over {forget:,} forget and {retain:,} retain sequences"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     headings = (
         "processes",
         "steps",
         "passes",
         "tokens",
+        "shared",
         "no padding",
         "filled",
         "with last",
-    )  # the table fits 80 columns
+    )  # with 9 digits of tokens and 5 of steps the table has 79 columns
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
@@ -190,12 +203,14 @@ def _table(rows: Sequence[dict[str, Any]], forget: int, retain: int) -> Table:
             f"{row['steps']:,}",
             f"{row['micro_batches_per_step']:.2f}",
             f"{row['tokens']:,}",
+            f"{row['prefixes_saved']:.1%}",
             f"{row['padding_saved']:.1%}",
             filled,
             f"{row['efficiency_with_last']:.1%}",
         )
     table.caption = (
-        "passes: forward passes of a process in a step. no padding: share of tokens saved compared with padded steps. "
+        "passes: forward passes of a process in a step. tokens: those that are run. shared: share of tokens saved "
+        "because sequences share prefixes. no padding: share of tokens saved compared with padded steps. "
         "filled: used share of the token budget, without the last pass of each process in a step. with last: the same "
         "with those passes, which contain the remaining sequences"
     )

@@ -60,7 +60,7 @@ def show_json(document: Any) -> None:
     print(json.dumps(as_json(document), indent=2, ensure_ascii=False, allow_nan=False))
 
 
-_HIDDEN = ("epoch", "time_", "padding_saved", "peak_memory_gib", "npo_weight")
+_HIDDEN = ("epoch", "time_", "padding_saved", "prefixes_saved", "peak_memory_gib", "npo_weight")
 """Prefixes of figures that are sent to trackers, but not printed, to keep lines short."""
 
 
@@ -218,6 +218,11 @@ class ProgressBar(Bar, ReferenceCallback):
         """Print one line about each data set."""
         for role, facts in data.items() if self._log else ():
             self.say(f"{self.title}: {role}, {facts}")
+
+    def on_sharing(self, saved: float) -> None:
+        """Print the share of tokens that shared prefixes save, if they save any."""
+        if saved and self._log:
+            self.say(f"{self.title}: shared prefixes are run once, which saves {saved:.0%} of the tokens")
 
     def on_reference(self, computed: int, missing: int, sequences: int) -> None:
         """Show the progress of the reference. ``computed`` counts up to ``missing``, out of ``sequences`` in all."""

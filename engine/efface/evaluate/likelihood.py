@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from efface.batching import TokenStore, TokenTree, token_tree, tree_tokens
+from efface.batching import PackedBatch, Role, TokenStore, pack_store, packed_tokens
 from efface.evaluate.logs import FloatArray, SplitLog, truth_ratios
 from efface.evaluate.runner import RowResult, Task
 from efface.hf.model.adapted_head import base_of
@@ -24,7 +25,7 @@ from efface.hf.text.rows import optional_texts, text_lists, texts
 from efface.hf.text.templates import AUTO, Template, encode_batches, get_template
 from efface.hf.train.open_unlearning import IGNORE, Padded
 from efface.reference.cache import KEY_BYTES, sequence_keys
-from efface_kernels import linear_logprob
+from efface_kernels import linear_logprob, to_device
 
 
 class AnswerTask(Task):
@@ -108,6 +109,12 @@ def _counts(questions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[
     return [len(texts) for texts in answers]
 
 
+def tree_tokens(store: TokenStore, sequences: NDArray[np.int64]) -> int:
+    """Return the number of tokens that are run for the sequences if they share tokens."""
+    roles = np.full(len(sequences), Role.RETAIN, np.int8)
+    return packed_tokens((TokenStore.empty(), store), roles, sequences, share=True, last_tokens=False)
+
+
 def _key(sequences: Sequence[bytes], hidden: int | None) -> bytes:
     kind = "logprobs" if hidden is None else f"logprobs, {hidden} hidden"
     return hashlib.blake2b(kind.encode() + b"".join(sequences), digest_size=KEY_BYTES).digest()
@@ -121,10 +128,9 @@ def token_logprobs(
     head = head_of(model)
     logprobs: list[NDArray[np.floating]] = []
     with scoring(model):
-        for tree in scored_trees(model, store, sequences, token_budget=token_budget, name=name):
-            hidden = packed_hidden(model, tree)
-            values = linear_logprob(hidden, head.weight, tree.targets, bias=head.bias, softcap=head.softcap)
-            logprobs += tree.by_sequence(values.cpu().numpy())
+        for part in scored_labels(model, store, sequences, token_budget=token_budget, name=name):
+            values = linear_logprob(part.hidden, head.weight, part.targets, bias=head.bias, softcap=head.softcap)
+            logprobs += part.by_sequence(values)
     return logprobs
 
 
@@ -155,13 +161,43 @@ def padded_logprobs(
     return logprobs
 
 
-def scored_trees(
-    model: PreTrainedModel, store: TokenStore, sequences: NDArray[np.int64], *, token_budget: int, name: str
-) -> Iterator[TokenTree]:
-    """Yield the sequences as trees on the model's device. Call this within ``scoring``.
+@dataclass(frozen=True, eq=False)
+class ScoredLabels:
+    """The labels of some sequences; a label that a shared token predicts for several sequences occurs once.
 
-    If the model can share tokens between sequences, there is one tree for all, and shared tokens are computed once.
-    Otherwise sequences are not shared, and each tree has at most ``token_budget`` tokens.
+    Attributes:
+        hidden: (M, D) hidden states that predict the labels.
+        targets: (M,) int64 labels.
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    _labels: NDArray[np.int64]  # for each label of each sequence in turn, its index in the M labels
+    _row_offsets: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, batch: PackedBatch) -> "ScoredLabels":
+        """Run ``model`` on a batch on the CPU."""
+        targets = batch.targets.numpy()
+        pairs = batch.label_rows.numpy() * (int(targets.max(initial=0)) + 1) + targets  # one integer per (row, target)
+        _, first, labels = np.unique(pairs, return_index=True, return_inverse=True)
+        hidden = packed_hidden(model, batch.to(model.device))
+        chosen = to_device(torch.from_numpy(first), hidden.device)
+        moved = to_device(batch.targets[first], hidden.device)
+        return cls(hidden.index_select(0, chosen), moved, labels.reshape(-1), batch.row_offsets)
+
+    def by_sequence(self, values: Tensor) -> list[NDArray[np.floating]]:
+        """Return an array per sequence with the entries of ``values`` (M,) for its labels, in order."""
+        return np.split(values.cpu().numpy()[self._labels], self._row_offsets[1:-1])
+
+
+def scored_labels(
+    model: PreTrainedModel, store: TokenStore, sequences: NDArray[np.int64], *, token_budget: int, name: str
+) -> Iterator[ScoredLabels]:
+    """Run the model on the sequences and yield their labels, for each batch in turn. Call this within ``scoring``.
+
+    If the model can share tokens between sequences, there is one batch, and shared tokens are run once. Otherwise each
+    batch has at most ``token_budget`` tokens.
 
     Raises:
         ValueError: a token is outside the model's vocabulary, or a sequence is longer than the model's positions.
@@ -169,7 +205,7 @@ def scored_trees(
     check_store(model, store, name)
     share = shares_tokens(base_of(model), int(store.lengths[sequences].max(initial=0)))
     for pack in [sequences] if share else budgeted(store, sequences, token_budget):
-        yield token_tree(store, pack, share=share).to(model.device)
+        yield ScoredLabels.of(model, pack_store(store, pack, share=share, last_tokens=not share))
 
 
 def mean_logprobs(results: Sequence[RowResult]) -> list[list[float]]:

@@ -29,7 +29,7 @@ _GROUPS = {
     "training": (
         """learning_rate num_train_epochs max_steps pairs_per_step token_budget warmup_epochs bf16
         gradient_checkpointing""",
-        "warmup_steps weight_decay lr_scheduler_type optim chunk_rows loss_backend token_cache",
+        "share_prefixes warmup_steps weight_decay lr_scheduler_type optim chunk_rows loss_backend token_cache",
     ),
     "LoRA": ("lora_r merge_adapter", "lora_alpha lora_dropout lora_target"),
     "run": (

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from efface.batching import TokenStore, tree_tokens
-from efface.evaluate.likelihood import fill, scored_trees
+from efface.batching import TokenStore
+from efface.evaluate.likelihood import fill, scored_labels, tree_tokens
 from efface.evaluate.runner import RowResult, Task
-from efface.hf.model.head import head_of, packed_hidden
+from efface.hf.model.head import head_of
 from efface.hf.reference.score import scoring
 from efface.reference.cache import KEY_BYTES, sequence_keys
 from efface_kernels import Head, Logits, chunk_capacity, row_blocks
@@ -112,11 +112,10 @@ class TokenTask(Task):
         head = head_of(model)
         results: list[RowResult] = []
         with torch.no_grad(), scoring(model):
-            for tree in scored_trees(model, self.store, rows, token_budget=self._token_budget, name=self.name):
-                found = token_statistics(packed_hidden(model, tree), head, tree.targets)
+            for part in scored_labels(model, self.store, rows, token_budget=self._token_budget, name=self.name):
+                found = token_statistics(part.hidden, head, part.targets)
                 columns = {
-                    name: tree.by_sequence(getattr(found, name).cpu().numpy())
-                    for name in ("logprobs", "first", "mean", "std")
+                    name: part.by_sequence(getattr(found, name)) for name in ("logprobs", "first", "mean", "std")
                 }
                 results += [
                     {name: values[sequence].tolist() for name, values in columns.items()}

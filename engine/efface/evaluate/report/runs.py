@@ -20,7 +20,16 @@ Curve: TypeAlias = dict[int, float]
 """A figure by optimizer step."""
 
 # Entries of a training log that describe its speed and progress, not the model.
-_WATCHING = {"epoch", "step", "learning_rate", "grad_norm", "total_flos", "padding_saved", "peak_memory_gib"}
+_WATCHING = {
+    "epoch",
+    "step",
+    "learning_rate",
+    "grad_norm",
+    "total_flos",
+    "padding_saved",
+    "prefixes_saved",
+    "peak_memory_gib",
+}
 _WATCHING |= {"tokens_per_second", "num_input_tokens_seen", "train_loss"}
 _WATCHING_PREFIXES = ("time_", "train_", "eval_runtime", "eval_samples", "eval_steps")
 # Training arguments that usually differ between the runs of a sweep, with their short names.

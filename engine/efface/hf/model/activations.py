@@ -57,8 +57,19 @@ class ActivationLoss:
 
 
 def answer_rows(activations: Tensor, batch: PackedBatch) -> Tensor:
-    """Return a layer's activations (N, D) at the answer tokens, each one position after the row that predicts it."""
-    return activations.index_select(0, batch.label_rows + 1)
+    """Return a layer's activations (N, D) at the answer tokens, for each sequence in turn.
+
+    The answer token of a label row is the next token on the sequence's path, which is the next label row or, for the
+    last one, the end of the sequence's segment.
+
+    Raises:
+        ValueError: if the batch leaves out last tokens.
+    """
+    if not batch.last_tokens:
+        raise ValueError("`batch`: expected a batch with last tokens, got one without; pack it with last_tokens=True")
+    tokens = batch.label_rows.roll(-1)
+    tokens[batch.label_offsets.device[1:] - 1] = batch.cu_seqlens[1:].long() - 1
+    return activations.index_select(0, tokens)
 
 
 def _squared(rows: Tensor, target: Tensor, part: PackedBatch, role: Role, weight: float) -> StepOutput:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from efface.batching import PackedBatch, TokenTree
+from efface.batching import PackedBatch
 from efface.hf.model.activations import ActivationLoss, watched
 from efface.hf.model.adapted_head import base_of, head_linears, serve_head
 from efface.hf.model.forwards import found_forward, route, unroute, unwrapped_forward
 from efface.hf.model.head_loss import HeadLoss, StepOutput, joined
-from efface.hf.model.packing import HALVES, MEMORY, packed_states, read_packs, reading_of
+from efface.hf.model.packing import HALVES, MEMORY, packed_states, read_packs, readable, reading_of
 from efface.hf.model.supported import check_model, check_servable, uncompiled, uncompiled_frame
 from efface_kernels import Head, linear_logprob
 
@@ -76,6 +76,7 @@ class _FusedModel:
 # torch.compile compiles only the decoder that this function calls, because lengths and losses change with every batch.
 @uncompiled_frame
 def _packed_forward(model: Any, batch: PackedBatch, loss: HeadLoss | ActivationLoss | None) -> Any:
+    batch = readable(model, batch)
     if not isinstance(loss, ActivationLoss):
         return _loss_of(model, packed_hidden(model, batch), batch, loss)
     with watched(model, loss.objective.module_regex) as watch:
@@ -104,12 +105,13 @@ def _activation_loss_of(
 
 
 @uncompiled_frame
-def packed_hidden(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> Tensor:
+def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """Return the final hidden states (N, D) of the batch's label rows, multiplied by the model's logit scale.
 
     With LoRA on the head, the shape is (N, D + r).
     """
     model = base_of(model)
+    batch = readable(model, batch)
     return _at_the_head(model, packed_states(model, batch), batch.label_rows)
 
 

@@ -18,12 +18,13 @@ from functools import cache
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from efface.batching import PackedBatch, TokenTree
+from efface.batching import PackedBatch, TokenStore, pack_store
 from efface.hf.model.attention import NAME, hands_packs_on, hands_windows_on, packed_arguments
 from efface.hf.model.forwards import ROUTED, found_forward, unwrapped_forward
 from efface.hf.model.supported import check_placed, uncompiled, uncompiled_frame
@@ -59,6 +60,7 @@ class PackReading:
         asked: whether the caller chose the attention implementation.
         room: number of tokens of a batch above which its sequences are run in separate passes, because the mask of the
             model's own attention has that size; None if there is no such number.
+        shares: whether sequences of a packed batch can share tokens.
     """
 
     attention: str
@@ -68,6 +70,7 @@ class PackReading:
     encodings: tuple[str, ...] = ()
     asked: bool = False
     room: int | None = None
+    shares: bool = False
 
     def splits(self, longest: int, tokens: int = 0) -> bool:
         """Return whether a batch with ``tokens`` tokens and a longest sequence of ``longest`` needs separate passes."""
@@ -83,10 +86,35 @@ def reading_of(model: Any) -> PackReading | None:
 
 
 def shares_tokens(model: PreTrainedModel, longest: int) -> bool:
-    """Return whether ``model`` can read a ``TokenTree`` with shared tokens and a longest sequence of ``longest``."""
-    reading = reading_of(model)
-    packed = model.config._attn_implementation == NAME  # noqa: SLF001 - there is no public attribute
-    return packed and (reading is None or not reading.splits(longest))
+    """Return whether ``model`` can read batches in which sequences of up to ``longest`` tokens share tokens."""
+    return why_unshared(model, longest) is None
+
+
+def why_unshared(model: PreTrainedModel, longest: int) -> str | None:
+    """Return why ``model`` cannot read batches whose sequences of up to ``longest`` tokens share tokens, or None."""
+    reading, attention = reading_of(model), model.config._attn_implementation  # noqa: SLF001
+    if reading is not None and reading.alone is not None:
+        return "it runs one sequence per pass"
+    if attention != NAME:
+        return f"its attention is {attention!r}, not {NAME!r}"
+    if reading is None:
+        return None
+    if reading.splits(longest):
+        return f"sequences of {reading.limit} tokens and more change its position encoding"
+    return None if reading.shares else "with shared tokens a small batch gave other logits"
+
+
+def readable(model: PreTrainedModel, batch: PackedBatch) -> PackedBatch:
+    """Return ``batch`` as ``model`` can read it: without shared tokens, if the model does not support them.
+
+    The label rows stay in the same order.
+    """
+    if batch.last_tokens and not batch.shared:
+        return batch
+    reading, longest = reading_of(model), max(batch.lengths)
+    if reading is not None and reading.splits(longest, batch.tokens):
+        return batch.unshared()  # with last tokens, because the position encoding can depend on a sequence's length
+    return batch.unshared() if batch.shared and not shares_tokens(model, longest) else batch
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
@@ -101,29 +129,25 @@ def decoder_of(model: PreTrainedModel) -> Any:
 
 
 @uncompiled_frame
-def packed_states(model: PreTrainedModel, batch: PackedBatch | TokenTree) -> Tensor:
-    """Return the final hidden states (T, D) of all tokens of a batch.
+def packed_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """Return the final hidden states (T, D) of all stored tokens of a batch that is ``readable`` for the model.
 
     Raises:
-        ValueError: if the batch is a tree with shared tokens, and the model reads one sequence per pass.
+        ValueError: if the batch has shared tokens and the model does not support them.
     """
     reading, decoder = reading_of(model), decoder_of(model)
-    tree = batch if isinstance(batch, TokenTree) else None
-    longest = max(batch.lengths) + (tree is not None)
-    if reading is None or not reading.splits(longest, len(batch.input_ids)):
+    if reading is None or not reading.splits(max(batch.lengths), batch.tokens):
         states: Tensor = decoder(**packed_arguments(model, batch, decoder)).last_hidden_state  # (1, T, D)
         return states[0]
-    if tree is not None and tree.shared:
+    if batch.shared:
         raise ValueError(
-            f"expected a model that reads a packed batch in one pass, for sequences that share tokens, got "
-            f"{type(model).__name__}, which runs one sequence per pass; make the tree with share=False"
+            f"`batch`: expected one without shared tokens, got one with; {type(model).__name__} runs one sequence per "
+            "pass; use batch.unshared()"
         )
     parts = []
-    for ids in batch.input_ids.split(batch.lengths):
+    for ids in batch.input_ids.split(batch.segment_lengths):
         rewind(model, reading.encodings)
-        # A tree leaves out each sequence's last token, but the position encoding can depend on the sequence's length.
-        whole = torch.nn.functional.pad(ids, (0, 1)) if tree is not None and reading.limit is not None else ids
-        parts.append(_alone(decoder, whole)[: len(ids)])
+        parts.append(_alone(decoder, ids))
     return torch.cat(parts)
 
 
@@ -208,6 +232,7 @@ def agree(model: PreTrainedModel) -> None:
     """Make all processes read packed batches as the most cautious one does; some may have no weights to measure."""
     readings = [reading for reading in gather_object([reading_of(model)]) if reading is not None]
     cautious = [reading for reading in readings if reading.alone] + [r for r in readings if r.attention != NAME]
+    cautious += [reading for reading in readings if not reading.shares]
     if cautious and cautious[0] != reading_of(model):
         setattr(model, MEMORY, cautious[0])
         model.set_attn_implementation(cautious[0].attention)
@@ -241,7 +266,10 @@ def _measured(model: PreTrainedModel, logits: Logits, ways: Sequence[str], readi
             _check_width(model, got)
             first, second = logits(got).split(_PROBE)
             if equal_logits(model, first, expected) and equal_logits(model, second, first, alike=True):
-                return replace(reading, attention=way, room=None if way == NAME else _mask_size(model))
+                if way != NAME:
+                    return replace(reading, attention=way, room=_mask_size(model))
+                shares = equal_logits(model, logits(_probe_in_a_tree(model, ids)), expected)
+                return replace(reading, attention=way, shares=shares)
             reasons.append(f"with {way!r} attention the sequences of a packed batch change each other's logits")
         _attend(model, reading.own)
         decoder = decoder_of(model)
@@ -314,6 +342,16 @@ def _probes_in_a_pack(model: PreTrainedModel, ids: Tensor, way: str) -> Tensor:
     decoder = decoder_of(model)
     states: Tensor = decoder(**packed_arguments(model, batch, decoder)).last_hidden_state[0]
     return torch.cat([part[:_PROBE] for part in states.split(lengths)[1::2]])
+
+
+def _probe_in_a_tree(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return the hidden states (8, D) of a probe that shares tokens with the sequences before and after it."""
+    probe, others = ids[: _PROBE + 1].tolist(), ids[_PROBE + 1 :].tolist()
+    sequences = [probe[:4] + others[:5], probe, probe[:6] + others[5:]]
+    batch = pack_store(TokenStore.from_sequences(sequences, [1] * 3), np.arange(3), share=True).to(model.device)
+    decoder = decoder_of(model)
+    states: Tensor = decoder(**packed_arguments(model, batch, decoder)).last_hidden_state[0]
+    return states[batch.paths[batch.path_lengths[0] :][:_PROBE]]
 
 
 def _attend(model: PreTrainedModel, way: str) -> None:
@@ -556,7 +594,7 @@ def _expected(model: PreTrainedModel, attention: str | None, reading: PackReadin
         reason = "its weights are not in this process to be measured, and its layers may not be attention only"
         return replace(reading, attention=attention or reading.own, alone=reason)
     way = attention or (NAME if hands_windows_on(model) else reading.own)
-    return replace(reading, attention=way)
+    return replace(reading, attention=way, shares=way == NAME)
 
 
 def _layer_kinds(model: PreTrainedModel) -> set[str]:

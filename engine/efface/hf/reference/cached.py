@@ -36,6 +36,9 @@ class ReferenceCallback(TrainerCallback):
     def on_data(self, data: Mapping[str, DataFacts]) -> None:
         """Receive, by role, which rows of which data are used."""
 
+    def on_sharing(self, saved: float) -> None:
+        """Receive the share of the tokens that training saves because sequences share them, 0 .. 1."""
+
     def on_reference(self, computed: int, missing: int, sequences: int) -> None:
         """Receive the progress of the reference computation.
 
@@ -59,6 +62,7 @@ class CachedReference:
         stores: the sequences of each role.
         cache: path of the file; None is ``reference.sqlite`` in the cache folder, "none" uses no file.
         device: device on which to run the model, which is moved back afterwards; None leaves the model in place.
+        share: run tokens that sequences of a forward pass share only once, if the model supports it.
         rank: rank of this process.
         world_size: number of processes.
         progress: called before the first and after every forward pass, with the arguments of
@@ -83,6 +87,7 @@ class CachedReference:
         *,
         cache: str | Path | None = NO_FILE,
         device: torch.device | None = None,
+        share: bool = True,
         rank: int = 0,
         world_size: int = 1,
         progress: Progress | None = None,
@@ -95,11 +100,12 @@ class CachedReference:
         with _on_device(model, device), contextlib.closing(file):
             values = file.read(distinct.keys)
             missing = np.flatnonzero(np.isnan(values))
-            _check(model, stores, distinct, values, str(file.path))
+            _check(model, stores, distinct, values, str(file.path), share=share)
             self.sequences, self.computed = len(distinct), len(missing)
             done = 0
             report(done, self.computed, self.sequences)
-            for numbers, fresh in _scored(model, stores, distinct, missing, rank=rank, world_size=world_size):
+            ranks = {"rank": rank, "world_size": world_size}
+            for numbers, fresh in _scored(model, stores, distinct, missing, share=share, **ranks):
                 _refuse_infinite(fresh)
                 file.write([distinct.keys[k] for k in numbers], fresh)
                 values[numbers] = fresh
@@ -150,6 +156,7 @@ def _scored(
     distinct: DistinctSequences,
     chosen: Numbers,
     *,
+    share: bool,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[Numbers, NDArray[np.float64]]]:
@@ -158,7 +165,7 @@ def _scored(
         if not len(index):
             continue
         done = 0
-        options = {"name": role.name.lower(), "rank": rank, "world_size": world_size}
+        options = {"name": role.name.lower(), "share": share, "rank": rank, "world_size": world_size}
         for sequences, own in packed_logprobs(model, store, index, **options):  # type: ignore[arg-type]
             sums = own.to(model.device if world_size > 1 else "cpu")
             if world_size > 1:
@@ -182,11 +189,13 @@ def _check(
     distinct: DistinctSequences,
     values: NDArray[np.float64],
     place: str,
+    *,
+    share: bool,
 ) -> None:
     """Compute a sample of the cached values again; raise ValueError if one differs from the cached value."""
     there = np.flatnonzero(~np.isnan(values))
     sample = np.unique(there[np.linspace(0, len(there) - 1, min(len(there), _SAMPLE)).astype(np.int64)])
-    for numbers, fresh in _scored(model, stores, distinct, sample):
+    for numbers, fresh in _scored(model, stores, distinct, sample, share=share):
         allowed = _noise(model) * (np.sqrt(distinct.labels[numbers]) + np.abs(values[numbers]) / 64)
         wrong = np.flatnonzero(~(np.abs(fresh - values[numbers]) <= allowed))
         if wrong.size:

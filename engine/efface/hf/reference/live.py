@@ -15,6 +15,7 @@ from efface.hf.model.activations import answer_rows, watched
 from efface.hf.model.adapted_head import base_of
 from efface.hf.model.head import head_of, packed_hidden, use_packed_attention
 from efface.hf.model.lora import COMPARED_TOKENS, SECOND, is_second, logits_of, without_second
+from efface.hf.model.packing import readable
 from efface_kernels import Head, ReferenceRows
 
 _SWITCHED_OFF_UNFROZEN = {"modules_to_save", "token_adapter", SECOND}
@@ -46,7 +47,7 @@ class ModelReference(ABC):
     def activations(self, batch: PackedBatch, module_regex: str) -> Tensor:
         """Return the output (N, D) at the batch's answer tokens of the module that ``module_regex`` matches."""
         with self.running() as model, watched(model, module_regex) as watch:
-            own = batch.to(model.device)
+            own = readable(model, batch.to(model.device))
             packed_hidden(model, own)
             return answer_rows(watch.output()[0], own).to(batch.storage.device)
 

@@ -53,6 +53,7 @@ def make_reference(
     *,
     device: torch.device | None = None,
     cache: str | None = NO_FILE,
+    share: bool = True,
     rank: int = 0,
     world_size: int = 1,
     progress: Progress | None = None,
@@ -66,6 +67,7 @@ def make_reference(
         stores: the sequences whose reference log-probabilities are needed, by role.
         device: device of the reference model; None is the policy's device.
         cache: cache file of ``CachedReference``.
+        share: argument of ``CachedReference``.
         rank: rank of this process.
         world_size: number of processes.
         progress: progress callback of ``CachedReference``.
@@ -97,6 +99,7 @@ def make_reference(
         stores,
         cache=cache,
         device=device,
+        share=share,
         rank=rank,
         world_size=world_size,
         progress=progress,

@@ -10,17 +10,25 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from efface.batching import Role, TokenStore, pack_items
+from efface.batching import TokenStore, added_tokens, pack_store
+from efface.hf.model.adapted_head import base_of
 from efface.hf.model.head import head_of, packed_hidden, use_packed_attention
+from efface.hf.model.packing import shares_tokens
 from efface_kernels import accumulation_dtype, linear_logprob, segment_sums
 
 
-def budgeted(store: TokenStore, index: NDArray[np.int64], token_budget: int) -> Iterator[NDArray[np.int64]]:
-    """Split ``index`` into consecutive groups of at most ``token_budget`` tokens; a longer sequence is its own one."""
+def budgeted(
+    store: TokenStore, index: NDArray[np.int64], token_budget: int, *, share: bool = False
+) -> Iterator[NDArray[np.int64]]:
+    """Split ``index`` into consecutive groups of at most ``token_budget`` tokens; a longer sequence is its own one.
+
+    With ``share``, the beginning that most sequences of the store have in common counts once per group.
+    """
+    added = added_tokens((TokenStore.empty(), store), share=share, last_tokens=not share)
     run: list[int] = []
     tokens = 0
-    for sequence, length in zip(index.tolist(), store.lengths[index].tolist(), strict=True):
-        if run and tokens + length > token_budget:
+    for sequence, length in zip(index.tolist(), added.retain[index].tolist(), strict=True):
+        if run and added.shared + tokens + length > token_budget:
             yield np.array(run)
             run, tokens = [], 0
         run.append(sequence)
@@ -51,6 +59,7 @@ def packed_logprobs(
     index: NDArray[np.int64] | None = None,
     *,
     token_budget: int = 8192,
+    share: bool = True,
     name: str = "store",
     rank: int = 0,
     world_size: int = 1,
@@ -66,6 +75,7 @@ def packed_logprobs(
         store: the token store.
         index: indices of the sequences to score; None scores the whole store.
         token_budget: maximum number of tokens per forward pass; a longer sequence gets its own pass.
+        share: run tokens that sequences of a pass share only once, if the model supports it.
         name: name of the store in error messages.
         rank: rank of this process.
         world_size: number of processes.
@@ -75,14 +85,15 @@ def packed_logprobs(
     """
     head = head_of(model)
     check_store(model, store, name)
-    packs = budgeted(store, np.arange(len(store)) if index is None else index, token_budget)
+    index = np.arange(len(store)) if index is None else index
     with scoring(model):
+        share = share and shares_tokens(base_of(model), int(store.lengths.max(initial=0)))
+        packs = budgeted(store, index, token_budget, share=share)
         while turn := list(itertools.islice(packs, world_size)):
             sums = [torch.zeros(len(pack), dtype=accumulation_dtype(head.weight.dtype)) for pack in turn]
             if rank < len(turn):
-                roles = np.full(len(turn[rank]), Role.RETAIN, np.int8)
                 pinned = model.device.type == "cuda"
-                batch = pack_items((TokenStore.empty(), store), roles, turn[rank], pin_memory=pinned)
+                batch = pack_store(store, turn[rank], share=share, last_tokens=not share, pin_memory=pinned)
                 batch = batch.to(model.device, non_blocking=True)
                 logprobs = linear_logprob(
                     packed_hidden(model, batch), head.weight, batch.targets, bias=head.bias, softcap=head.softcap
@@ -92,7 +103,12 @@ def packed_logprobs(
 
 
 def store_logprobs(
-    model: PreTrainedModel, store: TokenStore, *, token_budget: int = 8192, name: str = "store"
+    model: PreTrainedModel,
+    store: TokenStore,
+    *,
+    token_budget: int = 8192,
+    share: bool = True,
+    name: str = "store",
 ) -> torch.Tensor:
     """Return L_s of every sequence, (len(store),) on the CPU, in nats; float32 (float64 for float64 models).
 
@@ -102,13 +118,14 @@ def store_logprobs(
         model: a transformers model.
         store: the token store.
         token_budget: maximum number of tokens per packed batch. It changes the results only by rounding.
+        share: see ``packed_logprobs``. It changes the results only by rounding.
         name: name of the store in error messages.
 
     Raises:
         ValueError: if a token id is outside the model's vocabulary, or a sequence is longer than the model's positions.
     """
     sums = torch.zeros(len(store), dtype=accumulation_dtype(head_of(model).weight.dtype))
-    for sequences, part in packed_logprobs(model, store, token_budget=token_budget, name=name):
+    for sequences, part in packed_logprobs(model, store, token_budget=token_budget, share=share, name=name):
         sums[torch.from_numpy(sequences)] = part
     return sums
 

@@ -65,6 +65,13 @@ class UnlearnArguments(TrainingArguments):
     token_budget: int = field(
         default=4096, metadata={"help": "maximum tokens per forward pass; a larger step is split into micro-batches"}
     )
+    share_prefixes: bool = field(
+        default=True,
+        metadata={
+            "help": "run tokens that the sequences of a forward pass share, such as a system prompt, only once; this "
+            "changes results only by rounding"
+        },
+    )
     warmup_epochs: float | None = field(
         default=None,
         metadata={

@@ -4,11 +4,11 @@ import bisect
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch.utils.data import Dataset
 
-from efface.batching import Assembler, EpochPlan, RetainSampling, Step, TokenStore, plan_epoch
+from efface.batching import Assembler, EpochPlanner, RetainSampling, Step, TokenStore
 
 S_co = TypeVar("S_co", covariant=True)
 
@@ -31,6 +31,14 @@ class Steps(Dataset[S_co], ABC):
     def pairs(self) -> int:
         """Number of pairs in an epoch."""
 
+    @property
+    def prefixes_saved(self) -> float:
+        """Share of the tokens that are not run because sequences share them, estimated, 0 .. 1."""
+        return 0.0
+
+    def stop_sharing(self) -> None:
+        """Run all tokens of every sequence from now on; the steps contain the same sequences."""
+
     # Not called set_epoch: the data loader with which accelerate resumes within an epoch calls set_epoch(0).
     @abstractmethod
     def begin_epoch(self, epoch: int) -> None:
@@ -46,6 +54,8 @@ class PackedSteps(Steps[Step]):
         alternate: one alternate answer per forget sequence, or None.
         pairs_per_step: forget/retain pairs per step, in total over all ranks.
         token_budget: maximum tokens of a micro-batch.
+        share: see ``efface.batching.EpochPlanner``.
+        last_tokens: see ``efface.batching.EpochPlanner``.
         seed: seed of the plan.
         rank: rank of this process.
         world_size: number of processes.
@@ -53,6 +63,9 @@ class PackedSteps(Steps[Step]):
         drop_last: drop an incomplete last step.
         workers: threads that assemble batches ahead.
         pin_memory: assemble into pinned memory.
+
+    Attributes:
+        planner: the planner of the epochs.
     """
 
     def __init__(
@@ -63,6 +76,8 @@ class PackedSteps(Steps[Step]):
         *,
         pairs_per_step: int,
         token_budget: int,
+        share: bool = False,
+        last_tokens: bool = True,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
@@ -72,18 +87,33 @@ class PackedSteps(Steps[Step]):
         pin_memory: bool = False,
     ) -> None:
         self.stores = (forget, retain) if alternate is None else (forget, retain, alternate)
-        self._plan_options = {
-            "pairs_per_step": pairs_per_step,
-            "token_budget": token_budget,
-            "seed": seed,
-            "world_size": world_size,
-            "retain_sampling": retain_sampling,
-            "drop_last": drop_last,
-        }
+        self.planner = EpochPlanner(
+            self.stores,
+            share=share,
+            last_tokens=last_tokens,
+            pairs_per_step=pairs_per_step,
+            token_budget=token_budget,
+            world_size=world_size,
+            seed=seed,
+            retain_sampling=retain_sampling,
+            drop_last=drop_last,
+        )
         self._assembler_options = {"rank": rank, "workers": workers, "pin_memory": pin_memory}
         self._epoch = -1
         self._assembler: Assembler | None = None
         self.begin_epoch(0)
+
+    @property
+    def prefixes_saved(self) -> float:
+        """Share of the tokens that are not run because sequences share them, as measured by the planner."""
+        return self.planner.saved
+
+    def stop_sharing(self) -> None:
+        """Run all tokens of every sequence from now on; the steps contain the same sequences."""
+        if self.planner.shares:
+            self.planner.stop_sharing()
+            epoch, self._epoch = self._epoch, -1
+            self.begin_epoch(epoch)
 
     def begin_epoch(self, epoch: int) -> None:
         """Plan ``epoch``, and start to assemble its steps; a no-op for the current epoch."""
@@ -91,19 +121,9 @@ class PackedSteps(Steps[Step]):
             return
         if self._assembler is not None:
             self._assembler.close()
-        self._assembler = Assembler(self.plan(epoch), self.stores, **self._assembler_options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {**self._assembler_options, **self.planner.packing}
+        self._assembler = Assembler(self.planner.plan(epoch), self.stores, **options)
         self._epoch = epoch
-
-    def plan(self, epoch: int) -> EpochPlan:
-        """Return the plan of ``epoch``, without switching to it."""
-        forget, retain, *alternates = (store.lengths for store in self.stores)
-        return plan_epoch(
-            forget,
-            retain,
-            alternates=alternates[0] if alternates else None,
-            epoch=epoch,
-            **self._plan_options,  # type: ignore[arg-type]
-        )
 
     @property
     def assembler(self) -> Assembler:

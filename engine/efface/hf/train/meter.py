@@ -73,12 +73,13 @@ class StepMeter(TrainerCallback):
     - ``forget_probability``, ``retain_probability``: exp(L / n), TOFU's Probability; mean over sequences.
     - ``mean_log_ratio``: L − L_ref; mean over forget sequences, for objectives with a reference.
     - ``npo_weight``: 2 σ(β (L − L_ref)), NPO's weight of gradient ascent; mean over forget sequences.
-    - ``tokens_per_second``: tokens of all ranks, divided by the time that the slowest rank spent in steps. On CUDA the
-      time is the device's, because the host runs ahead of the device.
+    - ``tokens_per_second``: tokens of the sequences of all ranks, shared tokens counted for each sequence, divided by
+      the time that the slowest rank spent in steps. On CUDA the time is the device's, because the host runs ahead.
     - ``time_forward``, ``time_backward``, ``time_optimizer``, ``time_data``: shares of the four phases in their sum.
       ``time_data`` is the time spent waiting for batches, which is not part of a step.
     - ``padding_saved``: share of tokens saved, compared with one padded forget batch and one padded retain batch per
       micro-batch.
+    - ``prefixes_saved``: share of the tokens on the sequences' paths that were not run, because sequences share them.
     - ``peak_memory_gib``: maximum over ranks of the device's allocations, or on CPUs of the process's resident memory.
     """
 
@@ -93,6 +94,8 @@ class StepMeter(TrainerCallback):
         self._steps = 0
         self._tokens = 0
         self._padded = 0
+        self._stored = 0
+        self._paths = 0
         self._phases = dict.fromkeys(PHASES, 0.0)
 
     @property
@@ -134,7 +137,9 @@ class StepMeter(TrainerCallback):
 
         The names of the metrics depend only on the objective, so that all ranks gather the same metrics.
         """
-        self._count_tokens(batch.tokens, padded_tokens(batch))
+        self._count_tokens(batch.sequence_tokens, padded_tokens(batch))
+        self._stored += batch.tokens
+        self._paths += sum(batch.path_lengths)
         forget = batch.roles == Role.FORGET
         weights = {"retain": 1.0} if objective is None else {"forget": objective.gamma, "retain": objective.alpha}
         probability = (output.sequence_logprobs / batch.label_offsets.device.diff()).exp()
@@ -183,11 +188,12 @@ class StepMeter(TrainerCallback):
         device = self._sums[names[0]].device if names else torch.device("cpu")
         self._read_clock()
         times = [self._phases[name] for name in PHASES]
-        host = [float(self._tokens), float(self._padded), peak_memory_gib(device), *times]
+        counts = (self._tokens, self._padded, self._stored, self._paths)
+        host = [*map(float, counts), peak_memory_gib(device), *times]
         device_sums = [self._sums[name].float() for name in names]
         figures = torch.cat([torch.tensor(host, device=device), *(value[None] for value in device_sums)])
         ranks = gather(figures).double().cpu()
-        tokens, padded, _, *times = (float(x) for x in ranks[:, : len(host)].sum(0))
+        tokens, padded, stored, paths, _, *times = (float(x) for x in ranks[:, : len(host)].sum(0))
         sums = dict(zip(names, ranks[:, len(host) :].sum(0).tolist(), strict=True))
         means: dict[str, float] = {}
         for name in names:
@@ -195,12 +201,14 @@ class StepMeter(TrainerCallback):
                 means[name] = sums[name] / self._steps
             elif sums.get(_count(name)):
                 means[name] = sums[name] / sums[_count(name)]
-        in_steps = ranks[:, [3 + PHASES.index(name) for name in _STEP_PHASES]].sum(1)
+        in_steps = ranks[:, [5 + PHASES.index(name) for name in _STEP_PHASES]].sum(1)
         if (seconds := float(in_steps.max())) > 0:
             means["tokens_per_second"] = round(tokens / seconds, 1)
         if padded:
             means["padding_saved"] = round(1 - tokens / padded, 4)
-        if peak := float(ranks[:, 2].max()):
+        if stored < paths:
+            means["prefixes_saved"] = round(1 - stored / paths, 4)
+        if peak := float(ranks[:, 4].max()):
             means["peak_memory_gib"] = round(peak, 3)
         total = sum(times)
         if total > 0:

@@ -52,7 +52,8 @@ Remaining differences from open-unlearning:
 - Autocast: on a CPU with bf16, open-unlearning computes its loss formulas under autocast too. Here, only the models run
   under autocast, as in open-unlearning on a GPU.
 
-Unused with compat: ``token_budget``, ``chunk_rows``, ``loss_backend``, ``reference_cache``, ``dataloader_num_workers``.
+Unused with compat: ``token_budget``, ``share_prefixes``, ``chunk_rows``, ``loss_backend``, ``reference_cache`` and
+``dataloader_num_workers``.
 """
 
 import functools
@@ -238,7 +239,7 @@ class PaddedSteps(Steps[PaddedStep]):
         self.accumulation = Accumulation(len(packed), accumulate)
         self._epoch = 0
         # Two plans, because a step can contain the end of one epoch and the start of the next.
-        self._plan: Callable[[int], EpochPlan] = functools.lru_cache(maxsize=2)(packed.plan)
+        self._plan: Callable[[int], EpochPlan] = functools.lru_cache(maxsize=2)(packed.planner.plan)
 
     def __len__(self) -> int:
         """Return the number of optimizer steps per epoch, as transformers counts them."""
@@ -261,7 +262,7 @@ class PaddedSteps(Steps[PaddedStep]):
 
     def retain_draw(self, epoch: int) -> Iterator[Padded]:
         """Yield newly drawn retain micro-batches, as many as in an epoch, for the dual variable after ``epoch``."""
-        plan = self._packed.plan(DUAL_EPOCHS + epoch)
+        plan = self._packed.planner.plan(DUAL_EPOCHS + epoch)
         for batch in range(len(plan)):
             retain = self._part(self.stores[1], plan.pairs(batch)[1])
             if retain is not None:

@@ -26,6 +26,7 @@ from efface.hf.train.callbacks import TrainerBound
 from efface.hf.train.dataset import PackedSteps, Steps
 from efface.hf.train.meter import StepMeter
 from efface.objectives import PDU, RMU, Objective
+from efface_kernels import ReferenceRows
 
 
 class Stores(NamedTuple):
@@ -146,9 +147,14 @@ class PackedStepping(Stepping):
         objective: Objective | None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        """Plan the steps of a run; the plan depends on neither the objective nor the tokenizer."""
+        """Plan the steps of a run; of the objective, the plan only depends on whether it reads last tokens."""
         self.steps = planned_steps(
-            args, stores, pairs_per_step=self.planned_pairs(args), token_budget=args.token_budget
+            args,
+            stores,
+            pairs_per_step=self.planned_pairs(args),
+            token_budget=args.token_budget,
+            share=args.share_prefixes,
+            last_tokens=reads_last_tokens(objective),
         )
         self.epoch_pairs = self.steps.pairs
         self._chunk_rows, self._backend = args.chunk_rows, args.loss_backend
@@ -204,7 +210,8 @@ class PackedStepping(Stepping):
             return None
         retain = self.steps.stores[1]
         with run.accelerator.autocast():
-            sums = store_logprobs(run.accelerator.unwrap_model(run.model), retain, name="retain")
+            model = run.accelerator.unwrap_model(run.model)
+            sums = store_logprobs(model, retain, share=run.args.share_prefixes, name="retain")
         return -float(sums.sum()) / int(retain.label_counts.sum())
 
 
@@ -212,12 +219,22 @@ def _warm(objective: PDU, epochs: float) -> bool:
     return epochs >= objective.dual_warmup_epochs - 1e-9
 
 
-def planned_steps(args: UnlearnArguments, stores: Stores, *, pairs_per_step: int, token_budget: int) -> PackedSteps:
-    """Return the steps of a run with the given pairs per step and token budget; other settings come from ``args``."""
+def planned_steps(
+    args: UnlearnArguments,
+    stores: Stores,
+    *,
+    pairs_per_step: int,
+    token_budget: int,
+    share: bool = False,
+    last_tokens: bool = True,
+) -> PackedSteps:
+    """Return the steps of a run with the given settings; other settings come from ``args``."""
     return PackedSteps(
         *stores,
         pairs_per_step=pairs_per_step,
         token_budget=token_budget,
+        share=share,
+        last_tokens=last_tokens,
         seed=args.seed if args.data_seed is None else args.data_seed,
         rank=args.process_index,
         world_size=args.world_size,
@@ -226,6 +243,11 @@ def planned_steps(args: UnlearnArguments, stores: Stores, *, pairs_per_step: int
         workers=max(1, args.dataloader_num_workers),
         pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
     )
+
+
+def reads_last_tokens(objective: Objective | None) -> bool:
+    """Return whether the loss reads hidden states of the last tokens of sequences, which predict no label."""
+    return objective is not None and objective.reads == "activations"
 
 
 def pairs_per_step(args: UnlearnArguments) -> int:
@@ -270,10 +292,7 @@ def step_loss(
     forget_rows = retain_rows = sums = None
     if objective is not None and isinstance(reference, ModelReference):
         with autocast():
-            if objective.reads_forget_reference() and batch.forget_sequences:
-                forget_rows = reference.rows(batch.forget_part())
-            if objective.retain_loss() is not None and (retain := batch.retain_part()).lengths:
-                retain_rows = reference.rows(retain)
+            forget_rows, retain_rows = _reference_rows(objective, reference, batch)
     elif isinstance(reference, CachedReference):
         sums = reference.sums(batch)
     if objective is not None and objective.needs_reference and forget_rows is None and sums is None:
@@ -287,6 +306,22 @@ def step_loss(
         totals,
         _frozen_activations(objective, reference, batch, autocast),
         None if objective.compares_activations or not objective.alpha else head,
+    )
+
+
+def _reference_rows(
+    objective: Objective, reference: ModelReference, batch: PackedBatch
+) -> tuple[ReferenceRows | None, ReferenceRows | None]:
+    """Return the frozen model's rows for the forget and the retain sequences, or None where no loss reads them."""
+    forget = objective.reads_forget_reference() and batch.forget_sequences > 0
+    retain = objective.retain_loss() is not None and batch.forget_sequences < len(batch.lengths)
+    if forget and retain:  # in one pass, because they can share tokens
+        rows = reference.rows(batch)
+        hidden = rows.hidden.split([batch.forget_rows, rows.hidden.shape[0] - batch.forget_rows])
+        return replace(rows, hidden=hidden[0]), replace(rows, hidden=hidden[1])
+    return (
+        reference.rows(batch.forget_part()) if forget else None,
+        reference.rows(batch.retain_part()) if retain else None,
     )
 
 

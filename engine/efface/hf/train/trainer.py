@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 
 from efface.batching import Role, TokenStore
 from efface.errors import reading
@@ -23,7 +24,7 @@ from efface.hf.model.adapted_head import base_of
 from efface.hf.model.forwards import release
 from efface.hf.model.head import fuse
 from efface.hf.model.loading import load_model, load_tokenizer
-from efface.hf.model.packing import agree, reading_of
+from efface.hf.model.packing import agree, reading_of, why_unshared
 from efface.hf.model.supported import check_model
 from efface.hf.reference.cached import CachedReference, ReferenceCallback
 from efface.hf.reference.live import AdapterReference, ModelReference
@@ -50,6 +51,8 @@ from efface.hf.train.stepping import DualVariable, Stores, pairs_per_step
 from efface.hf.train.stores import check_retain, stepping_of, tokenised, unlearning_stores
 from efface.objectives import PDU, RMU, Objective, as_objective, check_term
 from efface_kernels import Sequences, to_device
+
+logger: Any = logging.get_logger(__name__)  # Any: transformers adds warning_once
 
 
 class PackedTrainer(ResumableTrainer):
@@ -125,7 +128,12 @@ class PackedTrainer(ResumableTrainer):
         self.base_model: str = getattr(model.config, "_name_or_path", "") or type(model).__name__
         prepare_checkpointing(model, base_of(model), args)
         stores = [store for store in (forget, retain, alternate) if store is not None]
-        self._unify_reading(base_of(model), max(int(store.lengths.max(initial=0)) for store in stores))
+        longest = max(int(store.lengths.max(initial=0)) for store in stores)
+        self._unify_reading(base_of(model), longest)
+        if self._steps.prefixes_saved and (reason := why_unshared(base_of(model), longest)) is not None:
+            if self.is_world_process_zero():
+                logger.warning_once(f"{type(base_of(model)).__name__}: shared prefixes are not run only once: {reason}")
+            self._steps.stop_sharing()
         self._bind(*self.callback_handler.callbacks)
         # The loss is already the mean over the whole step; transformers must not divide it by the micro-batches.
         self.model_accepts_loss_kwargs = True
@@ -193,6 +201,7 @@ class PackedTrainer(ResumableTrainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ReferenceCallback):
                 callback.on_data(self.data)
+                callback.on_sharing(self._steps.prefixes_saved)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Return the number of pairs in an epoch."""
@@ -465,6 +474,7 @@ class UnlearnTrainer(PackedTrainer):
                     rank=args.process_index,
                     world_size=args.world_size,
                     cache=args.reference_cache,
+                    share=args.share_prefixes,
                     progress=self._notify_reference,
                 )
 

@@ -17,10 +17,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from efface.batching import PackedBatch, TokenTree
+from efface.batching import PackedBatch
 from efface.hf.model.attention import flash_attn, torch_varlen
 from efface.hf.model.attention.choice import AttentionCall, Installed, choose_kernel
-from efface.hf.model.attention.segments import segment_attention, soft_capped_attention
+from efface.hf.model.attention.paths import Paths
+from efface.hf.model.attention.segments import segment_attention, soft_capped_attention, working_dtype
 from efface.hf.model.supported import uncompiled
 
 NAME = "efface_varlen"
@@ -36,12 +37,12 @@ class PackedLengths:
     This is an object and not a tuple, because torch.compile would compile a new graph for every length of a tuple.
 
     Attributes:
-        tokens: S integers, number of tokens of each sequence (of each segment, if there is a tree).
-        tree: the tree of the segments, whose tokens attend along their paths; None if sequences share no tokens.
+        tokens: S integers, number of tokens stored for each sequence.
+        paths: the paths along which the tokens attend; None if sequences share no tokens.
     """
 
     tokens: tuple[int, ...]
-    tree: TokenTree | None = None
+    paths: Paths | None = None
 
 
 def varlen_attention(
@@ -127,12 +128,9 @@ def _packed_attention(
             f"{None if cu_seq_lens_q is None else tuple(cu_seq_lens_q.shape)}; call with packed_arguments(model, batch)"
         )
     query, key, value = _autocast(query, key, value)
-    longest, key_lengths, cu_keys = max(lengths), lengths, cu_seq_lens_q
-    if packed_lengths.tree is not None:
-        tree = packed_lengths.tree
-        key, value = (_gathered(states, tree.paths) for states in (key, value))  # (1, H_kv, E, d)
-        key_lengths, cu_keys = tree.path_lengths, tree.cu_paths
-    longest_keys = max(key_lengths)
+    paths = packed_lengths.paths
+    key_lengths, cu_keys = (lengths, cu_seq_lens_q) if paths is None else (paths.lengths, paths.cu_lengths)
+    longest, longest_keys = max(lengths), max(key_lengths)
     window = None if sliding_window is None or sliding_window >= longest_keys else sliding_window
     call = AttentionCall(
         device=query.device.type,
@@ -146,6 +144,9 @@ def _packed_attention(
         dropout=dropout,
     )
     kernel = choose_kernel(call, _installed(query.device))
+    if paths is not None:
+        dtype = working_dtype(query) if kernel == "segments" else key.dtype
+        key, value = (paths.gather(states, dtype) for states in (key, value))  # (1, H_kv, E, d)
     if kernel == "segments":
         return segment_attention(
             query,
@@ -186,11 +187,6 @@ def _packed_attention(
             window=window,
         )
     return out[None]
-
-
-def _gathered(states: Tensor, paths: Tensor) -> Tensor:
-    """Gather states (1, H, T, d) at ``paths`` (E,), and return (1, H, E, d); a token's heads stay contiguous."""
-    return states.transpose(1, 2).index_select(1, paths).transpose(1, 2)
 
 
 def _autocast(*states: Tensor) -> tuple[Tensor, ...]:
@@ -273,25 +269,24 @@ def _sources(kinds: set[type[torch.nn.Module]]) -> list[str]:
 
 
 @uncompiled
-def packed_arguments(model: PreTrainedModel, batch: PackedBatch | TokenTree, decoder: Any = None) -> dict[str, Any]:
+def packed_arguments(model: PreTrainedModel, batch: PackedBatch, decoder: Any = None) -> dict[str, Any]:
     """Return the keyword arguments for a forward pass of ``model``'s decoder on a packed batch.
 
     Args:
         model: a transformers model, without wrappers.
-        batch: the packed batch, or a token tree.
+        batch: the packed batch.
         decoder: the decoder. If its forward has no ``**kwargs``, arguments that it does not name are left out. None
             returns all arguments.
 
     Raises:
-        ValueError: if the batch is a tree with shared tokens, and the attention implementation does not support it.
+        ValueError: if sequences of the batch share tokens, and the attention implementation does not support that.
     """
-    longest = max(batch.lengths)
+    longest = max(batch.segment_lengths)
     own = model.config._attn_implementation == NAME  # noqa: SLF001 - there is no public attribute
-    tree = batch if isinstance(batch, TokenTree) and batch.shared else None
-    if tree is not None and not own:
+    if batch.shared and not own:
         raise ValueError(
-            f"expected {NAME!r} attention for sequences that share tokens, got "
-            f"{model.config._attn_implementation!r}; make the tree with share=False"  # noqa: SLF001
+            f"`batch`: expected {NAME!r} attention for sequences that share tokens, got "
+            f"{model.config._attn_implementation!r}; use batch.unshared()"  # noqa: SLF001
         )
     arguments: dict[str, Any] = {
         "input_ids": batch.input_ids[None],
@@ -306,7 +301,8 @@ def packed_arguments(model: PreTrainedModel, batch: PackedBatch | TokenTree, dec
     if own:
         # transformers passes a 4-D mask on unchanged; given an empty one, it does not build a (T, T) mask.
         arguments["attention_mask"] = batch.input_ids.new_empty(1, 1, 0, 0)
-        arguments["packed_lengths"] = PackedLengths(batch.lengths, tree)
+        paths = Paths.of(batch) if batch.shared else None
+        arguments["packed_lengths"] = PackedLengths(batch.segment_lengths, paths)
     names = None if decoder is None else _named(type(decoder).forward)
     return arguments if names is None else {name: value for name, value in arguments.items() if name in names}
 

@@ -26,8 +26,8 @@ def segment_attention(
 
     Args:
         query: (1, H, T, d), any floating dtype.
-        key: (1, H_kv, E, d), dtype as query.
-        value: (1, H_kv, E, d), dtype as query.
+        key: (1, H_kv, E, d), dtype as query, or ``working_dtype(query)``.
+        value: (1, H_kv, E, d), dtype as key.
         lengths: number of queries of each sequence.
         key_lengths: number of keys of each sequence; None is ``lengths``.
         scale: factor for the scores; None is 1/√d.
@@ -36,15 +36,24 @@ def segment_attention(
         dropout: dropout probability.
     """
     key_lengths = lengths if key_lengths is None else key_lengths
-    if query.device.type == "cpu" and query.dtype in {torch.float16, torch.bfloat16}:
-        # SDPA's backward pass is slow in bf16 on CPUs. In fp32, casts included, forward and backward together took 0.48
-        # to 0.78 of the time (16 to 150 sequences of 20 to 140 tokens, one core of an EPYC 9004, 2026-11-21). fp32
-        # also rounds less.
-        with torch.autocast("cpu", enabled=False):
-            query, key, value, dtype = query.float(), key.float(), value.float(), query.dtype
-            out = _by_segment(query, key, value, lengths, key_lengths, scale, window, softcap, dropout)
-        return out.to(dtype)
-    return _by_segment(query, key, value, lengths, key_lengths, scale, window, softcap, dropout)
+    dtype = query.dtype
+    if (wide := working_dtype(query)) == dtype:
+        return _by_segment(query, key, value, lengths, key_lengths, scale, window, softcap, dropout)
+    with torch.autocast(query.device.type, enabled=False):
+        query, key, value = query.to(wide), key.to(wide), value.to(wide)
+        out = _by_segment(query, key, value, lengths, key_lengths, scale, window, softcap, dropout)
+    return out.to(dtype)
+
+
+def working_dtype(query: Tensor) -> torch.dtype:
+    """Return the dtype in which ``segment_attention`` computes; keys and values can have it already.
+
+    SDPA's backward pass is slow in bf16 on CPUs. In fp32, casts included, forward and backward together took 0.48 to
+    0.78 of the time (16 to 150 sequences of 20 to 140 tokens, one core of an EPYC 9004, 2026-11-21). fp32 also rounds
+    less.
+    """
+    half = query.dtype in {torch.float16, torch.bfloat16}
+    return torch.float32 if half and query.device.type == "cpu" else query.dtype
 
 
 def _by_segment(
