@@ -264,6 +264,18 @@ def test_an_alternate_adds_what_its_forget_sequence_does_not_contain() -> None:
         assert added.alternate.tolist() == expected
 
 
+def test_an_alternate_that_begins_with_the_whole_forget_sequence_adds_its_last_token() -> None:
+    # Without last tokens, the last token of the forget sequence is not stored, so the alternate stores it.
+    stores = (*(TokenStore.from_sequences([ids], [1]) for ids in ([1, 2, 3], [9, 8], [1, 2, 3, 4, 5])),)
+    roles, sequences = np.array([Role.FORGET, Role.ALTERNATE], np.int8), np.zeros(2, np.int64)
+    for last_tokens, expected in ((True, 2), (False, 2)):
+        added = added_tokens(stores, share=True, last_tokens=last_tokens)
+        assert added.alternate is not None
+        assert added.alternate.tolist() == [expected]
+        stored = packed_tokens(stores, roles, sequences, share=True, last_tokens=last_tokens)
+        assert stored == added.shared + added.forget[0] + expected
+
+
 # ---- plans
 
 
@@ -508,3 +520,25 @@ def test_an_idle_rank_runs_one_sequence_without_paths() -> None:
     assert idle.roles.tolist() == [Role.IDLE]
     assert (idle.forget_sequences, idle.shared, idle.tokens) == (0, False, idle.lengths[0] - 1)
     same(idle.retain_part(), idle)
+
+
+def test_warnings_are_those_of_the_plan_that_is_used() -> None:
+    long, short = list(range(3, 63)), list(range(70, 100))
+    stores = (with_prefix(20, long), with_prefix(20, short, seed=1))
+    options: dict[str, Any] = {"pairs_per_step": 8, "seed": 0, "last_tokens": False}
+    longest = max(int(store.lengths.max()) for store in stores)
+    with warnings.catch_warnings():  # both prefixes together exceed the budget, but no sequence does
+        warnings.simplefilter("error")
+        assert not EpochPlanner(stores, share=True, token_budget=longest, **options).shares
+    with pytest.warns(UserWarning, match=f"are longer than the token budget of {longest - 2}"):
+        EpochPlanner(stores, share=True, token_budget=longest - 2, **options).plan(0)
+    pairs = (*stores, stores[0])  # a pair shares its tokens
+    with pytest.warns(UserWarning, match="sequences and the 90 tokens that sequences share are together longer"):
+        assert EpochPlanner(pairs, share=True, token_budget=longest, **options).shares
+
+
+def test_a_part_without_sequences_is_unshared() -> None:
+    stores = (TokenStore.empty(), with_prefix(3, TEMPLATE))
+    batch = pack_items(stores, np.full(3, Role.RETAIN, np.int8), np.arange(3), share=True, last_tokens=False)
+    part = batch.forget_part().unshared()
+    assert (part.lengths, part.tokens, part.last_tokens, part.shared) == ((), 0, True, False)

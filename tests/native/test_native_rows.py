@@ -305,7 +305,7 @@ def error_of(accept: Callable[[str], object], name: str) -> str:
 
 def plan(retain_sampling: str) -> None:
     lengths = np.array([3, 3])
-    numbers = dict.fromkeys(("pairs_per_step", "token_budget", "world_size", "seed", "epoch"), 1)
+    numbers = dict.fromkeys(("pairs_per_step", "token_budget", "shared_tokens", "world_size", "seed", "epoch"), 1)
     efface_native.plan_epoch(lengths, lengths, lengths[:0], **numbers, retain_sampling=retain_sampling, drop_last=False)
 
 

@@ -56,7 +56,8 @@ def added_tokens(stores: Sequence[TokenStore], *, share: bool, last_tokens: bool
     ]
     for alternate, length in zip(alternates, lengths[2:], strict=True):
         pairs = efface_native.pair_prefix_lengths(forget.native("forget"), alternate.native("alternate"))
-        added.append(length - _shorter(pairs, length))
+        # An alternate that begins with the whole forget sequence shares only the tokens that are run, lengths[0].
+        added.append(length - _shorter(np.minimum(pairs, lengths[0]), length))
     return AddedTokens(sum(map(len, prefixes)) - int(differ[0] if len(differ) else both), *added)
 
 
