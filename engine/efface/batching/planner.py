@@ -4,6 +4,8 @@ import warnings
 from collections.abc import Sequence
 from typing import TypedDict
 
+import numpy as np
+
 from efface.batching.pack import packed_tokens
 from efface.batching.plan import EpochPlan, RetainSampling, plan_epoch
 from efface.batching.prefixes import AddedTokens, added_tokens
@@ -77,6 +79,10 @@ class EpochPlanner:
     def _share(self, share: bool) -> None:
         self.packing: Packing = {"share": share, "last_tokens": self._last_tokens or not share}
         self.added: AddedTokens = added_tokens(self.stores, **self.packing)
+        typical = np.concatenate([self.added.forget, self.added.retain]).mean()
+        if self.added.shared + typical > self._token_budget:
+            # Two long prefixes do not fit in one micro-batch, so the plan counts every token of each sequence.
+            self.added = added_tokens(self.stores, share=False, last_tokens=self.packing["last_tokens"])
         self.saved = 0.0
         self._planned: dict[int, EpochPlan] = {}  # the last plan
 
