@@ -62,19 +62,21 @@ def parsed(arguments: Sequence[str]) -> tuple[argparse.Namespace, ModuleType | N
                 "--shape", action="append", choices=list(suite.SHAPES), help="default: all for the device"
             )
             command.add_argument("--rounds", type=int, default=suite.ROUNDS)
-            command.add_argument("--threads", type=int, default=2, help="threads of torch; 1 for the shape 'smoke'")
+            command.add_argument(
+                "--threads", type=int, default=2, help="threads of torch; always 1 for the smoke shapes"
+            )
             command.add_argument("--json", type=Path, help="write the results to this file")
             getattr(suite, "add_arguments", lambda _: None)(command)
     options = parser.parse_args(arguments)
     if suite is not None and not options.shape:
         default_shapes = getattr(suite, "default_shapes", None)
-        every = [name for name in suite.SHAPES if name != "smoke"]
+        every = [name for name in suite.SHAPES if not name.startswith("smoke")]
         options.shape = every if default_shapes is None else default_shapes(options)
     return options, suite
 
 
 def run_suite(suite: ModuleType, options: argparse.Namespace, report: Report) -> None:
-    smoke = options.shape == ["smoke"]  # runs in tests, on busy machines
+    smoke = all(name.startswith("smoke") for name in options.shape)  # these run in tests, on busy machines
     torch.set_num_threads(1 if smoke else options.threads)
     suite.run(options, report)
 

@@ -2,8 +2,8 @@
 
 A suite is a package with a module ``suite`` that defines
 
-- ``SHAPES``, in which the shape "smoke" runs only on request, and ``default_shapes(options)`` if the default shapes
-  depend on the options;
+- ``SHAPES``, in which shapes whose names begin with "smoke" run only on request, and ``default_shapes(options)`` if the
+  default shapes depend on the options;
 - ``ROUNDS``, the default number of rounds. Each round calls every provider once (``timing.interleaved``);
 - ``run(options, report)``, which measures and saves a dataclass per provider and shape (``report.Report.save``): the
   ``timing.spread`` of its rounds and the suite's other fields;

@@ -294,17 +294,17 @@ def numpy_tree(stores: Sequence[TokenStore], batch: MicroBatch) -> list[object]:
         tokens, offsets, starts = arrays[role]
         begin, end = int(offsets[index]), int(offsets[index + 1])
         first, own = max(int(starts[index]), 1), tokens[begin : end - 1].tolist()
-        path, at = [], -1
+        found, at = [], -1
         for token in own[:-1]:
-            found = children.get((at, token))
-            if found is None:
+            child = children.get((at, token))
+            if child is None:
                 break
-            path.append(at := found)
-        shared = len(path)
-        for token in own[shared:]:
-            children.setdefault((at, token), len(ids))
-            path.append(at := len(ids))
-            ids.append(token)
+            found.append(at := child)
+        shared, stored = len(found), range(len(ids), len(ids) + len(own) - len(found))
+        children.setdefault((at, own[shared]), stored[0])  # it exists only for a last token that is stored once more
+        children.update(zip(zip(stored, own[shared + 1 :]), stored[1:]))  # noqa: B905 - the last has no child
+        ids += own[shared:]
+        path = np.array([*found, *stored])
         positions.append(np.arange(shared, len(own)))
         rows.append(path[first - 1 :])
         targets.append(tokens[begin + first : end])

@@ -53,6 +53,19 @@ def test_the_pack_suite_is_measured_with_shared_tokens(tmp_path: Path, monkeypat
     assert 1.5 * stored < whole < 2 * stored  # 36 of 93 tokens are shared
 
 
+def test_numpy_stores_shared_beginnings_as_the_packer_does() -> None:
+    from benchmarks.packing.suite import check_packers
+
+    from efface.batching import MicroBatch, TokenStore
+
+    tokens = [[1, 2, 3], [1, 2, 3], [1, 2], [1, 2, 3, 4, 5], [1, 2, 4, 4], [7, 2, 3], [1, 2, 3, 4, 6], [1, 2, 4, 4]]
+    stores = [TokenStore.from_sequences(tokens, [1] * len(tokens)) for _ in range(2)]
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        roles, sequences = np.sort(rng.integers(2, size=9)).astype(np.int8), rng.integers(len(tokens), size=9)
+        check_packers(stores, MicroBatch(roles, sequences), share=True)
+
+
 def test_packers_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.packing import suite
 

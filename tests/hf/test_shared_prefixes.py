@@ -248,7 +248,7 @@ def test_a_model_that_cannot_share_says_so_once_and_trains_the_same(
     same_run(model, tmp_path, rows, pairs_per_step=2, token_budget=128)
     UnlearnTrainer(copy.deepcopy(model), arguments(tmp_path), objective=NPO(), **rows)
     said = [entry.getMessage() for entry in caplog.records if "shared prefixes" in entry.getMessage()]
-    assert said == [f"{type(model).__name__}: shared prefixes are not run only once: {reason}"]
+    assert said == [f"{type(model).__name__}: runs shared prefixes again for each sequence: {reason}"]
 
 
 @pytest.mark.parametrize(("prefix", "worth"), [(1, False), (3, True)])

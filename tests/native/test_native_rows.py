@@ -305,7 +305,7 @@ def error_of(accept: Callable[[str], object], name: str) -> str:
 
 def plan(retain_sampling: str) -> None:
     lengths = np.array([3, 3])
-    numbers = dict.fromkeys(("pairs_per_step", "token_budget", "world_size", "seed", "epoch"), 1)
+    numbers = dict.fromkeys(("pairs_per_step", "token_budget", "shared_tokens", "world_size", "seed", "epoch"), 1)
     efface_native.plan_epoch(lengths, lengths, lengths[:0], **numbers, retain_sampling=retain_sampling, drop_last=False)
 
 
@@ -347,7 +347,7 @@ def test_the_stub_has_the_parameters_of_the_module() -> None:
     places: list[tuple[object, ast.Module | ast.ClassDef]] = [(efface_native, module)]
     places += [(getattr(efface_native, c.name, None), c) for c in module.body if isinstance(c, ast.ClassDef)]
     functions = [(place, each) for place, node in places for each in node.body if isinstance(each, ast.FunctionDef)]
-    assert len(functions) == 11
+    assert len(functions) == 13
     for place, function in functions:
         signature = getattr(place, function.name).__doc__.splitlines()[0]
         (built,) = ast.parse(f"def {signature}: ...").body

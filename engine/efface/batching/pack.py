@@ -205,6 +205,8 @@ class PackedBatch:
 
     def unshared(self) -> "PackedBatch":
         """Return a batch of the same sequences that stores all tokens of each sequence, its last token included."""
+        if not self.lengths:  # a part without sequences
+            return replace(self, last_tokens=True)
         return self._unshared if self.shared or not self.last_tokens else self
 
     @cached_property

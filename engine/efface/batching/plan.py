@@ -179,9 +179,14 @@ def plan_epoch(
         drop_last=drop_last,
     )
     if over := planned.pop("over_budget"):
+        what = (
+            f"and the {shared_tokens} tokens that sequences share are together longer than the token budget"
+            if shared_tokens
+            else "are longer than the token budget"
+        )
         warnings.warn(
-            f"{over} sequences are longer than the token budget of {token_budget}; each gets its own micro-batch. "
-            "Raise the token budget, or set a maximum length to cut sequences",
+            f"{over} sequences {what} of {token_budget}; each gets its own micro-batch. Raise the token budget, or set "
+            "a maximum length to cut sequences",
             stacklevel=2,
         )
     return EpochPlan(**planned, pairs_per_step=pairs_per_step, token_budget=token_budget, world_size=world_size)

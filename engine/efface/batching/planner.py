@@ -1,7 +1,10 @@
 """``EpochPlanner``: the plans of a run's epochs, and whether its micro-batches store shared tokens once."""
 
+import warnings
 from collections.abc import Sequence
 from typing import TypedDict
+
+import numpy as np
 
 from efface.batching.pack import packed_tokens
 from efface.batching.plan import EpochPlan, RetainSampling, plan_epoch
@@ -62,14 +65,24 @@ class EpochPlanner:
         self._seed, self._retain_sampling, self._drop_last = seed, retain_sampling, drop_last
         self._share(share)
         if share:
-            stored, full = self.tokens(self.plan(0), batches=_MEASURED)
+            with warnings.catch_warnings(record=True) as caught:  # warnings of a plan that may not be used
+                warnings.simplefilter("always")
+                plan = self.plan(0)
+            stored, full = self.tokens(plan, batches=_MEASURED)
             self.saved = 1 - stored / full
             if self.saved < WORTH_SHARING:
                 self._share(False)
+            else:
+                for warning in caught:
+                    warnings.warn(warning.message, stacklevel=2)
 
     def _share(self, share: bool) -> None:
         self.packing: Packing = {"share": share, "last_tokens": self._last_tokens or not share}
         self.added: AddedTokens = added_tokens(self.stores, **self.packing)
+        typical = np.concatenate([self.added.forget, self.added.retain]).mean()
+        if self.added.shared + typical > self._token_budget:
+            # Two long prefixes do not fit in one micro-batch, so the plan counts every token of each sequence.
+            self.added = added_tokens(self.stores, share=False, last_tokens=self.packing["last_tokens"])
         self.saved = 0.0
         self._planned: dict[int, EpochPlan] = {}  # the last plan
 

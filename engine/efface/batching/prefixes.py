@@ -9,6 +9,14 @@ from numpy.typing import NDArray
 
 from efface.batching.store import TokenStore
 
+COPY = 8
+"""Shared tokens of a sequence that count as one added token.
+
+Attention copies their keys and values, which are kept for the backward pass in every layer: about an eighth of what a
+token needs without grouped heads (2 of about 16 vectors of D numbers), and less with them. So a micro-batch needs no
+more memory than one of as many tokens without sharing, however long the prefix is.
+"""
+
 _SAMPLE = 64  # sequences of a store that are compared to find its prefix
 
 
@@ -36,7 +44,8 @@ def added_tokens(stores: Sequence[TokenStore], *, share: bool, last_tokens: bool
     """Return the tokens that sequences add to micro-batches packed with the same ``share`` and ``last_tokens``.
 
     With ``share``, the common beginning of most forget sequences and of most retain sequences counts once per
-    micro-batch, and an alternate answer adds the tokens that its forget sequence does not contain.
+    micro-batch, and an alternate answer adds the tokens that its forget sequence does not contain. ``COPY`` shared
+    tokens count as one more.
 
     Args:
         stores: the forget store, the retain store and, if alternate answers are used, the alternate store.
@@ -51,18 +60,20 @@ def added_tokens(stores: Sequence[TokenStore], *, share: bool, last_tokens: bool
     both = min(len(prefix) for prefix in prefixes)
     differ = np.flatnonzero(prefixes[0][:both] != prefixes[1][:both])
     added = [
-        length - _shorter(efface_native.prefix_lengths(store.native("store"), prefix), length)
+        _added(length, efface_native.prefix_lengths(store.native("store"), prefix))
         for store, prefix, length in zip((forget, retain), prefixes, lengths, strict=False)
     ]
     for alternate, length in zip(alternates, lengths[2:], strict=True):
         pairs = efface_native.pair_prefix_lengths(forget.native("forget"), alternate.native("alternate"))
-        added.append(length - _shorter(pairs, length))
+        # An alternate that begins with the whole forget sequence shares only the tokens that are run, lengths[0].
+        added.append(_added(length, np.minimum(pairs, lengths[0])))
     return AddedTokens(sum(map(len, prefixes)) - int(differ[0] if len(differ) else both), *added)
 
 
-def _shorter(shared: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return ``shared``, limited so that each sequence keeps a token of its own, as the packer does."""
-    return np.minimum(shared, lengths - 1)
+def _added(lengths: NDArray[np.int64], shared: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the tokens that sequences add; each keeps a token of its own, as in the packer."""
+    shared = np.minimum(shared, lengths - 1)
+    return lengths - shared + shared // COPY
 
 
 def common_prefix(store: TokenStore) -> NDArray[np.int32]:

@@ -132,7 +132,9 @@ class PackedTrainer(ResumableTrainer):
         self._unify_reading(base_of(model), longest)
         if self._steps.prefixes_saved and (reason := why_unshared(base_of(model), longest)) is not None:
             if self.is_world_process_zero():
-                logger.warning_once(f"{type(base_of(model)).__name__}: shared prefixes are not run only once: {reason}")
+                logger.warning_once(
+                    f"{type(base_of(model)).__name__}: runs shared prefixes again for each sequence: {reason}"
+                )
             self._steps.stop_sharing()
         self._bind(*self.callback_handler.callbacks)
         # The loss is already the mean over the whole step; transformers must not divide it by the micro-batches.
