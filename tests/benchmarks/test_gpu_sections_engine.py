@@ -142,7 +142,8 @@ def test_torchs_kernel_gets_the_arguments_of_the_case(
     monkeypatch.setattr(torch_varlen, "load", lambda: installed)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
     monkeypatch.setattr(attention, "by_loop", attention.by_varlen)
-    rows = measure(attention)
+    *rows, gathered = measure(attention)
+    assert gathered["repeats"]
     assert len(rows) == len(attention.cases(smoke=True))
     assert all(error <= 1e-5 for row in rows for error in row["errors"].values())
 
