@@ -20,7 +20,7 @@ from efface.batching import (
     TokenStore,
     added_tokens,
     pack_items,
-    packed_tokens,
+    packed_size,
     plan_epoch,
 )
 from efface.batching.planner import WORTH_SHARING
@@ -86,7 +86,7 @@ def check_parts(stores: Stores, roles: np.ndarray, sequences: np.ndarray, *, las
     batch = packed(everything, **options)
     chosen = [chosen_from(stores[role], [i])[0] for role, i in zip(roles, sequences, strict=True)]
     check_batch(batch, chosen, **options)
-    assert packed_tokens(stores, roles, sequences, **options) == batch.tokens
+    assert packed_size(stores, roles, sequences, **options).tokens == batch.tokens
     first, last = slice(batch.forget_sequences), slice(batch.forget_sequences, None)
     same(batch.forget_part(), packed(first, **options))
     retain = batch.retain_part()
@@ -273,7 +273,7 @@ def test_an_alternate_that_begins_with_the_whole_forget_sequence_adds_its_last_t
         added = added_tokens(stores, share=True, last_tokens=last_tokens)
         assert added.alternate is not None
         assert added.alternate.tolist() == [expected]
-        stored = packed_tokens(stores, roles, sequences, share=True, last_tokens=last_tokens)
+        stored = packed_size(stores, roles, sequences, share=True, last_tokens=last_tokens).tokens
         assert stored == added.shared + added.forget[0] + expected
 
 
@@ -310,7 +310,7 @@ def check_plan(stores: Stores, plan: EpochPlan, *, share: bool, last_tokens: boo
     over = 0
     for batch, planned in enumerate(plan.batch_tokens.tolist()):
         roles, sequences = items(plan, batch)
-        stored = packed_tokens(stores, roles, sequences, share=share, last_tokens=last_tokens)
+        stored = packed_size(stores, roles, sequences, share=share, last_tokens=last_tokens).tokens
         chosen = [chosen_from(stores[role], [i])[0] for role, i in zip(roles, sequences, strict=True)]
         assert stored == len(naive_tree(chosen, share=share, last_tokens=last_tokens)["input_ids"])
         assert stored <= planned if share else stored == planned
@@ -427,7 +427,7 @@ def test_tokens_are_shared_if_that_saves_a_32nd(last_tokens: bool) -> None:
         got = planner.plan(0)
         assert np.array_equal(got.sequences, expected.sequences)
         assert np.array_equal(got.batch_offsets, expected.batch_offsets)
-        whole = [packed_tokens(stores, *items(got, b), **planner.packing) for b in range(len(got.batch_tokens))]
+        whole = [packed_size(stores, *items(got, b), **planner.packing).tokens for b in range(len(got.batch_tokens))]
         assert planner.tokens(got)[0] == sum(whole)
         assert planner.tokens(got, batches=3)[0] == sum(whole[:3])
     assert decisions == {False, True}

@@ -10,7 +10,7 @@ import torch
 import transformers
 import yaml
 
-from efface.batching import packed_tokens, plan_epoch
+from efface.batching import packed_size, plan_epoch
 from efface.cli.main import main
 from efface.flags import flag_words
 from efface.hf.model.head import fuse, packed_hidden
@@ -230,7 +230,7 @@ def test_tokens_are_counted_where_data_and_tokenizer_are_here(
     tokenizer = tiny_tokenizer()
     stores = [token_store(str(data / f), tokenizer, name="x") for f in ("forget10.json", "retain90.jsonl")]
     plan = plan_epoch(stores[0].lengths, stores[1].lengths, pairs_per_step=2, token_budget=4096, seed=0, epoch=0)
-    tokens = packed_tokens(stores, plan.roles, plan.sequences, share=True, last_tokens=False)  # of one micro-batch
+    tokens = packed_size(stores, plan.roles, plan.sequences, share=True, last_tokens=False).tokens  # of one micro-batch
     assert report["run"]["tokens of an epoch"] == tokens < plan.batch_tokens.sum()
     assert report["run"]["tokens"] == 3 * tokens
     assert report["run"]["steps"] == 3

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from efface import NPO, RMU, GradDiff
-from efface.batching import PackedBatch, Role, StepTotals, TokenStore, pack_items, pack_store, packed_tokens
+from efface.batching import PackedBatch, Role, StepTotals, TokenStore, pack_items, pack_store, packed_size
 from efface.hf.model import packing
 from efface.hf.model.activations import ActivationLoss, answer_rows
 from efface.hf.model.attention import NAME, interface, packed_arguments
@@ -639,13 +639,13 @@ def test_scores_of_a_store_share_tokens_within_the_budget(way: str, budget: int)
         groups = list(budgeted(store, np.arange(len(store)), budget, share=shared))
         assert np.concatenate(groups).tolist() == list(range(len(store)))
         runs = [
-            packed_tokens(
+            packed_size(
                 (TokenStore.empty(), store),
                 np.full(len(group), Role.RETAIN, np.int8),
                 group,
                 share=shared,
                 last_tokens=not shared,
-            )
+            ).tokens
             for group in groups
         ]
         assert seen == runs

@@ -29,6 +29,11 @@ class PackedLayout(NamedTuple):
     rows: int  # N
     paths: int  # E, or 0 if no tokens are shared
 
+    @property
+    def path_tokens(self) -> int:
+        """E, the tokens that would be stored if none were shared."""
+        return self.paths or self.tokens
+
     def starts(self) -> list[int]:
         """Return the first word of each part, and the number of words."""
         s, t, n, e = self
@@ -335,7 +340,7 @@ def pack_items(
     Raises:
         ValueError: if an index is out of range, a role has no store, or a sequence has no label.
     """
-    native = [store.native(name) for store, name in zip(stores, _STORES, strict=False)]
+    native = _native(stores)
     options = {"share": share, "last_tokens": last_tokens}
     *layout, words = efface_native.measure(native, roles, sequences, **options)
     storage = torch.empty(words, dtype=torch.int64, pin_memory=pin_memory)
@@ -343,21 +348,25 @@ def pack_items(
     return PackedBatch(storage, PackedLayout(*layout), *packed, last_tokens=last_tokens)
 
 
-def packed_tokens(
+def _native(stores: Sequence[TokenStore]) -> list[efface_native.TokenStore]:
+    return [store.native(name) for store, name in zip(stores, _STORES, strict=False)]
+
+
+def packed_size(
     stores: Sequence[TokenStore],
     roles: NDArray[np.int8],
     sequences: NDArray[np.int64],
     *,
     share: bool = False,
     last_tokens: bool = True,
-) -> int:
-    """Return T, the number of tokens that ``pack_items`` stores for the same arguments, without assembling the batch.
+) -> PackedLayout:
+    """Return the sizes of the batch that ``pack_items`` returns for the same arguments, without assembling it.
 
     Raises:
         ValueError: for the reasons listed for ``pack_items``.
     """
-    native = [store.native(name) for store, name in zip(stores, _STORES, strict=False)]
-    return efface_native.measure(native, roles, sequences, share=share, last_tokens=last_tokens)[1]
+    *layout, _ = efface_native.measure(_native(stores), roles, sequences, share=share, last_tokens=last_tokens)
+    return PackedLayout(*layout)
 
 
 def pack_store(

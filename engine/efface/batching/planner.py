@@ -6,7 +6,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from efface.batching.pack import packed_tokens
+from efface.batching.pack import packed_size
 from efface.batching.plan import EpochPlan, RetainSampling, plan_epoch
 from efface.batching.prefixes import AddedTokens, added_tokens
 from efface.batching.store import TokenStore
@@ -34,7 +34,7 @@ class EpochPlanner:
         last_tokens: with shared tokens, include the last token of each sequence, which predicts nothing. Without, it is
             always included.
         pairs_per_step: see ``plan_epoch``, as for the following arguments.
-        token_budget: maximum number of tokens of a micro-batch; shared tokens count once.
+        token_budget: maximum number of tokens of a micro-batch, counted as by ``added_tokens``.
         world_size: number of ranks.
         seed: seed of the plans.
         retain_sampling: how retain sequences are drawn.
@@ -126,7 +126,7 @@ class EpochPlanner:
         stored = full = 0
         for b in range(min(len(plan.batch_tokens), len(plan.batch_tokens) if batches is None else batches)):
             items = slice(plan.batch_offsets[b], plan.batch_offsets[b + 1])
-            roles, sequences = plan.roles[items], plan.sequences[items]
-            stored += packed_tokens(self.stores, roles, sequences, **self.packing)
-            full += packed_tokens(self.stores, roles, sequences, last_tokens=self.packing["last_tokens"])
+            size = packed_size(self.stores, plan.roles[items], plan.sequences[items], **self.packing)
+            stored += size.tokens
+            full += size.path_tokens
         return stored, full

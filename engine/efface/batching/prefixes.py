@@ -60,8 +60,8 @@ def added_tokens(stores: Sequence[TokenStore], *, share: bool, last_tokens: bool
     both = min(len(prefix) for prefix in prefixes)
     differ = np.flatnonzero(prefixes[0][:both] != prefixes[1][:both])
     added = [
-        _added(length, efface_native.prefix_lengths(store.native("store"), prefix))
-        for store, prefix, length in zip((forget, retain), prefixes, lengths, strict=False)
+        _added(length, efface_native.prefix_lengths(store.native(name), prefix))
+        for store, name, prefix, length in zip(stores, ("forget", "retain"), prefixes, lengths, strict=False)
     ]
     for alternate, length in zip(alternates, lengths[2:], strict=True):
         pairs = efface_native.pair_prefix_lengths(forget.native("forget"), alternate.native("alternate"))

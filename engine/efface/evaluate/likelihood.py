@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from efface.batching import PackedBatch, Role, TokenStore, pack_store, packed_tokens
+from efface.batching import PackedBatch, Role, TokenStore, pack_store, packed_size
 from efface.evaluate.logs import FloatArray, SplitLog, truth_ratios
 from efface.evaluate.runner import RowResult, Task
 from efface.hf.model.adapted_head import base_of
@@ -112,7 +112,7 @@ def _counts(questions: Sequence[str], answers: Sequence[Sequence[str]]) -> list[
 def tree_tokens(store: TokenStore, sequences: NDArray[np.int64]) -> int:
     """Return the number of tokens that are run for the sequences if they share tokens."""
     roles = np.full(len(sequences), Role.RETAIN, np.int8)
-    return packed_tokens((TokenStore.empty(), store), roles, sequences, share=True, last_tokens=False)
+    return packed_size((TokenStore.empty(), store), roles, sequences, share=True, last_tokens=False).tokens
 
 
 def _key(sequences: Sequence[bytes], hidden: int | None) -> bytes:
