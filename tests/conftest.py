@@ -4,6 +4,7 @@ import gc
 import os
 import tempfile
 import zlib
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -100,3 +101,18 @@ def checkpoint(tmp_path: Path) -> Path:
     from support.helpers import saved_llama  # needs datasets, which a machine for only the GPU tests may lack
 
     return saved_llama(tmp_path / "model")
+
+
+@pytest.fixture
+def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # transformers configures accelerate through the environment, which must not affect the next test
+    for name in ("BACKEND", "MODE"):
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")
+        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
+    # Imported here, because importing the compiler takes seconds.
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()

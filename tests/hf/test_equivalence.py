@@ -141,18 +141,6 @@ def flat(values: Any) -> list[float]:
 # ---- torch.compile: the same numbers, and no new graph for every length
 
 
-@pytest.fixture
-def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Any:
-    # transformers configures accelerate through the environment, which must not affect the next test
-    for name in ("BACKEND", "MODE"):
-        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")
-        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
 def losses_of(folder: Path, *, compiled: bool, lora: bool, reference: str) -> tuple[list[float], list[int]]:
     """Run steps with varying numbers of tokens and sequences; return the losses and the number of graphs after each
     step.

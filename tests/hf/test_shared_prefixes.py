@@ -277,18 +277,6 @@ def test_an_objective_without_retain_sequences_shares_too(tmp_path: Path) -> Non
 # ---- torch.compile
 
 
-@pytest.fixture
-def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Any:
-    # transformers configures accelerate through the environment, which must not affect the next test
-    for name in ("BACKEND", "MODE"):
-        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")
-        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
 @LONG
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler reads .grad
